@@ -1,0 +1,310 @@
+"""The bench: what all trials of a study share, computed once, and one trial as a plain function of its settings.
+
+Tracing, statistics of one calibration amount, bad cases, sensitivities and evaluated qconfigs do not depend on
+most of what a trial varies. They are kept here under the settings they depend on; a trial pays for what is new
+in it, and a hit gives the same numbers as a miss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from qflow import __version__
+from qflow.analysis.badcase import find_badcases
+from qflow.analysis.model_check import check_model
+from qflow.analysis.sensitivity import sensitivity
+from qflow.analysis.tables import BadcaseTable, ModelCheck, SensitivityTable
+from qflow.core.device import DeviceRules, apply_rules
+from qflow.core.dtype import QDtype
+from qflow.core.errors import ConfigError, DataError, ModelError
+from qflow.core.graph import ModelGraph
+from qflow.core.qconfig import QConfig
+from qflow.core.record import DIGEST_CHARS, digest
+from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, SensitiveSetter, TemplateSetter, resolve
+from qflow.core.settings import CalibrationSettings, QConfigSettings, SensitivitySettings, TrialSettings
+from qflow.cost.latency import CostModel, CostReport, predict
+from qflow.quant.calibrate import CalibrationStats, apply_scales, collect
+from qflow.quant.plan import make_plan
+from qflow.quant.prepare import QuantizedModel, prepare, scales
+from qflow.quant.tape import trace
+from qflow.tasks.task import Task, batches, deploy_inputs, evaluate, model_inputs
+
+Progress = Callable[[int], None]
+
+
+def _silent(_: int) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """One evaluated trial: the metric with its drop against float, the cost, and what explains both."""
+
+    metric: float
+    drop: float
+    samples: int
+    qconfig: QConfig
+    requested: QConfig
+    cost: CostReport
+    check: ModelCheck
+    scales: dict[str, float | list[float]]
+    calibration_samples: int
+    shared: bool
+    """True if an earlier trial had the same qconfig and calibration: nothing was run again."""
+
+    @property
+    def scales_digest(self) -> str:
+        """Names the calibrated scales: equal digests, equal numbers."""
+        return digest(self.scales)
+
+
+@dataclass
+class Bench:
+    """One task on one device. Stages fill it in order; each is computed once."""
+
+    task: Task
+    rules: DeviceRules
+    cost_model: CostModel
+    sensitivity_settings: SensitivitySettings = field(default_factory=SensitivitySettings)
+    default_calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    float_metric: float = float("nan")
+    eval_samples: int = 0
+    eval_batch: int = 32
+    hits: int = 0
+
+    def __post_init__(self) -> None:
+        self._stats: dict[tuple[int, int], CalibrationStats] = {}
+        self._done: dict[str, TrialResult] = {}
+        self._prepared: QuantizedModel | None = None
+        self._deploy: ModelGraph | None = None
+        self.sensitivities: SensitivityTable | None = None
+        self.badcases: BadcaseTable | None = None
+
+    # ---- stages ------------------------------------------------------------------------------------------------------
+
+    def measure_float(self, progress: Progress = _silent) -> float:
+        """Metric of the float model. Raises ConfigError if the task states another one."""
+        metric, self.eval_samples = evaluate(self.task, self.task.model, self.eval_batch, progress)
+        stated = self.task.stated_metric
+        if stated is not None and abs(metric - stated) > self.task.tolerance:
+            raise ConfigError(
+                f"The float model reaches the metric its task states ({stated:g} within {self.task.tolerance:g}), but "
+                f"got {metric:.4f} on {self.eval_samples} samples. Check weights and data, or set task.float_metric."
+            )
+        self.float_metric = metric
+        return metric
+
+    def prepare(self) -> QuantizedModel:
+        """Trace on the first evaluation batch, prove the float graph, and trace again at the deployed shape."""
+        batch, _ = next(batches(self.task, "evaluation", min(self.eval_batch, 4), limit=1))
+        example = model_inputs(self.task, batch)
+        self._prepared = prepare(self.task.model, example)
+        deployed = deploy_inputs(self.task, example)
+        try:
+            tape = trace(self.task.model, deployed)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise ModelError(
+                f"The model must run at task.deploy_shape {self.task.deploy_shape}, but got: "
+                f"{str(error).splitlines()[0]}. Give the shape it is deployed at."
+            ) from error
+        self._deploy = make_plan(tape, self.task.model).graph
+        names, wanted = [n.name for n in self._deploy.nodes], [n.name for n in self.graph.nodes]
+        if names != wanted:
+            odd = sorted(set(names) ^ set(wanted))[:3]
+            raise ModelError(
+                f"The model has the same operators at task.deploy_shape as on its data, but got differences at {odd}. "
+                "Branches on the input size cannot be costed: set a deploy_shape of the same kind."
+            )
+        return self._prepared
+
+    @property
+    def prepared(self) -> QuantizedModel:
+        """The prepared model."""
+        if self._prepared is None:
+            self.prepare()
+        assert self._prepared is not None
+        return self._prepared
+
+    @property
+    def graph(self) -> ModelGraph:
+        """The fused graph at the evaluated shape."""
+        return self.prepared.graph
+
+    @property
+    def deploy_graph(self) -> ModelGraph:
+        """The same graph at the deployed shape, for cost."""
+        assert self.prepared is not None and self._deploy is not None
+        return self._deploy
+
+    def calibrate(self, settings: CalibrationSettings, progress: Progress = _silent) -> CalibrationStats:
+        """Statistics of `steps` batches of `batch_size`: one pass serves all methods and dtypes.
+
+        Raises DataError if the calibration set holds fewer samples.
+        """
+        key = (settings.batch_size, settings.steps)
+        if key not in self._stats:
+            available, wanted = len(self.task.data.calibration), settings.batch_size * settings.steps
+            if 0 < available < wanted:
+                raise DataError(
+                    f"Calibration takes batch_size x steps = {wanted} samples, but got {available} in "
+                    f"task.data.calibration. Lower calibration.batch_size or calibration.steps."
+                )
+            stream = batches(self.task, "calibration", settings.batch_size, settings.steps)
+            self._stats[key] = collect(
+                self.prepared, ((model_inputs(self.task, b), size) for b, size in stream), progress
+            )
+        return self._stats[key]
+
+    def rank(
+        self, on_sample: Progress = _silent, on_row: Callable[[int, int], None] = lambda done, total: None
+    ) -> SensitivityTable:
+        """Bad cases of the all-int8 model, then every quantizer's sensitivity on them."""
+        chosen = self.sensitivity_settings
+        stats = self.calibrate(self.default_calibration)
+        apply_scales(self.prepared, stats, self.template(QDtype.qint8)[1], self.default_calibration)
+        size = self.default_calibration.batch_size
+        stream = batches(self.task, "calibration", size, -(-chosen.search_samples // size))
+        self.badcases = find_badcases(
+            self.task.model,
+            self.prepared,
+            ((model_inputs(self.task, b), n) for b, n in stream),
+            metric=chosen.metric,
+            count=chosen.bad_cases,
+            on_step=on_sample,
+        )
+        worst = self.badcases.chosen
+        cases = [model_inputs(self.task, b) for b, _ in batches(self.task, "calibration", len(worst), indices=worst)]
+        self.sensitivities = sensitivity(
+            self.task.model, self.prepared, cases, metric=chosen.metric, on_row=on_row
+        )
+        return self.sensitivities
+
+    # ---- qconfigs ------------------------------------------------------------------------------------------------------
+
+    def template(self, dtype: QDtype) -> tuple[QConfig, QConfig]:
+        """(requested, applied) with every operator at `dtype`."""
+        requested = resolve(self.graph, [HighPrecisionOutput(), TemplateSetter(dtype)], self.rules.march)
+        return requested, apply_rules(self.graph, requested, self.rules)
+
+    @property
+    def promotable(self) -> tuple[str, ...]:
+        """Operators that keep int16 on the device: what an int16 ratio counts."""
+        return self.template(QDtype.qint16)[1].names(QDtype.qint16)
+
+    def resolve(self, settings: QConfigSettings) -> tuple[QConfig, QConfig]:
+        """(requested, applied) qconfig of a trial. A ratio between 0 and 1 needs sensitivities."""
+        candidates = self.promotable
+        scores = self.sensitivities.activation_scores() if self.sensitivities else {}
+        if 0.0 < settings.int16_ratio < 1.0 and not scores:
+            raise ConfigError("An int16 ratio between 0 and 1 needs sensitivities, but got none. Rank operators first.")
+        setters = [
+            ModuleNameSetter(settings.modules),
+            HighPrecisionOutput(),
+            SensitiveSetter(scores, candidates, settings.int16_ratio),
+            TemplateSetter(QDtype(settings.template)),
+        ]
+        requested = resolve(self.graph, setters, self.rules.march)
+        return requested, apply_rules(self.graph, requested, self.rules, scores)
+
+    def cost(self, qconfig: QConfig) -> CostReport:
+        """Predicted cost at the deployed shape."""
+        return predict(self.deploy_graph, qconfig, self.cost_model)
+
+    # ---- trials --------------------------------------------------------------------------------------------------------
+
+    def run_trial(self, settings: TrialSettings, progress: Progress = _silent) -> TrialResult:
+        """Resolve, calibrate, evaluate and cost one trial. Equal (qconfig, calibration) are run once."""
+        requested, applied = self.resolve(settings.qconfig)
+        return self.run_qconfig(requested, applied, settings.calibration, progress)
+
+    def run_qconfig(
+        self, requested: QConfig, applied: QConfig, calibration: CalibrationSettings, progress: Progress = _silent
+    ) -> TrialResult:
+        """Evaluate a qconfig that is already resolved."""
+        stats = self.calibrate(calibration)
+        findings = apply_scales(self.prepared, stats, applied, calibration)
+        set_scales = scales(self.prepared)
+        # What changes numbers is in the dtypes and the scales: settings that lead to the same ones are one trial.
+        key = digest({"qconfig": applied.digest, "scales": set_scales})
+        if key in self._done:
+            self.hits += 1
+            metric, samples, shared = self._done[key].metric, self._done[key].samples, True
+        else:
+            with self.prepared.quantized():
+                metric, samples = evaluate(self.task, self.prepared, self.eval_batch, progress)
+            self._require_all_ran(applied)
+            shared = False
+        result = TrialResult(
+            metric=metric,
+            drop=self.task.drop(self.float_metric, metric),
+            samples=samples,
+            qconfig=applied,
+            requested=requested,
+            cost=self.cost(applied),
+            check=check_model(self.graph, requested, applied, findings),
+            scales=set_scales,
+            calibration_samples=stats.samples,
+            shared=shared,
+        )
+        self._done.setdefault(key, result)
+        return result
+
+    def _require_all_ran(self, applied: QConfig) -> None:
+        """What was asked must have been computed: a quantizer that never ran would flatter the metric."""
+        run = self.prepared.last_run
+        assert run is not None
+        wanted = {q.name for q in [*self.prepared.outputs.values(), *self.prepared.weights.values()]}
+        idle = {
+            q.name
+            for q in [*self.prepared.outputs.values(), *self.prepared.weights.values()]
+            if q.dtype in (None, QDtype.float32)
+        }
+        missing = sorted(wanted - idle - run.ran)
+        if missing or run.unseen:
+            raise ModelError(
+                f"Every planned quantizer runs, but got none for {missing[:3]} and unplanned operators "
+                f"{sorted(run.unseen)[:3]}. The model takes another path on this data than while it was traced."
+            )
+
+    # ---- identity --------------------------------------------------------------------------------------------------------
+
+    def manifest(self) -> dict[str, Any]:
+        """What the numbers depend on beside the configuration: versions, weights, data."""
+        return {
+            "qflow": __version__,
+            "python": platform.python_version(),
+            "versions": {p: importlib.metadata.version(p) for p in ("torch", "numpy", "mlflow", "optuna", "hydra-core")},
+            "device": self.task.device,
+            "weights": weights_digest(self.task.model),
+            "data": self.data_digest(),
+            "eval_samples": self.eval_samples,
+            "float_metric": self.float_metric,
+        }
+
+    def data_digest(self) -> str:
+        """Fingerprint of the data: sizes of both splits and the first batch of each."""
+        sha = hashlib.sha256()
+        for split in ("calibration", "evaluation"):
+            sha.update(f"{split}:{len(getattr(self.task.data, split))}".encode())
+            for batch, _ in batches(self.task, split, 8, limit=1):
+                for tensor in torch.utils._pytree.tree_flatten(batch)[0]:
+                    if isinstance(tensor, torch.Tensor):
+                        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return sha.hexdigest()[:DIGEST_CHARS]
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Fingerprint of all parameters and buffers, names included."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        sha.update(name.encode())
+        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else
+                   str(tensor.item()).encode())
+    return sha.hexdigest()[:DIGEST_CHARS]

@@ -1,0 +1,47 @@
+"""The precisions of the Journey 6 tool chain and their integer limits."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class QDtype(str, Enum):
+    """A precision by the plugin's own name, so that a plain string compares equal to it.
+
+    Integers are symmetric with zero point 0: qint8 spans -128..127, qint16 spans -32768..32767.
+    """
+
+    qint8 = "qint8"
+    qint16 = "qint16"
+    float16 = "float16"
+    float32 = "float32"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def bits(self) -> int:
+        """Storage width in bits."""
+        return {"qint8": 8, "qint16": 16, "float16": 16, "float32": 32}[self.value]
+
+    @property
+    def is_integer(self) -> bool:
+        """True for qint8 and qint16, which need a scale."""
+        return self in (QDtype.qint8, QDtype.qint16)
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code of an integer dtype. Raises ValueError for a float dtype."""
+        if not self.is_integer:
+            raise ValueError(f"Only integer dtypes have codes, but got {self.value}.")
+        return int(-(2 ** (self.bits - 1)))
+
+    @property
+    def qmax(self) -> int:
+        """Largest code of an integer dtype."""
+        return -self.qmin - 1
+
+    @property
+    def rank(self) -> int:
+        """Order of precision: qint8 < qint16 < float16 < float32."""
+        return list(QDtype).index(self)

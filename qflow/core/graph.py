@@ -1,0 +1,170 @@
+"""A traced and fused model as data: operators with the user's names, shapes, and who feeds whom."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+
+
+class OpKind(str, Enum):
+    """What an operator is to the device; the values are used in device rule files."""
+
+    input = "input"  # the QuantStub that qflow sees at every float input
+    conv = "conv"
+    conv_transpose = "conv_transpose"
+    linear = "linear"
+    matmul = "matmul"
+    norm = "norm"  # batch norm that could not be fused
+    layer_norm = "layer_norm"
+    relu = "relu"  # clamps: free behind a GEMM, cheap elsewhere
+    lut = "lut"  # SiLU, GELU, sigmoid, tanh, ...: a table look-up on the vector engine
+    softmax = "softmax"
+    add = "add"
+    mul = "mul"
+    arithmetic = "arithmetic"  # sub, div, pow, ...
+    concat = "concat"
+    resize = "resize"
+    max_pool = "max_pool"
+    avg_pool = "avg_pool"
+    grid_sample = "grid_sample"
+    reduce = "reduce"
+    move = "move"  # reshape, permute, slice, split: values are kept, so is the scale
+    order = "order"  # topk, sort, argmax
+    other = "other"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+GEMM_KINDS = frozenset({OpKind.conv, OpKind.conv_transpose, OpKind.linear, OpKind.matmul})
+WEIGHTED_KINDS = frozenset({OpKind.conv, OpKind.conv_transpose, OpKind.linear})
+# Values pass unchanged, or are chosen among the inputs: no quantizer of their own, the producer's scale holds.
+TRANSPARENT_KINDS = frozenset({OpKind.move, OpKind.max_pool, OpKind.order})
+
+
+@dataclass(frozen=True)
+class OpNode:
+    """One operator call of the fused graph.
+
+    `name` is the user's module path (`head.conv`), `head.conv(1)` for its second call, or `head[add]` for a
+    functional; a fused group goes by its first module, or by its add where one was fused. `inputs` are names
+    of producing operators; a constant has no producer and is listed in `constants`. `shape` is that of the
+    (first) output, batch first. `attrs` holds the integers a cost model needs (channels, kernel elements,
+    groups, weight elements, ...).
+    """
+
+    name: str
+    kind: OpKind
+    op_type: str
+    inputs: tuple[str, ...]
+    shape: tuple[int, ...]
+    quantizer: str | None = None
+    """Name of the output quantizer; calls of a shared module share one. None for transparent operators."""
+    weight: str | None = None
+    """Name of the weight quantizer (the module path), or None."""
+    fused: tuple[str, ...] = ()
+    """Operators absorbed into this one, in order of execution."""
+    fused_types: tuple[str, ...] = ()
+    """What follows the head in the group: BN, Add, ReLU, ReLU6 (as in the plugin's class names)."""
+    constants: int = 0
+    attrs: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def fused_add(self) -> bool:
+        """True where an add is part of the group: both its inputs are int8 only on nash-e/m."""
+        return "Add" in self.fused_types
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of the output."""
+        total = 1
+        for size in self.shape:
+            total *= size
+        return total
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """Operators in order of execution; `outputs` pairs the name of each model output with its producer."""
+
+    nodes: tuple[OpNode, ...]
+    outputs: tuple[tuple[str, str], ...]
+    calls: Mapping[str, int] = field(default_factory=dict)
+    """How often each leaf module was called; 0 for a module that was never reached."""
+    unfused: tuple[tuple[str, str, str], ...] = ()
+    """Fusable pairs that were not fused: first operator, second operator, why."""
+    notes: tuple[str, ...] = ()
+    """What tracing noticed: data-dependent sites, constants, operators left in float."""
+
+    @cached_property
+    def by_name(self) -> dict[str, OpNode]:
+        """Operators by name."""
+        return {node.name: node for node in self.nodes}
+
+    @cached_property
+    def consumers(self) -> dict[str, tuple[str, ...]]:
+        """Names of the operators that read each operator's output."""
+        found: dict[str, list[str]] = {node.name: [] for node in self.nodes}
+        for node in self.nodes:
+            for source in node.inputs:
+                found[source].append(node.name)
+        return {name: tuple(readers) for name, readers in found.items()}
+
+    @cached_property
+    def quantized(self) -> tuple[OpNode, ...]:
+        """Operators that own an output quantizer, one row a quantizer, in order of execution."""
+        seen: set[str] = set()
+        rows = []
+        for node in self.nodes:
+            if node.quantizer is not None and node.quantizer not in seen:
+                seen.add(node.quantizer)
+                rows.append(node)
+        return tuple(rows)
+
+    @cached_property
+    def weighted(self) -> tuple[OpNode, ...]:
+        """Operators that own a weight quantizer, one row a quantizer."""
+        seen: set[str] = set()
+        rows = []
+        for node in self.nodes:
+            if node.weight is not None and node.weight not in seen:
+                seen.add(node.weight)
+                rows.append(node)
+        return tuple(rows)
+
+    def sources(self, name: str) -> tuple[str, ...]:
+        """Nearest operators upstream of `name` that own a quantizer, looked up through transparent ones."""
+        found: list[str] = []
+        for source in self.by_name[name].inputs:
+            node = self.by_name[source]
+            found.extend([source] if node.quantizer is not None else self.sources(source))
+        return tuple(dict.fromkeys(found))
+
+    def source(self, producer: str) -> tuple[str, ...]:
+        """`producer` itself if it owns a quantizer, else its own sources."""
+        return (producer,) if self.by_name[producer].quantizer is not None else self.sources(producer)
+
+    @cached_property
+    def high_precision(self) -> tuple[str, ...]:
+        """GEMMs whose result leaves the model and goes nowhere else: their output needs no quantizer.
+
+        On J6E/M such a GEMM hands out its int32 accumulator (guide: high-precision output).
+        """
+        leaving = {producer for _, producer in self.outputs}
+        quantizers = {n.name: n.quantizer for n in self.nodes}
+        return tuple(
+            node.name
+            for node in self.nodes
+            if node.kind in GEMM_KINDS
+            and node.name in leaving
+            and not self.consumers[node.name]
+            and not node.fused_add
+            # a shared module owns one quantizer: all its calls must leave the model
+            and all(
+                other.name in leaving and not self.consumers[other.name]
+                for other in self.nodes
+                if quantizers[other.name] == node.quantizer
+            )
+        )

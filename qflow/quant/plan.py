@@ -1,0 +1,183 @@
+"""From tape to plan: which operators fuse, where quantizers stand, and the fused graph as data.
+
+Fusion follows the plugin: conv / linear / transposed conv, then batch norm, then add, then ReLU or ReLU6, each
+optional, in this order. Nothing fuses across a value that someone else reads, nor around a shared module. A
+group goes by the name of its first module, or of its add; its quantizer stands behind its last member.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from qflow.core.graph import TRANSPARENT_KINDS, WEIGHTED_KINDS, ModelGraph, OpKind, OpNode
+from qflow.quant.ops import BATCH_NORMS
+from qflow.quant.tape import Op, Tape
+
+RELU_TYPES = frozenset(
+    {"torch.relu", "torch.relu6", "torch.nn.modules.activation.ReLU", "torch.nn.modules.activation.ReLU6"}
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the runtime needs to know, by operator name and module path."""
+
+    graph: ModelGraph
+    output_at: dict[str, str]
+    """Operator (last member of its group) -> name of the quantizer that its result passes."""
+    folds: dict[str, str]
+    """Module path of a weighted operator -> path of the batch norm that is folded into its weight."""
+    known: frozenset[str]
+    """Names of all recorded operator calls; another name at run time was not seen while tracing."""
+    final: dict[str, str] = field(default_factory=dict)
+    """Fused operator -> name of its last member, whose output is the operator's output."""
+
+
+class _Fuser:
+    def __init__(self, tape: Tape, model: nn.Module) -> None:
+        self.ops = tape.ops
+        self.calls = tape.calls
+        self.modules = dict(model.named_modules())
+        self.readers: dict[int, list[int]] = {op.index: [] for op in tape.ops}
+        for op in tape.ops:
+            for source in op.inputs:
+                self.readers[source].append(op.index)
+        self.leaving = {index for _, index in tape.outputs}
+        self.taken: set[int] = set()
+        self.unfused: list[tuple[str, str, str]] = []
+
+    def shared(self, op: Op) -> bool:
+        return op.module is not None and self.calls.get(op.module, 1) > 1
+
+    def next_op(self, current: Op, is_wanted: bool, candidate: Op | None) -> Op | None:
+        """`candidate` if it may join the group after `current`, else None with the reason written down."""
+        if candidate is None or not is_wanted or candidate.index in self.taken:
+            return None
+        reason = ""
+        if len(self.readers[current.index]) > 1 or current.index in self.leaving:
+            reason = f"{current.name} has several consumers"
+        elif self.shared(current):
+            reason = f"{current.name} is a shared module"
+        elif candidate.kind == OpKind.norm and self.shared(candidate):  # a shared ReLU owns nothing: it may fuse
+            reason = f"{candidate.name} is a shared module"
+        if reason:
+            self.unfused.append((current.name, candidate.name, reason))
+            return None
+        return candidate
+
+    def follow(self, current: Op, kind: str) -> Op | None:
+        """The next member of the group if an operator of the wanted kind reads `current`."""
+        for index in self.readers[current.index]:
+            candidate = self.ops[index]
+            wanted = {
+                "norm": candidate.kind == OpKind.norm
+                and candidate.module is not None
+                and isinstance(self.modules[candidate.module], BATCH_NORMS)
+                and getattr(self.modules[candidate.module], "track_running_stats", False),
+                "add": candidate.kind == OpKind.add and len(candidate.inputs) == 2 and candidate.constants == 0,
+                "relu": candidate.op_type in RELU_TYPES,
+            }[kind]
+            if wanted:
+                return self.next_op(current, wanted, candidate)
+        return None
+
+    def groups(self) -> dict[int, list[Op]]:
+        """Head index -> members. The later of two convs takes a common add: it is the one that sums in."""
+        found: dict[int, list[Op]] = {}
+        for head in reversed(self.ops):
+            if head.kind not in WEIGHTED_KINDS or head.module is None:
+                continue
+            members = [head]
+            for kind in ("norm", "add", "relu"):
+                member = self.follow(members[-1], kind)
+                if member is not None:
+                    members.append(member)
+                    self.taken.add(member.index)
+            found[head.index] = members
+        return found
+
+
+def make_plan(tape: Tape, model: nn.Module) -> Plan:
+    """Fuse the tape of `model` and place quantizers. The model is only read."""
+    fuser = _Fuser(tape, model)
+    groups = fuser.groups()
+    live = _live(tape)
+    inside = {op.index: head for head, members in groups.items() for op in members[1:]}
+    by_last: dict[int, list[Op]] = {members[-1].index: members for members in groups.values()}
+    name_of: dict[int, str] = {}
+    nodes: list[OpNode] = []
+    output_at: dict[str, str] = {}
+    folds: dict[str, str] = {}
+    final: dict[str, str] = {}
+    for op in tape.ops:
+        if op.index not in live or (op.index in groups and len(groups[op.index]) > 1):
+            continue
+        if op.index in inside and op.index not in by_last:
+            continue
+        members = by_last.get(op.index, [op])
+        node = _node(members, name_of)
+        nodes.append(node)
+        for member in members:
+            name_of[member.index] = node.name
+        final[node.name] = op.name
+        if node.quantizer is not None:
+            output_at[op.name] = node.quantizer
+        for member in members[1:2]:
+            if member.kind == OpKind.norm and members[0].module and member.module:
+                folds[members[0].module] = member.module
+    graph = ModelGraph(
+        nodes=tuple(nodes),
+        outputs=tuple((name, name_of[index]) for name, index in tape.outputs),
+        calls=tape.calls,
+        unfused=tuple(reversed(fuser.unfused)),
+        notes=tuple(tape.notes) + _constant_notes(nodes),
+    )
+    return Plan(graph, output_at, folds, tape.names, final)
+
+
+def _live(tape: Tape) -> set[int]:
+    """Ops that an output depends on; the rest is bookkeeping of the user's Python code."""
+    live: set[int] = set()
+    stack = [index for _, index in tape.outputs]
+    while stack:
+        index = stack.pop()
+        if index not in live:
+            live.add(index)
+            stack.extend(tape.ops[index].inputs)
+    return live
+
+
+def _node(members: list[Op], name_of: dict[int, str]) -> OpNode:
+    head, last = members[0], members[-1]
+    add = next((m for m in members if m.kind == OpKind.add and m is not head), None)
+    owned = {m.index for m in members}
+    inputs = [i for m in members for i in m.inputs if i not in owned]
+    named = add or head
+    quantized = last.floating and head.kind not in TRANSPARENT_KINDS
+    return OpNode(
+        name=named.name,
+        kind=head.kind,
+        op_type=head.op_type,
+        inputs=tuple(name_of[i] for i in inputs),
+        shape=last.shape,
+        quantizer=(named.module or named.name) if quantized else None,
+        weight=head.module if head.kind in WEIGHTED_KINDS else None,
+        fused=tuple(m.name for m in members if m is not named),
+        fused_types=tuple(_fused_type(m) for m in members[1:]),
+        constants=sum(m.constants for m in members),
+        attrs=head.attrs,
+    )
+
+
+def _fused_type(op: Op) -> str:
+    if op.kind in (OpKind.norm, OpKind.add):
+        return {OpKind.norm: "BN", OpKind.add: "Add"}[op.kind]
+    return "ReLU6" if op.op_type.lower().endswith("relu6") else "ReLU"
+
+
+def _constant_notes(nodes: list[OpNode]) -> tuple[str, ...]:
+    return tuple(
+        f"{node.name}: {node.constants} constant input(s) without a quantizer" for node in nodes if node.constants
+    ) + tuple(f"{node.name}: {node.op_type} is not known to the device table" for node in nodes if node.kind == OpKind.other)

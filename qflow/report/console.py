@@ -1,0 +1,85 @@
+"""What the user sees while a study runs: one line a stage, a bar where a terminal is, ten lines at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+
+@dataclass
+class Console:
+    """Prints to stdout. Bars are drawn on a terminal only; elsewhere every line stands for itself."""
+
+    stages: list[tuple[str, float]] = field(default_factory=list)
+    best: str = ""
+
+    @property
+    def terminal(self) -> bool:
+        """True where a bar can be redrawn in place."""
+        return sys.stdout.isatty()
+
+    def say(self, text: str) -> None:
+        """One line, above a running bar if there is one."""
+        if self.terminal:
+            tqdm.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[str], None]]:
+        """Time a stage and print its one line: what the returned function was last called with."""
+        said = [""]
+        start = time.perf_counter()
+        yield lambda text: said.__setitem__(0, text)
+        seconds = time.perf_counter() - start
+        self.stages.append((name, seconds))
+        self.say(f"{name:<12} {said[0]:<88} {seconds:6.1f} s")
+
+    @contextmanager
+    def bar(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        """A progress bar with time left and the best so far; the returned function takes the absolute position."""
+        bar = tqdm(
+            total=total,
+            desc=f"{name:<12}",
+            unit=unit,
+            leave=False,
+            disable=not self.terminal,
+            file=sys.stdout,
+            bar_format="{desc} {bar:24} {n_fmt}/{total_fmt} {unit}  left {remaining}  {postfix}",
+        )
+
+        def advance(position: int) -> None:
+            bar.set_postfix_str(self.best, refresh=False)
+            bar.update(position - bar.n)
+
+        try:
+            yield advance
+        finally:
+            bar.close()
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One line of the final table; `metrics` are those of the trial's run. Float has no cost on the device."""
+
+    name: str
+    metrics: Mapping[str, float]
+
+
+def summary_table(rows: Sequence[SummaryRow], metric_name: str) -> str:
+    """The final table: metric, drop, latency with its interval, int16 ratio."""
+    lines = [f"{'':<12}{metric_name:>10}{'drop':>10}{'latency ms':>13}{'interval':>17}{'int16 ratio':>14}"]
+    for row in rows:
+        m = row.metrics
+        line = f"{row.name:<12}{m[f'accuracy/{metric_name}']:>10.4f}"
+        if "cost/latency_ms" in m:
+            interval = f"[{m['cost/latency_low_ms']:.2f}, {m['cost/latency_high_ms']:.2f}]"
+            line += f"{m['accuracy/drop']:>+10.4f}{m['cost/latency_ms']:>13.3f}{interval:>17}"
+            line += f"{m['qconfig/int16_ratio']:>14.2f}"
+        lines.append(line)
+    return "\n".join(lines)

@@ -1,0 +1,69 @@
+"""The files of a trial and of a study: what a run holds so that it can be read, compared and rebuilt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from qflow.analysis.badcase import badcase_text
+from qflow.analysis.model_check import check_text
+from qflow.analysis.tables import BadcaseTable, SensitivityTable
+from qflow.bench import TrialResult
+from qflow.core.qconfig import QConfig
+from qflow.core.record import to_json
+
+
+def write_rows(rows: Sequence[Any], path: Path) -> None:
+    """Records of one type as a table that the MLflow UI shows: pandas' "split" layout, one column a field."""
+    names = [f.name for f in fields(rows[0])] if rows else []
+    data = [[_cell(getattr(row, name)) for name in names] for row in rows]
+    path.write_text(to_json({"columns": names, "data": data}))
+
+
+def _cell(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def write_trial(
+    folder: Path,
+    result: TrialResult,
+    *,
+    config_yaml: str,
+    manifest: Mapping[str, Any],
+    sensitivities: SensitivityTable | None,
+) -> None:
+    """All artifacts of one trial into `folder`; a table's first column is the operator."""
+    (folder / "config.yaml").write_text(config_yaml)
+    (folder / "qconfig.json").write_text(to_json(result.qconfig, indent=1))
+    (folder / "qconfig.txt").write_text(qconfig_text(result.qconfig))
+    (folder / "scales.json").write_text(to_json(result.scales))
+    (folder / "manifest.json").write_text(to_json(manifest, indent=1))
+    (folder / "model_check_result.txt").write_text(check_text(result.check))
+    write_rows(result.check.rows, folder / "model_check.json")
+    write_rows(result.cost.ops, folder / "cost.json")
+    if sensitivities is not None:
+        write_rows(sensitivities.rows, folder / "sensitivity.json")
+        (folder / "sensitivity_record.json").write_text(to_json(sensitivities))
+
+
+def write_study(folder: Path, *, sensitivities: SensitivityTable | None, badcases: BadcaseTable | None) -> None:
+    """Study-level tables: sensitivities in the guide's layout, and the bad cases."""
+    if sensitivities is not None:
+        write_rows(sensitivities.rows, folder / "sensitivity.json")
+        (folder / "sensitivity.txt").write_text(sensitivities.text())
+    if badcases is not None:
+        (folder / "badcase.txt").write_text(badcase_text(badcases))
+        (folder / "badcase_record.json").write_text(to_json(badcases))
+
+
+def qconfig_text(qconfig: QConfig) -> str:
+    """One line an operator, so that two runs can be compared side by side."""
+    width = max(map(len, qconfig.ops), default=0)
+    return "".join(
+        f"{name.ljust(width)}  {op.output or 'int32':<8} {op.weight or '':<7} {op.rule}"
+        + (f"  ({op.fallback})" if op.fallback else "")
+        + "\n"
+        for name, op in qconfig.ops.items()
+    )

@@ -1,0 +1,197 @@
+"""The search space as data: which values each configuration key may take.
+
+A `Space` maps dotted configuration keys to domains. Three kinds cover what Hydra's sweep syntax can say:
+`choice(a,b)`, `interval(low, high)` (on a log scale or among integers, too) and `range(start, stop, step)`.
+Nothing here knows a sampler, so a space can be hashed, stored and compared with the standard library alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeGuard
+
+from qflow.core import record
+from qflow.core.errors import ConfigError
+
+Scalar: TypeAlias = str | int | float | bool | None
+Values: TypeAlias = Mapping[str, Scalar]  # one point: configuration key -> value
+
+
+def _number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require_numbers(kind: str, **values: object) -> None:
+    for name, value in values.items():
+        if not _number(value):
+            raise ConfigError(f"{kind} takes finite numbers, but got {value!r} for {name}. Mend the space.")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some unordered values. Raises ConfigError when empty, repeated or not scalar."""
+
+    values: tuple[Scalar, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", tuple(self.values))
+        if not self.values:
+            raise ConfigError(
+                "Choice takes at least one value, but got none. Leave the key out of the space."
+            )
+        for value in self.values:
+            if not (value is None or isinstance(value, (str, bool)) or _number(value)):
+                raise ConfigError(f"Choice takes text, numbers, booleans or null, but got {value!r}.")
+        if len({_key(v) for v in self.values}) < len(self.values):
+            raise ConfigError(f"Choice takes each value once, but got {list(self.values)}. Drop the repeats.")
+
+    def contains(self, value: Scalar) -> bool:
+        """Whether `value` is one of the choices; True is not 1."""
+        return _key(value) in {_key(v) for v in self.values}
+
+    def normal(self, value: Scalar) -> Scalar:
+        """The choice that `value` equals, or `value` itself."""
+        return next((v for v in self.values if _key(v) == _key(value)), value)
+
+    def count(self) -> int:
+        """How many values there are."""
+        return len(self.values)
+
+    def points(self) -> tuple[Scalar, ...]:
+        """Every value."""
+        return self.values
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values with the kind, for JSON."""
+        return {"kind": "choice", "values": list(self.values)}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Every number from `low` to `high`, both inclusive; `log` draws evenly in log(value)."""
+
+    low: float
+    high: float
+    log: bool = False
+    integer: bool = False
+
+    def __post_init__(self) -> None:
+        _require_numbers("Interval", low=self.low, high=self.high)
+        if self.low > self.high:
+            raise ConfigError(f"Interval needs low <= high, but got {self.low} and {self.high}. Swap them.")
+        if self.log and self.low <= 0:
+            raise ConfigError(f"A log Interval needs low > 0, but got {self.low}. Raise it or drop log.")
+        if self.integer and not (float(self.low).is_integer() and float(self.high).is_integer()):
+            raise ConfigError(f"An integer Interval needs whole ends, but got {self.low} and {self.high}.")
+
+    def contains(self, value: Scalar) -> bool:
+        """Whether `value` is a number within the ends (a whole one if `integer`)."""
+        if not _number(value) or (self.integer and not float(value).is_integer()):
+            return False
+        return self.low <= value <= self.high
+
+    def normal(self, value: Scalar) -> Scalar:
+        """`value` in the type of this domain: int or float."""
+        if not _number(value):
+            return value
+        return int(value) if self.integer and float(value).is_integer() else float(value)
+
+    def count(self) -> int | None:
+        """How many values there are, None for a continuum."""
+        return int(self.high) - int(self.low) + 1 if self.integer else None
+
+    def points(self) -> tuple[Scalar, ...]:
+        """Every value; none where they cannot be listed."""
+        return tuple(range(int(self.low), int(self.high) + 1)) if self.integer else ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values with the kind, for JSON."""
+        return {
+            "kind": "interval",
+            "low": self.low,
+            "high": self.high,
+            "log": self.log,
+            "integer": self.integer,
+        }
+
+
+@dataclass(frozen=True)
+class Range:
+    """start, start + step, ... below `stop`, which is exclusive like Hydra's `range`."""
+
+    start: float
+    stop: float
+    step: float = 1
+
+    def __post_init__(self) -> None:
+        _require_numbers("Range", start=self.start, stop=self.stop, step=self.step)
+        if self.step <= 0 or self.stop <= self.start:
+            raise ConfigError(
+                f"Range needs step > 0 and stop > start, but got {self.start}, {self.stop}, {self.step}."
+            )
+
+    @property
+    def integer(self) -> bool:
+        """Whether every value is whole."""
+        return float(self.start).is_integer() and float(self.step).is_integer()
+
+    def count(self) -> int:
+        """How many values there are, at least one."""
+        # 1e-9 of a step: range(0, 0.3, 0.1) has three values although the quotient may come out above 3
+        return max(1, math.ceil((self.stop - self.start) / self.step - 1e-9))
+
+    def points(self) -> tuple[Scalar, ...]:
+        """Every value; floats carry 12 significant digits, so that 0.1 + 2 * 0.1 is 0.3."""
+        return tuple(self.normal(self.start + i * self.step) for i in range(self.count()))
+
+    def contains(self, value: Scalar) -> bool:
+        """Whether `value` is one of the steps, to a billionth of a step."""
+        if not _number(value):
+            return False
+        steps = (value - self.start) / self.step
+        return abs(steps - round(steps)) < 1e-9 and 0 <= round(steps) < self.count()
+
+    def normal(self, value: Scalar) -> Scalar:
+        """`value` in the type of this domain, without the dust of float steps."""
+        if not _number(value):
+            return value
+        return int(value) if self.integer and float(value).is_integer() else float(f"{value:.12g}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values with the kind, for JSON."""
+        return {"kind": "range", "start": self.start, "stop": self.stop, "step": self.step}
+
+
+Domain: TypeAlias = Choice | Interval | Range
+Space: TypeAlias = Mapping[str, Domain]
+
+
+def _key(value: Scalar) -> tuple[bool, Scalar]:
+    return isinstance(value, bool), value  # keeps True apart from 1, and 1 together with 1.0
+
+
+def space_dict(space: Space) -> dict[str, Any]:
+    """The space as plain values for JSON."""
+    return {key: domain.to_dict() for key, domain in space.items()}
+
+
+def space_digest(space: Space) -> str:
+    """A digest that two spaces share exactly when they allow the same values in the same way."""
+    return record.digest(space_dict(space))
+
+
+def point_key(params: Values) -> str:
+    """Canonical text of one point; equal points have equal texts (1 and 1.0 are told apart by `normal`)."""
+    return record.to_json(dict(params))
+
+
+def all_points(space: Space, limit: int) -> Iterator[dict[str, Scalar]] | None:
+    """Every point of a finite space, or None when there are more than `limit` or they cannot be listed."""
+    counts = [domain.count() for domain in space.values()]
+    if any(count is None for count in counts) or math.prod(count or 1 for count in counts) > limit:
+        return None
+    axes = [domain.points() for domain in space.values()]
+    return (dict(zip(space, combination, strict=True)) for combination in itertools.product(*axes))

@@ -1,0 +1,226 @@
+"""The loop of a search: ask, start a run, evaluate, commit, tell.
+
+    ask -> start run -> link -> evaluate -> upload files -> constraints -> COMMIT -> tell -> end run
+
+This process is the only writer. Up to the commit a trial can be lost and is tried again; from the commit on
+its result can no longer be lost, whatever is killed when (`reconcile`). Running the same search again
+continues it: `n_trials` counts the finished trials of the whole study.
+
+What it leaves out: several trials at once, and stopping a trial that has begun.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TypeAlias
+from urllib.parse import quote
+
+from qflow.core.errors import QflowError, TrialError
+from qflow.search.domain import Scalar, Values, all_points, point_key
+from qflow.search.outcome import FailedTrial, FinishedTrial, Marker, Outcome, Tracker
+from qflow.search.reconcile import INTERRUPTED, LOST, check_invariants, finished, given_up, reconcile
+from qflow.search.study import Proposal, Study
+
+__all__ = [
+    "Evaluate", "FailedTrial", "FinishedTrial", "Outcome", "Scalar", "Terminated", "Tracker",
+    "check_invariants", "reconcile", "run_trials", "sigterm_interrupts",
+]  # fmt: skip
+
+Evaluate: TypeAlias = Callable[[Values, Path], Outcome]
+ASKS = 30  # proposals in a row that repeat known trials before the space counts as exhausted
+LISTABLE = 4096  # points; a smaller space is listed to find what is left of it
+FAILURES = 10  # failed trials in a row that end the search: by then the cause is not the point
+_log = logging.getLogger(__name__)
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM)."""
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Raise Terminated on SIGTERM while inside, as Ctrl-C raises KeyboardInterrupt; main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_signum: int, _frame: FrameType | None) -> None:
+        raise Terminated("SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _nothing(_: object) -> None:
+    pass
+
+
+def run_trials(
+    study: Study, tracker: Tracker, evaluate: Evaluate, *,
+    n_trials: int,
+    fixed: Sequence[tuple[str, Values]] = (),
+    timeout: float | None = None,
+    scratch: Path,
+    on_trial: Callable[[FinishedTrial | FailedTrial], None] = _nothing,
+    study_run_id: str | None = None,
+    checkpoint: Callable[[str], None] = _nothing,
+) -> list[FinishedTrial]:  # fmt: skip
+    """Evaluate until the study has `n_trials` finished trials; returns all of them, by number.
+
+    `fixed` are (label, params) that come first, each once in the life of the study. `timeout` (seconds) stops
+    before the next trial, not within one. `evaluate(params, folder)` writes the trial's files into the
+    folder; a QflowError from it fails that trial only, anything else ends the search after the trial was
+    marked as failed. Interrupted (Ctrl-C, SIGTERM), the trial at hand is put back and the interrupt goes on.
+    `checkpoint` is called with the name of each step that was just done. Raises TrackingError when another
+    process drives the study, TrialError after `FAILURES` failures in a row.
+    """
+    parent = study_run_id or tracker.open_study(study.name, tags={}, params={}, description="")
+    with sigterm_interrupts(), study.driver():
+        folder = scratch / quote(study.name, safe="")
+        shutil.rmtree(folder, ignore_errors=True)  # of a driver that was killed
+        for trial in reconcile(study, tracker):
+            on_trial(trial)
+        driver = _Driver(study, tracker, evaluate, parent, folder, on_trial, checkpoint)
+        driver.enqueue_fixed(fixed)
+        try:
+            driver.run(n_trials, timeout)
+        except BaseException as error:
+            stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
+            with suppress(Exception):  # what is left open now is settled by the next start
+                reconcile(study, tracker, ending=INTERRUPTED if stopped else LOST)
+            raise
+        return [finished(trial) for trial in study.trials() if trial.state == "complete"]
+
+
+@dataclass
+class _Driver:
+    """The state of one run of the loop: which points are known, how many trials count."""
+
+    study: Study
+    tracker: Tracker
+    evaluate: Evaluate
+    parent: str
+    scratch: Path
+    on_trial: Callable[[FinishedTrial | FailedTrial], None]
+    checkpoint: Callable[[str], None]
+    known: dict[str, int] = field(default_factory=dict)  # point -> number of the trial that evaluated it
+    count: int = 0  # finished trials of the whole study
+
+    def __post_init__(self) -> None:
+        for trial in self.study.trials():
+            if trial.state == "complete":
+                self.known[point_key(trial.params)] = trial.number
+                self.count += 1
+
+    def enqueue_fixed(self, fixed: Sequence[tuple[str, Values]]) -> None:
+        """Put the fixed points in the queue that are not in the study yet; a failed one gets a new try."""
+        settled = {
+            t.label for t in self.study.trials() if t.state != "fail" or t.ending == "twin" or given_up(t)
+        }
+        for label, params in fixed:
+            if label not in settled:
+                self.study.enqueue(params, label=label)
+                settled.add(label)
+
+    def run(self, n_trials: int, timeout: float | None) -> None:
+        """Trials until the count, the time or the space is used up."""
+        start, failures = time.monotonic(), 0
+        while self.count < n_trials and (timeout is None or time.monotonic() - start < timeout):
+            proposal = self._new_point()
+            if proposal is None:
+                _log.warning("The search space is exhausted: %d of %d trials.", self.count, n_trials)
+                return
+            trial = self._trial(proposal)
+            failures = failures + 1 if isinstance(trial, FailedTrial) else 0
+            self.on_trial(trial)
+            if failures >= FAILURES and isinstance(trial, FailedTrial):
+                raise TrialError(
+                    f"A search goes on while some trials succeed, but got {failures} failures in a row, the "
+                    f"last: {trial.reason} Mend the cause and run the same command again."
+                )
+
+    def _new_point(self) -> Proposal | None:
+        """A proposal that was not evaluated before, or None when there seems to be none."""
+        for turn in range(ASKS):
+            proposal = self.study.ask()
+            self.checkpoint("asked")
+            twin = self.known.get(point_key(proposal.params))
+            if twin is None:
+                return proposal
+            self.study.fail(proposal.number, "twin", f"the same point as trial {twin}")
+            if turn >= 3 and not self._enqueue_unseen():
+                return None
+        return None
+
+    def _enqueue_unseen(self) -> bool:
+        """Queue a point that is left of a small space; False when none is."""
+        points = all_points(self.study.space, LISTABLE)
+        if points is None:
+            return True  # too many to list: there may be some
+        left = [point for point in points if point_key(dict(sorted(point.items()))) not in self.known]
+        if left:
+            self.study.enqueue(random.Random(len(self.known)).choice(left))
+        return bool(left)
+
+    def _trial(self, proposal: Proposal) -> FinishedTrial | FailedTrial:
+        number = proposal.number
+        run_id = self.tracker.start_trial(self.parent, self.study.name, number, proposal.label)
+        self.checkpoint("started")
+        self.study.link(number, run_id)
+        self.checkpoint("linked")
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{number}-", dir=self.scratch) as name:
+            try:
+                marker = self._measure(proposal, Path(name))
+            except QflowError as error:
+                return self._fail(proposal, run_id, str(error))
+            except Exception as error:
+                self._fail(proposal, run_id, f"{type(error).__name__}: {error}")
+                raise
+            self.checkpoint("evaluated")
+            return self._commit(proposal, run_id, marker, Path(name))
+
+    def _measure(self, proposal: Proposal, folder: Path) -> Marker:
+        start = time.monotonic()
+        outcome = self.evaluate(proposal.params, folder)
+        outcome.check(len(self.study.directions))
+        marker = Marker(outcome, proposal.label, round(time.monotonic() - start, 3))
+        marker.to_json()  # refuses what cannot be kept before anything is written
+        return marker
+
+    def _commit(self, proposal: Proposal, run_id: str, marker: Marker, folder: Path) -> FinishedTrial:
+        number, outcome, text = proposal.number, marker.outcome, marker.to_json()
+        tables = self.tracker.upload(run_id, folder)
+        self.checkpoint("uploaded")
+        self.study.set_result(number, outcome.constraints, text)
+        self.checkpoint("constrained")
+        self.tracker.commit(run_id, text, outcome.params, outcome.metrics, outcome.tags, None, tables)
+        self.checkpoint("committed")
+        self.study.complete(number, outcome.objectives)
+        self.known[point_key(proposal.params)] = number
+        self.count += 1
+        self.checkpoint("told")
+        self.tracker.end(run_id, "FINISHED")
+        self.checkpoint("ended")
+        return FinishedTrial(number, run_id, proposal.params, proposal.label, outcome, marker.seconds)
+
+    def _fail(self, proposal: Proposal, run_id: str, reason: str) -> FailedTrial:
+        self.study.fail(proposal.number, "failed", reason)
+        self.checkpoint("failed")
+        self.known[point_key(proposal.params)] = proposal.number
+        self.tracker.end(run_id, "FAILED", reason)
+        return FailedTrial(proposal.number, run_id, proposal.params, proposal.label, reason)

@@ -1,0 +1,142 @@
+"""What a trial is worth, and what the loop needs of a tracker.
+
+The JSON of a `Marker`, written to the trial's run in one batch with its params and metrics, is the commit
+point: a trial is finished exactly when its run carries one. Everything after it can be redone from it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from qflow.core import record
+from qflow.core.errors import QflowError, TrialError
+from qflow.search.domain import Scalar
+
+MARKER_LIMIT = 8000  # characters that MLflow keeps of a tag; it cuts longer ones without an error
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One evaluated trial: what the search sees, and what people sort and group by."""
+
+    objectives: tuple[float, ...]  # in the study's order, e.g. (metric, latency_ms)
+    constraints: Mapping[str, float]  # <= 0 is feasible
+    params: Mapping[str, Scalar]  # MLflow params
+    metrics: Mapping[str, float]  # MLflow metrics, named with slashes: accuracy/drop, cost/latency_ms
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self, n_objectives: int) -> None:
+        """Raise TrialError unless all objectives are there and finite and no constraint is NaN."""
+        if len(self.objectives) != n_objectives:
+            raise TrialError(
+                f"A trial gives {n_objectives} objectives, but got {len(self.objectives)}. Absent is failed."
+            )
+        if not all(_finite(value) for value in self.objectives):
+            raise TrialError(f"Objectives are finite numbers, but got {self.objectives}. Absent is failed.")
+        for name, value in self.constraints.items():
+            if not isinstance(value, (int, float)) or math.isnan(value):
+                raise TrialError(f"A constraint is a number, but got {value!r} for {name}. Absent is failed.")
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Marker:
+    """The content of the commit marker; `seconds` is the wall time of the evaluation."""
+
+    outcome: Outcome
+    label: str = ""
+    seconds: float = 0.0
+
+    def to_json(self) -> str:
+        """Canonical JSON. Raises TrialError when a value has no JSON form or the text would be cut."""
+        try:
+            text = record.to_json(self)
+        except QflowError as error:
+            raise TrialError(str(error)) from None
+        if len(text) >= MARKER_LIMIT:
+            raise TrialError(
+                f"An outcome takes fewer than {MARKER_LIMIT} characters of JSON, but got {len(text)}. "
+                f"Write long tables and texts to files in the trial's folder."
+            )
+        return text
+
+    @classmethod
+    def from_json(cls, text: str) -> Marker:
+        """Read back what `to_json` wrote."""
+        return record.from_dict(cls, json.loads(text))
+
+
+@dataclass(frozen=True)
+class FinishedTrial:
+    """A trial that counts; `params` is the sampler's proposal, `label` names a fixed trial."""
+
+    number: int
+    run_id: str
+    params: Mapping[str, Scalar]
+    label: str
+    outcome: Outcome
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FailedTrial:
+    """A trial that could not be evaluated, and why; it can never win."""
+
+    number: int
+    run_id: str
+    params: Mapping[str, Scalar]
+    label: str
+    reason: str
+
+
+class Tracker(Protocol):
+    """What the loop asks of a tracker; run statuses are RUNNING, FINISHED, FAILED, KILLED."""
+
+    def open_study(
+        self, name: str, *, tags: Mapping[str, str], params: Mapping[str, Scalar], description: str
+    ) -> str:
+        """Run id of the study, found again when it exists."""
+
+    def start_trial(self, study_run_id: str, study: str, number: int, label: str) -> str:
+        """Run id of a new trial run."""
+
+    def upload(self, run_id: str, folder: Path) -> list[str]:
+        """Upload the trial's files; the names of those that are tables."""
+
+    def commit(
+        self,
+        run_id: str,
+        outcome_json: str,
+        params: Mapping[str, Scalar],
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+        folder: Path | None,
+        tables: Sequence[str],
+    ) -> None:
+        """Write values and marker; the marker is visible only if everything else is."""
+
+    def result(self, run_id: str) -> str | None:
+        """The marker of a committed run."""
+
+    def find_trial(self, study: str, number: int) -> str | None:
+        """Run id of the newest run of a trial."""
+
+    def running_trials(self, study: str) -> list[str]:
+        """Run ids of the trial runs that have no end."""
+
+    def trial_runs(self, study: str) -> list[tuple[str, int, str, str | None]]:
+        """(run id, trial number, status, marker) of every trial run; slow, for checks only."""
+
+    def run_tags(self, run_id: str) -> dict[str, str]:
+        """The tags of a run."""
+
+    def end(self, run_id: str, status: str, reason: str | None = None) -> None:
+        """Close a run."""

@@ -1,0 +1,121 @@
+"""Making study and tracker agree again after a process died between any two steps.
+
+The commit marker on the run decides. Committed but not told: told now, nothing is computed again. Not
+committed: the trial has failed, its point is put back in the queue, at most `MAX_RETRY` times, so that a
+point that kills its process cannot hold the study for ever. Then every run without an end is closed as its
+trial ended. Doing all this twice changes nothing, so a kill in the middle of it is only one more kill.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from qflow.search.outcome import FinishedTrial, Marker, Tracker
+from qflow.search.study import Study, StudyTrial
+
+MAX_RETRY = 2
+LOST = "lost"  # the process died; counts as a try
+INTERRUPTED = "interrupted"  # the user stopped it; does not count
+_REASONS = {LOST: "the process ended before the trial was committed", INTERRUPTED: "stopped by the user"}
+_log = logging.getLogger(__name__)
+
+
+def reconcile(study: Study, tracker: Tracker, *, ending: str = LOST) -> list[FinishedTrial]:
+    """Settle every running trial and close every open run; returns the trials recovered from their marker.
+
+    The caller holds `study.driver()`: a trial of a process that still lives would be taken for a lost one.
+    """
+    recovered = []
+    for trial in study.trials():
+        if trial.state == "running":
+            run_id = trial.run_id or tracker.find_trial(study.name, trial.number)
+            text = tracker.result(run_id) if run_id else None
+            if run_id and text:
+                recovered.append(_complete(study, trial, run_id, text))
+            else:
+                _give_back(study, trial, ending)
+    _close_runs(study, tracker)
+    return recovered
+
+
+def finished(trial: StudyTrial) -> FinishedTrial:
+    """The record of a complete trial, from its marker."""
+    marker = Marker.from_json(trial.marker or "{}")
+    return FinishedTrial(
+        trial.number, trial.run_id or "", trial.params, trial.label, marker.outcome, marker.seconds
+    )
+
+
+def given_up(trial: StudyTrial) -> bool:
+    """Whether this trial was lost for the last time."""
+    return trial.ending == LOST and trial.attempt >= MAX_RETRY
+
+
+def _complete(study: Study, trial: StudyTrial, run_id: str, text: str) -> FinishedTrial:
+    marker = Marker.from_json(text)
+    if trial.run_id is None:
+        study.link(trial.number, run_id)
+    study.set_result(trial.number, marker.outcome.constraints, text)
+    study.complete(trial.number, marker.outcome.objectives)
+    return FinishedTrial(trial.number, run_id, trial.params, trial.label, marker.outcome, marker.seconds)
+
+
+def _give_back(study: Study, trial: StudyTrial, ending: str) -> None:
+    study.fail(trial.number, ending, _REASONS[ending])
+    attempt = trial.attempt + (ending == LOST)
+    if attempt > MAX_RETRY:
+        _log.warning(
+            "Trial %d was lost %d times and is given up: %s", trial.number, attempt, dict(trial.params)
+        )
+    elif trial.params or trial.label:  # killed right after ask there is no point yet to put back
+        study.enqueue(trial.params, label=trial.label, attempt=attempt, retry_of=trial.number)
+
+
+def _close_runs(study: Study, tracker: Tracker) -> None:
+    trials = {trial.number: trial for trial in study.trials()}
+    for run_id in tracker.running_trials(study.name):
+        trial = trials.get(int(tracker.run_tags(run_id).get("qflow.trial", -1)))
+        if trial is None:
+            tracker.end(run_id, "KILLED", "its trial is not in the study database")
+        elif trial.state == "complete":
+            tracker.end(run_id, "FINISHED")
+        else:
+            status = "KILLED" if trial.ending in (LOST, INTERRUPTED) else "FAILED"
+            tracker.end(run_id, status, trial.reason)
+
+
+def check_invariants(study: Study, tracker: Tracker) -> list[str]:
+    """What study and tracker disagree on, one sentence each; empty when no driver runs and all is well."""
+    runs: dict[int, list[tuple[str, str, str | None]]] = {}
+    problems = []
+    for run_id, number, status, marker in tracker.trial_runs(study.name):
+        runs.setdefault(number, []).append((run_id, status, marker))
+        if status == "RUNNING":
+            problems.append(f"Run {run_id} of trial {number} is RUNNING.")
+    for trial in study.trials():
+        if trial.state == "running":
+            problems.append(f"Trial {trial.number} is running.")
+        elif trial.state == "complete":
+            problems += _check_complete(trial, runs.get(trial.number, []))
+        elif any(status == "FINISHED" for _, status, _ in runs.get(trial.number, [])):
+            problems.append(f"Trial {trial.number} is {trial.state} but has a FINISHED run.")
+    return problems
+
+
+def _check_complete(trial: StudyTrial, runs: list[tuple[str, str, str | None]]) -> list[str]:
+    ended = [(run_id, marker) for run_id, status, marker in runs if status == "FINISHED"]
+    if len(ended) != 1 or len(runs) != 1:
+        return [f"Trial {trial.number} is complete and has {len(runs)} runs, {len(ended)} of them FINISHED."]
+    run_id, text = ended[0]
+    if text is None or run_id != trial.run_id:
+        return [f"Trial {trial.number} and run {run_id} do not name each other with a marker."]
+    outcome = Marker.from_json(text).outcome
+    problems = []
+    if text != trial.marker or tuple(outcome.objectives) != trial.objectives:
+        problems.append(f"Trial {trial.number} has {trial.objectives}, its run {outcome.objectives}.")
+    if dict(outcome.constraints) != dict(trial.constraints):
+        problems.append(f"Trial {trial.number} has {trial.constraints}, its run {outcome.constraints}.")
+    if not all(math.isfinite(value) for value in trial.objectives):
+        problems.append(f"Trial {trial.number} is complete with {trial.objectives}.")
+    return problems

@@ -1,0 +1,306 @@
+"""The search study: proposals in, values out, kept in a database; the only home of optuna.
+
+Constraints follow Optuna 5: `<= 0` is feasible, a trial without constraints counts as feasible. Each kept
+trial carries its MLflow run, its commit marker and, when it failed, how it ended, as user attributes.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from qflow.core import record
+from qflow.core.errors import ConfigError, TrackingError
+from qflow.search.domain import Choice, Domain, Interval, Scalar, Space, Values, space_dict
+from qflow.tracking.store import build_aside, exclusive, sqlite_path, sqlite_url
+
+SAMPLERS = ("tpe", "nsga2", "gp", "random")
+LOCK_TIMEOUT = 60  # seconds a statement waits for another writer of the database
+_STATES = {
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "waiting",
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "fail",
+    TrialState.FAIL: "fail",
+}
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A point to evaluate; `label` names a fixed trial, else it is empty."""
+
+    number: int
+    params: Mapping[str, Scalar]
+    label: str
+
+
+@dataclass(frozen=True)
+class StudyTrial:
+    """One trial as the study keeps it."""
+
+    number: int
+    state: str  # waiting, running, complete, fail
+    params: Mapping[str, Scalar]
+    label: str
+    objectives: tuple[float, ...]  # empty unless complete
+    constraints: Mapping[str, float]
+    run_id: str | None
+    marker: str | None
+    attempt: int  # how often this point was lost before
+    ending: str  # "" | failed | lost | interrupted | twin
+    reason: str
+
+
+class Study:
+    """An Optuna study with a fixed space; open it with `Study.open`."""
+
+    def __init__(self, study: optuna.Study, space: Space, directions: tuple[str, ...], lock: Path) -> None:
+        self.name = study.study_name
+        self.space = dict(space)
+        self.directions = directions
+        self._study = study
+        self._lock = lock
+        self._asked: dict[int, optuna.Trial] = {}
+        self._distributions = {key: _distribution(domain) for key, domain in space.items()}
+
+    @classmethod
+    def open(
+        cls, storage: str | Path, name: str, *, space: Space, directions: tuple[str, ...],
+        sampler: str = "tpe", seed: int = 0, n_trials: int = 100,
+    ) -> Study:  # fmt: skip
+        """Open or create the study `name` in a database file, a folder (optuna.db in it) or at a URL.
+
+        Raises ConfigError when the study exists with another space or other directions, or an argument is
+        not allowed; TrackingError when the database cannot be opened.
+        """
+        _check_arguments(name, space, directions, sampler)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        url, lock_folder = _place(storage)
+        try:
+            study = optuna.create_study(
+                storage=_open_storage(url),
+                study_name=name,
+                directions=[StudyDirection[direction.upper()] for direction in directions],
+                load_if_exists=True,
+            )
+        except Exception as error:  # SQLAlchemy and its drivers share no root
+            raise TrackingError(
+                f"The study database must open, but got {type(error).__name__} for {url}: "
+                f"{str(error).splitlines()[0]}. Mend it or name another storage."
+            ) from error
+        _keep_space(study, {"space": space_dict(space), "directions": list(directions)})
+        study.sampler = _sampler(
+            sampler, zlib.crc32(f"{seed}/{name}/{len(study.get_trials(deepcopy=False))}".encode()), n_trials
+        )
+        return cls(study, space, directions, lock_folder / f".{quote(name, safe='')}.study.lock")
+
+    def driver(self) -> AbstractContextManager[None]:
+        """The right to drive this study. Entering raises TrackingError while another process has it."""
+        return exclusive(self._lock, owner_of=f"study '{self.name}'")
+
+    def enqueue(
+        self, params: Values, *, label: str = "", attempt: int = 0, retry_of: int | None = None
+    ) -> None:
+        """Put a point before the sampler's own. Keys that are missing are left to the sampler.
+
+        A value that the space cannot express (another choice, a key outside) is evaluated all the same; the
+        sampler then sees a stand-in of its own for it.
+        """
+        known = {k: v for k, v in params.items() if k in self.space and _expressible(self.space[k], v)}
+        attrs: dict[str, Any] = {"label": label, "try": attempt, "fixed": dict(params)}
+        if retry_of is not None:
+            attrs["retry_of"] = retry_of
+        self._study.enqueue_trial(known, user_attrs=attrs)
+
+    def ask(self) -> Proposal:
+        """The next point: an enqueued one if there is any, else the sampler's."""
+        with _quiet(self._study.sampler):
+            trial = self._study.ask(self._distributions)
+        self._asked[trial.number] = trial
+        attrs = trial.user_attrs
+        return Proposal(trial.number, self._point(trial.params, attrs), attrs.get("label", ""))
+
+    def link(self, number: int, run_id: str) -> None:
+        """Remember the MLflow run of a running trial."""
+        self._trial(number).set_user_attr("mlflow_run_id", run_id)
+
+    def set_result(self, number: int, constraints: Mapping[str, float], marker: str) -> None:
+        """Keep constraints and marker of a running trial; doing it twice changes nothing."""
+        trial = self._trial(number)
+        known = trial.constraints
+        for name, value in constraints.items():
+            if name not in known:
+                trial.set_constraint(name, value)
+        if trial.user_attrs.get("marker") != marker:
+            trial.set_user_attr("marker", marker)
+
+    def complete(self, number: int, objectives: tuple[float, ...]) -> None:
+        """Tell the sampler the values; a trial that is told already stays as it is."""
+        self._study.tell(number, list(objectives), state=TrialState.COMPLETE, skip_if_finished=True)
+        self._asked.pop(number, None)
+
+    def fail(self, number: int, ending: str, reason: str) -> None:
+        """End a running trial without values: `ending` is failed, lost, interrupted or twin."""
+        self._trial(number).set_user_attr("end", {"ending": ending, "reason": reason})
+        self._study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+        self._asked.pop(number, None)
+
+    def trials(self) -> list[StudyTrial]:
+        """Every trial, by number."""
+        return [self._kept(trial) for trial in self._study.get_trials(deepcopy=False)]
+
+    def _trial(self, number: int) -> optuna.Trial:
+        if number not in self._asked:  # a running trial of a process that died
+            self._asked[number] = optuna.Trial(
+                self._study, self._study.get_trials(deepcopy=False)[number]._trial_id
+            )
+        return self._asked[number]
+
+    def _point(self, params: Mapping[str, Any], attrs: Mapping[str, Any]) -> dict[str, Scalar]:
+        point = {**params, **attrs.get("fixed", {})}
+        return {
+            key: self.space[key].normal(v) if key in self.space else v for key, v in sorted(point.items())
+        }
+
+    def _kept(self, trial: FrozenTrial) -> StudyTrial:
+        attrs = trial.user_attrs
+        end = attrs.get("end", {})
+        return StudyTrial(
+            number=trial.number,
+            state=_STATES[trial.state],
+            params=self._point(trial.params, attrs),
+            label=attrs.get("label", ""),
+            objectives=tuple(trial.values or ()),
+            constraints=dict(trial.constraints),
+            run_id=attrs.get("mlflow_run_id"),
+            marker=attrs.get("marker"),
+            attempt=attrs.get("try", 0),
+            ending=end.get("ending", ""),
+            reason=end.get("reason", ""),
+        )
+
+
+def _check_arguments(name: str, space: Space, directions: tuple[str, ...], sampler: str) -> None:
+    if not re.fullmatch(r"[\w.+=@-]+(/[\w.+=@-]+)*", name):
+        raise ConfigError(f"A study name is words, dots, dashes and slashes, but got {name!r}. Rename it.")
+    if not space:
+        raise ConfigError("A search needs at least one key in its space, but got none. Add a domain.")
+    if not directions or any(d not in ("maximize", "minimize") for d in directions):
+        raise ConfigError(f"Directions are maximize or minimize, one per objective, but got {directions}.")
+    if sampler not in SAMPLERS:
+        raise ConfigError(f"A sampler is one of {', '.join(SAMPLERS)}, but got {sampler!r}.")
+
+
+def _place(storage: str | Path) -> tuple[str, Path]:
+    """The URL of the database and the folder for locks (the temporary one for a database server)."""
+    text = str(storage)
+    if "://" in text:
+        file = sqlite_path(text)
+        return text, file.parent if file else Path(tempfile.gettempdir())
+    path = Path(storage).absolute()
+    file = path if path.suffix else path / "optuna.db"
+    return sqlite_url(file), file.parent
+
+
+def _open_storage(url: str) -> optuna.storages.RDBStorage:
+    file = sqlite_path(url)
+    if file is None:
+        return optuna.storages.RDBStorage(url)
+    build_aside(file, _create)
+    return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_TIMEOUT}})
+
+
+def _create(url: str) -> None:
+    storage = optuna.storages.RDBStorage(url)
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+def _keep_space(study: optuna.Study, terms: dict[str, Any]) -> None:
+    """Write the space into a new study; refuse another one in an old study."""
+    kept = study.user_attrs.get("qflow.terms")
+    if kept is None and not study.get_trials(deepcopy=False):
+        study.set_user_attr("qflow.terms", {**terms, "digest": record.digest(terms)})
+    elif kept is None:
+        raise ConfigError(
+            f"A study is one that qflow started, but got a foreign one for '{study.study_name}'. "
+            f"Give the search another study name."
+        )
+    elif kept["digest"] != record.digest(terms):
+        old, new = kept["space"], terms["space"]
+        changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k)) or ["directions"]
+        raise ConfigError(
+            f"A study keeps the space it was started with, but got another one for '{study.study_name}' "
+            f"(changed: {', '.join(changed)}). Give the search another study name."
+        )
+
+
+def _sampler(kind: str, seed: int, n_trials: int) -> BaseSampler:
+    """The sampler. `seed` must differ on resume, or it would repeat the first points of the study."""
+    startup = max(1, min(10, n_trials // 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group=True
+        if kind == "tpe":
+            return optuna.samplers.TPESampler(
+                multivariate=True, group=True, n_startup_trials=startup, seed=seed
+            )
+        if kind == "nsga2":
+            return optuna.samplers.NSGAIISampler(population_size=max(4, min(20, n_trials // 5)), seed=seed)
+        if kind == "gp":
+            return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed)
+        return optuna.samplers.RandomSampler(seed=seed)
+
+
+@contextmanager
+def _quiet(sampler: BaseSampler) -> Iterator[None]:
+    """No warning for a fixed value out of range; one thread for the Gaussian process (12 times faster)."""
+    torch = sys.modules.get("torch") if isinstance(sampler, optuna.samplers.GPSampler) else None
+    threads = torch.get_num_threads() if torch else 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            if torch:
+                torch.set_num_threads(1)
+            yield
+        finally:
+            if torch:
+                torch.set_num_threads(threads)
+
+
+def _distribution(domain: Domain) -> BaseDistribution:
+    if isinstance(domain, Choice):
+        return CategoricalDistribution(domain.values)
+    if isinstance(domain, Interval):
+        if domain.integer:
+            return IntDistribution(int(domain.low), int(domain.high), log=domain.log)
+        return FloatDistribution(domain.low, domain.high, log=domain.log)
+    last = domain.start + (domain.count() - 1) * domain.step
+    if domain.integer:
+        return IntDistribution(int(domain.start), int(last), step=int(domain.step))
+    return FloatDistribution(domain.start, float(f"{last:.12g}"), step=domain.step)
+
+
+def _expressible(domain: Domain, value: Scalar) -> bool:
+    """Whether Optuna can hold `value`: a known choice, or a number, also one out of range."""
+    if isinstance(domain, Choice):
+        return domain.contains(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    if domain.integer and not float(value).is_integer():
+        return False
+    return value > 0 or not (isinstance(domain, Interval) and domain.log)

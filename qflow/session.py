@@ -1,0 +1,208 @@
+"""A study at work: the parts that a door has assembled, and what the stages of every workflow have in common."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from qflow import config as conf
+from qflow.bench import Bench, TrialResult
+from qflow.core.dtype import QDtype
+from qflow.core.errors import ConfigError
+from qflow.core.record import digest
+from qflow.report.console import Console
+from qflow.report.files import write_study, write_trial
+from qflow.search.loop import FailedTrial, FinishedTrial, Outcome, run_trials
+from qflow.search.objective import CONSTRAINT, Goal, best_trial
+from qflow.search.study import Study
+from qflow.tracking.mlflow_tracker import MlflowTracker
+
+# What may change between two starts of one study; everything else must stay as it was.
+FREE = ("root", "search.n_trials", "search.timeout", "search.enqueue", "tracking", "executor.threads", "task.batch_size")
+
+
+@dataclass
+class Session:
+    """Everything a workflow works with. `trials` are the finished ones, those of earlier starts included."""
+
+    config: DictConfig
+    bench: Bench
+    goal: Goal
+    console: Console
+    tracker: MlflowTracker
+    study: Study
+    root: Path
+    study_run: str = ""
+    trials: list[FinishedTrial] = field(default_factory=list)
+
+    @property
+    def accuracy(self) -> str:
+        """Name of the task's metric on a run."""
+        return f"accuracy/{self.bench.task.metric_name}"
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """Versions and fingerprints; the same for all trials of a start."""
+        return self.bench.manifest()
+
+    def open(self) -> None:
+        """Find or make the study's parent run. Raises ConfigError if it was begun with other settings."""
+        state = fingerprint(self.config, self.manifest)
+        found = self.tracker.find_study(self.study.name)
+        if found is not None:
+            before = self.tracker.run_tags(found).get("qflow.fingerprint", "")
+            changed = changed_keys(before, state)
+            if changed:
+                raise ConfigError(
+                    f"A study goes on with what it began with, but got another {', '.join(changed)} for study "
+                    f"{self.study.name}. Use another name: study={self.study.name}-2."
+                )
+        text = "\n".join(f"{key} {value}" for key, value in sorted(state.items()))
+        self.study_run = self.tracker.open_study(
+            self.study.name,
+            tags={"qflow.fingerprint": text, "qflow.workflow": self.config.workflow},
+            params={"task": self.config.task.name, "march": self.config.device.march, "seed": self.config.seed},
+            description=f"{self.study.name}: drop of at most {self.goal.max_drop:g} at least latency.",
+        )
+
+    def run_trials(self, n_trials: int, fixed: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+        """Evaluate until the study holds `n_trials` trials; prints a line or moves the bar for each."""
+        with self.console.bar("trials", n_trials, "trials") as advance:
+            seen = 0
+
+            def on_trial(trial: FinishedTrial | FailedTrial) -> None:
+                nonlocal seen
+                if isinstance(trial, FinishedTrial):
+                    seen += 1
+                    self.note_best([*self.trials, trial])
+                    self.trials.append(trial)
+                self.console.say(trial_line(trial, self.accuracy))
+                advance(len(self.trials))
+
+            before = {t.number for t in self.trials}
+            finished = run_trials(
+                self.study,
+                self.tracker,
+                self.evaluate,
+                n_trials=n_trials,
+                fixed=fixed,
+                timeout=self.config.search.timeout,
+                scratch=self.root / "scratch",
+                on_trial=on_trial,
+                study_run_id=self.study_run,
+            )
+            earlier = len([t for t in finished if t.number not in before]) - seen
+            self.trials = finished
+            self.note_best(finished)
+            if earlier > 0:
+                self.console.say(f"{'continued':<12} {earlier} trials of an earlier start stand and are not repeated")
+
+    def evaluate(self, params: Mapping[str, Any], folder: Path) -> Outcome:
+        """One trial as a function of its parameters: files into `folder`, numbers into the outcome."""
+        changed = conf.with_params(self.config, params)
+        settings = conf.trial_settings(changed)
+        with self.console.bar("trial", self.bench.eval_samples, "samples") as advance:
+            result = self.bench.run_trial(settings, advance)
+        write_trial(
+            folder,
+            result,
+            config_yaml=conf.resolved_yaml(changed),
+            manifest=self.manifest,
+            sensitivities=self.bench.sensitivities,
+        )
+        return outcome(result, self.goal, self.accuracy, trial_params(changed))
+
+    def note_best(self, trials: Sequence[FinishedTrial]) -> None:
+        """Keep best-so-far for the bars and the study's run: what is known survives a kill."""
+        best = best_trial(trials)
+        if best is None:
+            self.console.best = "best: none meets the goal yet"
+            return
+        m = best.outcome.metrics
+        self.console.best = (
+            f"best: {m[self.accuracy]:.4f} drop {m['accuracy/drop']:+.4f} {m['cost/latency_ms']:.3f} ms "
+            f"int16 {m['qconfig/int16_ratio']:.2f}"
+        )
+
+    def log_stage_tables(self) -> None:
+        """Sensitivities and bad cases onto the study's run."""
+        with tempfile.TemporaryDirectory() as folder:
+            write_study(Path(folder), sensitivities=self.bench.sensitivities, badcases=self.bench.badcases)
+            self.tracker.log_study(self.study_run, folder=Path(folder))
+
+
+def trial_params(config: DictConfig) -> dict[str, Any]:
+    """The scalars of a trial that someone will sort or group by."""
+    node = {"calibration": conf.plain(config.calibration), "qconfig": conf.plain(config.qconfig)}
+    return {
+        f"{group}.{key}": value
+        for group, values in node.items()
+        for key, value in values.items()
+        if isinstance(value, (str, int, float, bool))
+    }
+
+
+def outcome(result: TrialResult, goal: Goal, accuracy: str, params: Mapping[str, Any]) -> Outcome:
+    """Objectives (metric, latency), the constraint, and what MLflow shows of a trial."""
+    cost, qconfig = result.cost, result.qconfig
+    return Outcome(
+        objectives=(result.metric, cost.latency_ms),
+        constraints={CONSTRAINT: goal.excess(result.drop)},
+        params=params,
+        metrics={
+            accuracy: result.metric,
+            "accuracy/drop": result.drop,
+            "cost/latency_ms": cost.latency_ms,
+            "cost/latency_low_ms": cost.low_ms,
+            "cost/latency_high_ms": cost.high_ms,
+            "cost/fps": cost.fps,
+            "cost/int16_mac_share": cost.int16_mac_share,
+            "qconfig/int16_ratio": qconfig.share(QDtype.qint16),
+            "qconfig/n_int16": float(len(qconfig.names(QDtype.qint16))),
+            "qconfig/n_int8": float(len(qconfig.names(QDtype.qint8))),
+            "calibration/samples": float(result.calibration_samples),
+        },
+        tags={
+            "qflow.qconfig": qconfig.digest,
+            "qflow.scales": result.scales_digest,
+            "qflow.shared": str(result.shared).lower(),
+        },
+    )
+
+
+def trial_line(trial: FinishedTrial | FailedTrial, accuracy: str) -> str:
+    """One line a trial."""
+    name = f"trial {trial.number}" + (f" {trial.label}" if trial.label else "")
+    if isinstance(trial, FailedTrial):
+        return f"{name:<22} failed: {trial.reason}"
+    m, p = trial.outcome.metrics, trial.outcome.params
+    verdict = "meets the goal" if trial.outcome.constraints[CONSTRAINT] <= 0 else "misses the goal"
+    return (
+        f"{name:<22} {m[accuracy]:.4f} drop {m['accuracy/drop']:+.4f}  {m['cost/latency_ms']:6.3f} ms  int16 "
+        f"{m['qconfig/int16_ratio']:.2f}  {p['calibration.method']:<10} {p['calibration.batch_size']}x"
+        f"{p['calibration.steps']:<4} {verdict:<16} {trial.seconds:5.1f} s"
+    )
+
+
+def fingerprint(config: DictConfig, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Digest of each part of the configuration that results depend on, and of weights and data."""
+    state: dict[str, str] = {}
+    for key, value in conf.plain(config).items():
+        if key in FREE:
+            continue
+        if isinstance(value, dict):
+            value = {k: v for k, v in value.items() if f"{key}.{k}" not in FREE}
+        state[key] = digest(value)
+    return {**state, "weights": str(manifest["weights"]), "data": str(manifest["data"])}
+
+
+def changed_keys(before: str, now: Mapping[str, str]) -> list[str]:
+    """Parts that differ from the text that `Session.open` kept."""
+    known = dict(line.split(" ", 1) for line in before.splitlines() if " " in line)
+    return sorted(key for key, value in now.items() if known.get(key, value) != value)

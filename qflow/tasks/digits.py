@@ -1,0 +1,98 @@
+"""The smallest task: scikit-learn's handwritten digits, and a network that trains in a few seconds.
+
+Images are 8x8, gray, float32 [1, 8, 8] in [0, 1]; the target is the digit. Nothing is stored: the images come with
+scikit-learn (1,797 of them, CC BY 4.0) and the weights are trained when the model is built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+Batch = tuple[Tensor, Tensor]  # image [B, 1, 8, 8], digit int64 [B]
+HELD_OUT = 597  # images kept for evaluation; 1,200 are left for training
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsData:
+    """The splits, each of samples (image, digit). Calibration is a part of train; evaluation is apart from both."""
+
+    train: TensorDataset
+    calibration: TensorDataset
+    evaluation: TensorDataset
+
+
+def build_data(*, calibration_size: int = 128, seed: int = 0) -> DigitsData:
+    """Shuffle by `seed` and split."""
+    digits = load_digits()
+    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(seed))
+    images = torch.from_numpy(digits.images).float()[order, None] / 16
+    labels = torch.from_numpy(digits.target).long()[order]
+    if not 0 < calibration_size <= len(order) - HELD_OUT:
+        raise ValueError(
+            f"calibration_size must lie in 1..{len(order) - HELD_OUT}, the number of training images; "
+            f"got {calibration_size}."
+        )
+    return DigitsData(
+        train=TensorDataset(images[HELD_OUT:], labels[HELD_OUT:]),
+        calibration=TensorDataset(*(part[HELD_OUT:][:calibration_size] for part in (images, labels))),
+        evaluation=TensorDataset(images[:HELD_OUT], labels[:HELD_OUT]),
+    )
+
+
+class DigitsNet(nn.Module):
+    """Three convolutions with batch norm, one of them beside an identity, and a dense layer: 10 scores a picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.norm2 = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv3, self.norm3 = nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32)
+        self.relu = nn.ReLU()
+        self.dense = nn.Linear(32 * 4 * 4, 10)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.relu(self.norm1(self.conv1(image)))
+        x = x + self.relu(self.norm2(self.conv2(x)))
+        x = self.relu(self.norm3(self.conv3(x)))
+        scores: Tensor = self.dense(x.flatten(1))
+        return scores
+
+
+def build_model(*, epochs: int = 8, seed: int = 0) -> nn.Module:
+    """Train the float network, about a second, and give it in eval mode. The caller's random state is left alone."""
+    images, labels = build_data().train.tensors
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        model = DigitsNet()
+        optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+        for _ in range(epochs):
+            for index in torch.randperm(len(labels)).split(60):
+                value = loss(model(images[index]), (images[index], labels[index]))
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+    return model.eval()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """Share of images whose highest score is the digit's."""
+
+    name: ClassVar[str] = "accuracy"
+    direction: ClassVar[str] = "maximize"
+
+    def __call__(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """One score an image, float32 [B]: 1 right, 0 wrong."""
+        return (outputs.argmax(dim=1) == batch[1]).float()
+
+
+def loss(outputs: Tensor, batch: Batch) -> Tensor:
+    """Cross entropy."""
+    return F.cross_entropy(outputs, batch[1])

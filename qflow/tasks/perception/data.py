@@ -1,0 +1,152 @@
+"""Pictures made from real ones: an item of Fashion-MNIST on a ground cut from a photograph.
+
+Every picture is 96x96 RGB and holds one item of 5 classes at a random place, size, tint and brightness. The target is
+its class and the tight box round its own pixels: not the 28x28 frame it came in. Everything follows from a seed.
+
+What the splits share is nothing but the method: train and calibration draw on different training items, evaluation on
+test items, and the ground of evaluation is the right part of the photographs, which the other two never see.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+from torch.utils.data import Dataset
+
+SIDE = 96  # pixels, of a picture
+FRAME = 28  # pixels, of an item as Fashion-MNIST gives it
+CLASSES = ("top", "trousers", "dress", "shoe", "bag")
+KIND = (0, 1, 0, 2, 0, 3, 0, 3, 4, 3)  # class of Fashion-MNIST's t-shirt, trouser, pullover, dress, coat, sandal, shirt,
+#                                        sneaker, bag, ankle boot
+GROUND_BORDER = 448  # column of the 427x640 photographs: training looks left of it, evaluation right of it
+SIZES = (24.0, 80.0)  # pixels in a picture that the 28 of the frame become
+EXPOSURES = (0.08, 1.1)  # from night to glaring day, in factors of what the sources hold; evenly drawn in the logarithm
+
+
+class Target(TypedDict):
+    """What is to be found: `label` int64 [], `box` float32 [4] = left, top, right, bottom in pixels."""
+
+    label: Tensor
+    box: Tensor
+
+
+class Pictures(Dataset[tuple[Tensor, Target]]):
+    """Rendered pictures, one an item, as samples of (image float32 [3, 96, 96] in [-1, 1), target).
+
+    Pixels are scaled as (pixel - 128) / 128. All pictures are drawn at first use and kept as uint8.
+    """
+
+    def __init__(self, items: Tensor, labels: Tensor, grounds: Tensor, seed: int) -> None:
+        """Take `items` uint8 [N, 28, 28], `labels` int64 [N], `grounds` uint8 [photographs, height, width, 3]."""
+        self.items, self.labels, self.grounds, self.seed = items, labels, grounds, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the same items anew: other places, sizes, tints and grounds for each epoch."""
+        self.epoch = epoch
+        self.__dict__.pop("rendered", None)
+
+    @cached_property
+    def rendered(self) -> tuple[Tensor, Tensor]:
+        """Images uint8 [N, 3, 96, 96] and boxes float32 [N, 4]."""
+        generator = torch.Generator().manual_seed(self.seed * 10_007 + self.epoch)
+        chunks = [render(chunk, self.grounds, generator) for chunk in self.items.split(256)]
+        return torch.cat([images for images, _ in chunks]), torch.cat([boxes for _, boxes in chunks])
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        images, boxes = self.rendered
+        image = images[index].float().div_(255)
+        return image, {"label": self.labels[index], "box": boxes[index]}
+
+
+def render(items: Tensor, grounds: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Place each of `items` uint8 [N, 28, 28] on a ground: images uint8 [N, 3, 96, 96], boxes float32 [N, 4]."""
+    count = len(items)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(count, *shape, generator=generator)
+
+    tight = tight_boxes(items)
+    scale = uniform(*SIZES) / FRAME
+    extent = (tight[:, 2:] - tight[:, :2]) * scale[:, None]
+    corner = uniform(0.0, 1.0, 2) * (SIDE - extent) - tight[:, :2] * scale[:, None]  # where the frame begins
+    boxes = tight * scale[:, None] + corner.repeat(1, 2)
+
+    # A pixel centre p of the picture shows the point (p - corner) / scale of the frame, both in pixels.
+    pixel = torch.arange(SIDE) + 0.5
+    x, y = ((pixel - corner[:, axis, None]) / scale[:, None] * (2 / FRAME) - 1 for axis in (0, 1))
+    grid = torch.stack([x[:, None, :].expand(-1, SIDE, -1), y[:, :, None].expand(-1, -1, SIDE)], dim=-1)
+    gray = items[:, None].float() / 255
+    layers = F.grid_sample(torch.cat([gray, (gray > 0).float()], dim=1), grid, align_corners=False)
+    shade, cover = layers[:, :1], layers[:, 1:]
+
+    tint = uniform(0.5, 1.0, 3, 1, 1) * uniform(0.7, 1.2, 1, 1, 1)
+    image = cut(grounds, count, generator) * (1 - cover) + 255 * tint * shade.maximum(0.1 * cover)
+    image *= torch.exp(uniform(*(math.log(exposure) for exposure in EXPOSURES), 1, 1, 1))
+    return image.clamp(0, 255).round().to(torch.uint8), boxes
+
+
+def tight_boxes(items: Tensor) -> Tensor:
+    """Left, top, right, bottom of the pixels above zero, float32 [N, 4] in pixels of the frame."""
+    sides = []
+    for axis in (1, 2):  # rows left over by columns, then columns by rows
+        filled = (items > 0).any(dim=axis).float()
+        sides.append((filled.argmax(dim=1), FRAME - filled.flip(1).argmax(dim=1)))
+    (left, right), (top, bottom) = sides
+    return torch.stack([left, top, right, bottom], dim=1).float()
+
+
+def cut(grounds: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Random 96x96 windows of the photographs, half of them mirrored: float32 [count, 3, 96, 96] in 0..255."""
+    photographs, height, width, _ = grounds.shape
+    which, top, left, mirrored = (
+        torch.randint(high, (count,), generator=generator)
+        for high in (photographs, height - SIDE + 1, width - SIDE + 1, 2)
+    )
+    span = torch.arange(SIDE)
+    columns = torch.where(mirrored[:, None] == 1, span.flip(0), span) + left[:, None]
+    windows = grounds[which[:, None, None], (top[:, None] + span)[:, :, None], columns[:, None, :]]
+    return windows.permute(0, 3, 1, 2).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerceptionData:
+    """The three splits: no item in two of them."""
+
+    train: Pictures
+    calibration: Pictures
+    evaluation: Pictures
+
+
+def build_data(*, calibration_size: int = 256, evaluation_size: int = 1536, seed: int = 0) -> PerceptionData:
+    """Read the vendored items and scikit-learn's photographs; what is not calibration is left for training."""
+    with np.load(Path(__file__).with_name("fashion.npz")) as stored:
+        items, labels, test_items, test_labels = (
+            torch.from_numpy(stored[name]) for name in ("train_items", "train_labels", "test_items", "test_labels")
+        )
+    if not 0 < calibration_size < len(items) or not 0 < evaluation_size <= len(test_items):
+        raise ValueError(
+            f"There are {len(items)} items for calibration and training and {len(test_items)} for evaluation; "
+            f"got calibration_size={calibration_size}, evaluation_size={evaluation_size}."
+        )
+    photographs = torch.from_numpy(np.stack(load_sample_images().images))
+    seen, unseen = photographs[:, :, :GROUND_BORDER], photographs[:, :, GROUND_BORDER:]
+    kinds, test_kinds = (torch.tensor(KIND)[part.long()] for part in (labels, test_labels))
+    spare, kept, tested = slice(calibration_size), slice(calibration_size, None), slice(evaluation_size)
+    return PerceptionData(
+        train=Pictures(items[kept], kinds[kept], seen, 3 * seed),
+        calibration=Pictures(items[spare], kinds[spare], seen, 3 * seed + 1),
+        evaluation=Pictures(test_items[tested], test_kinds[tested], unseen, 3 * seed + 2),
+    )

@@ -1,0 +1,228 @@
+"""A task: the float model, its data, its metric, and the shape it is deployed at. What a user brings.
+
+    model    an nn.Module with its float weights (whatever `task.model._target_` returns)
+    data     an object with map-style datasets `calibration` and `evaluation` (and `train` for QAT); samples come
+             out of the user's inference-time preprocessing. Optional: `collate(samples)`, `model_inputs(batch)`.
+    metric   called with (model outputs, batch) it gives one score a sample; the task's metric is their mean.
+             Or an object with update(outputs, batch), compute() and reset(). Either declares `direction`:
+             "maximize" or "minimize" (`higher_is_better` of torchmetrics is understood).
+
+A batch is a tensor, (inputs, target, ...), or a dict: of a sequence the model gets as many items as its forward
+takes, of a dict the keys that are arguments of its forward; `data.model_inputs` overrules this.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.data import DataLoader, Subset
+
+from qflow.core.errors import ConfigError, DataError, ModelError
+
+DIRECTIONS = ("maximize", "minimize")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Model, data and metric as built, with what the task states about them."""
+
+    name: str
+    model: nn.Module
+    data: Any
+    metric: Any
+    metric_name: str = "accuracy"
+    direction: str = "maximize"
+    stated_metric: float | None = None
+    tolerance: float = 0.002
+    deploy_shape: tuple[int, ...] | Mapping[str, Sequence[int]] | None = None
+    device: str = "cpu"
+
+    def drop(self, float_metric: float, metric: float) -> float:
+        """Loss against float in the metric's own units, positive where worse, whatever the direction."""
+        return float_metric - metric if self.direction == "maximize" else metric - float_metric
+
+
+def make_task(
+    *, name: str, model: Any, data: Any, metric: Any, device: str = "cpu", **stated: Any
+) -> Task:
+    """Check the three parts and put them together. Raises ConfigError naming what a part lacks."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"task.model gives a torch.nn.Module, but got {type(model).__name__}. Return the model.")
+    for part in ("calibration", "evaluation"):
+        if not hasattr(data, part) or not hasattr(getattr(data, part), "__getitem__"):
+            raise ConfigError(
+                f"task.data gives map-style datasets calibration and evaluation, but {type(data).__name__} has no "
+                f"{part} that can be indexed. Add it."
+            )
+    direction = getattr(metric, "direction", None)
+    if direction is None and getattr(metric, "higher_is_better", None) is not None:
+        direction = "maximize" if metric.higher_is_better else "minimize"
+    if direction not in DIRECTIONS:
+        raise ConfigError(
+            f"A metric declares direction maximize or minimize, but got {direction!r} for {type(metric).__name__}. "
+            "Set the attribute `direction`."
+        )
+    metric_name = str(getattr(metric, "name", None) or getattr(metric, "__name__", type(metric).__name__)).lower()
+    return Task(
+        name=name,
+        model=model.to(device).eval(),
+        data=data,
+        metric=metric,
+        metric_name=metric_name,
+        direction=direction,
+        device=device,
+        **stated,
+    )
+
+
+def model_inputs(task: Task, batch: Any) -> Any:
+    """What of a batch goes to the model: a tensor, a tuple to splat or a dict of keywords (module docstring)."""
+    if hasattr(task.data, "model_inputs"):
+        return task.data.model_inputs(batch)
+    parameters = [
+        p
+        for p in inspect.signature(task.model.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    required = [p for p in parameters if p.default is p.empty]
+    if isinstance(batch, Mapping):
+        matching = {p.name: batch[p.name] for p in parameters if p.name in batch}
+        return matching or (dict(batch),)
+    if isinstance(batch, (tuple, list)):
+        if isinstance(batch[0], (tuple, list, Mapping)):
+            first = batch[0]
+            if isinstance(first, Mapping):
+                return {p.name: first[p.name] for p in parameters if p.name in first} or (first,)
+            return tuple(first) if len(required) > 1 else (first,)
+        return tuple(batch[: max(len(required), 1)])
+    return (batch,)
+
+
+def batches(
+    task: Task, split: str, batch_size: int, limit: int | None = None, indices: Sequence[int] | None = None
+) -> Iterator[tuple[Any, int]]:
+    """Batches of `split` in order (or of the samples `indices`), on the task's device, with their size.
+
+    At most `limit` batches.
+
+    Raises DataError for an empty split, values that are not finite, or samples that cannot be batched.
+    """
+    data = getattr(task.data, split)
+    size = len(data)
+    if size == 0:
+        raise DataError(f"task.data.{split} holds samples, but got none. Check paths and filters of task.data.")
+    wanted: Sequence[int] = range(size) if indices is None else indices
+    chosen = Subset(data, wanted if limit is None else wanted[: limit * batch_size])
+    loader = DataLoader(chosen, batch_size=batch_size, collate_fn=getattr(task.data, "collate", None))
+    iterator = iter(loader)
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except (RuntimeError, TypeError, KeyError) as error:
+            text = str(error).splitlines()[0]
+            raise DataError(
+                f"Samples of task.data.{split} must batch together, but got: {text}. Give task.data a collate."
+            ) from error
+        batch = _moved(batch, task.device)
+        inputs = model_inputs(task, batch)
+        tensors = [t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)]
+        if not tensors:
+            raise DataError(f"A batch holds tensors, but got {type(batch).__name__} from {split}. Return tensors.")
+        for tensor in tensors:
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise DataError(f"Inputs are finite, but got NaN or inf in task.data.{split}. Clean the data.")
+        yield batch, len(tensors[0])
+
+
+def evaluate(
+    task: Task,
+    model: Callable[..., Any],
+    batch_size: int,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> tuple[float, int]:
+    """Metric of `model` over the evaluation data and the number of samples.
+
+    Raises ModelError where an output is not finite or the model cannot take a batch, DataError for bad data.
+    """
+    stateful = hasattr(task.metric, "update") and hasattr(task.metric, "compute")
+    if stateful and hasattr(task.metric, "reset"):
+        task.metric.reset()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch, size in batches(task, "evaluation", batch_size):
+            outputs = run(model, model_inputs(task, batch))
+            for tensor in tree_flatten(outputs)[0]:
+                if isinstance(tensor, Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise ModelError("Outputs of a model are finite, but got NaN or inf. Check weights and data.")
+            if stateful:
+                task.metric.update(outputs, batch)
+            else:
+                scores = torch.as_tensor(task.metric(outputs, batch))
+                if scores.ndim != 1 or len(scores) != size:
+                    raise ConfigError(
+                        f"A metric gives one score a sample, but got shape {tuple(scores.shape)} for {size} samples. "
+                        "Return a vector, or give the metric update() and compute()."
+                    )
+                total += float(scores.double().sum())
+            count += size
+            on_batch(count)
+    value = float(task.metric.compute()) if stateful else total / count
+    if value != value:
+        raise ModelError("A metric is a number, but got NaN. Check task.metric.")
+    return value, count
+
+
+def run(model: Callable[..., Any], inputs: Any) -> Any:
+    """Call `model` on `inputs`; a batch it cannot take is the user's to mend, so it gets one line."""
+    try:
+        return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        shapes = [tuple(t.shape) for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)]
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"The model must take the batches of its data, but got shapes {shapes}: {text}. "
+            "Check task.data, or give it model_inputs(batch)."
+        ) from error
+
+
+def deploy_inputs(task: Task, example: Any) -> Any:
+    """Inputs at `task.deploy_shape` in the structure of `example`; without a shape, the example's first sample."""
+    if task.deploy_shape is None:
+        return tree_map(lambda v: v[:1] if isinstance(v, Tensor) else v, example)
+    generator = torch.Generator().manual_seed(0)
+
+    def at(shape: Sequence[int], like: Tensor) -> Tensor:
+        if len(shape) != like.ndim:
+            raise ConfigError(
+                f"task.deploy_shape has as many dimensions as the model's input, but got {list(shape)} for an input "
+                f"of {list(like.shape)}."
+            )
+        drawn = torch.rand(tuple(shape), generator=generator) if like.is_floating_point() else torch.zeros(tuple(shape))
+        return drawn.to(like)
+
+    if isinstance(task.deploy_shape, Mapping):
+        if not isinstance(example, Mapping):
+            raise ConfigError("task.deploy_shape by name needs dict batches, but got positional inputs. Give one shape.")
+        unknown = sorted(set(task.deploy_shape) - set(example))
+        if unknown:
+            raise ConfigError(f"task.deploy_shape names inputs {sorted(example)}, but got {unknown}.")
+        return {k: at(task.deploy_shape[k], v) if k in task.deploy_shape else v[:1] for k, v in example.items()}
+    values = list(example.values()) if isinstance(example, Mapping) else list(example)
+    if len([v for v in values if isinstance(v, Tensor)]) != 1:
+        raise ConfigError("One task.deploy_shape is for one input, but the model takes several. Give shapes by name.")
+    shape = tuple(task.deploy_shape)
+    return tree_map(lambda v: at(shape, v) if isinstance(v, Tensor) else v, example)
+
+
+def _moved(batch: Any, device: str) -> Any:
+    if device == "cpu":
+        return batch
+    return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, batch)

@@ -1,0 +1,305 @@
+"""Runs in MLflow: one parent run per study, one child run per trial; the only home of `import mlflow`.
+
+    params   what someone will sort or group by          metrics  names with slashes, 6 significant digits
+    tags     qflow.study, .trial, .label, .kind, .result  files    at the root of the run, tables marked
+
+MLflow writes params, then metrics, then tags of one batch. So a tag sent in the same batch as the values is
+there only if they are, and the `qflow.result` tag can serve as the commit point of a trial.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qflow.core.errors import TrackingError
+from qflow.tracking import connect
+from qflow.tracking.connect import SCHEMA
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+Plain = str | int | float | bool | None
+RESULT = "qflow.result"
+TABLES = "mlflow.loggedArtifacts"
+BATCH = 90  # params or tags; MLflow splits at 100 and would then send the marker before the rest
+METRIC_BATCH = 800  # and at 1000 values in all
+TABLE_HEAD = '{"columns":['  # how pandas begins a frame with orient="split"
+
+
+class MlflowTracker:
+    """One experiment of one store; open it with `open`. `seconds` is the wall time spent in its calls."""
+
+    def __init__(self, client: MlflowClient, uri: str, experiment_id: str) -> None:
+        self.client = client
+        self.uri = uri
+        self.experiment_id = experiment_id
+        self.seconds = 0.0
+        self._depth = 0
+        self._source = connect.source_tags()
+
+    @classmethod
+    def open(cls, uri: str | None, folder: Path, experiment: str) -> MlflowTracker:
+        """Open the store at `uri` (a server or a database), or the SQLite store in `folder`.
+
+        Raises TrackingError when the server does not answer within 5 s, the store is of a kind that is not
+        served, or the experiment was written by a qflow with another schema.
+        """
+        start = time.monotonic()
+        client, uri, experiment_id = connect.open_client(uri, folder, experiment)
+        tracker = cls(client, uri, experiment_id)
+        tracker.seconds = time.monotonic() - start
+        return tracker
+
+    def ui_command(self) -> str:
+        """The command that shows the runs; for a server, its address."""
+        if self.uri.startswith("http"):
+            return f"open {self.uri}"
+        return f"mlflow ui --workers 1 --backend-store-uri {shlex.quote(self.uri)}"
+
+    def open_study(
+        self, name: str, *, tags: Mapping[str, str], params: Mapping[str, Plain], description: str
+    ) -> str:
+        """Run id of the study `name`: a new run, or the one that has the name, set RUNNING again.
+
+        A param keeps the value of the first start, as MLflow demands; values that changed since are in the
+        tag `qflow.changed_params`.
+        """
+        every = {**tags, "mlflow.note.content": description} if description else dict(tags)
+        with self._call():
+            run_id = self.find_study(name) or ""
+            if run_id:
+                self.client.update_run(run_id, status="RUNNING")
+            else:
+                identity = {
+                    "qflow.study": name,
+                    "qflow.kind": "study",
+                    "qflow.schema": SCHEMA,
+                    **self._source,
+                }
+                run = self.client.create_run(self.experiment_id, tags=identity, run_name=name)
+                run_id = str(run.info.run_id)
+            self._log(run_id, {}, self._new_params(run_id, params, every), every)
+            return run_id
+
+    def find_study(self, name: str) -> str | None:
+        """Run id of the study `name`, by tag; None if it was never begun."""
+        with self._call():
+            found = self._search(f"tags.`qflow.study` = {_quoted(name)} and tags.`qflow.kind` = 'study'", 1)
+        return str(found[0].info.run_id) if found else None
+
+    def start_trial(self, study_run_id: str, study: str, number: int, label: str) -> str:
+        """Run id of a new run for trial `number`, a child of the study's run."""
+        tags = {
+            "mlflow.parentRunId": study_run_id,
+            "qflow.study": study,
+            "qflow.trial": str(number),
+            "qflow.label": label,
+            "qflow.kind": "trial",
+            "qflow.schema": SCHEMA,
+            **self._source,
+        }
+        name = f"{study}/{number}" + (f" {label}" if label else "")
+        with self._call():
+            return str(self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id)
+
+    def upload(self, run_id: str, folder: Path) -> list[str]:
+        """Upload everything in `folder` in one go; the names of the files in it that are tables."""
+        if not any(folder.iterdir()):
+            return []
+        with self._call():
+            self.client.log_artifacts(run_id, str(folder))
+        return find_tables(folder)
+
+    def commit(
+        self,
+        run_id: str,
+        outcome_json: str,
+        params: Mapping[str, Plain],
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+        folder: Path | None = None,
+        tables: Sequence[str] = (),
+    ) -> None:
+        """Write everything a trial is worth; `outcome_json` becomes visible only after all the rest is."""
+        with self._call():
+            found = self.upload(run_id, folder) if folder else []
+            every = {**tags, **_tables_tag([*found, *tables]), RESULT: outcome_json}
+            self._log(run_id, metrics, params, every)
+
+    def result(self, run_id: str) -> str | None:
+        """What `commit` was given, or None for a run that was not committed."""
+        return self.run_tags(run_id).get(RESULT)
+
+    def find_trial(self, study: str, number: int) -> str | None:
+        """Run id of the newest run of a trial, by tag."""
+        query = f"tags.`qflow.study` = {_quoted(study)} and tags.`qflow.trial` = '{number}'"
+        with self._call():
+            found = self._search(query, 1)
+        return str(found[0].info.run_id) if found else None
+
+    def running_trials(self, study: str) -> list[str]:
+        """Run ids of the trial runs without an end; asks for those only."""
+        query = f"tags.`qflow.study` = {_quoted(study)} and tags.`qflow.kind` = 'trial'"
+        with self._call():
+            return [str(r.info.run_id) for r in self._search(f"{query} and attributes.status = 'RUNNING'")]
+
+    def trial_runs(self, study: str) -> list[tuple[str, int, str, str | None]]:
+        """(run id, trial number, status, marker) of every trial run: 2.5 ms a run, for checks and reports."""
+        with self._call():
+            runs = self._search(f"tags.`qflow.study` = {_quoted(study)} and tags.`qflow.kind` = 'trial'")
+        return [
+            (r.info.run_id, int(r.data.tags["qflow.trial"]), r.info.status, r.data.tags.get(RESULT))
+            for r in runs
+        ]
+
+    def end(self, run_id: str, status: str, reason: str | None = None) -> None:
+        """Close a run as FINISHED, FAILED or KILLED; the reason goes to the tag `qflow.end_reason`."""
+        with self._call():
+            if reason:
+                self.client.set_tag(run_id, "qflow.end_reason", reason[:5000])
+            self.client.set_terminated(run_id, status)
+
+    def log_study(
+        self,
+        run_id: str,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        params: Mapping[str, Plain] | None = None,
+        tags: Mapping[str, str] | None = None,
+        folder: Path | None = None,
+        tables: Sequence[str] = (),
+    ) -> None:
+        """Add tables, figures and values to a study's run; may be called several times."""
+        with self._call():
+            found = self.upload(run_id, folder) if folder else []
+            every = dict(tags or {})
+            if found or tables:
+                kept = [entry["path"] for entry in json.loads(self.run_tags(run_id).get(TABLES, "[]"))]
+                every |= _tables_tag([*kept, *found, *tables])
+            self._log(run_id, metrics or {}, self._new_params(run_id, params or {}, every), every)
+
+    def close_study(self, run_id: str, status: str = "FINISHED") -> None:
+        """End the study's run."""
+        self.end(run_id, status)
+
+    def download(self, run_id: str, path: str, into: Path) -> Path:
+        """Fetch a file or folder of a run's artifacts into `into`. Raises TrackingError when it is absent."""
+        into.mkdir(parents=True, exist_ok=True)
+        with self._call():
+            return Path(self.client.download_artifacts(run_id, path, str(into)))
+
+    def run_params(self, run_id: str) -> dict[str, str]:
+        """The params of a run, as text."""
+        return dict(self._run(run_id).data.params)
+
+    def run_metrics(self, run_id: str) -> dict[str, float]:
+        """The metrics of a run, the last value of each."""
+        return dict(self._run(run_id).data.metrics)
+
+    def run_tags(self, run_id: str) -> dict[str, str]:
+        """The tags of a run."""
+        return dict(self._run(run_id).data.tags)
+
+    @contextmanager
+    def calling(self) -> Iterator[MlflowClient]:
+        """The client, with the time counted and errors in one line."""
+        with self._call():
+            yield self.client
+
+    def _run(self, run_id: str) -> Run:
+        with self._call():
+            return self.client.get_run(run_id)
+
+    def _search(self, query: str, limit: int | None = None) -> list[Run]:
+        runs: list[Run] = []
+        token = None
+        while True:
+            page = self.client.search_runs(
+                [self.experiment_id], query, max_results=limit or 1000, page_token=token
+            )
+            runs += page
+            token = page.token
+            if not token or (limit and len(runs) >= limit):
+                return runs
+
+    def _new_params(self, run_id: str, params: Mapping[str, Plain], tags: dict[str, str]) -> dict[str, Plain]:
+        """The params a run does not have yet; those with another value go to a tag, in `tags`."""
+        if not params:
+            return {}
+        kept = self.run_params(run_id)
+        changed = {k: v for k, v in params.items() if k in kept and kept[k] != str(v)}
+        if changed:
+            tags["qflow.changed_params"] = json.dumps(changed, sort_keys=True)
+        return {k: v for k, v in params.items() if k not in kept}
+
+    def _log(
+        self, run_id: str, metrics: Mapping[str, float], params: Mapping[str, Plain], tags: Mapping[str, str]
+    ) -> None:
+        """One batch; the tags of an outsized one follow in a batch of their own."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        now = int(time.time() * 1000)
+        values = [Metric(key, rounded(value), now, 0) for key, value in metrics.items()]
+        texts = [Param(key, str(value)) for key, value in params.items()]
+        marks = [RunTag(key, str(value)) for key, value in tags.items()]
+        if len(texts) > BATCH or len(values) > METRIC_BATCH:
+            self.client.log_batch(run_id, metrics=values, params=texts)
+            values, texts = [], []
+        self.client.log_batch(run_id, metrics=values, params=texts, tags=marks)
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """Count the time once, however calls nest, and turn MLflow's errors into one line."""
+        start = time.monotonic()
+        self._depth += 1
+        try:
+            with connect.plain_errors(self.uri):
+                yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                self.seconds += time.monotonic() - start
+
+
+def rounded(value: float) -> float:
+    """`value` with 6 significant digits: the run list prints every digit it is given."""
+    return float(f"{value:.6g}")
+
+
+def find_tables(folder: Path) -> list[str]:
+    """The `*.json` files at the root of `folder` that `write_table` wrote."""
+    return [p.name for p in sorted(folder.glob("*.json")) if _head(p) == TABLE_HEAD]
+
+
+def write_table(frame: Any, path: Path) -> None:
+    """Write a pandas DataFrame so that the UI shows it; its first column is the key rows are compared by."""
+    if path.suffix != ".json" or frame.shape[1] < 2:
+        raise TrackingError(
+            f"A table is a .json file of a key column and more, but got {path.name} with "
+            f"{frame.shape[1]} columns."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame.to_json(path, orient="split", index=False)
+
+
+def _head(path: Path) -> str:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read(len(TABLE_HEAD))
+
+
+def _tables_tag(names: Sequence[str]) -> dict[str, str]:
+    entries = [{"path": name, "type": "table"} for name in dict.fromkeys(names)]
+    return {TABLES: json.dumps(entries)} if entries else {}
+
+
+def _quoted(text: str) -> str:
+    if "'" in text:
+        raise TrackingError(f"A study name holds no quotes, but got {text!r}. Rename the study.")
+    return f"'{text}'"

@@ -1,0 +1,118 @@
+"""A saved view of the MLflow UI: accuracy against latency at first sight, instead of a collapsed run list.
+
+The UI keeps a shared view as an experiment tag, `mlflow.sharedViewState.<key>`, whose state is
+`deflate;` + base64(zlib(JSON)). The format is not documented (seen working on 3.17.2), so writing it is best
+effort: without it the plain address still filters and sorts. Sorting by a metric is what makes the UI show
+trials flat; sorted by time it nests them under their study and plots the studies only.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import time
+import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
+
+from qflow.core import record
+from qflow.core.errors import TrackingError
+
+if TYPE_CHECKING:
+    from qflow.tracking.mlflow_tracker import MlflowTracker
+
+TAG = "mlflow.sharedViewState."
+DROP, LATENCY = "accuracy/drop", "cost/latency_ms"
+_log = logging.getLogger(__name__)
+
+
+def save_view(
+    tracker: MlflowTracker, study: str, *, params: Sequence[str] = (), x: str = LATENCY, y: str = DROP
+) -> str | None:
+    """Save the view of a study's trials and return its key, or None when that did not work.
+
+    `x` and `y` are the metrics of the scatter plot; `params` join them in the parallel coordinates.
+    """
+    state = view_state(study, params, x, y)
+    key = record.digest([study, list(params), x, y])
+    now = int(time.time() * 1000)
+    value = {"name": f"{study}: {y} against {x}", "createdAt": now, "updatedAt": now, "state": pack(state)}
+    try:
+        with tracker.calling() as client:
+            client.set_experiment_tag(tracker.experiment_id, TAG + key, json.dumps(value))
+    except TrackingError as error:  # a nicety must not end a study
+        _log.info("The view of %s was not saved: %s", study, error)
+        return None
+    return key
+
+
+def study_url(
+    host: str, experiment_id: str, study: str, key: str | None = None, *, charts: bool = True, y: str = DROP
+) -> str:
+    """The address of a study's trials, as the saved view `key` or filtered and sorted by hand."""
+    # the UI opens in its mode for language models unless it is told otherwise
+    query = {"workflowType": "machine_learning"}
+    if key:
+        query["viewStateShareKey"] = key
+    else:
+        query |= {"searchFilter": _filter(study), "orderByKey": _metric(y), "orderByAsc": "true"}
+    if charts:
+        query["compareRunsMode"] = "CHART"
+    return f"{host.rstrip('/')}/#/experiments/{experiment_id}/runs?{urlencode(query)}"
+
+
+def view_state(study: str, params: Sequence[str], x: str, y: str) -> dict[str, Any]:
+    """The page state: the study's trials sorted by `y`, a scatter plot and parallel coordinates."""
+    section = "qflow-charts"
+    card = {"metricSectionId": section, "deleted": False, "isGenerated": False}
+    scatter = {
+        **card, "type": "SCATTER", "uuid": "qflow-scatter", "runsCountToCompare": 100,
+        "xaxis": {"key": x, "type": "METRIC"}, "yaxis": {"key": y, "type": "METRIC"},
+    }  # fmt: skip
+    parallel = {
+        **card, "type": "PARALLEL", "uuid": "qflow-parallel", "runsCountToCompare": 100, "showAllRuns": False,
+        "selectedParams": list(params), "selectedMetrics": [x, y],
+    }  # fmt: skip
+    return {
+        "searchFilter": _filter(study),
+        "orderByKey": _metric(y),
+        "orderByAsc": True,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "modelVersionFilter": "All Runs",
+        "datasetsFilter": [],
+        "selectedColumns": [_metric(y), _metric(x), *(f"params.`{name}`" for name in params)],
+        "runsHiddenMode": "SHOW_ALL",
+        "runsExpanded": {},
+        "runsPinned": [],
+        "runsHidden": [],
+        "viewMaximized": False,
+        "runListHidden": False,
+        "isAccordionReordered": False,
+        "compareRunCharts": [scatter, parallel],
+        "compareRunSections": [
+            {"uuid": section, "name": "qflow", "display": True, "isReordered": False, "deleted": False,
+             "isGenerated": False},
+        ],
+    }  # fmt: skip
+
+
+def pack(state: dict[str, Any]) -> str:
+    """The text form of a state."""
+    return "deflate;" + base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
+
+
+def unpack(text: str) -> dict[str, Any]:
+    """The state in a text that `pack` made."""
+    state: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(text.removeprefix("deflate;"))))
+    return state
+
+
+def _filter(study: str) -> str:
+    return f"tags.`qflow.study` = '{study}' and tags.`qflow.kind` = 'trial'"
+
+
+def _metric(name: str) -> str:
+    return f"metrics.`{name}`"

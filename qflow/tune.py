@@ -1,0 +1,133 @@
+"""python -m qflow.tune +experiment=int8_int16: tune the precision mix of a model, every trial tracked.
+
+Exit code 0: the goal is met; 1: it is not (the nearest miss is named); 2: a mistake in what was asked.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qflow import config as conf
+from qflow.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from qflow.bench import Bench
+    from qflow.session import Session
+
+
+def main() -> None:
+    """Entry point."""
+    conf.run_door("tune", tune)
+
+
+def tune(config: DictConfig) -> int:
+    """Check everything that needs no model, assemble the parts, and hand over to the workflow."""
+    workflow = find_workflow(conf.required(config, "workflow"))
+    check_config(config)
+    with assemble(config) as session:
+        return int(workflow.run(session))
+
+
+def check_config(config: DictConfig) -> None:
+    """Refuse what cannot work before anything heavy is imported. Raises ConfigError."""
+    from qflow.search.objective import Goal
+
+    conf.trial_settings(config)
+    conf.sensitivity_settings(config)
+    conf.search_space(config)
+    Goal(config.objective.max_drop)
+    if config.search.n_trials < 2:
+        raise ConfigError(
+            f"search.n_trials is at least 2 (all-int16 and all-int8), but got {config.search.n_trials}."
+        )
+    if config.search.timeout is not None and not 0 < config.search.timeout < math.inf:
+        raise ConfigError(f"search.timeout is a number of seconds above 0, but got {config.search.timeout:g}.")
+    for point in conf.plain(config.search.enqueue):
+        conf.trial_settings(config, point)
+
+
+def find_workflow(name: str) -> Any:
+    """The module workflows/<name>.py. Raises ConfigError listing those that exist."""
+    folder = importlib.util.find_spec("qflow.workflows")
+    places = list(folder.submodule_search_locations or []) if folder else []
+    names = sorted(p.stem for place in places for p in Path(place).glob("[a-z]*.py") if p.stem.startswith("int"))
+    if name not in names:
+        raise ConfigError(f"A workflow is a file in workflows/, but got {name!r}. There are: {', '.join(names)}.")
+    return importlib.import_module(f"qflow.workflows.{name}")
+
+
+def make_bench(config: DictConfig) -> Bench:
+    """Task, device rules and cost model as built from the configuration."""
+    import torch
+
+    from qflow.bench import Bench
+    from qflow.core.device import DeviceRules
+    from qflow.cost.latency import CostModel
+
+    device = config.executor.device
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise ConfigError(f"executor.device is cpu or a GPU that torch sees, but got {device}. Use executor.device=cpu.")
+    if config.executor.threads:
+        torch.set_num_threads(config.executor.threads)
+    torch.manual_seed(config.seed)
+    torch.backends.cuda.matmul.allow_tf32 = False  # TF32 ruins int16: 78 to 86 % of the outputs come out wrong
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    march = config.device.march
+    return Bench(
+        task=conf.build_task(config),
+        rules=DeviceRules(march=march, oe_version=config.device.oe_version, **conf.plain(config.device.rules)),
+        cost_model=CostModel(march=march, **conf.plain(config.device.cost)),
+        sensitivity_settings=conf.sensitivity_settings(config),
+        default_calibration=conf.trial_settings(config).calibration,
+        eval_batch=config.task.batch_size,
+    )
+
+
+def assemble(config: DictConfig) -> Any:
+    """The session as a context: opens the store first (a bad one fails in seconds) and closes the study's run."""
+    from contextlib import contextmanager
+
+    from qflow.report.console import Console
+    from qflow.search.objective import Goal
+    from qflow.search.study import Study
+    from qflow.session import Session
+    from qflow.tracking.mlflow_tracker import MlflowTracker
+
+    @contextmanager
+    def opened() -> Any:
+        root = Path(config.root).expanduser().resolve()
+        tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
+        bench = make_bench(config)
+        study = Study.open(
+            root,
+            config.study,
+            space=conf.search_space(config),
+            directions=(bench.task.direction, "minimize"),
+            sampler=config.search.sampler,
+            seed=config.seed,
+            n_trials=config.search.n_trials,
+        )
+        session = Session(config, bench, Goal(config.objective.max_drop), Console(), tracker, study, root)
+        status = "FAILED"
+        try:
+            yield session
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            if session.study_run:
+                tracker.close_study(session.study_run, status)
+
+    return opened()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,336 @@
+"""The loop on a real store: order, continuation, failures, and kills at every step."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from qflow.core.errors import TrackingError, TrialError
+from qflow.search.domain import Choice, Interval, Range
+from qflow.search.loop import (
+    FAILURES,
+    FailedTrial,
+    FinishedTrial,
+    Outcome,
+    check_invariants,
+    run_trials,
+    sigterm_interrupts,
+)
+from qflow.search.outcome import MARKER_LIMIT, Marker
+from qflow.search.reconcile import MAX_RETRY
+from qflow.search.study import Study
+from qflow.tracking.mlflow_tracker import MlflowTracker
+
+SPACE = {"int16_ratio": Interval(0, 1), "method": Choice(("kl", "mse"))}
+FIXED = [("all-int8", {"int16_ratio": 0.0}), ("all-int16", {"int16_ratio": 1.0})]
+STEPS = ("asked", "started", "linked", "evaluated", "uploaded", "constrained", "committed", "told", "ended")
+
+
+def outcome(params, **changes) -> Outcome:
+    ratio = params["int16_ratio"]
+    values = {
+        "objectives": (0.7 + 0.1 * ratio, 1 + ratio),
+        "constraints": {"drop": 0.5 - ratio},
+        "params": dict(params),
+        "metrics": {"accuracy/drop": 0.1 - 0.1 * ratio, "cost/latency_ms": 1 + ratio},
+    }
+    return Outcome(**{**values, **changes})
+
+
+class Bench:
+    """One study on one store, with a count of the evaluations."""
+
+    def __init__(self, store: Path, space=SPACE, name: str = "task/stage") -> None:
+        self.store = store
+        self.tracker = MlflowTracker.open(None, store, "experiment")
+        self.study = Study.open(
+            store, name, space=space, directions=("maximize", "minimize"), sampler="random", n_trials=8
+        )
+        self.evaluated: list[dict] = []
+        self.seen: list[FinishedTrial | FailedTrial] = []
+
+    def evaluate(self, params, folder: Path) -> Outcome:
+        self.evaluated.append(dict(params))
+        (folder / "qconfig.json").write_text("{}")
+        return outcome(params)
+
+    def run(self, n_trials: int, evaluate=None, **options) -> list[FinishedTrial]:
+        options = {"fixed": FIXED, "scratch": self.store / "scratch", "on_trial": self.seen.append, **options}
+        return run_trials(self.study, self.tracker, evaluate or self.evaluate, n_trials=n_trials, **options)
+
+    def problems(self) -> list[str]:
+        return check_invariants(self.study, self.tracker)
+
+    def run_status(self, number: int) -> str:
+        return next(s for _, n, s, _ in self.tracker.trial_runs(self.study.name) if n == number)
+
+
+@pytest.fixture
+def bench(store) -> Bench:
+    return Bench(store)
+
+
+def test_fixed_trials_come_first_and_everything_reaches_the_tracker(bench):
+    trials = bench.run(4)
+    assert [t.label for t in trials] == ["all-int8", "all-int16", "", ""]
+    assert [t.number for t in trials] == [0, 1, 2, 3]
+    assert bench.seen == trials
+    assert bench.problems() == []
+    first = trials[1]
+    assert first.outcome == outcome(first.params)
+    assert bench.tracker.run_metrics(first.run_id)["cost/latency_ms"] == 2.0
+    assert bench.tracker.run_params(first.run_id)["int16_ratio"] == "1.0"
+    tags = bench.tracker.run_tags(first.run_id)
+    assert (tags["qflow.label"], tags["qflow.trial"]) == ("all-int16", "1")
+    assert bench.tracker.download(first.run_id, "qconfig.json", bench.store / "d").read_text() == "{}"
+    assert not any((bench.store / "scratch" / "task%2Fstage").iterdir())
+
+
+def test_running_again_continues_and_repeats_nothing(store):
+    first = Bench(store)
+    before = first.run(3)
+    second = Bench(store)
+    after = second.run(6)
+    assert after[:3] == before
+    assert len(second.evaluated) == 3
+    assert second.seen == after[3:]
+    assert Bench(store).run(6) == after
+    assert Bench(store).run(2) == after
+    keys = [tuple(sorted(t.params.items())) for t in after]
+    assert len(set(keys)) == 6
+    assert second.problems() == []
+
+
+def test_the_same_fixed_label_is_evaluated_once(bench):
+    bench.run(2, fixed=[("all-int8", {"int16_ratio": 0.0}), ("all-int8", {"int16_ratio": 0.1})])
+    bench.run(3, fixed=[("all-int8", {"int16_ratio": 0.3})])
+    assert sum(t.label == "all-int8" for t in bench.run(3)) == 1
+    assert len(bench.evaluated) == 3
+
+
+def test_the_same_point_is_evaluated_once_and_a_small_space_ends(store):
+    bench = Bench(store, {"method": Choice(("kl", "mse")), "bits": Range(4, 16, 4)})
+    evaluated = []
+
+    def evaluate(params, _folder):
+        evaluated.append(tuple(sorted(params.items())))
+        return outcome({"int16_ratio": len(evaluated) / 10})
+
+    fixed = [("a", {"method": "kl", "bits": 8}), ("b", {"method": "kl", "bits": 8})]
+    trials = bench.run(50, evaluate, fixed=fixed)
+    assert len(trials) == len(set(evaluated)) == len(evaluated) == 6
+    assert [t.label for t in trials if t.label] == ["a"]
+    assert bench.problems() == []
+    assert len(bench.run(50, evaluate, fixed=fixed)) == 6
+    assert len(evaluated) == 6
+
+
+def test_a_failing_trial_has_failed_and_the_study_goes_on(bench):
+    def evaluate(params, folder):
+        if params["int16_ratio"] == 0.0:
+            raise TrialError("The dtype pair is not legal.")
+        return bench.evaluate(params, folder)
+
+    trials = bench.run(3, evaluate)
+    assert [t.label for t in trials] == ["all-int16", "", ""]
+    failed = bench.seen[0]
+    assert isinstance(failed, FailedTrial)
+    assert (failed.label, failed.reason) == ("all-int8", "The dtype pair is not legal.")
+    assert bench.tracker.run_tags(failed.run_id)["qflow.end_reason"] == failed.reason
+    assert bench.run_status(0) == "FAILED"
+    assert bench.problems() == []
+    bench.run(4)  # mended: the fixed trial gets another try
+    assert [t.label for t in bench.run(4)] == ["all-int16", "", "", "all-int8"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"objectives": (math.nan, 1.0)}, "finite"),
+        ({"objectives": (math.inf, 1.0)}, "finite"),
+        ({"objectives": (None, 1.0)}, "finite"),
+        ({"objectives": (0.5,)}, "2 objectives, but got 1"),
+        ({"constraints": {"drop": math.nan}}, "constraint is a number"),
+        ({"metrics": {"accuracy/drop": math.nan}}, "NaN"),
+        ({"tags": {"long": "x" * MARKER_LIMIT}}, "characters of JSON"),
+    ],
+)
+def test_what_is_absent_or_not_a_number_never_wins(bench, changes, reason):
+    trials = bench.run(
+        1, lambda params, _: outcome(params, **(changes if params["int16_ratio"] == 0 else {}))
+    )
+    assert [t.label for t in trials] == ["all-int16"]
+    assert reason in bench.seen[0].reason
+    assert bench.run_status(0) == "FAILED"
+    assert bench.problems() == []
+
+
+def test_infinite_constraints_and_metrics_survive_the_marker():
+    before = Marker(
+        outcome({"int16_ratio": 0.5}, constraints={"c": math.inf}, metrics={"sqnr": math.inf}), "x", 1.5
+    )
+    assert Marker.from_json(before.to_json()) == before
+
+
+def test_failures_in_a_row_end_the_search(bench):
+    def evaluate(_params, _folder):
+        raise TrialError("No data.")
+
+    with pytest.raises(TrialError, match=f"{FAILURES} failures in a row, the last: No data"):
+        bench.run(20, evaluate)
+    assert len(bench.seen) == FAILURES
+    assert bench.problems() == []
+
+
+def test_a_defect_fails_the_trial_and_is_raised(bench):
+    def evaluate(_params, _folder):
+        raise ZeroDivisionError("oops")
+
+    with pytest.raises(ZeroDivisionError):
+        bench.run(3, evaluate)
+    assert bench.run_status(0) == "FAILED"
+    trial = bench.study.trials()[0]
+    assert (trial.ending, trial.reason) == ("failed", "ZeroDivisionError: oops")
+    assert bench.problems() == []
+
+
+def test_a_store_that_breaks_in_the_commit_loses_no_point(bench, monkeypatch):
+    def broken(*_args, **_options):
+        raise TrackingError("The server is gone.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.tracker, "commit", broken)
+        with pytest.raises(TrackingError, match="gone"):
+            bench.run(2)
+    assert bench.run_status(0) == "KILLED"
+    assert [t.label for t in bench.run(2)] == ["all-int16", "all-int8"]
+    assert bench.problems() == []
+
+
+def test_timeout_stops_before_the_next_trial(bench):
+    def evaluate(params, folder):
+        time.sleep(0.05)
+        return bench.evaluate(params, folder)
+
+    assert len(bench.run(100, evaluate, timeout=0.01)) == 1
+    assert bench.problems() == []
+
+
+def test_an_interrupted_trial_is_put_back(bench):
+    def evaluate(params, folder):
+        if len(bench.evaluated) == 1 and not bench.study.trials()[-1].attempt:
+            raise KeyboardInterrupt
+        return bench.evaluate(params, folder)
+
+    for _ in range(MAX_RETRY + 2):  # an interrupt is nobody's fault and uses up no try
+        with pytest.raises(KeyboardInterrupt):
+            bench.run(3, evaluate)
+        assert bench.problems() == []
+    assert bench.run_status(1) == "KILLED"
+    assert [t.label for t in bench.run(3)] == ["all-int8", "all-int16", ""]
+
+
+def test_an_interrupt_after_the_commit_keeps_the_trial(bench):
+    def stop(step: str) -> None:
+        if step == "committed":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(1, checkpoint=stop)
+    assert bench.problems() == []
+    bench.run(1)
+    assert len(bench.evaluated) == 1
+
+
+def test_sigterm_ends_cleanly(bench):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def evaluate(_params, _folder):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+        bench.run(3, evaluate)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert bench.run_status(0) == "KILLED"
+    assert "stopped" in bench.study.trials()[0].reason
+    assert bench.problems() == []
+    with pytest.raises(KeyboardInterrupt), sigterm_interrupts():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+
+def test_a_second_driver_is_refused(bench):
+    def evaluate(params, folder):
+        with pytest.raises(TrackingError, match=f"process {os.getpid()} does"):
+            Bench(bench.store).run(1)
+        return bench.evaluate(params, folder)
+
+    assert len(bench.run(1, evaluate)) == 1
+
+
+def run_and_die(store: Path, step: str = "", trial: int = 0, evaluate=None) -> int:
+    """Run the loop in a child that kills itself after `step` of its n-th trial; the signal it died of."""
+    child = os.fork()
+    if child == 0:
+        try:
+            left = [trial]
+
+            def checkpoint(name: str) -> None:
+                left[0] -= name == step
+                if left[0] < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            Bench(store).run(4, evaluate, checkpoint=checkpoint)
+        finally:
+            os._exit(1)
+    return os.WTERMSIG(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_kill_at_every_step_loses_nothing(store, step):
+    assert run_and_die(store, step, trial=1) == signal.SIGKILL
+    bench = Bench(store)
+    trials = bench.run(4)
+    assert bench.problems() == []
+    assert [t.label for t in sorted(trials, key=lambda t: t.label)][2:] == ["all-int16", "all-int8"]
+    assert len(trials) == 4
+    done_before = 2 if step in ("committed", "told", "ended") else 1
+    assert len(bench.evaluated) == 4 - done_before  # nothing is computed twice that was committed
+    assert not any((store / "scratch" / "task%2Fstage").iterdir())
+
+
+def test_kills_in_a_row_with_a_kill_in_the_recovery(store):
+    for step in ("linked", "committed", "asked", "told"):
+        assert run_and_die(store, step, trial=0) == signal.SIGKILL
+    bench = Bench(store)
+    assert len(bench.run(4)) == 4
+    assert bench.problems() == []
+
+
+def test_a_point_that_kills_its_process_is_given_up(store):
+    def evaluate(params, _folder):
+        if params["int16_ratio"] == 0.0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return outcome(params)
+
+    for _ in range(MAX_RETRY + 1):
+        assert run_and_die(store, evaluate=evaluate) == signal.SIGKILL
+    bench = Bench(store)
+    assert all(t.label != "all-int8" for t in bench.run(4))
+    assert all(params["int16_ratio"] != 0.0 for params in bench.evaluated)
+    assert bench.problems() == []
+
+
+def test_the_check_sees_what_is_wrong(store):
+    assert run_and_die(store, "told", trial=0) == signal.SIGKILL
+    assert run_and_die(store, "linked", trial=1) == signal.SIGKILL
+    bench = Bench(store)
+    text = " ".join(bench.problems())
+    assert "is RUNNING" in text
+    assert "Trial 2 is running" in text

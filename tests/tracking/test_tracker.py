@@ -1,0 +1,212 @@
+"""The tracker on a real SQLite store: what a run holds, what is found again, what is refused."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from qflow.core.errors import TrackingError
+from qflow.tracking.mlflow_tracker import BATCH, MlflowTracker, find_tables, rounded, write_table
+
+TABLE = pd.DataFrame({"op": ["conv", "fc"], "sensitivity": [0.5, 0.25]})
+
+
+def start(tracker: MlflowTracker, number: int = 0, study: str = "task/stage", label: str = "") -> str:
+    parent = tracker.open_study(study, tags={}, params={}, description="")
+    return tracker.start_trial(parent, study, number, label)
+
+
+def commit(tracker: MlflowTracker, run_id: str, **changes) -> None:
+    values = {"outcome_json": "{}", "params": {}, "metrics": {}, "tags": {}, "folder": None, **changes}
+    tracker.commit(run_id, **values)
+
+
+def test_a_committed_trial_holds_everything(tracker, tmp_path):
+    folder = tmp_path / "trial"
+    write_table(TABLE, folder / "sensitivity.json")
+    (folder / "qconfig.json").write_text('{"conv": "qint8"}')
+    (folder / "deep").mkdir()
+    (folder / "deep" / "note.txt").write_text("note")
+    run_id = start(tracker, 3, label="all-int8")
+    assert tracker.result(run_id) is None
+    commit(
+        tracker, run_id, outcome_json='{"a":1}', folder=folder, tags={"qflow.pareto": "true"},
+        params={"method": "kl", "ratio": 0.5, "fast": True, "limit": None},
+        metrics={"accuracy/drop": 0.123456789, "cost/latency_ms": 1234567.8},
+    )  # fmt: skip
+    tracker.end(run_id, "FINISHED")
+    assert tracker.result(run_id) == '{"a":1}'
+    assert tracker.run_params(run_id) == {"method": "kl", "ratio": "0.5", "fast": "True", "limit": "None"}
+    assert tracker.run_metrics(run_id) == {"accuracy/drop": 0.123457, "cost/latency_ms": 1234570.0}
+    tags = tracker.run_tags(run_id)
+    assert tags["qflow.label"] == "all-int8"
+    assert tags["mlflow.source.name"] == "qflow"
+    assert tags["mlflow.loggedArtifacts"] == '[{"path": "sensitivity.json", "type": "table"}]'
+    assert tags["mlflow.parentRunId"] == tracker.open_study("task/stage", tags={}, params={}, description="")
+    assert tracker.download(run_id, "deep/note.txt", tmp_path / "down").read_text() == "note"
+    assert pd.read_json(
+        tracker.download(run_id, "sensitivity.json", tmp_path / "down"), orient="split"
+    ).equals(TABLE)
+    assert tracker.trial_runs("task/stage") == [(run_id, 3, "FINISHED", '{"a":1}')]
+
+
+def test_the_marker_comes_last_even_when_mlflow_splits_the_batch(tracker, monkeypatch):
+    sent = []
+    real = tracker.client.log_batch
+    monkeypatch.setattr(
+        tracker.client, "log_batch", lambda *args, **kw: (sent.append(sorted(kw)), real(*args, **kw))
+    )
+    small, large = start(tracker, 0), start(tracker, 1)
+    commit(tracker, small, params={"p": 1}, metrics={"m": 1.0})
+    assert len([keys for keys in sent if "tags" in keys][-1:]) == 1
+    sent.clear()
+    commit(
+        tracker,
+        large,
+        params={f"p{i}": i for i in range(BATCH + 30)},
+        metrics={f"m{i}": float(i) for i in range(1200)},
+    )
+    assert ["tags" in keys for keys in sent] == [False, True]
+    assert len(tracker.run_params(large)) == BATCH + 30
+    assert len(tracker.run_metrics(large)) == 1200
+    assert tracker.result(large) == "{}"
+
+
+def test_a_study_is_found_again_and_set_running(open_tracker):
+    tracker = open_tracker()
+    options = {"tags": {"qflow.experiment": "int8"}, "description": "# Study"}
+    run_id = tracker.open_study("task/stage", params={"n_trials": 8, "seed": 0}, **options)
+    tracker.close_study(run_id, "FINISHED")
+    other = open_tracker()
+    assert other.open_study("task/stage", params={"n_trials": 12, "seed": 0, "new": 1}, **options) == run_id
+    assert other.client.get_run(run_id).info.status == "RUNNING"
+    assert other.run_params(run_id) == {"n_trials": "8", "seed": "0", "new": "1"}
+    tags = other.run_tags(run_id)
+    assert tags["qflow.changed_params"] == '{"n_trials": 12}'
+    assert tags["mlflow.note.content"] == "# Study"
+    assert other.open_study("task/stage2", params={}, **options) != run_id
+
+
+def test_study_tables_add_up_over_calls(tracker, tmp_path):
+    run_id = tracker.open_study("s", tags={}, params={}, description="")
+    for name in ("pareto", "sensitivity"):
+        write_table(TABLE, tmp_path / name / f"{name}.json")
+        tracker.log_study(run_id, folder=tmp_path / name, metrics={"study/trials": 3}, params={"p": name})
+    tracker.log_study(run_id, tags={"qflow.best": "7"})
+    tags = tracker.run_tags(run_id)
+    assert [name in tags["mlflow.loggedArtifacts"] for name in ("pareto.json", "sensitivity.json")] == [
+        True
+    ] * 2
+    assert (tags["qflow.best"], tracker.run_params(run_id)["p"]) == ("7", "pareto")
+
+
+def test_trials_are_found_by_tag(tracker):
+    runs = [start(tracker, number) for number in range(3)]
+    start(tracker, 0, study="other")
+    tracker.end(runs[0], "KILLED", "because")
+    assert tracker.find_trial("task/stage", 1) == runs[1]
+    assert tracker.find_trial("task/stage", 9) is None
+    assert sorted(tracker.running_trials("task/stage")) == sorted(runs[1:])
+    assert tracker.run_tags(runs[0])["qflow.end_reason"] == "because"
+
+
+def test_seconds_count_nested_calls_once(tracker):
+    tracker.seconds = 0.0
+    began = time.monotonic()
+    commit(tracker, start(tracker), params={"a": 1})
+    assert 0 < tracker.seconds <= time.monotonic() - began
+
+
+def test_tables_are_told_from_other_json(tmp_path):
+    write_table(TABLE, tmp_path / "t.json")
+    (tmp_path / "qconfig.json").write_text('{"columns": 3}')
+    (tmp_path / "empty.json").write_text("")
+    assert find_tables(tmp_path) == ["t.json"]
+    for frame, name in ((TABLE, "t.csv"), (TABLE[["op"]], "t.json")):
+        with pytest.raises(TrackingError, match="key column and more"):
+            write_table(frame, tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("value", "short"), [(0.0, 0.0), (1 / 3, 0.333333), (-123456789.0, -123457000.0), (math.inf, math.inf)]
+)
+def test_six_significant_digits(value, short):
+    assert rounded(value) == short
+
+
+def test_an_unreachable_server_is_refused_in_seconds(tmp_path):
+    began = time.monotonic()
+    with pytest.raises(
+        TrackingError, match=r"answer within 4 s, but got '.*' from http://127.0.0.1:9\. Start"
+    ) as got:
+        MlflowTracker.open("http://127.0.0.1:9", tmp_path, "experiment")
+    assert time.monotonic() - began < 5
+    assert "\n" not in str(got.value)
+
+
+def test_a_server_that_never_answers_is_refused_in_seconds(tmp_path, monkeypatch):
+    monkeypatch.setattr("qflow.tracking.connect.ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr("qflow.tracking.connect._health", lambda _uri: time.sleep(3))
+    with pytest.raises(TrackingError, match="no answer"):
+        MlflowTracker.open("http://tracking.invalid", tmp_path, "experiment")
+
+
+@pytest.mark.parametrize("uri", ["mlruns", "./mlruns", "file:///tmp/mlruns", "ftp://host/x", "databricks"])
+def test_the_file_store_is_refused_with_the_reason(tmp_path, uri):
+    with pytest.raises(TrackingError, match="retired the file store.*sqlite:///FILE"):
+        MlflowTracker.open(uri, tmp_path, "experiment")
+
+
+def test_a_store_of_another_schema_is_refused(tracker, open_tracker):
+    tracker.client.set_experiment_tag(tracker.experiment_id, "qflow.schema", "2")
+    with pytest.raises(TrackingError, match="schema 1, but got schema 2 for experiment 'experiment'") as got:
+        open_tracker()
+    assert "\n" not in str(got.value)
+
+
+def test_a_deleted_experiment_is_refused(tracker, open_tracker):
+    tracker.client.delete_experiment(tracker.experiment_id)
+    with pytest.raises(TrackingError, match="deleted 'experiment'"):
+        open_tracker()
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path):
+    (tmp_path / "mlflow.db").write_text("no database " * 100)
+    with pytest.raises(TrackingError, match="not a database") as got:
+        MlflowTracker.open(None, tmp_path, "experiment")
+    assert "\n" not in str(got.value)
+
+
+def test_errors_of_the_store_are_one_line(tracker, tmp_path):
+    with pytest.raises(TrackingError, match="not found") as got:
+        tracker.run_tags("0" * 32)
+    assert "\n" not in str(got.value)
+    with pytest.raises(TrackingError):
+        tracker.download(start(tracker), "absent.json", tmp_path)
+    with pytest.raises(TrackingError, match="no quotes"):
+        tracker.find_trial("it's", 0)
+
+
+def test_a_relative_uri_becomes_absolute_and_names_the_ui_command(store, monkeypatch):
+    monkeypatch.chdir(store)
+    tracker = MlflowTracker.open("sqlite:///mlflow.db", Path("."), "experiment")
+    assert tracker.uri == f"sqlite:///{store}/mlflow.db"
+    assert tracker.ui_command() == f"mlflow ui --workers 1 --backend-store-uri {tracker.uri}"
+    assert tracker.client.get_experiment(tracker.experiment_id).artifact_location == str(store / "artifacts")
+
+
+def test_opening_a_new_store_is_silent_and_the_package_is_light(tmp_path):
+    code = (
+        "import sys, pathlib; import qflow.tracking.mlflow_tracker as t, qflow.tracking.registry, "
+        "qflow.tracking.views, qflow.search.loop; assert 'mlflow' not in sys.modules; "
+        "assert 'torch' not in sys.modules; "
+        f"t.MlflowTracker.open(None, pathlib.Path({str(tmp_path)!r}), 'e')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")

@@ -1,0 +1,47 @@
+"""The saved view: its shape, its address, and that failing to write it ends nothing."""
+
+from __future__ import annotations
+
+import json
+from urllib.parse import parse_qs, urlsplit
+
+from qflow.core.errors import TrackingError
+from qflow.tracking.views import TAG, save_view, study_url, unpack, view_state
+
+
+def test_a_view_is_an_experiment_tag_with_a_packed_state(tracker):
+    key = save_view(tracker, "task/stage", params=["int16_ratio"])
+    assert key is not None
+    assert save_view(tracker, "task/stage", params=["int16_ratio"]) == key  # again replaces it
+    tags = tracker.client.get_experiment(tracker.experiment_id).tags
+    entry = json.loads(tags[TAG + key])
+    assert entry["name"] == "task/stage: accuracy/drop against cost/latency_ms"
+    assert entry["state"].startswith("deflate;")
+    state = unpack(entry["state"])
+    assert state == view_state("task/stage", ["int16_ratio"], "cost/latency_ms", "accuracy/drop")
+    assert [chart["type"] for chart in state["compareRunCharts"]] == ["SCATTER", "PARALLEL"]
+    assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == {
+        section["uuid"] for section in state["compareRunSections"]
+    }
+    runs = tracker.client.search_runs([tracker.experiment_id], state["searchFilter"])
+    assert list(runs) == []  # the filter is one that MLflow understands
+
+
+def test_addresses_open_the_mode_for_machine_learning():
+    saved = study_url("http://host:5000/", "1", "task/stage", "abc")
+    plain = study_url("http://host:5000", "1", "task/stage", charts=False)
+    assert saved == (
+        "http://host:5000/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=abc"
+        "&compareRunsMode=CHART"
+    )
+    query = parse_qs(urlsplit(urlsplit(plain).fragment).query)
+    assert query["orderByKey"] == ["metrics.`accuracy/drop`"]
+    assert "tags.`qflow.study` = 'task/stage'" in query["searchFilter"][0]
+
+
+def test_a_view_that_cannot_be_saved_ends_nothing(tracker, monkeypatch):
+    def refuse(*_args):
+        raise TrackingError("No.")
+
+    monkeypatch.setattr(tracker.client, "set_experiment_tag", refuse)
+    assert save_view(tracker, "task/stage") is None

@@ -1,0 +1,176 @@
+"""The guide's int8/int16 branch: python -m qflow.tune +experiment=int8_int16
+
+    float model -> trace, fuse, check -> calibrate -> all-int16 (ceiling) and all-int8 (floor)
+        all-int16 misses the goal:   stop; int8/int16 cannot do better than its ceiling
+        all-int8 meets the goal:     stop; nothing needs int16
+    bad cases -> sensitivity -> search calibration and int16 ratio for the cheapest mix that meets the goal
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qflow.core.dtype import QDtype
+from qflow.report.console import SummaryRow, summary_table
+from qflow.search.objective import CONSTRAINT, best_trial, meets, nearest_miss
+from qflow.search.outcome import FinishedTrial
+from qflow.session import Session
+
+ALL_INT16, ALL_INT8 = "all-int16", "all-int8"
+
+
+def run(session: Session) -> int:
+    """All stages; returns the exit code: 0 goal met, 1 not."""
+    bench, console = session.bench, session.console
+    task = bench.task
+    with console.stage("float") as say, console.bar("float", len(task.data.evaluation), "samples") as advance:
+        metric = bench.measure_float(advance)
+        say(f"{task.metric_name} {metric:.4f} on {bench.eval_samples} samples of {task.name}")
+    with console.stage("check") as say:
+        say(check(session))
+    session.open()
+    settings = bench.default_calibration
+    with console.stage("calibrate") as say, console.bar("calibrate", settings.steps, "steps") as advance:
+        stats = bench.calibrate(settings, advance)
+        say(f"{stats.samples} samples in {stats.steps} steps, one pass for every method and dtype")
+
+    with console.stage("baselines") as say:
+        session.run_trials(2, fixed(session, ALL_INT16, ALL_INT8))
+        ceiling, floor = (find(session, label) for label in (ALL_INT16, ALL_INT8))
+        say(f"all-int16 drop {ceiling['accuracy/drop']:+.4f}, all-int8 drop {floor['accuracy/drop']:+.4f}")
+    decision = decide(session)
+    if decision:
+        console.say(f"{'decision':<12} {decision}")
+        return finish(session, decision)
+
+    with console.stage("sensitivity") as say:
+        say(rank(session))
+    with console.stage("search") as say:
+        points = [(f"ratio {p['qconfig.int16_ratio']:g}" if "qconfig.int16_ratio" in p else f"start {i}", p)
+                  for i, p in enumerate(enqueued(session))]
+        session.run_trials(session.config.search.n_trials, [*fixed(session, ALL_INT16, ALL_INT8), *points])
+        say(f"{len(session.trials)} trials, {bench.hits} of them with a qconfig already evaluated")
+    return finish(session, "")
+
+
+def check(session: Session) -> str:
+    """Trace, prove the float graph unchanged, and say what the model check found."""
+    from qflow.analysis.model_check import check_model
+
+    bench = session.bench
+    graph = bench.graph
+    requested, applied = bench.template(QDtype.qint16)
+    found = check_model(graph, requested, applied).findings
+    lowered = sum(bool(op.fallback) for op in applied.ops.values())
+    fused = sum(bool(node.fused) for node in graph.nodes)
+    report = bench.cost(applied)
+    if report.refusal:
+        session.console.say(f"{'cost':<12} {report.refusal}")
+    look = sum(f.level == "check" for f in found)
+    return (
+        f"{len(graph.nodes)} operators, {fused} fused, float graph bit-identical; {lowered} int8 only on "
+        f"{bench.rules.march}, {look} findings to look at"
+    )
+
+
+def rank(session: Session) -> str:
+    """Bad cases and sensitivities onto the study's run; one line on the top of the table."""
+    bench, console = session.bench, session.console
+    with console.bar("bad cases", -(-bench.sensitivity_settings.search_samples // bench.default_calibration.batch_size),
+                     "steps") as steps, console.bar("sensitivity", 1, "quantizers") as rows:
+        table = bench.rank(steps, lambda done, total: rows(done))
+    session.log_stage_tables()
+    top = table.rows[0]
+    return (
+        f"{len(table.rows)} quantizers on {table.samples} bad cases, by {table.metric}; most sensitive: "
+        f"{top.op_name} ({top.sensitive_type})"
+    )
+
+
+def fixed(session: Session, *labels: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """The baselines: default calibration, ratio 1 and 0."""
+    settings = session.bench.default_calibration
+    base = {
+        key: getattr(settings, key.removeprefix("calibration."))
+        for key in session.study.space
+        if key.startswith("calibration.")
+    }
+    ratio = {ALL_INT16: 1.0, ALL_INT8: 0.0}
+    return [(label, {**base, "qconfig.int16_ratio": ratio[label]}) for label in labels]
+
+
+def enqueued(session: Session) -> list[dict[str, Any]]:
+    """The points that the configuration wants tried first."""
+    from qflow.config import plain
+
+    base = fixed(session, ALL_INT8)[0][1]
+    return [{**base, **point} for point in plain(session.config.search.enqueue)]
+
+
+def find(session: Session, label: str) -> Mapping[str, float]:
+    """Metrics of a baseline."""
+    return next(t.outcome.metrics for t in session.trials if t.label == label)
+
+
+def decide(session: Session) -> str:
+    """The guide's two early exits, or an empty string to go on."""
+    trials = {t.label: t for t in session.trials}
+    if not meets(trials[ALL_INT16]):
+        miss = trials[ALL_INT16].outcome.constraints[CONSTRAINT]
+        return f"all-int16 misses the goal by {miss:.4f}: no int8/int16 mix is expected to meet it; see the sensitivities"
+    if meets(trials[ALL_INT8]):
+        return "all-int8 meets the goal: no operator needs int16"
+    return ""
+
+
+def finish(session: Session, decision: str) -> int:
+    """Ten lines, the study's run completed, and the exit code."""
+    trials, bench = session.trials, session.bench
+    best = best_trial(trials)
+    shown = best or nearest_miss(trials)
+    assert shown is not None
+    rows = [SummaryRow("float", {session.accuracy: bench.float_metric})]
+    rows += [SummaryRow(label, find(session, label)) for label in (ALL_INT16, ALL_INT8)]
+    rows.append(SummaryRow("best mix" if best else "nearest", shown.outcome.metrics))
+    table = summary_table(rows, bench.task.metric_name)
+    session.tracker.log_study(
+        session.study_run,
+        metrics={f"best/{k.split('/', 1)[1]}": v for k, v in shown.outcome.metrics.items()} if best else {},
+        tags={
+            "qflow.best": shown.run_id if best else "",
+            "qflow.goal": "met" if best else "missed",
+            "mlflow.note.content": f"# {session.study.name}\n\n```\n{table}\n```\n\n{decision}",
+        },
+    )
+    say = session.console.say
+    say("\n" + table)
+    say(verdict(session, best, shown))
+    say(f"{'qconfig':<12}{shown.outcome.tags['qflow.qconfig']} of trial {shown.number}, run {shown.run_id}")
+    say(f"{'runs':<12}{session.tracker.uri}, experiment {session.config.tracking.experiment}, study {session.study.name}")
+    say(f"{'next':<12}{session.tracker.ui_command()}")
+    say(f"{'':<12}{promote_command(session)}")
+    return 0 if best else 1
+
+
+def verdict(session: Session, best: FinishedTrial | None, shown: FinishedTrial) -> str:
+    """Whether the goal is met, and if not by how much and why."""
+    goal = f"drop of at most {session.goal.max_drop:g}"
+    if best is not None:
+        m, ceiling = best.outcome.metrics, find(session, ALL_INT16)
+        saved = 1.0 - m["cost/latency_ms"] / ceiling["cost/latency_ms"]
+        return f"{'goal':<12}{goal}: met, {saved:.0%} less latency than all-int16"
+    miss = shown.outcome.constraints[CONSTRAINT]
+    return f"{'goal':<12}{goal}: missed by {miss:.4f}; raise objective.max_drop, search.n_trials, or fine-tune (QAT)"
+
+
+def promote_command(session: Session) -> str:
+    """The command that promotes this study's best trial, with what differs from promote's defaults."""
+    config = session.config
+    words = ["python -m qflow.promote"]
+    if config.study != "perception/int8_int16":
+        words.append(f"study={config.study}")
+    if config.task.name != "perception":
+        words.append(f"tracking.experiment={config.tracking.experiment}")
+        words.append(f"tracking.registered_model={config.tracking.registered_model}")
+    return " ".join(words)
