@@ -162,28 +162,41 @@ class Bench:
             )
         return self._stats[key]
 
-    def rank(
-        self, on_sample: Progress = _silent, on_row: Callable[[int, int], None] = lambda done, total: None
-    ) -> SensitivityTable:
-        """Bad cases of the all-int8 model, then every quantizer's sensitivity on them."""
-        chosen = self.sensitivity_settings
-        stats = self.calibrate(self.default_calibration)
-        apply_scales(self.prepared, stats, self.template(QDtype.qint8)[1], self.default_calibration)
-        size = self.default_calibration.batch_size
-        stream = batches(self.task, "calibration", size, -(-chosen.search_samples // size))
+    def find_badcases(self, progress: Progress = _silent) -> BadcaseTable:
+        """The calibration samples on which the all-int8 model differs most from float; `progress` counts steps."""
+        chosen, calibration = self.sensitivity_settings, self.default_calibration
+        stats = self.calibrate(calibration)
+        apply_scales(self.prepared, stats, self.template(QDtype.qint8)[1], calibration)
+        stream = batches(self.task, "calibration", calibration.batch_size, self.badcase_steps)
         self.badcases = find_badcases(
             self.task.model,
             self.prepared,
             ((model_inputs(self.task, b), n) for b, n in stream),
             metric=chosen.metric,
             count=chosen.bad_cases,
-            on_step=on_sample,
+            on_step=progress,
         )
-        worst = self.badcases.chosen
+        return self.badcases
+
+    @property
+    def badcase_steps(self) -> int:
+        """Batches that are searched for bad cases."""
+        return -(-self.sensitivity_settings.search_samples // self.default_calibration.batch_size)
+
+    @property
+    def quantizers(self) -> int:
+        """Number of rows of a sensitivity table: outputs and weights, high-precision outputs apart."""
+        return len(self.graph.quantized) - len(self.graph.high_precision) + len(self.graph.weighted)
+
+    def rank(self, progress: Progress = _silent) -> SensitivityTable:
+        """Sensitivity of every quantizer of the all-int8 model on the bad cases; `progress` counts quantizers."""
+        table = self.badcases or self.find_badcases()
+        calibration = self.default_calibration
+        apply_scales(self.prepared, self.calibrate(calibration), self.template(QDtype.qint8)[1], calibration)
+        worst = table.chosen
         cases = [model_inputs(self.task, b) for b, _ in batches(self.task, "calibration", len(worst), indices=worst)]
-        self.sensitivities = sensitivity(
-            self.task.model, self.prepared, cases, metric=chosen.metric, on_row=on_row
-        )
+        metric = self.sensitivity_settings.metric
+        self.sensitivities = sensitivity(self.task.model, self.prepared, cases, metric=metric, on_row=progress)
         return self.sensitivities
 
     # ---- qconfigs ------------------------------------------------------------------------------------------------------

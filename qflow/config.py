@@ -205,6 +205,7 @@ class PromoteSchema(TuneSchema):
     """MLflow run id of a trial; null takes the best trial of `study`."""
 
 
+SCHEMAS = {"tune": TuneSchema, "promote": PromoteSchema}
 GROUPS = ("task", "device", "calibration", "qat", "search", "objective", "tracking", "executor", "experiment", "debug")
 
 
@@ -219,8 +220,8 @@ def conf_dir() -> Path:
 def register_schemas() -> None:
     """Make the schemas known to Hydra under the names that conf/*.yaml use."""
     store = ConfigStore.instance()
-    store.store(name="tune_schema", node=TuneSchema)
-    store.store(name="promote_schema", node=PromoteSchema)
+    for name, node in SCHEMAS.items():
+        store.store(name=f"{name}_schema", node=node)
 
 
 # ---- doors ------------------------------------------------------------------------------------------------------------
@@ -240,13 +241,20 @@ def run_door(name: str, act: Callable[[DictConfig], int], argv: Sequence[str] | 
     sys.path.insert(0, os.getcwd())  # the user's own task lies in the folder the user is in
     register_schemas()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    code: list[int] = []
+    ends: list[int | BaseException] = []
+
+    def job(config: DictConfig) -> None:
+        try:
+            require_known(config, name)
+            ends.append(act(config))
+        except (Exception, KeyboardInterrupt) as error:  # raised again below, past Hydra's own printing
+            ends.append(error)
+
     try:
         sys.argv = [sys.argv[0], *rewrite(arguments)]
-        program = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(
-            lambda config: code.append(act(config))
-        )
-        program()
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
+        if ends and isinstance(ends[0], BaseException):
+            raise ends[0]
     except KeyboardInterrupt:
         _fail("Interrupted. What is finished is kept; the same command goes on from there.", 130)
     except QflowError as error:
@@ -257,12 +265,21 @@ def run_door(name: str, act: Callable[[DictConfig], int], argv: Sequence[str] | 
         if debug:
             raise
         _fail(explain(error, name))
-    raise SystemExit(code[0] if code else 0)
+    raise SystemExit(ends[0] if ends else 0)
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
     print(f"qflow: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def require_known(config: DictConfig, name: str) -> None:
+    """Refuse keys that no schema has: `+key=value` would add them unseen. Raises ConfigError."""
+    try:
+        unresolved = OmegaConf.create(OmegaConf.to_container(config, resolve=False))  # as text: schemas forgotten
+        OmegaConf.merge(OmegaConf.structured(SCHEMAS[name]), unresolved)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error, name)) from error
 
 
 def rewrite(arguments: Sequence[str]) -> list[str]:
@@ -297,19 +314,19 @@ def explain(error: Exception, config: str = "tune") -> str:
     key = str(getattr(cause, "full_key", "") or "")
     first = " ".join(str(error).split())
     if "not in" in text and key:
-        schema = OmegaConf.structured(PromoteSchema if config == "promote" else TuneSchema)
+        schema = OmegaConf.structured(SCHEMAS[config])
         parent = key.rpartition(".")[0]
         node = OmegaConf.select(schema, parent) if parent else schema
         known = ", ".join(str(k) for k in node) if node is not None else ""
-        return f"A configuration key exists, but got {key}. Keys of {parent or config}: {known}."
+        return f"A key must exist in the configuration, but got {key}. Keys of {parent or config}: {known}."
     if "No match in the defaults list" in first or "Could not override" in first and "." not in first.split("'")[1]:
         name = first.split("'")[1]
-        return f"A configuration group or key exists, but got {name}. Groups: {', '.join(GROUPS)}."
+        return f"A group must exist, but got {name}. Groups: {', '.join(GROUPS)}."
     if "Could not find" in first or "In '" in first and "Could not" in first:
         wanted = first.split("Could not find '")[-1].split("'")[0]
         options = first.partition("Available options in")[2].partition(":")[2].split("Config search path")[0].split()
         shown = ", ".join(o.strip("',") for o in options)
-        return f"An option of a group exists, but got {wanted}. Options: {shown}."
+        return f"A group option must exist, but got {wanted}. Options: {shown}."
     if "Missing mandatory value" in text and key == "workflow":
         names = sorted(p.stem for p in (conf_dir() / "experiment").glob("*.yaml"))
         return f"A study needs an experiment, but got none. Add +experiment=<name>: {', '.join(names)}."
@@ -342,7 +359,7 @@ def with_params(config: DictConfig, params: Mapping[str, Scalar]) -> DictConfig:
     for key, value in params.items():
         try:
             if OmegaConf.select(changed, key, throw_on_missing=False) is None and not _exists(changed, key):
-                raise ConfigError(f"A search key exists in the configuration, but got {key}. See --cfg job.")
+                raise ConfigError(f"A search key must exist in the configuration, but got {key}. See --cfg job.")
             OmegaConf.update(changed, key, value)
         except OmegaConfBaseException as error:
             raise ConfigError(f"search.space.{key}: {explain(error)}") from error
@@ -358,6 +375,7 @@ def _exists(config: DictConfig, key: str) -> bool:
     return isinstance(node, DictConfig) and leaf in node
 
 
+SAMPLERS = ("tpe", "nsga2", "gp", "random")
 SEARCHABLE = ("calibration", "qconfig")
 
 
@@ -470,7 +488,7 @@ def _call(node: Mapping[str, Any], where: str) -> Any:
     except HydraException as error:
         cause = error.__cause__ or error
         text = " ".join(str(cause).split())
-        raise ConfigError(f"{where}._target_ can be imported and called, but got: {text}") from error
+        raise ConfigError(f"{where}._target_ must import and run, but got: {text}") from error
 
 
 def required(config: DictConfig, key: str) -> Any:

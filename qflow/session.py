@@ -72,20 +72,17 @@ class Session:
         )
 
     def run_trials(self, n_trials: int, fixed: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-        """Evaluate until the study holds `n_trials` trials; prints a line or moves the bar for each."""
+        """Evaluate until the study holds `n_trials` trials; a line for each, and the bar where there is one."""
+        known = {trial.number for trial in self.trials}
         with self.console.bar("trials", n_trials, "trials") as advance:
-            seen = 0
 
             def on_trial(trial: FinishedTrial | FailedTrial) -> None:
-                nonlocal seen
                 if isinstance(trial, FinishedTrial):
-                    seen += 1
-                    self.note_best([*self.trials, trial])
                     self.trials.append(trial)
+                    self.note_best()
                 self.console.say(trial_line(trial, self.accuracy))
                 advance(len(self.trials))
 
-            before = {t.number for t in self.trials}
             finished = run_trials(
                 self.study,
                 self.tracker,
@@ -97,11 +94,11 @@ class Session:
                 on_trial=on_trial,
                 study_run_id=self.study_run,
             )
-            earlier = len([t for t in finished if t.number not in before]) - seen
-            self.trials = finished
-            self.note_best(finished)
-            if earlier > 0:
-                self.console.say(f"{'continued':<12} {earlier} trials of an earlier start stand and are not repeated")
+        earlier = len(finished) - len(self.trials)
+        if earlier > 0 and not known:
+            self.console.say(f"{'continued':<12} {earlier} trials of an earlier start stand and are not repeated")
+        self.trials = finished
+        self.note_best()
 
     def evaluate(self, params: Mapping[str, Any], folder: Path) -> Outcome:
         """One trial as a function of its parameters: files into `folder`, numbers into the outcome."""
@@ -118,9 +115,9 @@ class Session:
         )
         return outcome(result, self.goal, self.accuracy, trial_params(changed))
 
-    def note_best(self, trials: Sequence[FinishedTrial]) -> None:
-        """Keep best-so-far for the bars and the study's run: what is known survives a kill."""
-        best = best_trial(trials)
+    def note_best(self) -> None:
+        """Keep best-so-far where the bars show it."""
+        best = best_trial(self.trials)
         if best is None:
             self.console.best = "best: none meets the goal yet"
             return

@@ -42,6 +42,11 @@ def check_config(config: DictConfig) -> None:
     conf.sensitivity_settings(config)
     conf.search_space(config)
     Goal(config.objective.max_drop)
+    if config.search.sampler not in conf.SAMPLERS:
+        known = ", ".join(conf.SAMPLERS)
+        raise ConfigError(f"search.sampler is one of {known}, but got {config.search.sampler!r}.")
+    if config.executor.kind != "serial":
+        raise ConfigError(f"executor.kind is serial, but got {config.executor.kind!r}. Use executor=serial.")
     if config.search.n_trials < 2:
         raise ConfigError(
             f"search.n_trials is at least 2 (all-int16 and all-int8), but got {config.search.n_trials}."

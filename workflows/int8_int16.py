@@ -1,9 +1,13 @@
 """The guide's int8/int16 branch: python -m qflow.tune +experiment=int8_int16
 
-    float model -> trace, fuse, check -> calibrate -> all-int16 (ceiling) and all-int8 (floor)
+    float model -> trace, fuse, check -> calibrate -> bad cases -> sensitivity
+        -> all-int16 (ceiling) and all-int8 (floor)
         all-int16 misses the goal:   stop; int8/int16 cannot do better than its ceiling
         all-int8 meets the goal:     stop; nothing needs int16
-    bad cases -> sensitivity -> search calibration and int16 ratio for the cheapest mix that meets the goal
+        -> search calibration and int16 ratio for the cheapest mix that meets the goal
+
+The guide ranks after the floor; here the ranking comes first, because it costs seconds, every trial's run then
+holds it, and a ceiling that misses is explained by it.
 """
 
 from __future__ import annotations
@@ -11,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qflow.analysis.model_check import check_model
+from qflow.config import plain
 from qflow.core.dtype import QDtype
 from qflow.report.console import SummaryRow, summary_table
 from qflow.search.objective import CONSTRAINT, best_trial, meets, nearest_miss
@@ -34,7 +40,14 @@ def run(session: Session) -> int:
     with console.stage("calibrate") as say, console.bar("calibrate", settings.steps, "steps") as advance:
         stats = bench.calibrate(settings, advance)
         say(f"{stats.samples} samples in {stats.steps} steps, one pass for every method and dtype")
-
+    with console.stage("bad cases") as say, console.bar("bad cases", bench.badcase_steps, "steps") as advance:
+        table = bench.find_badcases(advance)
+        say(f"the {len(table.chosen)} worst of {table.samples} samples by {table.metric}")
+    with console.stage("sensitivity") as say, console.bar("sensitivity", bench.quantizers, "quantizers") as advance:
+        ranked = bench.rank(advance)
+        session.log_stage_tables()
+        top = ranked.rows[0]
+        say(f"{len(ranked.rows)} quantizers, most sensitive: {top.op_name} ({top.sensitive_type} {top.score:.3g})")
     with console.stage("baselines") as say:
         session.run_trials(2, fixed(session, ALL_INT16, ALL_INT8))
         ceiling, floor = (find(session, label) for label in (ALL_INT16, ALL_INT8))
@@ -43,21 +56,16 @@ def run(session: Session) -> int:
     if decision:
         console.say(f"{'decision':<12} {decision}")
         return finish(session, decision)
-
-    with console.stage("sensitivity") as say:
-        say(rank(session))
     with console.stage("search") as say:
-        points = [(f"ratio {p['qconfig.int16_ratio']:g}" if "qconfig.int16_ratio" in p else f"start {i}", p)
-                  for i, p in enumerate(enqueued(session))]
-        session.run_trials(session.config.search.n_trials, [*fixed(session, ALL_INT16, ALL_INT8), *points])
+        session.run_trials(
+            session.config.search.n_trials, [*fixed(session, ALL_INT16, ALL_INT8), *enqueued(session)]
+        )
         say(f"{len(session.trials)} trials, {bench.hits} of them with a qconfig already evaluated")
     return finish(session, "")
 
 
 def check(session: Session) -> str:
     """Trace, prove the float graph unchanged, and say what the model check found."""
-    from qflow.analysis.model_check import check_model
-
     bench = session.bench
     graph = bench.graph
     requested, applied = bench.template(QDtype.qint16)
@@ -74,20 +82,6 @@ def check(session: Session) -> str:
     )
 
 
-def rank(session: Session) -> str:
-    """Bad cases and sensitivities onto the study's run; one line on the top of the table."""
-    bench, console = session.bench, session.console
-    with console.bar("bad cases", -(-bench.sensitivity_settings.search_samples // bench.default_calibration.batch_size),
-                     "steps") as steps, console.bar("sensitivity", 1, "quantizers") as rows:
-        table = bench.rank(steps, lambda done, total: rows(done))
-    session.log_stage_tables()
-    top = table.rows[0]
-    return (
-        f"{len(table.rows)} quantizers on {table.samples} bad cases, by {table.metric}; most sensitive: "
-        f"{top.op_name} ({top.sensitive_type})"
-    )
-
-
 def fixed(session: Session, *labels: str) -> list[tuple[str, Mapping[str, Any]]]:
     """The baselines: default calibration, ratio 1 and 0."""
     settings = session.bench.default_calibration
@@ -100,12 +94,11 @@ def fixed(session: Session, *labels: str) -> list[tuple[str, Mapping[str, Any]]]
     return [(label, {**base, "qconfig.int16_ratio": ratio[label]}) for label in labels]
 
 
-def enqueued(session: Session) -> list[dict[str, Any]]:
-    """The points that the configuration wants tried first."""
-    from qflow.config import plain
-
+def enqueued(session: Session) -> list[tuple[str, Mapping[str, Any]]]:
+    """The points that the configuration wants tried first, at the default calibration where they say nothing."""
     base = fixed(session, ALL_INT8)[0][1]
-    return [{**base, **point} for point in plain(session.config.search.enqueue)]
+    points = [{**base, **point} for point in plain(session.config.search.enqueue)]
+    return [(f"ratio {p['qconfig.int16_ratio']:g}", p) for p in points]
 
 
 def find(session: Session, label: str) -> Mapping[str, float]:

@@ -2,8 +2,8 @@
 
     python -m workflows.train_float
 
-Plain supervised training: AdamW, and a learning rate that rises for a tenth of the steps and falls by a cosine to
-nothing. Repeatable for a given seed and thread count.
+Plain supervised training: AdamW, and a learning rate that rises for a tenth of the steps and falls by a
+cosine to nothing. Repeatable for a given seed and thread count.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -30,10 +29,12 @@ class Data(Protocol):
     """What training needs of a task's data; a train split with `set_epoch` is told each epoch's number."""
 
     @property
-    def train(self) -> Dataset[Any]: ...
+    def train(self) -> Dataset[Any]:
+        """What the weights are fitted to."""
 
     @property
-    def evaluation(self) -> Dataset[Any]: ...
+    def evaluation(self) -> Dataset[Any]:
+        """What they are measured on at the end."""
 
 
 def train(
@@ -62,7 +63,7 @@ def train(
         for batch in loader:
             value = loss(model(batch[0]), batch)
             optimizer.zero_grad()
-            value.backward()
+            torch.autograd.backward(value)
             optimizer.step()
             schedule.step()
             total += value.item()
@@ -87,13 +88,13 @@ def main() -> None:
         build_data(),
         loss,
         Found(),
-        epochs=30,
+        epochs=24,
         learning_rate=4e-3,
         weight_decay=0.02,
         batch_size=64,
         seed=0,
     )
-    save_file(model.state_dict(), Path(WEIGHTS))
+    save_file(model.state_dict(), WEIGHTS)
 
 
 if __name__ == "__main__":

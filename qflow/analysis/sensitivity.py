@@ -28,7 +28,7 @@ def sensitivity(
     batches: Sequence[Any],
     *,
     metric: str = "L1",
-    on_row: Callable[[int, int], None] = lambda done, total: None,
+    on_row: Callable[[int], None] = lambda done: None,
 ) -> SensitivityTable:
     """Measure every active quantizer of a calibrated model on `batches` of bad cases (model inputs each)."""
     with torch.no_grad():
@@ -45,7 +45,7 @@ def sensitivity(
                 got = dict(named_tensors(call_model(prepared, inputs)))
                 score += _merged(metric, reference, got) / len(batches)
         rows.append(SensitivityRow(node.name, kind, node.op_type, score, str(dtype), _flops(node, prepared.graph)))
-        on_row(done, len(jobs))
+        on_row(done)
     order = {node.name: i for i, node in enumerate(prepared.graph.nodes)}
     rows.sort(key=lambda r: (-r.score, order[r.op_name], r.sensitive_type))
     samples = sum(_size(inputs) for inputs in batches)

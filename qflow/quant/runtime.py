@@ -124,12 +124,17 @@ class Leaf:
         if run is None or run.depth:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         name = run.name(self.qflow_path)
+        first = args[0] if args else None
+        # Training, relu(inplace=True) keeps its result for the backward pass: it works on a copy, and what the
+        # user's tensor becomes is the quantized result.
+        apart = isinstance(first, Tensor) and getattr(self, "inplace", False) and torch.is_grad_enabled()
         run.depth += 1
         try:
-            out = self.compute(run, name, *args, **kwargs)
+            out = self.compute(run, name, *((first.clone(), *args[1:]) if apart else args), **kwargs)
+            result = run.finish(name, out, None if apart else first)
+            return first.copy_(result) if apart else result
         finally:
             run.depth -= 1
-        return run.finish(name, out, args[0] if args else None)
 
     def compute(self, run: Run, name: str, *args: Any, **kwargs: Any) -> Any:
         """The operator without its output quantizer."""

@@ -14,6 +14,8 @@ from qflow.bench import TrialResult
 from qflow.core.qconfig import QConfig
 from qflow.core.record import to_json
 
+BUNDLE = "qconfig"  # the artifact folder that a registered model version points at: precisions and scales
+
 
 def write_rows(rows: Sequence[Any], path: Path) -> None:
     """Records of one type as a table that the MLflow UI shows: pandas' "split" layout, one column a field."""
@@ -35,10 +37,12 @@ def write_trial(
     sensitivities: SensitivityTable | None,
 ) -> None:
     """All artifacts of one trial into `folder`; a table's first column is the operator."""
+    bundle = folder / BUNDLE
+    bundle.mkdir()
+    (bundle / "qconfig.json").write_text(to_json(result.qconfig, indent=1))
+    (bundle / "scales.json").write_text(to_json(result.scales))
     (folder / "config.yaml").write_text(config_yaml)
-    (folder / "qconfig.json").write_text(to_json(result.qconfig, indent=1))
     (folder / "qconfig.txt").write_text(qconfig_text(result.qconfig))
-    (folder / "scales.json").write_text(to_json(result.scales))
     (folder / "manifest.json").write_text(to_json(manifest, indent=1))
     (folder / "model_check_result.txt").write_text(check_text(result.check))
     write_rows(result.check.rows, folder / "model_check.json")

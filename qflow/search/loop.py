@@ -49,18 +49,23 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Raise Terminated on SIGTERM while inside, as Ctrl-C raises KeyboardInterrupt; main thread only."""
+def sigterm_interrupts() -> Iterator[threading.Event]:
+    """Raise Terminated on SIGTERM while inside, as Ctrl-C raises KeyboardInterrupt; main thread only.
+
+    The event is set as well: Python drops an exception that is raised within a finalizer.
+    """
+    asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield asked
         return
 
     def stop(_signum: int, _frame: FrameType | None) -> None:
+        asked.set()
         raise Terminated("SIGTERM")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        yield asked
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
@@ -89,7 +94,7 @@ def run_trials(
     process drives the study, TrialError after `FAILURES` failures in a row.
     """
     parent = study_run_id or tracker.open_study(study.name, tags={}, params={}, description="")
-    with sigterm_interrupts(), study.driver():
+    with sigterm_interrupts() as asked_to_end, study.driver():
         folder = scratch / quote(study.name, safe="")
         shutil.rmtree(folder, ignore_errors=True)  # of a driver that was killed
         for trial in reconcile(study, tracker):
@@ -97,7 +102,7 @@ def run_trials(
         driver = _Driver(study, tracker, evaluate, parent, folder, on_trial, checkpoint)
         driver.enqueue_fixed(fixed)
         try:
-            driver.run(n_trials, timeout)
+            driver.run(n_trials, timeout, asked_to_end)
         except BaseException as error:
             stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
             with suppress(Exception):  # what is left open now is settled by the next start
@@ -136,10 +141,12 @@ class _Driver:
                 self.study.enqueue(params, label=label)
                 settled.add(label)
 
-    def run(self, n_trials: int, timeout: float | None) -> None:
+    def run(self, n_trials: int, timeout: float | None, asked_to_end: threading.Event) -> None:
         """Trials until the count, the time or the space is used up."""
         start, failures = time.monotonic(), 0
         while self.count < n_trials and (timeout is None or time.monotonic() - start < timeout):
+            if asked_to_end.is_set():
+                raise Terminated("SIGTERM")
             proposal = self._new_point()
             if proposal is None:
                 _log.warning("The search space is exhausted: %d of %d trials.", self.count, n_trials)

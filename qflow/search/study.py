@@ -6,6 +6,7 @@ trial carries its MLflow run, its commit marker and, when it failed, how it ende
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import tempfile
@@ -26,8 +27,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from qflow.core import record
 from qflow.core.errors import ConfigError, TrackingError
+from qflow.core.store import build_aside, exclusive, sqlite_path, sqlite_url
 from qflow.search.domain import Choice, Domain, Interval, Scalar, Space, Values, space_dict
-from qflow.tracking.store import build_aside, exclusive, sqlite_path, sqlite_url
 
 SAMPLERS = ("tpe", "nsga2", "gp", "random")
 LOCK_TIMEOUT = 60  # seconds a statement waits for another writer of the database
@@ -90,6 +91,8 @@ class Study:
         """
         _check_arguments(name, space, directions, sampler)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        # an interrupt within a statement makes SQLAlchemy log a traceback of the connection it then drops
+        logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
         url, lock_folder = _place(storage)
         try:
             study = optuna.create_study(

@@ -1,7 +1,7 @@
 """The smallest task: scikit-learn's handwritten digits, and a network that trains in a few seconds.
 
-Images are 8x8, gray, float32 [1, 8, 8] in [0, 1]; the target is the digit. Nothing is stored: the images come with
-scikit-learn (1,797 of them, CC BY 4.0) and the weights are trained when the model is built.
+Images are 8x8, gray, float32 [1, 8, 8] in [0, 1]; the target is the digit. Nothing is stored: the images come
+with scikit-learn (1,797 of them, CC BY 4.0) and the weights are trained when the model is built.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HELD_OUT = 597  # images kept for evaluation; 1,200 are left for training
 
 @dataclass(frozen=True, kw_only=True)
 class DigitsData:
-    """The splits, each of samples (image, digit). Calibration is a part of train; evaluation is apart from both."""
+    """Samples (image, digit) in three splits: calibration is a part of train, evaluation apart from both."""
 
     train: TensorDataset
     calibration: TensorDataset
@@ -47,7 +47,7 @@ def build_data(*, calibration_size: int = 128, seed: int = 0) -> DigitsData:
 
 
 class DigitsNet(nn.Module):
-    """Three convolutions with batch norm, one of them beside an identity, and a dense layer: 10 scores a picture."""
+    """Three convolutions with batch norm, one beside an identity, and a dense layer: 10 scores a picture."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,17 +66,17 @@ class DigitsNet(nn.Module):
 
 
 def build_model(*, epochs: int = 8, seed: int = 0) -> nn.Module:
-    """Train the float network, about a second, and give it in eval mode. The caller's random state is left alone."""
+    """Train the float network, about a second, and give it in eval mode. No random state is disturbed."""
     images, labels = build_data().train.tensors
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         model = DigitsNet()
         optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
         for _ in range(epochs):
-            for index in torch.randperm(len(labels)).split(60):
+            for index in torch.split(torch.randperm(len(labels)), 60):
                 value = loss(model(images[index]), (images[index], labels[index]))
                 optimizer.zero_grad()
-                value.backward()
+                torch.autograd.backward(value)
                 optimizer.step()
     return model.eval()
 

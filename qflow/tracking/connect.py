@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qflow.core.errors import TrackingError
-from qflow.tracking.store import build_aside, sqlite_path, sqlite_url
+from qflow.core.store import build_aside, sqlite_path, sqlite_url
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

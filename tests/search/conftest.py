@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from qflow.core.store import build_aside
 from qflow.search.study import _create
 from qflow.tracking.mlflow_tracker import MlflowTracker
-from qflow.tracking.store import build_aside
 
 
 @pytest.fixture

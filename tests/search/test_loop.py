@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -260,9 +261,23 @@ def test_sigterm_ends_cleanly(bench):
     assert bench.run_status(0) == "KILLED"
     assert "stopped" in bench.study.trials()[0].reason
     assert bench.problems() == []
-    with pytest.raises(KeyboardInterrupt), sigterm_interrupts():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
+    with sigterm_interrupts() as asked:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        assert asked.is_set()
+
+
+def test_a_sigterm_that_python_drops_is_obeyed_before_the_next_trial(bench):
+    def evaluate(params, folder):
+        with contextlib.suppress(KeyboardInterrupt):  # as in a finalizer
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        return bench.evaluate(params, folder)
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(3, evaluate)
+    assert len(bench.evaluated) == 1
+    assert bench.problems() == []
 
 
 def test_a_second_driver_is_refused(bench):

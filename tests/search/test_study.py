@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from qflow.core.errors import ConfigError, TrackingError
+from qflow.core.store import build_aside, exclusive, sqlite_path
 from qflow.search.domain import Choice, Interval, Range
 from qflow.search.study import SAMPLERS, Study
-from qflow.tracking.store import build_aside, exclusive, sqlite_path
 
 SPACE = {
     "calib.method": Choice(("minmax", "kl", "mse")),
@@ -129,10 +129,13 @@ def test_a_broken_database_is_refused_in_one_line(tmp_path):
 
 def test_a_second_driver_is_refused_with_the_process_that_holds_it(store):
     study, other = open_study(store), open_study(store, "other")
-    with study.driver(), other.driver():
-        with pytest.raises(TrackingError, match=f"'task/stage'.*process {os.getpid()} "):
-            with open_study(store).driver():
-                pass
+    with (
+        study.driver(),
+        other.driver(),
+        pytest.raises(TrackingError, match=f"'task/stage'.*process {os.getpid()} "),
+        open_study(store).driver(),
+    ):
+        pass
     with study.driver():
         pass
 

@@ -159,7 +159,7 @@ def test_a_server_that_never_answers_is_refused_in_seconds(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("uri", ["mlruns", "./mlruns", "file:///tmp/mlruns", "ftp://host/x", "databricks"])
 def test_the_file_store_is_refused_with_the_reason(tmp_path, uri):
-    with pytest.raises(TrackingError, match="retired the file store.*sqlite:///FILE"):
+    with pytest.raises(TrackingError, match=r"retired the file store.*sqlite:///FILE"):
         MlflowTracker.open(uri, tmp_path, "experiment")
 
 

@@ -1,10 +1,14 @@
 """Pictures made from real ones: an item of Fashion-MNIST on a ground cut from a photograph.
 
-Every picture is 96x96 RGB and holds one item of 5 classes at a random place, size, tint and brightness. The target is
-its class and the tight box round its own pixels: not the 28x28 frame it came in. Everything follows from a seed.
+Every picture is 96x96 RGB and holds one item of 5 classes at a random place, size, tint and exposure. The target
+is its class and the tight box round its own pixels: not the 28x28 frame it came in. Everything follows from a
+seed.
 
-What the splits share is nothing but the method: train and calibration draw on different training items, evaluation on
-test items, and the ground of evaluation is the right part of the photographs, which the other two never see.
+The camera is one of 12 bits with a fixed gain, as on the road: by night a picture fills a fiftieth of the range
+that it fills by day, and its item is still plain to see in float. That range is what makes int8 hard here.
+
+The splits share nothing but the method: train and calibration draw on different training items, evaluation on
+test items, and its ground is the right part of the photographs, which the other two never see.
 """
 
 from __future__ import annotations
@@ -25,11 +29,12 @@ from torch.utils.data import Dataset
 SIDE = 96  # pixels, of a picture
 FRAME = 28  # pixels, of an item as Fashion-MNIST gives it
 CLASSES = ("top", "trousers", "dress", "shoe", "bag")
-KIND = (0, 1, 0, 2, 0, 3, 0, 3, 4, 3)  # class of Fashion-MNIST's t-shirt, trouser, pullover, dress, coat, sandal, shirt,
-#                                        sneaker, bag, ankle boot
+# Class of Fashion-MNIST's t-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot.
+KIND = (0, 1, 0, 2, 0, 3, 0, 3, 4, 3)
 GROUND_BORDER = 448  # column of the 427x640 photographs: training looks left of it, evaluation right of it
-SIZES = (24.0, 80.0)  # pixels in a picture that the 28 of the frame become
-EXPOSURES = (0.08, 1.1)  # from night to glaring day, in factors of what the sources hold; evenly drawn in the logarithm
+SIZES = (28.0, 80.0)  # pixels in a picture that the 28 of the frame become
+WHITE = 4095  # greatest pixel of a 12-bit camera
+EXPOSURES = (0.02, 1.0)  # white of the sources in the camera's range, night and day; drawn evenly in the logarithm
 
 
 class Target(TypedDict):
@@ -42,11 +47,11 @@ class Target(TypedDict):
 class Pictures(Dataset[tuple[Tensor, Target]]):
     """Rendered pictures, one an item, as samples of (image float32 [3, 96, 96] in [-1, 1), target).
 
-    Pixels are scaled as (pixel - 128) / 128. All pictures are drawn at first use and kept as uint8.
+    Pixels are scaled as (pixel - 128) / 128. All pictures are drawn at first use and kept as int16.
     """
 
     def __init__(self, items: Tensor, labels: Tensor, grounds: Tensor, seed: int) -> None:
-        """Take `items` uint8 [N, 28, 28], `labels` int64 [N], `grounds` uint8 [photographs, height, width, 3]."""
+        """Take `items` uint8 [N, 28, 28], their `labels` int64 [N], `grounds` uint8 [photos, height, width, 3]."""
         self.items, self.labels, self.grounds, self.seed = items, labels, grounds, seed
         self.epoch = 0
 
@@ -57,9 +62,9 @@ class Pictures(Dataset[tuple[Tensor, Target]]):
 
     @cached_property
     def rendered(self) -> tuple[Tensor, Tensor]:
-        """Images uint8 [N, 3, 96, 96] and boxes float32 [N, 4]."""
+        """Images int16 [N, 3, 96, 96] in 0..4095 and boxes float32 [N, 4]."""
         generator = torch.Generator().manual_seed(self.seed * 10_007 + self.epoch)
-        chunks = [render(chunk, self.grounds, generator) for chunk in self.items.split(256)]
+        chunks = [render(chunk, self.grounds, generator) for chunk in torch.split(self.items, 256)]
         return torch.cat([images for images, _ in chunks]), torch.cat([boxes for _, boxes in chunks])
 
     def __len__(self) -> int:
@@ -67,12 +72,12 @@ class Pictures(Dataset[tuple[Tensor, Target]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         images, boxes = self.rendered
-        image = images[index].float().div_(255)
+        image = images[index].float().div_(WHITE)
         return image, {"label": self.labels[index], "box": boxes[index]}
 
 
 def render(items: Tensor, grounds: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Place each of `items` uint8 [N, 28, 28] on a ground: images uint8 [N, 3, 96, 96], boxes float32 [N, 4]."""
+    """Place `items` uint8 [N, 28, 28] on grounds: images int16 [N, 3, 96, 96], boxes float32 [N, 4]."""
     count = len(items)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -93,9 +98,9 @@ def render(items: Tensor, grounds: Tensor, generator: torch.Generator) -> tuple[
     shade, cover = layers[:, :1], layers[:, 1:]
 
     tint = uniform(0.5, 1.0, 3, 1, 1) * uniform(0.7, 1.2, 1, 1, 1)
-    image = cut(grounds, count, generator) * (1 - cover) + 255 * tint * shade.maximum(0.1 * cover)
-    image *= torch.exp(uniform(*(math.log(exposure) for exposure in EXPOSURES), 1, 1, 1))
-    return image.clamp(0, 255).round().to(torch.uint8), boxes
+    image = cut(grounds, count, generator) * (1 - cover) + tint * shade.maximum(0.1 * cover)
+    image *= torch.exp(uniform(math.log(EXPOSURES[0]), math.log(EXPOSURES[1]), 1, 1, 1))
+    return (image.clamp(0, 1) * WHITE).round().to(torch.int16), boxes
 
 
 def tight_boxes(items: Tensor) -> Tensor:
@@ -109,7 +114,7 @@ def tight_boxes(items: Tensor) -> Tensor:
 
 
 def cut(grounds: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Random 96x96 windows of the photographs, half of them mirrored: float32 [count, 3, 96, 96] in 0..255."""
+    """Random windows of the photographs, half of them mirrored: float32 [count, 3, 96, 96] in 0..1."""
     photographs, height, width, _ = grounds.shape
     which, top, left, mirrored = (
         torch.randint(high, (count,), generator=generator)
@@ -118,7 +123,7 @@ def cut(grounds: Tensor, count: int, generator: torch.Generator) -> Tensor:
     span = torch.arange(SIDE)
     columns = torch.where(mirrored[:, None] == 1, span.flip(0), span) + left[:, None]
     windows = grounds[which[:, None, None], (top[:, None] + span)[:, :, None], columns[:, None, :]]
-    return windows.permute(0, 3, 1, 2).float()
+    return windows.permute(0, 3, 1, 2).float() / 255
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,14 +136,13 @@ class PerceptionData:
 
 
 def build_data(*, calibration_size: int = 256, evaluation_size: int = 1536, seed: int = 0) -> PerceptionData:
-    """Read the vendored items and scikit-learn's photographs; what is not calibration is left for training."""
+    """Read the vendored items and scikit-learn's photographs; what calibration leaves is for training."""
     with np.load(Path(__file__).with_name("fashion.npz")) as stored:
-        items, labels, test_items, test_labels = (
-            torch.from_numpy(stored[name]) for name in ("train_items", "train_labels", "test_items", "test_labels")
-        )
+        items, labels = torch.from_numpy(stored["train_items"]), torch.from_numpy(stored["train_labels"])
+        test_items, test_labels = torch.from_numpy(stored["test_items"]), torch.from_numpy(stored["test_labels"])
     if not 0 < calibration_size < len(items) or not 0 < evaluation_size <= len(test_items):
         raise ValueError(
-            f"There are {len(items)} items for calibration and training and {len(test_items)} for evaluation; "
+            f"There are {len(items)} items for calibration and training, {len(test_items)} for evaluation; "
             f"got calibration_size={calibration_size}, evaluation_size={evaluation_size}."
         )
     photographs = torch.from_numpy(np.stack(load_sample_images().images))

@@ -19,7 +19,7 @@ Batch = tuple[Tensor, Target]  # image [B, 3, H, W]; label [B], box [B, 4]
 def decode(distances: Tensor) -> Tensor:
     """Boxes [B, h * w, 4] in pixels of distances [B, 4, h, w] in cells, both left, top, right, bottom."""
     centres = cell_centres(distances)
-    return (centres.repeat(1, 2) + distances.flatten(2).mT * distances.new_tensor([-1, -1, 1, 1]) * STRIDE)
+    return centres.repeat(1, 2) + distances.flatten(2).mT * distances.new_tensor([-1, -1, 1, 1]) * STRIDE
 
 
 def cell_centres(grid: Tensor) -> Tensor:
@@ -60,9 +60,9 @@ class Found:
 
 
 def loss(outputs: Outputs, batch: Batch) -> Tensor:
-    """Scores by binary cross entropy towards the box's IoU, boxes by GIoU, at the cells near the box's centre.
+    """Binary cross entropy of the scores towards the box's IoU, and GIoU of the boxes, at cells near the centre.
 
-    A cell is near when its centre lies in the middle half of the box, and always when the box's centre lies in it.
+    A cell is near when its centre lies in the middle half of the box, or the box's centre lies in the cell.
     """
     (scores, distances), (_, target) = outputs, batch
     box = target["box"][:, None]  # [B, 1, 4]

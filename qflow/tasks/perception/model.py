@@ -1,12 +1,14 @@
-"""A small dense detector in the manner of YOLO: backbone, neck, and one grid of cells with a box and scores each.
+"""A small dense detector in the manner of YOLO: backbone, neck, one grid of cells with a box and scores each.
 
-Written as an engineer writes a float model, with no thought of quantization: plain torch.nn, batch norm, SiLU,
-residual adds, concatenation, nearest upsampling. Fully convolutional: any picture whose sides divide by 16 will do.
+Written as an engineer writes a float model, with no thought of quantization: plain torch.nn, batch norm,
+SiLU, residual adds, concatenation, nearest upsampling. Fully convolutional: any picture whose sides divide by
+16 will do.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,8 @@ class ConvBlock(nn.Module):
         self.act = nn.SiLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)))
+        y: Tensor = self.act(self.norm(self.conv(x)))
+        return y
 
 
 class Bottleneck(nn.Module):
@@ -39,7 +42,8 @@ class Bottleneck(nn.Module):
         self.second = ConvBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(self.first(x))
+        y: Tensor = self.second(self.first(x))
+        return x + y
 
 
 class Stage(nn.Module):
@@ -57,13 +61,21 @@ class Stage(nn.Module):
         links = [self.aside(x), self.along(x)]
         for bottleneck in self.chain:
             links.append(bottleneck(links[-1]))
-        return self.merge(torch.cat(links, dim=1))
+        y: Tensor = self.merge(torch.cat(links, dim=1))
+        return y
+
+
+def head_conv(inputs: int, outputs: int, bias: float) -> nn.Conv2d:
+    """1x1 convolution that begins by saying `bias` everywhere, or nearly so."""
+    conv = nn.Conv2d(inputs, outputs, 1)
+    nn.init.constant_(cast(Tensor, conv.bias), bias)
+    return conv
 
 
 class Detector(nn.Module):
     """Scores [B, classes, H/8, W/8] (logits) and boxes [B, 4, H/8, W/8] of an image [B, 3, H, W] in [0, 1].
 
-    A box is the distance from the cell's centre to its left, top, right and bottom side, in cells of 8 pixels.
+    A box is given by the distances from the cell's centre to its left, top, right and bottom side, in cells.
     """
 
     def __init__(self, classes: int = 5, width: int = 16) -> None:
@@ -76,10 +88,8 @@ class Detector(nn.Module):
         self.stage16 = nn.Sequential(ConvBlock(w3, w4, stride=2), Stage(w4, w4, depth=2))
         self.lateral = ConvBlock(w4, w3, kernel=1)
         self.neck = Stage(2 * w3, w3, depth=1)
-        self.score_head = nn.Sequential(ConvBlock(w3, w3), nn.Conv2d(w3, classes, 1))
-        self.box_head = nn.Sequential(ConvBlock(w3, w3), nn.Conv2d(w3, 4, 1))
-        nn.init.constant_(self.score_head[-1].bias, -4.6)  # an item in one cell of a hundred, to begin with
-        nn.init.constant_(self.box_head[-1].bias, 2.0)  # a box of four cells
+        self.score_head = nn.Sequential(ConvBlock(w3, w3), head_conv(w3, classes, bias=-4.6))  # 1 cell in 100
+        self.box_head = nn.Sequential(ConvBlock(w3, w3), head_conv(w3, 4, bias=2.0))  # four cells wide and high
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         fine = self.stage8(self.stage4(self.stem(image)))
@@ -89,7 +99,7 @@ class Detector(nn.Module):
 
 
 def build_model(*, weights: Path | str | None = WEIGHTS) -> nn.Module:
-    """Give the float detector in eval mode, with the shipped weights unless told otherwise (None: untrained)."""
+    """Give the float detector in eval mode, with the shipped weights unless told otherwise; None: untrained."""
     model = Detector()
     if weights is not None:
         model.load_state_dict(load_file(weights))

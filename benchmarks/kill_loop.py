@@ -1,0 +1,182 @@
+"""Does a search survive anything? Kill it at random moments, again and again, and check what is left.
+
+    python benchmarks/kill_loop.py --kills 60 --trials 150
+
+Each round starts the same search in a new process on the same store and ends it after a random time, with
+SIGKILL or, in a share `--terms` of the rounds, with SIGTERM. The first fifth of the rounds hit the making of
+the databases. A last round runs to the end. Then: study and tracker agree on every trial, no trial is
+missing, no point was evaluated again after its commit; and they agreed after each SIGTERM, too. It also
+prints what tracking and study cost per trial.
+
+What it leaves out: the death of the machine (fsync), a tracking server, network file systems.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  # here, so that no round spends time on imports
+
+from qflow.search.domain import Choice, Interval, Space, Values, point_key
+from qflow.search.loop import Outcome, check_invariants, run_trials, sigterm_interrupts
+from qflow.search.study import Study
+from qflow.tracking.mlflow_tracker import MlflowTracker
+
+SPACE: Space = {
+    "calibration.method": Choice(("minmax", "kl", "mse", "percentile")),
+    "int16_ratio": Interval(0, 1),
+    "lr": Interval(1e-6, 1e-3, log=True),
+}
+FIXED = [("all-int8", {"int16_ratio": 0.0}), ("all-int16", {"int16_ratio": 1.0})]
+CLEAN, FULL = 3, 0  # exit codes of a round: ended by SIGTERM in order, ran to the end
+
+
+def open_search(folder: Path) -> tuple[Study, MlflowTracker]:
+    """Study and tracker of the search in `folder`."""
+    tracker = MlflowTracker.open(None, folder, "kill-loop")
+    directions = ("maximize", "minimize")
+    return Study.open(folder, "kill/loop", space=SPACE, directions=directions, n_trials=40), tracker
+
+
+def evaluator(log: Path, seconds: float) -> Callable[[Values, Path], Outcome]:
+    """An evaluation that takes `seconds`, writes ten files and 30 values, and logs that it began."""
+
+    def evaluate(params: Values, folder: Path) -> Outcome:
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(point_key(params) + "\n")
+        time.sleep(seconds)
+        for i in range(10):
+            (folder / f"file{i}.txt").write_text("content " * 100)
+        ratio = float(params["int16_ratio"] or 0)
+        metrics = {"accuracy/drop": 0.1 - 0.1 * ratio, "cost/latency_ms": 1 + ratio}
+        metrics |= {f"detail/{i}": ratio * i for i in range(28)}
+        values = {**params, **{f"setting.{i}": i for i in range(27)}}
+        return Outcome((0.7 + 0.1 * ratio, 1 + ratio), {"drop": 0.02 - ratio}, values, metrics)
+
+    return evaluate
+
+
+def round_in_child(folder: Path, trials: int) -> int:
+    """Start the search in a forked process; its process id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        with sigterm_interrupts():
+            study, tracker = open_search(folder)
+            evaluate = evaluator(folder / "evaluations.log", 0.02)
+            run_trials(
+                study,
+                tracker,
+                evaluate,
+                n_trials=trials,
+                fixed=FIXED,
+                scratch=folder / "scratch",
+                checkpoint=lambda _: (folder / "began").touch(),
+            )
+        code = FULL
+    except KeyboardInterrupt:
+        code = CLEAN
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def check_in_child(folder: Path) -> int:
+    """Print what is wrong with the store, from a process of its own; how many lines that were."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    problems = check_invariants(*open_search(folder))
+    print("\n".join(problems), end="\n" if problems else "", flush=True)
+    os._exit(min(100, len(problems)))
+
+
+def kill_rounds(
+    folder: Path, kills: int, terms: float, trials: int, rng: random.Random
+) -> collections.Counter[str]:
+    """The rounds that are ended from outside; how each of them ended."""
+    ends: collections.Counter[str] = collections.Counter()
+    for turn in range(kills):
+        if turn == kills // 5:
+            check_in_child(folder)  # makes the databases if none is whole yet
+        (folder / "began").unlink(missing_ok=True)
+        child = round_in_child(folder, trials)
+        time.sleep(rng.uniform(0.0, 3.0) if turn < kills // 5 else rng.uniform(0.05, 0.7))
+        sign = signal.SIGTERM if rng.random() < terms else signal.SIGKILL
+        os.kill(child, sign)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        ends["complete" if code == FULL else "SIGTERM in order" if code == CLEAN else f"code {code}"] += 1
+        if code == CLEAN and (folder / "began").exists():  # before, a trial may be left of the last kill
+            ends["disagreements after SIGTERM"] += check_in_child(folder)
+    return ends
+
+
+def final_checks(folder: Path, trials: int) -> list[str]:
+    """What is wrong after the last round, one sentence each."""
+    study, tracker = open_search(folder)
+    problems = check_invariants(study, tracker)
+    kept = study.trials()
+    complete = [trial for trial in kept if trial.state == "complete"]
+    if len(complete) != trials:
+        problems.append(f"{len(complete)} trials are complete, not {trials}.")
+    began = collections.Counter((folder / "evaluations.log").read_text().splitlines())
+    lost = collections.Counter(point_key(trial.params) for trial in kept if trial.state == "fail")
+    for trial in complete:
+        point = point_key(trial.params)
+        if began[point] > 1 + lost[point]:
+            problems.append(f"Trial {trial.number} was evaluated {began[point]} times, lost {lost[point]}.")
+    endings = collections.Counter(trial.ending or trial.state for trial in kept)
+    print(f"trials: {dict(endings)}; labels kept: {sorted(t.label for t in complete if t.label)}")
+    return problems
+
+
+def overhead(folder: Path, trials: int) -> dict[str, float]:
+    """Milliseconds per trial of study and tracker together, on a store of its own."""
+    study, tracker = open_search(folder)
+    tracker.seconds, wall, cpu = 0.0, time.monotonic(), time.process_time()
+    evaluate = evaluator(folder / "evaluations.log", 0.0)
+    run_trials(study, tracker, evaluate, n_trials=trials, fixed=FIXED, scratch=folder / "scratch")
+    values = {"wall": time.monotonic() - wall, "cpu": time.process_time() - cpu, "tracker": tracker.seconds}
+    return {f"{name}_ms": round(1000 * value / trials, 1) for name, value in values.items()}
+
+
+def main() -> int:
+    """Print the report; 1 when something was lost."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--terms", type=float, default=0.2)
+    parser.add_argument("--trials", type=int, default=150)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    folder = Path(tempfile.mkdtemp(prefix="kill-loop-"))
+    try:
+        ends = kill_rounds(folder / "killed", options.kills, options.terms, options.trials, rng)
+        last = os.waitstatus_to_exitcode(os.waitpid(round_in_child(folder / "killed", options.trials), 0)[1])
+        problems = final_checks(folder / "killed", options.trials)
+        if last != FULL:
+            problems.append(f"The last round ended with {last}.")
+        print(f"rounds: {dict(ends)}\nper trial: {json.dumps(overhead(folder / 'timed', options.trials))}")
+        print("\n".join(problems) or "nothing was lost")
+        return int(bool(problems) or ends["disagreements after SIGTERM"] > 0)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""python -m qflow.promote: rebuild the best trial from its run alone, check every figure, move the alias to it.
+
+A gate, not a copy. The run's own configuration and qconfig are what is rebuilt: the qconfig must still be legal
+on the device and follow from its configuration, and the metric, the latency and the scales must come out as the
+run says, and meet the goal. Every reason against is printed; then nothing is registered and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qflow import config as conf
+from qflow.core.errors import PromotionError, TrackingError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from qflow.bench import Bench
+    from qflow.tracking.mlflow_tracker import MlflowTracker
+
+METRIC_TOLERANCE = 1e-6  # the same configuration and seed give the same numbers on one machine
+FILES = ("config.yaml", "qconfig/qconfig.json", "manifest.json", "sensitivity_record.json")
+
+
+def main() -> None:
+    """Entry point."""
+    conf.run_door("promote", promote)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A trial's run as it was logged."""
+
+    run_id: str
+    config: DictConfig
+    qconfig: Any
+    manifest: dict[str, Any]
+    sensitivities: Any
+    metrics: dict[str, float]
+    tags: dict[str, str]
+
+
+def promote(config: DictConfig) -> int:
+    """Pick, rebuild, compare, register. Returns 0, or 1 with every reason printed."""
+    from qflow.report.files import BUNDLE
+    from qflow.tracking.mlflow_tracker import MlflowTracker
+    from qflow.tracking.registry import champion, register
+
+    root = Path(config.root).expanduser().resolve()
+    tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
+    run_id = config.run or best_run(tracker, config.study)
+    with tempfile.TemporaryDirectory() as folder:
+        candidate = load(tracker, run_id, Path(folder))
+        print(f"{'run':<12}{run_id}, qconfig {candidate.qconfig.digest}, of {candidate.tags.get('qflow.study', '?')}")
+        reasons = compare(candidate)
+        if reasons:
+            for reason in reasons:
+                print(f"{'refused':<12}{reason}")
+            return 1
+    name, alias = candidate.config.tracking.registered_model, config.tracking.alias
+    before = champion(tracker, name, alias)
+    if before is not None and before[1] == run_id:
+        print(f"{'champion':<12}{name} version {before[0]} is this run already; alias {alias} stays")
+        return 0
+    shown = ("accuracy/drop", "cost/latency_ms", "qconfig/int16_ratio")
+    version = register(
+        tracker,
+        name,
+        run_id,
+        BUNDLE,
+        alias,
+        tags={"qflow.qconfig": candidate.qconfig.digest, **{k: f"{candidate.metrics[k]:.6g}" for k in shown}},
+        description=", ".join(f"{k} {candidate.metrics[k]:.4g}" for k in shown),
+    )
+    came = f", before it version {before[0]}" if before else ""
+    print(f"{'champion':<12}{name} version {version}, alias {alias} moved{came}")
+    print(f"{'read it':<12}models:/{name}@{alias}")
+    return 0
+
+
+def best_run(tracker: MlflowTracker, study: str) -> str:
+    """Run id of the study's best trial. Raises PromotionError where there is none, with the way on."""
+    found = tracker.find_study(study)
+    if found is None:
+        raise TrackingError(
+            f"A study must exist to be promoted, but got {study}, unknown in {tracker.uri}. "
+            "Run qflow.tune first, or name it: study=<name>."
+        )
+    tags = tracker.run_tags(found)
+    if not tags.get("qflow.best"):
+        why = "missed its goal" if tags.get("qflow.goal") == "missed" else "has not ended yet"
+        raise PromotionError(f"A study is promoted by its best trial, but {study} {why}. Tune further, or name run=<id>.")
+    return tags["qflow.best"]
+
+
+def load(tracker: MlflowTracker, run_id: str, folder: Path) -> Candidate:
+    """Everything a rebuild needs, from the run alone. Raises TrackingError for what is not a finished trial."""
+    from qflow.analysis.tables import SensitivityTable
+    from qflow.core.qconfig import QConfig
+    from qflow.core.record import from_dict
+
+    if tracker.result(run_id) is None:
+        raise PromotionError(f"A promoted run is a finished trial, but got {run_id} without a result. Name another run.")
+    texts = {}
+    for name in FILES:
+        try:
+            texts[name] = tracker.download(run_id, name, folder).read_text()
+        except TrackingError:
+            if name != "sensitivity_record.json":  # the baselines are evaluated before there are sensitivities
+                raise
+    record = texts.get("sensitivity_record.json")
+    return Candidate(
+        run_id=run_id,
+        config=conf.load_resolved(texts["config.yaml"]),
+        qconfig=from_dict(QConfig, json.loads(texts["qconfig/qconfig.json"])),
+        manifest=json.loads(texts["manifest.json"]),
+        sensitivities=from_dict(SensitivityTable, json.loads(record)) if record else None,
+        metrics=tracker.run_metrics(run_id),
+        tags=tracker.run_tags(run_id),
+    )
+
+
+def compare(candidate: Candidate) -> list[str]:
+    """Rebuild the trial and list every reason against it; an empty list lets it pass."""
+    from qflow.core.errors import QflowError
+    from qflow.search.objective import Goal
+    from qflow.tune import make_bench
+
+    bench = make_bench(candidate.config)
+    bench.sensitivities = candidate.sensitivities
+    settings = conf.trial_settings(candidate.config)
+    reasons = identity(bench, candidate)
+    try:
+        bench.measure_float()
+        requested, applied = bench.resolve(settings.qconfig)
+        if applied.digest != candidate.qconfig.digest:
+            names = ", ".join(list(applied.diff(candidate.qconfig))[:3])
+            reasons.append(f"the configuration gives another qconfig than the run holds: {names} differ")
+        result = bench.run_qconfig(requested, candidate.qconfig, settings.calibration)
+    except QflowError as error:
+        return [*reasons, f"the trial cannot be rebuilt: {error}"]
+    metric = f"accuracy/{bench.task.metric_name}"
+    for name, value in {metric: result.metric, "accuracy/drop": result.drop, "cost/latency_ms": result.cost.latency_ms}.items():
+        logged = candidate.metrics.get(name)
+        print(f"{name:<18}{'-' if logged is None else f'{logged:.6g}':>12} logged {value:>12.6g} rebuilt")
+        if logged is None or abs(logged - value) > METRIC_TOLERANCE + 1e-5 * abs(value):
+            reasons.append(f"{name} was logged as {logged}, rebuilt it is {value:.6g}")
+    if result.scales_digest != candidate.tags.get("qflow.scales"):
+        reasons.append("the calibrated scales differ from those of the run: other data, weights or versions")
+    excess = Goal(candidate.config.objective.max_drop).excess(result.drop)
+    if excess > 0:
+        reasons.append(f"the goal is missed by {excess:.4f}: drop {result.drop:+.4f}")
+    return reasons
+
+
+def identity(bench: Bench, candidate: Candidate) -> list[str]:
+    """Weights or data other than the run's; named first, because they explain the rest."""
+    now = bench.manifest()
+    return [
+        f"{part} are not those of the run: {now[part]} instead of {candidate.manifest.get(part)}"
+        for part in ("weights", "data")
+        if now[part] != candidate.manifest.get(part)
+    ]
+
+
+if __name__ == "__main__":
+    main()

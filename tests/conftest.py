@@ -1,0 +1,52 @@
+"""Fixtures that several parts use: the digits task and a bench on it, built once."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def digits_task():
+    from qflow.tasks import digits
+    from qflow.tasks.task import make_task
+
+    return make_task(
+        name="digits",
+        model=digits.build_model(),
+        data=digits.build_data(calibration_size=512),
+        metric=digits.Accuracy(),
+    )
+
+
+@pytest.fixture(scope="session")
+def nash_m():
+    from qflow.core.device import DeviceRules
+
+    return DeviceRules(
+        march="nash-m",
+        oe_version="3.0.17",
+        int8_inputs={"resize": [0], "max_pool": [0], "avg_pool": [0], "grid_sample": [0]},
+        int8_outputs=["resize", "max_pool", "grid_sample"],
+        float16_kinds=["layer_norm", "lut", "softmax", "add"],
+    )
+
+
+@pytest.fixture
+def bench(digits_task, nash_m):
+    from qflow.bench import Bench
+    from qflow.core.settings import CalibrationSettings, SensitivitySettings
+    from qflow.cost.latency import CostModel
+
+    made = Bench(
+        digits_task,
+        nash_m,
+        CostModel(),
+        sensitivity_settings=SensitivitySettings(bad_cases=4, search_samples=32),
+        default_calibration=CalibrationSettings(batch_size=16, steps=4),
+        eval_batch=256,
+    )
+    made.measure_float()
+    return made

@@ -1,0 +1,136 @@
+"""Laws of the cost model, and its figures against the published formula by hand."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import zoo
+
+from qflow.core.device import apply_rules
+from qflow.core.dtype import QDtype
+from qflow.core.errors import ConfigError
+from qflow.core.graph import ModelGraph, OpKind, OpNode
+from qflow.core.qconfig import OpQConfig, QConfig
+from qflow.core.setter import HighPrecisionOutput, SensitiveSetter, TemplateSetter, resolve
+from qflow.cost.features import features
+from qflow.cost.latency import CostModel, predict
+from qflow.quant.plan import make_plan
+from qflow.quant.tape import trace
+
+GRAPHS = {name: make_plan(trace(*pair), pair[0]).graph for name, pair in zoo().items()}
+MODEL = CostModel()
+
+
+def conv(name, source, cin, cout, size, kernel=9, groups=1):
+    attrs = {"in": cin, "out": cout, "groups": groups, "kernel": kernel, "weights": cout * (cin // groups) * kernel}
+    return OpNode(name, OpKind.conv, "Conv2d", (source,), (1, cout, size, size), name, name, attrs=attrs)
+
+
+def network():
+    stub = OpNode("x", OpKind.input, "QuantStub", (), (1, 3, 64, 64), "x")
+    act = OpNode("act", OpKind.lut, "SiLU", ("a",), (1, 32, 32, 32), "act")
+    return ModelGraph((stub, conv("a", "x", 3, 32, 32), act, conv("b", "act", 32, 20, 32)), (("0", "b"),))
+
+
+def all_at(graph, dtype):
+    return resolve(graph, [TemplateSetter(dtype)], "nash-m")
+
+
+def test_the_total_is_the_published_formula():
+    graph = network()
+    report = predict(graph, all_at(graph, QDtype.qint8), MODEL)
+    macs = 32 * 32 * 9 * (16 * 32 + 32 * 32)  # 3 -> 16 and 20 -> 32 channels padded
+    lut = 32 * 32 * 32
+    weights = 32 * 3 * 9 + 20 * 32 * 9
+    by_hand = 0.062 + (2 * 1.6e-3 + macs * 1e-9 / 15.1 + lut * 1e-6 / 27.7) / 1.5 + weights * 1e-6 / 64.5
+    assert report.bpu_ms == pytest.approx(by_hand, rel=1e-9)
+    assert report.latency_ms == pytest.approx(by_hand + 0.32, rel=1e-9)
+    assert report.fps == pytest.approx(1000 / by_hand)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_the_total_is_the_sum_of_its_parts_and_lies_in_its_interval(name):
+    for dtype in (QDtype.qint8, QDtype.qint16):
+        report = predict(GRAPHS[name], all_at(GRAPHS[name], dtype), MODEL)
+        assert report.bpu_ms == pytest.approx(MODEL.fixed_ms + sum(op.ms for op in report.ops))
+        assert report.low_ms < report.latency_ms < report.high_ms
+        assert all(op.low_ms <= op.ms <= op.high_ms for op in report.ops)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(sorted(GRAPHS)), st.floats(0, 1), st.floats(0, 1))
+def test_more_int16_never_costs_less(name, a, b):
+    """Operators go to int16 in graph order, so the larger ratio holds the smaller one."""
+    graph = GRAPHS[name]
+    names = [n.name for n in graph.quantized]
+    costs = []
+    for ratio in sorted((a, b)):
+        setters = [SensitiveSetter({}, names, ratio), TemplateSetter(QDtype.qint8)]
+        report = predict(graph, resolve(graph, setters, "nash-m"), MODEL)
+        costs.append(report.latency_ms - sum(op.cast_elements for op in report.ops) * 2e-6 / 27.7 / 1.5)
+    assert costs[0] <= costs[1] + 1e-12
+
+
+def test_an_int16_input_doubles_macs_and_look_ups():
+    graph = network()
+    low, high = (predict(graph, all_at(graph, d), MODEL) for d in (QDtype.qint8, QDtype.qint16))
+    fixed = 1.6e-3 / 1.5
+    for a, b in zip(low.ops[1:], high.ops[1:], strict=True):
+        stream = a.weight_bytes * 1e-6 / 64.5
+        gemm = fixed if a.kind == "conv" else 0.0
+        assert b.ms - stream - gemm == pytest.approx(2 * (a.ms - stream - gemm))
+    assert high.int16_mac_share == 1.0
+    assert low.int16_mac_share == 0.0
+
+
+def test_the_interval_widens_only_for_what_runs_in_16_bits():
+    graph = network()
+    int8 = all_at(graph, QDtype.qint8)
+    mixed = int8.with_ops({"act": OpQConfig(QDtype.qint16)})
+    a, b = (predict(graph, q, MODEL) for q in (int8, mixed))
+    assert a.high_ms / a.latency_ms == pytest.approx(1.25)
+    assert 1.25 < b.high_ms / b.latency_ms < 2.5
+    assert next(op for op in b.ops if op.op == "a").high_ms == next(op for op in a.ops if op.op == "a").high_ms
+
+
+def test_depthwise_counts_its_call_and_its_weights_only():
+    stub = OpNode("x", OpKind.input, "QuantStub", (), (1, 32, 8, 8), "x")
+    graph = ModelGraph((stub, conv("d", "x", 32, 32, 8, groups=32)), (("0", "d"),))
+    row = features(graph, all_at(graph, QDtype.qint8))[1]
+    assert (row.gemm, row.macs, row.padded_macs, row.weight_bytes) == (1, 8 * 8 * 32 * 9, 0, 32 * 9)
+
+
+def test_a_concat_of_two_dtypes_is_charged_a_cast():
+    a = OpNode("a", OpKind.lut, "SiLU", (), (1, 8, 4, 4), "a")
+    b = OpNode("b", OpKind.lut, "SiLU", (), (1, 8, 4, 4), "b")
+    graph = ModelGraph((a, b, OpNode("c", OpKind.concat, "cat", ("a", "b"), (1, 16, 4, 4), "c")), (("0", "c"),))
+    same = all_at(graph, QDtype.qint8)
+    mixed = same.with_ops({"b": OpQConfig(QDtype.qint16)})
+    assert [r.cast for r in features(graph, same)] == [0, 0, 0]
+    assert [r.cast for r in features(graph, mixed)] == [0, 0, 128]
+
+
+def test_an_attention_core_is_counted_once():
+    rows = {r.name: r for r in features(GRAPHS["attention"], all_at(GRAPHS["attention"], QDtype.qint8))}
+    assert rows["[softmax]"].softmax > 0
+    assert rows["[matmul]"].padded_macs == rows["[matmul](1)"].padded_macs == 0
+    assert rows["qkv"].padded_macs > 0
+
+
+def test_outside_the_validated_domain_it_says_so():
+    soft = OpNode("s", OpKind.softmax, "softmax", (), (1, 8, 64, 64), "s")
+    graph = ModelGraph((soft,), (("0", "s"),))
+    assert "outside what the model was validated on" in predict(graph, all_at(graph, QDtype.qint8), MODEL).refusal
+    assert predict(network(), all_at(network(), QDtype.qint8), MODEL).refusal == ""
+
+
+def test_a_dtype_without_a_price_is_refused():
+    graph = network()
+    qconfig = QConfig("nash-m", {**all_at(graph, QDtype.qint8).ops, "x": OpQConfig(QDtype.float16)})
+    with pytest.raises(ConfigError, match="prices qint8/qint8, .* but got float16/qint8 for a"):
+        predict(graph, qconfig, MODEL)
+
+
+def test_the_high_precision_output_is_shown_as_int32(nash_m):
+    graph = GRAPHS["resnet"]
+    qconfig = apply_rules(graph, resolve(graph, [HighPrecisionOutput(), TemplateSetter(QDtype.qint8)], "nash-m"), nash_m)
+    assert predict(graph, qconfig, MODEL).ops[-1].output_dtype == "int32"

@@ -1,0 +1,222 @@
+import copy
+
+import pytest
+import torch
+from models import Block, revive, zoo
+from torch import nn
+
+from qflow.core.device import apply_rules
+from qflow.core.dtype import QDtype
+from qflow.core.errors import DataError, ModelError
+from qflow.core.setter import HighPrecisionOutput, TemplateSetter, resolve
+from qflow.core.settings import CalibrationSettings
+from qflow.quant.calibrate import apply_scales, collect
+from qflow.quant.prepare import prepare
+from qflow.quant.tape import call_model, named_tensors
+
+NAMES = list(zoo())
+
+
+def stream(example, steps=3):
+    return ((example, 2) for _ in range(steps))
+
+
+def calibrated(name, dtype=QDtype.qint8, rules=None):
+    model, example = zoo()[name]
+    prepared = prepare(model, example)
+    qconfig = resolve(prepared.graph, [HighPrecisionOutput(), TemplateSetter(dtype)], "nash-m")
+    if rules is not None:
+        qconfig = apply_rules(prepared.graph, qconfig, rules)
+    apply_scales(prepared, collect(prepared, stream(example)), qconfig, CalibrationSettings())
+    return model, example, prepared
+
+
+def outputs(model, inputs):
+    with torch.no_grad():
+        return [t for _, t in named_tensors(call_model(model, inputs))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quantizers_off_is_the_float_model_bit_for_bit(name):
+    model, example = zoo()[name]
+    prepared = prepare(model, example)
+    for inputs in (example, bigger(example)):
+        for a, b in zip(outputs(model, inputs), outputs(prepared, inputs), strict=True):
+            assert torch.equal(a, b)
+            assert a.abs().max() > 1e-3  # not vacuous
+
+
+def bigger(example):
+    if isinstance(example, dict):
+        return {k: torch.cat([v, v * 0.5]) for k, v in example.items()}
+    return torch.cat([example, example * 0.5])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [QDtype.qint8, QDtype.qint16])
+def test_every_planned_quantizer_runs_and_int16_is_closer_than_int8(name, dtype, nash_m):
+    model, example, prepared = calibrated(name, dtype, nash_m)
+    with prepared.quantized():
+        quantized = outputs(prepared, example)
+    planned = {q.name for q in [*prepared.outputs.values(), *prepared.weights.values()] if q.dtype is not None}
+    assert planned <= prepared.last_run.ran
+    assert not prepared.last_run.unseen
+    reference = outputs(model, example)
+    assert all(torch.isfinite(t).all() for t in quantized)
+    assert any(not torch.equal(a, b) for a, b in zip(reference, quantized, strict=True))
+
+
+def noise(reference, got):
+    pairs = zip(reference, got, strict=True)
+    return sum(float((a.double() - b.double()).norm() / a.double().norm()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_int16_activations_are_closer_than_int8(name):
+    errors = {}
+    for dtype in (QDtype.qint8, QDtype.qint16):
+        model, example, prepared = calibrated(name, dtype)
+        with prepared.only(outputs=[n.quantizer for n in prepared.graph.quantized if prepared.outputs[n.quantizer].dtype]):
+            errors[dtype] = noise(outputs(model, example), outputs(prepared, example))
+    assert errors[QDtype.qint16] < 0.05 * errors[QDtype.qint8]
+
+
+@pytest.mark.parametrize("name", ["resnet", "unet"])
+def test_folding_the_batch_norm_changes_nothing_but_the_rounding(name):
+    """With the weight quantizer on a grid far below float noise, the folded model is the float model."""
+    model, example = zoo()[name]
+    model, example = model.double(), example.double()
+    prepared = prepare(model, example)
+    for quantizer in prepared.weights.values():
+        quantizer.enabled, quantizer.dtype = True, QDtype.qint16
+    with torch.no_grad():
+        for quantizer in prepared.weights.values():
+            quantizer.set_scale(torch.full_like(quantizer.scale, 1.0))
+            quantizer.forward = lambda weight: weight  # identity grid: only the fold is left
+        for a, b in zip(outputs(model, example), outputs(prepared, example), strict=True):
+            assert torch.allclose(a, b, rtol=0, atol=1e-12)
+    assert {q.name for q in prepared.weights.values()} <= prepared.last_run.ran
+
+
+def test_the_float_model_is_left_as_it_was():
+    model, example = zoo()["resnet"]
+    before = copy.deepcopy(model.state_dict())
+    calibrated("resnet")
+    prepare(model, example)
+    assert type(model.head) is nn.Linear
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_an_in_place_relu_is_seen_by_whoever_holds_the_tensor():
+    class Skip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            y = self.conv(x) * 1.0
+            z = self.relu(y)
+            return y, z
+
+    model = revive(Skip())
+    example = torch.randn(2, 3, 4, 4)
+    prepared = prepare(model, example)
+    qconfig = resolve(prepared.graph, [TemplateSetter(QDtype.qint8)], "nash-m")
+    apply_scales(prepared, collect(prepared, stream(example)), qconfig, CalibrationSettings())
+    with prepared.quantized():
+        a, b = outputs(prepared, example)
+    assert torch.equal(a, b)
+    assert (a >= 0).all()
+
+
+def test_switches_restore_and_refuse_unknown_names():
+    _, example, prepared = calibrated("resnet")
+    with pytest.raises(ModelError, match="nope"), prepared.only(outputs=["nope"]):
+        pass
+    with pytest.raises(ModelError, match="no name"), prepared.only():
+        pass
+    with pytest.raises(RuntimeError), prepared.quantized():
+        prepared(torch.randn(2, 5, 8, 8))
+    assert not any(q.enabled for q in prepared.outputs.values())
+    with prepared.only(weights=["head"]):
+        assert [q.name for q in prepared.weights.values() if q.enabled] == ["head"]
+        outputs(prepared, example)
+        assert prepared.last_run.ran == {"head"}
+
+
+def test_a_copy_computes_the_same():
+    _, example, prepared = calibrated("unet")
+    twin = copy.deepcopy(prepared)
+    with prepared.quantized(), twin.quantized():
+        for a, b in zip(outputs(prepared, example), outputs(twin, example), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_gradients_reach_every_weight_through_the_quantizers():
+    model, example, prepared = calibrated("resnet")
+    with prepared.quantized():
+        prepared(example).square().sum().backward()
+    grads = {n: p.grad for n, p in prepared.model.named_parameters()}
+    assert all(g is not None and torch.isfinite(g).all() for g in grads.values())
+    assert sum(float(g.abs().sum()) > 0 for g in grads.values()) >= len(grads) - 2
+
+
+def test_a_quantizer_that_saw_only_zeros_stays_float_and_is_reported():
+    class Dead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return torch.relu(self.conv(x) - 1e6) + x
+
+    model = revive(Dead())
+    example = torch.randn(2, 3, 4, 4)
+    prepared = prepare(model, example)
+    qconfig = resolve(prepared.graph, [TemplateSetter(QDtype.qint8)], "nash-m")
+    findings = apply_scales(prepared, collect(prepared, stream(example)), qconfig, CalibrationSettings())
+    assert any("[relu] was always zero" in finding for finding in findings)
+    with prepared.quantized():
+        assert torch.isfinite(outputs(prepared, example)[0]).all()
+
+
+def test_what_cannot_be_prepared_is_refused_in_a_sentence():
+    model, example = zoo()["resnet"]
+    with pytest.raises(ModelError, match=r"Call model.eval\(\) first"):
+        prepare(copy.deepcopy(model).train(), example)
+    with pytest.raises(ModelError, match="must run on a batch of its data, but got"):
+        prepare(model, torch.randn(2, 7, 8, 8))
+
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x + torch.rand_like(x)
+
+    with pytest.raises(ModelError, match="bit for bit"):
+        prepare(Noisy().eval(), torch.randn(2, 3))
+
+
+def test_an_empty_calibration_set_and_infinite_values_are_refused():
+    model, example = zoo()["resnet"]
+    prepared = prepare(model, example)
+    with pytest.raises(DataError, match="empty calibration set"):
+        collect(prepared, iter(()))
+    with pytest.raises(DataError, match=r"finite values, but got inf at quant\[x\]"):
+        collect(prepared, [(torch.full((1, 3, 16, 16), float("inf")), 1)])
+    assert prepared._collect is None
+
+
+def test_a_block_called_in_two_places_keeps_its_names_apart():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block(4)
+
+        def forward(self, x):
+            return self.block(self.block(x))
+
+    model = revive(Twice())
+    prepared = prepare(model, torch.randn(2, 4, 8, 8))
+    names = [n.name for n in prepared.graph.nodes]
+    assert "block.conv1(1)" in names
+    assert "block[add](1)" in names

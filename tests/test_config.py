@@ -1,0 +1,147 @@
+"""A configuration that cannot work is refused before any work, in one line that names what exists."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from qflow import config as conf
+from qflow.core.errors import ConfigError
+from qflow.search.domain import Choice, Interval, Range
+
+
+def compose(*overrides, name="tune"):
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    conf.register_schemas()
+    with initialize_config_dir(str(conf.conf_dir()), version_base="1.3"):
+        return hydra_compose(name, overrides=[*conf.rewrite(overrides), "root=/nowhere"])
+
+
+def run(capsys, *arguments):
+    """Exit code and standard error of the tune door, stopped before it builds anything."""
+    from qflow.tune import check_config, find_workflow
+
+    def act(config):
+        find_workflow(conf.required(config, "workflow"))
+        check_config(config)
+        return 0
+
+    argv = sys.argv
+    try:
+        with pytest.raises(SystemExit) as stop:
+            conf.run_door("tune", act, [*arguments, "hydra.run.dir=."])
+    finally:
+        sys.argv = argv
+    return stop.value.code, capsys.readouterr().err
+
+
+BASE = "+experiment=int8_int16"
+REFUSED = {
+    "unknown experiment": (["+experiment=nope"], "got experiment/nope. Options: int8_int16"),
+    "no experiment": ([], "Add +experiment=<name>: int8_int16"),
+    "misspelt key": ([BASE, "calibration.batchsize=3"], "got calibration.batchsize. Keys of calibration: method, batch_size"),
+    "added key": ([BASE, "+calibration.foo=3"], "got calibration.foo. Keys of calibration: method, batch_size"),
+    "misspelt group": ([BASE, "calibation=kl"], "got calibation. Keys of tune: workflow, study, seed"),
+    "unknown option": ([BASE, "calibration=klx"], "got calibration/klx. Options: default, minmax, percentile"),
+    "wrong type": ([BASE, "calibration.steps=abc"], "'abc' of type 'str' could not be converted to Integer, for calibration.steps"),
+    "illegal value": ([BASE, "calibration.method=foo"], "calibration.method is one of minmax, percentile, mse, kl, mix"),
+    "ratio outside 0..1": ([BASE, "qconfig.int16_ratio=1.5"], "qconfig.int16_ratio lies between 0 and 1, but got 1.5"),
+    "illegal dtype": ([BASE, "+qconfig.modules.conv=int16"], "qconfig.modules.conv is one of qint8, qint16"),
+    "search outside the range": ([BASE, "qconfig.int16_ratio=interval(0,2)"], "lies between 0 and 1, but got 2"),
+    "search of an unknown key": ([BASE, "calibration.methd=choice(a,b)"], "got calibration.methd"),
+    "search of what is not a trial's": ([BASE, "seed=choice(1,2)"], "varies keys of calibration or qconfig, but got seed"),
+    "no search value": ([BASE, "search.space.calibration.steps=7"], "choice(...), interval(...), range(...)"),
+    "negative goal": ([BASE, "objective.max_drop=-1"], "objective.max_drop is a number of at least 0, but got -1"),
+    "sampler": ([BASE, "search.sampler=grid"], "search.sampler is one of tpe, nsga2, gp, random, but got 'grid'"),
+    "trials": ([BASE, "search.n_trials=1"], "search.n_trials is at least 2"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_mistake_gets_one_line_and_code_2(case, capsys):
+    arguments, message = REFUSED[case]
+    code, error = run(capsys, *arguments)
+    assert code == 2
+    assert error.startswith("qflow: ")
+    assert error.count("\n") == 1
+    assert message in error, error
+
+
+def test_the_search_grammar_is_hydras():
+    parse = conf.parse_domain
+    assert parse("k", "choice(mse, kl)") == Choice(("mse", "kl"))
+    assert parse("k", "choice(8,16)") == Choice((8, 16))
+    assert parse("k", "interval(0, 1)") == Interval(0.0, 1.0)
+    assert parse("k", "tag(log, interval(1e-6, 1e-2))") == Interval(1e-6, 1e-2, log=True)
+    assert parse("k", "range(4, 20, 4)") == Range(4, 20, 4)
+    with pytest.raises(ConfigError, match="Mend the brackets"):
+        parse("k", "choice(1,")
+
+
+def test_a_sweep_on_the_command_line_becomes_a_search():
+    config = compose("experiment=int8_int16", "calibration.batch_size=choice(4,8)", "qconfig.int16_ratio=0.5,0.25")
+    space = conf.search_space(config)
+    assert space["calibration.batch_size"] == Choice((4, 8))
+    assert space["qconfig.int16_ratio"] == Choice((0.5, 0.25))
+    assert config.calibration.batch_size == 16
+
+
+def test_a_trial_is_the_configuration_with_its_parameters_in_place():
+    config = compose(BASE)
+    settings = conf.trial_settings(config, {"calibration.method": "kl", "qconfig.int16_ratio": 0.25})
+    assert (settings.calibration.method, settings.qconfig.int16_ratio) == ("kl", 0.25)
+    assert config.calibration.method != "kl"
+
+
+def test_a_resolved_configuration_comes_back():
+    config = compose(BASE, "calibration.steps=7")
+    back = conf.load_resolved(conf.resolved_yaml(config))
+    assert conf.plain(back)["calibration"] == conf.plain(config)["calibration"]
+    assert back.calibration.steps == 7
+
+
+@pytest.mark.parametrize("march", ["nash-m", "nash-e"])
+def test_device_files_fit_their_records(march):
+    from qflow.core.device import DeviceRules
+    from qflow.core.graph import OpKind
+    from qflow.cost.latency import CostModel
+
+    config = compose(BASE, f"device={march}")
+    rules = DeviceRules(march=march, oe_version="3.0.17", **conf.plain(config.device.rules))
+    kinds = {k.value for k in OpKind}
+    assert {*rules.int8_inputs, *rules.int8_outputs, *rules.float16_kinds} <= kinds
+    assert CostModel(march=march, **conf.plain(config.device.cost)).clock_ghz == {"nash-m": 1.5, "nash-e": 1.0}[march]
+
+
+def test_every_option_composes():
+    for group in conf.GROUPS:
+        for path in (conf.conf_dir() / group).glob("*.yaml"):
+            plus = "+" if group in ("experiment", "debug") else ""
+            compose(*([] if group == "experiment" else [BASE]), f"{plus}{group}={path.stem}")
+
+
+def python(*arguments, cwd, **env):
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_help_config_and_completion_work_from_any_folder_without_torch(tmp_path):
+    shown = python("-X", "importtime", "-m", "qflow.tune", "--help", cwd=tmp_path)
+    assert shown.returncode == 0
+    assert "python -m qflow.tune +experiment=<name>" in shown.stdout
+    assert "task: custom, digits, perception" in shown.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in shown.stderr.splitlines() if "|" in line}
+    assert not imported & {"torch", "mlflow", "optuna", "pandas", "sklearn"}
+    job = python("-m", "qflow.tune", "--cfg", "job", BASE, cwd=tmp_path)
+    assert "workflow: int8_int16" in job.stdout
+    completion = python("-m", "qflow.tune", "-sc", "install=bash", cwd=tmp_path)
+    assert "hydra_bash_completion" in completion.stdout
+
+
+def test_paths_resolve_against_the_users_folder(tmp_path):
+    job = python("-m", "qflow.tune", "--cfg", "job", "--resolve", BASE, cwd=tmp_path, QFLOW_HOME="")
+    assert f"root: {tmp_path}/qflow_out" in job.stdout or "root: ''" in job.stdout

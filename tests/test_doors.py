@@ -1,0 +1,192 @@
+"""The whole way of a user with a task of their own: tune, go on, promote; and what is refused on the way."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+OWN = [
+    "+experiment=int8_int16", "task=custom", "task.name=own", "task.model._target_=user_task.model",
+    "task.data._target_=user_task.Data", "task.metric._target_=user_task.ErrorRate", "task.batch_size=256",
+    "calibration.batch_size=16", "calibration.steps=4", "sensitivity.bad_cases=4", "sensitivity.search_samples=32",
+    "calibration.method=choice(minmax,mse)", "~search.space.calibration.batch_size", "~search.space.calibration.steps",
+]  # fmt: skip
+STORE = ["study=own/int8_int16", "tracking.experiment=own"]
+
+
+def door(name, *arguments, cwd, **env):
+    return subprocess.run(
+        [sys.executable, "-m", f"qflow.{name}", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(HERE), "QFLOW_HOME": "", **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("user")
+    return folder, door("tune", *OWN, "search.n_trials=7", cwd=folder)
+
+
+def test_the_mix_meets_the_goal_that_int8_misses_for_less_than_int16(studied):
+    _, done = studied
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = dict(re.findall(r"^(float|all-int16|all-int8|best mix) +(.+)$", done.stdout, re.MULTILINE))
+    drop = {name: float(row.split()[1]) for name, row in rows.items() if name != "float"}
+    latency = {name: float(row.split()[2]) for name, row in rows.items() if name != "float"}
+    assert drop["all-int8"] > 0.01 >= drop["all-int16"]
+    assert drop["best mix"] <= 0.01
+    assert latency["all-int8"] <= latency["best mix"] < latency["all-int16"]
+    assert "mlflow ui" in done.stdout
+    assert "python -m qflow.promote study=own/int8_int16" in done.stdout
+    assert "\r" not in done.stdout  # plain lines where there is no terminal
+
+
+def test_a_run_holds_what_it_is_rebuilt_from(studied):
+    from qflow.core.record import from_dict
+    from qflow.tracking.mlflow_tracker import MlflowTracker
+
+    folder, _ = studied
+    tracker = MlflowTracker.open(None, folder / "qflow_out", "own")
+    best = tracker.run_tags(tracker.find_study("own/int8_int16"))["qflow.best"]
+    for name in (
+        "config.yaml", "qconfig/qconfig.json", "qconfig/scales.json", "qconfig.txt", "sensitivity.json", "cost.json",
+        "model_check.json", "model_check_result.txt", "manifest.json",
+    ):  # fmt: skip
+        assert tracker.download(best, name, folder / "got").exists(), name
+    tags = tracker.run_tags(best)
+    assert tags["mlflow.parentRunId"] == tracker.find_study("own/int8_int16")
+    for table in ("sensitivity.json", "cost.json", "model_check.json"):
+        assert f'"{table}"' in tags["mlflow.loggedArtifacts"]
+    metrics = tracker.run_metrics(best)
+    assert {"accuracy/error", "accuracy/drop", "cost/latency_ms", "qconfig/int16_ratio"} <= set(metrics)
+    assert tracker.run_params(best)["calibration.method"] in ("minmax", "mse")
+    import json
+
+    from qflow.core.qconfig import QConfig
+
+    logged = from_dict(QConfig, json.loads((folder / "got" / "qconfig" / "qconfig.json").read_text()))
+    assert logged.digest == tags["qflow.qconfig"]
+
+
+def test_the_same_command_goes_on_and_repeats_nothing(studied):
+    folder, _ = studied
+    again = door("tune", *OWN, "search.n_trials=8", cwd=folder)
+    assert again.returncode == 0, again.stderr
+    assert "7 trials of an earlier start stand" in again.stdout
+    assert len(re.findall(r"^trial \d+", again.stdout, re.MULTILINE)) == 1
+
+
+def test_another_configuration_under_the_same_name_is_refused(studied):
+    folder, _ = studied
+    other = door("tune", *OWN, "calibration.steps=5", cwd=folder)
+    assert other.returncode == 2
+    assert "goes on with what it began with, but got another calibration" in other.stderr
+    assert "study=own/int8_int16-2" in other.stderr
+
+
+def test_promote_rebuilds_registers_and_moves_the_alias(studied):
+    folder, _ = studied
+    done = door("promote", *STORE, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "version 1, alias champion moved" in done.stdout
+    assert "is this run already" in door("promote", *STORE, cwd=folder).stdout
+
+
+def test_promote_refuses_with_every_reason(studied):
+    """The same run on other weights: metric, scales and the fingerprint all differ."""
+    folder, _ = studied
+    changed = folder / "changed"
+    changed.mkdir(exist_ok=True)
+    source = (HERE / "user_task.py").read_text().replace("digits.build_model()", "digits.build_model(epochs=1)")
+    (changed / "user_task.py").write_text(source)
+    done = door("promote", *STORE, f"root={folder}/qflow_out", cwd=folder, PYTHONPATH=str(changed))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "weights are not those of the run" in done.stdout
+    assert "accuracy/error was logged as" in done.stdout
+    assert "scales differ" in done.stdout
+
+
+def test_promote_names_what_is_missing(studied, tmp_path):
+    folder, _ = studied
+    unknown = door("promote", "study=nope", "tracking.experiment=own", cwd=folder)
+    assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)
+    assert "unknown in sqlite" in unknown.stderr
+
+
+BAD = {
+    "empty calibration": (["task.data._target_=user_task.EmptyData"], "holds samples, but got none"),
+    "too few": (["calibration.steps=1000"], "16000 samples, but got 512"),
+    "NaN in data": (["task.data._target_=user_task.NanData"], "got NaN or inf in task.data.calibration"),
+    "NaN in the float model": (["task.model._target_=user_task.nan_model"], "Outputs of a model are finite"),
+    "another float metric": (["task.float_metric=0.5"], "reaches the metric its task states"),
+    "a batch the model cannot take": (["task.data._target_=qflow.tasks.perception.data.build_data"], "must take the batches"),
+    "int16 x int16": (["qconfig.template=qint16", "+qconfig.modules.quiet=qint16/qint16"], "no int16 x int16"),
+    "unreachable server": (["tracking.uri=http://127.0.0.1:9"], "127.0.0.1:9"),
+    "no such model": (["task.model._target_=user_task.nothing"], "task.model._target_ must import and run"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_users_mistake_gets_one_line_and_leaves_nothing_finished(case, tmp_path):
+    arguments, message = BAD[case]
+    done = door("tune", *OWN, *arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    if (tmp_path / "qflow_out" / "mlflow.db").exists():
+        from qflow.tracking.mlflow_tracker import MlflowTracker
+
+        tracker = MlflowTracker.open(None, tmp_path / "qflow_out", "own")
+        assert not [r for r in tracker.trial_runs("own/int8_int16") if r[2] == "FINISHED"]
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = door("tune", *OWN, "qconfig.int16_ratio=7", cwd=tmp_path, QFLOW_DEBUG="1")
+    assert "Traceback" in done.stderr
+    assert "lies between 0 and 1" in done.stderr
+
+
+def test_interrupted_or_killed_the_study_goes_on(tmp_path):
+    """Ctrl-C after some trials, then SIGKILL, then to the end: nothing is lost, nothing runs twice."""
+    command = [sys.executable, "-m", "qflow.tune", *OWN, "search.n_trials=9"]
+    env = {**os.environ, "PYTHONPATH": str(HERE), "QFLOW_HOME": ""}
+    seen = []
+    for number, wait_for in ((signal.SIGINT, "trial 2"), (signal.SIGKILL, "trial 4")):
+        process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        for line in process.stdout:
+            seen += re.findall(r"^trial (\d+)", line)
+            if line.startswith(wait_for) or time.monotonic() > deadline:
+                break
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        seen += re.findall(r"^trial (\d+)", out, re.MULTILINE)
+        if number == signal.SIGINT:
+            assert process.returncode == 130
+            assert "the same command goes on" in err
+            assert "Traceback" not in err
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    from qflow.search.loop import check_invariants
+    from qflow.search.study import Study
+    from qflow.tracking.mlflow_tracker import MlflowTracker
+
+    root = tmp_path / "qflow_out"
+    tracker = MlflowTracker.open(None, root, "own")
+    runs = tracker.trial_runs("own/int8_int16")
+    assert sum(status == "FINISHED" for _, _, status, _ in runs) == 9
+    assert not any(status == "RUNNING" for _, _, status, _ in runs)
+    seen += re.findall(r"^trial (\d+)", done.stdout, re.MULTILINE)
+    finished = [n for _, n, status, _ in runs if status == "FINISHED"]
+    assert len(set(finished)) == 9
+    assert Study and check_invariants

@@ -1,0 +1,73 @@
+"""A user's own task: digits through a network whose int8 loses, because one channel drowns another."""
+
+import torch
+from torch import nn
+
+from qflow.tasks import digits
+
+
+class Net(nn.Module):
+    """`loud` carries one channel 200 times as large as the rest; `quiet` takes it back."""
+
+    def __init__(self):
+        super().__init__()
+        self.loud, self.quiet = nn.Conv2d(1, 2, 1), nn.Conv2d(2, 1, 1)
+        with torch.no_grad():
+            self.loud.weight.copy_(torch.tensor([200.0, 1.0]).view(2, 1, 1, 1))
+            self.quiet.weight.copy_(torch.tensor([0.0, 1.0]).view(1, 2, 1, 1))
+            self.loud.bias.zero_()
+            self.quiet.bias.zero_()
+        self.inner = digits.build_model()
+
+    def forward(self, image):
+        return {"scores": self.inner(self.quiet(self.loud(image)))}
+
+
+def model():
+    return Net().eval()
+
+
+class Data:
+    """Dict batches; `label` is no argument of forward."""
+
+    def __init__(self, samples=512):
+        self.source = digits.build_data(calibration_size=samples)
+
+    @property
+    def calibration(self):
+        return [{"image": x, "label": y} for x, y in self.source.calibration]
+
+    @property
+    def evaluation(self):
+        return [{"image": x, "label": y} for x, y in self.source.evaluation]
+
+
+class ErrorRate:
+    """Lower is better."""
+
+    direction = "minimize"
+    name = "error"
+
+    def __call__(self, outputs, batch):
+        return (outputs["scores"].argmax(1) != batch["label"]).float()
+
+
+class NanData(Data):
+    @property
+    def calibration(self):
+        return [{"image": s["image"] * float("nan"), "label": s["label"]} for s in super().calibration]
+
+
+class EmptyData(Data):
+    @property
+    def calibration(self):
+        return []
+
+
+class NanNet(Net):
+    def forward(self, image):
+        return {"scores": super().forward(image)["scores"] / 0.0}
+
+
+def nan_model():
+    return NanNet().eval()
