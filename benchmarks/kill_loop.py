@@ -106,9 +106,7 @@ def check_in_child(folder: Path) -> int:
     os._exit(min(100, len(problems)))
 
 
-def kill_rounds(
-    folder: Path, kills: int, terms: float, trials: int, rng: random.Random
-) -> collections.Counter[str]:
+def kill_rounds(folder: Path, kills: int, terms: float, trials: int, rng: random.Random) -> collections.Counter[str]:
     """The rounds that are ended from outside; how each of them ended."""
     ends: collections.Counter[str] = collections.Counter()
     for turn in range(kills):

@@ -150,17 +150,21 @@ class Bench:
         """
         key = (settings.batch_size, settings.steps)
         if key not in self._stats:
-            available, wanted = len(self.task.data.calibration), settings.batch_size * settings.steps
-            if 0 < available < wanted:
-                raise DataError(
-                    f"Calibration takes batch_size x steps = {wanted} samples, but got {available} in "
-                    f"task.data.calibration. Lower calibration.batch_size or calibration.steps."
-                )
+            self.require_samples(settings.batch_size, settings.steps)
             stream = batches(self.task, "calibration", settings.batch_size, settings.steps)
             self._stats[key] = collect(
                 self.prepared, ((model_inputs(self.task, b), size) for b, size in stream), progress
             )
         return self._stats[key]
+
+    def require_samples(self, batch_size: int, steps: int) -> None:
+        """Refuse calibration amounts that the data cannot give. Raises DataError."""
+        available, wanted = len(self.task.data.calibration), batch_size * steps
+        if 0 < available < wanted:
+            raise DataError(
+                f"Calibration takes batch_size x steps = {wanted} samples, but got {available} in "
+                f"task.data.calibration. Lower calibration.batch_size or calibration.steps, or their search."
+            )
 
     def find_badcases(self, progress: Progress = _silent) -> BadcaseTable:
         """The calibration samples on which the all-int8 model differs most from float; `progress` counts steps."""
@@ -293,7 +297,9 @@ class Bench:
         return {
             "qflow": __version__,
             "python": platform.python_version(),
-            "versions": {p: importlib.metadata.version(p) for p in ("torch", "numpy", "mlflow", "optuna", "hydra-core")},
+            "versions": {
+                p: importlib.metadata.version(p) for p in ("torch", "numpy", "mlflow", "optuna", "hydra-core")
+            },
             "device": self.task.device,
             "weights": weights_digest(self.task.model),
             "data": self.data_digest(),
@@ -318,6 +324,9 @@ def weights_digest(model: torch.nn.Module) -> str:
     sha = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         sha.update(name.encode())
-        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else
-                   str(tensor.item()).encode())
+        sha.update(
+            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            if tensor.ndim
+            else str(tensor.item()).encode()
+        )
     return sha.hexdigest()[:DIGEST_CHARS]

@@ -205,7 +205,29 @@ class PromoteSchema(TuneSchema):
     """MLflow run id of a trial; null takes the best trial of `study`."""
 
 
-SCHEMAS = {"tune": TuneSchema, "promote": PromoteSchema}
+@dataclass(kw_only=True)
+class TrainingSchema:
+    """Arguments of workflows/train_float.py::train, the loss, and where the weights go."""
+
+    loss: str = MISSING
+    epochs: int = MISSING
+    learning_rate: float = MISSING
+    weight_decay: float = 0.0
+    batch_size: int = 64
+    seed: int = 0
+    output: str = "${hydra:runtime.cwd}/weights.safetensors"
+
+
+@dataclass(kw_only=True)
+class TrainFloatSchema:
+    """`python -m workflows.train_float`."""
+
+    task: TaskSchema = field(default_factory=TaskSchema)
+    executor: ExecutorSchema = field(default_factory=ExecutorSchema)
+    training: TrainingSchema = field(default_factory=TrainingSchema)
+
+
+SCHEMAS: dict[str, type] = {"tune": TuneSchema, "promote": PromoteSchema, "train_float": TrainFloatSchema}
 GROUPS = ("task", "device", "calibration", "qat", "search", "objective", "tracking", "executor", "experiment", "debug")
 
 
@@ -305,6 +327,11 @@ def _parsed(argument: str) -> Override | None:
         return None  # Hydra will say what is wrong with it
 
 
+def experiments() -> list[str]:
+    """Names of the experiments that run a workflow of qflow.tune."""
+    return sorted(p.stem for p in (conf_dir() / "experiment").glob("*.yaml") if "\nworkflow:" in p.read_text())
+
+
 def explain(error: Exception, config: str = "tune") -> str:
     """One line for what Hydra or OmegaConf found wrong: the key or value, and those that exist."""
     cause: BaseException = error
@@ -319,17 +346,19 @@ def explain(error: Exception, config: str = "tune") -> str:
         node = OmegaConf.select(schema, parent) if parent else schema
         known = ", ".join(str(k) for k in node) if node is not None else ""
         return f"A key must exist in the configuration, but got {key}. Keys of {parent or config}: {known}."
-    if "No match in the defaults list" in first or "Could not override" in first and "." not in first.split("'")[1]:
+    if "No match in the defaults list" in first or ("Could not override" in first and "." not in first.split("'")[1]):
         name = first.split("'")[1]
         return f"A group must exist, but got {name}. Groups: {', '.join(GROUPS)}."
-    if "Could not find" in first or "In '" in first and "Could not" in first:
+    if "Could not find" in first or ("In '" in first and "Could not" in first):
         wanted = first.split("Could not find '")[-1].split("'")[0]
         options = first.partition("Available options in")[2].partition(":")[2].split("Config search path")[0].split()
         shown = ", ".join(o.strip("',") for o in options)
         return f"A group option must exist, but got {wanted}. Options: {shown}."
     if "Missing mandatory value" in text and key == "workflow":
-        names = sorted(p.stem for p in (conf_dir() / "experiment").glob("*.yaml"))
+        names = experiments()
         return f"A study needs an experiment, but got none. Add +experiment=<name>: {', '.join(names)}."
+    if "Missing mandatory value" in text:
+        return f"A value is needed for {key}, but got none. Set {key}=..., or add +experiment=<name>."
     if key and key not in text.split("full_key")[0]:
         return f"{text.split(' full_key')[0].rstrip('.')}, for {key}."
     return text if len(text) > 8 else first
@@ -478,6 +507,16 @@ def build_task(config: DictConfig) -> Task:
             raise ConfigError(f"A task needs task.{part}._target_, but got none. Name your class or function.")
         parts[part] = _call(target, f"task.{part}")
     return make_task(name=node.name, device=device, **parts, **stated)
+
+
+def get_function(name: str, where: str) -> Callable[..., Any]:
+    """The function at a dotted name. Raises ConfigError."""
+    from hydra.utils import get_method
+
+    try:
+        return get_method(name)
+    except (HydraException, ImportError, ValueError) as error:
+        raise ConfigError(f"{where} must be the dotted name of a function, but got {name}: {error}") from error
 
 
 def _call(node: Mapping[str, Any], where: str) -> Any:

@@ -93,7 +93,9 @@ def best_run(tracker: MlflowTracker, study: str) -> str:
     tags = tracker.run_tags(found)
     if not tags.get("qflow.best"):
         why = "missed its goal" if tags.get("qflow.goal") == "missed" else "has not ended yet"
-        raise PromotionError(f"A study is promoted by its best trial, but {study} {why}. Tune further, or name run=<id>.")
+        raise PromotionError(
+            f"A study is promoted by its best trial, but {study} {why}. Tune further, or name run=<id>."
+        )
     return tags["qflow.best"]
 
 
@@ -104,7 +106,9 @@ def load(tracker: MlflowTracker, run_id: str, folder: Path) -> Candidate:
     from qflow.core.record import from_dict
 
     if tracker.result(run_id) is None:
-        raise PromotionError(f"A promoted run is a finished trial, but got {run_id} without a result. Name another run.")
+        raise PromotionError(
+            f"A promoted run is a finished trial, but got {run_id} without a result. Name another run."
+        )
     texts = {}
     for name in FILES:
         try:
@@ -144,7 +148,11 @@ def compare(candidate: Candidate) -> list[str]:
     except QflowError as error:
         return [*reasons, f"the trial cannot be rebuilt: {error}"]
     metric = f"accuracy/{bench.task.metric_name}"
-    for name, value in {metric: result.metric, "accuracy/drop": result.drop, "cost/latency_ms": result.cost.latency_ms}.items():
+    for name, value in {
+        metric: result.metric,
+        "accuracy/drop": result.drop,
+        "cost/latency_ms": result.cost.latency_ms,
+    }.items():
         logged = candidate.metrics.get(name)
         print(f"{name:<18}{'-' if logged is None else f'{logged:.6g}':>12} logged {value:>12.6g} rebuilt")
         if logged is None or abs(logged - value) > METRIC_TOLERANCE + 1e-5 * abs(value):

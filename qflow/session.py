@@ -24,7 +24,15 @@ from qflow.search.study import Study
 from qflow.tracking.mlflow_tracker import MlflowTracker
 
 # What may change between two starts of one study; everything else must stay as it was.
-FREE = ("root", "search.n_trials", "search.timeout", "search.enqueue", "tracking", "executor.threads", "task.batch_size")
+FREE = (
+    "root",
+    "search.n_trials",
+    "search.timeout",
+    "search.enqueue",
+    "tracking",
+    "executor.threads",
+    "task.batch_size",
+)
 
 
 @dataclass
@@ -70,6 +78,16 @@ class Session:
             params={"task": self.config.task.name, "march": self.config.device.march, "seed": self.config.seed},
             description=f"{self.study.name}: drop of at most {self.goal.max_drop:g} at least latency.",
         )
+
+    def largest_calibration(self) -> tuple[int, int]:
+        """The largest batch size and number of steps that the default or the search can ask for."""
+        sizes = []
+        for key in ("batch_size", "steps"):
+            default = int(getattr(self.bench.default_calibration, key))
+            domain = self.study.space.get(f"calibration.{key}")
+            points = [int(p) for p in (domain.points() if domain else ()) if isinstance(p, (int, float))]
+            sizes.append(max([default, *points]))
+        return sizes[0], sizes[1]
 
     def run_trials(self, n_trials: int, fixed: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
         """Evaluate until the study holds `n_trials` trials; a line for each, and the bar where there is one."""

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from qflow.bench import Bench
-    from qflow.session import Session
 
 
 def main() -> None:
@@ -48,9 +47,7 @@ def check_config(config: DictConfig) -> None:
     if config.executor.kind != "serial":
         raise ConfigError(f"executor.kind is serial, but got {config.executor.kind!r}. Use executor=serial.")
     if config.search.n_trials < 2:
-        raise ConfigError(
-            f"search.n_trials is at least 2 (all-int16 and all-int8), but got {config.search.n_trials}."
-        )
+        raise ConfigError(f"search.n_trials is at least 2 (all-int16 and all-int8), but got {config.search.n_trials}.")
     if config.search.timeout is not None and not 0 < config.search.timeout < math.inf:
         raise ConfigError(f"search.timeout is a number of seconds above 0, but got {config.search.timeout:g}.")
     for point in conf.plain(config.search.enqueue):
@@ -77,7 +74,9 @@ def make_bench(config: DictConfig) -> Bench:
 
     device = config.executor.device
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise ConfigError(f"executor.device is cpu or a GPU that torch sees, but got {device}. Use executor.device=cpu.")
+        raise ConfigError(
+            f"executor.device is cpu or a GPU that torch sees, but got {device}. Use executor.device=cpu."
+        )
     if config.executor.threads:
         torch.set_num_threads(config.executor.threads)
     torch.manual_seed(config.seed)

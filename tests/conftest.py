@@ -1,7 +1,11 @@
 """Fixtures that several parts use: the digits task and a bench on it, built once."""
 
+import os
 import sys
 from pathlib import Path
+
+# Small networks gain nothing from threads, and on a busy machine they wait for each other: one, here and in doors.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

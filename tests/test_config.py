@@ -42,17 +42,29 @@ BASE = "+experiment=int8_int16"
 REFUSED = {
     "unknown experiment": (["+experiment=nope"], "got experiment/nope. Options: int8_int16"),
     "no experiment": ([], "Add +experiment=<name>: int8_int16"),
-    "misspelt key": ([BASE, "calibration.batchsize=3"], "got calibration.batchsize. Keys of calibration: method, batch_size"),
+    "misspelt key": (
+        [BASE, "calibration.batchsize=3"],
+        "got calibration.batchsize. Keys of calibration: method, batch_size",
+    ),
     "added key": ([BASE, "+calibration.foo=3"], "got calibration.foo. Keys of calibration: method, batch_size"),
     "misspelt group": ([BASE, "calibation=kl"], "got calibation. Keys of tune: workflow, study, seed"),
     "unknown option": ([BASE, "calibration=klx"], "got calibration/klx. Options: default, minmax, percentile"),
-    "wrong type": ([BASE, "calibration.steps=abc"], "'abc' of type 'str' could not be converted to Integer, for calibration.steps"),
-    "illegal value": ([BASE, "calibration.method=foo"], "calibration.method is one of minmax, percentile, mse, kl, mix"),
+    "wrong type": (
+        [BASE, "calibration.steps=abc"],
+        "'abc' of type 'str' could not be converted to Integer, for calibration.steps",
+    ),
+    "illegal value": (
+        [BASE, "calibration.method=foo"],
+        "calibration.method is one of minmax, percentile, mse, kl, mix",
+    ),
     "ratio outside 0..1": ([BASE, "qconfig.int16_ratio=1.5"], "qconfig.int16_ratio lies between 0 and 1, but got 1.5"),
     "illegal dtype": ([BASE, "+qconfig.modules.conv=int16"], "qconfig.modules.conv is one of qint8, qint16"),
     "search outside the range": ([BASE, "qconfig.int16_ratio=interval(0,2)"], "lies between 0 and 1, but got 2"),
     "search of an unknown key": ([BASE, "calibration.methd=choice(a,b)"], "got calibration.methd"),
-    "search of what is not a trial's": ([BASE, "seed=choice(1,2)"], "varies keys of calibration or qconfig, but got seed"),
+    "search of what is not a trial's": (
+        [BASE, "seed=choice(1,2)"],
+        "varies keys of calibration or qconfig, but got seed",
+    ),
     "no search value": ([BASE, "search.space.calibration.steps=7"], "choice(...), interval(...), range(...)"),
     "negative goal": ([BASE, "objective.max_drop=-1"], "objective.max_drop is a number of at least 0, but got -1"),
     "sampler": ([BASE, "search.sampler=grid"], "search.sampler is one of tpe, nsga2, gp, random, but got 'grid'"),

@@ -129,7 +129,10 @@ BAD = {
     "NaN in data": (["task.data._target_=user_task.NanData"], "got NaN or inf in task.data.calibration"),
     "NaN in the float model": (["task.model._target_=user_task.nan_model"], "Outputs of a model are finite"),
     "another float metric": (["task.float_metric=0.5"], "reaches the metric its task states"),
-    "a batch the model cannot take": (["task.data._target_=qflow.tasks.perception.data.build_data"], "must take the batches"),
+    "a batch the model cannot take": (
+        ["task.data._target_=qflow.tasks.perception.data.build_data"],
+        "must take the batches",
+    ),
     "int16 x int16": (["qconfig.template=qint16", "+qconfig.modules.quiet=qint16/qint16"], "no int16 x int16"),
     "unreachable server": (["tracking.uri=http://127.0.0.1:9"], "127.0.0.1:9"),
     "no such model": (["task.model._target_=user_task.nothing"], "task.model._target_ must import and run"),
@@ -162,7 +165,9 @@ def test_interrupted_or_killed_the_study_goes_on(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(HERE), "QFLOW_HOME": ""}
     seen = []
     for number, wait_for in ((signal.SIGINT, "trial 2"), (signal.SIGKILL, "trial 4")):
-        process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         deadline = time.monotonic() + 120
         for line in process.stdout:
             seen += re.findall(r"^trial (\d+)", line)

@@ -36,6 +36,7 @@ def run(session: Session) -> int:
     with console.stage("check") as say:
         say(check(session))
     session.open()
+    bench.require_samples(*session.largest_calibration())
     settings = bench.default_calibration
     with console.stage("calibrate") as say, console.bar("calibrate", settings.steps, "steps") as advance:
         stats = bench.calibrate(settings, advance)
@@ -57,9 +58,7 @@ def run(session: Session) -> int:
         console.say(f"{'decision':<12} {decision}")
         return finish(session, decision)
     with console.stage("search") as say:
-        session.run_trials(
-            session.config.search.n_trials, [*fixed(session, ALL_INT16, ALL_INT8), *enqueued(session)]
-        )
+        session.run_trials(session.config.search.n_trials, [*fixed(session, ALL_INT16, ALL_INT8), *enqueued(session)])
         say(f"{len(session.trials)} trials, {bench.hits} of them with a qconfig already evaluated")
     return finish(session, "")
 
@@ -111,7 +110,9 @@ def decide(session: Session) -> str:
     trials = {t.label: t for t in session.trials}
     if not meets(trials[ALL_INT16]):
         miss = trials[ALL_INT16].outcome.constraints[CONSTRAINT]
-        return f"all-int16 misses the goal by {miss:.4f}: no int8/int16 mix is expected to meet it; see the sensitivities"
+        return (
+            f"all-int16 misses the goal by {miss:.4f}: no int8/int16 mix is expected to meet it; see the sensitivities"
+        )
     if meets(trials[ALL_INT8]):
         return "all-int8 meets the goal: no operator needs int16"
     return ""
@@ -140,7 +141,9 @@ def finish(session: Session, decision: str) -> int:
     say("\n" + table)
     say(verdict(session, best, shown))
     say(f"{'qconfig':<12}{shown.outcome.tags['qflow.qconfig']} of trial {shown.number}, run {shown.run_id}")
-    say(f"{'runs':<12}{session.tracker.uri}, experiment {session.config.tracking.experiment}, study {session.study.name}")
+    say(
+        f"{'runs':<12}{session.tracker.uri}, experiment {session.config.tracking.experiment}, study {session.study.name}"
+    )
     say(f"{'next':<12}{session.tracker.ui_command()}")
     say(f"{'':<12}{promote_command(session)}")
     return 0 if best else 1

@@ -1,9 +1,8 @@
-"""Train a built-in task's float model and save its weights.
-
-    python -m workflows.train_float
+"""Train a task's float model and save its weights: python -m workflows.train_float +experiment=train_perception
 
 Plain supervised training: AdamW, and a learning rate that rises for a tenth of the steps and falls by a
-cosine to nothing. Repeatable for a given seed and thread count.
+cosine to nothing. Repeatable for a given seed and thread count. In an installed wheel the same is
+`python -m qflow.workflows.train_float`.
 """
 
 from __future__ import annotations
@@ -11,16 +10,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from qflow.tasks.perception.data import build_data
-from qflow.tasks.perception.metric import Found, loss
-from qflow.tasks.perception.model import WEIGHTS, build_model
+from qflow import config as conf
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 log = logging.getLogger(__name__)
 
@@ -78,23 +79,25 @@ def evaluate(model: nn.Module, samples: Dataset[Any], metric: Callable[[Any, Any
     return float(torch.cat([metric(model(batch[0]), batch) for batch in DataLoader(samples, 64)]).mean())
 
 
-def main() -> None:
-    """Train the perception task as its README says."""
+def train_float(config: DictConfig) -> int:
+    """Build the task's parts with untrained weights, train, measure, save."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    torch.manual_seed(0)
-    model = build_model(weights=None)
-    train(
-        model,
-        build_data(),
-        loss,
-        Found(),
-        epochs=24,
-        learning_rate=4e-3,
-        weight_decay=0.02,
-        batch_size=64,
-        seed=0,
-    )
-    save_file(model.state_dict(), WEIGHTS)
+    if config.executor.threads:
+        torch.set_num_threads(config.executor.threads)
+    torch.manual_seed(config.training.seed)
+    task = conf.build_task(config)
+    loss = conf.get_function(config.training.loss, "training.loss")
+    settings = {key: value for key, value in conf.plain(config.training).items() if key not in ("loss", "output")}
+    train(task.model, task.data, loss, task.metric, **settings)
+    output = Path(config.training.output).expanduser().resolve()
+    save_file(task.model.state_dict(), output)
+    print(f"weights     {output}")
+    return 0
+
+
+def main() -> None:
+    """Entry point."""
+    conf.run_door("train_float", train_float)
 
 
 if __name__ == "__main__":

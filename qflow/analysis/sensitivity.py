@@ -80,7 +80,5 @@ def _flops(node: OpNode, graph: ModelGraph) -> int:
 
 
 def _size(inputs: Any) -> int:
-    tensors = [inputs] if isinstance(inputs, Tensor) else list(
-        inputs.values() if isinstance(inputs, dict) else inputs
-    )
+    tensors = [inputs] if isinstance(inputs, Tensor) else list(inputs.values() if isinstance(inputs, dict) else inputs)
     return int(next((t.shape[0] for t in tensors if isinstance(t, Tensor) and t.ndim), 1))

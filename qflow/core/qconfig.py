@@ -57,11 +57,7 @@ class QConfig:
         """Operators whose effective precision differs, as (self, other)."""
         names = dict.fromkeys([*self.ops, *other.ops])
         pairs = {name: (self.ops.get(name), other.ops.get(name)) for name in names}
-        return {
-            name: (a, b)
-            for name, (a, b) in pairs.items()
-            if (a and a.effective) != (b and b.effective)
-        }
+        return {name: (a, b) for name, (a, b) in pairs.items() if (a and a.effective) != (b and b.effective)}
 
     def with_ops(self, changes: Mapping[str, OpQConfig]) -> QConfig:
         """A copy with some operators replaced."""

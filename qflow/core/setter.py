@@ -53,7 +53,8 @@ class ModuleNameSetter:
                 close = [n.name for n in graph.quantized if name.split(".")[-1] in n.name][:3]
                 raise ConfigError(
                     f"A module name must be an operator or a module of the model, but got {name}. "
-                    f"Use one of the names in the model check" + (f", for example {', '.join(close)}." if close else ".")
+                    f"Use one of the names in the model check"
+                    + (f", for example {', '.join(close)}." if close else ".")
                 )
 
 

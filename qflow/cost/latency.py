@@ -51,9 +51,7 @@ class CostModel:
         }
     )
     """Input / weight dtype -> cost of a MAC relative to int8."""
-    vector_factors: Mapping[str, float] = field(
-        default_factory=lambda: {"qint8": 1.0, "qint16": 2.0, "float16": 8.0}
-    )
+    vector_factors: Mapping[str, float] = field(default_factory=lambda: {"qint8": 1.0, "qint16": 2.0, "float16": 8.0})
 
 
 @dataclass(frozen=True)

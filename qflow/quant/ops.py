@@ -84,14 +84,12 @@ FUNCTION_KINDS: dict[str, OpKind] = {name: kind for kind, names in _FUNCTIONS.it
 
 # Results that carry no values of the network: never an operator.
 METADATA = frozenset(
-    "size dim numel shape get set delete device dtype layout is_floating_point is_contiguous stride storage_offset "
-    "element_size nelement is_complex requires_grad_ requires_grad is_cuda ndim data_ptr names type has_names "
-    "get_device is_sparse is_quantized is_meta is_nested broadcast_shapes result_type promote_types".split()
+    ["size", "dim", "numel", "shape", "get", "set", "delete", "device", "dtype", "layout", "is_floating_point", "is_contiguous", "stride", "storage_offset", "element_size", "nelement", "is_complex", "requires_grad_", "requires_grad", "is_cuda", "ndim", "data_ptr", "names", "type", "has_names", "get_device", "is_sparse", "is_quantized", "is_meta", "is_nested", "broadcast_shapes", "result_type", "promote_types"]
 )
 # A Python value taken out of a tensor: what follows may depend on the data.
-DATA_DEPENDENT = frozenset("item bool int float index tolist numpy nonzero len contains".split())
+DATA_DEPENDENT = frozenset(["item", "bool", "int", "float", "index", "tolist", "numpy", "nonzero", "len", "contains"])
 # Writes whose result is a constant fill.
-FILLS = frozenset("zero fill".split())
+FILLS = frozenset(["zero", "fill"])
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

@@ -180,4 +180,6 @@ def _fused_type(op: Op) -> str:
 def _constant_notes(nodes: list[OpNode]) -> tuple[str, ...]:
     return tuple(
         f"{node.name}: {node.constants} constant input(s) without a quantizer" for node in nodes if node.constants
-    ) + tuple(f"{node.name}: {node.op_type} is not known to the device table" for node in nodes if node.kind == OpKind.other)
+    ) + tuple(
+        f"{node.name}: {node.op_type} is not known to the device table" for node in nodes if node.kind == OpKind.other
+    )

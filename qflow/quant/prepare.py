@@ -144,7 +144,10 @@ class QuantizedModel(nn.Module):
 
     @contextmanager
     def _switched(self, on: set[tuple[str, str]]) -> Iterator[None]:
-        quantizers = {**{("output", n): q for n, q in self.outputs.items()}, **{("weight", n): q for n, q in self.weights.items()}}
+        quantizers = {
+            **{("output", n): q for n, q in self.outputs.items()},
+            **{("weight", n): q for n, q in self.weights.items()},
+        }
         before = {key: quantizer.enabled for key, quantizer in quantizers.items()}
         for key, quantizer in quantizers.items():
             quantizer.enabled = key in on
@@ -168,7 +171,9 @@ def prepare(model: nn.Module, example_inputs: Any) -> QuantizedModel:
         tape = trace(model, example_inputs)
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"The model must run on a batch of its data, but got: {text}. Check task.model and task.data.") from error
+        raise ModelError(
+            f"The model must run on a batch of its data, but got: {text}. Check task.model and task.data."
+        ) from error
     if not tape.outputs:
         raise ModelError("A model has outputs computed from its inputs, but tracing found none. Return tensors.")
     prepared = QuantizedModel(model, make_plan(tape, model)).eval()
@@ -188,7 +193,9 @@ def verify_float(model: nn.Module, prepared: QuantizedModel, inputs: Any) -> Non
         expected = named_tensors(call_model(model, tree_map(_copied, inputs)))
         got = named_tensors(call_model(prepared, tree_map(_copied, inputs)))
     if [n for n, _ in expected] != [n for n, _ in got]:
-        raise ModelError(f"The traced model must give the outputs {[n for n, _ in expected]}, but got {[n for n, _ in got]}.")
+        raise ModelError(
+            f"The traced model must give the outputs {[n for n, _ in expected]}, but got {[n for n, _ in got]}."
+        )
     for (name, a), (_, b) in zip(expected, got, strict=True):
         if not torch.equal(a.nan_to_num(), b.nan_to_num()):
             raise ModelError(
@@ -206,6 +213,3 @@ def scales(prepared: QuantizedModel) -> dict[str, float | list[float]]:
     found: dict[str, float | list[float]] = {name: float(q.scale) for name, q in prepared.outputs.items()}
     found.update({f"{name}.weight": q.scale.flatten().tolist() for name, q in prepared.weights.items()})
     return found
-
-
-

@@ -217,9 +217,7 @@ class ConvTransposeLeaf(WeightedLeaf):
         me: Any = self
         output_size = rest[0] if rest else output_size
         spatial = weight.ndim - 2
-        padding = me._output_padding(
-            x, output_size, me.stride, me.padding, me.kernel_size, spatial, me.dilation
-        )
+        padding = me._output_padding(x, output_size, me.stride, me.padding, me.kernel_size, spatial, me.dilation)
         convolve = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[spatial]
         return convolve(x, weight, bias, me.stride, me.padding, padding, me.groups, me.dilation)
 
@@ -242,7 +240,6 @@ def leaf_class(module: nn.Module) -> type[nn.Module]:
         globals()[name] = type(name, (mixin, own), {"__module__": __name__, "__qualname__": name})
     made: type[nn.Module] = globals()[name]
     return made
-
 
 
 @dataclass(frozen=True)

@@ -153,9 +153,7 @@ class _Tracer(TorchFunctionMode):
 
     def note_site(self, what: str) -> None:
         """Write down `what` with the innermost line of the user's code."""
-        frames = [
-            f for f in traceback.extract_stack() if "/torch/" not in f.filename and f.filename != __file__
-        ]
+        frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and f.filename != __file__]
         site = f" at {frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}" if frames else ""
         note = f"{self.scopes[-1] or 'model'}: {what}{site}"
         if note not in self.notes:

@@ -39,9 +39,7 @@ class Choice:
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", tuple(self.values))
         if not self.values:
-            raise ConfigError(
-                "Choice takes at least one value, but got none. Leave the key out of the space."
-            )
+            raise ConfigError("Choice takes at least one value, but got none. Leave the key out of the space.")
         for value in self.values:
             if not (value is None or isinstance(value, (str, bool)) or _number(value)):
                 raise ConfigError(f"Choice takes text, numbers, booleans or null, but got {value!r}.")
@@ -129,9 +127,7 @@ class Range:
     def __post_init__(self) -> None:
         _require_numbers("Range", start=self.start, stop=self.stop, step=self.step)
         if self.step <= 0 or self.stop <= self.start:
-            raise ConfigError(
-                f"Range needs step > 0 and stop > start, but got {self.start}, {self.stop}, {self.step}."
-            )
+            raise ConfigError(f"Range needs step > 0 and stop > start, but got {self.start}, {self.stop}, {self.step}.")
 
     @property
     def integer(self) -> bool:

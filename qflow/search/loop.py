@@ -133,9 +133,7 @@ class _Driver:
 
     def enqueue_fixed(self, fixed: Sequence[tuple[str, Values]]) -> None:
         """Put the fixed points in the queue that are not in the study yet; a failed one gets a new try."""
-        settled = {
-            t.label for t in self.study.trials() if t.state != "fail" or t.ending == "twin" or given_up(t)
-        }
+        settled = {t.label for t in self.study.trials() if t.state != "fail" or t.ending == "twin" or given_up(t)}
         for label, params in fixed:
             if label not in settled:
                 self.study.enqueue(params, label=label)

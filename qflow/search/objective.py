@@ -20,7 +20,9 @@ class Goal:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.max_drop < math.inf:
-            raise ConfigError(f"objective.max_drop is a number of at least 0, but got {self.max_drop:g}. 0.01 is usual.")
+            raise ConfigError(
+                f"objective.max_drop is a number of at least 0, but got {self.max_drop:g}. 0.01 is usual."
+            )
 
     def excess(self, drop: float) -> float:
         """How far `drop` exceeds the goal; <= 0 meets it. Rounded, so that equality on paper is equality here."""

@@ -100,9 +100,7 @@ class FailedTrial:
 class Tracker(Protocol):
     """What the loop asks of a tracker; run statuses are RUNNING, FINISHED, FAILED, KILLED."""
 
-    def open_study(
-        self, name: str, *, tags: Mapping[str, str], params: Mapping[str, Scalar], description: str
-    ) -> str:
+    def open_study(self, name: str, *, tags: Mapping[str, str], params: Mapping[str, Scalar], description: str) -> str:
         """Run id of the study, found again when it exists."""
 
     def start_trial(self, study_run_id: str, study: str, number: int, label: str) -> str:

@@ -42,9 +42,7 @@ def reconcile(study: Study, tracker: Tracker, *, ending: str = LOST) -> list[Fin
 def finished(trial: StudyTrial) -> FinishedTrial:
     """The record of a complete trial, from its marker."""
     marker = Marker.from_json(trial.marker or "{}")
-    return FinishedTrial(
-        trial.number, trial.run_id or "", trial.params, trial.label, marker.outcome, marker.seconds
-    )
+    return FinishedTrial(trial.number, trial.run_id or "", trial.params, trial.label, marker.outcome, marker.seconds)
 
 
 def given_up(trial: StudyTrial) -> bool:
@@ -65,9 +63,7 @@ def _give_back(study: Study, trial: StudyTrial, ending: str) -> None:
     study.fail(trial.number, ending, _REASONS[ending])
     attempt = trial.attempt + (ending == LOST)
     if attempt > MAX_RETRY:
-        _log.warning(
-            "Trial %d was lost %d times and is given up: %s", trial.number, attempt, dict(trial.params)
-        )
+        _log.warning("Trial %d was lost %d times and is given up: %s", trial.number, attempt, dict(trial.params))
     elif trial.params or trial.label:  # killed right after ask there is no point yet to put back
         study.enqueue(trial.params, label=trial.label, attempt=attempt, retry_of=trial.number)
 

@@ -116,9 +116,7 @@ class Study:
         """The right to drive this study. Entering raises TrackingError while another process has it."""
         return exclusive(self._lock, owner_of=f"study '{self.name}'")
 
-    def enqueue(
-        self, params: Values, *, label: str = "", attempt: int = 0, retry_of: int | None = None
-    ) -> None:
+    def enqueue(self, params: Values, *, label: str = "", attempt: int = 0, retry_of: int | None = None) -> None:
         """Put a point before the sampler's own. Keys that are missing are left to the sampler.
 
         A value that the space cannot express (another choice, a key outside) is evaluated all the same; the
@@ -169,16 +167,12 @@ class Study:
 
     def _trial(self, number: int) -> optuna.Trial:
         if number not in self._asked:  # a running trial of a process that died
-            self._asked[number] = optuna.Trial(
-                self._study, self._study.get_trials(deepcopy=False)[number]._trial_id
-            )
+            self._asked[number] = optuna.Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
         return self._asked[number]
 
     def _point(self, params: Mapping[str, Any], attrs: Mapping[str, Any]) -> dict[str, Scalar]:
         point = {**params, **attrs.get("fixed", {})}
-        return {
-            key: self.space[key].normal(v) if key in self.space else v for key, v in sorted(point.items())
-        }
+        return {key: self.space[key].normal(v) if key in self.space else v for key, v in sorted(point.items())}
 
     def _kept(self, trial: FrozenTrial) -> StudyTrial:
         attrs = trial.user_attrs
@@ -259,9 +253,7 @@ def _sampler(kind: str, seed: int, n_trials: int) -> BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group=True
         if kind == "tpe":
-            return optuna.samplers.TPESampler(
-                multivariate=True, group=True, n_startup_trials=startup, seed=seed
-            )
+            return optuna.samplers.TPESampler(multivariate=True, group=True, n_startup_trials=startup, seed=seed)
         if kind == "nsga2":
             return optuna.samplers.NSGAIISampler(population_size=max(4, min(20, n_trials // 5)), seed=seed)
         if kind == "gp":

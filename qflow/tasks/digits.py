@@ -68,6 +68,15 @@ class DigitsNet(nn.Module):
 def build_model(*, epochs: int = 8, seed: int = 0) -> nn.Module:
     """Train the float network, about a second, and give it in eval mode. No random state is disturbed."""
     images, labels = build_data().train.tensors
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # repeatable, and so small that threads would only wait for each other
+    try:
+        return _trained(images, labels, epochs, seed)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _trained(images: Tensor, labels: Tensor, epochs: int, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         model = DigitsNet()

@@ -48,9 +48,7 @@ class Task:
         return float_metric - metric if self.direction == "maximize" else metric - float_metric
 
 
-def make_task(
-    *, name: str, model: Any, data: Any, metric: Any, device: str = "cpu", **stated: Any
-) -> Task:
+def make_task(*, name: str, model: Any, data: Any, metric: Any, device: str = "cpu", **stated: Any) -> Task:
     """Check the three parts and put them together. Raises ConfigError naming what a part lacks."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"task.model gives a torch.nn.Module, but got {type(model).__name__}. Return the model.")
@@ -210,7 +208,9 @@ def deploy_inputs(task: Task, example: Any) -> Any:
 
     if isinstance(task.deploy_shape, Mapping):
         if not isinstance(example, Mapping):
-            raise ConfigError("task.deploy_shape by name needs dict batches, but got positional inputs. Give one shape.")
+            raise ConfigError(
+                "task.deploy_shape by name needs dict batches, but got positional inputs. Give one shape."
+            )
         unknown = sorted(set(task.deploy_shape) - set(example))
         if unknown:
             raise ConfigError(f"task.deploy_shape names inputs {sorted(example)}, but got {unknown}.")

@@ -100,9 +100,7 @@ def _create_database(url: str) -> None:
     assert file is not None
     store = SqlAlchemyStore(url, str(file.parent / "artifacts"))  # type: ignore[no-untyped-call]
     store.engine.dispose()
-    engines = getattr(
-        SqlAlchemyStore, "_engine_map", {}
-    )  # MLflow keeps engines by URL; this URL is gone soon
+    engines = getattr(SqlAlchemyStore, "_engine_map", {})  # MLflow keeps engines by URL; this URL is gone soon
     engines.pop(url, None)
 
 
@@ -157,9 +155,7 @@ def source_tags() -> dict[str, str]:
         user = "unknown"
     tags = {"mlflow.user": user, "mlflow.source.name": "qflow", "mlflow.source.type": "LOCAL"}
     try:
-        git = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=2, check=False
-        )
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=2, check=False)
         commit = git.stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         commit = ""

@@ -63,9 +63,7 @@ class MlflowTracker:
             return f"open {self.uri}"
         return f"mlflow ui --workers 1 --backend-store-uri {shlex.quote(self.uri)}"
 
-    def open_study(
-        self, name: str, *, tags: Mapping[str, str], params: Mapping[str, Plain], description: str
-    ) -> str:
+    def open_study(self, name: str, *, tags: Mapping[str, str], params: Mapping[str, Plain], description: str) -> str:
         """Run id of the study `name`: a new run, or the one that has the name, set RUNNING again.
 
         A param keeps the value of the first start, as MLflow demands; values that changed since are in the
@@ -154,10 +152,7 @@ class MlflowTracker:
         """(run id, trial number, status, marker) of every trial run: 2.5 ms a run, for checks and reports."""
         with self._call():
             runs = self._search(f"tags.`qflow.study` = {_quoted(study)} and tags.`qflow.kind` = 'trial'")
-        return [
-            (r.info.run_id, int(r.data.tags["qflow.trial"]), r.info.status, r.data.tags.get(RESULT))
-            for r in runs
-        ]
+        return [(r.info.run_id, int(r.data.tags["qflow.trial"]), r.info.status, r.data.tags.get(RESULT)) for r in runs]
 
     def end(self, run_id: str, status: str, reason: str | None = None) -> None:
         """Close a run as FINISHED, FAILED or KILLED; the reason goes to the tag `qflow.end_reason`."""
@@ -221,9 +216,7 @@ class MlflowTracker:
         runs: list[Run] = []
         token = None
         while True:
-            page = self.client.search_runs(
-                [self.experiment_id], query, max_results=limit or 1000, page_token=token
-            )
+            page = self.client.search_runs([self.experiment_id], query, max_results=limit or 1000, page_token=token)
             runs += page
             token = page.token
             if not token or (limit and len(runs) >= limit):
@@ -282,8 +275,7 @@ def write_table(frame: Any, path: Path) -> None:
     """Write a pandas DataFrame so that the UI shows it; its first column is the key rows are compared by."""
     if path.suffix != ".json" or frame.shape[1] < 2:
         raise TrackingError(
-            f"A table is a .json file of a key column and more, but got {path.name} with "
-            f"{frame.shape[1]} columns."
+            f"A table is a .json file of a key column and more, but got {path.name} with {frame.shape[1]} columns."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     frame.to_json(path, orient="split", index=False)

@@ -38,8 +38,12 @@ def planted(digits_task, nash_m):
     model = Wide(copy.deepcopy(digits_task.model)).eval()
     task = make_task(name="planted", model=model, data=digits_task.data, metric=digits_task.metric)
     bench = Bench(
-        task, nash_m, CostModel(), SensitivitySettings(bad_cases=8, search_samples=64),
-        CalibrationSettings(method="minmax", batch_size=16, steps=8), eval_batch=256,
+        task,
+        nash_m,
+        CostModel(),
+        SensitivitySettings(bad_cases=8, search_samples=64),
+        CalibrationSettings(method="minmax", batch_size=16, steps=8),
+        eval_batch=256,
     )
     bench.measure_float()
     bench.rank()

@@ -31,7 +31,9 @@ def test_the_producer_is_found_through_moves(nash_m):
 
 def test_conv_and_add_fused_take_int8_inputs(nash_m):
     base = chain(OpKind.input, OpKind.lut, OpKind.conv)
-    fused = OpNode("sum[add]", OpKind.conv, "Conv2d", ("op1", "op0"), (1, 8, 4, 4), "sum[add]", "op2", fused_types=("Add",))
+    fused = OpNode(
+        "sum[add]", OpKind.conv, "Conv2d", ("op1", "op0"), (1, 8, 4, 4), "sum[add]", "op2", fused_types=("Add",)
+    )
     graph = ModelGraph((*base.nodes[:2], fused), (("0", "sum[add]"),))
     ops = applied(graph, nash_m).ops
     assert {ops["op0"].output, ops["op1"].output} == {QDtype.qint8}

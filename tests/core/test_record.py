@@ -12,8 +12,12 @@ from qflow.core.record import digest, from_dict, plain, to_json
 
 dtypes = st.sampled_from(list(QDtype))
 ops = st.builds(
-    OpQConfig, output=st.none() | dtypes, weight=st.none() | dtypes, fixed_scale=st.none() | st.floats(1e-6, 1e6),
-    rule=st.text(max_size=9), fallback=st.text(max_size=9),
+    OpQConfig,
+    output=st.none() | dtypes,
+    weight=st.none() | dtypes,
+    fixed_scale=st.none() | st.floats(1e-6, 1e6),
+    rule=st.text(max_size=9),
+    fallback=st.text(max_size=9),
 )
 
 

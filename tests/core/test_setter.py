@@ -15,8 +15,13 @@ def chain(*kinds, outputs=None):
         weighted = kind in (OpKind.conv, OpKind.linear)
         nodes.append(
             OpNode(
-                name=f"op{i}", kind=kind, op_type=kind.value, inputs=(f"op{i - 1}",) if i else (), shape=(1, 8, 4, 4),
-                quantizer=None if kind == OpKind.move else f"op{i}", weight=f"op{i}" if weighted else None,
+                name=f"op{i}",
+                kind=kind,
+                op_type=kind.value,
+                inputs=(f"op{i - 1}",) if i else (),
+                shape=(1, 8, 4, 4),
+                quantizer=None if kind == OpKind.move else f"op{i}",
+                weight=f"op{i}" if weighted else None,
             )
         )
     return ModelGraph(tuple(nodes), (("0", outputs or nodes[-1].name),))

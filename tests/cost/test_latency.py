@@ -132,5 +132,7 @@ def test_a_dtype_without_a_price_is_refused():
 
 def test_the_high_precision_output_is_shown_as_int32(nash_m):
     graph = GRAPHS["resnet"]
-    qconfig = apply_rules(graph, resolve(graph, [HighPrecisionOutput(), TemplateSetter(QDtype.qint8)], "nash-m"), nash_m)
+    qconfig = apply_rules(
+        graph, resolve(graph, [HighPrecisionOutput(), TemplateSetter(QDtype.qint8)], "nash-m"), nash_m
+    )
     assert predict(graph, qconfig, MODEL).ops[-1].output_dtype == "int32"

@@ -76,7 +76,9 @@ def test_int16_activations_are_closer_than_int8(name):
     errors = {}
     for dtype in (QDtype.qint8, QDtype.qint16):
         model, example, prepared = calibrated(name, dtype)
-        with prepared.only(outputs=[n.quantizer for n in prepared.graph.quantized if prepared.outputs[n.quantizer].dtype]):
+        with prepared.only(
+            outputs=[n.quantizer for n in prepared.graph.quantized if prepared.outputs[n.quantizer].dtype]
+        ):
             errors[dtype] = noise(outputs(model, example), outputs(prepared, example))
     assert errors[QDtype.qint16] < 0.05 * errors[QDtype.qint8]
 

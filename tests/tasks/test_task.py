@@ -128,8 +128,11 @@ def test_outputs_that_are_not_finite_and_batches_the_model_cannot_take_are_refus
         evaluate(task, task.model, 2)
     task = task_of(One(), TensorDataset(torch.ones(2, 1)), metric=score)
     task.metric.__dict__.update(direction="maximize")
-    wrong = task_of(One(), TensorDataset(torch.ones(2, 1)), metric=type("M", (), {
-        "direction": "maximize", "__call__": lambda self, o, b: torch.tensor(1.0)})())
+    wrong = task_of(
+        One(),
+        TensorDataset(torch.ones(2, 1)),
+        metric=type("M", (), {"direction": "maximize", "__call__": lambda self, o, b: torch.tensor(1.0)})(),
+    )
     with pytest.raises(ConfigError, match="one score a sample"):
         evaluate(wrong, wrong.model, 2)
 

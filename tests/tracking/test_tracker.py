@@ -50,18 +50,14 @@ def test_a_committed_trial_holds_everything(tracker, tmp_path):
     assert tags["mlflow.loggedArtifacts"] == '[{"path": "sensitivity.json", "type": "table"}]'
     assert tags["mlflow.parentRunId"] == tracker.open_study("task/stage", tags={}, params={}, description="")
     assert tracker.download(run_id, "deep/note.txt", tmp_path / "down").read_text() == "note"
-    assert pd.read_json(
-        tracker.download(run_id, "sensitivity.json", tmp_path / "down"), orient="split"
-    ).equals(TABLE)
+    assert pd.read_json(tracker.download(run_id, "sensitivity.json", tmp_path / "down"), orient="split").equals(TABLE)
     assert tracker.trial_runs("task/stage") == [(run_id, 3, "FINISHED", '{"a":1}')]
 
 
 def test_the_marker_comes_last_even_when_mlflow_splits_the_batch(tracker, monkeypatch):
     sent = []
     real = tracker.client.log_batch
-    monkeypatch.setattr(
-        tracker.client, "log_batch", lambda *args, **kw: (sent.append(sorted(kw)), real(*args, **kw))
-    )
+    monkeypatch.setattr(tracker.client, "log_batch", lambda *args, **kw: (sent.append(sorted(kw)), real(*args, **kw)))
     small, large = start(tracker, 0), start(tracker, 1)
     commit(tracker, small, params={"p": 1}, metrics={"m": 1.0})
     assert len([keys for keys in sent if "tags" in keys][-1:]) == 1
@@ -100,9 +96,7 @@ def test_study_tables_add_up_over_calls(tracker, tmp_path):
         tracker.log_study(run_id, folder=tmp_path / name, metrics={"study/trials": 3}, params={"p": name})
     tracker.log_study(run_id, tags={"qflow.best": "7"})
     tags = tracker.run_tags(run_id)
-    assert [name in tags["mlflow.loggedArtifacts"] for name in ("pareto.json", "sensitivity.json")] == [
-        True
-    ] * 2
+    assert [name in tags["mlflow.loggedArtifacts"] for name in ("pareto.json", "sensitivity.json")] == [True] * 2
     assert (tags["qflow.best"], tracker.run_params(run_id)["p"]) == ("7", "pareto")
 
 
@@ -142,9 +136,7 @@ def test_six_significant_digits(value, short):
 
 def test_an_unreachable_server_is_refused_in_seconds(tmp_path):
     began = time.monotonic()
-    with pytest.raises(
-        TrackingError, match=r"answer within 4 s, but got '.*' from http://127.0.0.1:9\. Start"
-    ) as got:
+    with pytest.raises(TrackingError, match=r"answer within 4 s, but got '.*' from http://127.0.0.1:9\. Start") as got:
         MlflowTracker.open("http://127.0.0.1:9", tmp_path, "experiment")
     assert time.monotonic() - began < 5
     assert "\n" not in str(got.value)
