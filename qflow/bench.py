@@ -27,7 +27,7 @@ from qflow.core.errors import ConfigError, DataError, ModelError
 from qflow.core.graph import ModelGraph
 from qflow.core.qconfig import QConfig
 from qflow.core.record import DIGEST_CHARS, digest
-from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, SensitiveSetter, TemplateSetter, resolve
+from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, SensitiveSetter, Setter, TemplateSetter, resolve
 from qflow.core.settings import CalibrationSettings, QConfigSettings, SensitivitySettings, TrialSettings
 from qflow.cost.latency import CostModel, CostReport, predict
 from qflow.quant.calibrate import CalibrationStats, apply_scales, collect
@@ -87,7 +87,7 @@ class Bench:
         self.sensitivities: SensitivityTable | None = None
         self.badcases: BadcaseTable | None = None
 
-    # ---- stages ------------------------------------------------------------------------------------------------------
+    # ---- stages
 
     def measure_float(self, progress: Progress = _silent) -> float:
         """Metric of the float model. Raises ConfigError if the task states another one."""
@@ -140,7 +140,8 @@ class Bench:
     @property
     def deploy_graph(self) -> ModelGraph:
         """The same graph at the deployed shape, for cost."""
-        assert self.prepared is not None and self._deploy is not None
+        assert self.prepared is not None
+        assert self._deploy is not None
         return self._deploy
 
     def calibrate(self, settings: CalibrationSettings, progress: Progress = _silent) -> CalibrationStats:
@@ -203,7 +204,7 @@ class Bench:
         self.sensitivities = sensitivity(self.task.model, self.prepared, cases, metric=metric, on_row=progress)
         return self.sensitivities
 
-    # ---- qconfigs ------------------------------------------------------------------------------------------------------
+    # ---- qconfigs
 
     def template(self, dtype: QDtype) -> tuple[QConfig, QConfig]:
         """(requested, applied) with every operator at `dtype`."""
@@ -220,8 +221,8 @@ class Bench:
         candidates = self.promotable
         scores = self.sensitivities.activation_scores() if self.sensitivities else {}
         if 0.0 < settings.int16_ratio < 1.0 and not scores:
-            raise ConfigError("An int16 ratio between 0 and 1 needs sensitivities, but got none. Rank operators first.")
-        setters = [
+            raise ConfigError("An int16 ratio between 0 and 1 needs sensitivities, but got none. Rank first.")
+        setters: list[Setter] = [
             ModuleNameSetter(settings.modules),
             HighPrecisionOutput(),
             SensitiveSetter(scores, candidates, settings.int16_ratio),
@@ -234,7 +235,7 @@ class Bench:
         """Predicted cost at the deployed shape."""
         return predict(self.deploy_graph, qconfig, self.cost_model)
 
-    # ---- trials --------------------------------------------------------------------------------------------------------
+    # ---- trials
 
     def run_trial(self, settings: TrialSettings, progress: Progress = _silent) -> TrialResult:
         """Resolve, calibrate, evaluate and cost one trial. Equal (qconfig, calibration) are run once."""
@@ -290,7 +291,7 @@ class Bench:
                 f"{sorted(run.unseen)[:3]}. The model takes another path on this data than while it was traced."
             )
 
-    # ---- identity --------------------------------------------------------------------------------------------------------
+    # ---- identity
 
     def manifest(self) -> dict[str, Any]:
         """What the numbers depend on beside the configuration: versions, weights, data."""

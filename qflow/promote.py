@@ -50,7 +50,7 @@ def promote(config: DictConfig) -> int:
     from qflow.tracking.mlflow_tracker import MlflowTracker
     from qflow.tracking.registry import champion, register
 
-    root = Path(config.root).expanduser().resolve()
+    root = conf.root_dir(config)
     tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
     run_id = config.run or best_run(tracker, config.study)
     with tempfile.TemporaryDirectory() as folder:

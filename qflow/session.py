@@ -22,6 +22,7 @@ from qflow.search.loop import FailedTrial, FinishedTrial, Outcome, run_trials
 from qflow.search.objective import CONSTRAINT, Goal, best_trial
 from qflow.search.study import Study
 from qflow.tracking.mlflow_tracker import MlflowTracker
+from qflow.tracking.views import save_view, study_url
 
 # What may change between two starts of one study; everything else must stay as it was.
 FREE = (
@@ -144,6 +145,12 @@ class Session:
             f"best: {m[self.accuracy]:.4f} drop {m['accuracy/drop']:+.4f} {m['cost/latency_ms']:.3f} ms "
             f"int16 {m['qconfig/int16_ratio']:.2f}"
         )
+
+    def trials_url(self) -> str:
+        """Where `mlflow ui` shows this study's trials, accuracy against latency, by a view saved with the study."""
+        host = self.tracker.uri if self.tracker.uri.startswith("http") else "http://127.0.0.1:5000"
+        key = save_view(self.tracker, self.study.name, params=list(self.study.space))
+        return study_url(host, self.tracker.experiment_id, self.study.name, key)
 
     def log_stage_tables(self) -> None:
         """Sensitivities and bad cases onto the study's run."""

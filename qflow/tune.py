@@ -46,6 +46,10 @@ def check_config(config: DictConfig) -> None:
         raise ConfigError(f"search.sampler is one of {known}, but got {config.search.sampler!r}.")
     if config.executor.kind != "serial":
         raise ConfigError(f"executor.kind is serial, but got {config.executor.kind!r}. Use executor=serial.")
+    if config.qat.steps != 0:
+        raise ConfigError(
+            f"qat.steps is 0 in this release (calibration only), but got {config.qat.steps}. Use qat=none."
+        )
     if config.search.n_trials < 2:
         raise ConfigError(f"search.n_trials is at least 2 (all-int16 and all-int8), but got {config.search.n_trials}.")
     if config.search.timeout is not None and not 0 < config.search.timeout < math.inf:
@@ -106,7 +110,7 @@ def assemble(config: DictConfig) -> Any:
 
     @contextmanager
     def opened() -> Any:
-        root = Path(config.root).expanduser().resolve()
+        root = conf.root_dir(config)
         tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
         bench = make_bench(config)
         study = Study.open(

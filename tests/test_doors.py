@@ -37,15 +37,30 @@ def studied(tmp_path_factory):
     return folder, door("tune", *OWN, "search.n_trials=7", cwd=folder)
 
 
+def open_tracker(folder):
+    from qflow.tracking.mlflow_tracker import MlflowTracker
+
+    return MlflowTracker.open(None, folder / "qflow_out", "own")
+
+
+def measured(tracker):
+    """(metrics, tags) of the finished trials."""
+    runs = [r for r in tracker.trial_runs("own/int8_int16") if r[2] == "FINISHED"]
+    return [(tracker.run_metrics(run), tracker.run_tags(run)) for run, *_ in runs]
+
+
 def test_the_mix_meets_the_goal_that_int8_misses_for_less_than_int16(studied):
-    _, done = studied
+    folder, done = studied
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = dict(re.findall(r"^(float|all-int16|all-int8|best mix) +(.+)$", done.stdout, re.MULTILINE))
-    drop = {name: float(row.split()[1]) for name, row in rows.items() if name != "float"}
-    latency = {name: float(row.split()[2]) for name, row in rows.items() if name != "float"}
-    assert drop["all-int8"] > 0.01 >= drop["all-int16"]
-    assert drop["best mix"] <= 0.01
-    assert latency["all-int8"] <= latency["best mix"] < latency["all-int16"]
+    tracker = open_tracker(folder)
+    runs = {tags["qflow.label"]: metrics for metrics, tags in measured(tracker)}
+    best = tracker.run_metrics(tracker.run_tags(tracker.find_study("own/int8_int16"))["qflow.best"])
+    assert runs["all-int8"]["accuracy/drop"] > 0.01 >= runs["all-int16"]["accuracy/drop"]
+    assert best["accuracy/drop"] <= 0.01
+    int8, mix, int16 = (m["cost/latency_ms"] for m in (runs["all-int8"], best, runs["all-int16"]))
+    assert int8 < mix < int16
+    for name in ("float", "all-int16", "all-int8", "best mix"):
+        assert re.search(rf"^{name} +0\.\d", done.stdout, re.MULTILINE), name
     assert "mlflow ui" in done.stdout
     assert "python -m qflow.promote study=own/int8_int16" in done.stdout
     assert "\r" not in done.stdout  # plain lines where there is no terminal
@@ -53,10 +68,9 @@ def test_the_mix_meets_the_goal_that_int8_misses_for_less_than_int16(studied):
 
 def test_a_run_holds_what_it_is_rebuilt_from(studied):
     from qflow.core.record import from_dict
-    from qflow.tracking.mlflow_tracker import MlflowTracker
 
     folder, _ = studied
-    tracker = MlflowTracker.open(None, folder / "qflow_out", "own")
+    tracker = open_tracker(folder)
     best = tracker.run_tags(tracker.find_study("own/int8_int16"))["qflow.best"]
     for name in (
         "config.yaml", "qconfig/qconfig.json", "qconfig/scales.json", "qconfig.txt", "sensitivity.json", "cost.json",
@@ -147,10 +161,7 @@ def test_a_users_mistake_gets_one_line_and_leaves_nothing_finished(case, tmp_pat
     assert message in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     if (tmp_path / "qflow_out" / "mlflow.db").exists():
-        from qflow.tracking.mlflow_tracker import MlflowTracker
-
-        tracker = MlflowTracker.open(None, tmp_path / "qflow_out", "own")
-        assert not [r for r in tracker.trial_runs("own/int8_int16") if r[2] == "FINISHED"]
+        assert not measured(open_tracker(tmp_path))
 
 
 def test_debug_shows_the_traceback(tmp_path):
@@ -182,16 +193,9 @@ def test_interrupted_or_killed_the_study_goes_on(tmp_path):
             assert "Traceback" not in err
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
-    from qflow.search.loop import check_invariants
-    from qflow.search.study import Study
-    from qflow.tracking.mlflow_tracker import MlflowTracker
-
-    root = tmp_path / "qflow_out"
-    tracker = MlflowTracker.open(None, root, "own")
-    runs = tracker.trial_runs("own/int8_int16")
-    assert sum(status == "FINISHED" for _, _, status, _ in runs) == 9
+    runs = open_tracker(tmp_path).trial_runs("own/int8_int16")
+    finished = [number for _, number, status, _ in runs if status == "FINISHED"]
+    assert len(finished) == len(set(finished)) == 9
     assert not any(status == "RUNNING" for _, _, status, _ in runs)
     seen += re.findall(r"^trial (\d+)", done.stdout, re.MULTILINE)
-    finished = [n for _, n, status, _ in runs if status == "FINISHED"]
-    assert len(set(finished)) == 9
-    assert Study and check_invariants
+    assert set(map(int, seen)) <= {number for _, number, *_ in runs}

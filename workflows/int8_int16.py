@@ -142,10 +142,12 @@ def finish(session: Session, decision: str) -> int:
     say(verdict(session, best, shown))
     say(f"{'qconfig':<12}{shown.outcome.tags['qflow.qconfig']} of trial {shown.number}, run {shown.run_id}")
     say(
-        f"{'runs':<12}{session.tracker.uri}, experiment {session.config.tracking.experiment}, study {session.study.name}"
+        f"{'runs':<12}{session.tracker.uri}, study {session.study.name} in experiment {session.config.tracking.experiment}"
     )
+    say(f"{'time':<12}{session.console.seconds:.0f} s, {session.tracker.seconds:.1f} s of it in tracking")
     say(f"{'next':<12}{session.tracker.ui_command()}")
     say(f"{'':<12}{promote_command(session)}")
+    say(f"{'then open':<12}{session.trials_url()}")
     return 0 if best else 1
 
 

@@ -6,7 +6,7 @@ The real tool chain lowers int16 to int8 silently in several places. The same ru
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from qflow.core.dtype import QDtype
@@ -90,7 +90,14 @@ def _int8_only(node: OpNode, rules: DeviceRules) -> list[tuple[str, str]]:
     return [(producer, reason) for i, producer in enumerate(node.inputs) if i in positions]
 
 
-def _surplus(node, graph, ops, owner, allowed, scores):  # type: ignore[no-untyped-def]
+def _surplus(
+    node: OpNode,
+    graph: ModelGraph,
+    ops: Mapping[str, OpQConfig],
+    owner: Callable[[str], str],
+    allowed: int,
+    scores: Mapping[str, float],
+) -> list[str]:
     """Producers of a matmul that lose their int16: all but the `allowed` most sensitive."""
     sources = [s for producer in node.inputs for s in graph.source(producer)]
     wide = [s for s in dict.fromkeys(owner(s) for s in sources) if ops[s].output == QDtype.qint16]
@@ -98,7 +105,7 @@ def _surplus(node, graph, ops, owner, allowed, scores):  # type: ignore[no-untyp
     return ranked[allowed:]
 
 
-def _refuse(graph: ModelGraph, qconfig: QConfig, rules: DeviceRules, owner) -> None:  # type: ignore[no-untyped-def]
+def _refuse(graph: ModelGraph, qconfig: QConfig, rules: DeviceRules, owner: Callable[[str], str]) -> None:
     for node in graph.nodes:
         if node.quantizer is None:
             continue

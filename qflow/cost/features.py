@@ -99,17 +99,18 @@ def _attention_matmuls(graph: ModelGraph) -> frozenset[str]:
     """Matmuls right before and after a softmax (looked up through scaling and moves)."""
     found: set[str] = set()
     passing = {OpKind.mul, OpKind.arithmetic, OpKind.add, *TRANSPARENT_KINDS}
+    upstream = {node.name: node.inputs for node in graph.nodes}
     for node in graph.nodes:
         if node.kind != OpKind.softmax:
             continue
-        for step in (lambda n: graph.by_name[n].inputs, lambda n: graph.consumers[n]):
-            frontier = list(step(node.name))
+        for neighbours in (upstream, graph.consumers):
+            frontier = list(neighbours[node.name])
             while frontier:
                 other = graph.by_name[frontier.pop()]
                 if other.kind == OpKind.matmul:
                     found.add(other.name)
                 elif other.kind in passing:
-                    frontier.extend(step(other.name))
+                    frontier.extend(neighbours[other.name])
     return frozenset(found)
 
 

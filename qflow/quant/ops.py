@@ -84,7 +84,41 @@ FUNCTION_KINDS: dict[str, OpKind] = {name: kind for kind, names in _FUNCTIONS.it
 
 # Results that carry no values of the network: never an operator.
 METADATA = frozenset(
-    ["size", "dim", "numel", "shape", "get", "set", "delete", "device", "dtype", "layout", "is_floating_point", "is_contiguous", "stride", "storage_offset", "element_size", "nelement", "is_complex", "requires_grad_", "requires_grad", "is_cuda", "ndim", "data_ptr", "names", "type", "has_names", "get_device", "is_sparse", "is_quantized", "is_meta", "is_nested", "broadcast_shapes", "result_type", "promote_types"]
+    [
+        "broadcast_shapes",
+        "data_ptr",
+        "delete",
+        "device",
+        "dim",
+        "dtype",
+        "element_size",
+        "get",
+        "get_device",
+        "has_names",
+        "is_complex",
+        "is_contiguous",
+        "is_cuda",
+        "is_floating_point",
+        "is_meta",
+        "is_nested",
+        "is_quantized",
+        "is_sparse",
+        "layout",
+        "names",
+        "ndim",
+        "nelement",
+        "numel",
+        "promote_types",
+        "requires_grad",
+        "requires_grad_",
+        "result_type",
+        "set",
+        "shape",
+        "size",
+        "storage_offset",
+        "stride",
+        "type",
+    ]
 )
 # A Python value taken out of a tensor: what follows may depend on the data.
 DATA_DEPENDENT = frozenset(["item", "bool", "int", "float", "index", "tolist", "numpy", "nonzero", "len", "contains"])

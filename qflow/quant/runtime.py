@@ -124,7 +124,7 @@ class Leaf:
         if run is None or run.depth:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         name = run.name(self.qflow_path)
-        first = args[0] if args else None
+        first: Any = args[0] if args else None
         # Training, relu(inplace=True) keeps its result for the backward pass: it works on a copy, and what the
         # user's tensor becomes is the quantized result.
         apart = isinstance(first, Tensor) and getattr(self, "inplace", False) and torch.is_grad_enabled()

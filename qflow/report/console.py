@@ -17,6 +17,12 @@ class Console:
 
     stages: list[tuple[str, float]] = field(default_factory=list)
     best: str = ""
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since the session began."""
+        return time.perf_counter() - self.started
 
     @property
     def terminal(self) -> bool:

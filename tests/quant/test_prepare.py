@@ -156,7 +156,7 @@ def test_a_copy_computes_the_same():
 
 
 def test_gradients_reach_every_weight_through_the_quantizers():
-    model, example, prepared = calibrated("resnet")
+    _, example, prepared = calibrated("resnet")
     with prepared.quantized():
         prepared(example).square().sum().backward()
     grads = {n: p.grad for n, p in prepared.model.named_parameters()}

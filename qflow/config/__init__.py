@@ -1,0 +1,45 @@
+"""The only home of Hydra: schemas, composition, the sweep grammar, and building a task from `_target_`s.
+
+A configuration is checked in three steps before any heavy import: Hydra composes it against the schemas
+(unknown keys, types), `trial_settings` builds the records of qflow/core/settings.py (illegal values), and every
+value that the search space can propose goes through the same two steps.
+"""
+
+from qflow.config.build import build_task, get_function
+from qflow.config.door import explain, rewrite, run_door
+from qflow.config.schema import GROUPS, conf_dir, register_schemas
+from qflow.config.settings import (
+    SAMPLERS,
+    load_resolved,
+    parse_domain,
+    plain,
+    required,
+    resolved_yaml,
+    root_dir,
+    search_space,
+    sensitivity_settings,
+    trial_settings,
+    with_params,
+)
+
+__all__ = [
+    "GROUPS",
+    "SAMPLERS",
+    "build_task",
+    "conf_dir",
+    "explain",
+    "get_function",
+    "load_resolved",
+    "parse_domain",
+    "plain",
+    "register_schemas",
+    "required",
+    "resolved_yaml",
+    "rewrite",
+    "root_dir",
+    "run_door",
+    "search_space",
+    "sensitivity_settings",
+    "trial_settings",
+    "with_params",
+]

@@ -1,0 +1,61 @@
+"""Objects from `_target_`s: the user's model, data, metric and loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from qflow.config.settings import plain
+from qflow.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qflow.tasks.task import Task
+
+
+def build_task(config: DictConfig) -> Task:
+    """Import and call the `_target_`s of the task. Raises ConfigError where one cannot be found or called."""
+    from qflow.tasks.task import Task, make_task
+
+    node = config.task
+    device = config.executor.device
+    stated: dict[str, Any] = {
+        "stated_metric": node.float_metric,
+        "tolerance": node.tolerance,
+        "deploy_shape": plain(node).get("deploy_shape"),
+    }
+    if node._target_:
+        task = _call({"_target_": node._target_}, "task")
+        if not isinstance(task, Task):
+            raise ConfigError(f"task._target_ gives a qflow Task, but got {type(task).__name__}. Use make_task(...).")
+        return task
+    parts = {}
+    for part in ("model", "data", "metric"):
+        target = plain(node[part])
+        if not target.get("_target_"):
+            raise ConfigError(f"A task needs task.{part}._target_, but got none. Name your class or function.")
+        parts[part] = _call(target, f"task.{part}")
+    return make_task(name=node.name, device=device, **parts, **stated)
+
+
+def get_function(name: str, where: str) -> Callable[..., Any]:
+    """The function at a dotted name. Raises ConfigError."""
+    from hydra.utils import get_method
+
+    try:
+        return get_method(name)
+    except (HydraException, ImportError, ValueError) as error:
+        raise ConfigError(f"{where} must be the dotted name of a function, but got {name}: {error}") from error
+
+
+def _call(node: Mapping[str, Any], where: str) -> Any:
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate(node)
+    except HydraException as error:
+        cause = error.__cause__ or error
+        text = " ".join(str(cause).split())
+        raise ConfigError(f"{where}._target_ must import and run, but got: {text}") from error

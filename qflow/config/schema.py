@@ -1,0 +1,221 @@
+"""What a configuration may hold: every key with its type. Keyword-only and not frozen, as Hydra needs them."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass(kw_only=True)
+class TaskSchema:
+    """What is tuned. Either one `_target_` that gives a Task, or model, data and metric apart."""
+
+    name: str = MISSING
+    _target_: str | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    metric: dict[str, Any] = field(default_factory=dict)
+    float_metric: float | None = None
+    """What the float model must reach on the evaluation data; null takes what is measured."""
+    tolerance: float = 0.002
+    deploy_shape: Any = None
+    """Shape at which cost is computed: one list, or a mapping for named inputs; null takes one evaluated sample."""
+    batch_size: int = 32
+    """Evaluation batch size."""
+
+
+@dataclass(kw_only=True)
+class RulesSchema:
+    """Fields of qflow.core.device.DeviceRules."""
+
+    int8_inputs: dict[str, list[int]] = field(default_factory=dict)
+    int8_outputs: list[str] = field(default_factory=list)
+    fused_add_int8: bool = True
+    dual_int16: bool = False
+    matmul_int16_inputs: int = 1
+    float16_kinds: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class CostSchema:
+    """Fields of qflow.cost.latency.CostModel."""
+
+    clock_ghz: float = MISSING
+    fixed_ms: float = MISSING
+    gemm_us_ghz: float = MISSING
+    gmac_per_ms_ghz: float = MISSING
+    lut_melem_per_ms_ghz: float = MISSING
+    softmax_melem_per_ms_ghz: float = MISSING
+    weight_mb_per_ms: float = MISSING
+    host_ms: float = MISSING
+    float_melem_per_ms: float = MISSING
+    host_dequantize: bool = False
+    mac_factors: dict[str, float] = field(default_factory=dict)
+    vector_factors: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class DeviceSchema:
+    """A march: what it allows and what it costs."""
+
+    march: str = MISSING
+    oe_version: str = MISSING
+    rules: RulesSchema = field(default_factory=RulesSchema)
+    cost: CostSchema = field(default_factory=CostSchema)
+
+
+@dataclass(kw_only=True)
+class CalibrationSchema:
+    """Fields of CalibrationSettings."""
+
+    method: str = "mse"
+    batch_size: int = 16
+    steps: int = 16
+    percentile: float = 99.99
+    averaging_constant: float | None = None
+    int16_margin: float = 1.25
+    divisor: str = "guide"
+
+
+@dataclass(kw_only=True)
+class QConfigSchema:
+    """Fields of QConfigSettings."""
+
+    template: str = "qint8"
+    int16_ratio: float = 0.0
+    modules: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class SensitivitySchema:
+    """Fields of SensitivitySettings."""
+
+    metric: str = "L1"
+    bad_cases: int = 16
+    search_samples: int = 256
+
+
+@dataclass(kw_only=True)
+class QatSchema:
+    """Quantization-aware training after calibration. This release calibrates only: steps must be 0."""
+
+    steps: int = 0
+
+
+@dataclass(kw_only=True)
+class SearchSchema:
+    """Which trials are run: sampler, budget, space."""
+
+    sampler: str = "tpe"
+    n_trials: int = 16
+    timeout: float | None = None
+    """Seconds after which no further trial starts."""
+    space: dict[str, Any] = field(default_factory=dict)
+    """Configuration key -> choice(...), interval(...), range(...) or tag(log, interval(...)), in Hydra's grammar."""
+    enqueue: list[dict[str, Any]] = field(default_factory=list)
+    """Points tried right after the baselines, before the sampler's own."""
+
+
+@dataclass(kw_only=True)
+class ObjectiveSchema:
+    """The accuracy goal."""
+
+    max_drop: float = 0.01
+    """Largest loss against float, in the metric's own units."""
+
+
+@dataclass(kw_only=True)
+class TrackingSchema:
+    """Where runs go."""
+
+    uri: str | None = None
+    """MLflow tracking URI; null for a local store in `root`."""
+    experiment: str = "${task.name}"
+    registered_model: str = "${task.name}"
+    alias: str = "champion"
+
+
+@dataclass(kw_only=True)
+class ExecutorSchema:
+    """Where trials run."""
+
+    kind: str = "serial"
+    device: str = "cpu"
+    threads: int = 0
+    """Threads of torch; 0 leaves torch's own choice."""
+
+
+@dataclass(kw_only=True)
+class TuneSchema:
+    """`python -m qflow.tune`."""
+
+    workflow: str = MISSING
+    """File in workflows/ that runs the stages; set by +experiment=<name>."""
+    study: str = "${task.name}/${workflow}"
+    """Name of the study; the same name goes on where it stopped."""
+    seed: int = 0
+    root: str = MISSING
+    task: TaskSchema = field(default_factory=TaskSchema)
+    device: DeviceSchema = field(default_factory=DeviceSchema)
+    calibration: CalibrationSchema = field(default_factory=CalibrationSchema)
+    qconfig: QConfigSchema = field(default_factory=QConfigSchema)
+    sensitivity: SensitivitySchema = field(default_factory=SensitivitySchema)
+    qat: QatSchema = field(default_factory=QatSchema)
+    search: SearchSchema = field(default_factory=SearchSchema)
+    objective: ObjectiveSchema = field(default_factory=ObjectiveSchema)
+    tracking: TrackingSchema = field(default_factory=TrackingSchema)
+    executor: ExecutorSchema = field(default_factory=ExecutorSchema)
+
+
+@dataclass(kw_only=True)
+class PromoteSchema(TuneSchema):
+    """`python -m qflow.promote`: which run, or the best of which study."""
+
+    run: str | None = None
+    """MLflow run id of a trial; null takes the best trial of `study`."""
+
+
+@dataclass(kw_only=True)
+class TrainingSchema:
+    """Arguments of workflows/train_float.py::train, the loss, and where the weights go."""
+
+    loss: str = MISSING
+    epochs: int = MISSING
+    learning_rate: float = MISSING
+    weight_decay: float = 0.0
+    batch_size: int = 64
+    seed: int = 0
+    output: str = "${hydra:runtime.cwd}/weights.safetensors"
+
+
+@dataclass(kw_only=True)
+class TrainFloatSchema:
+    """`python -m workflows.train_float`."""
+
+    task: TaskSchema = field(default_factory=TaskSchema)
+    executor: ExecutorSchema = field(default_factory=ExecutorSchema)
+    training: TrainingSchema = field(default_factory=TrainingSchema)
+
+
+SCHEMAS: dict[str, type] = {"tune": TuneSchema, "promote": PromoteSchema, "train_float": TrainFloatSchema}
+GROUPS = ("task", "device", "calibration", "qat", "search", "objective", "tracking", "executor", "experiment", "debug")
+
+
+def conf_dir() -> Path:
+    """The shipped configuration: conf/ of the repository, or qflow/conf in a wheel."""
+    spec = importlib.util.find_spec("qflow.conf")
+    if spec is not None and spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations))).resolve()
+    return Path(__file__).resolve().parent.parent / "conf"
+
+
+def register_schemas() -> None:
+    """Make the schemas known to Hydra under the names that conf/*.yaml use."""
+    store = ConfigStore.instance()
+    for name, node in SCHEMAS.items():
+        store.store(name=f"{name}_schema", node=node)
