@@ -1,5 +1,6 @@
 """The whole way of a user with a task of their own: tune, go on, promote; and what is refused on the way."""
 
+import json
 import os
 import re
 import signal
@@ -72,11 +73,13 @@ def test_a_run_holds_what_it_is_rebuilt_from(studied):
     folder, _ = studied
     tracker = open_tracker(folder)
     best = tracker.run_tags(tracker.find_study("own/int8_int16"))["qflow.best"]
+    got = {}
     for name in (
         "config.yaml", "qconfig/qconfig.json", "qconfig/scales.json", "qconfig.txt", "sensitivity.json", "cost.json",
         "model_check.json", "model_check_result.txt", "manifest.json",
     ):  # fmt: skip
-        assert tracker.download(best, name, folder / "got").exists(), name
+        got[name] = tracker.download(best, name, folder / "got").read_text()
+        assert got[name], name
     tags = tracker.run_tags(best)
     assert tags["mlflow.parentRunId"] == tracker.find_study("own/int8_int16")
     for table in ("sensitivity.json", "cost.json", "model_check.json"):
@@ -84,11 +87,10 @@ def test_a_run_holds_what_it_is_rebuilt_from(studied):
     metrics = tracker.run_metrics(best)
     assert {"accuracy/error", "accuracy/drop", "cost/latency_ms", "qconfig/int16_ratio"} <= set(metrics)
     assert tracker.run_params(best)["calibration.method"] in ("minmax", "mse")
-    import json
 
     from qflow.core.qconfig import QConfig
 
-    logged = from_dict(QConfig, json.loads((folder / "got" / "qconfig" / "qconfig.json").read_text()))
+    logged = from_dict(QConfig, json.loads(got["qconfig/qconfig.json"]))
     assert logged.digest == tags["qflow.qconfig"]
 
 

@@ -141,9 +141,8 @@ def finish(session: Session, decision: str) -> int:
     say("\n" + table)
     say(verdict(session, best, shown))
     say(f"{'qconfig':<12}{shown.outcome.tags['qflow.qconfig']} of trial {shown.number}, run {shown.run_id}")
-    say(
-        f"{'runs':<12}{session.tracker.uri}, study {session.study.name} in experiment {session.config.tracking.experiment}"
-    )
+    say(f"{'runs':<12}{session.tracker.uri}")
+    say(f"{'study':<12}{session.study.name} in experiment {session.config.tracking.experiment}")
     say(f"{'time':<12}{session.console.seconds:.0f} s, {session.tracker.seconds:.1f} s of it in tracking")
     say(f"{'next':<12}{session.tracker.ui_command()}")
     say(f"{'':<12}{promote_command(session)}")
