@@ -103,7 +103,7 @@ class MlflowTracker:
             "qflow.schema": SCHEMA,
             **self._source,
         }
-        name = f"{study}/{number}" + (f" {label}" if label else "")
+        name = f"trial {number}" + (f" {label}" if label else "")
         with self._call():
             return str(self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id)
 

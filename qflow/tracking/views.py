@@ -90,7 +90,7 @@ def view_state(study: str, params: Sequence[str], x: str, y: str) -> dict[str, A
         "runsHidden": [],
         "viewMaximized": False,
         "runListHidden": False,
-        "isAccordionReordered": False,
+        "isAccordionReordered": True,
         "compareRunCharts": [scatter, parallel],
         "compareRunSections": [
             {"uuid": section, "name": "qflow", "display": True, "isReordered": False, "deleted": False,
