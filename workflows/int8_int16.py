@@ -18,7 +18,7 @@ from typing import Any
 from qflow.analysis.model_check import check_model
 from qflow.config import plain
 from qflow.core.dtype import QDtype
-from qflow.report.console import SummaryRow, summary_table
+from qflow.report.console import SummaryRow, python_command, summary_table
 from qflow.search.objective import CONSTRAINT, best_trial, meets, nearest_miss
 from qflow.search.outcome import FinishedTrial
 from qflow.session import Session
@@ -144,7 +144,8 @@ def finish(session: Session, decision: str) -> int:
     say(f"{'runs':<12}{session.tracker.uri}")
     say(f"{'study':<12}{session.study.name} in experiment {session.config.tracking.experiment}")
     say(f"{'time':<12}{session.console.seconds:.0f} s, {session.tracker.seconds:.1f} s of it in tracking")
-    say(f"{'next':<12}{session.tracker.ui_command()}")
+    ui = session.tracker.ui_command()
+    say(f"{'next':<12}{f'{python_command()} -m {ui}' if ui.startswith('mlflow') else ui}")
     say(f"{'':<12}{promote_command(session)}")
     say(f"{'then open':<12}{session.trials_url()}")
     return 0 if best else 1
@@ -164,7 +165,7 @@ def verdict(session: Session, best: FinishedTrial | None, shown: FinishedTrial) 
 def promote_command(session: Session) -> str:
     """The command that promotes this study's best trial, with what differs from promote's defaults."""
     config = session.config
-    words = ["python -m qflow.promote"]
+    words = [f"{python_command()} -m qflow.promote"]
     if config.study != "perception/int8_int16":
         words.append(f"study={config.study}")
     if config.task.name != "perception":

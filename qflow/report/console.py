@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,6 +69,15 @@ class Console:
             yield advance
         finally:
             bar.close()
+
+
+def python_command() -> str:
+    """How the user calls this Python: `python` where that is this one, else its path as seen from here."""
+    found = shutil.which("python")
+    if found and os.path.samefile(found, sys.executable) and os.path.dirname(found) == os.path.dirname(sys.executable):
+        return "python"
+    relative = os.path.relpath(sys.executable)
+    return sys.executable if relative.startswith("..") else relative
 
 
 @dataclass(frozen=True)
