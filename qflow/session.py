@@ -200,15 +200,15 @@ def outcome(result: TrialResult, goal: Goal, accuracy: str, params: Mapping[str,
 
 def trial_line(trial: FinishedTrial | FailedTrial, accuracy: str) -> str:
     """One line a trial."""
-    name = f"trial {trial.number}" + (f" {trial.label}" if trial.label else "")
+    name = f"trial {trial.number} {trial.label}".strip()
     if isinstance(trial, FailedTrial):
-        return f"{name:<22} failed: {trial.reason}"
+        return f"{name:<20} failed: {trial.reason}"
     m, p = trial.outcome.metrics, trial.outcome.params
-    verdict = "meets the goal" if trial.outcome.constraints[CONSTRAINT] <= 0 else "misses the goal"
+    verdict = "meets" if trial.outcome.constraints[CONSTRAINT] <= 0 else "misses"
+    amount = f"{p['calibration.batch_size']}x{p['calibration.steps']}"
     return (
-        f"{name:<22} {m[accuracy]:.4f} drop {m['accuracy/drop']:+.4f}  {m['cost/latency_ms']:6.3f} ms  int16 "
-        f"{m['qconfig/int16_ratio']:.2f}  {p['calibration.method']:<10} {p['calibration.batch_size']}x"
-        f"{p['calibration.steps']:<4} {verdict:<16} {trial.seconds:5.1f} s"
+        f"{name:<20} {m[accuracy]:.4f} drop {m['accuracy/drop']:+.4f} {m['cost/latency_ms']:7.3f} ms  int16 "
+        f"{m['qconfig/int16_ratio']:.2f}  {p['calibration.method']:<10} {amount:<7} {verdict:<6} {trial.seconds:5.1f} s"
     )
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from qflow import config as conf
+from qflow.config.door import experiments
 from qflow.core.errors import ConfigError
 from qflow.search.domain import Choice, Interval, Range
 
@@ -17,7 +18,7 @@ def compose(*overrides, name="tune"):
 
     conf.register_schemas()
     with initialize_config_dir(str(conf.conf_dir()), version_base="1.3"):
-        return hydra_compose(name, overrides=[*conf.rewrite(overrides), "root=/nowhere"])
+        return hydra_compose(name, overrides=conf.rewrite(overrides))
 
 
 def run(capsys, *arguments):
@@ -109,7 +110,7 @@ def test_a_trial_is_the_configuration_with_its_parameters_in_place():
 
 
 def test_a_resolved_configuration_comes_back():
-    config = compose(BASE, "calibration.steps=7")
+    config = compose(BASE, "calibration.steps=7", "root=/nowhere")
     back = conf.load_resolved(conf.resolved_yaml(config))
     assert conf.plain(back)["calibration"] == conf.plain(config)["calibration"]
     assert back.calibration.steps == 7
@@ -131,8 +132,11 @@ def test_device_files_fit_their_records(march):
 def test_every_option_composes():
     for group in conf.GROUPS:
         for path in (conf.conf_dir() / group).glob("*.yaml"):
-            plus = "+" if group in ("experiment", "debug") else ""
-            compose(*([] if group == "experiment" else [BASE]), f"{plus}{group}={path.stem}")
+            if group == "experiment":
+                assert f"+experiment={path.stem}" in path.read_text()  # opens with the command that runs it
+                compose(f"+experiment={path.stem}", name="tune" if path.stem in experiments() else "train_float")
+            else:
+                compose(BASE, f"{'+' if group == 'debug' else ''}{group}={path.stem}")
 
 
 def python(*arguments, cwd, **env):

@@ -76,8 +76,8 @@ def check(session: Session) -> str:
         session.console.say(f"{'cost':<12} {report.refusal}")
     look = sum(f.level == "check" for f in found)
     return (
-        f"{len(graph.nodes)} operators, {fused} fused, float graph bit-identical; {lowered} int8 only on "
-        f"{bench.rules.march}, {look} findings to look at"
+        f"{len(graph.nodes)} operators ({fused} fused), bit-identical to float; {lowered} int8 only on "
+        f"{bench.rules.march}, {look} findings"
     )
 
 

@@ -59,6 +59,7 @@ def apply_scales(
     findings = []
     for node in prepared.graph.quantized:
         quantizer = prepared.outputs[node.quantizer]  # type: ignore[index]
+        quantizer.clear_scale()
         if quantizer.dtype is None or not quantizer.dtype.is_integer:
             continue
         fixed = qconfig.ops[node.name].fixed_scale
@@ -80,6 +81,7 @@ def set_weight_scales(prepared: QuantizedModel, settings: CalibrationSettings) -
     modules = dict(prepared.model.named_modules())
     with torch.no_grad():
         for path, quantizer in prepared.weights.items():
+            quantizer.clear_scale()
             if quantizer.dtype is None or not quantizer.dtype.is_integer:
                 continue
             leaf = modules[path]

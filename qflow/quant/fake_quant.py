@@ -53,7 +53,7 @@ class FakeQuant(nn.Module):
     """One quantizer: a dtype, a scale, and a switch.
 
     The scale is a buffer (0-d, or one entry a channel shaped to broadcast over the weight), so that it lives
-    in the state dict. A scale of None-like 0 means "never calibrated" and is refused when switched on.
+    in the state dict. A scale of 0 means "never calibrated" and is refused when switched on.
     """
 
     scale: Tensor
@@ -87,6 +87,11 @@ class FakeQuant(nn.Module):
             raise ModelError(f"A scale is finite, but got {value.max().item()} for {self.name}. Check data for inf.")
         self.scale.copy_(value.clamp_min(EPS).reshape(self.scale.shape))
         self._number = 0.0 if self.per_channel else float(self.scale)
+
+    def clear_scale(self) -> None:
+        """Forget the scale: what a quantizer computes must not depend on what it was before."""
+        self.scale.zero_()
+        self._number = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` as the device would hold it; `x` itself where the quantizer is off."""

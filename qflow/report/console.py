@@ -46,7 +46,7 @@ class Console:
         yield lambda text: said.__setitem__(0, text)
         seconds = time.perf_counter() - start
         self.stages.append((name, seconds))
-        self.say(f"{name:<12} {said[0]:<88} {seconds:6.1f} s")
+        self.say(f"{name:<12} {said[0]:<80} {seconds:5.1f} s")
 
     @contextmanager
     def bar(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
@@ -58,7 +58,8 @@ class Console:
             leave=False,
             disable=not self.terminal,
             file=sys.stdout,
-            bar_format="{desc} {bar:24} {n_fmt}/{total_fmt} {unit}  left {remaining}  {postfix}",
+            dynamic_ncols=True,
+            bar_format="{desc} {bar:24} {n_fmt}/{total_fmt} {unit}  left {remaining}{postfix}",
         )
 
         def advance(position: int) -> None:
