@@ -11,7 +11,7 @@ import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -209,17 +209,22 @@ class Bench:
     def template(self, dtype: QDtype) -> tuple[QConfig, QConfig]:
         """(requested, applied) with every operator at `dtype`."""
         requested = resolve(self.graph, [HighPrecisionOutput(), TemplateSetter(dtype)], self.rules.march)
-        return requested, apply_rules(self.graph, requested, self.rules)
+        return requested, apply_rules(self.graph, requested, self.rules, self.scores)
 
     @property
     def promotable(self) -> tuple[str, ...]:
         """Operators that keep int16 on the device: what an int16 ratio counts."""
         return self.template(QDtype.qint16)[1].names(QDtype.qint16)
 
+    @property
+    def scores(self) -> dict[str, float]:
+        """Activation sensitivities by operator; empty before the ranking."""
+        return self.sensitivities.activation_scores() if self.sensitivities else {}
+
     def resolve(self, settings: QConfigSettings) -> tuple[QConfig, QConfig]:
         """(requested, applied) qconfig of a trial. A ratio between 0 and 1 needs sensitivities."""
         candidates = self.promotable
-        scores = self.sensitivities.activation_scores() if self.sensitivities else {}
+        scores = self.scores
         if 0.0 < settings.int16_ratio < 1.0 and not scores:
             raise ConfigError("An int16 ratio between 0 and 1 needs sensitivities, but got none. Rank first.")
         setters: list[Setter] = [
@@ -229,7 +234,18 @@ class Bench:
             TemplateSetter(QDtype(settings.template)),
         ]
         requested = resolve(self.graph, setters, self.rules.march)
-        return requested, apply_rules(self.graph, requested, self.rules, scores)
+        return requested, self._explained(apply_rules(self.graph, requested, self.rules, scores))
+
+    def _explained(self, applied: QConfig) -> QConfig:
+        """The same qconfig; operators that the ratio passed over because the device bars int16 say so."""
+        barred = {name: op.fallback for name, op in self.template(QDtype.qint16)[1].ops.items() if op.fallback}
+        return applied.with_ops(
+            {
+                name: replace(applied.ops[name], fallback=f"no int16: {reason}")
+                for name, reason in barred.items()
+                if applied.ops[name].output == QDtype.qint8 and not applied.ops[name].fallback
+            }
+        )
 
     def cost(self, qconfig: QConfig) -> CostReport:
         """Predicted cost at the deployed shape."""
@@ -276,19 +292,17 @@ class Bench:
 
     def _require_all_ran(self, applied: QConfig) -> None:
         """What was asked must have been computed: a quantizer that never ran would flatter the metric."""
-        run = self.prepared.last_run
-        assert run is not None
         wanted = {q.name for q in [*self.prepared.outputs.values(), *self.prepared.weights.values()]}
         idle = {
             q.name
             for q in [*self.prepared.outputs.values(), *self.prepared.weights.values()]
             if q.dtype in (None, QDtype.float32)
         }
-        missing = sorted(wanted - idle - run.ran)
-        if missing or run.unseen:
+        missing = sorted(wanted - idle - self.prepared.ran)
+        if missing or self.prepared.unseen:
             raise ModelError(
                 f"Every planned quantizer runs, but got none for {missing[:3]} and unplanned operators "
-                f"{sorted(run.unseen)[:3]}. The model takes another path on this data than while it was traced."
+                f"{sorted(self.prepared.unseen)[:3]}. The model takes another path on this data than while traced."
             )
 
     # ---- identity
@@ -303,17 +317,19 @@ class Bench:
             },
             "device": self.task.device,
             "weights": weights_digest(self.task.model),
+            "graph": digest(self.graph),
             "data": self.data_digest(),
             "eval_samples": self.eval_samples,
             "float_metric": self.float_metric,
         }
 
     def data_digest(self) -> str:
-        """Fingerprint of the data: sizes of both splits and the first batch of each."""
+        """Fingerprint of the data: sizes of both splits and 32 samples of each, evenly spaced."""
         sha = hashlib.sha256()
         for split in ("calibration", "evaluation"):
-            sha.update(f"{split}:{len(getattr(self.task.data, split))}".encode())
-            for batch, _ in batches(self.task, split, 8, limit=1):
+            size = len(getattr(self.task.data, split))
+            sha.update(f"{split}:{size}".encode())
+            for batch, _ in batches(self.task, split, 8, indices=range(0, size, max(size // 32, 1))):
                 for tensor in torch.utils._pytree.tree_flatten(batch)[0]:
                     if isinstance(tensor, torch.Tensor):
                         sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -323,7 +339,7 @@ class Bench:
 def weights_digest(model: torch.nn.Module) -> str:
     """Fingerprint of all parameters and buffers, names included."""
     sha = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
         sha.update(name.encode())
         sha.update(
             tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()

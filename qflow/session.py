@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from qflow import config as conf
+from qflow.analysis.model_check import check_model
 from qflow.bench import Bench, TrialResult
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
@@ -153,9 +154,11 @@ class Session:
         return study_url(host, self.tracker.experiment_id, self.study.name, key)
 
     def log_stage_tables(self) -> None:
-        """Sensitivities and bad cases onto the study's run."""
+        """Sensitivities, bad cases and the model check of all-int16 onto the study's run."""
+        requested, applied = self.bench.template(QDtype.qint16)
+        check = check_model(self.bench.graph, requested, applied)
         with tempfile.TemporaryDirectory() as folder:
-            write_study(Path(folder), sensitivities=self.bench.sensitivities, badcases=self.bench.badcases)
+            write_study(Path(folder), self.bench.sensitivities, self.bench.badcases, check)
             self.tracker.log_study(self.study_run, folder=Path(folder))
 
 
@@ -191,6 +194,7 @@ def outcome(result: TrialResult, goal: Goal, accuracy: str, params: Mapping[str,
             "calibration/samples": float(result.calibration_samples),
         },
         tags={
+            **({"qflow.cost_refusal": cost.refusal} if cost.refusal else {}),
             "qflow.qconfig": qconfig.digest,
             "qflow.scales": result.scales_digest,
             "qflow.shared": str(result.shared).lower(),
@@ -221,7 +225,13 @@ def fingerprint(config: DictConfig, manifest: Mapping[str, Any]) -> dict[str, st
         if isinstance(value, dict):
             value = {k: v for k, v in value.items() if f"{key}.{k}" not in FREE}
         state[key] = digest(value)
-    return {**state, "weights": str(manifest["weights"]), "data": str(manifest["data"])}
+    versions = manifest["versions"]
+    return {
+        **state,
+        **{key: str(manifest[key]) for key in ("weights", "data", "graph", "eval_samples", "qflow")},
+        "float_metric": f"{manifest['float_metric']:.6g}",
+        "torch": versions["torch"],
+    }
 
 
 def changed_keys(before: str, now: Mapping[str, str]) -> list[str]:

@@ -73,16 +73,82 @@ def test_a_float_metric_other_than_stated_is_refused(bench):
 
 def test_scales_do_not_remember_an_earlier_trial(bench):
     """An operator in fp16 has no scale, also where it was int8 before: a rebuilt trial must look the same."""
-    from qflow.core.settings import QConfigSettings
+    from qflow.core.dtype import QDtype
+    from qflow.core.qconfig import OpQConfig
+    from qflow.quant.calibrate import apply_scales
+    from qflow.quant.prepare import scales
 
-    names = [n.name for n in bench.graph.quantized if n.kind == "add"]
-    settings = TrialSettings(
-        qconfig=QConfigSettings(modules={names[0]: "float16"}), calibration=CalibrationSettings(batch_size=16, steps=4)
-    )
-    # the convolution that reads it needs a price for fp16 input, which the device file does not have
-    bench.cost_model = type(bench.cost_model)(mac_factors={**bench.cost_model.mac_factors, "float16/qint8": 2.0})
-    fresh = bench.run_trial(settings).scales
+    settings = CalibrationSettings(batch_size=16, steps=4)
+    qconfig = bench.template(QDtype.qint8)[1].with_ops({"[add]": OpQConfig(QDtype.float16)})
+    stats = bench.calibrate(settings)
+    apply_scales(bench.prepared, stats, qconfig, settings)
+    fresh = scales(bench.prepared)
     trial(bench, 1.0)
-    bench._done.clear()
-    assert bench.run_trial(settings).scales == fresh
-    assert fresh[names[0]] == 0.0
+    apply_scales(bench.prepared, stats, qconfig, settings)
+    assert scales(bench.prepared) == fresh
+    assert fresh["[add]"] == 0.0
+
+
+def test_an_operator_that_only_some_samples_reach_is_refused(digits_task, nash_m):
+    """A branch on the data that the traced sample did not take: the operator in it would pass unquantized."""
+    import torch
+    from torch import nn
+
+    from qflow.bench import Bench
+    from qflow.core.errors import ModelError
+    from qflow.cost.latency import CostModel
+    from qflow.tasks.task import make_task
+
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.calls = digits_task.model, 0
+
+        def forward(self, image):
+            return self.inner(torch.tanh(image) if image[0, 0, 4, 4] > 0.9 else image)
+
+    task = make_task(name="branch", model=Branch().eval(), data=digits_task.data, metric=digits_task.metric)
+    bench = Bench(task, nash_m, CostModel(), eval_batch=8)
+    bench.measure_float()
+    with pytest.raises(ModelError, match=r"unplanned operators \['\[tanh\]'\]"):
+        trial(bench)
+
+
+def test_what_the_device_bars_from_int16_says_so_in_every_trial(nash_m):
+    import torch
+    from torch import nn
+    from torch.utils.data import TensorDataset
+
+    from qflow.bench import Bench
+    from qflow.cost.latency import CostModel
+    from qflow.tasks.task import make_task
+
+    class Data:
+        calibration = evaluation = TensorDataset(torch.randn(64, 3, 8, 8), torch.zeros(64))
+
+    class Score:
+        direction = "maximize"
+
+        def __call__(self, outputs, batch):
+            return outputs.mean(dim=(1, 2, 3))
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SiLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 1), nn.Sigmoid()).eval()
+    bench = Bench(make_task(name="t", model=model, data=Data, metric=Score()), nash_m, CostModel(), eval_batch=32)
+    bench.measure_float()
+    rows = {r.op: r for r in trial(bench, 1.0).check.rows}
+    assert rows["1"].applied == "qint8"
+    assert rows["1"].reason == "no int16: 2 (max_pool) takes int8 input only"
+
+
+def test_data_that_change_anywhere_change_the_fingerprint_sooner_or_later(bench):
+    """32 samples of each split are hashed; the float metric over all evaluation data stands beside them."""
+    before = bench.data_digest()
+    images = bench.task.data.evaluation.tensors[0]
+    step = len(images) // 32
+    kept = images[5 * step].clone()
+    images[5 * step] += 0.5
+    try:
+        assert bench.data_digest() != before
+    finally:
+        images[5 * step] = kept
+    assert bench.data_digest() == before

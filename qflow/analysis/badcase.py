@@ -31,14 +31,16 @@ def find_badcases(
     mean distance. Raises DataError if there is no data or no floating output to compare.
     """
     found: dict[str, dict[str, list[Tensor]]] = {}
-    samples = 0
+    samples, compared = 0, None
     with torch.no_grad(), prepared.quantized():
         for step, (inputs, size) in enumerate(batches, 1):
             reference = named_tensors(call_model(model, inputs))
             quantized = dict(named_tensors(call_model(prepared, inputs)))
+            if compared is None:  # indices and per-batch values cannot be laid to one sample
+                compared = {n for n, x in reference if x.is_floating_point() and x.ndim > 0 and len(x) == size}
             for name, x in reference:
-                if not x.is_floating_point() or x.ndim == 0 or len(x) != size:
-                    continue  # indices and per-batch values cannot be laid to one sample
+                if name not in compared:
+                    continue
                 columns = found.setdefault(name, {m: [] for m in COMPARISONS})
                 for m in COMPARISONS:
                     columns[m].append(distance(m, x, quantized[name]).cpu())

@@ -34,7 +34,8 @@ def distance(metric: str, x: Tensor, y: Tensor) -> Tensor:
     if metric == "Atol":
         return (a - b).abs().amax(1)
     if metric == "SQNR":
-        return 20.0 * torch.log10(a.norm(dim=1) / (a - b).norm(dim=1))
+        ratio = 20.0 * torch.log10(a.norm(dim=1) / (a - b).norm(dim=1))
+        return torch.where((a == b).all(1), torch.full_like(ratio, torch.inf), ratio)
     dim = 1 if x.ndim > 2 else -1
     log_p, log_q = x.double().log_softmax(dim), y.double().log_softmax(dim)
     return (log_p.exp() * (log_p - log_q)).reshape(len(x), -1).mean(1)

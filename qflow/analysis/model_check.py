@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from qflow.analysis.tables import CheckRow, Finding, ModelCheck, text_table
 from qflow.core.device import input_dtypes
 from qflow.core.dtype import QDtype
-from qflow.core.graph import GEMM_KINDS, ModelGraph, OpNode
+from qflow.core.graph import GEMM_KINDS, ModelGraph, OpKind, OpNode
 from qflow.core.qconfig import OpQConfig, QConfig
 
 
@@ -26,12 +26,14 @@ def check_model(graph: ModelGraph, requested: QConfig, applied: QConfig, extra: 
                 requested=str(ask.output or "float32"),
                 applied=str(op.output or "float32"),
                 weight_dtype=str(op.weight or ""),
+                weight_axis=int(node.kind == OpKind.conv_transpose),
                 rule=op.rule,
                 reason=op.fallback,
             )
         )
         if op.fallback:
-            findings.append(Finding(node.name, "info", f"{ask.output} asked, {op.output} applied: {op.fallback}"))
+            asked = "stays" if ask.output == op.output else f"{ask.output} asked,"
+            findings.append(Finding(node.name, "info", f"{asked} {op.output}: {op.fallback}"))
         findings.extend(_suspicious(node, op))
     findings += [
         Finding(path, "check", f"shared module, called {count} times with one set of scales: compare its calls")
@@ -42,10 +44,10 @@ def check_model(graph: ModelGraph, requested: QConfig, applied: QConfig, extra: 
     findings += [Finding(a, "check", f"could fuse with {b} but does not: {why}") for a, b, why in graph.unfused]
     findings += [Finding(note.split(": ")[0], "check", note.partition(": ")[2] or note) for note in graph.notes]
     findings += [Finding(text.split(" ")[0], "check", text) for text in extra]
-    leaving = [graph.by_name[owners.get(graph.by_name[p].quantizer, p)] for _, p in graph.outputs]
+    leaving = [graph.by_name[owners[graph.by_name[s].quantizer]] for _, p in graph.outputs for s in graph.source(p)]
     findings += [
-        Finding(node.name, "info", "could be a high-precision output but is read elsewhere too")
-        for node in leaving
+        Finding(node.name, "info", "a GEMM before an output, but not a high-precision output: read elsewhere or moved")
+        for node in {n.name: n for n in leaving}.values()
         if node.kind in GEMM_KINDS and applied.ops[node.name].output is not None
     ]
     return ModelCheck(applied.march, len(graph.nodes), tuple(rows), dict(graph.calls), graph.unfused, tuple(findings))
@@ -62,6 +64,8 @@ def _suspicious(node: OpNode, op: OpQConfig) -> list[Finding]:
     found = []
     if op.weight == QDtype.qint16:
         found.append(Finding(node.name, "check", "qint16 weight: its input must be int8"))
+    if node.kind == OpKind.conv_transpose and node.attrs.get("groups", 1) > 1:
+        found.append(Finding(node.name, "info", f"its {node.attrs['groups']} groups share the weight scales"))
     if op.fixed_scale is not None:
         found.append(Finding(node.name, "check", f"fixed scale {op.fixed_scale:.6g}"))
     return found
@@ -82,7 +86,7 @@ def check_text(check: ModelCheck) -> str:
         text_table(["Module Name", "Module Type", "Input dtype", "requested", "out dtype", "rule", "reason"], out)
     )
     lines.append("\nWeight qconfig:")
-    weights = [[r.op, r.op_type, r.weight_dtype, "0"] for r in check.rows if r.weight_dtype]
+    weights = [[r.op, r.op_type, r.weight_dtype, str(r.weight_axis)] for r in check.rows if r.weight_dtype]
     lines.append(text_table(["Module Name", "Module Type", "weight dtype", "ch_axis"], weights))
     lines.append("\nPlease check if these OPs qconfigs are expected..")
     notable = [[f.op, f.level, f.message] for f in check.findings]

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from qflow.analysis.metrics import distance
 from qflow.analysis.tables import SensitivityRow, SensitivityTable
-from qflow.core.graph import ModelGraph, OpNode
 from qflow.quant.prepare import QuantizedModel
 from qflow.quant.tape import call_model, named_tensors
 
@@ -44,7 +43,16 @@ def sensitivity(
             for inputs, reference in zip(batches, references, strict=True):
                 got = dict(named_tensors(call_model(prepared, inputs)))
                 score += _merged(metric, reference, got) / len(batches)
-        rows.append(SensitivityRow(node.name, kind, node.op_type, score, str(dtype), _flops(node, prepared.graph)))
+        rows.append(
+            SensitivityRow(
+                node.name,
+                kind,
+                node.op_type,
+                score,
+                str(dtype),
+                2 * node.macs // max(node.shape[0] if node.shape else 1, 1),
+            )
+        )
         on_row(done)
     order = {node.name: i for i, node in enumerate(prepared.graph.nodes)}
     rows.sort(key=lambda r: (-r.score, order[r.op_name], r.sensitive_type))
@@ -69,14 +77,6 @@ def _merged(metric: str, reference: dict[str, Tensor], got: dict[str, Tensor]) -
             size = float(x.double().abs().mean())
             total += float(value.mean()) / ((size**2 if metric == "MSE" else size) or 1.0)
     return total
-
-
-def _flops(node: OpNode, graph: ModelGraph) -> int:
-    """Multiply-adds x 2 of a weighted operator at the traced shape, batch 1; 0 elsewhere (the plugin's column)."""
-    if "weights" not in node.attrs or not node.shape:
-        return 0
-    positions = node.elements // node.attrs["out"] // max(node.shape[0], 1)
-    return 2 * positions * node.attrs["weights"]
 
 
 def _size(inputs: Any) -> int:

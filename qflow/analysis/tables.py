@@ -27,8 +27,8 @@ class BadcaseTable:
 class SensitivityRow:
     """One quantizer switched on alone: how far the outputs move from float.
 
-    `score` is in units of `metric`; merged over outputs as stated in the table. `sensitive_type` is `activation`
-    or `weight`.
+    `score` is made of `metric` as the table's `merge` says, larger is more sensitive. `sensitive_type` is
+    `activation` or `weight`; `flops` are two a multiply-accumulate, for one sample.
     """
 
     op_name: str
@@ -70,6 +70,7 @@ class CheckRow:
     requested: str
     applied: str
     weight_dtype: str
+    weight_axis: int
     rule: str
     reason: str
 

@@ -98,9 +98,14 @@ def _surplus(
     allowed: int,
     scores: Mapping[str, float],
 ) -> list[str]:
-    """Producers of a matmul that lose their int16: all but the `allowed` most sensitive."""
-    sources = [s for producer in node.inputs for s in graph.source(producer)]
-    wide = [s for s in dict.fromkeys(owner(s) for s in sources) if ops[s].output == QDtype.qint16]
+    """Producers of a matmul that lose their int16: all positions but the `allowed` most sensitive.
+
+    Positions are counted, not producers: of q @ q^T both inputs are q, and q loses it.
+    """
+    wide = []
+    for producer in node.inputs:
+        found = [owner(s) for s in graph.source(producer) if ops[owner(s)].output == QDtype.qint16]
+        wide.extend(found[:1])
     ranked = sorted(wide, key=lambda name: -scores.get(name, 0.0)) if scores else wide
     return ranked[allowed:]
 
@@ -116,9 +121,15 @@ def _refuse(graph: ModelGraph, qconfig: QConfig, rules: DeviceRules, owner: Call
                 f"{rules.march} under OpenExplorer {rules.oe_version} has no int16 x int16, but got int16 weight and "
                 f"int16 input for {node.name}. Keep the weight at qint8, or its producer's output at qint8."
             )
-        if QDtype.float16 in (op.output, op.weight) and node.kind.value not in rules.float16_kinds:
-            where = "GEMM engine has no float path" if node.kind in GEMM_KINDS else "vector unit does not run it"
+        if QDtype.float32 in (op.output, op.weight):
             raise ConfigError(
-                f"fp16 on {rules.march} is for {', '.join(rules.float16_kinds) or 'no operator'}, but got {node.name} "
-                f"({node.kind}): the {where}. Use qint16."
+                f"{rules.march} computes in qint8, qint16 and some float16, but got float32 for {node.name}."
+            )
+        floats = QDtype.float16 in (op.output, op.weight) and node.kind.value not in rules.float16_kinds
+        if floats or (QDtype.float16 in inputs and node.kind in GEMM_KINDS):
+            where = "GEMM engine has no float path" if node.kind in GEMM_KINDS else "vector unit does not run it"
+            what = "fp16 output" if floats else "fp16 input"
+            raise ConfigError(
+                f"fp16 on {rules.march} is for {', '.join(rules.float16_kinds) or 'no operator'}, but got {what} for "
+                f"{node.name} ({node.kind}): the {where}. Use qint16."
             )

@@ -39,6 +39,8 @@ class OpKind(str, Enum):
 
 
 GEMM_KINDS = frozenset({OpKind.conv, OpKind.conv_transpose, OpKind.linear, OpKind.matmul})
+# What the plugin's template takes for a high-precision output (3.0.17: neither Conv1d nor transposed).
+HIGH_PRECISION_KINDS = frozenset({OpKind.conv, OpKind.linear, OpKind.matmul})
 WEIGHTED_KINDS = frozenset({OpKind.conv, OpKind.conv_transpose, OpKind.linear})
 # Values pass unchanged, or are chosen among the inputs: no quantizer of their own, the producer's scale holds.
 TRANSPARENT_KINDS = frozenset({OpKind.move, OpKind.max_pool, OpKind.order})
@@ -75,6 +77,22 @@ class OpNode:
     def fused_add(self) -> bool:
         """True where an add is part of the group: both its inputs are int8 only on nash-e/m."""
         return "Add" in self.fused_types
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one call; 0 for what is no GEMM or has no known weights."""
+        if self.kind == OpKind.matmul:
+            return self.elements * self.attrs.get("inner", 0)
+        if self.kind not in GEMM_KINDS or "weights" not in self.attrs:
+            return 0
+        return self.positions * self.attrs["weights"]
+
+    @property
+    def positions(self) -> int:
+        """How often the whole weight is applied: output positions, or input positions of a transposed conv."""
+        if "positions" in self.attrs:
+            return self.attrs["positions"]
+        return self.elements // self.attrs["out"] if self.attrs.get("out") else 0
 
     @property
     def elements(self) -> int:
@@ -152,19 +170,20 @@ class ModelGraph:
 
         On J6E/M such a GEMM hands out its int32 accumulator (guide: high-precision output).
         """
-        leaving = {producer for _, producer in self.outputs}
-        quantizers = {n.name: n.quantizer for n in self.nodes}
+        outputs = {producer for _, producer in self.outputs}
+
+        def leaves(name: str) -> bool:
+            readers = self.consumers[name]
+            if not readers:
+                return name in outputs
+            through = all(self.by_name[r].op_type.endswith(("Identity", "Dropout", "Dropout2d")) for r in readers)
+            return name not in outputs and through and all(leaves(r) for r in readers)
+
         return tuple(
             node.name
             for node in self.nodes
-            if node.kind in GEMM_KINDS
-            and node.name in leaving
-            and not self.consumers[node.name]
-            and not node.fused_add
+            if node.kind in HIGH_PRECISION_KINDS
+            and not node.op_type.endswith("Conv1d")
             # a shared module owns one quantizer: all its calls must leave the model
-            and all(
-                other.name in leaving and not self.consumers[other.name]
-                for other in self.nodes
-                if quantizers[other.name] == node.quantizer
-            )
+            and all(leaves(other.name) for other in self.nodes if other.quantizer == node.quantizer)
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from qflow.core.dtype import QDtype
@@ -28,7 +29,8 @@ class Setter(Protocol):
 
 @dataclass(frozen=True)
 class ModuleNameSetter:
-    """Explicit operator or module names -> output dtype (and weight dtype after a slash: `qint8/qint16`).
+    """Explicit operator or module names -> output dtype: `qint16`, with the weight's `qint8/qint16`, or with a
+    fixed scale `qint8@0.05`.
 
     A name that is a prefix (`backbone.stem`) configures the whole subtree, as the plugin's setter does.
     """
@@ -39,8 +41,10 @@ class ModuleNameSetter:
         for name, value in self.dtypes.items():
             if _covers(name, node.name):
                 output, _, weight = value.partition("/")
+                output, _, scale = output.partition("@")
                 return OpQConfig(
                     output=_dtype(output, name),
+                    fixed_scale=_scale(scale, name) if scale else None,
                     weight=(_dtype(weight, name) if weight else QDtype.qint8) if node.weight else None,
                     rule=f"module name {name}",
                 )
@@ -49,10 +53,10 @@ class ModuleNameSetter:
     def check(self, graph: ModelGraph) -> None:
         """Refuse a name that no operator answers to: a setting that silently does nothing is the usual trap."""
         for name in self.dtypes:
-            if not any(_covers(name, node.name) for node in graph.nodes):
+            if not any(_covers(name, node.name) for node in graph.quantized):
                 close = [n.name for n in graph.quantized if name.split(".")[-1] in n.name][:3]
                 raise ConfigError(
-                    f"A module name must be an operator or a module of the model, but got {name}. "
+                    f"A module name must be an operator with a quantizer, or a module of the model, but got {name}. "
                     f"Use one of the names in the model check"
                     + (f", for example {', '.join(close)}." if close else ".")
                 )
@@ -90,7 +94,7 @@ class SensitiveSetter:
         if not 0.0 <= self.ratio <= 1.0:
             raise ConfigError(f"An int16 ratio lies between 0 and 1, but got {self.ratio:g}. 0.2 promotes one in five.")
 
-    @property
+    @cached_property
     def chosen(self) -> tuple[str, ...]:
         """Promoted operators, most sensitive first."""
         ranked = sorted(self.candidates, key=lambda name: -self.scores.get(name, -math.inf))  # stable: graph order
@@ -145,3 +149,13 @@ def _dtype(text: str, name: str) -> QDtype:
     except ValueError:
         known = ", ".join(d.value for d in QDtype)
         raise ConfigError(f"A dtype is one of {known}, but got {text!r} for {name}.") from None
+
+
+def _scale(text: str, name: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 < value < math.inf:
+        raise ConfigError(f"A fixed scale is a number above 0, but got {text!r} for {name}. Write qint8@0.05.")
+    return value

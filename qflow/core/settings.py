@@ -43,7 +43,7 @@ class QConfigSettings:
     template: str = "qint8"
     int16_ratio: float = 0.0
     modules: Mapping[str, str] = field(default_factory=dict)
-    """Operator or module name -> `qint16`, or with the weight `qint8/qint16`; wins over the ratio."""
+    """Operator or module name -> `qint16`, with the weight `qint8/qint16`, or a fixed scale `qint8@0.05`; wins."""
 
     def __post_init__(self) -> None:
         _one_of("qconfig.template", self.template, ("qint8", "qint16"))
@@ -51,7 +51,7 @@ class QConfigSettings:
         known = tuple(d.value for d in QDtype)
         for name, value in self.modules.items():
             for part in str(value).split("/"):
-                _one_of(f"qconfig.modules.{name}", part, known)
+                _one_of(f"qconfig.modules.{name}", part.partition("@")[0], known)
 
 
 @dataclass(frozen=True, kw_only=True)

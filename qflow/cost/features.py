@@ -8,16 +8,22 @@ Softmax elements stand for a whole attention core, so the two matmuls around a s
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qflow.core.device import input_dtypes
 from qflow.core.dtype import QDtype
 from qflow.core.graph import GEMM_KINDS, TRANSPARENT_KINDS, ModelGraph, OpKind, OpNode
-from qflow.core.qconfig import QConfig
+from qflow.core.qconfig import OpQConfig, QConfig
 
 CHANNEL_ALIGN = 16
 # Operators that rule BEV and DETR heads and that the public rows say nothing about.
 UNVALIDATED = frozenset({OpKind.softmax, OpKind.grid_sample, OpKind.order})
+# What the networks of the public rows are made of; with other operators the family is unseen.
+VALIDATED = frozenset(
+    {OpKind.input, OpKind.conv, OpKind.linear, OpKind.relu, OpKind.lut, OpKind.add, OpKind.mul, OpKind.concat}
+    | {OpKind.resize, OpKind.max_pool, OpKind.avg_pool, OpKind.move, OpKind.reduce, OpKind.norm}
+)
 
 
 @dataclass(frozen=True)
@@ -50,17 +56,17 @@ def features(graph: ModelGraph, qconfig: QConfig) -> tuple[OpFeatures, ...]:
         op = qconfig.ops[owners[node.quantizer]] if node.quantizer else None
         dtypes = [d for d in input_dtypes(graph, qconfig, node.name) if d != QDtype.float32]
         computed = max(dtypes, key=lambda d: d.rank, default=op.output if op and op.output else QDtype.qint8)
-        macs, padded = _macs(node) if node.name not in near_softmax else (0, 0)
+        counted = node.name not in near_softmax
         rows.append(
             OpFeatures(
                 name=node.name,
                 kind=node.kind,
                 input_dtype=computed,
-                weight_dtype=op.weight if op else None,
+                weight_dtype=_weight_dtype(node, op, dtypes),
                 output_dtype=op.output if op else None,
-                gemm=int(node.kind in GEMM_KINDS and node.name not in near_softmax),
-                macs=macs,
-                padded_macs=padded,
+                gemm=int(node.kind in GEMM_KINDS and counted),
+                macs=node.macs if counted else 0,
+                padded_macs=_padded_macs(node) if counted else 0,
                 lut=node.elements if node.kind == OpKind.lut else 0,
                 softmax=node.elements if node.kind == OpKind.softmax else 0,
                 cast=_casts(node, graph, qconfig, owners, computed),
@@ -76,42 +82,57 @@ def _padded(channels: int) -> int:
     return -(-channels // CHANNEL_ALIGN) * CHANNEL_ALIGN
 
 
-def _macs(node: OpNode) -> tuple[int, int]:
-    """MACs as they are, and with channels in and out (per group) padded."""
+def _padded_macs(node: OpNode) -> int:
+    """MACs with channels in and out (per group) padded; 0 for a depthwise convolution."""
+    if not node.macs:
+        return 0
     if node.kind == OpKind.matmul:
-        inner = node.attrs.get("inner", 0)
-        columns = node.shape[-1] if node.shape else 1
-        return node.elements * inner, node.elements // max(columns, 1) * _padded(columns) * _padded(inner)
-    if not node.attrs or node.kind not in GEMM_KINDS:
-        return 0, 0
-    groups, kernel = node.attrs["groups"], node.attrs["kernel"]
+        inner, columns = node.attrs["inner"], node.shape[-1] if node.shape else 1
+        return node.elements // max(columns, 1) * _padded(columns) * _padded(inner)
+    groups = node.attrs["groups"]
     inner, outer = node.attrs["in"] // groups, node.attrs["out"] // groups
-    positions = node.elements // node.attrs["out"]
-    if node.kind == OpKind.conv_transpose:  # each input position meets the whole kernel
-        positions = max(positions // max(kernel, 1), 1)
-    macs = positions * groups * inner * outer * kernel
-    if inner == 1 and groups > 1:  # depthwise
-        return macs, 0
-    return macs, positions * groups * _padded(inner) * _padded(outer) * kernel
+    if inner == 1 and groups > 1:
+        return 0
+    return node.positions * groups * _padded(inner) * _padded(outer) * node.attrs["kernel"]
+
+
+def _weight_dtype(node: OpNode, op: OpQConfig | None, inputs: Sequence[QDtype]) -> QDtype | None:
+    """Dtype of what the GEMM multiplies its (widest) input with."""
+    if node.kind == OpKind.matmul:
+        return min(inputs, key=lambda d: d.rank) if len(inputs) > 1 else QDtype.qint8
+    if node.kind in GEMM_KINDS:
+        return (op.weight if op else None) or QDtype.qint8  # a functional's weight is a constant
+    return None
 
 
 def _attention_matmuls(graph: ModelGraph) -> frozenset[str]:
-    """Matmuls right before and after a softmax (looked up through scaling and moves)."""
+    """The two matmuls of each attention core: one upstream of a softmax (through scaling, mask and moves), one right
+    downstream. A matmul on one side only is no attention.
+    """
     found: set[str] = set()
-    passing = {OpKind.mul, OpKind.arithmetic, OpKind.add, *TRANSPARENT_KINDS}
     upstream = {node.name: node.inputs for node in graph.nodes}
+    scaling = {OpKind.mul, OpKind.arithmetic, OpKind.add, *TRANSPARENT_KINDS}
     for node in graph.nodes:
-        if node.kind != OpKind.softmax:
-            continue
-        for neighbours in (upstream, graph.consumers):
-            frontier = list(neighbours[node.name])
-            while frontier:
-                other = graph.by_name[frontier.pop()]
-                if other.kind == OpKind.matmul:
-                    found.add(other.name)
-                elif other.kind in passing:
-                    frontier.extend(neighbours[other.name])
+        if node.kind == OpKind.softmax:
+            before = _nearest_matmuls(graph, upstream, node.name, scaling)
+            after = _nearest_matmuls(graph, graph.consumers, node.name, set(TRANSPARENT_KINDS))
+            if before and after:
+                found |= before | after
     return frozenset(found)
+
+
+def _nearest_matmuls(
+    graph: ModelGraph, neighbours: Mapping[str, tuple[str, ...]], start: str, passing: set[OpKind]
+) -> set[str]:
+    found: set[str] = set()
+    frontier = list(neighbours[start])
+    while frontier:
+        other = graph.by_name[frontier.pop()]
+        if other.kind == OpKind.matmul:
+            found.add(other.name)
+        elif other.kind in passing:
+            frontier.extend(neighbours[other.name])
+    return found
 
 
 def _casts(node: OpNode, graph: ModelGraph, qconfig: QConfig, owners: dict[str | None, str], to: QDtype) -> int:

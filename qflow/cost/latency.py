@@ -6,9 +6,9 @@
 Fitted to published measurements of S100 (nash-e) and S100P (nash-m) boards: 6 % median error leaving a network
 out, 8 % leaving a family out, 96 % of int8 convolutional networks within 20 %. No pair int8 / int16 of one
 network was ever published: the int16 factors rest on two all-int16 networks and come with a wide interval.
-Each operator's interval is [0.80, 1.25] of its int8 time and [0.5, 2.5] of what runs in 16 bits, so the total's
-interval grows with the share of time that is spent in 16 bits. Comparing two qconfigs of one network is safer
-than either figure: fixed costs and weights cancel.
+Each operator's interval is [0.80, 1.25] of its int8 time ([0.65, 1.5] in a network with operators that the rows do
+not hold) and [0.5, 2.5] of what runs in 16 bits, so the total's interval grows with the share of time in 16 bits.
+Comparing two qconfigs of one network is safer than either figure: fixed costs and weights cancel.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
-from qflow.core.graph import ModelGraph
+from qflow.core.graph import ModelGraph, OpKind
 from qflow.core.qconfig import QConfig
-from qflow.cost.features import UNVALIDATED, OpFeatures, features
+from qflow.cost.features import UNVALIDATED, VALIDATED, OpFeatures, features
 
 INT8_INTERVAL = (0.80, 1.25)
+UNSEEN_INTERVAL = (0.65, 1.5)
 WIDE_INTERVAL = (0.5, 2.5)
 
 
@@ -92,10 +93,13 @@ class CostReport:
     refusal: str = ""
 
 
-def op_cost(row: OpFeatures, model: CostModel) -> OpCost:
-    """Time of one operator. Raises ConfigError for a dtype pair that the device file has no factor for."""
+def op_cost(row: OpFeatures, model: CostModel, narrow: tuple[float, float] = INT8_INTERVAL) -> OpCost:
+    """Time of one operator; `narrow` is the interval of what runs in int8.
+
+    Raises ConfigError for a dtype pair that the device file has no factor for.
+    """
     f = model.clock_ghz
-    weight = (row.weight_dtype or row.input_dtype if row.gemm else QDtype.qint8).value
+    weight = (row.weight_dtype or QDtype.qint8).value
     mac_factor = _factor(model.mac_factors, f"{row.input_dtype}/{weight}", row) if row.padded_macs else 0.0
     vector = _factor(model.vector_factors, row.input_dtype.value, row) if row.lut or row.cast else 0.0
     attention = 2.0 if row.input_dtype == QDtype.qint16 else 1.0
@@ -107,7 +111,7 @@ def op_cost(row: OpFeatures, model: CostModel) -> OpCost:
     ) / f
     stream = row.weight_bytes * 1e-6 / model.weight_mb_per_ms
     wide = row.input_dtype != QDtype.qint8 or (row.weight_dtype or QDtype.qint8) != QDtype.qint8 or row.cast > 0
-    low, high = WIDE_INTERVAL if wide else INT8_INTERVAL
+    low, high = WIDE_INTERVAL if wide else narrow
     return OpCost(
         op=row.name,
         kind=row.kind.value,
@@ -115,8 +119,8 @@ def op_cost(row: OpFeatures, model: CostModel) -> OpCost:
         weight_dtype=row.weight_dtype.value if row.weight_dtype else "",
         output_dtype=row.output_dtype.value if row.output_dtype else "int32" if row.gemm else "",
         ms=compute + stream,
-        low_ms=low * compute + INT8_INTERVAL[0] * stream,
-        high_ms=high * compute + INT8_INTERVAL[1] * stream,
+        low_ms=low * compute + narrow[0] * stream,
+        high_ms=high * compute + narrow[1] * stream,
         macs=row.macs,
         lut_elements=row.lut,
         weight_bytes=row.weight_bytes,
@@ -133,7 +137,8 @@ def _factor(table: Mapping[str, float], key: str, row: OpFeatures) -> float:
 def predict(graph: ModelGraph, qconfig: QConfig, model: CostModel) -> CostReport:
     """Cost of `graph` (traced at the deployed shape) under `qconfig`."""
     rows = features(graph, qconfig)
-    ops = tuple(op_cost(row, model) for row in rows)
+    narrow = INT8_INTERVAL if all(r.kind in VALIDATED for r in rows) else UNSEEN_INTERVAL
+    ops = tuple(op_cost(row, model, narrow) for row in rows)
     float_out = sum(r.float_out for r in rows) * 1e-6 / model.float_melem_per_ms if model.host_dequantize else 0.0
     fixed = model.fixed_ms + float_out
     bpu = fixed + sum(op.ms for op in ops)
@@ -143,8 +148,8 @@ def predict(graph: ModelGraph, qconfig: QConfig, model: CostModel) -> CostReport
     return CostReport(
         march=model.march,
         latency_ms=bpu + model.host_ms,
-        low_ms=INT8_INTERVAL[0] * outside + sum(op.low_ms for op in ops),
-        high_ms=INT8_INTERVAL[1] * outside + sum(op.high_ms for op in ops),
+        low_ms=narrow[0] * outside + sum(op.low_ms for op in ops),
+        high_ms=narrow[1] * outside + sum(op.high_ms for op in ops),
         bpu_ms=bpu,
         fps=1000.0 / bpu,
         gmacs=macs * 1e-9,
@@ -156,6 +161,9 @@ def predict(graph: ModelGraph, qconfig: QConfig, model: CostModel) -> CostReport
 
 
 def _refusal(rows: tuple[OpFeatures, ...]) -> str:
+    foreign = [r.name for r in rows if r.kind == OpKind.other]
+    if foreign:
+        return f"no price for {', '.join(foreign[:3])}: the latency is a lower bound; compare two qconfigs only"
     work = sum(r.elements for r in rows)
     unknown = sum(r.elements for r in rows if r.kind in UNVALIDATED)
     if work and unknown > 0.5 * work:

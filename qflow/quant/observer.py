@@ -6,7 +6,8 @@ value comes (pairs of bins merge, nothing is lost). From it every method is solv
     minmax      the largest |x|; with an averaging constant c, the moving average of batch maxima (plugin: 0.01)
     percentile  the |x| below which `percentile` % of the values lie (plugin: 99.99, 2048 bins)
     mse         the threshold of least expected squared error on the dtype's own grid
-    kl          the threshold whose 128-level histogram is closest in KL divergence (TensorRT's method)
+    kl          the threshold whose 128-level histogram is closest in KL divergence (TensorRT's method); every 16th
+                bin edge is tried, where the plugin tries each and smooths over 9
     mix         among percentiles 99.9 .. 99.9999 the one of least squared error (the plugin's candidates)
 
 The scale follows as threshold / -qmin (guide: 0.0078 x 128 = 0.9984), or / 127.5 with divisor "plugin".
@@ -28,6 +29,7 @@ from qflow.core.settings import CalibrationSettings
 BINS = 2048
 MIX_PERCENTILES = (99.9, 99.95, 99.99, 99.993, 99.995, 99.997, 99.999, 99.9995, 99.9999)
 KL_LEVELS = 128
+TINY = 1e-30  # below this the bin width leaves float32: such a tensor counts as zero
 
 
 @dataclass
@@ -49,6 +51,8 @@ class Histogram:
         largest = float(magnitude.max())
         if not math.isfinite(largest):
             raise DataError(f"Calibration needs finite values, but got {largest} at {name}. Check data and model.")
+        if largest < TINY:
+            largest = 0.0
         self.batch_max.append(largest)
         if largest == 0.0:
             self.zeros += magnitude.numel()

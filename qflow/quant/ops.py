@@ -59,7 +59,7 @@ _FUNCTIONS: dict[OpKind, str] = {
     OpKind.conv: "conv1d conv2d conv3d",
     OpKind.conv_transpose: "conv_transpose1d conv_transpose2d conv_transpose3d",
     OpKind.linear: "linear",
-    OpKind.matmul: "matmul bmm mm baddbmm einsum scaled_dot_product_attention",
+    OpKind.matmul: "matmul bmm mm",
     OpKind.norm: "batch_norm",
     OpKind.layer_norm: "layer_norm group_norm instance_norm rms_norm",
     OpKind.relu: "relu relu6 clamp clip clamp_min clamp_max hardtanh threshold",
@@ -78,52 +78,22 @@ _FUNCTIONS: dict[OpKind, str] = {
     OpKind.order: "topk sort argsort argmax argmin gather index_select take_along_dim",
     OpKind.move: "reshape view view_as flatten unflatten permute transpose swapaxes movedim t squeeze unsqueeze "
     "expand expand_as repeat tile chunk split unbind getitem narrow select contiguous clone detach roll flip pad "
-    "pixel_shuffle pixel_unshuffle dropout identity to float type_as unfold",
+    "pixel_shuffle pixel_unshuffle dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout identity to "
+    "float half double bfloat16 type type_as unfold T mT H mH data",
 }
 FUNCTION_KINDS: dict[str, OpKind] = {name: kind for kind, names in _FUNCTIONS.items() for name in names.split()}
 
-# Results that carry no values of the network: never an operator.
-METADATA = frozenset(
-    [
-        "broadcast_shapes",
-        "data_ptr",
-        "delete",
-        "device",
-        "dim",
-        "dtype",
-        "element_size",
-        "get",
-        "get_device",
-        "has_names",
-        "is_complex",
-        "is_contiguous",
-        "is_cuda",
-        "is_floating_point",
-        "is_meta",
-        "is_nested",
-        "is_quantized",
-        "is_sparse",
-        "layout",
-        "names",
-        "ndim",
-        "nelement",
-        "numel",
-        "promote_types",
-        "requires_grad",
-        "requires_grad_",
-        "result_type",
-        "set",
-        "shape",
-        "size",
-        "storage_offset",
-        "stride",
-        "type",
-    ]
+# Results whose values do not come from the arguments: constants, whatever their shape is taken from.
+CONSTANTS = frozenset(
+    ["zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "requires_grad"]
+    + ["new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"]
 )
 # A Python value taken out of a tensor: what follows may depend on the data.
 DATA_DEPENDENT = frozenset(["item", "bool", "int", "float", "index", "tolist", "numpy", "nonzero", "len", "contains"])
 # Writes whose result is a constant fill.
 FILLS = frozenset(["zero", "fill"])
+
+ALIASES = {"truediv": "div", "multiply": "mul", "subtract": "sub", "divide": "div", "iadd": "add", "imul": "mul"}
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -137,7 +107,7 @@ def function_name(function: object) -> str:
     core = name.strip("_")
     if dunder and core not in FUNCTION_KINDS and core[:1] in "ir" and core[1:] in FUNCTION_KINDS:
         core = core[1:]
-    return {"truediv": "div", "iadd": "add", "imul": "mul", "isub": "sub"}.get(core, core)
+    return ALIASES.get(core, core)
 
 
 def module_kind(module: nn.Module) -> OpKind | None:
@@ -156,8 +126,6 @@ def is_leaf(module: nn.Module) -> bool:
     return False
 
 
-def is_operator(name: str, out: object) -> bool:
+def is_operator(out: object) -> bool:
     """True where a function call counts as an operator: tape and runtime must agree, or names would drift."""
-    if name in METADATA:
-        return False
     return isinstance(out, Tensor) or (isinstance(out, (tuple, list)) and any(isinstance(t, Tensor) for t in out))

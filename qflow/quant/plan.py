@@ -7,7 +7,7 @@ group goes by the name of its first module, or of its add; its quantizer stands 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -31,8 +31,6 @@ class Plan:
     """Module path of a weighted operator -> path of the batch norm that is folded into its weight."""
     known: frozenset[str]
     """Names of all recorded operator calls; another name at run time was not seen while tracing."""
-    final: dict[str, str] = field(default_factory=dict)
-    """Fused operator -> name of its last member, whose output is the operator's output."""
 
 
 class _Fuser:
@@ -56,7 +54,9 @@ class _Fuser:
         if candidate is None or not is_wanted or candidate.index in self.taken:
             return None
         reason = ""
-        if len(self.readers[current.index]) > 1 or current.index in self.leaving:
+        if candidate.kind == OpKind.norm and current.kind == OpKind.linear and len(current.shape) != 2:
+            reason = "a batch norm over dim 1 is not over the features of a linear layer with more than two dims"
+        elif len(self.readers[current.index]) > 1 or current.index in self.leaving:
             reason = f"{current.name} has several consumers"
         elif self.shared(current):
             reason = f"{current.name} is a shared module"
@@ -110,18 +110,16 @@ def make_plan(tape: Tape, model: nn.Module) -> Plan:
     nodes: list[OpNode] = []
     output_at: dict[str, str] = {}
     folds: dict[str, str] = {}
-    final: dict[str, str] = {}
     for op in tape.ops:
         if op.index not in live or (op.index in groups and len(groups[op.index]) > 1):
             continue
         if op.index in inside and op.index not in by_last:
             continue
         members = by_last.get(op.index, [op])
-        node = _node(members, name_of)
+        node = _node(members, name_of, tape.ops)
         nodes.append(node)
         for member in members:
             name_of[member.index] = node.name
-        final[node.name] = op.name
         if node.quantizer is not None:
             output_at[op.name] = node.quantizer
         for member in members[1:2]:
@@ -132,9 +130,9 @@ def make_plan(tape: Tape, model: nn.Module) -> Plan:
         outputs=tuple((name, name_of[index]) for name, index in tape.outputs),
         calls=tape.calls,
         unfused=tuple(reversed(fuser.unfused)),
-        notes=tuple(tape.notes) + _constant_notes(nodes),
+        notes=(*tape.notes, *_dead_notes(tape, live), *_constant_notes(nodes)),
     )
-    return Plan(graph, output_at, folds, tape.names, final)
+    return Plan(graph, output_at, folds, tape.names)
 
 
 def _live(tape: Tape) -> set[int]:
@@ -149,11 +147,14 @@ def _live(tape: Tape) -> set[int]:
     return live
 
 
-def _node(members: list[Op], name_of: dict[int, str]) -> OpNode:
+def _node(members: list[Op], name_of: dict[int, str], ops: list[Op]) -> OpNode:
     head, last = members[0], members[-1]
     add = next((m for m in members if m.kind == OpKind.add and m is not head), None)
     owned = {m.index for m in members}
-    inputs = [i for m in members for i in m.inputs if i not in owned]
+    # Indices and masks carry no scale; of `view_as(like)` or gather(index) the first tensor gives the values.
+    inputs = [i for m in members for i in m.inputs if i not in owned and ops[i].floating]
+    if head.kind in TRANSPARENT_KINDS and head.op_type != "torch.setitem":
+        inputs = inputs[:1]
     named = add or head
     quantized = last.floating and head.kind not in TRANSPARENT_KINDS
     return OpNode(
@@ -177,9 +178,19 @@ def _fused_type(op: Op) -> str:
     return "ReLU6" if op.op_type.lower().endswith("relu6") else "ReLU"
 
 
+def _dead_notes(tape: Tape, live: set[int]) -> list[str]:
+    return [
+        f"{op.name}: computed, but no output depends on it: left in float"
+        for op in tape.ops
+        if op.index not in live and (op.kind in WEIGHTED_KINDS or op.kind == OpKind.input)
+    ]
+
+
 def _constant_notes(nodes: list[OpNode]) -> tuple[str, ...]:
     return tuple(
-        f"{node.name}: {node.constants} constant input(s) without a quantizer" for node in nodes if node.constants
+        f"{node.name}: {node.constants} constant input(s) without a quantizer, weights of a functional included"
+        for node in nodes
+        if node.constants
     ) + tuple(
         f"{node.name}: {node.op_type} is not known to the device table" for node in nodes if node.kind == OpKind.other
     )

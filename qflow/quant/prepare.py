@@ -27,7 +27,7 @@ class QuantizedModel(nn.Module):
     """The user's model with a quantizer behind every operator and on every weight, all switched off at first.
 
     It is called like the float model. `outputs` and `weights` hold the quantizers by operator and module name
-    (`only`, `quantized` and `collecting` switch them and restore on leaving). `last_run` tells which quantizers ran.
+    (`only`, `quantized` and `collecting` switch them and restore on leaving; `ran` and `unseen` tell what happened).
     """
 
     def __init__(self, float_model: nn.Module, plan: Plan) -> None:
@@ -36,7 +36,10 @@ class QuantizedModel(nn.Module):
         self.model = copy.deepcopy(float_model)
         self.outputs = {node.quantizer: FakeQuant(node.quantizer) for node in plan.graph.quantized if node.quantizer}
         self.weights: dict[str, FakeQuant] = {}
-        self.last_run: Run | None = None
+        self.ran: set[str] = set()
+        """Quantizers that ran since they were last switched."""
+        self.unseen: set[str] = set()
+        """Operators met since then that tracing did not see."""
         self._collect: dict[str, Histogram] | None = None
         self._swap()
         # Registered flat under plain numbers: operator names hold dots and brackets, and a child of the user's
@@ -81,7 +84,8 @@ class QuantizedModel(nn.Module):
                 out = self.model(*args, **kwargs)
         finally:
             set_current_run(before)
-            self.last_run = run
+            self.ran |= run.ran
+            self.unseen |= run.unseen
         return out
 
     def _quantize_inputs(self, run: Run, args: Any, kwargs: Any) -> Any:
@@ -149,6 +153,7 @@ class QuantizedModel(nn.Module):
             **{("weight", n): q for n, q in self.weights.items()},
         }
         before = {key: quantizer.enabled for key, quantizer in quantizers.items()}
+        self.ran, self.unseen = set(), set()
         for key, quantizer in quantizers.items():
             quantizer.enabled = key in on
         try:
@@ -167,6 +172,9 @@ def prepare(model: nn.Module, example_inputs: Any) -> QuantizedModel:
     """
     if model.training:
         raise ModelError("A model is prepared in eval mode, but got one in train mode. Call model.eval() first.")
+    if is_leaf(model):
+        raise ModelError(f"A model holds modules, but got a single {type(model).__name__}. Wrap it in nn.Sequential.")
+    state = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         tape = trace(model, example_inputs)
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
@@ -174,11 +182,26 @@ def prepare(model: nn.Module, example_inputs: Any) -> QuantizedModel:
         raise ModelError(
             f"The model must run on a batch of its data, but got: {text}. Check task.model and task.data."
         ) from error
+    changed = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, state[name])]
+    if changed:
+        raise ModelError(
+            f"A model in eval mode keeps no state between calls, but got {changed[0]} changed by one. "
+            "Reset it in forward."
+        )
+    names = [name for name, _ in tape.outputs]
+    if len(set(names)) < len(names):
+        raise ModelError(f"Outputs have different names, but got {sorted(names)}. Rename the keys.")
     if not tape.outputs:
         raise ModelError("A model has outputs computed from its inputs, but tracing found none. Return tensors.")
     prepared = QuantizedModel(model, make_plan(tape, model)).eval()
     verify_float(model, prepared, example_inputs)
-    verify_float(model, prepared, tree_map(_other_batch, example_inputs))
+    try:
+        verify_float(model, prepared, tree_map(_other_batch, example_inputs))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ModelError(
+            f"The model must run at any batch size, but at one more sample got: {str(error).splitlines()[0]}. "
+            "Take the batch size from the input's shape."
+        ) from error
     return prepared
 
 
@@ -190,8 +213,8 @@ def _other_batch(value: Any) -> Any:
 def verify_float(model: nn.Module, prepared: QuantizedModel, inputs: Any) -> None:
     """Refuse a prepared model whose float graph is not the model's, bit for bit."""
     with torch.no_grad():
-        expected = named_tensors(call_model(model, tree_map(_copied, inputs)))
-        got = named_tensors(call_model(prepared, tree_map(_copied, inputs)))
+        expected = named_tensors(call_model(model, inputs))
+        got = named_tensors(call_model(prepared, inputs))
     if [n for n, _ in expected] != [n for n, _ in got]:
         raise ModelError(
             f"The traced model must give the outputs {[n for n, _ in expected]}, but got {[n for n, _ in got]}."
@@ -202,10 +225,6 @@ def verify_float(model: nn.Module, prepared: QuantizedModel, inputs: Any) -> Non
                 f"The traced float graph must reproduce the model bit for bit, but output {name} differs by "
                 f"{(a.double() - b.double()).abs().max().item():.3g}. Make the model deterministic in eval mode."
             )
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 def scales(prepared: QuantizedModel) -> dict[str, float | list[float]]:

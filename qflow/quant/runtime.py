@@ -104,7 +104,7 @@ class Mode(TorchFunctionMode):
         name = _NAMES.get(func)
         if name is None:
             name = _NAMES[func] = function_name(func)
-        if not is_operator(name, out):
+        if not is_operator(out):
             return out
         first = args[0] if args else None
         return run.finish(run.name(f"{run.scopes[-1]}[{name}]"), out, first)
@@ -147,7 +147,7 @@ class NormLeaf(Leaf):
     def compute(self, run: Run, name: str, *args: Any, **kwargs: Any) -> Any:
         if self.qflow_path in run.folded:
             run.folded.discard(self.qflow_path)
-            return args[0]
+            return args[0] if args else kwargs["input"]
         return super().compute(run, name, *args, **kwargs)
 
 
@@ -180,8 +180,8 @@ class WeightedLeaf(Leaf):
         return vector.view(-1, *[1] * (self.weight.ndim - 1))
 
     def compute(self, run: Run, name: str, *args: Any, **kwargs: Any) -> Any:
-        quantizer = run.weights[self.qflow_path]
-        if not quantizer.active:
+        quantizer = run.weights.get(self.qflow_path)
+        if quantizer is None or not quantizer.active:  # None: no output depends on it
             return super().compute(run, name, *args, **kwargs)
         weight, bias = self.folded()
         if self.qflow_norm_path is not None:
@@ -189,7 +189,7 @@ class WeightedLeaf(Leaf):
         run.ran.add(quantizer.name)
         return self.run_with(quantizer(weight), bias, *args, **kwargs)
 
-    def run_with(self, weight: Tensor, bias: Tensor | None, x: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
+    def run_with(self, weight: Tensor, bias: Tensor | None, input: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
         """The operator with another weight and bias."""
         raise AssertionError("every weighted leaf class defines run_with")
 
@@ -197,29 +197,29 @@ class WeightedLeaf(Leaf):
 class ConvLeaf(WeightedLeaf):
     """Conv1d, Conv2d, Conv3d."""
 
-    def run_with(self, weight: Tensor, bias: Tensor | None, x: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
-        return self._conv_forward(x, weight, bias)  # type: ignore[attr-defined, no-any-return]
+    def run_with(self, weight: Tensor, bias: Tensor | None, input: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
+        return self._conv_forward(input, weight, bias)  # type: ignore[attr-defined, no-any-return]
 
 
 class LinearLeaf(WeightedLeaf):
     """Linear."""
 
-    def run_with(self, weight: Tensor, bias: Tensor | None, x: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
-        return F.linear(x, weight, bias)
+    def run_with(self, weight: Tensor, bias: Tensor | None, input: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
+        return F.linear(input, weight, bias)
 
 
 class ConvTransposeLeaf(WeightedLeaf):
     """ConvTranspose1d, 2d, 3d."""
 
     def run_with(
-        self, weight: Tensor, bias: Tensor | None, x: Tensor, *rest: Any, output_size: Any = None, **kwargs: Any
+        self, weight: Tensor, bias: Tensor | None, input: Tensor, *rest: Any, output_size: Any = None, **kwargs: Any
     ) -> Tensor:
         me: Any = self
         output_size = rest[0] if rest else output_size
         spatial = weight.ndim - 2
-        padding = me._output_padding(x, output_size, me.stride, me.padding, me.kernel_size, spatial, me.dilation)
+        padding = me._output_padding(input, output_size, me.stride, me.padding, me.kernel_size, spatial, me.dilation)
         convolve = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[spatial]
-        return convolve(x, weight, bias, me.stride, me.padding, padding, me.groups, me.dilation)
+        return convolve(input, weight, bias, me.stride, me.padding, padding, me.groups, me.dilation)
 
 
 def leaf_class(module: nn.Module) -> type[nn.Module]:
@@ -236,6 +236,8 @@ def leaf_class(module: nn.Module) -> type[nn.Module]:
     else:
         mixin = Leaf
     name = f"Q_{own.__module__}_{own.__qualname__}".replace(".", "_")
+    while name in globals() and globals()[name].__mro__[2] is not own:
+        name += "_"  # another class of the same name, as notebooks make them
     if name not in globals():
         globals()[name] = type(name, (mixin, own), {"__module__": __name__, "__qualname__": name})
     made: type[nn.Module] = globals()[name]

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from qflow.core.graph import OpKind
 from qflow.quant.ops import (
+    CONSTANTS,
     DATA_DEPENDENT,
     FILLS,
     FUNCTION_KINDS,
@@ -44,7 +45,6 @@ class Op:
     name: str
     kind: OpKind
     op_type: str
-    scope: str
     module: str | None
     inputs: tuple[int, ...]
     shape: tuple[int, ...]
@@ -66,20 +66,40 @@ class Tape:
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Run `model` on what a batch offers: a tuple or list is splatted, a dict becomes keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
+    """Run `model` on a copy of `inputs`: a tuple or list is splatted, a dict becomes keyword arguments.
+
+    A copy, because a model may write into its input, and the next reader of the batch must not see that.
+    """
+    return _call(model, copied(inputs))
+
+
+def copied(inputs: Any) -> Any:
+    """The same structure with its tensors cloned."""
+    return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    # torch's fused encoder layer computes otherwise than its parts and switches itself off while it is traced
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def named_tensors(structure: Any, prefix: str = "") -> list[tuple[str, Tensor]]:
-    """Tensors of nested outputs with the plugin's names: positions joined by `-` (`0-1`), a dict key alone."""
+    """Tensors of nested outputs with the plugin's names: positions and keys joined by `-` (`0-1`, `p3-cls`)."""
     if isinstance(structure, Tensor):
         return [(prefix or "0", structure)]
     if isinstance(structure, Mapping):
-        return [pair for key, value in structure.items() for pair in named_tensors(value, str(key))]
+        return [
+            pair
+            for key, value in structure.items()
+            for pair in named_tensors(value, f"{prefix}-{key}" if prefix else str(key))
+        ]
     if isinstance(structure, (tuple, list)):
         return [
             pair
@@ -128,20 +148,29 @@ class _Tracer(TorchFunctionMode):
         name = function_name(func)
         versions = [(t, t._version) for t in _tensors((args, kwargs)) if id(t) in self.producer]
         out = func(*args, **kwargs)
-        if name in DATA_DEPENDENT:
+        if name in DATA_DEPENDENT and not isinstance(out, Tensor):
             self.note_site(f"a Python value is taken from a tensor by {name}")
         if name in ("setitem", *FILLS) or (not _tensors(out) and any(t._version != v for t, v in versions)):
             self.note_site(f"{name} writes into a tensor and is left in float")
-        if not is_operator(name, out):
+        if name == "setitem" and len(args) == 3:
+            self.record_write(args[0], args[2])
+        if not is_operator(out):
             return out
         unique = self.unique(f"{self.scopes[-1]}[{name}]")
         tensors, sources = _tensors(out), _tensors((args, kwargs))
-        if any(id(t) in self.producer for t in sources):
+        if name not in CONSTANTS and any(id(t) in self.producer for t in sources):
             kind = FUNCTION_KINDS.get(name, OpKind.other)
             if name in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor):
                 kind = OpKind.arithmetic  # element-wise maximum of two tensors
             self.record(unique, kind, f"torch.{name}", None, sources, tensors, function_attrs(kind, sources))
         return out
+
+    def record_write(self, target: Tensor, value: Any) -> None:
+        """`target[...] = value`: the target now carries both, so that what wrote it is not lost."""
+        sources = [t for t in (target, *_tensors(value)) if id(t) in self.producer]
+        if sources:
+            name = self.unique(f"{self.scopes[-1]}[setitem]")
+            self.record(name, OpKind.move, "torch.setitem", None, sources, [target])
 
     def unique(self, base: str) -> str:
         """`base`, or `base(n)` for its n-th repetition."""
@@ -178,7 +207,6 @@ class _Tracer(TorchFunctionMode):
             name=name,
             kind=kind,
             op_type=op_type,
-            scope=self.scopes[-1],
             module=module,
             inputs=tuple(known),
             shape=tuple(outputs[0].shape),
@@ -216,10 +244,13 @@ def weight_attrs(shape: tuple[int, ...], groups: int, transposed: bool) -> dict[
     return {"in": in_channels, "out": out_channels, "groups": groups, "kernel": kernel, "weights": total}
 
 
-def module_attrs(module: nn.Module) -> dict[str, int]:
+def module_attrs(module: nn.Module, sources: Sequence[Tensor]) -> dict[str, int]:
     """Cost attributes of a leaf module; empty for one without weights."""
     if isinstance(module, nn.modules.conv._ConvNd):
-        return weight_attrs(tuple(module.weight.shape), module.groups, module.transposed)
+        attrs = weight_attrs(tuple(module.weight.shape), module.groups, module.transposed)
+        if module.transposed:  # each input position meets the whole kernel
+            attrs["positions"] = sources[0].numel() // module.in_channels
+        return attrs
     if isinstance(module, nn.Linear):
         return weight_attrs(tuple(module.weight.shape), 1, transposed=False)
     return {}
@@ -239,7 +270,9 @@ def _hooks(model: nn.Module, tracer: _Tracer) -> Iterator[None]:
                 kind = module_kind(module) or OpKind.other
                 op_type = f"{type(module).__module__}.{type(module).__qualname__}"
                 sources = _tensors((args, kwargs))
-                tracer.record(tracer.unique(path), kind, op_type, path, sources, _tensors(out), module_attrs(module))
+                tracer.record(
+                    tracer.unique(path), kind, op_type, path, sources, _tensors(out), module_attrs(module, sources)
+                )
 
         return hook
 
@@ -272,10 +305,11 @@ def trace(model: nn.Module, inputs: Any) -> Tape:
     The model is neither copied nor changed; it runs under no_grad in the mode it is in.
     """
     tracer = _Tracer()
+    inputs = copied(inputs)
     for name, tensor in input_tensors(model, inputs):
-        tracer.record(f"quant[{name}]", OpKind.input, "QuantStub", None, [], [tensor])
+        tracer.record(tracer.unique(f"quant[{name}]"), OpKind.input, "QuantStub", None, [], [tensor])
     with torch.no_grad(), _hooks(model, tracer), tracer:
-        outputs = call_model(model, inputs)
+        outputs = _call(model, inputs)
     named = []
     for name, tensor in named_tensors(outputs):
         if id(tensor) in tracer.producer:

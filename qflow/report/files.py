@@ -9,7 +9,7 @@ from typing import Any
 
 from qflow.analysis.badcase import badcase_text
 from qflow.analysis.model_check import check_text
-from qflow.analysis.tables import BadcaseTable, SensitivityTable
+from qflow.analysis.tables import BadcaseTable, ModelCheck, SensitivityTable
 from qflow.bench import TrialResult
 from qflow.core.qconfig import QConfig
 from qflow.core.record import to_json
@@ -52,8 +52,12 @@ def write_trial(
         (folder / "sensitivity_record.json").write_text(to_json(sensitivities))
 
 
-def write_study(folder: Path, *, sensitivities: SensitivityTable | None, badcases: BadcaseTable | None) -> None:
-    """Study-level tables: sensitivities in the guide's layout, and the bad cases."""
+def write_study(
+    folder: Path, sensitivities: SensitivityTable | None, badcases: BadcaseTable | None, check: ModelCheck
+) -> None:
+    """Study-level tables: sensitivities in the guide's layout, bad cases, and the model check."""
+    (folder / "model_check_result.txt").write_text(check_text(check))
+    write_rows(check.findings, folder / "findings.json")
     if sensitivities is not None:
         write_rows(sensitivities.rows, folder / "sensitivity.json")
         (folder / "sensitivity.txt").write_text(sensitivities.text())

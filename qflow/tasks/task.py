@@ -180,6 +180,7 @@ def evaluate(
 
 def run(model: Callable[..., Any], inputs: Any) -> Any:
     """Call `model` on `inputs`; a batch it cannot take is the user's to mend, so it gets one line."""
+    inputs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)  # a model may write into them
     try:
         return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:

@@ -64,7 +64,7 @@ def test_int16_weight_on_int16_input_is_refused_by_name(nash_m):
 
 def test_fp16_is_refused_where_there_is_no_float_path(nash_m):
     graph = chain(OpKind.input, OpKind.conv, OpKind.lut)
-    with pytest.raises(ConfigError, match=r"got op1 \(conv\): the GEMM engine has no float path"):
+    with pytest.raises(ConfigError, match=r"fp16 output for op1 \(conv\): the GEMM engine has no float path"):
         applied(graph, nash_m, {"op1": "float16"})
     assert applied(graph, nash_m, {"op2": "float16"}).ops["op2"].output == "float16"
 
@@ -74,3 +74,18 @@ def test_input_dtypes_follow_the_producer(nash_m):
     qconfig = applied(graph, nash_m, {"op1": "qint8"})
     assert input_dtypes(graph, qconfig, "op3") == (QDtype.qint8,)
     assert input_dtypes(graph, qconfig, "op1") == (QDtype.qint16,)
+
+
+def test_a_matmul_of_one_tensor_with_itself_loses_int16(nash_m):
+    q = OpNode("q", OpKind.lut, "SiLU", (), (1, 4, 8), "q")
+    t = OpNode("[transpose]", OpKind.move, "torch.transpose", ("q",), (1, 8, 4))
+    m = OpNode("[matmul]", OpKind.matmul, "torch.matmul", ("q", "[transpose]"), (1, 4, 4), "[matmul]")
+    assert applied(ModelGraph((q, t, m), (("0", "[matmul]"),)), nash_m).ops["q"].output == "qint8"
+
+
+def test_fp16_into_a_gemm_and_float32_are_refused(nash_m):
+    graph = chain(OpKind.input, OpKind.lut, OpKind.conv)
+    with pytest.raises(ConfigError, match=r"fp16 input for op2 \(conv\)"):
+        applied(graph, nash_m, {"op1": "float16"})
+    with pytest.raises(ConfigError, match="got float32 for op1"):
+        applied(graph, nash_m, {"op1": "float32"})

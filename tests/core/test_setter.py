@@ -79,3 +79,13 @@ def test_bad_requests_are_refused_by_name():
         resolve(GRAPH, [ModuleNameSetter({"op1": "int16"}), TemplateSetter(QDtype.qint8)], "nash-m")
     with pytest.raises(ConfigError, match="no setter answers for op0"):
         resolve(GRAPH, [], "nash-m")
+
+
+def test_a_name_without_a_quantizer_is_refused_and_a_fixed_scale_is_kept():
+    graph = chain(OpKind.input, OpKind.move, OpKind.lut)
+    with pytest.raises(ConfigError, match="with a quantizer, or a module of the model, but got op1"):
+        resolve(graph, [ModuleNameSetter({"op1": "qint16"}), TemplateSetter(QDtype.qint8)], "nash-m")
+    fixed = resolve(graph, [ModuleNameSetter({"op2": "qint8@0.05"}), TemplateSetter(QDtype.qint8)], "nash-m")
+    assert fixed.ops["op2"].fixed_scale == 0.05
+    with pytest.raises(ConfigError, match="fixed scale is a number above 0, but got 'x' for op2"):
+        resolve(graph, [ModuleNameSetter({"op2": "qint8@x"}), TemplateSetter(QDtype.qint8)], "nash-m")

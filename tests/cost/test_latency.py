@@ -1,9 +1,11 @@
 """Laws of the cost model, and its figures against the published formula by hand."""
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import zoo
+from torch import nn
 
 from qflow.core.device import apply_rules
 from qflow.core.dtype import QDtype
@@ -136,3 +138,47 @@ def test_the_high_precision_output_is_shown_as_int32(nash_m):
         graph, resolve(graph, [HighPrecisionOutput(), TemplateSetter(QDtype.qint8)], "nash-m"), nash_m
     )
     assert predict(graph, qconfig, MODEL).ops[-1].output_dtype == "int32"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "macs"), [(2, 2, 0, 65536), (4, 2, 1, 262144), (3, 1, 1, 147456)]
+)
+def test_a_transposed_convolution_applies_its_kernel_at_every_input_position(kernel, stride, padding, macs):
+    model = nn.Sequential(nn.ConvTranspose2d(16, 16, kernel, stride, padding), nn.SiLU()).eval()
+    graph = make_plan(trace(model, torch.randn(1, 16, 8, 8)), model).graph
+    assert graph.by_name["0"].macs == macs
+
+
+def test_a_matmul_is_priced_by_both_its_inputs():
+    a = OpNode("a", OpKind.lut, "SiLU", (), (1, 16, 16), "a")
+    b = OpNode("b", OpKind.lut, "SiLU", (), (1, 16, 16), "b")
+    m = OpNode("m", OpKind.matmul, "matmul", ("a", "b"), (1, 16, 16), "m", attrs={"inner": 16})
+    graph = ModelGraph((a, b, m), (("0", "m"),))
+    int8 = all_at(graph, QDtype.qint8)
+    times = [
+        predict(graph, int8.with_ops({n: OpQConfig(QDtype.qint16) for n in names}), MODEL).ops[-1].ms - 1.6e-3 / 1.5
+        for names in ([], ["a"], ["a", "b"])
+    ]
+    assert times[1] == pytest.approx(2 * times[0])
+    assert times[2] == pytest.approx(4 * times[0])
+
+
+def test_a_matmul_on_one_side_of_a_softmax_is_counted():
+    class Scores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.w = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x):
+            return ((self.lin(x) @ self.w) * 0.1).softmax(-1)
+
+    model = Scores().eval()
+    graph = make_plan(trace(model, torch.randn(1, 4, 8)), model).graph
+    rows = {r.name: r for r in features(graph, all_at(graph, QDtype.qint8))}
+    assert rows["[matmul]"].macs == 4 * 8 * 8
+
+
+def test_an_operator_without_a_price_makes_the_latency_a_lower_bound():
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    graph = make_plan(trace(model, torch.randn(1, 4, 16)), model).graph
+    assert "no price for" in predict(graph, all_at(graph, QDtype.qint8), MODEL).refusal

@@ -59,8 +59,8 @@ def test_every_planned_quantizer_runs_and_int16_is_closer_than_int8(name, dtype,
     with prepared.quantized():
         quantized = outputs(prepared, example)
     planned = {q.name for q in [*prepared.outputs.values(), *prepared.weights.values()] if q.dtype is not None}
-    assert planned <= prepared.last_run.ran
-    assert not prepared.last_run.unseen
+    assert planned <= prepared.ran
+    assert not prepared.unseen
     reference = outputs(model, example)
     assert all(torch.isfinite(t).all() for t in quantized)
     assert any(not torch.equal(a, b) for a, b in zip(reference, quantized, strict=True))
@@ -97,7 +97,7 @@ def test_folding_the_batch_norm_changes_nothing_but_the_rounding(name):
             quantizer.forward = lambda weight: weight  # identity grid: only the fold is left
         for a, b in zip(outputs(model, example), outputs(prepared, example), strict=True):
             assert torch.allclose(a, b, rtol=0, atol=1e-12)
-    assert {q.name for q in prepared.weights.values()} <= prepared.last_run.ran
+    assert {q.name for q in prepared.weights.values()} <= prepared.ran
 
 
 def test_the_float_model_is_left_as_it_was():
@@ -144,7 +144,7 @@ def test_switches_restore_and_refuse_unknown_names():
     with prepared.only(weights=["head"]):
         assert [q.name for q in prepared.weights.values() if q.enabled] == ["head"]
         outputs(prepared, example)
-        assert prepared.last_run.ran == {"head"}
+        assert prepared.ran == {"head"}
 
 
 def test_a_copy_computes_the_same():
