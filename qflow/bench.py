@@ -167,6 +167,12 @@ class Bench:
                 f"task.data.calibration. Lower calibration.batch_size or calibration.steps, or their search."
             )
 
+    def peek(self) -> None:
+        """Read one batch of each split, so that data that cannot work are refused before anything long runs."""
+        for split in ("calibration", "evaluation"):
+            for _ in batches(self.task, split, self.default_calibration.batch_size, limit=1):
+                pass
+
     def find_badcases(self, progress: Progress = _silent) -> BadcaseTable:
         """The calibration samples on which the all-int8 model differs most from float; `progress` counts steps."""
         chosen, calibration = self.sensitivity_settings, self.default_calibration

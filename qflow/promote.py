@@ -105,7 +105,13 @@ def load(tracker: MlflowTracker, run_id: str, folder: Path) -> Candidate:
     from qflow.core.qconfig import QConfig
     from qflow.core.record import from_dict
 
-    if tracker.result(run_id) is None:
+    try:
+        result = tracker.result(run_id)
+    except TrackingError as error:
+        if "not found" in str(error):
+            raise PromotionError(f"A promoted run exists, but got {run_id}, unknown in {tracker.uri}.") from error
+        raise
+    if result is None:
         raise PromotionError(
             f"A promoted run is a finished trial, but got {run_id} without a result. Name another run."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +16,8 @@ from qflow import config as conf
 from qflow.analysis.model_check import check_model
 from qflow.bench import Bench, TrialResult
 from qflow.core.dtype import QDtype
-from qflow.core.errors import ConfigError
-from qflow.core.record import digest
+from qflow.core.errors import ConfigError, TrackingError
+from qflow.core.record import digest, to_json
 from qflow.report.console import Console
 from qflow.report.files import write_study, write_trial
 from qflow.search.loop import FailedTrial, FinishedTrial, Outcome, run_trials
@@ -27,14 +28,10 @@ from qflow.tracking.views import save_view, study_url
 
 # What may change between two starts of one study; everything else must stay as it was.
 FREE = (
-    "root",
-    "search.n_trials",
-    "search.timeout",
-    "search.enqueue",
-    "tracking",
-    "executor.threads",
-    "task.batch_size",
+    *("root", "search.n_trials", "search.timeout", "search.enqueue", "tracking."),
+    *("executor.threads", "task.batch_size"),
 )
+LEGIBLE = 40  # characters of a setting that the study's tag holds as they are; longer ones by digest
 
 
 @dataclass
@@ -62,24 +59,44 @@ class Session:
         return self.bench.manifest()
 
     def open(self) -> None:
-        """Find or make the study's parent run. Raises ConfigError if it was begun with other settings."""
+        """Find or make the study's parent run.
+
+        Raises ConfigError if its trials were made with other settings, TrackingError if its runs are gone.
+        """
         state = fingerprint(self.config, self.manifest)
         found = self.tracker.find_study(self.study.name)
-        if found is not None:
-            before = self.tracker.run_tags(found).get("qflow.fingerprint", "")
-            changed = changed_keys(before, state)
+        finished = sum(trial.state == "complete" for trial in self.study.trials())
+        if found is None and finished:
+            raise TrackingError(
+                f"A study's runs are in its tracking store, but {self.study.name} has {finished} finished trials and "
+                f"no run in {self.tracker.uri}. Bring the store back, or use another name: study={self.study.name}-2."
+            )
+        if found is not None and finished:
+            changed = changes(self.tracker.run_tags(found).get("qflow.fingerprint", ""), state)
             if changed:
                 raise ConfigError(
-                    f"A study goes on with what it began with, but got another {', '.join(changed)} for study "
-                    f"{self.study.name}. Use another name: study={self.study.name}-2."
+                    f"A study goes on with what it began with, but got other settings for {self.study.name}: "
+                    f"{', '.join(changed[:4])}. Use another name: study={self.study.name}-2."
                 )
-        text = "\n".join(f"{key} {value}" for key, value in sorted(state.items()))
+        config, task = self.config, self.bench.task
         self.study_run = self.tracker.open_study(
             self.study.name,
-            tags={"qflow.fingerprint": text, "qflow.workflow": self.config.workflow},
-            params={"task": self.config.task.name, "march": self.config.device.march, "seed": self.config.seed},
+            tags={"qflow.fingerprint": to_json(state), "qflow.workflow": config.workflow},
+            params={
+                "task": config.task.name,
+                "march": config.device.march,
+                "seed": config.seed,
+                "objective.max_drop": self.goal.max_drop,
+                "metric": task.metric_name,
+                "direction": task.direction,
+                "search.sampler": config.search.sampler,
+            },
             description=f"{self.study.name}: drop of at most {self.goal.max_drop:g} at least latency.",
         )
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.yaml").write_text(conf.resolved_yaml(config))
+            metrics = {f"float/{task.metric_name}": self.bench.float_metric}
+            self.tracker.log_study(self.study_run, folder=Path(folder), metrics=metrics)
 
     def largest_calibration(self) -> tuple[int, int]:
         """The largest batch size and number of steps that the default or the search can ask for."""
@@ -217,24 +234,33 @@ def trial_line(trial: FinishedTrial | FailedTrial, accuracy: str) -> str:
 
 
 def fingerprint(config: DictConfig, manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Digest of each part of the configuration that results depend on, and of weights and data."""
-    state: dict[str, str] = {}
-    for key, value in conf.plain(config).items():
-        if key in FREE:
-            continue
-        if isinstance(value, dict):
-            value = {k: v for k, v in value.items() if f"{key}.{k}" not in FREE}
-        state[key] = digest(value)
-    versions = manifest["versions"]
+    """What results depend on, by dotted key: the configuration, weights, data, graph and versions."""
+    state = {
+        key: text if len(text := to_json(value)) <= LEGIBLE else digest(value)
+        for key, value in flat(conf.plain(config))
+        if not key.startswith(FREE)
+    }
     return {
         **state,
         **{key: str(manifest[key]) for key in ("weights", "data", "graph", "eval_samples", "qflow")},
         "float_metric": f"{manifest['float_metric']:.6g}",
-        "torch": versions["torch"],
+        "torch": manifest["versions"]["torch"],
     }
 
 
-def changed_keys(before: str, now: Mapping[str, str]) -> list[str]:
-    """Parts that differ from the text that `Session.open` kept."""
-    known = dict(line.split(" ", 1) for line in before.splitlines() if " " in line)
-    return sorted(key for key, value in now.items() if known.get(key, value) != value)
+def flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Leaves of a nested mapping by dotted key."""
+    found: list[tuple[str, Any]] = []
+    for key, value in node.items():
+        found += flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else [(f"{prefix}{key}", value)]
+    return found
+
+
+def changes(before: str, now: Mapping[str, str]) -> list[str]:
+    """`key: old -> new` for what differs from the text that `Session.open` kept."""
+    known: dict[str, str] = json.loads(before or "{}")
+    return [
+        f"{key}: {known.get(key, 'nothing')} -> {now.get(key, 'nothing')}"
+        for key in sorted({*known, *now})
+        if known.get(key) != now.get(key)
+    ]

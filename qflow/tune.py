@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from qflow.bench import Bench
+
+
+STARTED = time.perf_counter()
 
 
 def main() -> None:
@@ -50,6 +54,8 @@ def check_config(config: DictConfig) -> None:
         raise ConfigError(
             f"qat.steps is 0 in this release (calibration only), but got {config.qat.steps}. Use qat=none."
         )
+    if config.task.batch_size < 1:
+        raise ConfigError(f"task.batch_size is at least 1, but got {config.task.batch_size}.")
     if config.search.n_trials < 2:
         raise ConfigError(f"search.n_trials is at least 2 (all-int16 and all-int8), but got {config.search.n_trials}.")
     if config.search.timeout is not None and not 0 < config.search.timeout < math.inf:
@@ -122,7 +128,9 @@ def assemble(config: DictConfig) -> Any:
             seed=config.seed,
             n_trials=config.search.n_trials,
         )
-        session = Session(config, bench, Goal(config.objective.max_drop), Console(), tracker, study, root)
+        session = Session(
+            config, bench, Goal(config.objective.max_drop), Console(started=STARTED), tracker, study, root
+        )
         status = "FAILED"
         try:
             yield session

@@ -106,7 +106,10 @@ def test_another_configuration_under_the_same_name_is_refused(studied):
     folder, _ = studied
     other = door("tune", *OWN, "calibration.steps=5", cwd=folder)
     assert other.returncode == 2
-    assert "goes on with what it began with, but got another calibration" in other.stderr
+    assert (
+        "goes on with what it began with, but got other settings for own/int8_int16: calibration.steps: 4 -> 5"
+        in other.stderr
+    )
     assert "study=own/int8_int16-2" in other.stderr
 
 
@@ -201,3 +204,54 @@ def test_interrupted_or_killed_the_study_goes_on(tmp_path):
     assert not any(status == "RUNNING" for _, _, status, _ in runs)
     seen += re.findall(r"^trial (\d+)", done.stdout, re.MULTILINE)
     assert set(map(int, seen)) <= {number for _, number, *_ in runs}
+
+
+MORE = {
+    "a metric that raises": (
+        ["task.metric._target_=user_task.BadMetric"],
+        "must score (outputs, batch), but got KeyError",
+    ),
+    "a root that is a file": (["root=taken"], "taken"),
+    "a batch size of 0": (["task.batch_size=0"], "task.batch_size is at least 1"),
+    "a name of nothing": (["+qconfig.modules.nosuch=qint16"], "but got nosuch"),
+    "an open bracket": (["calibration.method=choice(mse"], "closed brackets"),
+}
+
+
+@pytest.mark.parametrize("case", MORE)
+def test_more_mistakes_get_one_line(case, tmp_path):
+    arguments, message = MORE[case]
+    (tmp_path / "taken").write_text("")
+    done = door("tune", *OWN, *arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_options_may_stand_anywhere_and_a_users_conf_folder_is_found(tmp_path):
+    (tmp_path / "conf" / "task").mkdir(parents=True)
+    (tmp_path / "conf" / "task" / "mine.yaml").write_text("name: mine\nmodel: {_target_: user_task.model}\n")
+    done = door("tune", "+experiment=int8_int16", "--config-dir", "conf", "task=mine", "--cfg", "job", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "name: mine" in done.stdout
+
+
+def test_a_study_without_a_trial_takes_other_settings(tmp_path):
+    refused = door("tune", *OWN, "+qconfig.modules.nosuch=qint16", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert door("tune", *OWN, "calibration.steps=3", "search.n_trials=2", cwd=tmp_path).returncode in (0, 1)
+
+
+def test_runs_that_are_gone_are_noticed(studied, tmp_path):
+    import shutil
+
+    shutil.copy(studied[0] / "qflow_out" / "optuna.db", tmp_path / "optuna.db")
+    lost = door("tune", *OWN, "search.n_trials=8", f"root={tmp_path}", cwd=tmp_path)
+    assert lost.returncode == 2
+    assert "finished trials and no run in" in lost.stderr
+
+
+def test_an_unknown_run_is_named(studied):
+    done = door("promote", *STORE, "run=deadbeef", cwd=studied[0])
+    assert done.returncode == 2
+    assert "but got deadbeef, unknown in" in done.stderr

@@ -71,3 +71,8 @@ class NanNet(Net):
 
 def nan_model():
     return NanNet().eval()
+
+
+class BadMetric(ErrorRate):
+    def __call__(self, outputs, batch):
+        return outputs["nosuch"]

@@ -12,11 +12,14 @@ holds it, and a ceiling that misses is explained by it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from qflow.analysis.model_check import check_model
-from qflow.config import plain
+from qflow.config import plain, trial_settings
 from qflow.core.dtype import QDtype
 from qflow.report.console import SummaryRow, python_command, summary_table
 from qflow.search.objective import CONSTRAINT, best_trial, meets, nearest_miss
@@ -30,13 +33,14 @@ def run(session: Session) -> int:
     """All stages; returns the exit code: 0 goal met, 1 not."""
     bench, console = session.bench, session.console
     task = bench.task
+    bench.require_samples(*session.largest_calibration())
+    bench.peek()
     with console.stage("float") as say, console.bar("float", len(task.data.evaluation), "samples") as advance:
         metric = bench.measure_float(advance)
         say(f"{task.metric_name} {metric:.4f} on {bench.eval_samples} samples of {task.name}")
     with console.stage("check") as say:
         say(check(session))
     session.open()
-    bench.require_samples(*session.largest_calibration())
     settings = bench.default_calibration
     with console.stage("calibrate") as say, console.bar("calibrate", settings.steps, "steps") as advance:
         stats = bench.calibrate(settings, advance)
@@ -67,6 +71,8 @@ def check(session: Session) -> str:
     """Trace, prove the float graph unchanged, and say what the model check found."""
     bench = session.bench
     graph = bench.graph
+    for ratio in (0.0, 1.0):  # what names ask for must be legal before ten trials fail on it
+        bench.resolve(replace(trial_settings(session.config).qconfig, int16_ratio=ratio))
     requested, applied = bench.template(QDtype.qint16)
     found = check_model(graph, requested, applied).findings
     lowered = sum(bool(op.fallback) for op in applied.ops.values())
@@ -128,13 +134,17 @@ def finish(session: Session, decision: str) -> int:
     rows += [SummaryRow(label, find(session, label)) for label in (ALL_INT16, ALL_INT8)]
     rows.append(SummaryRow("best mix" if best else "nearest", shown.outcome.metrics))
     table = summary_table(rows, bench.task.metric_name)
+    summary = {"all_int16": find(session, ALL_INT16), "all_int8": find(session, ALL_INT8)}
+    if best:
+        summary["best"] = best.outcome.metrics
     session.tracker.log_study(
         session.study_run,
-        metrics={f"best/{k.split('/', 1)[1]}": v for k, v in shown.outcome.metrics.items()} if best else {},
+        metrics={f"{name}/{k.split('/', 1)[1]}": v for name, metrics in summary.items() for k, v in metrics.items()},
         tags={
             "qflow.best": shown.run_id if best else "",
             "qflow.goal": "met" if best else "missed",
-            "mlflow.note.content": f"# {session.study.name}\n\n```\n{table}\n```\n\n{decision}",
+            "mlflow.note.content": f"# {session.study.name}\n\n```\n{table}\n{verdict(session, best, shown)}\n```\n\n"
+            f"{decision}",
         },
     )
     say = session.console.say
@@ -159,7 +169,13 @@ def verdict(session: Session, best: FinishedTrial | None, shown: FinishedTrial) 
         saved = 1.0 - m["cost/latency_ms"] / ceiling["cost/latency_ms"]
         return f"{'goal':<12}{goal}: met, {saved:.0%} less latency than all-int16"
     miss = shown.outcome.constraints[CONSTRAINT]
-    return f"{'goal':<12}{goal}: missed by {miss:.4f}; raise objective.max_drop, search.n_trials, or fine-tune (QAT)"
+    ceiling_misses = find(session, ALL_INT16)["accuracy/drop"] > session.goal.max_drop
+    advice = (
+        "int16 itself misses: look at the top sensitivities for a known range (fixed scale) or a weight that is hard"
+        if ceiling_misses
+        else "raise objective.max_drop or search.n_trials"
+    )
+    return f"{'goal':<12}{goal}: missed by {miss:.4f}; {advice}"
 
 
 def promote_command(session: Session) -> str:
@@ -168,6 +184,10 @@ def promote_command(session: Session) -> str:
     words = [f"{python_command()} -m qflow.promote"]
     if config.study != "perception/int8_int16":
         words.append(f"study={config.study}")
+    if session.root != Path("qflow_out").resolve() and "QFLOW_HOME" not in os.environ:
+        words.append(f"root={session.root}")
+    if config.tracking.uri:
+        words.append(f"tracking.uri={config.tracking.uri}")
     if config.task.name != "perception":
         words.append(f"tracking.experiment={config.tracking.experiment}")
         words.append(f"tracking.registered_model={config.tracking.registered_model}")

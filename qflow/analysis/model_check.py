@@ -35,10 +35,11 @@ def check_model(graph: ModelGraph, requested: QConfig, applied: QConfig, extra: 
             asked = "stays" if ask.output == op.output else f"{ask.output} asked,"
             findings.append(Finding(node.name, "info", f"{asked} {op.output}: {op.fallback}"))
         findings.extend(_suspicious(node, op))
+    owning = {name for node in graph.nodes for name in (node.quantizer, node.weight) if name}
     findings += [
         Finding(path, "check", f"shared module, called {count} times with one set of scales: compare its calls")
         for path, count in graph.calls.items()
-        if count > 1
+        if count > 1 and path in owning
     ]
     findings += [Finding(p, "info", "never called: not quantized") for p, count in graph.calls.items() if count == 0]
     findings += [Finding(a, "check", f"could fuse with {b} but does not: {why}") for a, b, why in graph.unfused]

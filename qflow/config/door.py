@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -16,6 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qflow.config.schema import GROUPS, SCHEMAS, conf_dir, register_schemas
 from qflow.core.errors import ConfigError, QflowError
+
+DEFECT = 3  # exit code of an unforeseen error; 0, 1 and 2 have their meanings
+VALUED = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p")
 
 
 def run_door(name: str, act: Callable[[DictConfig], int], argv: Sequence[str] | None = None) -> NoReturn:
@@ -42,7 +47,7 @@ def run_door(name: str, act: Callable[[DictConfig], int], argv: Sequence[str] | 
             ends.append(error)
 
     try:
-        sys.argv = [sys.argv[0], *rewrite(arguments)]
+        sys.argv = [sys.argv[0], *options_first(rewrite(arguments))]
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
         if ends and isinstance(ends[0], BaseException):
             raise ends[0]
@@ -56,6 +61,9 @@ def run_door(name: str, act: Callable[[DictConfig], int], argv: Sequence[str] | 
         if debug:
             raise
         _fail(explain(error, name))
+    except Exception:  # a defect of ours, or of code that a task brings: not to be taken for a missed goal
+        traceback.print_exc()
+        raise SystemExit(DEFECT) from None
     raise SystemExit(ends[0] if ends else 0)
 
 
@@ -71,6 +79,22 @@ def require_known(config: DictConfig, name: str) -> None:
         OmegaConf.merge(OmegaConf.structured(SCHEMAS[name]), unresolved)
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error, name)) from error
+
+
+def options_first(arguments: Sequence[str]) -> list[str]:
+    """Hydra takes its options before the overrides only; users write them where they think of them."""
+    options: list[str] = []
+    overrides: list[str] = []
+    queue = list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        if argument.startswith("-"):
+            options.append(argument)
+            if argument in VALUED and queue:
+                options.append(queue.pop(0))
+        else:
+            overrides.append(argument)
+    return options + overrides
 
 
 def rewrite(arguments: Sequence[str]) -> list[str]:
@@ -108,6 +132,9 @@ def explain(error: Exception, config: str = "tune") -> str:
         cause = cause.__cause__
     text = " ".join(str(cause).split())
     key = str(getattr(cause, "full_key", "") or "")
+    found = re.search(r"full_key: (\S+)", text)
+    key = key or (found.group(1) if found else "")
+    text = text.split(" full_key:")[0]
     first = " ".join(str(error).split())
     if "not in" in text and key:
         schema = OmegaConf.structured(SCHEMAS[config])
@@ -128,6 +155,8 @@ def explain(error: Exception, config: str = "tune") -> str:
         return f"A study needs an experiment, but got none. Add +experiment=<name>: {', '.join(names)}."
     if "Missing mandatory value" in text:
         return f"A value is needed for {key}, but got none. Set {key}=..., or add +experiment=<name>."
-    if key and key not in text.split("full_key")[0]:
-        return f"{text.split(' full_key')[0].rstrip('.')}, for {key}."
+    if "no viable alternative" in text or "mismatched input" in text or "extraneous input" in text:
+        return f"An override is key=value with closed brackets and quotes, but got {text.split(' at input ')[-1]}."
+    if key and key not in text:
+        return f"{text.rstrip('.')}, for {key}."
     return text if len(text) > 8 else first

@@ -114,8 +114,16 @@ def _scalar(value: Any) -> Scalar:
 
 
 def root_dir(config: DictConfig) -> Path:
-    """Absolute folder of stores and scratch files; an empty QFLOW_HOME counts as unset."""
-    return Path(config.root or "qflow_out").expanduser().resolve()
+    """Absolute folder of stores and scratch files, made if missing; an empty QFLOW_HOME counts as unset.
+
+    Raises ConfigError where it cannot be made.
+    """
+    root = Path(config.root or "qflow_out").expanduser().resolve()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"root is a folder that can be written, but got {root}: {error.strerror}.") from error
+    return root
 
 
 def resolved_yaml(config: DictConfig) -> str:

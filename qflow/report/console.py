@@ -32,11 +32,14 @@ class Console:
         return sys.stdout.isatty()
 
     def say(self, text: str) -> None:
-        """One line, above a running bar if there is one."""
-        if self.terminal:
-            tqdm.write(text, file=sys.stdout)
-        else:
-            print(text, flush=True)
+        """One line, above a running bar if there is one. A reader that went away (`| head`) stops no study."""
+        try:
+            if self.terminal:
+                tqdm.write(text, file=sys.stdout)
+            else:
+                print(text, flush=True)
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[str], None]]:

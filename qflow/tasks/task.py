@@ -125,9 +125,10 @@ def batches(
         except StopIteration:
             return
         except (RuntimeError, TypeError, KeyError) as error:
-            text = str(error).splitlines()[0]
+            text = " ".join(str(error).split())
             raise DataError(
-                f"Samples of task.data.{split} must batch together, but got: {text}. Give task.data a collate."
+                f"Samples of task.data.{split} must load and batch together, but got {type(error).__name__}: {text}. "
+                "Mend the data set, or give task.data a collate."
             ) from error
         batch = _moved(batch, task.device)
         inputs = model_inputs(task, batch)
@@ -161,9 +162,9 @@ def evaluate(
                 if isinstance(tensor, Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
                     raise ModelError("Outputs of a model are finite, but got NaN or inf. Check weights and data.")
             if stateful:
-                task.metric.update(outputs, batch)
+                _scored(task.metric.update, outputs, batch)
             else:
-                scores = torch.as_tensor(task.metric(outputs, batch))
+                scores = torch.as_tensor(_scored(task.metric, outputs, batch))
                 if scores.ndim != 1 or len(scores) != size:
                     raise ConfigError(
                         f"A metric gives one score a sample, but got shape {tuple(scores.shape)} for {size} samples. "
@@ -176,6 +177,16 @@ def evaluate(
     if value != value:
         raise ModelError("A metric is a number, but got NaN. Check task.metric.")
     return value, count
+
+
+def _scored(score: Callable[..., Any], outputs: Any, batch: Any) -> Any:
+    try:
+        return score(outputs, batch)
+    except Exception as error:  # the user's code may raise anything
+        raise ConfigError(
+            f"task.metric must score (outputs, batch), but got {type(error).__name__}: {' '.join(str(error).split())}. "
+            "See it with QFLOW_DEBUG=1."
+        ) from error
 
 
 def run(model: Callable[..., Any], inputs: Any) -> Any:

@@ -104,5 +104,5 @@ def test_the_model_check_shows_requested_against_applied(planted):
         "Please check if these OPs qconfigs are expected..",
     ):
         assert section in text, section
-    relu = next(f for f in result.check.findings if f.op == "inner.relu")
-    assert "called 3 times" in relu.message
+    assert "inner.relu  3" in text  # counted; but fused everywhere, it owns no scale that its calls could share
+    assert not any(f.op == "inner.relu" for f in result.check.findings)

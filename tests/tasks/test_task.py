@@ -109,7 +109,7 @@ def test_data_that_cannot_be_used_are_refused():
     with pytest.raises(DataError, match="holds samples, but got none"):
         list(batches(task_of(One(), []), "calibration", 2))
     ragged = [torch.rand(2), torch.rand(3)]
-    with pytest.raises(DataError, match="must batch together"):
+    with pytest.raises(DataError, match="must load and batch together, but got RuntimeError"):
         list(batches(task_of(One(), ragged), "calibration", 2))
     with pytest.raises(DataError, match="holds tensors"):
         list(batches(task_of(One(), ["a", "b"]), "calibration", 2))
