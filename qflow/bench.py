@@ -7,14 +7,11 @@ in it, and a hit gives the same numbers as a miss.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
-
-import torch
 
 from qflow import __version__
 from qflow.analysis.badcase import find_badcases
@@ -26,7 +23,7 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, DataError, ModelError
 from qflow.core.graph import ModelGraph
 from qflow.core.qconfig import QConfig
-from qflow.core.record import DIGEST_CHARS, digest
+from qflow.core.record import digest
 from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, SensitiveSetter, Setter, TemplateSetter, resolve
 from qflow.core.settings import CalibrationSettings, QConfigSettings, SensitivitySettings, TrialSettings
 from qflow.cost.latency import CostModel, CostReport, predict
@@ -34,6 +31,7 @@ from qflow.quant.calibrate import CalibrationStats, apply_scales, collect
 from qflow.quant.plan import make_plan
 from qflow.quant.prepare import QuantizedModel, prepare, scales
 from qflow.quant.tape import trace
+from qflow.tasks.identity import data_digest, weights_digest
 from qflow.tasks.task import Task, batches, deploy_inputs, evaluate, model_inputs
 
 Progress = Callable[[int], None]
@@ -324,32 +322,7 @@ class Bench:
             "device": self.task.device,
             "weights": weights_digest(self.task.model),
             "graph": digest(self.graph),
-            "data": self.data_digest(),
+            "data": data_digest(self.task),
             "eval_samples": self.eval_samples,
             "float_metric": self.float_metric,
         }
-
-    def data_digest(self) -> str:
-        """Fingerprint of the data: sizes of both splits and 32 samples of each, evenly spaced."""
-        sha = hashlib.sha256()
-        for split in ("calibration", "evaluation"):
-            size = len(getattr(self.task.data, split))
-            sha.update(f"{split}:{size}".encode())
-            for batch, _ in batches(self.task, split, 8, indices=range(0, size, max(size // 32, 1))):
-                for tensor in torch.utils._pytree.tree_flatten(batch)[0]:
-                    if isinstance(tensor, torch.Tensor):
-                        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return sha.hexdigest()[:DIGEST_CHARS]
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """Fingerprint of all parameters and buffers, names included."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
-        sha.update(name.encode())
-        sha.update(
-            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            if tensor.ndim
-            else str(tensor.item()).encode()
-        )
-    return sha.hexdigest()[:DIGEST_CHARS]

@@ -100,6 +100,23 @@ class TwoInputs(nn.Module):
         return sampled, (self.grid(image), sampled.amax(dim=(2, 3)))
 
 
+class Wide(nn.Module):
+    """`loud` carries one channel 200 times as large as the rest; `quiet` takes it back: float is unchanged."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.loud, self.quiet = nn.Conv2d(1, 2, 1), nn.Conv2d(2, 1, 1)
+        with torch.no_grad():
+            self.loud.weight.copy_(torch.tensor([200.0, 1.0]).view(2, 1, 1, 1))
+            self.quiet.weight.copy_(torch.tensor([0.0, 1.0]).view(1, 2, 1, 1))
+            self.loud.bias.zero_()
+            self.quiet.bias.zero_()
+
+    def forward(self, image):
+        return self.inner(self.quiet(self.loud(image)))
+
+
 def revive(model, seed=0):
     """Weights and statistics that are alive: an equality test on zeros would say nothing."""
     generator = torch.Generator().manual_seed(seed)

@@ -161,3 +161,26 @@ def test_help_config_and_completion_work_from_any_folder_without_torch(tmp_path)
 def test_paths_resolve_against_the_users_folder(tmp_path):
     job = python("-m", "qflow.tune", "--cfg", "job", "--resolve", BASE, cwd=tmp_path, QFLOW_HOME="")
     assert f"root: {tmp_path}/qflow_out" in job.stdout or "root: ''" in job.stdout
+
+
+def test_schemas_mirror_the_records_they_are_checked_into():
+    """Hydra needs mutable schemas and records are frozen: two classes, one set of fields and defaults."""
+    from dataclasses import MISSING, fields
+
+    from qflow.config import schema
+    from qflow.core import settings
+    from qflow.core.device import DeviceRules
+    from qflow.cost.latency import CostModel
+
+    def defaults(cls, skip=()):
+        return {
+            f.name: f.default_factory() if f.default_factory is not MISSING else f.default
+            for f in fields(cls)
+            if f.name not in skip
+        }
+
+    for name in ("Calibration", "QConfig", "Sensitivity"):
+        assert defaults(getattr(schema, f"{name}Schema")) == defaults(getattr(settings, f"{name}Settings")), name
+    named = ("march", "oe_version")
+    assert set(defaults(schema.RulesSchema)) == set(defaults(DeviceRules, named))
+    assert set(defaults(schema.CostSchema)) == set(defaults(CostModel, named))

@@ -128,7 +128,7 @@ def test_promote_refuses_with_every_reason(studied):
     changed.mkdir(exist_ok=True)
     source = (HERE / "user_task.py").read_text().replace("digits.build_model()", "digits.build_model(epochs=1)")
     (changed / "user_task.py").write_text(source)
-    done = door("promote", *STORE, f"root={folder}/qflow_out", cwd=folder, PYTHONPATH=str(changed))
+    done = door("promote", *STORE, f"root={folder}/qflow_out", cwd=folder, PYTHONPATH=f"{changed}:{HERE}")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "weights are not those of the run" in done.stdout
     assert "accuracy/error was logged as" in done.stdout

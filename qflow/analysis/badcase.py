@@ -12,8 +12,8 @@ from qflow.analysis.metrics import distance, worst_first
 from qflow.analysis.tables import BadcaseTable, text_table
 from qflow.core.errors import DataError
 from qflow.core.settings import COMPARISONS
+from qflow.quant.calling import call_model, named_tensors
 from qflow.quant.prepare import QuantizedModel
-from qflow.quant.tape import call_model, named_tensors
 
 
 def find_badcases(

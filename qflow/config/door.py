@@ -134,7 +134,7 @@ def explain(error: Exception, config: str = "tune") -> str:
     key = str(getattr(cause, "full_key", "") or "")
     found = re.search(r"full_key: (\S+)", text)
     key = key or (found.group(1) if found else "")
-    text = text.split(" full_key:")[0]
+    text = text.split(" full_key:")[0].split(" See https://")[0]
     first = " ".join(str(error).split())
     if "not in" in text and key:
         schema = OmegaConf.structured(SCHEMAS[config])

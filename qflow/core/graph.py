@@ -132,25 +132,20 @@ class ModelGraph:
 
     @cached_property
     def quantized(self) -> tuple[OpNode, ...]:
-        """Operators that own an output quantizer, one row a quantizer, in order of execution."""
-        seen: set[str] = set()
-        rows = []
-        for node in self.nodes:
-            if node.quantizer is not None and node.quantizer not in seen:
-                seen.add(node.quantizer)
-                rows.append(node)
-        return tuple(rows)
+        """Operators that own an output quantizer, in order of execution; calls that share one give one row."""
+        return self._owners("quantizer")
 
     @cached_property
     def weighted(self) -> tuple[OpNode, ...]:
-        """Operators that own a weight quantizer, one row a quantizer."""
-        seen: set[str] = set()
-        rows = []
+        """Operators that own a weight quantizer, likewise."""
+        return self._owners("weight")
+
+    def _owners(self, what: str) -> tuple[OpNode, ...]:
+        first: dict[str, OpNode] = {}
         for node in self.nodes:
-            if node.weight is not None and node.weight not in seen:
-                seen.add(node.weight)
-                rows.append(node)
-        return tuple(rows)
+            if getattr(node, what) is not None:
+                first.setdefault(getattr(node, what), node)
+        return tuple(first.values())
 
     def sources(self, name: str) -> tuple[str, ...]:
         """Nearest operators upstream of `name` that own a quantizer, looked up through transparent ones."""

@@ -12,10 +12,10 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import DataError
 from qflow.core.qconfig import QConfig
 from qflow.core.settings import CalibrationSettings
+from qflow.quant.calling import call_model
 from qflow.quant.observer import Histogram
 from qflow.quant.prepare import QuantizedModel
 from qflow.quant.runtime import WeightedLeaf
-from qflow.quant.tape import call_model
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import ModelError
 from qflow.core.graph import ModelGraph, OpKind
 from qflow.core.qconfig import QConfig
+from qflow.quant.calling import call_model, input_tensors, named_tensors
 from qflow.quant.fake_quant import FakeQuant
 from qflow.quant.observer import Histogram
 from qflow.quant.ops import is_leaf
 from qflow.quant.plan import Plan, make_plan
 from qflow.quant.runtime import EnterScope, Mode, Run, WeightedLeaf, leaf_class, leave_scope, set_current_run
-from qflow.quant.tape import call_model, input_tensors, named_tensors, trace
+from qflow.quant.tape import trace
 
 
 class QuantizedModel(nn.Module):

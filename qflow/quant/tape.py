@@ -11,10 +11,9 @@ Names: a module call is its path, `conv(1)` the second call; a functional is `sc
 
 from __future__ import annotations
 
-import inspect
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 from qflow.core.graph import OpKind
+from qflow.quant.calling import copied, input_tensors, named_tensors, run_model
 from qflow.quant.ops import (
     CONSTANTS,
     DATA_DEPENDENT,
@@ -63,70 +63,6 @@ class Tape:
     notes: list[str]
     names: frozenset[str]
     """Names of all calls, those that do not depend on the inputs included."""
-
-
-def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Run `model` on a copy of `inputs`: a tuple or list is splatted, a dict becomes keyword arguments.
-
-    A copy, because a model may write into its input, and the next reader of the batch must not see that.
-    """
-    return _call(model, copied(inputs))
-
-
-def copied(inputs: Any) -> Any:
-    """The same structure with its tensors cloned."""
-    return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
-
-
-def _call(model: nn.Module, inputs: Any) -> Any:
-    # torch's fused encoder layer computes otherwise than its parts and switches itself off while it is traced
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        if isinstance(inputs, Mapping):
-            return model(**inputs)
-        return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def named_tensors(structure: Any, prefix: str = "") -> list[tuple[str, Tensor]]:
-    """Tensors of nested outputs with the plugin's names: positions and keys joined by `-` (`0-1`, `p3-cls`)."""
-    if isinstance(structure, Tensor):
-        return [(prefix or "0", structure)]
-    if isinstance(structure, Mapping):
-        return [
-            pair
-            for key, value in structure.items()
-            for pair in named_tensors(value, f"{prefix}-{key}" if prefix else str(key))
-        ]
-    if isinstance(structure, (tuple, list)):
-        return [
-            pair
-            for i, value in enumerate(structure)
-            for pair in named_tensors(value, f"{prefix}-{i}" if prefix else str(i))
-        ]
-    if hasattr(structure, "__dataclass_fields__"):
-        return named_tensors({key: getattr(structure, key) for key in structure.__dataclass_fields__}, prefix)
-    return []
-
-
-def input_tensors(model: nn.Module, inputs: Any) -> list[tuple[str, Tensor]]:
-    """Input tensors with the names of `forward`'s arguments (`x`, or `x-0` inside a nested argument)."""
-    if isinstance(inputs, Mapping):
-        arguments: dict[str, Any] = dict(inputs)
-    else:
-        values = list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
-        names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind != p.VAR_KEYWORD]
-        names += [str(i) for i in range(len(names), len(values))]
-        arguments = dict(zip(names, values, strict=False))
-    found = []
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            found.append((name, value))
-        else:
-            found.extend((f"{name}-{inner}", tensor) for inner, tensor in named_tensors(value))
-    return found
 
 
 class _Tracer(TorchFunctionMode):
@@ -309,7 +245,7 @@ def trace(model: nn.Module, inputs: Any) -> Tape:
     for name, tensor in input_tensors(model, inputs):
         tracer.record(tracer.unique(f"quant[{name}]"), OpKind.input, "QuantStub", None, [], [tensor])
     with torch.no_grad(), _hooks(model, tracer), tracer:
-        outputs = _call(model, inputs)
+        outputs = run_model(model, inputs)
     named = []
     for name, tensor in named_tensors(outputs):
         if id(tensor) in tracer.producer:

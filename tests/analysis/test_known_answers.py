@@ -3,8 +3,7 @@
 import copy
 
 import pytest
-import torch
-from torch import nn
+from models import Wide
 
 from qflow.analysis.badcase import badcase_text
 from qflow.analysis.model_check import check_text
@@ -14,23 +13,6 @@ from qflow.core.record import from_dict, plain
 from qflow.core.settings import CalibrationSettings, QConfigSettings, SensitivitySettings, TrialSettings
 from qflow.cost.latency import CostModel
 from qflow.tasks.task import make_task
-
-
-class Wide(nn.Module):
-    """`loud` carries one channel 200 times as large as the rest; `quiet` takes it back: float is unchanged."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-        self.loud, self.quiet = nn.Conv2d(1, 2, 1), nn.Conv2d(2, 1, 1)
-        with torch.no_grad():
-            self.loud.weight.copy_(torch.tensor([200.0, 1.0]).view(2, 1, 1, 1))
-            self.quiet.weight.copy_(torch.tensor([0.0, 1.0]).view(1, 2, 1, 1))
-            self.loud.bias.zero_()
-            self.quiet.bias.zero_()
-
-    def forward(self, image):
-        return self.inner(self.quiet(self.loud(image)))
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from qflow.core.errors import DataError, ModelError
 from qflow.core.setter import HighPrecisionOutput, TemplateSetter, resolve
 from qflow.core.settings import CalibrationSettings
 from qflow.quant.calibrate import apply_scales, collect
+from qflow.quant.calling import call_model, named_tensors
 from qflow.quant.prepare import prepare
-from qflow.quant.tape import call_model, named_tensors
 
 NAMES = list(zoo())
 

@@ -3,8 +3,9 @@ import torch
 from models import Shared, zoo
 from torch import nn
 
+from qflow.quant.calling import input_tensors, named_tensors
 from qflow.quant.plan import make_plan
-from qflow.quant.tape import input_tensors, named_tensors, trace
+from qflow.quant.tape import trace
 
 
 def graph_of(name):
@@ -25,6 +26,7 @@ def test_the_second_call_of_a_module_is_numbered_and_counted():
     assert [n.name for n in graph.nodes] == ["quant[x]", "conv", "bn", "conv(1)", "bn(1)", "[mul]"]
     assert graph.calls == {"conv": 2, "bn": 2, "never": 0}
     assert {n.quantizer for n in graph.nodes if n.name.startswith("conv")} == {"conv"}
+    assert [n.name for n in graph.quantized] == ["quant[x]", "conv", "bn", "[mul]"]
 
 
 def test_functionals_go_by_scope_and_function():
