@@ -21,6 +21,7 @@ from typing import Any
 from qflow.analysis.model_check import check_model
 from qflow.config import plain, trial_settings
 from qflow.core.dtype import QDtype
+from qflow.core.errors import TrialError
 from qflow.report.console import SummaryRow, python_command, summary_table
 from qflow.search.objective import CONSTRAINT, best_trial, meets, nearest_miss
 from qflow.search.outcome import FinishedTrial
@@ -102,13 +103,16 @@ def fixed(session: Session, *labels: str) -> list[tuple[str, Mapping[str, Any]]]
 def enqueued(session: Session) -> list[tuple[str, Mapping[str, Any]]]:
     """The points that the configuration wants tried first, at the default calibration where they say nothing."""
     base = fixed(session, ALL_INT8)[0][1]
-    points = [{**base, **point} for point in plain(session.config.search.enqueue)]
-    return [(f"ratio {p['qconfig.int16_ratio']:g}", p) for p in points]
+    points = plain(session.config.search.enqueue)
+    return [(" ".join(f"{k.split('.')[-1]}={v}" for k, v in point.items()), {**base, **point}) for point in points]
 
 
 def find(session: Session, label: str) -> Mapping[str, float]:
-    """Metrics of a baseline."""
-    return next(t.outcome.metrics for t in session.trials if t.label == label)
+    """Metrics of a baseline. Raises TrialError where it failed: nothing can be judged without it."""
+    found = next((t.outcome.metrics for t in session.trials if t.label == label), None)
+    if found is None:
+        raise TrialError(f"A study needs its baseline {label}, but that trial failed. Its line above says why.")
+    return found
 
 
 def decide(session: Session) -> str:

@@ -49,9 +49,9 @@ class _Fuser:
     def shared(self, op: Op) -> bool:
         return op.module is not None and self.calls.get(op.module, 1) > 1
 
-    def next_op(self, current: Op, is_wanted: bool, candidate: Op | None) -> Op | None:
+    def join(self, current: Op, candidate: Op) -> Op | None:
         """`candidate` if it may join the group after `current`, else None with the reason written down."""
-        if candidate is None or not is_wanted or candidate.index in self.taken:
+        if candidate.index in self.taken:
             return None
         reason = ""
         if candidate.kind == OpKind.norm and current.kind == OpKind.linear and len(current.shape) != 2:
@@ -80,7 +80,7 @@ class _Fuser:
                 "relu": candidate.op_type in RELU_TYPES,
             }[kind]
             if wanted:
-                return self.next_op(current, wanted, candidate)
+                return self.join(current, candidate)
         return None
 
     def groups(self) -> dict[int, list[Op]]:
