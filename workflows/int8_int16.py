@@ -160,7 +160,8 @@ def finish(session: Session, decision: str) -> int:
     say(f"{'time':<12}{session.console.seconds:.0f} s, {session.tracker.seconds:.1f} s of it in tracking")
     ui = session.tracker.ui_command()
     say(f"{'next':<12}{f'{python_command()} -m {ui}' if ui.startswith('mlflow') else ui}")
-    say(f"{'':<12}{promote_command(session)}")
+    if best:
+        say(f"{'':<12}{promote_command(session)}")
     say(f"{'then open':<12}{session.trials_url()}")
     return 0 if best else 1
 
