@@ -223,12 +223,12 @@ def trial_line(trial: FinishedTrial | FailedTrial, accuracy: str) -> str:
     """One line a trial."""
     name = f"trial {trial.number} {trial.label}".strip()
     if isinstance(trial, FailedTrial):
-        return f"{name:<20} failed: {trial.reason}"
+        return f"{name:<24} failed: {trial.reason}"
     m, p = trial.outcome.metrics, trial.outcome.params
     verdict = "meets" if trial.outcome.constraints[CONSTRAINT] <= 0 else "misses"
     amount = f"{p['calibration.batch_size']}x{p['calibration.steps']}"
     return (
-        f"{name:<20} {m[accuracy]:.4f} drop {m['accuracy/drop']:+.4f} {m['cost/latency_ms']:7.3f} ms  int16 "
+        f"{name:<24} {m[accuracy]:.4f} drop {m['accuracy/drop']:+.4f} {m['cost/latency_ms']:7.3f} ms  int16 "
         f"{m['qconfig/int16_ratio']:.2f}  {p['calibration.method']:<10} {amount:<7} {verdict:<6} {trial.seconds:5.1f} s"
     )
 

@@ -102,6 +102,12 @@ def test_a_sweep_on_the_command_line_becomes_a_search():
     assert config.calibration.batch_size == 16
 
 
+def test_one_value_on_the_command_line_fixes_a_key():
+    space = conf.search_space(compose(BASE, "calibration.method=kl", "qconfig.int16_ratio=0.3"))
+    assert set(space) == {"calibration.batch_size", "calibration.steps"}
+    assert "calibration.method" in conf.search_space(compose(BASE, "calibration=minmax"))
+
+
 def test_a_trial_is_the_configuration_with_its_parameters_in_place():
     config = compose(BASE)
     settings = conf.trial_settings(config, {"calibration.method": "kl", "qconfig.int16_ratio": 0.25})

@@ -101,9 +101,13 @@ def fixed(session: Session, *labels: str) -> list[tuple[str, Mapping[str, Any]]]
 
 
 def enqueued(session: Session) -> list[tuple[str, Mapping[str, Any]]]:
-    """The points that the configuration wants tried first, at the default calibration where they say nothing."""
-    base = fixed(session, ALL_INT8)[0][1]
-    points = plain(session.config.search.enqueue)
+    """The points that the configuration wants tried first, at the defaults where they say nothing.
+
+    A point that varies only what the user has fixed is none.
+    """
+    base = {k: v for k, v in fixed(session, ALL_INT8)[0][1].items() if k in session.study.space}
+    known = [{k: v for k, v in p.items() if k in session.study.space} for p in plain(session.config.search.enqueue)]
+    points = [point for point in known if point]
     return [(" ".join(f"{k.split('.')[-1]}={v}" for k, v in point.items()), {**base, **point}) for point in points]
 
 

@@ -98,7 +98,10 @@ def options_first(arguments: Sequence[str]) -> list[str]:
 
 
 def rewrite(arguments: Sequence[str]) -> list[str]:
-    """Let users write what they mean: `experiment=x` for `+experiment=x`, `key=choice(a,b)` to search a key."""
+    """Let users write what they mean: `experiment=x` for `+experiment=x`, `key=choice(a,b)` to search a key.
+
+    A key that gets one value on the command line is fixed: it leaves the search space.
+    """
     out = []
     for argument in arguments:
         if argument.startswith(("experiment=", "debug=")):
@@ -107,6 +110,8 @@ def rewrite(arguments: Sequence[str]) -> list[str]:
         if override is not None and override.is_sweep_override():
             key, value = override.key_or_group.lstrip("+"), argument.split("=", 1)[1]
             argument = f"++search.space.{key}='{value}'" if "'" not in value else f'++search.space.{key}="{value}"'
+        elif override is not None and re.fullmatch(r"(calibration|qconfig)\.\w+", override.key_or_group):
+            out.append(f"++search.space.{override.key_or_group}=null")
         out.append(argument)
     return out
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qflow.core.errors import TrackingError
 from qflow.tracking import connect
@@ -267,18 +267,8 @@ def rounded(value: float) -> float:
 
 
 def find_tables(folder: Path) -> list[str]:
-    """The `*.json` files at the root of `folder` that `write_table` wrote."""
+    """The `*.json` files at the root of `folder` in pandas' layout orient="split": columns first, then data."""
     return [p.name for p in sorted(folder.glob("*.json")) if _head(p) == TABLE_HEAD]
-
-
-def write_table(frame: Any, path: Path) -> None:
-    """Write a pandas DataFrame so that the UI shows it; its first column is the key rows are compared by."""
-    if path.suffix != ".json" or frame.shape[1] < 2:
-        raise TrackingError(
-            f"A table is a .json file of a key column and more, but got {path.name} with {frame.shape[1]} columns."
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frame.to_json(path, orient="split", index=False)
 
 
 def _head(path: Path) -> str:
