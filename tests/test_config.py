@@ -106,6 +106,8 @@ def test_one_value_on_the_command_line_fixes_a_key():
     space = conf.search_space(compose(BASE, "calibration.method=kl", "qconfig.int16_ratio=0.3"))
     assert set(space) == {"calibration.batch_size", "calibration.steps"}
     assert "calibration.method" in conf.search_space(compose(BASE, "calibration=minmax"))
+    both = compose(BASE, "calibration.method=kl", "~search.space.calibration.method")
+    assert "calibration.method" not in conf.search_space(both)
 
 
 def test_a_trial_is_the_configuration_with_its_parameters_in_place():

@@ -16,7 +16,7 @@ OWN = [
     "+experiment=int8_int16", "task=custom", "task.name=own", "task.model._target_=user_task.model",
     "task.data._target_=user_task.Data", "task.metric._target_=user_task.ErrorRate", "task.batch_size=256",
     "calibration.batch_size=16", "calibration.steps=4", "sensitivity.bad_cases=4", "sensitivity.search_samples=32",
-    "calibration.method=choice(minmax,mse)", "~search.space.calibration.batch_size", "~search.space.calibration.steps",
+    "calibration.method=choice(minmax,mse)",
 ]  # fmt: skip
 STORE = ["study=own/int8_int16", "tracking.experiment=own"]
 

@@ -111,7 +111,9 @@ def rewrite(arguments: Sequence[str]) -> list[str]:
             key, value = override.key_or_group.lstrip("+"), argument.split("=", 1)[1]
             argument = f"++search.space.{key}='{value}'" if "'" not in value else f'++search.space.{key}="{value}"'
         elif override is not None and re.fullmatch(r"(calibration|qconfig)\.\w+", override.key_or_group):
-            out.append(f"++search.space.{override.key_or_group}=null")
+            key = f"search.space.{override.key_or_group}"
+            if f"~{key}" not in arguments:  # Hydra cannot delete what is null already
+                out.append(f"++{key}=null")
         out.append(argument)
     return out
 
