@@ -12,6 +12,8 @@ class OpKind(str, Enum):
     """What an operator is to the device; the values are used in device rule files."""
 
     input = "input"  # the QuantStub that qflow sees at every float input
+    constant = "constant"  # a parameter, buffer or fresh tensor that an operator reads beside its inputs
+    skipped = "skipped"  # a module that the user keeps out of quantization: runs in float on the host
     conv = "conv"
     conv_transpose = "conv_transpose"
     linear = "linear"
@@ -52,8 +54,8 @@ class OpNode:
 
     `name` is the user's module path (`head.conv`), `head.conv(1)` for its second call, or `head[add]` for a
     functional; a fused group goes by its first module, or by its add where one was fused. `inputs` are names
-    of producing operators; a constant has no producer and is listed in `constants`. `shape` is that of the
-    (first) output, batch first. `attrs` holds the integers a cost model needs (channels, kernel elements,
+    of producing operators; a constant is a producer too (`const[pos_embed]`). `shape` is that of the (first)
+    output, batch first. `attrs` holds the integers a cost model needs (channels, kernel elements,
     groups, weight elements, ...).
     """
 
@@ -70,8 +72,9 @@ class OpNode:
     """Operators absorbed into this one, in order of execution."""
     fused_types: tuple[str, ...] = ()
     """What follows the head in the group: BN, Add, ReLU, ReLU6 (as in the plugin's class names)."""
-    constants: int = 0
     attrs: Mapping[str, int] = field(default_factory=dict)
+    operands: tuple[float | None, ...] = ()
+    """Arguments of an element-wise functional in order: a number where it was one, None for a tensor."""
 
     @property
     def fused_add(self) -> bool:

@@ -14,21 +14,48 @@ from qflow.core.record import digest
 class OpQConfig:
     """Precision of one operator, in the plugin's sense: "output" is its activation.
 
-    `output` None means high-precision output: no fake quantizer. The input dtype is the producer's output.
+    `output` None means high-precision output: no fake quantizer. The input dtype is the producer's output, unless
+    `input` asks for another one at that position (a requantization on this edge alone).
     """
 
     output: QDtype | None
     weight: QDtype | None = None
+    input: tuple[QDtype | None, ...] | None = None
+    """Dtype by input position where it differs from what the producer gives; None takes the producer's."""
+    observer: str | None = None
+    """Calibration method of this output; None takes the trial's."""
     fixed_scale: float | None = None
+    known_range: tuple[float, float] | None = None
+    """Range (low, high) of the values, known beforehand: the scale follows as max(|low|, |high|) / -qmin."""
+    frozen: bool = False
+    """QAT keeps the calibrated scale (the plugin's fix_scale, averaging_constant 0)."""
+    weight_axis: int | None = None
+    """Axis of the weight scales: None is the output channels, -1 one scale for the whole weight."""
     rule: str = ""
     """The setter that decided, for example `sensitive 0.2: rank 3 of 41`."""
     fallback: str = ""
     """Why the device gave something else than was asked; empty if it did not."""
 
     @property
-    def effective(self) -> tuple[str | None, str | None, float | None]:
+    def effective(self) -> tuple[object, ...]:
         """What changes numbers; rules and reasons do not."""
-        return (self.output and self.output.value, self.weight and self.weight.value, self.fixed_scale)
+        dtypes = (self.output and self.output.value, self.weight and self.weight.value)
+        more = (
+            self.input and tuple(str(d or "") for d in self.input),
+            self.observer,
+            self.known_range,
+            self.frozen or None,
+            self.weight_axis,
+        )
+        # what a plain operator does not have is left out, so that the digests of earlier studies stay what they were
+        return (*dtypes, self.fixed_scale, *(more if any(m is not None for m in more) else ()))
+
+    def pinned_scale(self) -> float | None:
+        """The fixed scale, or the one that follows from the known range; None where calibration decides."""
+        if self.fixed_scale is not None or self.known_range is None or self.output is None:
+            return self.fixed_scale
+        threshold = max(abs(bound) for bound in self.known_range)
+        return threshold / -self.output.qmin if self.output.is_integer and threshold > 0 else None
 
 
 @dataclass(frozen=True)

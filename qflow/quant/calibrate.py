@@ -15,7 +15,7 @@ from qflow.core.settings import CalibrationSettings
 from qflow.quant.calling import call_model
 from qflow.quant.observer import Histogram
 from qflow.quant.prepare import QuantizedModel
-from qflow.quant.runtime import WeightedLeaf
+from qflow.quant.weighted import WeightedLeaf
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def apply_scales(
         quantizer.clear_scale()
         if quantizer.dtype is None or not quantizer.dtype.is_integer:
             continue
-        fixed = qconfig.ops[node.name].fixed_scale
+        fixed = qconfig.ops[node.name].pinned_scale()
         histogram = stats.histograms.get(quantizer.name)
         if fixed is not None:
             quantizer.set_scale(fixed)

@@ -167,7 +167,6 @@ def _node(members: list[Op], name_of: dict[int, str], ops: list[Op]) -> OpNode:
         weight=head.module if head.kind in WEIGHTED_KINDS else None,
         fused=tuple(m.name for m in members if m is not named),
         fused_types=tuple(_fused_type(m) for m in members[1:]),
-        constants=sum(m.constants for m in members),
         attrs=head.attrs,
     )
 
@@ -188,9 +187,5 @@ def _dead_notes(tape: Tape, live: set[int]) -> list[str]:
 
 def _constant_notes(nodes: list[OpNode]) -> tuple[str, ...]:
     return tuple(
-        f"{node.name}: {node.constants} constant input(s) without a quantizer, weights of a functional included"
-        for node in nodes
-        if node.constants
-    ) + tuple(
         f"{node.name}: {node.op_type} is not known to the device table" for node in nodes if node.kind == OpKind.other
     )

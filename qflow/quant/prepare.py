@@ -20,8 +20,10 @@ from qflow.quant.fake_quant import FakeQuant
 from qflow.quant.observer import Histogram
 from qflow.quant.ops import is_leaf
 from qflow.quant.plan import Plan, make_plan
-from qflow.quant.runtime import EnterScope, Mode, Run, WeightedLeaf, leaf_class, leave_scope, set_current_run
+from qflow.quant.run import Run, set_current_run
+from qflow.quant.runtime import EnterScope, Mode, leaf_class, leave_scope
 from qflow.quant.tape import trace
+from qflow.quant.weighted import WeightedLeaf
 
 
 class QuantizedModel(nn.Module):

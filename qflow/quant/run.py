@@ -1,0 +1,78 @@
+"""One forward pass of a prepared model: operator call counts, and what is quantized, read or collected on the way."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from qflow.quant.fake_quant import FakeQuant
+from qflow.quant.observer import Histogram
+from qflow.quant.plan import Plan
+
+
+@dataclass
+class Run:
+    """One forward pass: operator call counts, and what is read or collected on the way."""
+
+    plan: Plan
+    outputs: Mapping[str, FakeQuant]
+    weights: Mapping[str, FakeQuant]
+    collect: dict[str, Histogram] | None = None
+    counts: Counter[str] = field(default_factory=Counter)
+    scopes: list[str] = field(default_factory=lambda: [""])
+    depth: int = 0
+    folded: set[str] = field(default_factory=set)
+    ran: set[str] = field(default_factory=set)
+    unseen: set[str] = field(default_factory=set)
+
+    def name(self, base: str) -> str:
+        """Name of this call of `base`."""
+        n = self.counts[base]
+        self.counts[base] += 1
+        return base if n == 0 else f"{base}({n})"
+
+    def finish(self, name: str, out: Any, first: Any) -> Any:
+        """Pass the result of operator `name` through its quantizer; an in-place result is written in place."""
+        quantizer_name = self.plan.output_at.get(name)
+        if quantizer_name is None:
+            if name not in self.plan.known:
+                self.unseen.add(name)
+            return out
+        value = out if isinstance(out, Tensor) else next(t for t in out if isinstance(t, Tensor))
+        quantizer = self.outputs[quantizer_name]
+        self.depth += 1  # the quantizer's own arithmetic is not the user's
+        try:
+            if self.collect is not None:
+                self.collect.setdefault(quantizer_name, Histogram()).update(value, name)
+            if not quantizer.active:
+                return out
+            self.ran.add(quantizer_name)
+            quantized = quantizer(value)
+            if value is first:  # relu(inplace=True): others may hold the same tensor and must see the result
+                value.copy_(quantized)
+                return out
+        finally:
+            self.depth -= 1
+        if isinstance(out, Tensor):
+            return quantized
+        return type(out)(quantized if t is value else t for t in out)
+
+
+_current = threading.local()
+
+
+def current_run() -> Run | None:
+    """The run of this thread, or None outside a prepared model's forward."""
+    return getattr(_current, "run", None)
+
+
+def set_current_run(run: Run | None) -> Run | None:
+    """Make `run` current; returns the one before it."""
+    before = current_run()
+    _current.run = run
+    return before
