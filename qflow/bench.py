@@ -29,8 +29,9 @@ from qflow.core.settings import CalibrationSettings, QConfigSettings, Sensitivit
 from qflow.cost.latency import CostModel, CostReport, predict
 from qflow.quant.calibrate import CalibrationStats, apply_scales, collect
 from qflow.quant.plan import make_plan
-from qflow.quant.prepare import QuantizedModel, prepare, scales
-from qflow.quant.tape import trace
+from qflow.quant.prepare import prepare
+from qflow.quant.quantized_model import QuantizedModel, scales
+from qflow.quant.tracer import trace
 from qflow.tasks.identity import data_digest, weights_digest
 from qflow.tasks.task import Task, batches, deploy_inputs, evaluate, model_inputs
 

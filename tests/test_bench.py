@@ -76,7 +76,7 @@ def test_scales_do_not_remember_an_earlier_trial(bench):
     from qflow.core.dtype import QDtype
     from qflow.core.qconfig import OpQConfig
     from qflow.quant.calibrate import apply_scales
-    from qflow.quant.prepare import scales
+    from qflow.quant.quantized_model import scales
 
     settings = CalibrationSettings(batch_size=16, steps=4)
     qconfig = bench.template(QDtype.qint8)[1].with_ops({"[add]": OpQConfig(QDtype.float16)})

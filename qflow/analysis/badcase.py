@@ -13,7 +13,7 @@ from qflow.analysis.tables import BadcaseTable, text_table
 from qflow.core.errors import DataError
 from qflow.core.settings import COMPARISONS
 from qflow.quant.calling import call_model, named_tensors
-from qflow.quant.prepare import QuantizedModel
+from qflow.quant.quantized_model import QuantizedModel
 
 
 def find_badcases(

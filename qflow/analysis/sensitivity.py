@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qflow.analysis.metrics import distance
 from qflow.analysis.tables import SensitivityRow, SensitivityTable
 from qflow.quant.calling import call_model, named_tensors
-from qflow.quant.prepare import QuantizedModel
+from qflow.quant.quantized_model import QuantizedModel
 
 MERGE = "sum over outputs of distance / mean |float output|"
 

@@ -21,6 +21,8 @@ class Leaf:
         if run is None or run.depth:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         name = run.name(self.qflow_path)
+        if name in run.arguments:
+            args, kwargs = run.quantize_arguments(name, args, kwargs)
         first: Any = args[0] if args else None
         # Training, relu(inplace=True) keeps its result for the backward pass: it works on a copy, and what the
         # user's tensor becomes is the quantized result.

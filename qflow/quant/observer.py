@@ -1,17 +1,26 @@
-"""Calibration statistics: one streaming histogram serves every method and every integer dtype.
+"""Calibration statistics: one pass serves every method and every integer dtype.
 
-Each quantizer sees all calibration values once, in 2048 bins of |x| whose range doubles exactly when a larger
-value comes (pairs of bins merge, nothing is lost). From it every method is solved afterwards:
+Each quantizer sees the calibration values once, in 2048 bins of |x| whose range doubles exactly when a larger value
+comes (pairs of bins merge, nothing is lost), with the smallest and largest value of each batch and two moments.
+Every method of the plugin (observer_v2) is solved from them afterwards, as a threshold T on |x|:
 
-    minmax      the largest |x|; with an averaging constant c, the moving average of batch maxima (plugin: 0.01)
-    percentile  the |x| below which `percentile` % of the values lie (plugin: 99.99, 2048 bins)
-    mse         the threshold of least expected squared error on the dtype's own grid
-    kl          the threshold whose 128-level histogram is closest in KL divergence (TensorRT's method); every 16th
-                bin edge is tried, where the plugin tries each and smooths over 9
-    mix         among percentiles 99.9 .. 99.9999 the one of least squared error (the plugin's candidates)
+    minmax      max(-min x, max x); with an averaging constant c both ends are moving averages over batches,
+                v += c (v_batch - v), the first batch as it is (plugin: 0.01)
+    percentile  centre of the first bin at which `percentile` % of all values are reached (plugin: 99.99, 2048 bins)
+    mse         among 0.05 .. 1.00 of the largest |x| the T of least squared error on the dtype's own grid; on a tie
+                the smaller. The plugin shrinks by the wrong factor for a stride above 1; here every candidate is tried
+    kl          T whose 128-level histogram is closest in KL divergence (TensorRT, Migacz 2017); see `_divergences`
+    mix         among percentiles 99.9 .. 99.9999 the one of least squared error, the smallest on a tie (plugin)
+    clip        minmax with the ends clamped into [clip_min, clip_max] (plugin: ClipObserver, which forgets all but
+                the last batch; averaging constant 1 does that)
+    clip_std    minmax with the ends clamped to mean +- std_scale * unbiased std, of all batches together
+                (plugin: ClipStdObserver, k = 3, which takes each batch's own)
 
-The scale follows as threshold / -qmin (guide: 0.0078 x 128 = 0.9984), or / 127.5 with divisor "plugin".
-int16 clips sooner than it rounds badly: minmax with a margin of 1.25 is used for it whatever the method.
+The scale follows as T / -qmin (guide: 0.0078 x 128 = 0.9984), or T / 127.5 with divisor "plugin". int16 clips sooner
+than it rounds badly, so it takes the largest |x| x int16_margin, unless the operator itself asks for a method.
+
+Only every `sampling`-th value enters bins and moments; smallest and largest are always those of all values.
+{errors}
 """
 
 from __future__ import annotations
@@ -23,84 +32,140 @@ import torch
 from torch import Tensor
 
 from qflow.core.dtype import QDtype
-from qflow.core.errors import DataError
-from qflow.core.settings import CalibrationSettings
+from qflow.core.errors import ConfigError, DataError
+from qflow.core.settings import METHODS, CalibrationSettings
 
 BINS = 2048
 MIX_PERCENTILES = (99.9, 99.95, 99.99, 99.993, 99.995, 99.997, 99.999, 99.9995, 99.9999)
 KL_LEVELS = 128
+KL_WINDOW = 9
+WHOLE = 16384  # a batch keeps at least this many values: tails of small tensors are not thinned out
 TINY = 1e-30  # below this the bin width leaves float32: such a tensor counts as zero
+
+
+def check_observer(method: str, dtype: QDtype, name: str) -> None:
+    """Refuse a method that the operator `name` cannot take at `dtype`. Raises ConfigError."""
+    if method not in METHODS:
+        raise ConfigError(f"An observer is one of {', '.join(METHODS)}, but got {method!r} for {name}.")
+    if method == "kl" and dtype == QDtype.qint16:
+        raise ConfigError(
+            f"KL compares {BINS} bins with the dtype's levels and knows nothing at 32768 of them, but got kl with "
+            f"qint16 for {name}. Leave the observer out: int16 takes the largest value with a margin."
+        )
 
 
 @dataclass
 class Histogram:
-    """Streaming statistics of one tensor over the calibration data (|x|; symmetric quantization needs no sign)."""
+    """Streaming statistics of one tensor over the calibration data."""
 
+    sampling: int = CalibrationSettings.sampling
+    """Every n-th value enters bins and moments; 1 takes all."""
     limit: float = 0.0
-    """Upper edge of the last bin; 0 until a non-zero value came."""
+    """Upper edge of the last bin; 0 until a non-zero value came. Bin i holds i < |x| BINS / limit <= i + 1."""
     counts: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
+    """Values a bin; a sampled one counts as the values that it stands for."""
     zeros: float = 0.0
     """Exact zeros (ReLU outputs, padding): they cost no error at any scale."""
+    infinite: int = 0
+    """Values that were +-inf (attention masks): left out of everything else."""
+    total: float = 0.0
+    squares: float = 0.0
+    batch_min: list[float] = field(default_factory=list)
     batch_max: list[float] = field(default_factory=list)
 
     def update(self, x: Tensor, name: str) -> None:
-        """Take in one batch of values. Raises DataError if they are not all finite."""
+        """Take in one batch of values. Raises DataError for NaN."""
+        x = x.detach()
+        low, high = _ends(x, name)
+        if math.isinf(low) or math.isinf(high):
+            kept = x[torch.isfinite(x)]
+            self.infinite += x.numel() - kept.numel()
+            x, (low, high) = kept, _ends(kept, name)
         if x.numel() == 0:
             return
-        magnitude = x.detach().abs().flatten()
-        largest = float(magnitude.max())
-        if not math.isfinite(largest):
-            raise DataError(f"Calibration needs finite values, but got {largest} at {name}. Check data and model.")
+        largest = max(-low, high)
         if largest < TINY:
-            largest = 0.0
-        self.batch_max.append(largest)
+            low = high = largest = 0.0
+        self.batch_min.append(low)
+        self.batch_max.append(high)
         if largest == 0.0:
-            self.zeros += magnitude.numel()
+            self.zeros += x.numel()
             return
+        self._widen(largest)
+        self._count(x)
+
+    def _widen(self, largest: float) -> None:
         if self.limit == 0.0:
             self.limit = largest
         while largest > self.limit:
             self.counts = torch.cat([self.counts.view(-1, 2).sum(1), torch.zeros(BINS // 2, dtype=torch.float64)])
             self.limit *= 2.0
-        index = magnitude.float().mul_(BINS / self.limit).to(torch.int32).clamp_(max=BINS - 1)
-        counts = torch.bincount(index, minlength=BINS).to("cpu", torch.float64)
-        zeros = float(magnitude.numel() - torch.count_nonzero(magnitude))
-        counts[0] -= zeros
-        self.zeros += zeros
-        self.counts += counts
+
+    def _count(self, x: Tensor) -> None:
+        sample = self._sample(x).float().contiguous()  # the kernels below would each stride through memory again
+        weight = x.numel() / sample.numel()
+        exact = sample.double()
+        self.total += weight * float(exact.sum())
+        self.squares += weight * float(exact.dot(exact))
+        # Rounding up gives zeros an index of their own; a value at the limit may round to one beyond the last.
+        index = sample.abs().mul_(BINS / self.limit).ceil_().clamp_(max=BINS).to(torch.int32)
+        counts = torch.bincount(index, minlength=BINS + 1).to("cpu", torch.float64).mul_(weight)
+        self.zeros += float(counts[0])
+        self.counts += counts[1:]
+
+    def _sample(self, x: Tensor) -> Tensor:
+        """Every n-th value in memory order: n has no divisor in common with any size, so no row, column or channel
+        is favoured, and the first one moves from batch to batch.
+        """
+        if not x.is_contiguous() and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            x = x.permute(0, 2, 3, 1)  # a view in memory order; the order of values does not matter here
+        values = x.flatten()
+        step = max(1, min(self.sampling, x.numel() // WHOLE))
+        while math.gcd(step, x.numel()) > 1:
+            step += 1
+        return values[len(self.batch_max) % step :: step]
 
     @property
     def largest(self) -> float:
-        """The largest |x| seen; 0 for a tensor that was always zero or never seen."""
-        return max(self.batch_max, default=0.0)
+        """The largest finite |x| seen; 0 for a tensor that was always zero or never seen."""
+        return max(-min(self.batch_min, default=0.0), max(self.batch_max, default=0.0))
 
     @property
     def seen(self) -> bool:
-        """True if any value came."""
+        """True if any finite value came."""
         return bool(self.batch_max)
 
-    def threshold(self, dtype: QDtype, settings: CalibrationSettings) -> float:
-        """The |x| that the largest code stands for, by `settings.method` (int16: minmax with margin)."""
+    def threshold(self, dtype: QDtype, settings: CalibrationSettings, method: str | None = None) -> float:
+        """The |x| that the largest code stands for, by `method`, the operator's own, or by `settings.method`.
+
+        int16 takes minmax with margin unless `method` is given. Raises ConfigError for a method it cannot take.
+        """
+        if method is not None:
+            check_observer(method, dtype, "this operator")
         if self.largest == 0.0:
             return 0.0
-        if dtype == QDtype.qint16:
+        if dtype == QDtype.qint16 and method in (None, "minmax"):
             return self.largest * settings.int16_margin
-        if settings.method == "minmax":
-            return self._moving_average(settings.averaging_constant)
-        if settings.method == "percentile":
+        method = method or settings.method
+        if method == "percentile":
             return self.percentile(settings.percentile)
-        if settings.method == "mix":
-            candidates = torch.tensor([self.percentile(p) for p in MIX_PERCENTILES], dtype=torch.float64)
-            return float(candidates[self.squared_error(candidates, dtype).argmin()])
-        if settings.method == "kl":
+        if method == "kl":
             return self._least_divergence()
-        candidates = self.largest * torch.linspace(0.05, 1.0, 96, dtype=torch.float64)
-        return float(candidates[self.squared_error(candidates, dtype).argmin()])
+        if method in ("mse", "mix"):
+            candidates = self._shares() if method == "mse" else self._percentiles()
+            return float(candidates[self.squared_error(candidates, dtype).argmin()])  # the first minimum
+        low, high = self.ends(settings.averaging_constant)
+        if method == "clip":
+            return self._clamped(low, high, settings.clip_min, settings.clip_max)
+        if method == "clip_std":
+            mean, reach = self.mean, settings.std_scale * self.std
+            return self._clamped(low, high, mean - reach, mean + reach)
+        return max(-low, high)
 
-    def scale(self, dtype: QDtype, settings: CalibrationSettings) -> float:
+    def scale(self, dtype: QDtype, settings: CalibrationSettings, method: str | None = None) -> float:
         """Step of the grid: threshold / 128 (int8) or / 32768 (int16); half a step more range with "plugin"."""
         divisor = -dtype.qmin - (0.5 if settings.divisor == "plugin" else 0.0)
-        return self.threshold(dtype, settings) / divisor
+        return self.threshold(dtype, settings, method) / divisor
 
     def percentile(self, percent: float) -> float:
         """Centre of the first bin at which the cumulative count (zeros included) reaches `percent` %."""
@@ -121,36 +186,90 @@ class Histogram:
         error = torch.where(coarse, (step.square() / 12.0).expand_as(error), error)
         return error @ self.counts
 
-    def _moving_average(self, constant: float | None) -> float:
+    @property
+    def size(self) -> float:
+        """How many finite values came."""
+        return self.zeros + float(self.counts.sum())
+
+    @property
+    def mean(self) -> float:
+        """Mean of the finite values."""
+        return self.total / self.size if self.size else 0.0
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the finite values, unbiased (n - 1)."""
+        spread = self.squares - self.size * self.mean**2
+        return math.sqrt(max(spread, 0.0) / (self.size - 1.0)) if self.size > 1.0 else 0.0
+
+    def ends(self, constant: float | None = None) -> tuple[float, float]:
+        """Smallest and largest value, or the moving averages over batches with an averaging constant."""
         if constant is None:
-            return self.largest
-        value = self.batch_max[0]
-        for batch in self.batch_max[1:]:
-            value += constant * (batch - value)
-        return value
+            return min(self.batch_min), max(self.batch_max)
+        low, high = self.batch_min[0], self.batch_max[0]
+        for batch_low, batch_high in zip(self.batch_min[1:], self.batch_max[1:], strict=True):
+            low += constant * (batch_low - low)
+            high += constant * (batch_high - high)
+        return low, high
+
+    def _clamped(self, low: float, high: float, floor: float, ceiling: float) -> float:
+        low, high = (min(max(end, floor), ceiling) for end in (low, high))
+        # Values that all lie on the other side of 0 than the range leave nothing: then the range itself counts.
+        return max(-low, high) if max(-low, high) > 0.0 else min(max(-floor, ceiling), self.largest)
+
+    def _shares(self) -> Tensor:
+        return self.largest * torch.linspace(0.05, 1.0, 96, dtype=torch.float64)
+
+    def _percentiles(self) -> Tensor:
+        return torch.tensor([self.percentile(p) for p in MIX_PERCENTILES], dtype=torch.float64)
 
     def _least_divergence(self) -> float:
-        """Threshold of least KL(P || Q): P clipped at the threshold, Q the same in 128 levels.
+        """Threshold of least KL divergence, summed over 9 neighbours against its noise; the last minimum (plugin)."""
+        used = min(math.ceil(self.largest * BINS / self.limit), BINS)  # above 1024: the range doubles when exceeded
+        smooth = _divergences(self.counts[:used]).unfold(0, KL_WINDOW, 1).sum(1)
+        index = int((smooth == smooth.min()).nonzero().max())
+        edge = KL_LEVELS + index + KL_WINDOW // 2
+        return min(edge * self.limit / BINS, self.largest)
 
-        The first bin is replaced by the second: its spike at zero would swamp the rest (measured: 4.5 dB).
-        """
-        counts = self.counts.clone()
-        counts[0] = counts[1]
-        best, best_edge = math.inf, BINS
-        for edge in range(KL_LEVELS, BINS + 1, 16):
-            kept = counts[:edge]
-            p = kept.clone()
-            p[-1] += counts[edge:].sum()
-            level = (torch.arange(edge) * KL_LEVELS) // edge
-            filled = (kept > 0).to(torch.float64)
-            mass = torch.zeros(KL_LEVELS, dtype=torch.float64).index_add_(0, level, kept)
-            bins = torch.zeros(KL_LEVELS, dtype=torch.float64).index_add_(0, level, filled)
-            q = (mass / bins.clamp_min(1.0))[level] * filled
-            # A bin that Q leaves empty (only the clipped tail lands there) costs as if it held one count.
-            q = torch.where((q == 0) & (p > 0), torch.ones_like(q), q)
-            p, q = p / p.sum(), q / q.sum()
-            hold = p > 0
-            divergence = float((p[hold] * (p[hold] / q[hold]).log()).sum())
-            if divergence <= best:
-                best, best_edge = divergence, edge
-        return min(best_edge * self.limit / BINS, self.largest)
+
+def _ends(x: Tensor, name: str) -> tuple[float, float]:
+    """Smallest and largest value, in one trip from the device; zeros for an empty tensor. Raises DataError for NaN."""
+    if x.numel() == 0:
+        return 0.0, 0.0
+    low, high = torch.stack([x.amin(), x.amax()]).tolist()  # two reductions: aminmax is slower than both (measured)
+    if math.isnan(low) or math.isnan(high):
+        raise DataError(f"Calibration takes numbers and infinities, but got nan at {name}. Check data and model.")
+    return low, high
+
+
+def _divergences(counts: Tensor) -> Tensor:
+    """KL(P || Q) for every edge 128 .. len(counts): P is clipped at the edge, Q the same in 128 levels.
+
+    P holds the counts below the edge, the rest in its last bin; Q spreads the mass of a level (without the rest)
+    evenly over its bins that are not empty, each law normalized to 1. The first bin is replaced by the second: its
+    spike at zero would swamp the rest (measured: 4.5 dB). With cumulative sums over bins,
+
+        KL = (sum p log p - sum_levels p log q) / N - log N + log N_Q
+
+    costs 128 terms an edge. A last bin that is empty but for the rest costs as if Q held one count there.
+    """
+    counts = counts.clone()
+    counts[0] = counts[1]
+    filled = counts > 0
+    mass, bins, entropy = (
+        torch.cat([torch.zeros(1, dtype=torch.float64), part.to(torch.float64).cumsum(0)])
+        for part in (counts, filled, torch.xlogy(counts, counts))
+    )
+    edges = torch.arange(KL_LEVELS, len(counts) + 1)
+    # Bin j belongs to level floor(128 j / edge), so level l starts at bin ceil(l edge / 128).
+    starts = -((-torch.arange(KL_LEVELS + 1) * edges.unsqueeze(1)) // KL_LEVELS)
+    level_mass, level_bins = mass[starts].diff(dim=1), bins[starts].diff(dim=1)
+    level = (level_mass / level_bins.clamp_min(1.0)).clamp_min(0.0)
+    total, kept = mass[-1], mass[edges]
+    rest = total - kept
+    last, hollow = counts[edges - 1], ~filled[edges - 1] & (rest > 0)
+    p_log_p = entropy[edges] - torch.xlogy(last, last) + torch.xlogy(last + rest, last + rest)
+    q_last = torch.where(hollow, torch.ones_like(last), level[:, -1])
+    p_log_q = torch.xlogy(level_mass, level).sum(1) + torch.xlogy(rest, q_last)
+    size = kept + hollow
+    return (p_log_p - p_log_q) / total - total.log() + size.log()

@@ -6,94 +6,78 @@ from torch import Tensor, nn
 
 from qflow.core.graph import OpKind
 
+_MODULES: dict[OpKind, str] = {
+    OpKind.conv: "Conv1d Conv2d Conv3d",
+    OpKind.conv_transpose: "ConvTranspose1d ConvTranspose2d ConvTranspose3d",
+    OpKind.linear: "Linear",
+    OpKind.norm: "BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm",
+    OpKind.layer_norm: "LayerNorm GroupNorm RMSNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d LocalResponseNorm",
+    OpKind.relu: "ReLU ReLU6 Hardtanh Threshold",
+    OpKind.lut: "LeakyReLU PReLU ELU CELU SELU SiLU GELU Mish Sigmoid LogSigmoid Tanh Hardswish Hardsigmoid Softplus "
+    "Softsign GLU",
+    OpKind.softmax: "Softmax Softmax2d LogSoftmax",
+    OpKind.max_pool: "MaxPool1d MaxPool2d MaxPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d",
+    OpKind.avg_pool: "AvgPool1d AvgPool2d AvgPool3d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d",
+    OpKind.resize: "Upsample UpsamplingNearest2d UpsamplingBilinear2d",
+    OpKind.move: "Identity Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout Flatten Unflatten "
+    "Unfold PixelShuffle PixelUnshuffle ChannelShuffle ZeroPad1d ZeroPad2d ZeroPad3d ReflectionPad1d ReflectionPad2d "
+    "ReflectionPad3d ReplicationPad1d ReplicationPad2d ReplicationPad3d",
+}
 MODULE_KINDS: dict[type[nn.Module], OpKind] = {
-    nn.Conv1d: OpKind.conv,
-    nn.Conv2d: OpKind.conv,
-    nn.Conv3d: OpKind.conv,
-    nn.ConvTranspose1d: OpKind.conv_transpose,
-    nn.ConvTranspose2d: OpKind.conv_transpose,
-    nn.ConvTranspose3d: OpKind.conv_transpose,
-    nn.Linear: OpKind.linear,
-    nn.BatchNorm1d: OpKind.norm,
-    nn.BatchNorm2d: OpKind.norm,
-    nn.BatchNorm3d: OpKind.norm,
-    nn.SyncBatchNorm: OpKind.norm,
-    nn.LayerNorm: OpKind.layer_norm,
-    nn.GroupNorm: OpKind.layer_norm,
-    nn.ReLU: OpKind.relu,
-    nn.ReLU6: OpKind.relu,
-    nn.LeakyReLU: OpKind.lut,
-    nn.PReLU: OpKind.lut,
-    nn.ELU: OpKind.lut,
-    nn.SiLU: OpKind.lut,
-    nn.GELU: OpKind.lut,
-    nn.Mish: OpKind.lut,
-    nn.Sigmoid: OpKind.lut,
-    nn.Tanh: OpKind.lut,
-    nn.Hardswish: OpKind.lut,
-    nn.Hardsigmoid: OpKind.lut,
-    nn.Softplus: OpKind.lut,
-    nn.Softmax: OpKind.softmax,
-    nn.MaxPool1d: OpKind.max_pool,
-    nn.MaxPool2d: OpKind.max_pool,
-    nn.AdaptiveMaxPool2d: OpKind.max_pool,
-    nn.AvgPool1d: OpKind.avg_pool,
-    nn.AvgPool2d: OpKind.avg_pool,
-    nn.AdaptiveAvgPool1d: OpKind.avg_pool,
-    nn.AdaptiveAvgPool2d: OpKind.avg_pool,
-    nn.Upsample: OpKind.resize,
-    nn.UpsamplingNearest2d: OpKind.resize,
-    nn.UpsamplingBilinear2d: OpKind.resize,
-    nn.Identity: OpKind.move,
-    nn.Dropout: OpKind.move,
-    nn.Dropout2d: OpKind.move,
-    nn.Flatten: OpKind.move,
-    nn.Unflatten: OpKind.move,
-    nn.PixelShuffle: OpKind.move,
-    nn.PixelUnshuffle: OpKind.move,
-    nn.ZeroPad2d: OpKind.move,
-    nn.ChannelShuffle: OpKind.move,
+    getattr(nn, name): kind for kind, names in _MODULES.items() for name in names.split()
 }
 
 _FUNCTIONS: dict[OpKind, str] = {
     OpKind.conv: "conv1d conv2d conv3d",
     OpKind.conv_transpose: "conv_transpose1d conv_transpose2d conv_transpose3d",
     OpKind.linear: "linear",
-    OpKind.matmul: "matmul bmm mm",
+    OpKind.matmul: "matmul bmm mm einsum",
     OpKind.norm: "batch_norm",
-    OpKind.layer_norm: "layer_norm group_norm instance_norm rms_norm",
+    OpKind.layer_norm: "layer_norm group_norm instance_norm rms_norm normalize local_response_norm",
     OpKind.relu: "relu relu6 clamp clip clamp_min clamp_max hardtanh threshold",
-    OpKind.lut: "silu gelu sigmoid logsigmoid tanh hardswish hardsigmoid leaky_relu elu prelu mish softplus exp log "
-    "sqrt rsqrt reciprocal sin cos erf pow square abs",
+    OpKind.lut: "silu gelu sigmoid logsigmoid tanh hardswish hardsigmoid leaky_relu elu celu selu prelu mish softplus "
+    "softsign glu exp expm1 log log1p log2 log10 sqrt rsqrt reciprocal sin cos tan atan asin acos sinh cosh erf pow "
+    "square abs sign round floor ceil trunc rdiv",
     OpKind.softmax: "softmax log_softmax",
     OpKind.add: "add",
     OpKind.mul: "mul",
-    OpKind.arithmetic: "sub rsub div truediv neg maximum minimum addcmul floor_divide remainder where masked_fill",
-    OpKind.concat: "cat concat concatenate stack hstack vstack",
+    OpKind.arithmetic: "sub rsub div neg maximum minimum addcmul addcdiv lerp floor_divide remainder fmod where "
+    "masked_fill atan2 scatter scatter_add index_add index_put fold",
+    OpKind.concat: "cat concat concatenate stack hstack vstack dstack",
     OpKind.resize: "interpolate upsample",
-    OpKind.max_pool: "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d",
+    OpKind.max_pool: "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d",
     OpKind.avg_pool: "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d",
     OpKind.grid_sample: "grid_sample",
-    OpKind.reduce: "mean sum amax amin max min var std norm cumsum",
-    OpKind.order: "topk sort argsort argmax argmin gather index_select take_along_dim",
-    OpKind.move: "reshape view view_as flatten unflatten permute transpose swapaxes movedim t squeeze unsqueeze "
-    "expand expand_as repeat tile chunk split unbind getitem narrow select contiguous clone detach roll flip pad "
-    "pixel_shuffle pixel_unshuffle dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout identity to "
-    "float half double bfloat16 type type_as unfold T mT H mH data",
+    OpKind.reduce: "mean sum amax amin max min var std norm vector_norm cumsum prod logsumexp",
+    OpKind.order: "topk sort argsort argmax argmin gather index_select take_along_dim embedding masked_select",
+    OpKind.move: "reshape view view_as flatten unflatten ravel permute transpose swapaxes swapdims movedim moveaxis t "
+    "squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave tile chunk split tensor_split unbind "
+    "getitem narrow select diagonal contiguous clone detach roll flip rot90 pad pixel_shuffle pixel_unshuffle "
+    "channel_shuffle dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout identity to float half double "
+    "bfloat16 type type_as unfold tril triu as_strided meshgrid T mT H mH data",
 }
 FUNCTION_KINDS: dict[str, OpKind] = {name: kind for kind, names in _FUNCTIONS.items() for name in names.split()}
 
+# Tensor arguments that carry values; those behind them are weights, statistics, indices or slopes.
+VALUE_ARGUMENTS = {OpKind.norm: 1, OpKind.layer_norm: 1, OpKind.lut: 1, OpKind.softmax: 1}
+# Functionals that multiply with a weight, and its argument.
+WEIGHT_ARGUMENT = {OpKind.conv: "weight", OpKind.conv_transpose: "weight", OpKind.linear: "weight"}
+
 # Results whose values do not come from the arguments: constants, whatever their shape is taken from.
 CONSTANTS = frozenset(
-    ["zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "requires_grad"]
+    ["zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "requires_grad", "grad"]
     + ["new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"]
 )
 # A Python value taken out of a tensor: what follows may depend on the data.
-DATA_DEPENDENT = frozenset(["item", "bool", "int", "float", "index", "tolist", "numpy", "nonzero", "len", "contains"])
+DATA_DEPENDENT = frozenset(
+    ["item", "bool", "int", "float", "index", "tolist", "numpy", "nonzero", "contains", "array", "equal", "allclose"]
+)
 # Writes whose result is a constant fill.
 FILLS = frozenset(["zero", "fill"])
 
-ALIASES = {"truediv": "div", "multiply": "mul", "subtract": "sub", "divide": "div", "iadd": "add", "imul": "mul"}
+ALIASES = {"truediv": "div", "true_divide": "div", "multiply": "mul", "subtract": "sub", "divide": "div"}
+ALIASES |= {"iadd": "add", "imul": "mul", "rtruediv": "rdiv", "rdiv": "rdiv", "negative": "neg", "absolute": "abs"}
+ALIASES |= {"linalg_vector_norm": "vector_norm", "scaled_dot_product_attention": "attention"}
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

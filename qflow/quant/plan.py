@@ -7,13 +7,14 @@ group goes by the name of its first module, or of its add; its quantizer stands 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
 
 from qflow.core.graph import TRANSPARENT_KINDS, WEIGHTED_KINDS, ModelGraph, OpKind, OpNode
-from qflow.quant.ops import BATCH_NORMS
-from qflow.quant.tape import Op, Tape
+from qflow.quant.tape import Op, Tape, Weight
 
 RELU_TYPES = frozenset(
     {"torch.relu", "torch.relu6", "torch.nn.modules.activation.ReLU", "torch.nn.modules.activation.ReLU6"}
@@ -27,8 +28,18 @@ class Plan:
     graph: ModelGraph
     output_at: dict[str, str]
     """Operator (last member of its group) -> name of the quantizer that its result passes."""
+    constants_at: dict[str, dict[int, str]]
+    """Operator call -> which of its tensors is a constant -> name of the quantizer that the constant passes."""
+    weights_at: dict[str, Weight]
+    """Functional call -> its weight."""
+    reads: dict[str, tuple[tuple[str, int], ...]]
+    """Operator -> for each of its graph inputs, the call and which of its tensors it is."""
     folds: dict[str, str]
     """Module path of a weighted operator -> path of the batch norm that is folded into its weight."""
+    shared: frozenset[str]
+    """Output quantizers that several calls pass."""
+    skipped: frozenset[str]
+    """Paths of modules that stay float."""
     known: frozenset[str]
     """Names of all recorded operator calls; another name at run time was not seen while tracing."""
 
@@ -71,23 +82,42 @@ class _Fuser:
         """The next member of the group if an operator of the wanted kind reads `current`."""
         for index in self.readers[current.index]:
             candidate = self.ops[index]
-            wanted = {
-                "norm": candidate.kind == OpKind.norm
-                and candidate.module is not None
-                and isinstance(self.modules[candidate.module], BATCH_NORMS)
-                and getattr(self.modules[candidate.module], "track_running_stats", False),
-                "add": candidate.kind == OpKind.add and len(candidate.inputs) == 2 and candidate.constants == 0,
-                "relu": candidate.op_type in RELU_TYPES,
-            }[kind]
+            if kind == "norm":
+                wanted = self.is_norm(current, candidate)
+            elif kind == "add":
+                wanted = candidate.kind == OpKind.add and len(candidate.inputs) == 2
+                wanted = wanted and not any(self.ops[i].kind == OpKind.constant for i in candidate.inputs)
+            else:
+                wanted = candidate.op_type in RELU_TYPES
             if wanted:
                 return self.join(current, candidate)
         return None
+
+    def is_norm(self, current: Op, candidate: Op) -> bool:
+        """True for a batch norm that can be folded; one that cannot is written down with the reason."""
+        reason = ""
+        if candidate.kind == OpKind.norm and candidate.module is None:
+            reason = "a functional batch norm owns no module: use nn.BatchNorm2d"
+        elif candidate.kind == OpKind.norm:
+            module = self.modules[candidate.module or ""]
+            if not getattr(module, "track_running_stats", False):
+                reason = "a batch norm without running statistics cannot be folded"
+        elif candidate.scope != current.scope and "BatchNorm" in self.scope_type(candidate):
+            reason = f"{self.scope_type(candidate)} is not recognised as a batch norm: use nn.BatchNorm2d in eval mode"
+        else:
+            return False
+        if reason:
+            self.unfused.append((current.name, candidate.module or candidate.scope or candidate.name, reason))
+        return not reason
+
+    def scope_type(self, op: Op) -> str:
+        return type(self.modules[op.scope]).__name__ if op.scope in self.modules and op.module is None else ""
 
     def groups(self) -> dict[int, list[Op]]:
         """Head index -> members. The later of two convs takes a common add: it is the one that sums in."""
         found: dict[int, list[Op]] = {}
         for head in reversed(self.ops):
-            if head.kind not in WEIGHTED_KINDS or head.module is None:
+            if head.kind not in WEIGHTED_KINDS or (head.module is None and head.weight is None):
                 continue
             members = [head]
             for kind in ("norm", "add", "relu"):
@@ -99,16 +129,14 @@ class _Fuser:
         return found
 
 
-def make_plan(tape: Tape, model: nn.Module) -> Plan:
+def make_plan(tape: Tape, model: nn.Module, skip: Collection[str] = ()) -> Plan:
     """Fuse the tape of `model` and place quantizers. The model is only read."""
     fuser = _Fuser(tape, model)
     groups = fuser.groups()
     live = _live(tape)
     inside = {op.index: head for head, members in groups.items() for op in members[1:]}
     by_last: dict[int, list[Op]] = {members[-1].index: members for members in groups.values()}
-    name_of: dict[int, str] = {}
-    nodes: list[OpNode] = []
-    output_at: dict[str, str] = {}
+    layout = _Layout(tape)
     folds: dict[str, str] = {}
     for op in tape.ops:
         if op.index not in live or (op.index in groups and len(groups[op.index]) > 1):
@@ -116,23 +144,28 @@ def make_plan(tape: Tape, model: nn.Module) -> Plan:
         if op.index in inside and op.index not in by_last:
             continue
         members = by_last.get(op.index, [op])
-        node = _node(members, name_of, tape.ops)
-        nodes.append(node)
-        for member in members:
-            name_of[member.index] = node.name
-        if node.quantizer is not None:
-            output_at[op.name] = node.quantizer
+        layout.place(members, reenters=bool(fuser.readers[op.index]))
         for member in members[1:2]:
             if member.kind == OpKind.norm and members[0].module and member.module:
                 folds[members[0].module] = member.module
     graph = ModelGraph(
-        nodes=tuple(nodes),
-        outputs=tuple((name, name_of[index]) for name, index in tape.outputs),
+        nodes=tuple(layout.nodes),
+        outputs=tuple((name, layout.name_of[index]) for name, index in tape.outputs),
         calls=tape.calls,
         unfused=tuple(reversed(fuser.unfused)),
-        notes=(*tape.notes, *_dead_notes(tape, live), *_constant_notes(nodes)),
+        notes=(*tape.notes, *_dead_notes(tape, live), *_unknown_notes(layout.nodes)),
     )
-    return Plan(graph, output_at, folds, tape.names)
+    return Plan(
+        graph,
+        layout.output_at,
+        layout.constants_at,
+        {op.name: op.weight for op in tape.ops if op.weight is not None and op.index in live},
+        layout.reads,
+        folds,
+        frozenset(name for name, count in Counter(layout.output_at.values()).items() if count > 1),
+        frozenset(skip),
+        tape.names,
+    )
 
 
 def _live(tape: Tape) -> set[int]:
@@ -147,28 +180,67 @@ def _live(tape: Tape) -> set[int]:
     return live
 
 
-def _node(members: list[Op], name_of: dict[int, str], ops: list[Op]) -> OpNode:
-    head, last = members[0], members[-1]
-    add = next((m for m in members if m.kind == OpKind.add and m is not head), None)
-    owned = {m.index for m in members}
-    # Indices and masks carry no scale; of `view_as(like)` or gather(index) the first tensor gives the values.
-    inputs = [i for m in members for i in m.inputs if i not in owned and ops[i].floating]
-    if head.kind in TRANSPARENT_KINDS and head.op_type != "torch.setitem":
-        inputs = inputs[:1]
-    named = add or head
-    quantized = last.floating and head.kind not in TRANSPARENT_KINDS
-    return OpNode(
-        name=named.name,
-        kind=head.kind,
-        op_type=head.op_type,
-        inputs=tuple(name_of[i] for i in inputs),
-        shape=last.shape,
-        quantizer=(named.module or named.name) if quantized else None,
-        weight=head.module if head.kind in WEIGHTED_KINDS else None,
-        fused=tuple(m.name for m in members if m is not named),
-        fused_types=tuple(_fused_type(m) for m in members[1:]),
-        attrs=head.attrs,
-    )
+class _Layout:
+    """Nodes of the fused graph, and where the runtime finds their quantizers."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.ops = tape.ops
+        self.nodes: list[OpNode] = []
+        self.name_of: dict[int, str] = {}
+        self.output_at: dict[str, str] = {}
+        self.constants_at: dict[str, dict[int, str]] = {}
+        self.reads: dict[str, tuple[tuple[str, int], ...]] = {}
+
+    def place(self, members: list[Op], reenters: bool) -> None:
+        """Append the node of one group (or single operator); `reenters` if another operator reads it."""
+        node, reads = self.node(members, reenters)
+        self.nodes.append(node)
+        self.reads[node.name] = reads
+        for member in members:
+            self.name_of[member.index] = node.name
+            for index, slot in zip(member.inputs, member.slots, strict=True):
+                if self.ops[index].kind == OpKind.constant:
+                    self.constants_at.setdefault(member.name, {})[slot] = self.ops[index].name
+        if node.quantizer is not None and node.kind != OpKind.constant:
+            self.output_at[members[-1].name] = node.quantizer
+
+    def node(self, members: list[Op], reenters: bool) -> tuple[OpNode, tuple[tuple[str, int], ...]]:
+        head, last = members[0], members[-1]
+        add = next((m for m in members if m.kind == OpKind.add and m is not head), None)
+        owned = {m.index for m in members}
+        # Indices and masks carry no scale; of `view_as(like)` or gather(index) the first tensor gives the values.
+        inputs = [
+            (index, member.name, slot)
+            for member in members
+            for index, slot in zip(member.inputs, member.slots, strict=True)
+            if index not in owned and self.ops[index].floating
+        ]
+        if head.kind in TRANSPARENT_KINDS and head.op_type != "torch.setitem":
+            inputs = inputs[:1]
+        named = add or head
+        quantized = last.floating and head.kind not in TRANSPARENT_KINDS
+        if head.kind == OpKind.skipped:  # what comes back from the host is quantized again, a plain result is not
+            quantized = quantized and reenters and head.single
+        node = OpNode(
+            name=named.name,
+            kind=head.kind,
+            op_type=head.op_type,
+            inputs=tuple(self.name_of[index] for index, _, _ in inputs),
+            shape=last.shape,
+            quantizer=(named.module or named.name) if quantized else None,
+            weight=_weight_name(head),
+            fused=tuple(m.name for m in members if m is not named),
+            fused_types=tuple(_fused_type(m) for m in members[1:]),
+            attrs=head.attrs,
+            operands=head.operands,
+        )
+        return node, tuple((name, slot) for _, name, slot in inputs)
+
+
+def _weight_name(op: Op) -> str | None:
+    if op.kind not in WEIGHTED_KINDS:
+        return None
+    return op.module or (op.weight.name if op.weight is not None else None)
 
 
 def _fused_type(op: Op) -> str:
@@ -185,7 +257,7 @@ def _dead_notes(tape: Tape, live: set[int]) -> list[str]:
     ]
 
 
-def _constant_notes(nodes: list[OpNode]) -> tuple[str, ...]:
+def _unknown_notes(nodes: list[OpNode]) -> tuple[str, ...]:
     return tuple(
         f"{node.name}: {node.op_type} is not known to the device table" for node in nodes if node.kind == OpKind.other
     )

@@ -9,10 +9,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qflow.quant.fake_quant import FakeQuant
 from qflow.quant.observer import Histogram
 from qflow.quant.plan import Plan
+
+
+@dataclass
+class Collected:
+    """Statistics of float forward passes."""
+
+    histograms: dict[str, Histogram] = field(default_factory=dict)
+    """Of every output quantizer, over all its calls."""
+    calls: dict[str, dict[str, Histogram]] = field(default_factory=dict)
+    """Of each call apart, where several calls share one quantizer."""
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """Weights of functionals as they were last used."""
+
+    def update(self, quantizer: str, value: Tensor, name: str, shared: bool) -> None:
+        """Take in what the operator call `name` gave."""
+        self.histograms.setdefault(quantizer, Histogram()).update(value, name)
+        if shared:
+            self.calls.setdefault(quantizer, {}).setdefault(name, Histogram()).update(value, name)
 
 
 @dataclass
@@ -22,7 +41,9 @@ class Run:
     plan: Plan
     outputs: Mapping[str, FakeQuant]
     weights: Mapping[str, FakeQuant]
-    collect: dict[str, Histogram] | None = None
+    arguments: Mapping[str, Mapping[int, FakeQuant]] = field(default_factory=dict)
+    """Operator call -> which of its tensors is quantized before the call: constants, functional weights, requants."""
+    collect: Collected | None = None
     counts: Counter[str] = field(default_factory=Counter)
     scopes: list[str] = field(default_factory=lambda: [""])
     depth: int = 0
@@ -36,6 +57,27 @@ class Run:
         self.counts[base] += 1
         return base if n == 0 else f"{base}({n})"
 
+    def quantize_arguments(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The call's arguments with its constants, functional weight and requantized inputs on their grids."""
+        leaves, spec = tree_flatten((args, kwargs))
+        slots = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self.depth += 1
+        try:
+            for slot, quantizer in self.arguments[name].items():
+                place = slots[slot]
+                if self.collect is not None:
+                    if quantizer.per_channel:
+                        self.collect.weights[quantizer.name] = leaves[place].detach()
+                    elif quantizer.name in self.outputs:
+                        self.collect.update(quantizer.name, leaves[place], name, shared=False)
+                if quantizer.active:
+                    self.ran.add(quantizer.name)
+                    leaves[place] = quantizer(leaves[place])
+        finally:
+            self.depth -= 1
+        args, kwargs = tree_unflatten(leaves, spec)
+        return args, kwargs
+
     def finish(self, name: str, out: Any, first: Any) -> Any:
         """Pass the result of operator `name` through its quantizer; an in-place result is written in place."""
         quantizer_name = self.plan.output_at.get(name)
@@ -48,7 +90,7 @@ class Run:
         self.depth += 1  # the quantizer's own arithmetic is not the user's
         try:
             if self.collect is not None:
-                self.collect.setdefault(quantizer_name, Histogram()).update(value, name)
+                self.collect.update(quantizer_name, value, name, quantizer_name in self.plan.shared)
             if not quantizer.active:
                 return out
             self.ran.add(quantizer_name)

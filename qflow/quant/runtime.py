@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from qflow.quant.decompose import decomposition
 from qflow.quant.leaf import Leaf
 from qflow.quant.ops import function_name, is_operator
 from qflow.quant.run import Run, current_run
@@ -27,17 +28,27 @@ class Mode(TorchFunctionMode):
         self.run = run
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
         run = self.run
         if run.depth:
-            return out
+            return func(*args, **kwargs)
+        parts = decomposition(func, args, kwargs)
+        if parts is not None:
+            with self:
+                return parts(*args, **kwargs)
         name = _NAMES.get(func)
         if name is None:
             name = _NAMES[func] = function_name(func)
+        base = f"{run.scopes[-1]}[{name}]"
+        count = run.counts[base]
+        call = base if count == 0 else f"{base}({count})"
+        if call in run.arguments:
+            args, kwargs = run.quantize_arguments(call, args, kwargs)
+        out = func(*args, **kwargs)
         if not is_operator(out):
             return out
-        first = args[0] if args else None
-        return run.finish(run.name(f"{run.scopes[-1]}[{name}]"), out, first)
+        run.counts[base] = count + 1
+        return run.finish(call, out, args[0] if args else None)
 
 
 _NAMES: dict[Any, str] = {}
@@ -82,3 +93,24 @@ def leave_scope(module: nn.Module, args: Any, out: Any) -> None:
     run = current_run()
     if run is not None and len(run.scopes) > 1:
         run.scopes.pop()
+
+
+def enter_skipped(module: nn.Module, args: Any) -> None:
+    """Forward pre-hook of a module that stays float: nothing inside it is seen."""
+    run = current_run()
+    if run is not None:
+        run.depth += 1
+
+
+@dataclass(frozen=True)
+class LeaveSkipped:
+    """Its forward hook: what comes back is quantized again where quantized operators read it."""
+
+    path: str
+
+    def __call__(self, module: nn.Module, args: Any, out: Any) -> Any:
+        run = current_run()
+        if run is None or run.depth == 0:
+            return out
+        run.depth -= 1
+        return out if run.depth or out is None else run.finish(run.name(self.path), out, None)

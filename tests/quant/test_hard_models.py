@@ -147,14 +147,18 @@ def test_a_convolution_that_is_written_into_a_slice_is_quantized():
         assert not prepared.unseen
 
 
-def test_transformer_layers_prepare_and_say_what_stays_float():
+def test_attention_is_written_out_in_operators_with_weights_of_their_own():
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1).eval()
     example = torch.randn(2, 5, 16)
     prepared = calibrated(model, example)
     assert error(model, prepared, example) < 0.1
-    notes = " ".join(prepared.graph.notes)
-    assert "multi_head_attention_forward is not known to the device table" in notes
+    kinds = {n.name: str(n.kind) for n in prepared.graph.nodes if n.name.startswith("layers.0.self_attn")}
+    assert list(kinds.values()).count("matmul") == 2
+    assert list(kinds.values()).count("linear") == 2
+    assert "layers.0.self_attn.in_proj_weight" in prepared.weights
+    assert prepared.graph.calls["layers.0.self_attn.out_proj"] == 1
+    assert not any("not known" in note for note in prepared.graph.notes)
 
 
 def test_keyword_calls_of_leaf_modules():

@@ -5,7 +5,7 @@ from torch import nn
 
 from qflow.quant.calling import input_tensors, named_tensors
 from qflow.quant.plan import make_plan
-from qflow.quant.tape import trace
+from qflow.quant.tracer import trace
 
 
 def graph_of(name):
@@ -59,8 +59,10 @@ def test_a_python_value_taken_from_data_is_noted_with_its_line():
     assert any("taken from a tensor by bool at test_tape.py:" in note for note in notes)
 
 
-def test_constants_are_noted():
-    assert any(note.startswith("[add]: 1 constant") for note in graph_of("attention").notes)
+def test_a_constant_is_a_producer_with_a_quantizer():
+    graph = graph_of("attention")
+    assert graph.by_name["[add]"].inputs == ("quant[x]", "const[position]")
+    assert graph.by_name["const[position]"].quantizer == "const[position]"
 
 
 def test_tracing_leaves_the_model_as_it_was():
