@@ -1,3 +1,25 @@
 """qflow: one tracked workflow from a float PyTorch model to the best int8/int16/fp16 mix for Journey 6M."""
 
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+# Imported on first use, so that `import qflow` and --help stay fast.
+_PLACES = {
+    "qflow.library": "prepare configure calibrate check cost set_fake_quantize FakeQuantState Prepared",
+    "qflow.core.dtype": "QDtype",
+    "qflow.core.qconfig": "OpQConfig QConfig",
+    "qflow.core.settings": "CalibrationSettings",
+    "qflow.quant.quantized_model": "scales",
+}
+_HOME = {name: place for place, names in _PLACES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    plugin = importlib.import_module("qflow.core.plugin_names")
+    if name in plugin.__all__:
+        return getattr(plugin, name)
+    raise AttributeError(f"module 'qflow' has no attribute {name!r}")

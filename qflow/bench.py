@@ -15,6 +15,7 @@ from typing import Any
 
 from qflow import __version__
 from qflow.analysis.badcase import find_badcases
+from qflow.analysis.calibration_check import calibration_findings
 from qflow.analysis.model_check import check_model
 from qflow.analysis.sensitivity import sensitivity
 from qflow.analysis.tables import BadcaseTable, ModelCheck, SensitivityTable
@@ -24,8 +25,10 @@ from qflow.core.errors import ConfigError, DataError, ModelError
 from qflow.core.graph import ModelGraph
 from qflow.core.qconfig import QConfig
 from qflow.core.record import digest
-from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, SensitiveSetter, Setter, TemplateSetter, resolve
+from qflow.core.sensitive import table_rows
+from qflow.core.setter import HighPrecisionOutput, TemplateSetter, ratio_candidates, resolve
 from qflow.core.settings import CalibrationSettings, QConfigSettings, SensitivitySettings, TrialSettings
+from qflow.core.template import trial_setters
 from qflow.cost.latency import CostModel, CostReport, predict
 from qflow.quant.calibrate import CalibrationStats, apply_scales, collect
 from qflow.quant.plan import make_plan
@@ -74,6 +77,8 @@ class Bench:
     sensitivity_settings: SensitivitySettings = field(default_factory=SensitivitySettings)
     default_calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     float_metric: float = float("nan")
+    skip: tuple[str, ...] = ()
+    """Modules or classes that stay in float."""
     eval_samples: int = 0
     eval_batch: int = 32
     hits: int = 0
@@ -104,16 +109,16 @@ class Bench:
         """Trace on the first evaluation batch, prove the float graph, and trace again at the deployed shape."""
         batch, _ = next(batches(self.task, "evaluation", min(self.eval_batch, 4), limit=1))
         example = model_inputs(self.task, batch)
-        self._prepared = prepare(self.task.model, example)
+        self._prepared = prepare(self.task.model, example, self.skip)
         deployed = deploy_inputs(self.task, example)
         try:
-            tape = trace(self.task.model, deployed)
+            tape = trace(self.task.model, deployed, self._prepared.plan.skipped)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise ModelError(
                 f"The model must run at task.deploy_shape {self.task.deploy_shape}, but got: "
                 f"{str(error).splitlines()[0]}. Give the shape it is deployed at."
             ) from error
-        self._deploy = make_plan(tape, self.task.model).graph
+        self._deploy = make_plan(tape, self.task.model, self._prepared.plan.skipped).graph
         names, wanted = [n.name for n in self._deploy.nodes], [n.name for n in self.graph.nodes]
         if names != wanted:
             odd = sorted(set(names) ^ set(wanted))[:3]
@@ -219,7 +224,7 @@ class Bench:
     @property
     def promotable(self) -> tuple[str, ...]:
         """Operators that keep int16 on the device: what an int16 ratio counts."""
-        return self.template(QDtype.qint16)[1].names(QDtype.qint16)
+        return ratio_candidates(self.graph, self.template(QDtype.qint16)[1])
 
     @property
     def scores(self) -> dict[str, float]:
@@ -228,17 +233,12 @@ class Bench:
 
     def resolve(self, settings: QConfigSettings) -> tuple[QConfig, QConfig]:
         """(requested, applied) qconfig of a trial. A ratio between 0 and 1 needs sensitivities."""
-        candidates = self.promotable
         scores = self.scores
         if 0.0 < settings.int16_ratio < 1.0 and not scores:
             raise ConfigError("An int16 ratio between 0 and 1 needs sensitivities, but got none. Rank first.")
-        setters: list[Setter] = [
-            ModuleNameSetter(settings.modules),
-            HighPrecisionOutput(),
-            SensitiveSetter(scores, candidates, settings.int16_ratio),
-            TemplateSetter(QDtype(settings.template)),
-        ]
-        requested = resolve(self.graph, setters, self.rules.march)
+        rows = table_rows(self.sensitivities) if self.sensitivities else ()
+        setters = trial_setters(settings, self.promotable, scores, rows)
+        requested = resolve(self.graph, setters, self.rules.march, propagate=settings.propagate_ranges)
         return requested, self._explained(apply_rules(self.graph, requested, self.rules, scores))
 
     def _explained(self, applied: QConfig) -> QConfig:
@@ -287,7 +287,13 @@ class Bench:
             qconfig=applied,
             requested=requested,
             cost=self.cost(applied),
-            check=check_model(self.graph, requested, applied, findings),
+            check=check_model(
+                self.graph,
+                requested,
+                applied,
+                calibration_findings(self.prepared, stats, applied, findings),
+                calibration.method,
+            ),
             scales=set_scales,
             calibration_samples=stats.samples,
             shared=shared,

@@ -101,6 +101,7 @@ def make_bench(config: DictConfig) -> Bench:
         sensitivity_settings=conf.sensitivity_settings(config),
         default_calibration=conf.trial_settings(config).calibration,
         eval_batch=config.task.batch_size,
+        skip=tuple(config.quant.skip),
     )
 
 

@@ -71,6 +71,7 @@ class CheckRow:
     applied: str
     weight_dtype: str
     weight_axis: int
+    observer: str
     rule: str
     reason: str
 
@@ -94,6 +95,11 @@ class ModelCheck:
     calls: dict[str, int]
     unfused: tuple[tuple[str, str, str], ...]
     findings: tuple[Finding, ...]
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """Findings that must be mended."""
+        return tuple(finding for finding in self.findings if finding.level == "error")
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

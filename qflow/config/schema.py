@@ -37,6 +37,8 @@ class RulesSchema:
     int8_outputs: list[str] = field(default_factory=list)
     fused_add_int8: bool = True
     dual_int16: bool = False
+    dual_int16_ops: list[str] = field(default_factory=lambda: ["conv2d", "linear"])
+    dual_high_precision: bool = False
     matmul_int16_inputs: int = 1
     float16_kinds: list[str] = field(default_factory=list)
 
@@ -80,6 +82,10 @@ class CalibrationSchema:
     averaging_constant: float | None = None
     int16_margin: float = 1.25
     divisor: str = "guide"
+    clip_min: float = -1.0
+    clip_max: float = 1.0
+    std_scale: float = 3.0
+    sampling: int = 7
 
 
 @dataclass(kw_only=True)
@@ -88,7 +94,19 @@ class QConfigSchema:
 
     template: str = "qint8"
     int16_ratio: float = 0.0
-    modules: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, Any] = field(default_factory=dict)
+    sensitive_type: str = "activation"
+    counting: str = "operators"
+    rules: list[str] = field(default_factory=list)
+    propagate_ranges: bool = True
+
+
+@dataclass(kw_only=True)
+class QuantSchema:
+    """How the model is prepared."""
+
+    skip: list[str] = field(default_factory=list)
+    """Modules, by name or class name, that stay in float."""
 
 
 @dataclass(kw_only=True)
@@ -163,6 +181,7 @@ class TuneSchema:
     task: TaskSchema = field(default_factory=TaskSchema)
     device: DeviceSchema = field(default_factory=DeviceSchema)
     calibration: CalibrationSchema = field(default_factory=CalibrationSchema)
+    quant: QuantSchema = field(default_factory=QuantSchema)
     qconfig: QConfigSchema = field(default_factory=QConfigSchema)
     sensitivity: SensitivitySchema = field(default_factory=SensitivitySchema)
     qat: QatSchema = field(default_factory=QatSchema)
@@ -170,6 +189,11 @@ class TuneSchema:
     objective: ObjectiveSchema = field(default_factory=ObjectiveSchema)
     tracking: TrackingSchema = field(default_factory=TrackingSchema)
     executor: ExecutorSchema = field(default_factory=ExecutorSchema)
+
+
+@dataclass(kw_only=True)
+class CheckSchema(TuneSchema):
+    """`python -m qflow.check`: the keys of a study, those that concern the model, its qconfig and calibration."""
 
 
 @dataclass(kw_only=True)
@@ -202,7 +226,12 @@ class TrainFloatSchema:
     training: TrainingSchema = field(default_factory=TrainingSchema)
 
 
-SCHEMAS: dict[str, type] = {"tune": TuneSchema, "promote": PromoteSchema, "train_float": TrainFloatSchema}
+SCHEMAS: dict[str, type] = {
+    "tune": TuneSchema,
+    "check": CheckSchema,
+    "promote": PromoteSchema,
+    "train_float": TrainFloatSchema,
+}
 GROUPS = ("task", "device", "calibration", "qat", "search", "objective", "tracking", "executor", "experiment", "debug")
 
 

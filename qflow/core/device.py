@@ -2,16 +2,27 @@
 
 The real tool chain lowers int16 to int8 silently in several places. The same rules are applied here, as data
 (conf/device/*.yaml), and every operator that gets something else than was asked carries the reason.
+
+In this order:
+    1. operators whose output is int8 only
+    2. inputs that take int8 only: the producer is lowered, unless the operator asks for qint8 at that position
+    3. fp16 that reaches a GEMM or an int8-only position is cast there; between vector operators it stays
+    4. of the int16 inputs of a matmul the most sensitive stays (plugin mode: the order of its name setters)
+    5. an int16 x int16 GEMM has no int32 output: it is quantized to int16
+    6. an asked input dtype that the producer gives anyway is dropped (no cast)
+What no fallback cures is refused in one line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
-from qflow.core.graph import GEMM_KINDS, ModelGraph, OpKind, OpNode
+from qflow.core.graph import GEMM_KINDS, WEIGHTED_KINDS, ModelGraph, OpKind, OpNode
+from qflow.core.known_range import function_of
 from qflow.core.qconfig import OpQConfig, QConfig
 
 
@@ -29,105 +40,252 @@ class DeviceRules:
     """conv + add fused: both inputs int8 on nash-e/m."""
     dual_int16: bool = False
     """int16 weight with int16 input in one GEMM (J6M: from OE 3.2)."""
+    dual_int16_ops: Sequence[str] = ("conv2d", "linear")
+    """Functions that `dual_int16` holds for; a matmul has `matmul_int16_inputs`."""
+    dual_high_precision: bool = False
+    """An int16 x int16 GEMM may hand out its accumulator as a high-precision output."""
     matmul_int16_inputs: int = 1
     """How many inputs of a matmul may be int16."""
     float16_kinds: Sequence[str] = ()
     """Operator kinds that can run in fp16 (the vector unit); others are refused."""
 
+    def __post_init__(self) -> None:
+        """Refuse what no operator would ever match: a rule that silently does nothing."""
+        kinds = [kind.value for kind in OpKind]
+        for name in ("int8_inputs", "int8_outputs", "float16_kinds"):
+            for kind in getattr(self, name):
+                if kind not in kinds:
+                    raise ConfigError(f"rules.{name} takes operator kinds {', '.join(kinds)}, but got {kind}.")
+        for kind, positions in self.int8_inputs.items():
+            if any(p < 0 for p in positions):
+                raise ConfigError(f"rules.int8_inputs.{kind} takes positions from 0 on, but got {list(positions)}.")
+        if not 0 <= self.matmul_int16_inputs <= 2:
+            raise ConfigError(f"rules.matmul_int16_inputs is 0, 1 or 2, but got {self.matmul_int16_inputs}.")
+
 
 def apply_rules(
-    graph: ModelGraph, requested: QConfig, rules: DeviceRules, scores: Mapping[str, float] | None = None
+    graph: ModelGraph,
+    requested: QConfig,
+    rules: DeviceRules,
+    scores: Mapping[str, float] | None = None,
+    ranking: Sequence[str] | None = None,
 ) -> QConfig:
     """The qconfig that the device will run, each change with its reason in `OpQConfig.fallback`.
 
     `scores` rank the two producers of a matmul: the more sensitive one keeps int16 (without scores the one that
-    comes first). Raises ConfigError for what no fallback cures: int16 x int16, fp16 where there is no float path.
+    comes first). `ranking` takes the plugin's rule instead: operators in the order of its name setters
+    (plugin_names.plugin_ranking). Raises ConfigError for what no fallback cures: int16 x int16, fp16 where there is no
+    float path, a high-precision output inside the model.
     """
-    ops = dict(requested.ops)
-    owners = {n.quantizer: n.name for n in graph.quantized}
-
-    def owner(name: str) -> str:
-        return owners[graph.by_name[name].quantizer]
-
-    def lower(name: str, reason: str) -> None:
-        op = ops[owner(name)]
-        if op.output == QDtype.qint16:
-            ops[owner(name)] = replace(op, output=QDtype.qint8, fallback=reason)
-
+    state = _Applied(graph, dict(requested.ops), rules)
     for node in graph.nodes:
         if node.kind.value in rules.int8_outputs and node.quantizer is not None:
-            lower(node.name, f"the output of {node.kind} is int8 only")
+            state.lower(node.name, f"the output of {node.kind} is int8 only")
     for node in graph.nodes:
-        for producer, reason in _int8_only(node, rules):
-            for source in graph.source(producer):
-                lower(source, reason)
+        state.take_int8(node)
+    for node in graph.nodes:
+        state.cast_floats(node)
     for node in graph.nodes:
         if node.kind == OpKind.matmul:
-            for source in _surplus(node, graph, ops, owner, rules.matmul_int16_inputs, scores or {}):
-                lower(source, f"{node.name} takes {rules.matmul_int16_inputs} int16 input only")
-    applied = QConfig(march=rules.march, ops=ops)
-    _refuse(graph, applied, rules, owner)
-    return applied
+            state.spare_matmul(node, scores or {}, ranking)
+    for node in graph.nodes:
+        state.bound_accumulator(node)
+    state.drop_equal_inputs()
+    for node in graph.nodes:
+        if node.quantizer is not None:
+            state.refuse(node)
+    return QConfig(march=rules.march, ops=state.ops)
 
 
 def input_dtypes(graph: ModelGraph, qconfig: QConfig, name: str) -> tuple[QDtype, ...]:
-    """Dtypes of the tensors that the operator reads, through transparent operators; float32 where unquantized."""
-    owners = {n.quantizer: n.name for n in graph.quantized}
-    dtypes = []
-    for producer in graph.by_name[name].inputs:
-        for source in graph.source(producer):
-            output = qconfig.ops[owners[graph.by_name[source].quantizer]].output
-            dtypes.append(output if output is not None else QDtype.float32)
-    return tuple(dtypes)
+    """Dtypes of the tensors that the operator computes with, through transparent operators; float32 where unquantized.
 
-
-def _int8_only(node: OpNode, rules: DeviceRules) -> list[tuple[str, str]]:
-    positions = set(rules.int8_inputs.get(node.kind.value, ()))
-    reason = f"{node.name} ({node.kind}) takes int8 input only"
-    if node.fused_add and rules.fused_add_int8:
-        positions |= {0, 1}
-        reason = f"{node.name} (conv and add fused) takes int8 inputs only"
-    return [(producer, reason) for i, producer in enumerate(node.inputs) if i in positions]
-
-
-def _surplus(
-    node: OpNode,
-    graph: ModelGraph,
-    ops: Mapping[str, OpQConfig],
-    owner: Callable[[str], str],
-    allowed: int,
-    scores: Mapping[str, float],
-) -> list[str]:
-    """Producers of a matmul that lose their int16: all positions but the `allowed` most sensitive.
-
-    Positions are counted, not producers: of q @ q^T both inputs are q, and q loses it.
+    An input dtype that the operator asks for (a requantization on that edge) counts instead of the producer's.
     """
-    wide = []
-    for producer in node.inputs:
-        found = [owner(s) for s in graph.source(producer) if ops[owner(s)].output == QDtype.qint16]
-        wide.extend(found[:1])
-    ranked = sorted(wide, key=lambda name: -scores.get(name, 0.0)) if scores else wide
-    return ranked[allowed:]
+    arriving = _Applied(graph, dict(qconfig.ops), None).arriving(graph.by_name[name])
+    return tuple(dtype for at in arriving for dtype in at)
 
 
-def _refuse(graph: ModelGraph, qconfig: QConfig, rules: DeviceRules, owner: Callable[[str], str]) -> None:
-    for node in graph.nodes:
-        if node.quantizer is None:
-            continue
-        op: OpQConfig = qconfig.ops[owner(node.name)]
-        inputs = input_dtypes(graph, qconfig, node.name)
-        if op.weight == QDtype.qint16 and QDtype.qint16 in inputs and not rules.dual_int16:
+@dataclass
+class _Applied:
+    """A qconfig on its way through the rules."""
+
+    graph: ModelGraph
+    ops: dict[str, OpQConfig]
+    rules: DeviceRules | None
+
+    def __post_init__(self) -> None:
+        self.owners = {n.quantizer: n.name for n in self.graph.quantized}
+        self.place = {n.name: i for i, n in enumerate(self.graph.nodes)}
+
+    @property
+    def device(self) -> DeviceRules:
+        assert self.rules is not None
+        return self.rules
+
+    def owner(self, name: str) -> str:
+        return self.owners[self.graph.by_name[name].quantizer]
+
+    def op(self, node: OpNode) -> OpQConfig | None:
+        return self.ops[self.owner(node.name)] if node.quantizer is not None else None
+
+    def asked(self, node: OpNode, position: int) -> QDtype | None:
+        op = self.op(node)
+        return op.input[position] if op and op.input and position < len(op.input) else None
+
+    def given(self, producer: str) -> list[QDtype]:
+        """Output dtypes of the quantizers that `producer` brings."""
+        outputs = [self.ops[self.owner(source)].output for source in self.graph.source(producer)]
+        return [dtype if dtype is not None else QDtype.float32 for dtype in outputs]
+
+    def arriving(self, node: OpNode) -> list[list[QDtype]]:
+        """Dtypes by input position, as the operator computes with them."""
+        asked = [self.asked(node, i) for i in range(len(node.inputs))]
+        return [[a] if a is not None else self.given(p) for a, p in zip(asked, node.inputs, strict=True)]
+
+    def change(self, name: str, reason: str, **changes: object) -> None:
+        op = self.ops[self.owner(name)]
+        why = "; ".join(dict.fromkeys([*filter(None, [op.fallback]), reason]))
+        self.ops[self.owner(name)] = replace(op, **changes, fallback=why)  # type: ignore[arg-type]
+
+    def lower(self, name: str, reason: str) -> None:
+        """int16 to int8; a fixed scale grows by 2^8, so that its threshold stays."""
+        op = self.ops[self.owner(name)]
+        if op.output != QDtype.qint16:
+            return
+        if op.fixed_scale is not None:
+            reason += f"; fixed scale x 256 = {op.fixed_scale * 256:.6g} keeps its threshold"
+        self.change(name, reason, output=QDtype.qint8, fixed_scale=op.fixed_scale and op.fixed_scale * 256)
+
+    def ask(self, node: OpNode, position: int, dtype: QDtype, reason: str) -> None:
+        """Let the operator requantize what it reads at `position`."""
+        op = self.op(node)
+        assert op is not None
+        held = (*(op.input or ()), *[None] * len(node.inputs))[: len(node.inputs)]
+        self.change(node.name, reason, input=(*held[:position], dtype, *held[position + 1 :]))
+
+    def int8_only(self, node: OpNode) -> tuple[frozenset[int], str]:
+        """Input positions of `node` that take int8 only, and how to say it."""
+        if node.fused_add and self.device.fused_add_int8:
+            return frozenset({0, 1}), f"{node.name} (conv and add fused) takes int8 inputs only"
+        return frozenset(
+            self.device.int8_inputs.get(node.kind.value, ())
+        ), f"{node.name} ({node.kind}) takes int8 input only"
+
+    def take_int8(self, node: OpNode) -> None:
+        positions, reason = self.int8_only(node)
+        for i, producer in enumerate(node.inputs):
+            if i not in positions:
+                continue
+            asked = self.asked(node, i)
+            if asked not in (None, QDtype.qint8):
+                raise ConfigError(f"On {self.device.march} {reason}, but got input {asked}. Leave its input at qint8.")
+            for source in self.graph.source(producer) if asked is None else ():
+                self.lower(source, reason)
+
+    def cast_floats(self, node: OpNode) -> None:
+        """fp16 into a GEMM takes the GEMM's own integer dtype, into an int8-only position qint8."""
+        op, (positions, _) = self.op(node), self.int8_only(node)
+        gemm = node.kind in GEMM_KINDS and node.kind.value not in self.device.float16_kinds
+        for i, producer in enumerate(node.inputs):
+            if QDtype.float16 not in self.given(producer) or self.asked(node, i) or not (gemm or i in positions):
+                continue
+            if op is None:
+                raise ConfigError(
+                    f"On {self.device.march} {node.name} ({node.kind}) takes int8 input only, but got float16 from "
+                    f"{self.graph.source(producer)[0]}. Use qint8 or qint16 there."
+                )
+            narrow = i in positions or (op.weight == QDtype.qint16 and not self.dual(node))
+            dtype = QDtype.qint8 if narrow or op.output == QDtype.qint8 else QDtype.qint16
+            self.ask(node, i, dtype, f"reads fp16 from {self.graph.source(producer)[0]}: cast to {dtype} at its input")
+
+    def spare_matmul(self, node: OpNode, scores: Mapping[str, float], ranking: Sequence[str] | None) -> None:
+        """Take int16 from the surplus inputs of a matmul.
+
+        Positions are counted, not producers: of q @ q^T both inputs are q, and q loses it.
+        """
+        allowed = self.device.matmul_int16_inputs
+        wide = [i for i, dtypes in enumerate(self.arriving(node)) if QDtype.qint16 in dtypes]
+        if ranking is None:
+            wide.sort(key=lambda i: (-self._score(node, i, scores), self._first(node, i)))
+        else:  # an unranked first producer loses even to an unranked second one
+            rank = {name: float(k) for k, name in reversed(list(enumerate(ranking)))}
+            wide.sort(key=lambda i: (min(self._ranks(node, i, rank)), -self._first(node, i)))
+        many = "no int16 input" if not allowed else f"{allowed} int16 input only"
+        for i in wide[allowed:]:
+            if self.asked(node, i) is not None:
+                self.ask(node, i, QDtype.qint8, f"{node.name} takes {many}: input {i} is cast to qint8")
+            else:
+                for source in self.graph.source(node.inputs[i]):
+                    self.lower(source, f"{node.name} takes {many}")
+
+    def _first(self, node: OpNode, position: int) -> int:
+        return min(self.place[s] for s in self.graph.source(node.inputs[position]))
+
+    def _score(self, node: OpNode, position: int, scores: Mapping[str, float]) -> float:
+        return max(scores.get(self.owner(s), 0.0) for s in self.graph.source(node.inputs[position]))
+
+    def _ranks(self, node: OpNode, position: int, rank: Mapping[str, float]) -> list[float]:
+        return [rank.get(self.owner(s), math.inf) for s in self.graph.source(node.inputs[position])]
+
+    def multiplied(self, node: OpNode) -> list[QDtype]:
+        """Dtypes of the two tensors that a GEMM multiplies; fewer where they are not known."""
+        op, arriving = self.op(node), self.arriving(node)
+        if op is None or node.kind not in GEMM_KINDS or not arriving:
+            return []
+        if node.kind in WEIGHTED_KINDS and node.weight is not None:
+            return [max(arriving[0], key=lambda d: d.rank), op.weight or QDtype.qint8] if arriving[0] else []
+        return [max(at, key=lambda d: d.rank) for at in arriving[:2] if at]
+
+    def dual(self, node: OpNode) -> bool:
+        """True where the device multiplies int16 by int16 for this operator."""
+        if node.kind == OpKind.matmul:
+            return self.device.matmul_int16_inputs > 1
+        return self.device.dual_int16 and function_of(node) in self.device.dual_int16_ops
+
+    def bound_accumulator(self, node: OpNode) -> None:
+        op = self.op(node)
+        if op is None or op.output is not None or self.device.dual_high_precision or not self.dual(node):
+            return
+        if self.multiplied(node) == [QDtype.qint16] * 2:
+            reason = "int16 x int16 has no high-precision output: qint16"
+            self.change(node.name, reason, output=QDtype.qint16, observer=None if op.observer == "kl" else op.observer)
+
+    def drop_equal_inputs(self) -> None:
+        for node in self.graph.quantized:
+            op = self.ops[node.name]
+            if op.input:
+                calls = [n for n in self.graph.nodes if n.quantizer == node.quantizer]
+                kept = tuple(
+                    None if all({a} == set(self.given(c.inputs[i])) for c in calls if i < len(c.inputs)) else a
+                    for i, a in enumerate(op.input)
+                )
+                self.ops[node.name] = replace(op, input=kept if any(kept) else None)
+
+    def refuse(self, node: OpNode) -> None:
+        """Raise ConfigError for what no fallback cures."""
+        op, rules = self.op(node), self.device
+        assert op is not None
+        inputs = [dtype for at in self.arriving(node) for dtype in at]
+        if self.multiplied(node) == [QDtype.qint16] * 2 and not self.dual(node):
             raise ConfigError(
                 f"{rules.march} under OpenExplorer {rules.oe_version} has no int16 x int16, but got int16 weight and "
                 f"int16 input for {node.name}. Keep the weight at qint8, or its producer's output at qint8."
             )
-        if QDtype.float32 in (op.output, op.weight):
+        if QDtype.float32 in (op.output, op.weight, *(op.input or ())):
             raise ConfigError(
                 f"{rules.march} computes in qint8, qint16 and some float16, but got float32 for {node.name}."
             )
-        floats = QDtype.float16 in (op.output, op.weight) and node.kind.value not in rules.float16_kinds
-        if floats or (QDtype.float16 in inputs and node.kind in GEMM_KINDS):
-            where = "GEMM engine has no float path" if node.kind in GEMM_KINDS else "vector unit does not run it"
+        if op.output is None and self.owner(node.name) not in self.graph.high_precision:
+            raise ConfigError(
+                f"A high-precision output is for a GEMM whose result leaves the model, but got one for {node.name} "
+                f"({node.kind}). Use qint16."
+            )
+        gemm = node.kind in GEMM_KINDS
+        able = node.kind.value in rules.float16_kinds or node.kind == OpKind.constant
+        floats = QDtype.float16 in (op.output, op.weight) and not able
+        if floats or (QDtype.float16 in inputs and gemm and not able):
+            where = "GEMM engine has no float path" if gemm else "vector unit does not run it"
             what = "fp16 output" if floats else "fp16 input"
             raise ConfigError(
                 f"fp16 on {rules.march} is for {', '.join(rules.float16_kinds) or 'no operator'}, but got {what} for "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from qflow.core.errors import ConfigError
+
 
 class QDtype(str, Enum):
     """A precision by the plugin's own name, so that a plain string compares equal to it.
@@ -18,6 +20,16 @@ class QDtype(str, Enum):
 
     def __str__(self) -> str:
         return self.value
+
+    @classmethod
+    def parse(cls, value: object, where: str) -> QDtype:
+        """A dtype by its name; torch and plugin dtypes of that name too. Raises ConfigError starting with `where`."""
+        text = str(value).removeprefix("torch.")
+        try:
+            return cls(text)
+        except ValueError:
+            known = ", ".join(d.value for d in cls)
+            raise ConfigError(f"{where} is one of {known}, but got {text!r}.") from None
 
     @property
     def bits(self) -> int:

@@ -21,7 +21,8 @@ class OpQConfig:
     output: QDtype | None
     weight: QDtype | None = None
     input: tuple[QDtype | None, ...] | None = None
-    """Dtype by input position where it differs from what the producer gives; None takes the producer's."""
+    """Dtype by input position where it differs from what the producer gives; None takes the producer's. In what a
+    setter gives, a single entry holds for every position; `resolve` writes it out."""
     observer: str | None = None
     """Calibration method of this output; None takes the trial's."""
     fixed_scale: float | None = None
@@ -41,7 +42,7 @@ class OpQConfig:
         """What changes numbers; rules and reasons do not."""
         dtypes = (self.output and self.output.value, self.weight and self.weight.value)
         more = (
-            self.input and tuple(str(d or "") for d in self.input),
+            tuple(str(d or "") for d in self.input) if self.input else None,
             self.observer,
             self.known_range,
             self.frozen or None,

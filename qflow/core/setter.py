@@ -3,68 +3,129 @@
 The plugin's order (most specific first, template last) and its words are kept. One difference is on purpose:
 the int16 ratio counts operators that can be promoted, not table rows, so ratio 1.0 is exactly all-int16 and
 no quota is spent on weight rows or on operators that the device would put back to int8.
+
+A rule may answer in part (an `Overlay`: only the observer, only the weight); what it leaves open is answered by
+the next rules, and the earlier one is laid over it. Constants follow the operators that read them unless they are
+named. Last, stated ranges are carried on to what follows from them (known_range.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
-from qflow.core.graph import ModelGraph, OpNode
+from qflow.core.graph import WEIGHTED_KINDS, ModelGraph, OpKind, OpNode
+from qflow.core.known_range import Bounds, KnownRange, follow, shared_ranges
+from qflow.core.op_spec import check_op, inputs_by_position, parse_op, parse_range
 from qflow.core.qconfig import OpQConfig, QConfig
 
 
-class Setter(Protocol):
-    """Answers for one operator, or leaves it to the next setter."""
+@dataclass(frozen=True)
+class Overlay:
+    """Fields of an operator's qconfig that a rule decides without deciding its output dtype."""
 
-    def __call__(self, node: OpNode, graph: ModelGraph) -> OpQConfig | None:
-        """The operator's qconfig, or None."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    rule: str = ""
+
+    def over(self, op: OpQConfig) -> OpQConfig:
+        """`op` with the changes; what the operator cannot take (a weight it has not, kl for int16) is left out."""
+        changes = dict(self.changes)
+        if op.weight is None:
+            changes.pop("weight", None)
+        if changes.get("observer") == "kl" and op.output == QDtype.qint16:
+            del changes["observer"]
+        if "fixed_scale" in changes or "known_range" in changes:
+            changes = {"fixed_scale": None, "known_range": None, **changes}
+        return replace(op, **changes, rule=f"{op.rule}; {self.rule}")
+
+
+Answer = OpQConfig | Overlay | None
+
+
+class Setter(Protocol):
+    """Answers for one operator, or leaves it to the next setter. A `check(graph)`, where it exists, is asked first."""
+
+    def __call__(self, node: OpNode, graph: ModelGraph) -> Answer:
+        """The operator's qconfig, a part of it, or None."""
         ...
+
+
+def first_answer(answers: Iterable[Answer]) -> Answer:
+    """The first whole answer with the parts that came before it laid over, the earliest on top; None if none came."""
+    parts: list[Overlay] = []
+    for answer in answers:
+        if isinstance(answer, OpQConfig):
+            for part in reversed(parts):
+                answer = part.over(answer)
+            return answer
+        if answer is not None:
+            parts.append(answer)
+    merged = {key: value for part in reversed(parts) for key, value in part.changes.items()}
+    return Overlay(merged, "; ".join(part.rule for part in parts)) if parts else None
 
 
 @dataclass(frozen=True)
 class ModuleNameSetter:
-    """Explicit operator or module names -> output dtype: `qint16`, with the weight's `qint8/qint16`, or with a
-    fixed scale `qint8@0.05`.
+    """Explicit operator or module names -> what to set, in any form of op_spec.py: `qint16`, `qint8/qint16`,
+    `qint8@0.05`, `qint16@0..200`, a mapping, or an OpQConfig.
 
-    A name that is a prefix (`backbone.stem`) configures the whole subtree, as the plugin's setter does.
+    A name that is a prefix (`backbone.stem`) configures the whole subtree, as the plugin's setter does; of two names
+    that cover an operator the first wins.
     """
 
-    dtypes: Mapping[str, str]
+    dtypes: Mapping[str, str | Mapping[str, Any] | OpQConfig]
 
-    def __call__(self, node: OpNode, graph: ModelGraph) -> OpQConfig | None:
-        for name, value in self.dtypes.items():
-            if _covers(name, node.name):
-                output, _, weight = value.partition("/")
-                output, _, scale = output.partition("@")
-                return OpQConfig(
-                    output=_dtype(output, name),
-                    fixed_scale=_scale(scale, name) if scale else None,
-                    weight=(_dtype(weight, name) if weight else QDtype.qint8) if node.weight else None,
-                    rule=f"module name {name}",
-                )
-        return None
+    @cached_property
+    def fields(self) -> dict[str, dict[str, Any]]:
+        """Parsed settings by name. Raises ConfigError."""
+        return {name: parse_op(value, f"qconfig[{name}]") for name, value in self.dtypes.items()}
+
+    def __call__(self, node: OpNode, graph: ModelGraph) -> Answer:
+        return first_answer(self._one(name, f, node) for name, f in self.fields.items() if covers(name, node.name))
+
+    def _one(self, name: str, fields: Mapping[str, Any], node: OpNode) -> Answer:
+        rule = f"module name {name}"
+        if "output" not in fields:
+            return Overlay(fields, f"{rule}: {', '.join(fields)}")
+        weight = (fields.get("weight") or QDtype.qint8) if node.weight else None
+        return OpQConfig(**{**fields, "weight": weight}, rule=rule)
 
     def check(self, graph: ModelGraph) -> None:
         """Refuse a name that no operator answers to: a setting that silently does nothing is the usual trap."""
-        for name in self.dtypes:
-            if not any(_covers(name, node.name) for node in graph.quantized):
-                close = [n.name for n in graph.quantized if name.split(".")[-1] in n.name][:3]
+        for name, value in self.dtypes.items():
+            covered = [node for node in graph.quantized if covers(name, node.name)]
+            if not covered:
                 raise ConfigError(
                     f"A module name must be an operator with a quantizer, or a module of the model, but got {name}. "
-                    f"Use one of the names in the model check"
-                    + (f", for example {', '.join(close)}." if close else ".")
+                    f"{_way_out(name, graph)}"
+                )
+            weight = self.fields[name].get("weight")
+            if weight and not isinstance(value, OpQConfig) and not any(node.weight for node in covered):
+                raise ConfigError(
+                    f"A weight dtype is for an operator with a weight, but got {weight} for {name} "
+                    f"({covered[0].kind}). Remove it."
                 )
 
 
-def _covers(name: str, op_name: str) -> bool:
+def covers(name: str, op_name: str) -> bool:
     """True where the setter key `name` covers the operator `op_name`."""
     return op_name == name or op_name.startswith((f"{name}.", f"{name}[", f"{name}("))
+
+
+def _way_out(name: str, graph: ModelGraph) -> str:
+    for node in graph.nodes:
+        if name in node.fused:
+            return f"It is fused into {node.name}: name that one."
+        if node.name == name:
+            owner = next((n.name for n in graph.quantized if n.quantizer == node.quantizer), None)
+            return f"It shares the quantizer of {owner}." if owner else "It keeps the precision of what it reads."
+    close = [n.name for n in graph.quantized if name.split(".")[-1] in n.name][:3]
+    return "Use one of the names in the model check" + (f", for example {', '.join(close)}." if close else ".")
 
 
 @dataclass(frozen=True)
@@ -98,9 +159,7 @@ class SensitiveSetter:
     def chosen(self) -> tuple[str, ...]:
         """Promoted operators, most sensitive first."""
         ranked = sorted(self.candidates, key=lambda name: -self.scores.get(name, -math.inf))  # stable: graph order
-        # A ratio computed as k/n must give back k: take off the rounding error before rounding up.
-        count = math.ceil(round(self.ratio * len(self.candidates), 9))
-        return tuple(ranked[:count])
+        return tuple(ranked[: share_of(self.ratio, len(self.candidates))])
 
     def __call__(self, node: OpNode, graph: ModelGraph) -> OpQConfig | None:
         chosen = self.chosen
@@ -112,6 +171,17 @@ class SensitiveSetter:
             weight=QDtype.qint8 if node.weight else None,
             rule=f"sensitive {self.ratio:.3g}: rank {rank} of {len(self.candidates)}",
         )
+
+
+def share_of(ratio: float, total: int) -> int:
+    """How many of `total` a ratio takes, rounded up; a ratio computed as k/n gives back k."""
+    return math.ceil(round(ratio * total, 9))
+
+
+def ratio_candidates(graph: ModelGraph, all_int16: QConfig) -> tuple[str, ...]:
+    """What an int16 ratio counts: operators that keep int16 on the device, constants apart (they follow)."""
+    wide = all_int16.names(QDtype.qint16)
+    return tuple(name for name in wide if graph.by_name[name].kind != OpKind.constant)
 
 
 @dataclass(frozen=True)
@@ -126,36 +196,86 @@ class TemplateSetter:
         )
 
 
-def resolve(graph: ModelGraph, setters: Sequence[Setter], march: str) -> QConfig:
+def resolve(
+    graph: ModelGraph,
+    setters: Setter | Sequence[Setter],
+    march: str,
+    ranges: Mapping[str, Bounds] | None = None,
+    propagate: bool = True,
+) -> QConfig:
     """Ask the setters in order for every operator that owns a quantizer.
 
-    Raises ConfigError if no setter answers for an operator: end the list with a TemplateSetter.
+    `ranges` are known ranges (low, high) by operator, beside those that setters give; with `propagate` they are
+    carried on to all operators whose range follows. Raises ConfigError if no setter answers for an operator: end
+    the list with a TemplateSetter.
     """
+    rules = setters if isinstance(setters, Sequence) else (setters,)
+    for setter in rules:
+        if check := getattr(setter, "check", None):
+            check(graph)
     ops: dict[str, OpQConfig] = {}
-    for setter in setters:
-        if isinstance(setter, ModuleNameSetter):
-            setter.check(graph)
-    for node in graph.quantized:
-        answer = next((a for s in setters if (a := s(node, graph)) is not None), None)
-        if answer is None:
+    for node in sorted(graph.quantized, key=lambda n: n.kind == OpKind.constant):  # readers before what they read
+        answer = first_answer(s(node, graph) for s in rules if node.kind != OpKind.constant or _names(s))
+        if node.kind == OpKind.constant and not isinstance(answer, OpQConfig):
+            base = _constant(node, graph, ops) or first_answer(s(node, graph) for s in rules)
+            answer = answer.over(base) if answer and isinstance(base, OpQConfig) else base
+        if not isinstance(answer, OpQConfig):
             raise ConfigError(f"Every operator needs a qconfig, but no setter answers for {node.name}. Add a template.")
-        ops[node.name] = answer
-    return QConfig(march=march, ops=ops)
+        op = replace(answer, input=inputs_by_position(answer, node))
+        check_op({"output": op.output, "observer": op.observer}, node.name)
+        ops[node.name] = op
+    pinned = _pinned(graph, ops, ranges or {}, propagate)
+    return QConfig(march=march, ops={node.name: pinned[node.name] for node in graph.quantized})
 
 
-def _dtype(text: str, name: str) -> QDtype:
-    try:
-        return QDtype(text)
-    except ValueError:
-        known = ", ".join(d.value for d in QDtype)
-        raise ConfigError(f"A dtype is one of {known}, but got {text!r} for {name}.") from None
+def _names(setter: Setter) -> bool:
+    return isinstance(setter, ModuleNameSetter)
 
 
-def _scale(text: str, name: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0.0 < value < math.inf:
-        raise ConfigError(f"A fixed scale is a number above 0, but got {text!r} for {name}. Write qint8@0.05.")
-    return value
+def _constant(node: OpNode, graph: ModelGraph, ops: Mapping[str, OpQConfig]) -> OpQConfig | None:
+    """The widest output dtype of the operators that read a constant (the plugin's ConstTensorQuantTemplate).
+
+    qint8 where it is a weight, or where the reader's output is high precision.
+    """
+    owners = {n.quantizer: n.name for n in graph.quantized}
+    found: list[tuple[QDtype, OpNode]] = []
+    stack, seen = [node], {node.name}
+    while stack:
+        source = stack.pop()
+        for reader in (graph.by_name[name] for name in graph.consumers[source.name]):
+            if reader.quantizer is None and reader.name not in seen:
+                seen.add(reader.name)
+                stack.append(reader)
+            elif reader.quantizer is not None and owners[reader.quantizer] in ops:
+                weight = reader.kind in WEIGHTED_KINDS and source.name not in reader.inputs[:1]
+                dtype = QDtype.qint8 if weight else ops[owners[reader.quantizer]].output or QDtype.qint8
+                found.append((dtype, reader))
+    if not found:
+        return None
+    dtype, reader = max(found, key=lambda pair: pair[0].rank)
+    of = ops[owners[reader.quantizer]]
+    return OpQConfig(output=dtype, observer=of.observer, frozen=of.frozen, rule=f"constant follows {reader.name}")
+
+
+def _pinned(
+    graph: ModelGraph, ops: dict[str, OpQConfig], ranges: Mapping[str, Bounds], propagate: bool
+) -> dict[str, OpQConfig]:
+    """`ops` with the known ranges of `ranges`, and of what follows from these and from the ranges in `ops`."""
+    unknown = [name for name in ranges if name not in ops]
+    if unknown:
+        raise ConfigError(f"A known range is for an operator, but got {unknown[0]}. {_way_out(unknown[0], graph)}")
+    stated = {name: parse_range(value, f"ranges[{name}]") for name, value in ranges.items()}
+    stated |= {name: op.known_range for name, op in ops.items() if op.known_range is not None}
+    if not stated:
+        return ops
+    known = {name: KnownRange(*bounds, (name,)) for name, bounds in stated.items()}
+    if propagate:
+        known = shared_ranges(graph, follow(graph, stated))
+    done = dict(ops)
+    for name, found in known.items():
+        op = ops[name]
+        free = op.fixed_scale is None and op.known_range is None
+        if free and found.origins and (found.low or found.high) and op.output and op.output.is_integer:
+            why = "is given" if found.origins == (name,) else f"follows from {', '.join(found.origins)}"
+            done[name] = replace(op, known_range=(found.low, found.high), rule=f"{op.rule}; range {found} {why}")
+    return done

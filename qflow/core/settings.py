@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 
-METHODS = ("minmax", "percentile", "mse", "kl", "mix")
+METHODS = ("minmax", "percentile", "mse", "kl", "mix", "clip", "clip_std")
+RULES = ("gemm_int8", "gemm_to_layer_norm_int16", "gemm_to_softmax_int16", "gemm_to_grid_int16")
 COMPARISONS = ("Cosine", "MSE", "L1", "KL", "SQNR", "Atol")
 
 
@@ -24,6 +26,13 @@ class CalibrationSettings:
     """Moving average of batch maxima for minmax (the plugin's 0.01); null takes the largest value of all."""
     int16_margin: float = 1.25
     divisor: str = "guide"
+    clip_min: float = -1.0
+    """Method clip: the range that the values are cut to."""
+    clip_max: float = 1.0
+    std_scale: float = 3.0
+    """Method clip_std: how many standard deviations around the mean are kept."""
+    sampling: int = 7
+    """Every n-th value enters the histogram; 1 takes all. Smallest and largest are always exact."""
 
     def __post_init__(self) -> None:
         _one_of("calibration.method", self.method, METHODS)
@@ -34,24 +43,45 @@ class CalibrationSettings:
         _within("calibration.int16_margin", self.int16_margin, 1.0, 8.0)
         if self.averaging_constant is not None:
             _within("calibration.averaging_constant", self.averaging_constant, 1e-6, 1.0)
+        if not -math.inf < self.clip_min < self.clip_max < math.inf:
+            raise ConfigError(
+                f"calibration.clip_min lies below clip_max, both finite, but got {self.clip_min:g} and "
+                f"{self.clip_max:g}."
+            )
+        _within("calibration.std_scale", self.std_scale, 0.1, 100.0)
+        _within("calibration.sampling", self.sampling, 1, 1024)
 
 
 @dataclass(frozen=True, kw_only=True)
 class QConfigSettings:
-    """Which operators get which precision: names first, then the sensitive share, then the template."""
+    """Which operators get which precision: names first, then the sensitive share, templates, the rest."""
 
     template: str = "qint8"
+    """Output dtype of every operator that nothing else decides."""
     int16_ratio: float = 0.0
-    modules: Mapping[str, str] = field(default_factory=dict)
-    """Operator or module name -> `qint16`, with the weight `qint8/qint16`, or a fixed scale `qint8@0.05`; wins."""
+    modules: Mapping[str, Any] = field(default_factory=dict)
+    """Operator or module name -> what to set, in the forms of core/op_spec.py: `qint16`, `qint8/qint16` with the
+    weight, a fixed scale `qint8@0.05`, a known range `qint16@0..200`, or a mapping; wins."""
+    sensitive_type: str = "activation"
+    """What the ratio promotes: `activation` (outputs), `weight` or `both`."""
+    counting: str = "operators"
+    """What the ratio counts: `operators` that can be promoted, or the `rows` of the table as the plugin does."""
+    rules: Sequence[str] = field(default_factory=list)
+    """Templates before the last one (core/template.py): `gemm_to_grid_int16`, `gemm_to_softmax_int16`, ..."""
+    propagate_ranges: bool = True
+    """Carry known ranges on to every operator whose range follows from them (core/known_range.py)."""
 
     def __post_init__(self) -> None:
+        from qflow.core.op_spec import parse_op  # it reads METHODS from here
+
         _one_of("qconfig.template", self.template, ("qint8", "qint16"))
         _within("qconfig.int16_ratio", self.int16_ratio, 0.0, 1.0)
-        known = tuple(d.value for d in QDtype)
+        _one_of("qconfig.sensitive_type", self.sensitive_type, ("activation", "weight", "both"))
+        _one_of("qconfig.counting", self.counting, ("operators", "rows"))
+        for rule in self.rules:
+            _one_of("qconfig.rules", rule, RULES)
         for name, value in self.modules.items():
-            for part in str(value).split("/"):
-                _one_of(f"qconfig.modules.{name}", part.partition("@")[0], known)
+            parse_op(value, f"qconfig.modules.{name}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,17 @@ CHANNEL_ALIGN = 16
 UNVALIDATED = frozenset({OpKind.softmax, OpKind.grid_sample, OpKind.order})
 # What the networks of the public rows are made of; with other operators the family is unseen.
 VALIDATED = frozenset(
-    {OpKind.input, OpKind.conv, OpKind.linear, OpKind.relu, OpKind.lut, OpKind.add, OpKind.mul, OpKind.concat}
+    {
+        OpKind.input,
+        OpKind.constant,
+        OpKind.conv,
+        OpKind.linear,
+        OpKind.relu,
+        OpKind.lut,
+        OpKind.add,
+        OpKind.mul,
+        OpKind.concat,
+    }
     | {OpKind.resize, OpKind.max_pool, OpKind.avg_pool, OpKind.move, OpKind.reduce, OpKind.norm}
 )
 
@@ -56,6 +66,8 @@ def features(graph: ModelGraph, qconfig: QConfig) -> tuple[OpFeatures, ...]:
         op = qconfig.ops[owners[node.quantizer]] if node.quantizer else None
         dtypes = [d for d in input_dtypes(graph, qconfig, node.name) if d != QDtype.float32]
         computed = max(dtypes, key=lambda d: d.rank, default=op.output if op and op.output else QDtype.qint8)
+        if op is not None and op.output == QDtype.float16:
+            computed = QDtype.float16
         counted = node.name not in near_softmax
         rows.append(
             OpFeatures(
@@ -70,12 +82,19 @@ def features(graph: ModelGraph, qconfig: QConfig) -> tuple[OpFeatures, ...]:
                 lut=node.elements if node.kind == OpKind.lut else 0,
                 softmax=node.elements if node.kind == OpKind.softmax else 0,
                 cast=_casts(node, graph, qconfig, owners, computed),
-                weight_bytes=node.attrs.get("weights", 0) * ((op.weight.bits // 8) if op and op.weight else 0),
+                weight_bytes=_stored_bytes(node, op),
                 float_out=node.elements if node.name in leaving else 0,
                 elements=node.elements,
             )
         )
     return tuple(rows)
+
+
+def _stored_bytes(node: OpNode, op: OpQConfig | None) -> int:
+    """Bytes that are part of the model: weights, and constants at the dtype they are read in."""
+    if node.kind == OpKind.constant and op and op.output:
+        return node.elements * op.output.bits // 8
+    return node.attrs.get("weights", 0) * ((op.weight.bits // 8) if op and op.weight else 0)
 
 
 def _padded(channels: int) -> int:
@@ -136,12 +155,18 @@ def _nearest_matmuls(
 
 
 def _casts(node: OpNode, graph: ModelGraph, qconfig: QConfig, owners: dict[str | None, str], to: QDtype) -> int:
-    """Elements of inputs that must change dtype because another input of this operator is wider."""
-    if node.kind in TRANSPARENT_KINDS or node.kind == OpKind.matmul or len(node.inputs) < 2:
+    """Elements of inputs that must change dtype: because another input is wider, because the operator asks for it,
+    or at the border between integers and fp16.
+    """
+    if node.kind in TRANSPARENT_KINDS:
         return 0
+    op = qconfig.ops[owners[node.quantizer]] if node.quantizer else None
     total = 0
-    for producer in node.inputs:
+    for position, producer in enumerate(node.inputs):
         held = {qconfig.ops[owners[graph.by_name[s].quantizer]].output for s in graph.source(producer)}
-        if any(d is not None and d != to for d in held):
+        asked = op.input[position] if op and op.input and position < len(op.input) else None
+        several = len(node.inputs) > 1 and node.kind != OpKind.matmul and any(d not in (None, to) for d in held)
+        border = any(d is not None and (d == QDtype.float16) != (to == QDtype.float16) for d in held)
+        if border or several or (asked is not None and any(d != asked for d in held)):
             total += graph.by_name[producer].elements
     return total

@@ -161,7 +161,7 @@ def predict(graph: ModelGraph, qconfig: QConfig, model: CostModel) -> CostReport
 
 
 def _refusal(rows: tuple[OpFeatures, ...]) -> str:
-    foreign = [r.name for r in rows if r.kind == OpKind.other]
+    foreign = [r.name for r in rows if r.kind in (OpKind.other, OpKind.skipped)]
     if foreign:
         return f"no price for {', '.join(foreign[:3])}: the latency is a lower bound; compare two qconfigs only"
     work = sum(r.elements for r in rows)

@@ -19,8 +19,17 @@ Every method of the plugin (observer_v2) is solved from them afterwards, as a th
 The scale follows as T / -qmin (guide: 0.0078 x 128 = 0.9984), or T / 127.5 with divisor "plugin". int16 clips sooner
 than it rounds badly, so it takes the largest |x| x int16_margin, unless the operator itself asks for a method.
 
-Only every `sampling`-th value enters bins and moments; smallest and largest are always those of all values.
-{errors}
+Only every `sampling`-th value enters bins and moments, but never fewer than 65536 of a batch; smallest and largest
+are always those of all values. Measured against all stored values (ResNet-20, MobileNetV2, U-Net; 8 batches of 8 to
+32 pictures, 95 quantizers; median / 90th percentile / worst):
+
+    sampling                                     1                    7
+    percentile 99.99, threshold off by   0.04 / 0.15 / 2 %    0.25 / 1.7 / 6 %
+    clip_std, threshold off by           0                    0.03 / 0.3 / 0.6 %
+    mse, error above the least           0 / 0.2 / 2 %        0 / 1.4 / 6 %
+    mix, error above sampling 1                               0 / 0.9 / 8 %
+    kl, threshold off from sampling 1                         0.05 / 8 / 15 %      (a flat minimum)
+    the pass costs, in float passes      1.8 to 2.3           1.3 to 1.6
 """
 
 from __future__ import annotations
@@ -32,26 +41,16 @@ import torch
 from torch import Tensor
 
 from qflow.core.dtype import QDtype
-from qflow.core.errors import ConfigError, DataError
-from qflow.core.settings import METHODS, CalibrationSettings
+from qflow.core.errors import DataError
+from qflow.core.op_spec import check_op
+from qflow.core.settings import CalibrationSettings
 
 BINS = 2048
 MIX_PERCENTILES = (99.9, 99.95, 99.99, 99.993, 99.995, 99.997, 99.999, 99.9995, 99.9999)
 KL_LEVELS = 128
 KL_WINDOW = 9
-WHOLE = 16384  # a batch keeps at least this many values: tails of small tensors are not thinned out
+WHOLE = 65536  # a batch keeps at least this many values: tails of small tensors are not thinned out
 TINY = 1e-30  # below this the bin width leaves float32: such a tensor counts as zero
-
-
-def check_observer(method: str, dtype: QDtype, name: str) -> None:
-    """Refuse a method that the operator `name` cannot take at `dtype`. Raises ConfigError."""
-    if method not in METHODS:
-        raise ConfigError(f"An observer is one of {', '.join(METHODS)}, but got {method!r} for {name}.")
-    if method == "kl" and dtype == QDtype.qint16:
-        raise ConfigError(
-            f"KL compares {BINS} bins with the dtype's levels and knows nothing at 32768 of them, but got kl with "
-            f"qint16 for {name}. Leave the observer out: int16 takes the largest value with a margin."
-        )
 
 
 @dataclass
@@ -103,12 +102,12 @@ class Histogram:
 
     def _count(self, x: Tensor) -> None:
         sample = self._sample(x).float().contiguous()  # the kernels below would each stride through memory again
-        weight = x.numel() / sample.numel()
-        exact = sample.double()
-        self.total += weight * float(exact.sum())
-        self.squares += weight * float(exact.dot(exact))
+        weight, width = x.numel() / sample.numel(), self.limit / BINS
+        scaled = sample.mul(1.0 / width)  # sums of squares stay far from overflow, whatever a mask holds
+        self.total += weight * width * float(scaled.sum())
+        self.squares += weight * width**2 * float(scaled.dot(scaled))
         # Rounding up gives zeros an index of their own; a value at the limit may round to one beyond the last.
-        index = sample.abs().mul_(BINS / self.limit).ceil_().clamp_(max=BINS).to(torch.int32)
+        index = scaled.abs_().ceil_().clamp_(max=BINS).to(torch.int32)
         counts = torch.bincount(index, minlength=BINS + 1).to("cpu", torch.float64).mul_(weight)
         self.zeros += float(counts[0])
         self.counts += counts[1:]
@@ -138,10 +137,9 @@ class Histogram:
     def threshold(self, dtype: QDtype, settings: CalibrationSettings, method: str | None = None) -> float:
         """The |x| that the largest code stands for, by `method`, the operator's own, or by `settings.method`.
 
-        int16 takes minmax with margin unless `method` is given. Raises ConfigError for a method it cannot take.
+        int16 takes minmax with margin unless `method` is given. Raises ConfigError for kl at int16.
         """
-        if method is not None:
-            check_observer(method, dtype, "this operator")
+        check_op({"output": dtype, "observer": method}, "calibration")
         if self.largest == 0.0:
             return 0.0
         if dtype == QDtype.qint16 and method in (None, "minmax"):
@@ -160,6 +158,7 @@ class Histogram:
         if method == "clip_std":
             mean, reach = self.mean, settings.std_scale * self.std
             return self._clamped(low, high, mean - reach, mean + reach)
+        assert method == "minmax", method
         return max(-low, high)
 
     def scale(self, dtype: QDtype, settings: CalibrationSettings, method: str | None = None) -> float:

@@ -75,6 +75,8 @@ def tensors_in(structure: Any) -> list[Tensor]:
 
 def function_attrs(kind: OpKind, sources: Sequence[Tensor], args: Any, kwargs: Any) -> dict[str, int]:
     """Integers that a cost model needs from a functional: the inner dimension of a matmul, weights of F.conv2d."""
+    if kind in (OpKind.resize, OpKind.grid_sample):
+        return {"bicubic": 1} if "bicubic" in (*[a for a in args if isinstance(a, str)], kwargs.get("mode")) else {}
     if kind == OpKind.matmul and args and isinstance(args[0], str):
         return {"inner": _contracted(args[0], sources)}
     if kind == OpKind.matmul and len(sources) > 1:
@@ -120,6 +122,8 @@ def module_attrs(module: nn.Module, sources: Sequence[Tensor]) -> dict[str, int]
         if module.transposed:  # each input position meets the whole kernel
             attrs["positions"] = sources[0].numel() // module.in_channels
         return attrs
+    if isinstance(module, nn.Upsample) and module.mode == "bicubic":
+        return {"bicubic": 1}
     if isinstance(module, nn.Linear):
         return weight_attrs(tuple(module.weight.shape), 1, transposed=False)
     return {}

@@ -233,6 +233,8 @@ def _operands(kind: OpKind, name: str, args: Any, kwargs: Any) -> tuple[float | 
         values = [values[0], values[1] if low is None else low, values[2] if high is None else high]
     elif len(values) < 2 and "other" in kwargs:
         values.append(kwargs["other"])
+    if kwargs.get("alpha", 1) != 1 or kwargs.get("rounding_mode"):
+        values.append(None)  # one operand more than the function has: its result is not the plain one
     return tuple(float(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else None for v in values)
 
 

@@ -15,7 +15,12 @@ ops = st.builds(
     OpQConfig,
     output=st.none() | dtypes,
     weight=st.none() | dtypes,
+    input=st.none() | st.lists(st.none() | dtypes, min_size=1, max_size=3).map(tuple),
+    observer=st.none() | st.sampled_from(["mse", "minmax"]),
     fixed_scale=st.none() | st.floats(1e-6, 1e6),
+    known_range=st.none() | st.tuples(st.floats(-9, 0), st.floats(1, 9)),
+    frozen=st.booleans(),
+    weight_axis=st.none() | st.integers(-1, 3),
     rule=st.text(max_size=9),
     fallback=st.text(max_size=9),
 )

@@ -7,7 +7,6 @@ import torch
 from torch.utils._pytree import tree_map
 from zoo import NAMES, Masked, build
 
-from qflow.core.device import apply_rules
 from qflow.core.dtype import QDtype
 from qflow.core.setter import HighPrecisionOutput, TemplateSetter, resolve
 from qflow.core.settings import CalibrationSettings

@@ -1,0 +1,130 @@
+"""The plugin's templates as rules over the fused graph (reference, section 2.5), and the setters of a trial.
+
+A template decides the output dtype only. `TemplateQconfigSetter` runs several in order, the first that answers wins,
+with everything else (observer, weight dtype, frozen scale) from its default qconfig, which also answers last.
+The all-int8, all-int16 and high-precision templates are TemplateSetter and HighPrecisionOutput (setter.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from qflow.core.dtype import QDtype
+from qflow.core.errors import ConfigError
+from qflow.core.graph import HIGH_PRECISION_KINDS, ModelGraph, OpKind, OpNode
+from qflow.core.qconfig import OpQConfig
+from qflow.core.sensitive import TableRow, TableSetter
+from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, SensitiveSetter, Setter, TemplateSetter
+from qflow.core.settings import QConfigSettings
+
+
+@dataclass(frozen=True)
+class GemmInt8:
+    """Outputs of GEMMs are int8: conv, linear, matmul (neither Conv1d nor transposed, as in 3.0.x)."""
+
+    def __call__(self, node: OpNode, graph: ModelGraph) -> OpQConfig | None:
+        return _output(node, QDtype.qint8, "template GEMM int8") if is_gemm(node) else None
+
+
+@dataclass(frozen=True)
+class UpToGemm:
+    """From the input of `target` (all its inputs, or `position`) upstream to the first GEMM, that one included: int16.
+
+    Every branch is followed, through concat too; a branch without a GEMM ends at the model's input.
+    """
+
+    target: OpKind
+    position: int | None = None
+    name: str = ""
+
+    def __call__(self, node: OpNode, graph: ModelGraph) -> OpQConfig | None:
+        return _output(node, QDtype.qint16, f"template {self.name}") if self._feeds(node, graph) else None
+
+    def _feeds(self, node: OpNode, graph: ModelGraph) -> bool:
+        """True where a path leads from a call of `node` to the target with no GEMM between."""
+        stack = [n for n in graph.nodes if n.quantizer == node.quantizer]
+        seen = {n.name for n in stack}
+        while stack:
+            source = stack.pop()
+            for reader in (graph.by_name[name] for name in graph.consumers[source.name]):
+                read = (i for i, name in enumerate(reader.inputs) if name == source.name)
+                if reader.kind == self.target and (self.position is None or self.position in read):
+                    return True
+                if reader.name not in seen and not is_gemm(reader):
+                    seen.add(reader.name)
+                    stack.append(reader)
+        return False
+
+
+def is_gemm(node: OpNode) -> bool:
+    """The plugin's GEMM set (section 2.5)."""
+    return node.kind in HIGH_PRECISION_KINDS and not node.op_type.endswith("Conv1d")
+
+
+GEMM_TO_LAYER_NORM_INT16 = UpToGemm(OpKind.layer_norm, name="GEMM to layer norm int16")
+GEMM_TO_SOFTMAX_INT16 = UpToGemm(OpKind.softmax, name="GEMM to softmax int16")
+GEMM_TO_GRID_INT16 = UpToGemm(OpKind.grid_sample, 1, name="GEMM to grid int16")
+TEMPLATES: Mapping[str, Setter] = {
+    "gemm_int8": GemmInt8(),
+    "gemm_to_layer_norm_int16": GEMM_TO_LAYER_NORM_INT16,
+    "gemm_to_softmax_int16": GEMM_TO_SOFTMAX_INT16,
+    "gemm_to_grid_int16": GEMM_TO_GRID_INT16,
+}
+
+
+@dataclass(frozen=True)
+class TemplateQconfigSetter:
+    """`templates` in order over one default qconfig, which answers where none of them does."""
+
+    default_qconfig: OpQConfig
+    templates: Sequence[Callable[[OpNode, ModelGraph], OpQConfig | None]] = ()
+
+    def __call__(self, node: OpNode, graph: ModelGraph) -> OpQConfig | None:
+        default = self.default_qconfig
+        weight = (default.weight or QDtype.qint8) if node.weight else None
+        for template in self.templates:
+            answer = template(node, graph)
+            if answer is not None:
+                observer = None if default.observer == "kl" and answer.output == QDtype.qint16 else default.observer
+                return replace(default, output=answer.output, observer=observer, weight=weight, rule=answer.rule)
+        return replace(default, weight=weight, rule=default.rule or f"template default {default.output}")
+
+
+def trial_setters(
+    settings: QConfigSettings,
+    candidates: Sequence[str],
+    scores: Mapping[str, float],
+    rows: Sequence[TableRow] = (),
+) -> list[Setter]:
+    """The setters of one trial in order: names, the sensitive share, high-precision outputs, templates, the rest.
+
+    `candidates` are what the device lets be int16 (ratio_candidates), `scores` activation sensitivities; `rows`
+    (table_rows of the sensitivity table) are needed for weights and for counting rows. Raises ConfigError.
+    """
+    plain = settings.sensitive_type == "activation" and settings.counting == "operators"
+    if not plain and settings.int16_ratio > 0 and not rows:
+        raise ConfigError(
+            f"sensitive_type {settings.sensitive_type} with counting {settings.counting} needs a sensitivity table, "
+            "but got none. Rank first."
+        )
+    sensitive: Setter = SensitiveSetter(scores, candidates, settings.int16_ratio)
+    if not plain:
+        sensitive = TableSetter(
+            tuple(rows),
+            ratio=settings.int16_ratio,
+            sensitive_type=settings.sensitive_type,
+            counting=settings.counting,
+            candidates=candidates,
+        )
+    return [
+        ModuleNameSetter(settings.modules),
+        sensitive,  # before the high-precision outputs: these have weights to promote
+        HighPrecisionOutput(),
+        *(TEMPLATES[name] for name in settings.rules),
+        TemplateSetter(QDtype(settings.template)),
+    ]
+
+
+def _output(node: OpNode, dtype: QDtype, rule: str) -> OpQConfig:
+    return OpQConfig(output=dtype, weight=QDtype.qint8 if node.weight else None, rule=rule)

@@ -1,0 +1,88 @@
+"""Device files: the shipped ones, and a user's own through the library or through --config-dir."""
+
+import pytest
+
+from qflow import config as conf
+from qflow.config.device_file import device_names, load_cost, load_rules
+from qflow.core.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", device_names())
+def test_every_shipped_file_loads_as_hydra_composes_it(name):
+    from hydra import compose, initialize_config_dir
+
+    conf.register_schemas()
+    with initialize_config_dir(str(conf.conf_dir()), version_base="1.3"):
+        node = conf.plain(compose("tune", overrides=["+experiment=int8_int16", f"device={name}"]).device)
+    rules, cost = load_rules(name), load_cost(name)
+    assert {"march": rules.march, "oe_version": rules.oe_version} == {k: node[k] for k in ("march", "oe_version")}
+    assert all(getattr(rules, key) == value for key, value in node["rules"].items())
+    assert all(getattr(cost, key) == value for key, value in node["cost"].items())
+
+
+@pytest.mark.parametrize("march", ["nash-m", "nash-e"])
+def test_dual_int16_is_off_for_3_0_17_and_on_from_3_2(march):
+    old, new = load_rules(march), load_rules(f"{march}-oe32")
+    assert (old.oe_version, old.dual_int16, old.matmul_int16_inputs) == ("3.0.17", False, 1)
+    assert (new.oe_version, new.dual_int16, new.matmul_int16_inputs) == ("3.2.0", True, 2)
+    assert new.march == old.march == march
+    assert not new.dual_high_precision
+    assert old.int8_inputs == new.int8_inputs == {k: [0] for k in ("resize", "max_pool", "avg_pool", "grid_sample")}
+    assert old.float16_kinds[0] == "layer_norm"
+
+
+def test_a_users_file_may_start_from_a_shipped_one(tmp_path):
+    path = tmp_path / "my-board.yaml"
+    path.write_text("defaults: [nash-m, _self_]\nrules: {float16_kinds: []}\ncost: {clock_ghz: 1.2}\n")
+    rules = load_rules(path)
+    assert (rules.march, list(rules.float16_kinds)) == ("nash-m", [])
+    assert rules.int8_inputs == load_rules("nash-m").int8_inputs
+    assert load_cost(str(path)).clock_ghz == 1.2
+
+
+WHOLE = "march: mine\noe_version: 1.0.0\n"
+WRONG = {
+    "no such name": (None, "A device is one of nash-e, nash-e-oe32, nash-m, nash-m-oe32, or the path of a .yaml file"),
+    "unknown key": (
+        WHOLE + "rules: {int8_input: {}}",
+        "got device.rules.int8_input. Keys of device.rules: int8_inputs",
+    ),
+    "wrong type": (WHOLE + "rules: {matmul_int16_inputs: two}", "could not be converted to Integer"),
+    "unknown kind": (WHOLE + "rules: {int8_outputs: [rezise]}", "rules.int8_outputs takes operator kinds"),
+    "no march": ("oe_version: 1.0.0", "names its march, but got none"),
+    "no yaml": ("a: [", "A device file is YAML"),
+    "a list": ("- 1", "but got a list"),
+    "a circle": ("defaults: [device]", "a circle of defaults"),
+    "wrong default": ("defaults: [nash-x]", "but got nash-x"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_file_is_refused_in_one_line(case, tmp_path):
+    text, message = WRONG[case]
+    path = tmp_path / "device.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        load_rules(path)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_rules_alone_need_no_cost_and_a_cost_model_says_what_it_lacks(tmp_path):
+    path = tmp_path / "device.yaml"
+    path.write_text(WHOLE)
+    assert load_rules(path).march == "mine"
+    with pytest.raises(ConfigError, match="needs cost.clock_ghz, cost.fixed_ms"):
+        load_cost(path)
+
+
+def test_hydra_takes_a_users_device_from_a_folder_of_their_own(tmp_path, capsys):
+    (tmp_path / "device").mkdir()
+    (tmp_path / "device" / "my-board.yaml").write_text("defaults: [nash-m, _self_]\nrules: {matmul_int16_inputs: 0}\n")
+    seen = []
+    argv = ["--config-dir", str(tmp_path), "+experiment=int8_int16", "device=my-board", "hydra.run.dir=."]
+    with pytest.raises(SystemExit) as stop:
+        conf.run_door("tune", lambda config: seen.append(config.device) or 0, argv)
+    assert stop.value.code == 0
+    assert (seen[0].march, seen[0].rules.matmul_int16_inputs) == ("nash-m", 0)
