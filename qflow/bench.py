@@ -84,7 +84,7 @@ class Bench:
     hits: int = 0
 
     def __post_init__(self) -> None:
-        self._stats: dict[tuple[int, int], CalibrationStats] = {}
+        self._stats: dict[tuple[int, int, int], CalibrationStats] = {}
         self._done: dict[str, TrialResult] = {}
         self._prepared: QuantizedModel | None = None
         self._deploy: ModelGraph | None = None
@@ -153,12 +153,12 @@ class Bench:
 
         Raises DataError if the calibration set holds fewer samples.
         """
-        key = (settings.batch_size, settings.steps)
+        key = (settings.batch_size, settings.steps, settings.sampling)
         if key not in self._stats:
             self.require_samples(settings.batch_size, settings.steps)
             stream = batches(self.task, "calibration", settings.batch_size, settings.steps)
             self._stats[key] = collect(
-                self.prepared, ((model_inputs(self.task, b), size) for b, size in stream), progress
+                self.prepared, ((model_inputs(self.task, b), size) for b, size in stream), progress, settings.sampling
             )
         return self._stats[key]
 

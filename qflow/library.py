@@ -110,7 +110,7 @@ def calibrate(
             yield inputs, _size(inputs)
 
     set_fake_quantize(prepared, FakeQuantState.FLOAT)
-    prepared.stats = collect(prepared, batches())
+    prepared.stats = collect(prepared, batches(), sampling=prepared.settings.sampling)
     _set_scales(prepared)
     set_fake_quantize(prepared, FakeQuantState.VALIDATION)
     return prepared.findings
@@ -123,7 +123,7 @@ def set_fake_quantize(prepared: Prepared, state: FakeQuantState) -> None:
         prepared.stats = CalibrationStats(gathered.histograms, 0, 0, gathered.calls, gathered.weights)
         _set_scales(prepared)
     if state == FakeQuantState.CALIBRATION:
-        prepared._collect = Collected()
+        prepared._collect = Collected(prepared.settings.sampling)
     elif state == FakeQuantState.VALIDATION and prepared.stats is None:
         raise ModelError("Quantizers need scales, but got an uncalibrated model. Call qflow.calibrate first.")
     for quantizer in prepared._keys().values():

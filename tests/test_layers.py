@@ -22,7 +22,14 @@ HOMES = {
     "mlflow": {"tracking"},
     "optuna": {"search"},
     "hydra": {"config"},
-    "omegaconf": {"config", "session", "tune", "promote", "check", "workflows"},  # the others name the type DictConfig only
+    "omegaconf": {
+        "config",
+        "session",
+        "tune",
+        "promote",
+        "check",
+        "workflows",
+    },  # the others name the type DictConfig only
 }
 TORCH_FREE = ("core", "cost", "search", "tracking")
 

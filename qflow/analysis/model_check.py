@@ -74,7 +74,7 @@ def _observer(op: OpQConfig, method: str) -> str:
         return ""
     if op.pinned_scale() is not None:
         return "fixed scale"
-    return op.observer or ("minmax" if op.output == QDtype.qint16 else method)
+    return "minmax" if op.output == QDtype.qint16 else op.observer or method
 
 
 def fused_type(node: OpNode) -> str:

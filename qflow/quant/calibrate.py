@@ -37,13 +37,14 @@ def collect(
     prepared: QuantizedModel,
     batches: Iterable[tuple[Any, int]],
     on_step: Callable[[int], None] = lambda step: None,
+    sampling: int = CalibrationSettings.sampling,
 ) -> CalibrationStats:
     """Run the float model over `batches` of (model inputs, batch size) and gather all statistics in one pass.
 
-    Raises DataError for an empty calibration set or values that are not finite.
+    Raises DataError for an empty calibration set or NaN.
     """
     samples = steps = 0
-    with torch.no_grad(), prepared.collecting() as found:
+    with torch.no_grad(), prepared.collecting(sampling) as found:
         for inputs, size in batches:
             call_model(prepared, inputs)
             samples, steps = samples + size, steps + 1
@@ -79,7 +80,9 @@ def apply_scales(
                 why = "was not reached by" if histogram is None else "was always zero on"
                 findings.append(f"{node.name} {why} the calibration data: left unquantized, give it a fixed scale")
         else:
-            quantizer.set_scale(histogram.scale(quantizer.dtype, settings))
+            # int16 takes the largest value with a margin, whatever observer the setter brings for int8
+            method = op.observer if quantizer.dtype == QDtype.qint8 else None
+            quantizer.set_scale(histogram.scale(quantizer.dtype, settings, method))
     findings += _set_requant_scales(prepared, stats, qconfig, settings)
     set_weight_scales(prepared, stats, settings)
     return findings

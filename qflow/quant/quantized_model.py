@@ -15,6 +15,7 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import ModelError
 from qflow.core.graph import ModelGraph
 from qflow.core.qconfig import QConfig
+from qflow.core.settings import CalibrationSettings
 from qflow.quant.calling import input_tensors
 from qflow.quant.fake_quant import FakeQuant
 from qflow.quant.ops import is_leaf
@@ -180,9 +181,9 @@ class QuantizedModel(nn.Module):
             yield self
 
     @contextmanager
-    def collecting(self) -> Iterator[Collected]:
+    def collecting(self, sampling: int = CalibrationSettings.sampling) -> Iterator[Collected]:
         """Float forward passes that gather statistics: the plugin's CALIBRATION state."""
-        self._collect, before = Collected(), self._collect
+        self._collect, before = Collected(sampling), self._collect
         try:
             with self._switched(set()):
                 yield self._collect

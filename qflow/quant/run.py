@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from qflow.core.settings import CalibrationSettings
 from qflow.quant.fake_quant import FakeQuant
 from qflow.quant.observer import Histogram
 from qflow.quant.plan import Plan
@@ -20,6 +21,8 @@ from qflow.quant.plan import Plan
 class Collected:
     """Statistics of float forward passes."""
 
+    sampling: int = CalibrationSettings.sampling
+    """Every n-th value enters the bins (observer.py)."""
     histograms: dict[str, Histogram] = field(default_factory=dict)
     """Of every output quantizer, over all its calls."""
     calls: dict[str, dict[str, Histogram]] = field(default_factory=dict)
@@ -29,9 +32,14 @@ class Collected:
 
     def update(self, quantizer: str, value: Tensor, name: str, shared: bool) -> None:
         """Take in what the operator call `name` gave."""
-        self.histograms.setdefault(quantizer, Histogram()).update(value, name)
+        self._of(self.histograms, quantizer).update(value, name)
         if shared:
-            self.calls.setdefault(quantizer, {}).setdefault(name, Histogram()).update(value, name)
+            self._of(self.calls.setdefault(quantizer, {}), name).update(value, name)
+
+    def _of(self, kept: dict[str, Histogram], name: str) -> Histogram:
+        if name not in kept:
+            kept[name] = Histogram(self.sampling)
+        return kept[name]
 
 
 @dataclass
