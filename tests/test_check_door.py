@@ -1,0 +1,47 @@
+"""python -m qflow.check as a user runs it: the file, the console, the exit code, and bad requests in one line."""
+
+import json
+
+import pytest
+from test_doors import door
+
+CUSTOM = [
+    "task=custom", "task.name=own", "task.model._target_=user_task.model", "task.data._target_=user_task.Data",
+    "task.metric._target_=user_task.ErrorRate", "calibration.batch_size=16", "calibration.steps=2",
+]  # fmt: skip
+
+
+def test_a_users_model_is_checked(tmp_path):
+    done = door("check", *CUSTOM, "qconfig.template=qint16", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "float graph proven equal; march nash-m" in done.stdout
+    folder = tmp_path / "qflow_out" / "check" / "own"
+    assert "Each layer out qconfig:" in (folder / "model_check_result.txt").read_text()
+    record = json.loads((folder / "model_check.json").read_text())
+    assert {row["applied"] for row in record["rows"]} >= {"qint16"}
+    assert len(done.stdout.splitlines()) < 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["quant.skip=[nothing]"], "quant.skip names modules or classes of the model, but got 'nothing'"),
+        (["device=nash-x"], "A group option must exist, but got"),
+        (["+qconfig.modules={loud: qint7}"], "is one of qint8, qint16, float16, float32"),
+        (["+qconfig.modules={nowhere: qint16}"], "but got nowhere"),
+        (["+qconfig.modules={loud: float16}"], "but got"),
+        (["calibration.steps=100000"], "Calibration takes batch_size x steps"),
+        (["calibration.sampling=0"], "calibration.sampling"),
+        (["nothing.here=1"], "A key must exist in the configuration"),
+    ],
+)
+def test_bad_requests_get_one_line(arguments, says, tmp_path):
+    done = door("check", *CUSTOM, *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stdout + done.stderr
+    assert says in done.stderr
+
+
+def test_a_module_is_left_out_by_name(tmp_path):
+    done = door("check", *CUSTOM, "quant.skip=[inner]", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "inner." not in (tmp_path / "qflow_out" / "check" / "own" / "model_check_result.txt").read_text()
