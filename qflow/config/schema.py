@@ -120,9 +120,29 @@ class SensitivitySchema:
 
 @dataclass(kw_only=True)
 class QatSchema:
-    """Quantization-aware training after calibration. This release calibrates only: steps must be 0."""
+    """Fields of QatSettings."""
 
     steps: int = 0
+    batch_size: int = 64
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    rates: dict[str, float] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=lambda: {"_target_": "torch.optim.AdamW"})
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    mode: str = "fuse_bn"
+    moving: bool = True
+    moving_weights: bool = True
+    averaging_constant: float = 0.01
+    freeze: list[str] = field(default_factory=list)
+    float_steps: int | None = None
+    max_share: float = 0.2
+    clip_gradients: float | None = None
+    divergence: float = 10.0
+    first_losses: int = 5
+    checkpoint_every: int = 0
+    amp: bool = False
+    seed: int = 0
 
 
 @dataclass(kw_only=True)

@@ -11,6 +11,7 @@ from qflow.core.errors import ConfigError
 
 METHODS = ("minmax", "percentile", "mse", "kl", "mix", "clip", "clip_std")
 RULES = ("gemm_int8", "gemm_to_layer_norm_int16", "gemm_to_softmax_int16", "gemm_to_grid_int16")
+NORM_MODES = ("fuse_bn", "with_bn", "with_bn_reverse_fold")
 COMPARISONS = ("Cosine", "MSE", "L1", "KL", "SQNR", "Atol")
 
 
@@ -97,6 +98,64 @@ class SensitivitySettings:
         _one_of("sensitivity.metric", self.metric, COMPARISONS)
         _within("sensitivity.bad_cases", self.bad_cases, 1, 4096)
         _within("sensitivity.search_samples", self.search_samples, 1, 1_000_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QatSettings:
+    """Quantization-aware training after calibration; the guide's advice is in the defaults. 0 steps: none."""
+
+    steps: int = 0
+    batch_size: int = 64
+    learning_rate: float = 1e-4
+    """Fixed unless there is a scheduler; there is no warm-up."""
+    weight_decay: float = 0.0
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Module name prefix -> learning rate of what is below it; the longest prefix wins."""
+    loss: Mapping[str, object] = field(default_factory=dict)
+    """`_target_` of the user's loss: called with (model outputs, batch) it gives a scalar."""
+    optimizer: Mapping[str, object] = field(default_factory=lambda: {"_target_": "torch.optim.AdamW"})
+    scheduler: Mapping[str, object] = field(default_factory=dict)
+    """`_target_` of a scheduler, called with the optimizer and stepped each step; empty for a fixed rate."""
+    mode: str = "fuse_bn"
+    """Batch norms while training (quant/weighted.py)."""
+    moving: bool = True
+    """Activation scales follow the data; false keeps the calibrated ones (good where calibration is good)."""
+    moving_weights: bool = True
+    """Weight scales follow the weights; false keeps them."""
+    averaging_constant: float = 0.01
+    freeze: tuple[str, ...] = ()
+    """Module name prefixes that are not trained: no gradients, eval mode, scales kept."""
+    float_steps: int | None = None
+    """Steps of the float training; QAT takes at most `max_share` of them."""
+    max_share: float = 0.2
+    clip_gradients: float | None = None
+    """Largest norm of all gradients together."""
+    divergence: float = 10.0
+    """A loss above so many times the median of the first `first_losses` stops the training."""
+    first_losses: int = 5
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 writes one at the end only."""
+    amp: bool = False
+    """bfloat16 autocast; refused with int16 (98 % of its outputs would be wrong)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("qat.mode", self.mode, NORM_MODES)
+        _within("qat.steps", self.steps, 0, 10_000_000)
+        _within("qat.batch_size", self.batch_size, 1, 65536)
+        _within("qat.learning_rate", self.learning_rate, 0.0, 10.0)
+        _within("qat.weight_decay", self.weight_decay, 0.0, 10.0)
+        for prefix, rate in self.rates.items():
+            _within(f"qat.rates.{prefix}", rate, 0.0, 10.0)
+        _within("qat.averaging_constant", self.averaging_constant, 0.0, 1.0)
+        _within("qat.max_share", self.max_share, 0.0, 1.0)
+        _within("qat.divergence", self.divergence, 1.0, math.inf)
+        _within("qat.first_losses", self.first_losses, 1, 1000)
+        _within("qat.checkpoint_every", self.checkpoint_every, 0, 10_000_000)
+        if self.float_steps is not None:
+            _within("qat.float_steps", self.float_steps, 1, 1_000_000_000)
+        if self.clip_gradients is not None:
+            _within("qat.clip_gradients", self.clip_gradients, 1e-12, math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)

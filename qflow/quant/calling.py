@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -58,13 +59,20 @@ def named_tensors(structure: Any, prefix: str = "") -> list[tuple[str, Tensor]]:
     return []
 
 
+@functools.lru_cache(maxsize=64)
+def _argument_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Positional arguments of `forward`; kept, because a signature takes longer to read than a small operator."""
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind != p.VAR_KEYWORD)
+
+
 def input_tensors(model: nn.Module, inputs: Any) -> list[tuple[str, Tensor]]:
     """Input tensors with the names of `forward`'s arguments (`x`, or `x-0` inside a nested argument)."""
     if isinstance(inputs, Mapping):
         arguments: dict[str, Any] = dict(inputs)
     else:
         values = list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
-        names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind != p.VAR_KEYWORD]
+        names = list(_argument_names(type(model)))  # type: ignore[arg-type]
         names += [str(i) for i in range(len(names), len(values))]
         arguments = dict(zip(names, values, strict=False))
     found = []

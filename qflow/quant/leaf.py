@@ -26,15 +26,43 @@ class Leaf:
         first: Any = args[0] if args else None
         # Training, relu(inplace=True) keeps its result for the backward pass: it works on a copy, and what the
         # user's tensor becomes is the quantized result.
-        apart = isinstance(first, Tensor) and getattr(self, "inplace", False) and torch.is_grad_enabled()
+        inplace = getattr(self, "inplace", False) and isinstance(first, Tensor)
+        apart = inplace and torch.is_grad_enabled()
         run.depth += 1
         try:
-            out = self.compute(run, name, *((first.clone(), *args[1:]) if apart else args), **kwargs)
-            result = run.finish(name, out, None if apart else first)
-            return first.copy_(result) if apart else result
+            # Nothing in here is the user's: the mode would only pass each call on, which at batch 1 costs as much as
+            # the operators themselves.
+            with torch._C.DisableTorchFunction():
+                out = self.compute(run, name, *((first.clone(), *args[1:]) if apart else args), **kwargs)
+                result = run.finish(name, out, first if inplace and not apart else None)
+                return first.copy_(result) if apart else result
         finally:
             run.depth -= 1
 
     def compute(self, run: Run, name: str, *args: Any, **kwargs: Any) -> Any:
         """The operator without its output quantizer."""
         return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as "mixin and own class": the class itself is made at run time and no other process has it."""
+        made: Any = super().__reduce_ex__(protocol)
+        if not isinstance(made, tuple) or made[1][:1] != (type(self),):
+            return made  # the user's own class has its own way
+        mixin, own = type(self).__bases__
+        return (_made_again, (mixin, own), *made[2:])
+
+
+_LEAF_CLASSES: dict[tuple[type, type], type] = {}
+
+
+def leaf_type(mixin: type, own: type) -> type:
+    """`own` with `mixin` before it; made once a pair, so that `type(a) is type(b)` holds for copies."""
+    key = (mixin, own)
+    if key not in _LEAF_CLASSES:
+        _LEAF_CLASSES[key] = type(f"Q{own.__name__}", key, {"__module__": __name__})
+    return _LEAF_CLASSES[key]
+
+
+def _made_again(mixin: type, own: type) -> Any:
+    made = leaf_type(mixin, own)
+    return object.__new__(made)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+import qflow.quant.recompute  # noqa: F401  # activation checkpointing, from the import on
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ModelError
 from qflow.core.graph import ModelGraph
@@ -42,6 +43,8 @@ class QuantizedModel(nn.Module):
         """Quantizers that ran since they were last switched."""
         self.unseen: set[str] = set()
         """Operators met since then that tracing did not see."""
+        self.watch: Callable[[str, Tensor], None] | None = None
+        """Told every operator's result before its quantizer, in `observed`."""
         self._collect: Collected | None = None
         self._swap()
         # Registered flat under plain numbers: operator names hold dots and brackets, and a child of the user's
@@ -110,7 +113,7 @@ class QuantizedModel(nn.Module):
 
     def observed(self, *args: Any, **kwargs: Any) -> Any:
         """The forward with every operator seen, whether a quantizer is active or not."""
-        run = Run(self.plan, self.outputs, self.weights, self._arguments, self._collect)
+        run = Run(self.plan, self.outputs, self.weights, self._arguments, self._collect, watch=self.watch)
         before = set_current_run(run)
         try:
             args, kwargs = self._quantize_inputs(run, args, kwargs)
@@ -209,6 +212,16 @@ class QuantizedModel(nn.Module):
         finally:
             for key, quantizer in quantizers.items():
                 quantizer.enabled = before[key]
+
+    # ---- the float model's own state ---------------------------------------------------------------------------
+
+    def float_state_dict(self) -> dict[str, Any]:
+        """Parameters and buffers under the float model's own keys; what trained there is in it, quantizers are not."""
+        return self.model.state_dict()
+
+    def load_float_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Any:
+        """Take the float model's parameters and buffers; scales stay as they are."""
+        return self.model.load_state_dict(state, strict)
 
 
 def scales(prepared: QuantizedModel) -> dict[str, float | list[float]]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -52,18 +52,46 @@ class Run:
     arguments: Mapping[str, Mapping[int, FakeQuant]] = field(default_factory=dict)
     """Operator call -> which of its tensors is quantized before the call: constants, functional weights, requants."""
     collect: Collected | None = None
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: dict[str, int] = field(default_factory=dict)
     scopes: list[str] = field(default_factory=lambda: [""])
     depth: int = 0
     folded: set[str] = field(default_factory=set)
     ran: set[str] = field(default_factory=set)
     unseen: set[str] = field(default_factory=set)
+    used: dict[str, Any] | None = None
+    """What a recomputation must find again (scales, factors), once something of this pass is checkpointed."""
+    again: bool = False
+    """True in such a recomputation."""
+    watch: Callable[[str, Tensor], None] | None = None
+    """Told every operator's result before its quantizer."""
 
     def name(self, base: str) -> str:
         """Name of this call of `base`."""
-        n = self.counts[base]
-        self.counts[base] += 1
+        n = self.counts.get(base, 0)
+        self.counts[base] = n + 1
         return base if n == 0 else f"{base}({n})"
+
+    def quantizes(self, name: str) -> bool:
+        """True if the result of operator `name` passes a quantizer that is on."""
+        quantizer_name = self.plan.output_at.get(name)
+        return quantizer_name is not None and self.outputs[quantizer_name].active
+
+    def kept(self, key: str, make: Callable[[], Any]) -> Any:
+        """`make()`, or what it gave in the pass that is being recomputed."""
+        if self.used is None:
+            return make()
+        if not self.again:
+            self.used[key] = make()
+        return self.used[key]
+
+    def quantize(self, key: str, quantizer: FakeQuant, value: Tensor) -> Tensor:
+        """`value` through `quantizer`; a recomputation takes the scale of the first pass, which has moved since."""
+        self.ran.add(quantizer.name)
+        if self.used is None or quantizer.dtype is None or not quantizer.dtype.is_integer:
+            quantized: Tensor = quantizer(value)
+            return quantized
+        quantized = quantizer(value, self.kept(f"{key}.scale", lambda: quantizer.scale_for(value)))
+        return quantized
 
     def quantize_arguments(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The call's arguments with its constants, functional weight and requantized inputs on their grids."""
@@ -79,8 +107,7 @@ class Run:
                     elif quantizer.name in self.outputs:
                         self.collect.update(quantizer.name, leaves[place], name, shared=False)
                 if quantizer.active:
-                    self.ran.add(quantizer.name)
-                    leaves[place] = quantizer(leaves[place])
+                    leaves[place] = self.quantize(f"{name}:{slot}", quantizer, leaves[place])
         finally:
             self.depth -= 1
         args, kwargs = tree_unflatten(leaves, spec)
@@ -88,6 +115,10 @@ class Run:
 
     def finish(self, name: str, out: Any, first: Any) -> Any:
         """Pass the result of operator `name` through its quantizer; an in-place result is written in place."""
+        if self.watch is not None:
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, Tensor):
+                    self.watch(name, tensor.detach())
         quantizer_name = self.plan.output_at.get(name)
         if quantizer_name is None:
             if name not in self.plan.known:
@@ -101,9 +132,12 @@ class Run:
                 self.collect.update(quantizer_name, value, name, quantizer_name in self.plan.shared)
             if not quantizer.active:
                 return out
-            self.ran.add(quantizer_name)
-            quantized = quantizer(value)
-            if value is first:  # relu(inplace=True): others may hold the same tensor and must see the result
+            if value is first and self.used is None and not torch.is_grad_enabled():
+                self.ran.add(quantizer_name)
+                quantizer.write(value)  # relu(inplace=True): others may hold the same tensor and must see the result
+                return out
+            quantized = self.quantize(name, quantizer, value)
+            if value is first:
                 value.copy_(quantized)
                 return out
         finally:

@@ -7,14 +7,16 @@ quantizer.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from qflow.quant.decompose import decomposition
-from qflow.quant.leaf import Leaf
+from qflow.quant.leaf import Leaf, leaf_type
 from qflow.quant.ops import function_name, is_operator
 from qflow.quant.run import Run, current_run
 from qflow.quant.weighted import ConvLeaf, ConvTransposeLeaf, LinearLeaf, NormLeaf
@@ -39,23 +41,51 @@ class Mode(TorchFunctionMode):
         name = _NAMES.get(func)
         if name is None:
             name = _NAMES[func] = function_name(func)
+            _WRITES[func] = in_place_form(func)
         base = f"{run.scopes[-1]}[{name}]"
-        count = run.counts[base]
+        count = run.counts.get(base, 0)
         call = base if count == 0 else f"{base}({count})"
         if call in run.arguments:
             args, kwargs = run.quantize_arguments(call, args, kwargs)
+        first: Any = args[0] if args else None
+        if torch.is_grad_enabled() and writes_first(func, args, kwargs) and run.quantizes(call):
+            # As in Leaf: the backward pass needs the operator's own result, the user's tensor the quantized one.
+            run.counts[base] = count + 1
+            return first.copy_(run.finish(call, func(first.clone(), *args[1:], **kwargs), None))
         out = func(*args, **kwargs)
         if not is_operator(out):
             return out
         run.counts[base] = count + 1
-        return run.finish(call, out, args[0] if args else None)
+        return run.finish(call, out, first)
 
 
 _NAMES: dict[Any, str] = {}
+_WRITES: dict[Any, bool | int] = {}
+_IN_PLACE = frozenset(f"__i{n}__" for n in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod", "and", "or"))
+
+
+def in_place_form(func: Any) -> bool | int:
+    """True for `relu_` and `__iadd__`; for `F.relu(x, inplace)` the position of the switch; else False."""
+    name = str(getattr(func, "__name__", ""))
+    if (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE:
+        return True
+    try:
+        names = list(inspect.signature(func).parameters)
+    except (TypeError, ValueError):  # a builtin: none has such a switch
+        return False
+    return names.index("inplace") if "inplace" in names else False
+
+
+def writes_first(func: Any, args: Any, kwargs: Any) -> bool:
+    """True if this call writes its result into its first argument."""
+    form = _WRITES[func]
+    if form is True or form is False:
+        return form and len(args) > 0
+    return bool(kwargs.get("inplace", len(args) > form and args[form]))
 
 
 def leaf_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class with the right `Leaf` mixed in; made once a class and kept here, so that it pickles."""
+    """The module's class with the right `Leaf` mixed in."""
     own = type(module)
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         mixin: type = ConvTransposeLeaf
@@ -67,13 +97,7 @@ def leaf_class(module: nn.Module) -> type[nn.Module]:
         mixin = NormLeaf
     else:
         mixin = Leaf
-    name = f"Q_{own.__module__}_{own.__qualname__}".replace(".", "_")
-    while name in globals() and globals()[name].__mro__[2] is not own:
-        name += "_"  # another class of the same name, as notebooks make them
-    if name not in globals():
-        globals()[name] = type(name, (mixin, own), {"__module__": __name__, "__qualname__": name})
-    made: type[nn.Module] = globals()[name]
-    return made
+    return leaf_type(mixin, own)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,186 @@
+"""The prepared model as a module: its state is the float model's and more, and it survives what modules survive."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import ResNet, revive, zoo
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from qflow.core.dtype import QDtype
+from qflow.core.setter import HighPrecisionOutput, TemplateSetter, resolve
+from qflow.core.settings import CalibrationSettings, QatSettings
+from qflow.quant.calibrate import apply_scales, collect
+from qflow.quant.calling import call_model, named_tensors
+from qflow.quant.prepare import prepare
+from qflow.quant.qat import train
+from qflow.quant.qat_state import qat_state
+
+NAMES = list(zoo())
+
+
+def calibrated(name, dtype=QDtype.qint8):
+    model, example = zoo()[name]
+    prepared = prepare(model, example)
+    qconfig = resolve(prepared.graph, [HighPrecisionOutput(), TemplateSetter(dtype)], "nash-m")
+    apply_scales(prepared, collect(prepared, [(example, 2)]), qconfig, CalibrationSettings(method="minmax"))
+    return model, example, prepared
+
+
+def outputs(model, inputs):
+    with torch.no_grad():
+        return [t for _, t in named_tensors(call_model(model, inputs))]
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def quantized(prepared, inputs):
+    with prepared.quantized():
+        return outputs(prepared, inputs)
+
+
+def perturb(prepared):
+    with torch.no_grad():
+        for parameter in prepared.model.parameters():
+            parameter.mul_(1.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_state_goes_to_the_float_model_and_back(name):
+    model, example, prepared = calibrated(name)
+    assert list(prepared.float_state_dict()) == list(model.state_dict())
+    perturb(prepared)
+    model.load_state_dict(prepared.float_state_dict())
+    assert equal(outputs(model, example), outputs(prepared, example))
+    other = zoo()[name][0]
+    prepared.load_float_state_dict(other.state_dict())
+    assert equal(outputs(other, example), outputs(prepared, example))
+    user = {f"model.{k}" for k in model.state_dict()}
+    extra = set(prepared.state_dict()) - user
+    assert user <= set(prepared.state_dict())
+    assert {k.rpartition(".")[2] for k in extra} == {"scale", "sides"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_carries_the_calibration_to_a_fresh_model(name):
+    _, example, prepared = calibrated(name)
+    fresh = prepare(*zoo()[name])
+    for a, b in zip(prepared._quantizers(), fresh._quantizers(), strict=True):
+        b.dtype = a.dtype
+    perturb(prepared)
+    fresh.load_state_dict(prepared.state_dict())
+    assert equal(quantized(prepared, example), quantized(fresh, example))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copy_is_equal_and_independent(name):
+    _, example, prepared = calibrated(name)
+    before = quantized(prepared, example)
+    twin = copy.deepcopy(prepared)
+    assert equal(quantized(twin, example), before)
+    perturb(twin)
+    for quantizer in twin._quantizers():
+        quantizer.set_scale(quantizer.scale * 1.3)
+    assert equal(quantized(prepared, example), before)
+    assert not equal(quantized(twin, example), before)
+    assert {type(m) for m in twin.modules()} == {type(m) for m in prepared.modules()}
+    kept = {p.data_ptr() for p in prepared.parameters()}
+    assert not any(p.data_ptr() in kept for p in twin.parameters())
+
+
+def test_a_pickled_model_computes_the_same_in_another_process(tmp_path):
+    _, example, prepared = calibrated("unet")
+    expected = quantized(prepared, example)
+    torch.save((prepared, example, expected), tmp_path / "model.pt")
+    code = (
+        "import sys, torch; prepared, example, expected = torch.load(sys.argv[1], weights_only=False)\n"
+        "with torch.no_grad(), prepared.quantized():\n"
+        "    got = list(prepared(example).values())\n"
+        "assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)); assert prepared.ran\n"
+        "prepared.train(); import copy; copy.deepcopy(prepared)(example)['map'].sum().backward()"
+    )
+    here = str(Path(__file__).parent.parent)
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([here, str(Path(here).parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], check=True, env=env)
+
+
+def test_train_and_eval_switch_as_in_the_float_model():
+    model, example, prepared = calibrated("resnet")
+    for mode in (True, False):
+        prepared.train(mode), model.train(mode)
+        assert all(m.training == mode for m in prepared.modules())
+        assert equal(outputs(model, example), outputs(prepared, example))
+        assert equal(model.buffers(), prepared.model.buffers())
+
+
+def test_double_precision():
+    model, example, prepared = calibrated("resnet", QDtype.qint16)
+    reference = quantized(prepared, example)
+    wide = quantized(copy.deepcopy(prepared).double(), example.double())
+    assert wide[0].dtype == torch.float64
+    assert equal(outputs(model.double(), example.double()), outputs(copy.deepcopy(prepared).double(), example.double()))
+    assert torch.allclose(wide[0], reference[0].double(), atol=1e-3 * float(reference[0].abs().max()))
+    assert equal(quantized(prepared.to("cpu"), example), reference)
+
+
+def test_moving_to_another_device_takes_everything_along():
+    _, _, prepared = calibrated("resnet")
+    there = prepared.to("meta")  # any device: no tensor may stay behind
+    assert {t.device.type for t in [*there.parameters(), *there.buffers()]} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["resnet", "unet", "attention"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_computes_the_same(name, backend):
+    _, example, prepared = calibrated(name)
+    expected = quantized(prepared, example)
+    torch._dynamo.reset()
+    with prepared.quantized():
+        compiled = torch.compile(prepared, backend=backend, fullgraph=True)
+        assert equal(outputs(compiled, example), expected)
+
+
+def loss(outputs, _):
+    return outputs.square().mean()
+
+
+def make():
+    torch.manual_seed(0)
+    example = torch.randn(4, 3, 16, 16)
+    prepared = prepare(revive(ResNet()), example)
+    qconfig = resolve(prepared.graph, [HighPrecisionOutput(), TemplateSetter(QDtype.qint8)], "nash-m")
+    apply_scales(prepared, collect(prepared, [(example, 2)]), qconfig, CalibrationSettings(method="minmax"))
+    return prepared, example
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", ["fuse_bn", "with_bn_reverse_fold"])
+def test_distributed_training_is_training(one_process, mode):
+    states = []
+    for distributed in (True, False):
+        prepared, example = make()
+        settings = QatSettings(steps=3, mode=mode)
+        optimizer = torch.optim.SGD(prepared.parameters(), 0.05)
+        with qat_state(prepared, settings):  # the mode says which parameters DDP waits for
+            model: nn.Module | None = DistributedDataParallel(prepared) if distributed else None
+            report = train(prepared, [(example, None)] * 3, loss, optimizer, settings=settings, model=model)
+        assert report.finished
+        states.append(prepared.state_dict())
+    assert equal(states[0].values(), states[1].values())
