@@ -18,7 +18,7 @@ from qflow.analysis.badcase import find_badcases
 from qflow.analysis.calibration_check import calibration_findings
 from qflow.analysis.model_check import check_model
 from qflow.analysis.sensitivity import sensitivity
-from qflow.analysis.tables import BadcaseTable, ModelCheck, SensitivityTable
+from qflow.analysis.tables import BadcaseTable, Finding, ModelCheck, SensitivityTable
 from qflow.core.device import DeviceRules, apply_rules
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, DataError, ModelError
@@ -33,10 +33,12 @@ from qflow.cost.latency import CostModel, CostReport, predict
 from qflow.quant.calibrate import CalibrationStats, apply_scales, collect
 from qflow.quant.plan import make_plan
 from qflow.quant.prepare import prepare
+from qflow.quant.qat import TrainingReport
 from qflow.quant.quantized_model import QuantizedModel, scales
 from qflow.quant.tracer import trace
 from qflow.tasks.identity import data_digest, weights_digest
 from qflow.tasks.task import Task, batches, deploy_inputs, evaluate, model_inputs
+from qflow.training import Training, float_weights, train_trial
 
 Progress = Callable[[int], None]
 
@@ -60,6 +62,10 @@ class TrialResult:
     calibration_samples: int
     shared: bool
     """True if an earlier trial had the same qconfig and calibration: nothing was run again."""
+    training: TrainingReport | None = None
+    """What QAT did; None for a trial that only calibrates."""
+    weights: dict[str, Any] | None = None
+    """Trained tensors by the float model's own names."""
 
     @property
     def scales_digest(self) -> str:
@@ -79,6 +85,8 @@ class Bench:
     float_metric: float = float("nan")
     skip: tuple[str, ...] = ()
     """Modules or classes that stay in float."""
+    training: Training | None = None
+    """Loss, optimizer and scheduler for trials with QAT."""
     eval_samples: int = 0
     eval_batch: int = 32
     hits: int = 0
@@ -261,25 +269,28 @@ class Bench:
     def run_trial(self, settings: TrialSettings, progress: Progress = _silent) -> TrialResult:
         """Resolve, calibrate, evaluate and cost one trial. Equal (qconfig, calibration) are run once."""
         requested, applied = self.resolve(settings.qconfig)
-        return self.run_qconfig(requested, applied, settings.calibration, progress)
+        return self.run_qconfig(requested, applied, settings, progress)
 
     def run_qconfig(
-        self, requested: QConfig, applied: QConfig, calibration: CalibrationSettings, progress: Progress = _silent
+        self, requested: QConfig, applied: QConfig, settings: TrialSettings, progress: Progress = _silent
     ) -> TrialResult:
-        """Evaluate a qconfig that is already resolved."""
+        """Evaluate a qconfig that is already resolved, after QAT if the settings ask for steps."""
+        calibration, qat = settings.calibration, settings.qat
         stats = self.calibrate(calibration)
         findings = apply_scales(self.prepared, stats, applied, calibration)
-        set_scales = scales(self.prepared)
         # What changes numbers is in the dtypes and the scales: settings that lead to the same ones are one trial.
-        key = digest({"qconfig": applied.digest, "scales": set_scales})
+        key = digest({"qconfig": applied.digest, "scales": scales(self.prepared), "qat": qat if qat.steps else None})
         if key in self._done:
             self.hits += 1
-            metric, samples, shared = self._done[key].metric, self._done[key].samples, True
-        else:
-            with self.prepared.quantized():
-                metric, samples = evaluate(self.task, self.prepared, self.eval_batch, progress)
-            self._require_all_ran(applied)
-            shared = False
+            return replace(self._done[key], requested=requested, qconfig=applied, shared=True)
+        model, report = self.prepared, None
+        if qat.steps:
+            model, report = train_trial(self.task, self.prepared, self.training, qat, applied, calibration)
+        with model.quantized():
+            metric, samples = evaluate(self.task, model, self.eval_batch, progress)
+            self._require_all_ran(model)
+        found = calibration_findings(model, stats, applied, findings)
+        found += tuple(Finding("qat", "check", text) for text in (report.findings if report else ()))
         result = TrialResult(
             metric=metric,
             drop=self.task.drop(self.float_metric, metric),
@@ -287,33 +298,25 @@ class Bench:
             qconfig=applied,
             requested=requested,
             cost=self.cost(applied),
-            check=check_model(
-                self.graph,
-                requested,
-                applied,
-                calibration_findings(self.prepared, stats, applied, findings),
-                calibration.method,
-            ),
-            scales=set_scales,
+            check=check_model(self.graph, requested, applied, found, calibration.method),
+            scales=scales(model),
             calibration_samples=stats.samples,
-            shared=shared,
+            shared=False,
+            training=report,
+            weights=float_weights(model) if qat.steps else None,
         )
-        self._done.setdefault(key, result)
+        self._done[key] = result
         return result
 
-    def _require_all_ran(self, applied: QConfig) -> None:
+    def _require_all_ran(self, model: QuantizedModel) -> None:
         """What was asked must have been computed: a quantizer that never ran would flatter the metric."""
-        wanted = {q.name for q in [*self.prepared.outputs.values(), *self.prepared.weights.values()]}
-        idle = {
-            q.name
-            for q in [*self.prepared.outputs.values(), *self.prepared.weights.values()]
-            if q.dtype in (None, QDtype.float32)
-        }
-        missing = sorted(wanted - idle - self.prepared.ran)
-        if missing or self.prepared.unseen:
+        quantizers = [*model.outputs.values(), *model.weights.values()]
+        wanted = {q.name for q in quantizers if q.dtype not in (None, QDtype.float32)}
+        missing = sorted(wanted - model.ran)
+        if missing or model.unseen:
             raise ModelError(
                 f"Every planned quantizer runs, but got none for {missing[:3]} and unplanned operators "
-                f"{sorted(self.prepared.unseen)[:3]}. The model takes another path on this data than while traced."
+                f"{sorted(model.unseen)[:3]}. The model takes another path on this data than while traced."
             )
 
     # ---- identity

@@ -150,7 +150,7 @@ def compare(candidate: Candidate) -> list[str]:
         if applied.digest != candidate.qconfig.digest:
             names = ", ".join(list(applied.diff(candidate.qconfig))[:3])
             reasons.append(f"the configuration gives another qconfig than the run holds: {names} differ")
-        result = bench.run_qconfig(requested, candidate.qconfig, settings.calibration)
+        result = bench.run_qconfig(requested, candidate.qconfig, settings)
     except QflowError as error:
         return [*reasons, f"the trial cannot be rebuilt: {error}"]
     metric = f"accuracy/{bench.task.metric_name}"

@@ -182,6 +182,8 @@ class Session:
 def trial_params(config: DictConfig) -> dict[str, Any]:
     """The scalars of a trial that someone will sort or group by."""
     node = {"calibration": conf.plain(config.calibration), "qconfig": conf.plain(config.qconfig)}
+    if config.qat.steps:
+        node["qat"] = conf.plain(config.qat)
     return {
         f"{group}.{key}": value
         for group, values in node.items()
@@ -209,6 +211,8 @@ def outcome(result: TrialResult, goal: Goal, accuracy: str, params: Mapping[str,
             "qconfig/n_int16": float(len(qconfig.names(QDtype.qint16))),
             "qconfig/n_int8": float(len(qconfig.names(QDtype.qint8))),
             "calibration/samples": float(result.calibration_samples),
+            **({"qat/steps": float(result.training.steps)} if result.training else {}),
+            **({"qat/loss": result.training.losses[-1]} if result.training and result.training.losses else {}),
         },
         tags={
             **({"qflow.cost_refusal": cost.refusal} if cost.refusal else {}),

@@ -50,9 +50,9 @@ def check_config(config: DictConfig) -> None:
         raise ConfigError(f"search.sampler is one of {known}, but got {config.search.sampler!r}.")
     if config.executor.kind != "serial":
         raise ConfigError(f"executor.kind is serial, but got {config.executor.kind!r}. Use executor=serial.")
-    if config.qat.steps != 0:
+    if config.qat.steps and not conf.plain(config.qat.loss).get("_target_"):
         raise ConfigError(
-            f"qat.steps is 0 in this release (calibration only), but got {config.qat.steps}. Use qat=none."
+            "QAT needs a loss, but got none. Set qat.loss._target_ to a function of (outputs, batch), or use qat=none."
         )
     if config.task.batch_size < 1:
         raise ConfigError(f"task.batch_size is at least 1, but got {config.task.batch_size}.")
@@ -102,6 +102,7 @@ def make_bench(config: DictConfig) -> Bench:
         default_calibration=conf.trial_settings(config).calibration,
         eval_batch=config.task.batch_size,
         skip=tuple(config.quant.skip),
+        training=conf.build_training(config),
     )
 
 

@@ -5,7 +5,7 @@ A configuration is checked in three steps before any heavy import: Hydra compose
 value that the search space can propose goes through the same two steps.
 """
 
-from qflow.config.build import build_task, get_function
+from qflow.config.build import build_task, build_training, get_function
 from qflow.config.door import explain, rewrite, run_door
 from qflow.config.schema import GROUPS, conf_dir, register_schemas
 from qflow.config.settings import (
@@ -26,6 +26,7 @@ __all__ = [
     "GROUPS",
     "SAMPLERS",
     "build_task",
+    "build_training",
     "conf_dir",
     "explain",
     "get_function",

@@ -13,6 +13,7 @@ from qflow.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from qflow.tasks.task import Task
+    from qflow.training import Training
 
 
 def build_task(config: DictConfig) -> Task:
@@ -38,6 +39,29 @@ def build_task(config: DictConfig) -> Task:
             raise ConfigError(f"A task needs task.{part}._target_, but got none. Name your class or function.")
         parts[part] = _call(target, f"task.{part}")
     return make_task(name=node.name, device=device, **parts, **stated)
+
+
+def build_training(config: DictConfig) -> Training | None:
+    """Loss, optimizer and scheduler of `qat`; None without a loss. Raises ConfigError for a `_target_` that fails.
+
+    A function is called with (outputs, batch), a class is made first; optimizer and scheduler get what they work on.
+    """
+    from hydra.utils import get_object
+
+    from qflow.training import Training
+
+    node = plain(config.qat)
+    if not node["loss"].get("_target_"):
+        return None
+    try:
+        found = get_object(node["loss"]["_target_"])
+    except (HydraException, ImportError, ValueError) as error:
+        raise ConfigError(f"qat.loss._target_ must import, but got: {' '.join(str(error).split())}") from error
+    loss = _call(node["loss"] if isinstance(found, type) else {**node["loss"], "_partial_": True}, "qat.loss")
+    optimizer = _call({**node["optimizer"], "_partial_": True}, "qat.optimizer")
+    scheduled = node["scheduler"].get("_target_")
+    scheduler = _call({**node["scheduler"], "_partial_": True}, "qat.scheduler") if scheduled else None
+    return Training(loss, optimizer, scheduler)
 
 
 def get_function(name: str, where: str) -> Callable[..., Any]:

@@ -15,17 +15,18 @@ from omegaconf.errors import OmegaConfBaseException
 from qflow.config.door import explain
 from qflow.config.schema import TuneSchema
 from qflow.core.errors import ConfigError
-from qflow.core.settings import CalibrationSettings, QConfigSettings, SensitivitySettings, TrialSettings
+from qflow.core.settings import CalibrationSettings, QatSettings, QConfigSettings, SensitivitySettings, TrialSettings
 from qflow.search.domain import Choice, Domain, Interval, Range, Scalar
 
 
 def trial_settings(config: DictConfig, params: Mapping[str, Scalar] | None = None) -> TrialSettings:
     """Settings of one trial: the configuration with the search's `params` in place. Raises ConfigError."""
     changed = with_params(config, params or {})
-    plain = {k: OmegaConf.to_container(changed[k], resolve=True) for k in ("calibration", "qconfig")}
+    plain = {k: OmegaConf.to_container(changed[k], resolve=True) for k in ("calibration", "qconfig", "qat")}
     return TrialSettings(
         calibration=CalibrationSettings(**plain["calibration"]),  # type: ignore[arg-type]
         qconfig=QConfigSettings(**plain["qconfig"]),  # type: ignore[arg-type]
+        qat=QatSettings(**plain["qat"]),  # type: ignore[arg-type]
     )
 
 
@@ -57,7 +58,7 @@ def _exists(config: DictConfig, key: str) -> bool:
 
 
 SAMPLERS = ("tpe", "nsga2", "gp", "random")
-SEARCHABLE = ("calibration", "qconfig")
+SEARCHABLE = ("calibration", "qconfig", "qat")
 
 
 def search_space(config: DictConfig) -> dict[str, Domain]:

@@ -164,6 +164,7 @@ class TrialSettings:
 
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     qconfig: QConfigSettings = field(default_factory=QConfigSettings)
+    qat: QatSettings = field(default_factory=QatSettings)
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

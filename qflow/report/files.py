@@ -47,6 +47,11 @@ def write_trial(
     (folder / "model_check_result.txt").write_text(check_text(result.check))
     write_rows(result.check.rows, folder / "model_check.json")
     write_rows(result.cost.ops, folder / "cost.json")
+    if result.weights is not None:
+        from safetensors.torch import save_file  # brings torch, which --help must not wait for
+
+        save_file(result.weights, bundle / "weights.safetensors")
+        (folder / "training.json").write_text(to_json(result.training, indent=1))
     if sensitivities is not None:
         write_rows(sensitivities.rows, folder / "sensitivity.json")
         (folder / "sensitivity_record.json").write_text(to_json(sensitivities))

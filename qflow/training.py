@@ -1,0 +1,85 @@
+"""QAT of one trial: the user's loss, optimizer and scheduler on a copy of the calibrated model.
+
+Batches come from `task.data.train`, shuffled by `qat.seed`, so that a trial can be rebuilt from its run alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
+
+from qflow.core.errors import ConfigError, DataError
+from qflow.core.qconfig import QConfig
+from qflow.core.settings import CalibrationSettings, QatSettings
+from qflow.quant.qat import TrainingReport, parameter_groups, train
+from qflow.quant.quantized_model import QuantizedModel
+from qflow.tasks.task import Task, model_inputs
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the user brings: `loss(outputs, batch)`, and how optimizer and scheduler are made."""
+
+    loss: Callable[[Any, Any], Tensor]
+    optimizer: Callable[..., torch.optim.Optimizer]
+    scheduler: Callable[..., Any] | None = None
+
+
+class TrainBatches:
+    """(model inputs, batch) of the training split, in an order that `seed` decides; gone through again at its end."""
+
+    def __init__(self, task: Task, batch_size: int, seed: int) -> None:
+        data = getattr(task.data, "train", None)
+        if data is None or len(data) < batch_size:
+            have = "none" if data is None else f"{len(data)} samples"
+            raise DataError(
+                f"QAT needs task.data.train with at least one batch of {batch_size}, but got {have}. "
+                "Give the data a train split, or lower qat.batch_size."
+            )
+        self.task = task
+        generator = torch.Generator().manual_seed(seed)
+        collate = getattr(task.data, "collate", None)
+        self.loader = DataLoader(
+            data, batch_size, shuffle=True, drop_last=True, generator=generator, collate_fn=collate
+        )
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        device = self.task.device
+        for batch in self.loader:
+            moved = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, batch)
+            yield model_inputs(self.task, moved), moved
+
+
+def train_trial(
+    task: Task,
+    prepared: QuantizedModel,
+    training: Training | None,
+    settings: QatSettings,
+    qconfig: QConfig,
+    calibration: CalibrationSettings,
+) -> tuple[QuantizedModel, TrainingReport]:
+    """Train a copy of `prepared`, calibrated with `qconfig`, for `settings.steps`. Raises DivergedError, DataError."""
+    if training is None:
+        raise ConfigError("QAT needs a loss, but got none. Set qat.loss._target_ to a function of (outputs, batch).")
+    trained = copy.deepcopy(prepared)
+    groups = parameter_groups(trained, settings.rates, settings.learning_rate, settings.weight_decay)
+    optimizer = training.optimizer(groups, lr=settings.learning_rate)
+    scheduler = training.scheduler(optimizer) if training.scheduler is not None else None
+    batches = TrainBatches(task, settings.batch_size, settings.seed)
+    report = train(
+        trained, batches, training.loss, optimizer, scheduler, settings, qconfig=qconfig, calibration=calibration
+    )
+    return trained, report
+
+
+def float_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by the float model's own names, on the CPU and each with memory of its own."""
+    inner = model.model if isinstance(model, QuantizedModel) else model
+    return {name: tensor.detach().cpu().clone() for name, tensor in inner.state_dict().items()}
