@@ -106,6 +106,8 @@ def rewrite(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         if argument.startswith(("experiment=", "debug=")):
             argument = f"+{argument}"
+        elif argument == "qat_debug":
+            argument = f"stages=[{argument}]"
         override = _parsed(argument)
         if override is not None and override.is_sweep_override():
             key, value = override.key_or_group.lstrip("+"), argument.split("=", 1)[1]

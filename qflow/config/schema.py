@@ -217,6 +217,13 @@ class CheckSchema(TuneSchema):
 
 
 @dataclass(kw_only=True)
+class AnalyzeSchema(TuneSchema):
+    """`python -m qflow.analyze`: which analyses."""
+
+    stages: list[str] = field(default_factory=lambda: ["qat_debug"])
+
+
+@dataclass(kw_only=True)
 class PromoteSchema(TuneSchema):
     """`python -m qflow.promote`: which run, or the best of which study."""
 
@@ -249,6 +256,7 @@ class TrainFloatSchema:
 SCHEMAS: dict[str, type] = {
     "tune": TuneSchema,
     "check": CheckSchema,
+    "analyze": AnalyzeSchema,
     "promote": PromoteSchema,
     "train_float": TrainFloatSchema,
 }

@@ -1,0 +1,66 @@
+"""Trials with QAT through the doors: trained, tracked with their weights, rebuilt by promote; and what is refused."""
+
+import json
+
+import pytest
+from test_doors import OWN, STORE, door, measured, open_tracker
+
+QAT = [
+    *OWN, "task.data._target_=user_task.TrainData", "qat=default", "qat.steps=6", "qat.batch_size=32",
+    "qat.loss._target_=user_task.loss", "+qat.rates={loud: 0.0001}", "qat.learning_rate=0.001", "search.n_trials=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("user")
+    return folder, door("tune", *QAT, "qat.float_steps=20", "objective.max_drop=0.5", cwd=folder)
+
+
+def test_trials_are_trained_and_keep_their_weights(studied, tmp_path):
+    folder, done = studied
+    assert done.returncode == 0, done.stdout + done.stderr
+    tracker = open_tracker(folder)
+    for run, *_ in tracker.trial_runs("own/int8_int16"):
+        assert tracker.run_metrics(run)["qat/steps"] == 4.0  # a fifth of the float steps
+        report = json.loads(tracker.download(run, "training.json", tmp_path).read_text())
+        assert len(report["losses"]) == 4
+        assert "QAT takes at most 20 % of 20 float steps: 6 steps cut to 4" in report["findings"]
+        assert tracker.download(run, "qconfig/weights.safetensors", tmp_path).stat().st_size > 1000
+    assert len(measured(tracker)) == 2
+
+
+def test_promote_trains_again_and_finds_the_same_numbers(studied):
+    folder, _ = studied
+    done = door("promote", *STORE, "tracking.registered_model=own", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "alias champion moved" in done.stdout
+
+
+def test_the_debug_order_names_the_stage(tmp_path):
+    arguments = [a for a in QAT if not a.startswith(("+experiment", "calibration.method", "search."))]
+    done = door("analyze", "qat_debug", *arguments, "qconfig.template=qint16", "objective.max_drop=0.5", cwd=tmp_path)
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    record = json.loads((tmp_path / "qflow_out" / "analyze" / "own" / "qat_debug.json").read_text())
+    stages = {stage["name"]: stage for stage in record["stages"]}
+    assert stages["rate 0"]["metric"] == record["calibrated_metric"]
+    assert "verdict" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["qat.loss._target_=null"], "QAT needs a loss, but got none"),
+        (["qat.loss._target_=user_task.nothing"], "qat.loss._target_ must import, but got"),
+        (["qat.mode=often"], "qat.mode is one of fuse_bn, with_bn, with_bn_reverse_fold, but got 'often'"),
+        (["qat.optimizer._target_=torch.optim.Nothing"], "qat.optimizer"),
+        (["task.data._target_=user_task.Data"], "QAT needs task.data.train"),
+        (["+qat.rates={nowhere: 0.1}"], "qat.rates names modules, but got 'nowhere'"),
+        (["qat.loss._target_=user_task.wild_loss"], "is finite, but got"),
+    ],
+)
+def test_what_cannot_train_is_refused_in_one_line(arguments, says, tmp_path):
+    done = door("tune", *QAT, *arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert says in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
