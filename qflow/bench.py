@@ -290,6 +290,10 @@ class Bench:
             metric, samples = evaluate(self.task, model, self.eval_batch, progress)
             self._require_all_ran(model)
         found = calibration_findings(model, stats, applied, findings)
+        found += tuple(
+            Finding(name, "check", f"{count} values beyond half precision: calibration.float16_clip=true, or qint16")
+            for name, count in model.overflowed.items()
+        )
         found += tuple(Finding("qat", "check", text) for text in (report.findings if report else ()))
         result = TrialResult(
             metric=metric,

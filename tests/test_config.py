@@ -64,7 +64,7 @@ REFUSED = {
     "search of an unknown key": ([BASE, "calibration.methd=choice(a,b)"], "got calibration.methd"),
     "search of what is not a trial's": (
         [BASE, "seed=choice(1,2)"],
-        "varies keys of calibration or qconfig, but got seed",
+        "varies keys of calibration, qconfig or qat, but got seed",
     ),
     "no search value": ([BASE, "search.space.calibration.steps=7"], "choice(...), interval(...), range(...)"),
     "negative goal": ([BASE, "objective.max_drop=-1"], "objective.max_drop is a number of at least 0, but got -1"),

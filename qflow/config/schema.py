@@ -82,6 +82,7 @@ class CalibrationSchema:
     averaging_constant: float | None = None
     int16_margin: float = 1.25
     divisor: str = "guide"
+    float16_clip: bool = False
     clip_min: float = -1.0
     clip_max: float = 1.0
     std_scale: float = 3.0

@@ -66,7 +66,7 @@ def search_space(config: DictConfig) -> dict[str, Domain]:
     space = {key: parse_domain(key, text) for key, text in _flat(config.search.space)}
     for key, domain in space.items():
         if key.split(".")[0] not in SEARCHABLE:
-            raise ConfigError(f"A search varies keys of {' or '.join(SEARCHABLE)}, but got {key}. Remove it.")
+            raise ConfigError(f"A search varies keys of calibration, qconfig or qat, but got {key}. Remove it.")
         values = domain.values if isinstance(domain, Choice) else _ends(domain)
         for value in values:
             trial_settings(config, {key: value})

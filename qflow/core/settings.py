@@ -34,6 +34,8 @@ class CalibrationSettings:
     """Method clip_std: how many standard deviations around the mean are kept."""
     sampling: int = 7
     """Every n-th value enters the histogram; 1 takes all. Smallest and largest are always exact."""
+    float16_clip: bool = False
+    """fp16 results beyond 65504 are clipped to it; otherwise they overflow to infinity, and are counted."""
 
     def __post_init__(self) -> None:
         _one_of("calibration.method", self.method, METHODS)

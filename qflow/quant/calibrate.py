@@ -67,6 +67,7 @@ def apply_scales(
     for node in prepared.graph.quantized:
         quantizer = prepared.outputs[node.quantizer]  # type: ignore[index]
         quantizer.clear_scale()
+        quantizer.clip = settings.float16_clip
         if quantizer.dtype is None or not quantizer.dtype.is_integer:
             continue
         op = qconfig.ops[node.name]
