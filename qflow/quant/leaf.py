@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qflow.quant.run import Run, current_run
 
@@ -34,7 +34,7 @@ class Leaf:
             # the operators themselves.
             with torch._C.DisableTorchFunction():
                 out = self.compute(run, name, *((first.clone(), *args[1:]) if apart else args), **kwargs)
-                result = run.finish(name, out, first if inplace and not apart else None)
+                result = self.finish(run, name, out, first if inplace and not apart else None)
                 return first.copy_(result) if apart else result
         finally:
             run.depth -= 1
@@ -43,6 +43,10 @@ class Leaf:
         """The operator without its output quantizer."""
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
+    def finish(self, run: Run, name: str, out: Any, first: Any) -> Any:
+        """The result through its output quantizer; `first` is the tensor that the operator wrote into, or None."""
+        return run.finish(name, out, first)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as "mixin and own class": the class itself is made at run time and no other process has it."""
         made: Any = super().__reduce_ex__(protocol)
@@ -50,6 +54,28 @@ class Leaf:
             return made  # the user's own class has its own way
         mixin, own = type(self).__bases__
         return (_made_again, (mixin, own), *made[2:])
+
+
+class ReluLeaf(Leaf):
+    """ReLU and ReLU6. Without gradients the quantizer behind them clamps for them: one pass less, the same numbers."""
+
+    def compute(self, run: Run, name: str, *args: Any, **kwargs: Any) -> Any:
+        if args and self._clamps(run, name, args[0]):
+            return args[0]
+        return super().compute(run, name, *args, **kwargs)
+
+    def finish(self, run: Run, name: str, out: Any, first: Any) -> Any:
+        if not self._clamps(run, name, out):
+            return run.finish(name, out, first)
+        quantizer = run.outputs[run.plan.output_at[name]]
+        run.ran.add(quantizer.name)
+        return quantizer.clamped(out, 6.0 if isinstance(self, nn.ReLU6) else None, in_place=first is not None)
+
+    def _clamps(self, run: Run, name: str, x: Any) -> bool:
+        plain = run.collect is None and run.watch is None and run.used is None
+        if not plain or torch.is_grad_enabled() or x.dtype != torch.float32 or not run.quantizes(name):
+            return False
+        return run.outputs[run.plan.output_at[name]].clamps
 
 
 _LEAF_CLASSES: dict[tuple[type, type], type] = {}

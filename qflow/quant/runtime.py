@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from qflow.quant.decompose import decomposition
-from qflow.quant.leaf import Leaf, leaf_type
+from qflow.quant.leaf import Leaf, ReluLeaf, leaf_type
 from qflow.quant.ops import function_name, is_operator
 from qflow.quant.run import Run, current_run
 from qflow.quant.weighted import ConvLeaf, ConvTransposeLeaf, LinearLeaf, NormLeaf
@@ -95,6 +95,8 @@ def leaf_class(module: nn.Module) -> type[nn.Module]:
         mixin = LinearLeaf
     elif isinstance(module, nn.modules.batchnorm._BatchNorm):
         mixin = NormLeaf
+    elif isinstance(module, (nn.ReLU, nn.ReLU6)):
+        mixin = ReluLeaf
     else:
         mixin = Leaf
     return leaf_type(mixin, own)

@@ -29,7 +29,7 @@ def prepared_with(gain=1.0, name="norm", **settings):
 
 
 def test_a_layer_norm_in_fp16_between_int8_operators():
-    model, prepared, example = prepared_with()
+    _, prepared, example = prepared_with()
     seen = {}
     with torch.no_grad():
         handle = prepared.model.norm.register_forward_hook(lambda m, a, out: seen.update(norm=out))

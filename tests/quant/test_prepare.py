@@ -222,3 +222,19 @@ def test_a_block_called_in_two_places_keeps_its_names_apart():
     names = [n.name for n in prepared.graph.nodes]
     assert "block.conv1(1)" in names
     assert "block[add](1)" in names
+
+
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.ReLU6])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [QDtype.qint8, QDtype.qint16])
+def test_the_clamp_of_a_relu_is_that_of_its_quantizer(kind, inplace, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), kind(inplace=inplace), nn.Conv2d(8, 2, 1)).eval()
+    example = torch.randn(4, 3, 9, 9) * 8
+    prepared = prepare(model, example)
+    qconfig = resolve(prepared.graph, [TemplateSetter(dtype)], "nash-m")
+    apply_scales(prepared, collect(prepared, [(example, 4)]), qconfig, CalibrationSettings(method="percentile"))
+    with prepared.quantized():
+        with torch.no_grad():
+            fast = prepared(example)
+        assert torch.equal(fast, prepared(example).detach())  # with gradients the ReLU runs on its own
