@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from qflow import __version__
 from qflow.analysis.badcase import find_badcases
 from qflow.analysis.calibration_check import calibration_findings
@@ -334,6 +336,7 @@ class Bench:
                 p: importlib.metadata.version(p) for p in ("torch", "numpy", "mlflow", "optuna", "hydra-core")
             },
             "device": self.task.device,
+            "threads": torch.get_num_threads(),
             "weights": weights_digest(self.task.model),
             "graph": digest(self.graph),
             "data": data_digest(self.task),

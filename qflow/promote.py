@@ -140,6 +140,8 @@ def compare(candidate: Candidate) -> list[str]:
     from qflow.search.objective import Goal
     from qflow.tune import make_bench
 
+    if not candidate.config.executor.threads:  # another number of threads sums in another order
+        candidate.config.executor.threads = candidate.manifest.get("threads", 0)
     bench = make_bench(candidate.config)
     bench.sensitivities = candidate.sensitivities
     settings = conf.trial_settings(candidate.config)

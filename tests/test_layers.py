@@ -28,6 +28,7 @@ HOMES = {
         "tune",
         "promote",
         "check",
+        "analyze",
         "workflows",
     },  # the others name the type DictConfig only
 }
