@@ -39,10 +39,8 @@ def prepare(model: nn.Module, example_inputs: Any, skip: Sequence[str | type[nn.
         raise ModelError(f"A model holds modules, but got a single {type(model).__name__}. Wrap it in nn.Sequential.")
     scripted = next((n or "model" for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
     paths = skipped_paths(model, skip)
-    if scripted is not None and scripted not in paths:
-        raise ModelError(
-            f"A model is plain PyTorch, but got TorchScript at {scripted}. Give the original module, or skip it."
-        )
+    if scripted is not None:
+        raise ModelError(f"A model is plain PyTorch, but got TorchScript at {scripted}. Give the original module.")
     tape = _trace(model, example_inputs, paths)
     _refuse_unseen(tape, model, example_inputs, paths)
     prepared = QuantizedModel(model, make_plan(tape, model, paths)).eval()

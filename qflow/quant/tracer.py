@@ -78,6 +78,8 @@ class _Tracer(TorchFunctionMode):
     def note_writes(self, name: str, out: Any, versions: list[tuple[Tensor, int]]) -> None:
         if name in DATA_DEPENDENT and not isinstance(out, Tensor) and versions:
             self.note_site(f"a Python value is taken from a tensor by {name}")
+        if name in ("getitem", "masked_select") and any(t.dtype == torch.bool for t, _ in versions):
+            self.note_site(f"{name} with a boolean mask gives a size that depends on the data")
         if name in ("setitem", *FILLS) or (not tensors_in(out) and any(t._version != v for t, v in versions)):
             self.note_site(f"{name} writes into a tensor and is left in float")
 
@@ -197,7 +199,8 @@ class _Tracer(TorchFunctionMode):
         found: list[tuple[int, int]] = []
         for slot, tensor in sources:
             known = self.producer.get(id(tensor))
-            index = known if known is not None else self.constant(tensor, name)
+            # what is unknown stays as it is inside: its weights and biases are no values of the device's
+            index = known if known is not None or kind == OpKind.other else self.constant(tensor, name)
             if index is not None:
                 found.append((slot, index))
         op = Op(

@@ -248,3 +248,29 @@ def test_two_classes_of_one_name_keep_apart():
 
     for factor in (1.0, 2.0):
         prepare(make(factor), torch.randn(2, 4))
+
+
+def test_a_boolean_mask_is_named_with_its_line_and_what_is_unknown_keeps_its_parameters():
+    class Select(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.lin(x[x.sum(1) > 0])
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.out = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.out(self.cell(x)[0])
+
+    torch.manual_seed(0)
+    notes = prepare(Select().eval(), torch.randn(4, 4)).graph.notes
+    assert any("boolean mask gives a size that depends on the data at test_hard_models.py:" in n for n in notes)
+    graph = prepare(Recurrent().eval(), torch.randn(2, 5, 4)).graph
+    assert [n.name for n in graph.nodes] == ["quant[x]", "cell[lstm]", "out"]
+    with pytest.raises(ModelError, match="got TorchScript at 0. Give the original module"):
+        prepare(nn.Sequential(torch.jit.script(nn.Linear(4, 4))).eval(), torch.randn(2, 4))
