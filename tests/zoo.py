@@ -161,7 +161,8 @@ class FunctionalNet(nn.Module):
         y = F.avg_pool2d(y, 2)
         y += 0.5
         y = 1.0 - y / 3.0
-        y *= y.abs().sqrt().clamp(min=0.1)
+        y = y * y.abs().sqrt().clamp(min=0.1)
+        y *= 2.0
         return F.linear(y.mean(dim=(2, 3)), self.weight, self.bias)
 
 

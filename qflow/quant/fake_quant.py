@@ -208,7 +208,8 @@ class FakeQuant(nn.Module):
             return
         low, high = torch.aminmax(x)
         batch = torch.stack((-low, high)).to(self.sides.dtype) * (self.margin / self.divisor())
-        self.sides.lerp_(batch, self.averaging_constant)
+        # an end that is infinite (a mask of -inf) says nothing about the range: that side stays where it is
+        self.sides.lerp_(torch.where(torch.isfinite(batch), batch, self.sides), self.averaging_constant)
         self.scale.copy_(self.sides.amax().clamp_min_(EPS))
 
     def _check(self) -> None:

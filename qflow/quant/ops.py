@@ -42,8 +42,8 @@ _FUNCTIONS: dict[OpKind, str] = {
     OpKind.add: "add",
     OpKind.mul: "mul",
     OpKind.arithmetic: "sub rsub div neg maximum minimum addcmul addcdiv lerp floor_divide remainder fmod where "
-    "masked_fill atan2 scatter scatter_add index_add index_put fold eq ne gt ge lt le logical_and logical_or logical_not "
-    "isnan isinf isfinite any all",
+    "masked_fill atan2 scatter scatter_add index_add index_put fold eq ne gt ge lt le logical_and logical_or "
+    "logical_not isnan isinf isfinite any all",
     OpKind.concat: "cat concat concatenate stack hstack vstack dstack",
     OpKind.resize: "interpolate upsample",
     OpKind.max_pool: "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d",

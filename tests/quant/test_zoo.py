@@ -7,12 +7,18 @@ import torch
 from torch.utils._pytree import tree_map
 from zoo import NAMES, Masked, build
 
+from qflow.analysis.calibration_check import calibration_findings
+from qflow.analysis.model_check import check_model
+from qflow.config.device_file import load_rules
+from qflow.core.device import apply_rules
 from qflow.core.dtype import QDtype
-from qflow.core.setter import HighPrecisionOutput, TemplateSetter, resolve
-from qflow.core.settings import CalibrationSettings
+from qflow.core.graph import OpKind
+from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, TemplateSetter, covers, resolve
+from qflow.core.settings import CalibrationSettings, QatSettings
 from qflow.quant.calibrate import apply_scales, collect
 from qflow.quant.calling import call_model, named_tensors
 from qflow.quant.prepare import _Observed, prepare
+from qflow.quant.qat import parameter_groups, train
 
 
 def double(inputs):
@@ -69,3 +75,45 @@ def test_a_prepared_model_copies():
     with torch.no_grad():
         assert largest_error(call_model(prepared, example), call_model(twin, example)) == 0.0
     assert twin.outputs["head"] is not prepared.outputs["head"]
+
+
+def trainable_loss(outputs, batch):
+    return sum(t.square().mean() for _, t in named_tensors(outputs) if t.is_floating_point())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mix_is_checked_trained_one_step_saved_and_loaded(name, tmp_path):
+    model, example = build(name)
+    prepared = prepare(model, example)
+    stats = collect(prepared, [(example, 2)])
+    rules = load_rules("nash-m")
+    wide = [n.name for n in prepared.graph.quantized[::3] if n.kind != OpKind.constant]
+    setters = [ModuleNameSetter({n: "qint16" for n in wide}), HighPrecisionOutput(), TemplateSetter(QDtype.qint8)]
+    requested = resolve(prepared.graph, setters, "nash-m")
+    applied = apply_rules(prepared.graph, requested, rules)
+    settings = CalibrationSettings(method="minmax")
+    findings = apply_scales(prepared, stats, applied, settings)
+    asked = {n for n in applied.ops if n.startswith("const[") or any(covers(w, n) for w in wide)}
+    assert set(applied.names(QDtype.qint16)) <= asked
+    check = check_model(
+        prepared.graph, requested, applied, calibration_findings(prepared, stats, applied, findings), "minmax"
+    )
+    assert {row.op for row in check.rows} == {node.name for node in prepared.graph.quantized}
+    assert not check.errors
+    before = {k: v.clone() for k, v in prepared.float_state_dict().items()}
+    optimizer = torch.optim.SGD(parameter_groups(prepared, {}, 1e-3), lr=1e-3)
+    report = train(
+        prepared, [(example, None)], trainable_loss, optimizer, settings=QatSettings(steps=1), qconfig=applied,
+        calibration=settings,
+    )  # fmt: skip
+    assert report.finished
+    assert any(not torch.equal(v, before[k]) for k, v in prepared.float_state_dict().items())
+    torch.save(prepared.state_dict(), tmp_path / "state.pt")
+    twin = prepare(model, example)
+    twin.configure(applied)
+    twin.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for quantizer, source in zip(twin.store, prepared.store, strict=True):
+        quantizer.dtype = source.dtype  # a constant zero was left in float
+    with torch.no_grad(), prepared.quantized(), twin.quantized():
+        assert largest_error(call_model(prepared, example), call_model(twin, example)) == 0.0
+    model.load_state_dict(prepared.float_state_dict())  # and back into the float model
