@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from benchmarks.networks import NETWORKS, build, images
 from qflow.core.dtype import QDtype
-from qflow.core.errors import QflowError
 from qflow.core.qconfig import QConfig
 from qflow.core.setter import TemplateSetter, resolve
 from qflow.core.settings import CalibrationSettings
@@ -140,25 +139,19 @@ def _stepper(model: nn.Module, x: Tensor) -> Callable[[], None]:
     return step
 
 
-def row(name: str, model: nn.Module, x: Tensor, rounds: int, full: bool = True) -> tuple[list[str], list[str]]:
-    """Table cells of one network at one batch size, and a line for each part that could not run."""
-    variants, skipped = forwards(model, x), []
+def row(name: str, model: nn.Module, x: Tensor, rounds: int, full: bool = True) -> list[str]:
+    """Table cells of one network at one batch size; calibration and the QAT step where `full`."""
+    variants = forwards(model, x)
     if full:
         variants |= calibration(model, x)
-        try:
-            steps = training(model, x)
-            for variant in steps.values():
-                _timed(variant, 1)
-            variants |= steps
-        except (QflowError, NotImplementedError) as error:
-            skipped.append(f"{name}: QAT step skipped: {error}")
+        variants |= training(model, x)
     timings = measure(variants, rounds)
     cells = [name, str(len(x)), f"{timings['float'].median * 1e3:.2f} ms"]
     for column in COLUMNS:
         base = timings.get("float step") if column == "QAT step" else timings["float"]
         found = timings.get(column)
         cells.append(found.against(base) if found is not None and base is not None else "-")
-    return cells, skipped
+    return cells
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -175,17 +168,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=sorted(NETWORKS), default=list(NETWORKS))
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    rows, notes = [], []
+    rows = []
     for name in options.only:
         _, shape, batch = NETWORKS[name]
         model = build(name)
         for size in (batch, 1):
-            cells, skipped = row(name, model, images(size, shape, seed=5), options.rounds, full=size > 1)
-            rows.append(cells)
-            notes += skipped
+            rows.append(row(name, model, images(size, shape, seed=5), options.rounds, full=size > 1))
     print(f"torch {torch.__version__}, one thread, {options.rounds} rounds; QAT step against a float training step.\n")
     print(table(rows))
-    print("\n".join(notes))
 
 
 if __name__ == "__main__":

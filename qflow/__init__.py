@@ -8,8 +8,10 @@ __version__ = "0.1.0"
 # Imported on first use, so that `import qflow` and --help stay fast.
 _PLACES = {
     "qflow.library": "prepare configure calibrate check cost set_fake_quantize FakeQuantState Prepared",
+    "qflow.analysis.model_check": "check_text",
     "qflow.core.dtype": "QDtype",
     "qflow.core.qconfig": "OpQConfig QConfig",
+    "qflow.core.setter": "HighPrecisionOutput TemplateSetter",
     "qflow.core.settings": "CalibrationSettings",
     "qflow.quant.quantized_model": "scales",
 }

@@ -2,7 +2,7 @@
 
     prepared = qflow.prepare(model, images, qconfig_setter=qflow.default_calibration_qconfig_setter, march="nash-m")
     findings = qflow.calibrate(prepared, loader)
-    print(qflow.check(prepared).text())
+    print(qflow.check_text(qflow.check(prepared)))
     print(qflow.cost(prepared).latency_ms)
     outputs = prepared(images)          # as the device computes them
 

@@ -1,7 +1,9 @@
 """qflow as a library: what the doors do, in lines of Python, on a model from the user's side."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,3 +105,10 @@ def test_a_value_by_a_way_that_tracing_cannot_see_is_refused():
 def test_importing_qflow_is_light():
     code = "import sys, qflow; print([m for m in ('torch', 'hydra', 'mlflow', 'optuna') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_every_name_that_the_library_page_shows_exists():
+    text = (Path(__file__).parent.parent / "docs" / "library.md").read_text()
+    names = set(re.findall(r"qflow\.([A-Za-z_]\w*)\b(?=[(,)])", text))
+    assert {"prepare", "calibrate", "check", "cost", "configure", "check_text", "TemplateSetter"} <= names
+    assert all(hasattr(qflow, name) for name in names)

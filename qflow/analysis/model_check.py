@@ -53,12 +53,7 @@ def check_model(
     findings += [Finding(a, "check", f"could fuse with {b} but does not: {why}") for a, b, why in graph.unfused]
     findings += [Finding(note.split(": ")[0], "check", note.partition(": ")[2] or note) for note in graph.notes]
     findings += extra
-    pinned = {name for name, op in applied.ops.items() if op.pinned_scale() is not None}
-    findings += [
-        Finding(name, "info", f"its function bounds it to {low:g}..{high:g}: a fixed scale would fit exactly")
-        for name, (low, high) in bounded(graph).items()
-        if name in applied.ops and name not in pinned and applied.ops[name].output is not None
-    ]
+    findings += _bounded(graph, applied)
     leaving = [graph.by_name[owners[graph.by_name[s].quantizer]] for _, p in graph.outputs for s in graph.source(p)]
     findings += [
         Finding(node.name, "info", "a GEMM before an output, but not a high-precision output: read elsewhere or moved")
@@ -66,6 +61,16 @@ def check_model(
         if node.kind in GEMM_KINDS and applied.ops[node.name].output is not None
     ]
     return ModelCheck(applied.march, len(graph.nodes), tuple(rows), dict(graph.calls), graph.unfused, tuple(findings))
+
+
+def _bounded(graph: ModelGraph, applied: QConfig) -> list[Finding]:
+    """Operators whose function bounds their result, without a fixed scale yet."""
+    free = {n for n, op in applied.ops.items() if op.output is not None and op.pinned_scale() is None}
+    return [
+        Finding(name, "info", f"its function bounds it to {low:g}..{high:g}: a fixed scale would fit exactly")
+        for name, (low, high) in bounded(graph).items()
+        if name in free
+    ]
 
 
 def _observer(op: OpQConfig, method: str) -> str:

@@ -31,11 +31,6 @@ def device_names() -> list[str]:
     return sorted(path.stem for path in (conf_dir() / "device").glob("*.yaml"))
 
 
-def load_device(name_or_path: str | Path) -> tuple[DeviceRules, CostModel]:
-    """Rules and cost model of a shipped device or of a device file. Raises ConfigError in one line."""
-    return load_rules(name_or_path), load_cost(name_or_path)
-
-
 def load_rules(name_or_path: str | Path) -> DeviceRules:
     """Dtype rules of a shipped device or of a device file. Raises ConfigError in one line."""
     node = _load(name_or_path)
