@@ -192,14 +192,15 @@ class FakeQuant(nn.Module):
         A number for an activation on CPU, otherwise a tensor that no later call writes into: a shared module
         moves its scale again before the first call's backward pass.
         """
-        moves = self.averaging_constant > 0 and (self.training or self.per_channel) and x.numel() > 0
+        moves = self.averaging_constant > 0.0 and (self.training or self.per_channel) and x.numel() > 0
         if not moves and not self._checked and not torch.compiler.is_compiling():
             self._check()
         if moves:
             self._move(x)
-        if not self.per_channel and self.scale.device.type == "cpu" and not torch.compiler.is_compiling():
-            return float(self.scale)
-        return self.scale.clone() if torch.is_grad_enabled() else self.scale
+        scale = self.scale
+        if scale.ndim == 0 and scale.device.type == "cpu" and not torch.compiler.is_compiling():
+            return float(scale)
+        return scale.clone() if torch.is_grad_enabled() else scale
 
     @torch.no_grad()
     def _move(self, x: Tensor) -> None:

@@ -14,6 +14,8 @@ class Leaf:
     """Mixed in before a leaf module's own class; `qflow_path` is the module's path in the model."""
 
     qflow_path: str
+    inplace = False
+    """For modules that have no such switch: looked up in vain it would cost as much as a small operator."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward with its quantizers."""
@@ -26,16 +28,16 @@ class Leaf:
         first: Any = args[0] if args else None
         # Training, relu(inplace=True) keeps its result for the backward pass: it works on a copy, and what the
         # user's tensor becomes is the quantized result.
-        inplace = getattr(self, "inplace", False) and isinstance(first, Tensor)
+        inplace = self.inplace and isinstance(first, Tensor)
         apart = inplace and torch.is_grad_enabled()
         run.depth += 1
         try:
             # Nothing in here is the user's: the mode would only pass each call on, which at batch 1 costs as much as
             # the operators themselves.
             with torch._C.DisableTorchFunction():
-                out = self.compute(run, name, *((first.clone(), *args[1:]) if apart else args), **kwargs)
-                result = self.finish(run, name, out, first if inplace and not apart else None)
-                return first.copy_(result) if apart else result
+                if apart:
+                    return first.copy_(self.result(run, name, None, first.clone(), *args[1:], **kwargs))
+                return self.result(run, name, first if inplace else None, *args, **kwargs)
         finally:
             run.depth -= 1
 
@@ -43,9 +45,9 @@ class Leaf:
         """The operator without its output quantizer."""
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
-    def finish(self, run: Run, name: str, out: Any, first: Any) -> Any:
-        """The result through its output quantizer; `first` is the tensor that the operator wrote into, or None."""
-        return run.finish(name, out, first)
+    def result(self, run: Run, name: str, written: Any, *args: Any, **kwargs: Any) -> Any:
+        """The operator through its output quantizer; `written` is the tensor that it writes into, or None."""
+        return run.finish(name, self.compute(run, name, *args, **kwargs), written)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as "mixin and own class": the class itself is made at run time and no other process has it."""
@@ -59,21 +61,16 @@ class Leaf:
 class ReluLeaf(Leaf):
     """ReLU and ReLU6. Without gradients the quantizer behind them clamps for them: one pass less, the same numbers."""
 
-    def compute(self, run: Run, name: str, *args: Any, **kwargs: Any) -> Any:
-        if args and self._clamps(run, name, args[0]):
-            return args[0]
-        return super().compute(run, name, *args, **kwargs)
-
-    def finish(self, run: Run, name: str, out: Any, first: Any) -> Any:
-        if not self._clamps(run, name, out):
-            return run.finish(name, out, first)
+    def result(self, run: Run, name: str, written: Any, *args: Any, **kwargs: Any) -> Any:
+        """The operator through its output quantizer."""
+        if not args or not self._clamps(run, name, args[0]):
+            return super().result(run, name, written, *args, **kwargs)
         quantizer = run.outputs[run.plan.output_at[name]]
         run.ran.add(quantizer.name)
-        return quantizer.clamped(out, 6.0 if isinstance(self, nn.ReLU6) else None, in_place=first is not None)
+        return quantizer.clamped(args[0], 6.0 if isinstance(self, nn.ReLU6) else None, written is not None)
 
     def _clamps(self, run: Run, name: str, x: Any) -> bool:
-        plain = run.collect is None and run.watch is None and run.used is None
-        if not plain or torch.is_grad_enabled() or x.dtype != torch.float32 or not run.quantizes(name):
+        if not run.plain or torch.is_grad_enabled() or x.dtype != torch.float32 or not run.quantizes(name):
             return False
         return run.outputs[run.plan.output_at[name]].clamps
 

@@ -65,6 +65,11 @@ class Run:
     watch: Callable[[str, Tensor], None] | None = None
     """Told every operator's result before its quantizer."""
 
+    @property
+    def plain(self) -> bool:
+        """True if nobody looks at what lies between operator and quantizer."""
+        return self.collect is None and self.watch is None and self.used is None
+
     def name(self, base: str) -> str:
         """Name of this call of `base`."""
         n = self.counts.get(base, 0)

@@ -34,7 +34,7 @@ from qflow.core.errors import ConfigError
 from qflow.core.settings import NORM_MODES
 from qflow.quant.fake_quant import FakeQuant
 from qflow.quant.leaf import Leaf
-from qflow.quant.run import Run
+from qflow.quant.run import Run, current_run
 
 DEAD = 1e-5  # below it the folded weight would drown in the floor of the scale
 
@@ -49,6 +49,15 @@ class NormLeaf(Leaf):
     def train(self, mode: bool = True) -> Any:
         """Train or eval mode; a fixed norm stays in eval mode."""
         return super().train(mode and not self.qflow_fixed)  # type: ignore[misc]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The norm; nothing at all where it is folded and its result is no operator's output."""
+        run = current_run()
+        if run is None or run.depth or self.qflow_path not in run.folded or not run.plain or not args:
+            return super().forward(*args, **kwargs)
+        name = run.name(self.qflow_path)
+        run.folded.discard(self.qflow_path)
+        return run.finish(name, args[0], None) if name in run.plan.output_at else args[0]
 
     def compute(self, run: Run, name: str, *args: Any, **kwargs: Any) -> Any:
         if self.qflow_path in run.folded:
@@ -129,40 +138,46 @@ class WeightedLeaf(Leaf):
             quantizer.cached = None
             weight, bias = self.folded()
             return quantizer(weight), bias
-        norm: Any = self.qflow_norm
-        own = [self.weight, self.bias]
-        folds = [norm.weight, norm.bias, norm.running_mean, norm.running_var] if norm else []
-        sources = [source for source in own + folds if source is not None]
-        settings = (*quantizer.settings(), norm and norm.eps)
+        sources, settings = self._sources(quantizer), self._settings(quantizer)
         if quantizer.cached is not None:
-            held, versions, kept_settings, result = quantizer.cached
-            if kept_settings == settings and _same(held, sources) and versions == _versions(sources, quantizer):
+            held, kept_settings, result = quantizer.cached
+            if kept_settings == settings and _same(held, sources):
                 found: tuple[Tensor, Tensor | None] = result
                 return found
-        if any(source.is_inference() for source in (*sources, quantizer.scale)):  # they have no version
-            weight, bias = self.folded()
-            return quantizer(weight), bias
         weight, bias = self.folded()
         result = (quantizer(weight), bias)
-        # A view holds the storage, so that no other tensor can get its address while it is compared with.
-        held = [(source, source.detach()) for source in sources]
-        quantizer.cached = (held, _versions(sources, quantizer), settings, result)
+        if not any(source.is_inference() for source in sources if source is not None):  # those have no version
+            # A view holds the storage, so that no other tensor can get its address while it is compared with.
+            held = [s if s is None else (s, s._version, s.detach()) for s in sources]
+            quantizer.cached = (held, settings, result)
         return result
+
+    def _sources(self, quantizer: FakeQuant) -> tuple[Tensor | None, ...]:
+        norm: Any = self.qflow_norm
+        if norm is None:
+            return self.weight, self.bias, quantizer.scale
+        return self.weight, self.bias, quantizer.scale, norm.weight, norm.bias, norm.running_mean, norm.running_var
+
+    def _settings(self, quantizer: FakeQuant) -> tuple[Any, ...]:
+        return (*quantizer.settings(), self.qflow_norm and self.qflow_norm.eps)
 
     def run_with(self, weight: Tensor, bias: Tensor | None, input: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
         """The operator with another weight and bias."""
         raise AssertionError("every weighted leaf class defines run_with")
 
 
-def _versions(sources: list[Tensor], quantizer: FakeQuant) -> list[int]:
-    return [source._version for source in (*sources, quantizer.scale)]
-
-
-def _same(held: list[tuple[Tensor, Tensor]], sources: list[Tensor]) -> bool:
+def _same(held: list[tuple[Tensor, int, Tensor] | None], sources: tuple[Tensor | None, ...]) -> bool:
     if len(held) != len(sources):
         return False
-    pairs = zip(held, sources, strict=True)
-    return all(a is b and view.data_ptr() == b.data_ptr() for (a, view), b in pairs)
+    for kept, source in zip(held, sources, strict=True):
+        if kept is None or source is None:
+            if source is not None or kept is not None:
+                return False
+            continue
+        tensor, version, view = kept
+        if tensor is not source or version != source._version or view.data_ptr() != source.data_ptr():
+            return False
+    return True
 
 
 class ConvLeaf(WeightedLeaf):
