@@ -6,6 +6,7 @@ a comparison of outputs vacuous. Nothing measured on them says anything about ac
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -32,14 +33,14 @@ class Residual(nn.Module):
         return self.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
-class ResNet20(nn.Module):
-    """He et al. 2015, section 4.2: three stages of three blocks, 16-32-64 channels, for 3x32x32."""
+class ResNet(nn.Module):
+    """He et al. 2015, section 4.2: three stages of `blocks` blocks, 16-32-64 channels, for 3x32x32; 3: ResNet-20."""
 
-    def __init__(self, classes: int = 10) -> None:
+    def __init__(self, blocks: int = 3, classes: int = 10) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-        plan = [(16, 16, 1), (16, 16, 1), (16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 32, 1)]
-        plan += [(32, 64, 2), (64, 64, 1), (64, 64, 1)]
+        plan = [(16, 16, 1)] * blocks
+        plan += [(16, 32, 2)] + [(32, 32, 1)] * (blocks - 1) + [(32, 64, 2)] + [(64, 64, 1)] * (blocks - 1)
         self.blocks = nn.Sequential(*(Residual(*row) for row in plan))
         self.head = nn.Linear(64, classes)
 
@@ -144,7 +145,8 @@ def images(batch: int, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], int]] = {
-    "resnet20": (ResNet20, (3, 32, 32), 32),
+    "resnet20": (ResNet, (3, 32, 32), 32),
+    "resnet56": (functools.partial(ResNet, 9), (3, 32, 32), 32),
     "mobilenetv2": (MobileNetV2, (3, 96, 96), 8),
     "unet": (UNet, (3, 64, 64), 8),
 }

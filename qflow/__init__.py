@@ -8,6 +8,8 @@ __version__ = "0.1.0"
 # Imported on first use, so that `import qflow` and --help stay fast.
 _PLACES = {
     "qflow.library": "prepare configure calibrate check cost set_fake_quantize FakeQuantState Prepared",
+    "qflow.quant_analysis": "QuantAnalysis",
+    "qflow.frames": "to_frame",
     "qflow.analysis.model_check": "check_text",
     "qflow.core.dtype": "QDtype",
     "qflow.core.qconfig": "OpQConfig QConfig",
@@ -25,3 +27,8 @@ def __getattr__(name: str) -> Any:
     if name in plugin.__all__:
         return getattr(plugin, name)
     raise AttributeError(f"module 'qflow' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    plugin = importlib.import_module("qflow.core.plugin_names")
+    return sorted({"__version__", *_HOME, *plugin.__all__})

@@ -1,7 +1,15 @@
-"""python -m qflow.analyze qat_debug qat=...: when QAT fails, which part is at fault? The guide's order, measured.
+"""python -m qflow.analyze [stages=[badcase,layers,sensitivity,advice]]: where does the accuracy go?
 
-Fine-tunes float, then the prepared model with quantizers off, at rate 0, at rate 0 with moving scales, and as
-configured; each from the same start, on the same batches. Exit code 0: no stage is at fault; 1: one is; 2: a mistake.
+    badcase      the samples on which the quantized model differs most from float
+    layers       every operator on them, float against calibrated: where the error starts
+    sensitivity  every quantizer alone: what the outputs suffer from it
+    advice       why, what to write, and whether it helps (follows its own advice and measures again)
+    qat_debug    when QAT fails: which part is at fault (analysis/qat_debug.py)
+
+All but the last look at the model under `qconfig.template`. Tables, pictures and a page go into a folder and to an
+MLflow run. Exit code 0: done; 1: qat_debug found a fault; 2: a mistake in what was asked. In qat_debug a stage may lose
+`objective.max_drop` against float or calibrated (at rate 0 nothing); a goal that sound training misses is named in the
+verdict and is no fault.
 """
 
 from __future__ import annotations
@@ -10,9 +18,15 @@ from typing import TYPE_CHECKING
 
 from qflow import config as conf
 from qflow.core.errors import ConfigError
+from qflow.tune import check_config
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from qflow.diagnosis import Diagnosis
+    from qflow.report.console import Console
+
+STAGES = ("badcase", "layers", "sensitivity", "advice", "qat_debug")
 
 
 def main() -> None:
@@ -21,11 +35,78 @@ def main() -> None:
 
 
 def analyze(config: DictConfig) -> int:
-    """Run the stages that were asked for. Returns 1 where one finds a fault."""
+    """Run the stages that were asked for. Returns 1 where qat_debug finds a fault."""
     unknown = [stage for stage in config.stages if stage not in STAGES]
     if unknown or not config.stages:
         raise ConfigError(f"stages are of {', '.join(STAGES)}, but got {list(config.stages)}. Name one.")
-    return max(STAGES[stage](config) for stage in config.stages)
+    check_config(config)
+    stages = [stage for stage in STAGES if stage in config.stages]
+    code = debug_qat(config) if "qat_debug" in stages else 0
+    rest = [stage for stage in stages if stage != "qat_debug"]
+    if rest:
+        diagnose(config, rest)
+    return code
+
+
+def diagnose(config: DictConfig, stages: list[str]) -> None:
+    """Bad cases, layers, sensitivity and advice of the task's model."""
+    from qflow.core.dtype import QDtype
+    from qflow.diagnosis import Diagnosis
+    from qflow.report.console import Console
+    from qflow.tracking.mlflow_tracker import MlflowTracker
+    from qflow.tune import make_bench
+
+    root = conf.root_dir(config)
+    tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
+    bench = make_bench(config)
+    bench.peek()
+    console = Console()
+    diagnosis = Diagnosis(bench, QDtype.parse(config.qconfig.template, "qconfig.template"))
+    run_stages(diagnosis, stages, console)
+    folder = root / "analyze" / bench.task.name
+    title = f"{bench.task.name}: all {config.qconfig.template}"
+    pictures = diagnosis.write(folder, title, list(config.prefixes), list(config.types))
+    name = f"{bench.task.name}/analyze"
+    run = tracker.open_study(
+        name,
+        tags={"qflow.workflow": "analyze"},
+        params={"task": bench.task.name, "march": config.device.march, "stages": ",".join(stages)},
+        description=f"Analysis of {bench.task.name} at {config.qconfig.template}: analysis.html has it all.",
+    )
+    tracker.log_study(run, folder=folder)
+    tracker.close_study(run)
+    console.say(f"{'written':<12} {folder / 'analysis.html'} and {len(pictures)} pictures; MLflow run {name}")
+
+
+def run_stages(diagnosis: Diagnosis, stages: list[str], console: Console) -> None:
+    """Each stage with its bar and its line."""
+    from qflow.analysis.layer_text import layers_line
+
+    bench = diagnosis.bench
+    with console.stage("bad cases") as say, console.bar("bad cases", bench.badcase_steps, "steps") as advance:
+        table = diagnosis.find_badcases(advance)
+        say(f"the {len(table.chosen)} worst of {table.samples} samples by {table.metric}: {list(table.chosen[:6])}")
+    if "layers" in stages or "advice" in stages:
+        with console.stage("layers") as say:
+            say(layers_line(diagnosis.compare_layers()))
+    if "sensitivity" in stages or "advice" in stages:
+        with console.stage("sensitivity") as say, console.bar("sensitivity", bench.quantizers, "rows") as advance:
+            ranked = diagnosis.rank(advance)
+            top = ranked.rows[0]
+            say(f"{len(ranked.rows)} rows, most sensitive: {top.op_name} ({top.sensitive_type} {top.score:.3g})")
+        console.say(f"{'':<12} {ranked.method}")
+        for finding in ranked.findings:
+            console.say(f"{'':<12} {finding.message}")
+    if "advice" in stages:
+        with console.stage("advice") as say:
+            advice = diagnosis.advise()
+            say(f"{len(advice)} operators stand out" if advice else "nothing stands out")
+        for a in advice[:6]:
+            console.say(f"{'':<12} {a.op}: {a.cause} ({a.source}, {a.gain:.0%})  {a.line or a.text}")
+        if any(a.line for a in advice):
+            with console.stage("fidelity") as say:
+                checked = diagnosis.check_advice()
+                say(f"following it moves the outputs from {checked.before:.3g} to {checked.after:.3g} off float")
 
 
 def debug_qat(config: DictConfig) -> int:
@@ -63,6 +144,7 @@ def debug_qat(config: DictConfig) -> int:
         qconfig=applied,
         calibration=settings.calibration,
         tolerance=config.objective.max_drop,
+        goal=config.objective.max_drop,
         maximize=task.direction == "maximize",
     )
     folder = conf.root_dir(config) / "analyze" / task.name
@@ -74,12 +156,11 @@ def debug_qat(config: DictConfig) -> int:
         value = "stopped" if stage.metric is None else f"{stage.metric:.4f}"
         verdict = "passes" if stage.passed else "at fault"
         print(f"{stage.name:<18}{value:<9} against {stage.reference:.4f}  {verdict}  {stage.note}".rstrip())
+    print(f"{'tolerance':<18}{found.tolerance:g} a stage (objective.max_drop), at rate 0 none")
     print(f"{'verdict':<18}{found.verdict}")
     print(f"{'written':<18}{folder / 'qat_debug.json'}")
     return int(not all(stage.passed for stage in found.stages))
 
-
-STAGES = {"qat_debug": debug_qat}
 
 if __name__ == "__main__":
     main()

@@ -7,20 +7,17 @@ in it, and a hit gives the same numbers as a miss.
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
-from qflow import __version__
 from qflow.analysis.badcase import find_badcases
+from qflow.analysis.badcase_files import BadcaseInputs
 from qflow.analysis.calibration_check import calibration_findings
+from qflow.analysis.candidates import Candidate, candidates
 from qflow.analysis.model_check import check_model
 from qflow.analysis.sensitivity import sensitivity
-from qflow.analysis.tables import BadcaseTable, Finding, ModelCheck, SensitivityTable
+from qflow.analysis.tables import BadcaseTable, Finding, SensitivityTable
 from qflow.core.device import DeviceRules, apply_rules
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, DataError, ModelError
@@ -33,46 +30,18 @@ from qflow.core.settings import CalibrationSettings, QConfigSettings, Sensitivit
 from qflow.core.template import trial_setters
 from qflow.cost.latency import CostModel, CostReport, predict
 from qflow.quant.calibrate import CalibrationStats, apply_scales, collect
-from qflow.quant.plan import make_plan
 from qflow.quant.prepare import prepare
-from qflow.quant.qat import TrainingReport
 from qflow.quant.quantized_model import QuantizedModel, scales
-from qflow.quant.tracer import trace
-from qflow.tasks.identity import data_digest, weights_digest
+from qflow.quant.retrace import graph_at
 from qflow.tasks.task import Task, batches, deploy_inputs, evaluate, model_inputs
 from qflow.training import Training, float_weights, train_trial
+from qflow.trial import TrialResult
 
 Progress = Callable[[int], None]
 
 
 def _silent(_: int) -> None:
     return None
-
-
-@dataclass(frozen=True)
-class TrialResult:
-    """One evaluated trial: the metric with its drop against float, the cost, and what explains both."""
-
-    metric: float
-    drop: float
-    samples: int
-    qconfig: QConfig
-    requested: QConfig
-    cost: CostReport
-    check: ModelCheck
-    scales: dict[str, float | list[float]]
-    calibration_samples: int
-    shared: bool
-    """True if an earlier trial had the same qconfig and calibration: nothing was run again."""
-    training: TrainingReport | None = None
-    """What QAT did; None for a trial that only calibrates."""
-    weights: dict[str, Any] | None = None
-    """Trained tensors by the float model's own names."""
-
-    @property
-    def scales_digest(self) -> str:
-        """Names the calibrated scales: equal digests, equal numbers."""
-        return digest(self.scales)
 
 
 @dataclass
@@ -120,22 +89,8 @@ class Bench:
         batch, _ = next(batches(self.task, "evaluation", min(self.eval_batch, 4), limit=1))
         example = model_inputs(self.task, batch)
         self._prepared = prepare(self.task.model, example, self.skip)
-        deployed = deploy_inputs(self.task, example)
-        try:
-            tape = trace(self.task.model, deployed, self._prepared.plan.skipped)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise ModelError(
-                f"The model must run at task.deploy_shape {self.task.deploy_shape}, but got: "
-                f"{str(error).splitlines()[0]}. Give the shape it is deployed at."
-            ) from error
-        self._deploy = make_plan(tape, self.task.model, self._prepared.plan.skipped).graph
-        names, wanted = [n.name for n in self._deploy.nodes], [n.name for n in self.graph.nodes]
-        if names != wanted:
-            odd = sorted(set(names) ^ set(wanted))[:3]
-            raise ModelError(
-                f"The model has the same operators at task.deploy_shape as on its data, but got differences at {odd}. "
-                "Branches on the input size cannot be costed: set a deploy_shape of the same kind."
-            )
+        way_out = f"Give the shape it is deployed at: task.deploy_shape is {self.task.deploy_shape}."
+        self._deploy = graph_at(self._prepared, deploy_inputs(self.task, example), way_out)
         return self._prepared
 
     @property
@@ -187,11 +142,13 @@ class Bench:
             for _ in batches(self.task, split, self.default_calibration.batch_size, limit=1):
                 pass
 
-    def find_badcases(self, progress: Progress = _silent) -> BadcaseTable:
-        """The calibration samples on which the all-int8 model differs most from float; `progress` counts steps."""
+    def find_badcases(self, progress: Progress = _silent, inputs: BadcaseInputs | None = None) -> BadcaseTable:
+        """The calibration samples on which the all-int8 model differs most from float; `progress` counts steps.
+
+        `inputs` keeps the model inputs of the chosen samples.
+        """
         chosen, calibration = self.sensitivity_settings, self.default_calibration
-        stats = self.calibrate(calibration)
-        apply_scales(self.prepared, stats, self.template(QDtype.qint8)[1], calibration)
+        self.all(QDtype.qint8)
         stream = batches(self.task, "calibration", calibration.batch_size, self.badcase_steps)
         self.badcases = find_badcases(
             self.task.model,
@@ -200,6 +157,7 @@ class Bench:
             metric=chosen.metric,
             count=chosen.bad_cases,
             on_step=progress,
+            inputs=inputs,
         )
         return self.badcases
 
@@ -208,20 +166,32 @@ class Bench:
         """Batches that are searched for bad cases."""
         return -(-self.sensitivity_settings.search_samples // self.default_calibration.batch_size)
 
+    def all(self, dtype: QDtype) -> list[str]:
+        """Set every operator to `dtype` under the default calibration; returns what calibration noticed."""
+        calibration = self.default_calibration
+        return apply_scales(self.prepared, self.calibrate(calibration), self.template(dtype)[1], calibration)
+
+    def cases(self) -> list[Any]:
+        """Model inputs of the bad cases, as one batch."""
+        worst = (self.badcases or self.find_badcases()).chosen
+        return [model_inputs(self.task, b) for b, _ in batches(self.task, "calibration", len(worst), indices=worst)]
+
     @property
     def quantizers(self) -> int:
-        """Number of rows of a sensitivity table: outputs and weights, high-precision outputs apart."""
+        """Number of int8 rows of a sensitivity table: outputs and weights, high-precision outputs apart."""
         return len(self.graph.quantized) - len(self.graph.high_precision) + len(self.graph.weighted)
 
     def rank(self, progress: Progress = _silent) -> SensitivityTable:
-        """Sensitivity of every quantizer of the all-int8 model on the bad cases; `progress` counts quantizers."""
-        table = self.badcases or self.find_badcases()
-        calibration = self.default_calibration
-        apply_scales(self.prepared, self.calibrate(calibration), self.template(QDtype.qint8)[1], calibration)
-        worst = table.chosen
-        cases = [model_inputs(self.task, b) for b, _ in batches(self.task, "calibration", len(worst), indices=worst)]
-        metric = self.sensitivity_settings.metric
-        self.sensitivities = sensitivity(self.task.model, self.prepared, cases, metric=metric, on_row=progress)
+        """Sensitivity of every quantizer on the bad cases, at each of `sensitivity.dtypes`; `progress` counts rows."""
+        cases, settings = self.cases(), self.sensitivity_settings
+        rows: list[Candidate] = []
+        for dtype in (QDtype.parse(name, "sensitivity.dtypes") for name in settings.dtypes):
+            self.all(QDtype.qint8 if dtype == QDtype.float16 else dtype)
+            rows += candidates(self.prepared, dtype)
+        self.all(QDtype.qint8)
+        self.sensitivities = sensitivity(
+            self.task.model, self.prepared, cases, settings=settings, rows=rows, on_row=progress
+        )
         return self.sensitivities
 
     # ---- qconfigs
@@ -324,22 +294,3 @@ class Bench:
                 f"Every planned quantizer runs, but got none for {missing[:3]} and unplanned operators "
                 f"{sorted(model.unseen)[:3]}. The model takes another path on this data than while traced."
             )
-
-    # ---- identity
-
-    def manifest(self) -> dict[str, Any]:
-        """What the numbers depend on beside the configuration: versions, weights, data."""
-        return {
-            "qflow": __version__,
-            "python": platform.python_version(),
-            "versions": {
-                p: importlib.metadata.version(p) for p in ("torch", "numpy", "mlflow", "optuna", "hydra-core")
-            },
-            "device": self.task.device,
-            "threads": torch.get_num_threads(),
-            "weights": weights_digest(self.task.model),
-            "graph": digest(self.graph),
-            "data": data_digest(self.task),
-            "eval_samples": self.eval_samples,
-            "float_metric": self.float_metric,
-        }

@@ -28,8 +28,9 @@ def check(config: DictConfig) -> int:
     from qflow.analysis.model_check import check_model, check_text
     from qflow.core.record import to_json
     from qflow.quant.calibrate import apply_scales
-    from qflow.tune import make_bench
+    from qflow.tune import check_config, make_bench
 
+    check_config(config)
     settings = conf.trial_settings(config)
     bench = make_bench(config)
     bench.peek()
@@ -44,7 +45,7 @@ def check(config: DictConfig) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model_check_result.txt").write_text(check_text(result))
     (folder / "model_check.json").write_text(to_json(result, indent=1))
-    lowered = sum(bool(op.fallback) for op in applied.ops.values())
+    lowered = sum(row.applied != row.requested for row in result.rows)
     print(f"{'model':<12}{len(bench.graph.nodes)} operators, float graph proven equal; march {applied.march}")
     print(f"{'qconfig':<12}{len(result.rows)} rows, {lowered} not as asked; digest {applied.digest}")
     notable = [f for f in result.findings if f.level != "info"]

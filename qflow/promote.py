@@ -85,6 +85,11 @@ def promote(config: DictConfig) -> int:
 def best_run(tracker: MlflowTracker, study: str) -> str:
     """Run id of the study's best trial. Raises PromotionError where there is none, with the way on."""
     found = tracker.find_study(study)
+    if found is None and (elsewhere := tracker.experiments_with(study)):
+        raise TrackingError(
+            f"A study is looked for in its tracking.experiment, but got {study}, which is in {', '.join(elsewhere)}. "
+            f"Add tracking.experiment={elsewhere[0]}."
+        )
     if found is None:
         raise TrackingError(
             f"A study must exist to be promoted, but got {study}, unknown in {tracker.uri}. "
@@ -175,7 +180,9 @@ def compare(candidate: Candidate) -> list[str]:
 
 def identity(bench: Bench, candidate: Candidate) -> list[str]:
     """Weights or data other than the run's; named first, because they explain the rest."""
-    now = bench.manifest()
+    from qflow.manifest import manifest
+
+    now = manifest(bench)
     return [
         f"{part} are not those of the run: {now[part]} instead of {candidate.manifest.get(part)}"
         for part in ("weights", "data")

@@ -14,10 +14,12 @@ from omegaconf import DictConfig
 
 from qflow import config as conf
 from qflow.analysis.model_check import check_model
-from qflow.bench import Bench, TrialResult
+from qflow.bench import Bench
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.record import digest, to_json
+from qflow.diagnosis import Diagnosis
+from qflow.manifest import manifest
 from qflow.report.console import Console
 from qflow.report.files import write_study, write_trial
 from qflow.search.loop import FailedTrial, FinishedTrial, Outcome, run_trials
@@ -25,6 +27,7 @@ from qflow.search.objective import CONSTRAINT, Goal, best_trial
 from qflow.search.study import Study
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.tracking.views import save_view, study_url
+from qflow.trial import TrialResult
 
 # What may change between two starts of one study; everything else must stay as it was.
 FREE = (
@@ -56,7 +59,7 @@ class Session:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """Versions and fingerprints; the same for all trials of a start."""
-        return self.bench.manifest()
+        return manifest(self.bench)
 
     def open(self) -> None:
         """Find or make the study's parent run.
@@ -170,12 +173,13 @@ class Session:
         key = save_view(self.tracker, self.study.name, params=list(self.study.space))
         return study_url(host, self.tracker.experiment_id, self.study.name, key)
 
-    def log_stage_tables(self) -> None:
-        """Sensitivities, bad cases and the model check of all-int16 onto the study's run."""
+    def log_stage_tables(self, diagnosis: Diagnosis) -> None:
+        """Sensitivities, bad cases, the model check of all-int16, and the analysis with its page and pictures."""
         requested, applied = self.bench.template(QDtype.qint16)
         check = check_model(self.bench.graph, requested, applied)
         with tempfile.TemporaryDirectory() as folder:
             write_study(Path(folder), self.bench.sensitivities, self.bench.badcases, check)
+            diagnosis.write(Path(folder) / "analysis", f"{self.study.name}: all-int8 on its bad cases")
             self.tracker.log_study(self.study_run, folder=Path(folder))
 
 
@@ -231,9 +235,11 @@ def trial_line(trial: FinishedTrial | FailedTrial, accuracy: str) -> str:
     m, p = trial.outcome.metrics, trial.outcome.params
     verdict = "meets" if trial.outcome.constraints[CONSTRAINT] <= 0 else "misses"
     amount = f"{p['calibration.batch_size']}x{p['calibration.steps']}"
+    trained = f"  QAT {m['qat/steps']:.0f} steps" if "qat/steps" in m else ""
     return (
         f"{name:<24} {m[accuracy]:.4f} drop {m['accuracy/drop']:+.4f} {m['cost/latency_ms']:7.3f} ms  int16 "
         f"{m['qconfig/int16_ratio']:.2f}  {p['calibration.method']:<10} {amount:<7} {verdict:<6} {trial.seconds:5.1f} s"
+        f"{trained}"
     )
 
 

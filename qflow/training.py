@@ -20,7 +20,7 @@ from qflow.core.qconfig import QConfig
 from qflow.core.settings import CalibrationSettings, QatSettings
 from qflow.quant.qat import TrainingReport, parameter_groups, train
 from qflow.quant.quantized_model import QuantizedModel
-from qflow.tasks.task import Task, model_inputs
+from qflow.tasks.task import Task, loaded, model_inputs
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class TrainBatches:
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         device = self.task.device
-        for batch in self.loader:
+        for batch in loaded(self.loader, "train"):
             moved = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, batch)
             yield model_inputs(self.task, moved), moved
 

@@ -48,8 +48,7 @@ def check_config(config: DictConfig) -> None:
     if config.search.sampler not in conf.SAMPLERS:
         known = ", ".join(conf.SAMPLERS)
         raise ConfigError(f"search.sampler is one of {known}, but got {config.search.sampler!r}.")
-    if config.executor.kind != "serial":
-        raise ConfigError(f"executor.kind is serial, but got {config.executor.kind!r}. Use executor=serial.")
+    conf.check_executor(config)
     if config.qat.steps and not conf.plain(config.qat.loss).get("_target_"):
         raise ConfigError(
             "QAT needs a loss, but got none. Set qat.loss._target_ to a function of (outputs, batch), or use qat=none."

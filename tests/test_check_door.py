@@ -19,7 +19,14 @@ def test_a_users_model_is_checked(tmp_path):
     assert "Each layer out qconfig:" in (folder / "model_check_result.txt").read_text()
     record = json.loads((folder / "model_check.json").read_text())
     assert {row["applied"] for row in record["rows"]} >= {"qint16"}
+    lowered = sum(row["applied"] != row["requested"] for row in record["rows"])
+    assert f"{len(record['rows'])} rows, {lowered} not as asked" in done.stdout
     assert len(done.stdout.splitlines()) < 20
+
+
+def test_hints_are_not_counted_as_not_as_asked(tmp_path):
+    done = door("check", *CUSTOM, cwd=tmp_path)
+    assert "8 rows, 0 not as asked" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -32,6 +39,10 @@ def test_a_users_model_is_checked(tmp_path):
         (["+qconfig.modules={loud: float16}"], "but got"),
         (["calibration.steps=100000"], "Calibration takes batch_size x steps"),
         (["calibration.sampling=0"], "calibration.sampling"),
+        (["search.sampler=foo"], "search.sampler is one of tpe"),
+        (["task.data._target_=user_task.Broken"], "must load and batch together, but got OSError: no file 0"),
+        (["task.data._target_=user_task.Misnamed"], "the batch has the keys picture, label, forward takes image"),
+        (["qconfig.modules={nowhere: qint16}"], "but got nowhere"),
         (["nothing.here=1"], "A key must exist in the configuration"),
     ],
 )

@@ -70,7 +70,51 @@ REFUSED = {
     "negative goal": ([BASE, "objective.max_drop=-1"], "objective.max_drop is a number of at least 0, but got -1"),
     "sampler": ([BASE, "search.sampler=grid"], "search.sampler is one of tpe, nsga2, gp, random, but got 'grid'"),
     "trials": ([BASE, "search.n_trials=1"], "search.n_trials is at least 2"),
+    "batch of none": ([BASE, "task.batch_size=0"], "task.batch_size is at least 1, but got 0"),
+    "threads": ([BASE, "executor.threads=-3"], "executor.threads is at least 0 (0 leaves it to torch), but got -3"),
+    "a march without its rules": ([BASE, "device.march=nash-x"], "but got device.march=nash-x. Choose a device file"),
+    "no device file": ([BASE, "device=nowhere.yaml"], "but got nowhere.yaml, which is no file"),
+    "loss that does not import": (
+        [BASE, "qat=default", "qat.optimizer._targt_=x"],
+        "got qat.optimizer._targt_. Keys of qat.optimizer: _target_",
+    ),
 }
+
+
+FILES = {
+    "task/broken.yaml: name: x\nmodel: {_target_: y\n  data: [": "A configuration file is YAML, but got while parsing",
+    "task/broken.yaml: defaults: [custmo]\nname: x": "but got task/custmo in task/broken. Shipped are: custom, digits",
+}
+
+
+@pytest.mark.parametrize("text", FILES)
+def test_a_file_that_cannot_be_read_gets_one_line(text, capsys, tmp_path):
+    name, _, content = text.partition(": ")
+    (tmp_path / "task").mkdir()
+    (tmp_path / name).write_text(content)
+    code, error = run(capsys, BASE, "task=broken", "--config-dir", str(tmp_path))
+    assert (code, error.count("\n")) == (2, 1)
+    assert FILES[text] in error
+
+
+def test_a_device_is_also_a_path(tmp_path, capsys):
+    (tmp_path / "basis.yaml").write_text("defaults: [nash-e, _self_]\nmarch: basis\n")
+    (tmp_path / "nash-m.yaml").write_text("defaults: [basis, _self_]\ncost: {host_ms: 9.0}\n")
+    seen = []
+    argv = sys.argv
+    try:
+        with pytest.raises(SystemExit) as stop:
+            conf.run_door("tune", lambda c: seen.append(c.device) or 0, [BASE, f"device={tmp_path}/nash-m.yaml"])
+    finally:
+        sys.argv = argv
+    assert stop.value.code == 0, capsys.readouterr().err
+    assert (seen[0].march, seen[0].cost.host_ms, seen[0].cost.clock_ghz) == ("basis", 9.0, 1.0)
+
+
+def test_module_names_need_no_plus():
+    config = compose(BASE, "qconfig.modules={neck.fuse: qint16}", "qat.rates.backbone=0.1")
+    assert conf.plain(config.qconfig.modules) == {"neck.fuse": "qint16"}
+    assert conf.plain(config.qat.rates) == {"backbone": 0.1}
 
 
 @pytest.mark.parametrize("case", REFUSED)

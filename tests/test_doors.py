@@ -177,7 +177,7 @@ def test_debug_shows_the_traceback(tmp_path):
 
 def test_interrupted_or_killed_the_study_goes_on(tmp_path):
     """Ctrl-C after some trials, then SIGKILL, then to the end: nothing is lost, nothing runs twice."""
-    command = [sys.executable, "-m", "qflow.tune", *OWN, "search.n_trials=9"]
+    command = [sys.executable, "-m", "qflow.tune", *OWN, "search.n_trials=20"]
     env = {**os.environ, "PYTHONPATH": str(HERE), "QFLOW_HOME": ""}
     seen = []
     for number, wait_for in ((signal.SIGINT, "trial 2"), (signal.SIGKILL, "trial 4")):
@@ -200,7 +200,7 @@ def test_interrupted_or_killed_the_study_goes_on(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     runs = open_tracker(tmp_path).trial_runs("own/int8_int16")
     finished = [number for _, number, status, _ in runs if status == "FINISHED"]
-    assert len(finished) == len(set(finished)) == 9
+    assert len(finished) == len(set(finished)) == 20
     assert not any(status == "RUNNING" for _, _, status, _ in runs)
     seen += re.findall(r"^trial (\d+)", done.stdout, re.MULTILINE)
     assert set(map(int, seen)) <= {number for _, number, *_ in runs}

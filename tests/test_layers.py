@@ -16,12 +16,14 @@ BELOW = {
     "analysis": {"core", "quant"},
     "search": {"core"},
     "tracking": {"core", "search"},
-    "report": {"core", "analysis", "bench", "cost"},
+    "report": {"core", "analysis", "cost", "trial"},
 }
 HOMES = {
     "mlflow": {"tracking"},
     "optuna": {"search"},
     "hydra": {"config"},
+    "matplotlib": {"report"},
+    "plotly": {"report"},
     "omegaconf": {
         "config",
         "session",

@@ -1,5 +1,6 @@
 """qflow as a library: what the doors do, in lines of Python, on a model from the user's side."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -112,3 +113,103 @@ def test_every_name_that_the_library_page_shows_exists():
     names = set(re.findall(r"qflow\.([A-Za-z_]\w*)\b(?=[(,)])", text))
     assert {"prepare", "calibrate", "check", "cost", "configure", "check_text", "TemplateSetter"} <= names
     assert all(hasattr(qflow, name) for name in names)
+
+
+def calibrated(setter=qflow.default_calibration_qconfig_setter):
+    model, example = build("resnet")
+    prepared = qflow.prepare(model, example, setter)
+    qflow.calibrate(prepared, [example])
+    return prepared, model, example
+
+
+def test_a_saved_state_is_used_again(tmp_path):
+    prepared, model, example = calibrated(qflow.TemplateSetter("qint16"))
+    torch.save(prepared.state_dict(), tmp_path / "state.pt")
+    other = qflow.prepare(model, example, march="nash-e")  # int8, another march: the state says what it was
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    with torch.no_grad():
+        assert torch.equal(other(example), prepared(example))
+        assert not torch.equal(other(example), model(example))
+        qflow.set_fake_quantize(other, qflow.FakeQuantState.FLOAT)
+        assert torch.equal(other(example), model(example))
+        qflow.set_fake_quantize(other, qflow.FakeQuantState.VALIDATION)
+        assert torch.equal(other(example), prepared(example))
+    assert qflow.check(other) == qflow.check(prepared)
+    assert (other.march, other.applied.digest) == ("nash-m", prepared.applied.digest)
+    qflow.configure(other, qflow.TemplateSetter("qint8"))
+    with pytest.raises(qflow.core.errors.ModelError, match="Call qflow.calibrate first"):
+        qflow.set_fake_quantize(other, qflow.FakeQuantState.VALIDATION)
+
+
+class Branch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.usual, self.rare = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.rare(x) * 2.0 if float(x.mean()) > 1.0 else self.usual(x)
+
+
+def test_what_calibration_reaches_first_is_named():
+    example = torch.zeros(2, 4)
+    prepared = qflow.prepare(Branch().eval(), example)
+    assert ("rare", "never called: not quantized") in {(f.op, f.message) for f in qflow.check(prepared).findings}
+    findings = qflow.calibrate(prepared, [torch.randn(2, 4), torch.ones(2, 4) * 5])
+    named = {f.op: f.message for f in findings}
+    assert all("Skip the module" in named[op] for op in ("rare", "[mul]"))
+    said = [f.message for f in qflow.check(prepared).findings if f.op == "rare"]
+    assert said == [named["rare"]]
+    for state in (qflow.FakeQuantState.CALIBRATION, qflow.FakeQuantState.VALIDATION):
+        qflow.set_fake_quantize(prepared, state)
+        prepared(torch.randn(2, 4))
+    assert "rare" not in {f.op for f in prepared.findings}
+
+
+def test_cost_is_that_of_one_sample_unless_asked(prepared):
+    one, example = qflow.cost(prepared), build("resnet")[1]
+    assert one.shapes == {"quant[x]": (1, *example.shape[1:])}
+    assert qflow.cost(prepared, example).gmacs == pytest.approx(len(example) * one.gmacs)
+    assert one.fps == pytest.approx(1000.0 / one.bpu_ms)
+    with pytest.raises(qflow.core.errors.ModelError, match="must run at the shape that is costed"):
+        qflow.cost(prepared, torch.zeros(1, 5, 16, 16))
+    assert str(inspect.signature(qflow.cost)).startswith("(prepared")
+    assert {"prepare", "cost", "get_qconfig", "TemplateSetter"} <= set(dir(qflow))
+
+
+def test_what_a_dict_batch_has_too_much_is_dropped():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(4, 2)
+
+        def forward(self, image):
+            return self.lin(image)
+
+    image = torch.randn(2, 4)
+    prepared = qflow.prepare(Named().eval(), {"image": image})
+    qflow.calibrate(prepared, [{"image": image, "label": torch.zeros(2)}])
+    assert prepared.stats.samples == 2
+    with pytest.raises(qflow.core.errors.ModelError, match=r"the batch has the keys picture, forward takes image\)"):
+        qflow.prepare(Named().eval(), {"picture": image})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, x: qflow.TemplateSetter("int16"), r"dtype is one of qint8, .* but got 'int16'"),
+        (lambda m, x: qflow.prepare(m, x, {"stem": "qint16"}), r"but got dict. .*ModuleNameQconfigSetter"),
+        (lambda m, x: qflow.prepare(m, x, skip="stemm"), r"but got 'stemm'. Did you mean stem"),
+        (lambda m, x: qflow.set_fake_quantize(qflow.prepare(m, x), "float"), r"FakeQuantState.VALIDATION.* but got 'f"),
+        (lambda m, x: qflow.prepare(m, x, march="nash-x"), r"A device is one of nash-e"),
+    ],
+)
+def test_mistakes_are_one_line(call, message):
+    model, example = build("resnet")
+    with pytest.raises(qflow.core.errors.QflowError, match=message) as error:
+        call(model, example)
+    assert "\n" not in str(error.value)
+
+
+def test_one_name_may_be_skipped_without_a_list():
+    model, example = build("resnet")
+    assert qflow.prepare(model, example, skip="stem").plan.skipped == {"stem"}

@@ -20,6 +20,8 @@ def studied(tmp_path_factory):
 def test_trials_are_trained_and_keep_their_weights(studied, tmp_path):
     folder, done = studied
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "each trial is trained after its calibration: 6 steps" in done.stdout
+    assert done.stdout.count("QAT 4 steps") == 2
     tracker = open_tracker(folder)
     for run, *_ in tracker.trial_runs("own/int8_int16"):
         assert tracker.run_metrics(run)["qat/steps"] == 4.0  # a fifth of the float steps

@@ -43,6 +43,30 @@ class TrainData(Data):
         return self.calibration
 
 
+class Misnamed(Data):
+    """Batches whose keys forward does not take."""
+
+    @property
+    def calibration(self):
+        return [{"picture": x, "label": y} for x, y in self.source.calibration]
+
+    evaluation = calibration
+
+
+class Broken(Data):
+    """A data set that cannot read its files."""
+
+    @property
+    def calibration(self):
+        return self
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        raise OSError(f"no file {index}")
+
+
 def loss(outputs, batch):
     return torch.nn.functional.cross_entropy(outputs["scores"], batch["label"])
 

@@ -1,6 +1,6 @@
 """The guide's int8/int16 branch: python -m qflow.tune +experiment=int8_int16
 
-    float model -> trace, fuse, check -> calibrate -> bad cases -> sensitivity
+    float model -> trace, fuse, check -> calibrate -> bad cases -> layer by layer -> sensitivity -> advice
         -> all-int16 (ceiling) and all-int8 (floor)
         all-int16 misses the goal:   stop; int8/int16 cannot do better than its ceiling
         all-int8 meets the goal:     stop; nothing needs int16
@@ -18,10 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qflow.analysis.layer_text import layers_line
 from qflow.analysis.model_check import check_model
 from qflow.config import plain, trial_settings
 from qflow.core.dtype import QDtype
 from qflow.core.errors import TrialError
+from qflow.diagnosis import Diagnosis
 from qflow.report.console import SummaryRow, python_command, summary_table
 from qflow.search.objective import CONSTRAINT, best_trial, meets, nearest_miss
 from qflow.search.outcome import FinishedTrial
@@ -46,14 +48,9 @@ def run(session: Session) -> int:
     with console.stage("calibrate") as say, console.bar("calibrate", settings.steps, "steps") as advance:
         stats = bench.calibrate(settings, advance)
         say(f"{stats.samples} samples in {stats.steps} steps, one pass for every method and dtype")
-    with console.stage("bad cases") as say, console.bar("bad cases", bench.badcase_steps, "steps") as advance:
-        table = bench.find_badcases(advance)
-        say(f"the {len(table.chosen)} worst of {table.samples} samples by {table.metric}")
-    with console.stage("sensitivity") as say, console.bar("sensitivity", bench.quantizers, "quantizers") as advance:
-        ranked = bench.rank(advance)
-        session.log_stage_tables()
-        top = ranked.rows[0]
-        say(f"{len(ranked.rows)} quantizers, most sensitive: {top.op_name} ({top.sensitive_type} {top.score:.3g})")
+    diagnose(session)
+    if steps := session.config.qat.steps:
+        console.say(f"{'training':<12} each trial is trained after its calibration: {steps} steps (qat.steps)")
     with console.stage("baselines") as say:
         session.run_trials(2, fixed(session, ALL_INT16, ALL_INT8))
         ceiling, floor = (find(session, label) for label in (ALL_INT16, ALL_INT8))
@@ -64,8 +61,28 @@ def run(session: Session) -> int:
         return finish(session, decision)
     with console.stage("search") as say:
         session.run_trials(session.config.search.n_trials, [*fixed(session, ALL_INT16, ALL_INT8), *enqueued(session)])
-        say(f"{len(session.trials)} trials, {bench.hits} of them with a qconfig already evaluated")
+        searched = len(session.trials) - 2
+        say(f"{searched} searched beside the 2 baselines, {bench.hits} with a qconfig already evaluated")
     return finish(session, "")
+
+
+def diagnose(session: Session) -> None:
+    """Bad cases, layer-by-layer comparison, sensitivity and advice on the all-int8 model, onto the study's run."""
+    bench, console, diagnosis = session.bench, session.console, Diagnosis(session.bench)
+    with console.stage("bad cases") as say, console.bar("bad cases", bench.badcase_steps, "steps") as advance:
+        table = diagnosis.find_badcases(advance)
+        say(f"the {len(table.chosen)} worst of {table.samples} samples by {table.metric}")
+    with console.stage("layers") as say:
+        say(layers_line(diagnosis.compare_layers()))
+    with console.stage("sensitivity") as say, console.bar("sensitivity", bench.quantizers, "quantizers") as advance:
+        ranked = diagnosis.rank(advance)
+        top = ranked.rows[0]
+        say(f"{len(ranked.rows)} quantizers, most sensitive: {top.op_name} ({top.sensitive_type} {top.score:.3g})")
+    with console.stage("advice") as say:
+        advice = diagnosis.advise()
+        first = f", first {advice[0].op}: {advice[0].cause} ({advice[0].source})" if advice else ""
+        session.log_stage_tables(diagnosis)
+        say(f"{len(advice)} operators stand out{first}")
 
 
 def check(session: Session) -> str:
@@ -76,7 +93,7 @@ def check(session: Session) -> str:
         bench.resolve(replace(trial_settings(session.config).qconfig, int16_ratio=ratio))
     requested, applied = bench.template(QDtype.qint16)
     found = check_model(graph, requested, applied).findings
-    lowered = sum(bool(op.fallback) for op in applied.ops.values())
+    lowered = sum(op.output != requested.ops[name].output for name, op in applied.ops.items())
     fused = sum(bool(node.fused) for node in graph.nodes)
     report = bench.cost(applied)
     if report.refusal:

@@ -81,6 +81,7 @@ def evaluate(model: nn.Module, samples: Dataset[Any], metric: Callable[[Any, Any
 
 def train_float(config: DictConfig) -> int:
     """Build the task's parts with untrained weights, train, measure, save."""
+    conf.check_executor(config)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if config.executor.threads:
         torch.set_num_threads(config.executor.threads)

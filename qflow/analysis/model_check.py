@@ -49,9 +49,15 @@ def check_model(
         for path, count in graph.calls.items()
         if count > 1 and path in owning
     ]
-    findings += [Finding(p, "info", "never called: not quantized") for p, count in graph.calls.items() if count == 0]
+    met = {finding.op.partition("(")[0] for finding in extra}  # calibration found a way that tracing had not
+    findings += [
+        Finding(path, "info", "never called: not quantized")
+        for path, count in graph.calls.items()
+        if count == 0 and path not in met
+    ]
     findings += [Finding(a, "check", f"could fuse with {b} but does not: {why}") for a, b, why in graph.unfused]
     findings += [Finding(note.split(": ")[0], "check", note.partition(": ")[2] or note) for note in graph.notes]
+    findings += _float_inputs(graph)
     findings += extra
     findings += _bounded(graph, applied)
     leaving = [graph.by_name[owners[graph.by_name[s].quantizer]] for _, p in graph.outputs for s in graph.source(p)]
@@ -61,6 +67,18 @@ def check_model(
         if node.kind in GEMM_KINDS and applied.ops[node.name].output is not None
     ]
     return ModelCheck(applied.march, len(graph.nodes), tuple(rows), dict(graph.calls), graph.unfused, tuple(findings))
+
+
+def _float_inputs(graph: ModelGraph) -> list[Finding]:
+    """Operators that read values which no quantizer has seen (an integer tensor cast to float)."""
+    return [
+        Finding(
+            node.name, "check", f"float32 input: no quantizer stands behind {producer}. Give the model float inputs"
+        )
+        for node in graph.quantized
+        for producer in node.inputs
+        if not graph.source(producer)
+    ]
 
 
 def _bounded(graph: ModelGraph, applied: QConfig) -> list[Finding]:
@@ -74,12 +92,12 @@ def _bounded(graph: ModelGraph, applied: QConfig) -> list[Finding]:
 
 
 def _observer(op: OpQConfig, method: str) -> str:
-    """What sets the output scale. int16 takes the largest value with a margin, whatever the method."""
+    """What sets the output scale. int16 takes the largest value with a margin unless it asks for more."""
     if op.output is None or not op.output.is_integer:
         return ""
     if op.pinned_scale() is not None:
         return "fixed scale"
-    return "minmax" if op.output == QDtype.qint16 else op.observer or method
+    return "minmax" if op.output == QDtype.qint16 and not op.own_observer else op.observer or method
 
 
 def fused_type(node: OpNode) -> str:
@@ -92,7 +110,7 @@ def fused_type(node: OpNode) -> str:
 def _suspicious(node: OpNode, op: OpQConfig) -> list[Finding]:
     found = []
     if op.weight == QDtype.qint16:
-        found.append(Finding(node.name, "check", "qint16 weight!!! int16 x int16 needs OpenExplorer 3.2"))
+        found.append(Finding(node.name, "check", "qint16 weight!!!"))
     if node.kind == OpKind.conv_transpose and node.attrs.get("groups", 1) > 1:
         found.append(Finding(node.name, "info", f"its {node.attrs['groups']} groups share the weight scales"))
     if op.fixed_scale is not None:

@@ -6,7 +6,9 @@
     4  rate 0 as configured                                     what moving scales and statistics do alone
     5  QAT as configured                                        bad: rate, decay, augmentation
 
-Each stage starts from copies of the same models, sees the same batches, and is judged on the same metric.
+Each stage starts from copies of the same models, sees the same batches, and is judged on the same metric. A stage is
+at fault that loses more than the tolerance against its reference (stage 3: anything at all). Whether the goal is met
+is another question: sound training may still end too far below float, and then the verdict says by how much.
 """
 
 from __future__ import annotations
@@ -50,15 +52,17 @@ class QatDebug:
     calibrated_metric: float
     stages: tuple[DebugStage, ...]
     verdict: str
+    tolerance: float
+    """What a stage may lose against its reference, in the metric's units."""
 
 
 FAULTS = {
-    "": "No stage is at fault: QAT keeps or improves the calibrated metric.",
+    "": "No stage is at fault: none loses more than the tolerance.",
     "float fine-tune": "The pipeline is at fault (data, loss, rate) or the model overfits: float training loses too.",
     "fake quant off": "Preparing the model or the batch norm mode is at fault: it loses without any quantizer.",
     "rate 0": "The calibrated state is not what is trained: another checkpoint, qconfig or preprocessing.",
     "rate 0, moving": "Moving scales or batch norm statistics are at fault: set qat.moving=false or qat.mode=fuse_bn.",
-    "qat": "The pipeline is sound: tune rate, decay, weight decay and augmentation.",
+    "qat": "The training is at fault, what is before it is sound: tune rate, decay, weight decay and augmentation.",
 }
 
 
@@ -74,12 +78,14 @@ def qat_debug(
     qconfig: QConfig | None = None,
     calibration: CalibrationSettings | None = None,
     tolerance: float = 0.005,
+    goal: float | None = None,
     maximize: bool = True,
 ) -> QatDebug:
     """Run the five stages and name the first at fault. `model` and `prepared` (calibrated) are left as they are.
 
     `batches()` gives (model inputs, batch) in the same order each time; `build` makes an optimizer of parameter
-    groups; a stage passes that loses at most `tolerance` in the metric's units (stage 3: nothing but rounding).
+    groups; a stage passes that loses at most `tolerance` in the metric's units (stage 3: nothing but rounding). `goal`
+    is the largest loss against float that would do; the verdict says whether QAT gets there.
     """
     float_metric = evaluate(model)
     with prepared.quantized():
@@ -108,10 +114,24 @@ def qat_debug(
         stage("fake quant off", quantized(settings, on=False), tuned.metric or float_metric, tolerance),
         _exact(stage("rate 0", quantized(still), calibrated, 0.0), calibrated),
         stage("rate 0, moving", quantized(moving), calibrated, tolerance),
-        stage("qat", quantized(settings), calibrated, 0.0),
+        stage("qat", quantized(settings), calibrated, tolerance),
     )
     failed = next((s.name for s in stages if not s.passed), "")
-    return QatDebug(float_metric, calibrated, stages, FAULTS[failed])
+    verdict = f"{FAULTS[failed]}{_goal(stages[-1].metric, float_metric, sign, goal)}"
+    return QatDebug(float_metric, calibrated, stages, verdict, tolerance)
+
+
+def _goal(metric: float | None, float_metric: float, sign: float, goal: float | None) -> str:
+    """Where QAT ends against the goal; empty without either."""
+    if metric is None or goal is None:
+        return ""
+    drop = sign * (float_metric - metric)
+    if drop <= goal:
+        return f" QAT ends {max(drop, 0.0):.4g} below float: the goal of {goal:g} is met."
+    return (
+        f" QAT ends {drop:.4g} below float: the goal of {goal:g} is missed. Give it more steps or another rate, "
+        "or raise the most sensitive operators to int16 first."
+    )
 
 
 def _exact(stage: DebugStage, reference: float) -> DebugStage:

@@ -1,24 +1,52 @@
 """Quantization sensitivity: one quantizer on at a time, outputs against float, on bad cases.
 
-Exact: every row is measured by running the prepared model with that quantizer alone switched on. Outputs are
-merged by the sum over outputs of distance / mean |float output|, so that outputs of different size count alike
-(for Cosine and SQNR the badness 1 - cosine and |noise| / |signal|). The reference is the float model.
+Exact rows are measured by replay (quant/replay.py): from the quantizer on, only what depends on it is computed again.
+The replay proves itself on the first samples, by a few quantizers against full forward passes of the prepared model;
+where it cannot, full forwards do the whole work and a finding says why. Batches of few samples run several quantizers
+at once. Estimated rows are second order (estimate.py).
+
+Outputs are merged by the sum over outputs of distance / mean |float output|, so that outputs of different size count
+alike (for Cosine and SQNR the badness 1 - cosine and |noise| / |signal|). The reference is the float model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from qflow.analysis.metrics import distance
-from qflow.analysis.tables import SensitivityRow, SensitivityTable
+from qflow.analysis.candidates import Candidate, candidates
+from qflow.analysis.distances import Distances, disagreement
+from qflow.analysis.estimate import estimable, estimate, passes
+from qflow.analysis.health import health
+from qflow.analysis.tables import Finding, SensitivityRow, SensitivityTable
+from qflow.core.errors import DataError
+from qflow.core.graph import OpKind
+from qflow.core.settings import SensitivitySettings
 from qflow.quant.calling import call_model, named_tensors
+from qflow.quant.capture import Captured, ReplayError, calls, capture
+from qflow.quant.ops import function_name
+from qflow.quant.order import ORDER_CHANGING
 from qflow.quant.quantized_model import QuantizedModel
+from qflow.quant.replay import Replay, full_forward
+from qflow.quant.rerun import Variant
+from qflow.quant.widen import Widths, batch_size, cut, widen
 
 MERGE = "sum over outputs of distance / mean |float output|"
+WIDE_BYTES = (
+    2e6  # of an average value, all variants together: beyond it a CPU gains nothing (benchmarks/sensitivity.py)
+)
+FEW_SAMPLES = 8  # batches up to so many samples run several variants at once
+CACHE_SAMPLES = 16  # samples of a chunk on a CPU: larger ones leave its caches and take up to 1.5 times as long
+GRAPH_HOLDS = 5.0  # times the kept values: what a forward pass with its graph and all dx holds
+CHECKED = 2  # quantizers on which a replay is compared with full forwards before it is believed
+AGREES = 1e-3  # of what quantization does to the outputs: a wide batch runs other kernels
 
 
 def sensitivity(
@@ -26,59 +54,229 @@ def sensitivity(
     prepared: QuantizedModel,
     batches: Sequence[Any],
     *,
-    metric: str = "L1",
+    settings: SensitivitySettings | None = None,
+    rows: Sequence[Candidate] | None = None,
     on_row: Callable[[int], None] = lambda done: None,
 ) -> SensitivityTable:
-    """Measure every active quantizer of a calibrated model on `batches` of bad cases (model inputs each)."""
+    """Rank `rows` (every active quantizer of a calibrated model) on `batches` of bad cases (model inputs each).
+
+    `settings.method` is exact, screened (all estimated, the top share exact) or estimate. `on_row` is told how many
+    rows are done. Raises DataError without samples, ReplayError never: full forwards take over.
+    """
+    settings = settings or SensitivitySettings()
+    rows = candidates(prepared) if rows is None else rows
+    if not batches or not rows:
+        raise DataError("A ranking needs quantizers and bad cases, but got none. Calibrate, and give data.")
     with torch.no_grad():
-        references = [dict(named_tensors(call_model(model, inputs))) for inputs in batches]
-    jobs = [("activation", n, prepared.outputs[n.quantizer].dtype) for n in prepared.graph.quantized if n.quantizer]
-    jobs += [("weight", n, prepared.weights[n.weight].dtype) for n in prepared.graph.weighted if n.weight]
-    jobs = [(kind, node, dtype) for kind, node, dtype in jobs if dtype is not None and dtype.is_integer]
-    rows = []
-    for done, (kind, node, dtype) in enumerate(jobs, 1):
-        names = {"outputs": [node.quantizer]} if kind == "activation" else {"weights": [node.weight]}
-        score = 0.0
-        with torch.no_grad(), prepared.only(**names):  # type: ignore[arg-type]
-            for inputs, reference in zip(batches, references, strict=True):
-                got = dict(named_tensors(call_model(prepared, inputs)))
-                score += _merged(metric, reference, got) / len(batches)
-        rows.append(
-            SensitivityRow(
-                node.name,
-                kind,
-                node.op_type,
-                score,
-                str(dtype),
-                2 * node.macs // max(node.shape[0] if node.shape else 1, 1),
-            )
+        measure = _Measure(model, prepared, rows, settings)
+        return measure.table(batches, on_row)
+
+
+class _Measure:
+    """One ranking: what it runs on, and what it found out about how to run."""
+
+    def __init__(
+        self, model: nn.Module, prepared: QuantizedModel, rows: Sequence[Candidate], settings: SensitivitySettings
+    ) -> None:
+        self.model, self.prepared, self.rows, self.settings = model, prepared, rows, settings
+        self.findings: list[Finding] = []
+        self.memory = settings.memory_mb * 1e6
+        self.replays = self.reorders = True
+        self.widths: Widths | None = None
+        self.narrow = ""
+
+    # ---- amounts
+
+    def sample_bytes(self, inputs: Any) -> float:
+        """Float values of one of these samples, as far as they are kept; the model was prepared at another size."""
+        graph = self.prepared.graph
+        traced = sum(n.elements / max(n.shape[0], 1) for n in graph.nodes if n.kind == OpKind.input and n.shape)
+        size = batch_size(inputs)
+        given = sum(t.numel() / size for t in tree_leaves(inputs) if isinstance(t, Tensor))
+        values = sum(n.elements / max(n.shape[0], 1) for n in graph.nodes if n.shape)
+        return 4.0 * values * given / max(traced, 1.0)
+
+    def chunks(self, inputs: Any, held: float) -> list[Any]:
+        """`inputs` in parts of which `held` times the kept values fit into the memory."""
+        size = batch_size(inputs)
+        most = max(1, min(size, int(self.memory / (held * self.sample_bytes(inputs)))))
+        tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+        if all(t.device.type == "cpu" for t in tensors):
+            most = min(most, CACHE_SAMPLES)
+        parts = math.ceil(size / most)
+        bounds = [size * i // parts for i in range(parts + 1)]
+        return [cut(inputs, size, a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+    # ---- the table
+
+    def table(self, batches: Sequence[Any], on_row: Callable[[int], None]) -> SensitivityTable:
+        samples = sum(batch_size(inputs) for inputs in batches)
+        method, reason = self.way(samples, max(map(self.sample_bytes, batches)))
+        if reason:
+            self.findings.append(Finding("sensitivity", "info", reason))
+        guessed: list[tuple[float, float]] = []
+        if method != "exact":
+            guessed = self.guesses([chunk for inputs in batches for chunk in self.chunks(inputs, GRAPH_HOLDS)])
+        exact = list(range(len(self.rows)))
+        if guessed:
+            order = sorted(exact, key=lambda i: -guessed[i][0])
+            exact = [] if method == "estimate" else order[: math.ceil(len(order) * self.settings.screened_share)]
+        # the other half is for what the variants hold
+        chunks = [chunk for inputs in batches for chunk in self.chunks(inputs, 2.0)]
+        found = self.exactly(chunks, exact, on_row) if exact else {}
+        made = [found[i] if i in found else row.row(*guessed[i], {}, exact=False) for i, row in enumerate(self.rows)]
+        made = self._in_one_unit(made, guessed, found) if guessed and found else made
+        order_of = {node.name: i for i, node in enumerate(self.prepared.graph.nodes)}
+        made.sort(key=lambda r: (-r.score, order_of[r.op_name], r.sensitive_type))
+        table = SensitivityTable(
+            metric=self.settings.metric,
+            merge=MERGE,
+            samples=samples,
+            exact=len(found) == len(self.rows),
+            rows=tuple(made),
+            method=self.said(method if guessed else "exact", samples),
         )
-        on_row(done)
-    order = {node.name: i for i, node in enumerate(prepared.graph.nodes)}
-    rows.sort(key=lambda r: (-r.score, order[r.op_name], r.sensitive_type))
-    samples = sum(_size(inputs) for inputs in batches)
-    return SensitivityTable(metric=metric, merge=MERGE, samples=samples, exact=True, rows=tuple(rows))
+        return replace(table, findings=(*self.findings, *health(table)))
 
+    def guesses(self, chunks: Sequence[Any]) -> list[tuple[float, float]]:
+        """Estimated (score, standard error) of every row; none where the batch cannot be taken apart."""
+        try:
+            return estimate(self.model, self.prepared, [c.variant for c in self.rows], chunks, self.settings)
+        except ReplayError as error:
+            self.findings.append(
+                Finding("sensitivity", "info", f"no estimate: {error.reason}. Every row was measured.")
+            )
+            return []
 
-def _merged(metric: str, reference: dict[str, Tensor], got: dict[str, Tensor]) -> float:
-    total = 0.0
-    for name, x in reference.items():
-        if not x.is_floating_point():
-            continue
-        x, y = (x, got[name]) if x.ndim else (x[None], got[name][None])
-        value = distance(metric, x, y)
-        if metric == "Cosine":
-            total += float((1.0 - value).mean())
-        elif metric == "SQNR":
-            total += float((10.0 ** (-value / 20.0)).mean())
-        elif metric == "KL":
-            total += float(value.mean())
-        else:
-            size = float(x.double().abs().mean())
-            total += float(value.mean()) / ((size**2 if metric == "MSE" else size) or 1.0)
-    return total
+    def way(self, samples: int, sample: float) -> tuple[str, str]:
+        """The method that will be used, and why it is not the one that was asked for."""
+        asked, metric = self.settings.method, self.settings.metric
+        if asked == "exact":
+            return asked, ""
+        if not estimable(metric):
+            return "exact", f"{metric} has no second-order estimate: every row was measured"
+        if GRAPH_HOLDS * sample > self.memory:
+            need = GRAPH_HOLDS * sample / 1e6
+            return "exact", f"an estimate of one sample holds {need:.0f} MB, above memory_mb: every row was measured"
+        exact, guess = 0.45 * len(self.rows), passes(samples, self.settings.draws)
+        share = self.settings.screened_share if asked == "screened" else 0.0
+        if guess + share * exact >= exact:
+            return "exact", f"an estimate costs {guess:.0f} forwards, all rows exactly {exact:.0f}: all were measured"
+        return asked, ""
 
+    def said(self, method: str, samples: int) -> str:
+        """How, in words."""
+        how = "replay from the quantizer on" if self.replays else "full forwards"
+        draws = (
+            f"second-order estimate from {max(1, math.ceil(self.settings.draws / samples))} draws of {samples} samples"
+        )
+        share = f"{100 * self.settings.screened_share:g} %"
+        return {
+            "exact": f"one quantizer on at a time, {how}",
+            "screened": f"{draws}; the top {share} one at a time, {how}",
+            "estimate": draws,
+        }[method]
 
-def _size(inputs: Any) -> int:
-    tensors = [inputs] if isinstance(inputs, Tensor) else list(inputs.values() if isinstance(inputs, dict) else inputs)
-    return int(next((t.shape[0] for t in tensors if isinstance(t, Tensor) and t.ndim), 1))
+    def _in_one_unit(
+        self, made: list[SensitivityRow], guessed: list[tuple[float, float]], found: dict[int, SensitivityRow]
+    ) -> list[SensitivityRow]:
+        """Estimated rows scaled by what the measured ones teach; how far the estimate was off is a finding."""
+        ratios = sorted(found[i].score / guessed[i][0] for i in found if guessed[i][0] > 0 and found[i].score > 0)
+        if not ratios:
+            return made
+        factor = ratios[len(ratios) // 2]
+        off = sorted(abs(math.log2(r / factor)) for r in ratios)
+        text = (
+            f"estimates, scaled by {factor:.2f}, are off by a factor of {2 ** off[len(off) // 2]:.2f} in the median "
+            f"and {2 ** off[int(0.9 * (len(off) - 1))]:.2f} in one of ten, on the {len(ratios)} measured rows"
+        )
+        self.findings.append(Finding("sensitivity", "info", text))
+        return [r if r.exact else replace(r, score=r.score * factor, spread=r.spread * factor) for r in made]
+
+    # ---- exact rows
+
+    def exactly(
+        self, chunks: Sequence[Any], chosen: Sequence[int], on_row: Callable[[int], None]
+    ) -> dict[int, SensitivityRow]:
+        """Rows that are measured, by position: by replay if it proves itself on the first chunk."""
+        rows = [self.rows[i] for i in chosen]
+        for replays in (True, False):
+            distances = Distances(self.settings.metric, len(rows))
+            self.replays = replays
+            try:
+                for n, inputs in enumerate(chunks):
+                    plain, outputs = self.outputs(inputs, [row.variant for row in rows], check=n == 0)
+                    distances.reference(plain, batch_size(inputs))
+                    for done, (position, got) in enumerate(outputs, 1):
+                        distances.add(position, got)
+                        on_row((n * len(rows) + done) * len(self.rows) // (len(chunks) * len(rows)))
+            except ReplayError as error:
+                text = f"replay was given up: {error.reason}. Full forwards were run."
+                self.findings.append(Finding("sensitivity", "info", text))
+            else:
+                break
+        return {
+            i: row.row(*distances.result(position)) for position, (i, row) in enumerate(zip(chosen, rows, strict=True))
+        }
+
+    def outputs(self, inputs: Any, variants: Sequence[Variant], check: bool) -> tuple[dict[str, Tensor], Any]:
+        """Float outputs of a chunk, and each variant's position with its outputs. Raises ReplayError."""
+        if not self.replays:
+            return dict(named_tensors(call_model(self.model, inputs))), self._full(inputs, variants)
+        captured = capture(self.model, self.prepared.plan, inputs, self.memory / 2)
+        if check:
+            self.reorders = any(function_name(c.function) in ORDER_CHANGING for c in calls(captured) if c.function)
+        replay = Replay(self.model, self.prepared, captured, self.widened(inputs, captured))
+        plain, outputs = replay.references(), self._replayed(replay, inputs, variants)
+        return plain, self._checked(replay, inputs, variants, outputs) if check else outputs
+
+    def _replayed(
+        self, replay: Replay, inputs: Any, variants: Sequence[Variant]
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Variants that this batch does not reach (a branch on the data) by full forwards, the others by replay."""
+        there = [i for i, variant in enumerate(variants) if replay.ops.reaches(variant)]
+        absent = sorted(set(range(len(variants))) - set(there))
+        for i, got in replay.run([variants[i] for i in there]):
+            yield there[i], got
+        for i, got in self._full(inputs, [variants[i] for i in absent]):
+            yield absent[i], got
+
+    def _checked(
+        self, replay: Replay, inputs: Any, variants: Sequence[Variant], outputs: Iterator[tuple[int, dict[str, Tensor]]]
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """`outputs`, a few of them compared with full forwards; nothing quantized first. Raises ReplayError."""
+        plain = replay.references()
+        worst = disagreement(replay.recomputed(), plain, plain)
+        chosen = random.Random(0).sample(range(len(variants)), min(CHECKED, len(variants)))
+        full = {i: got for i, (_, got) in zip(chosen, self._full(inputs, [variants[i] for i in chosen]), strict=True)}
+        for i, got in outputs:
+            worst = max(worst, disagreement(got, full[i], plain) if i in full else 0.0)
+            if worst > AGREES:
+                raise ReplayError(f"its outputs differ from full forwards by {worst:.2g} of what quantization does")
+            yield i, got
+
+    def widened(self, inputs: Any, captured: Captured) -> Widths | None:
+        """How several variants run at once, where samples are few and it works."""
+        size = batch_size(inputs)
+        held = [t.numel() * t.element_size() for ts in captured.values.values() for t in ts]
+        room = self.memory / 2 / max(sum(held), 1.0) * 8  # of all values at most an eighth lives at a time
+        most = int(min(WIDE_BYTES * len(held) / max(sum(held), 1.0), room, len(self.rows)))
+        if size > FEW_SAMPLES or most < 2 or not captured.complete or self.narrow:
+            return None
+        if self.widths is None:
+            try:
+                self.widths = widen(self.model, self.prepared, inputs, captured, size, most)
+            except ReplayError as error:
+                self.narrow = f"one quantizer at a time, though samples are few: {error.reason}"
+                self.findings.append(Finding("sensitivity", "info", self.narrow))
+                return None
+        return self.widths.at(most)
+
+    def _full(self, inputs: Any, variants: Sequence[Variant]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Full forwards that keep the float order of topk and its like."""
+        with self.prepared.recording_order() as order:
+            if self.reorders:
+                call_model(self.prepared, inputs)
+        for i, variant in enumerate(variants):
+            with self.prepared.following(order):
+                yield i, full_forward(self.prepared, inputs, variant)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class BadcaseTable:
     """The worst sample of each output under each metric, and the samples used as bad cases.
 
-    `index[output][metric]` is a position in the calibration data, `value[output][metric]` its distance;
-    `worst[metric]` is the worst over all outputs, each compared after division by its mean over the samples, so
-    that an output of large numbers does not always win. `chosen` are the bad cases that the analysis runs on.
+    `index[output][metric]` is a position in the calibration data, `value[output][metric]` its distance, and
+    `top[output][metric]` the worst few as (position, distance), worst first. `worst[metric]` is the worst over all
+    outputs, each compared after division by its mean over the samples, so that an output of large numbers does not
+    always win; `worst_raw[metric]` is the plugin's, which compares the numbers as they are. `chosen` are the bad
+    cases that the analysis runs on, worst first under `metric`. A distance that is not a number stands as the worst
+    infinity; `findings` count them, and name what was left out or makes the comparison doubtful.
     """
 
     samples: int
@@ -21,6 +24,60 @@ class BadcaseTable:
     worst: dict[str, int]
     metric: str
     chosen: tuple[int, ...]
+    top: dict[str, dict[str, tuple[tuple[int, float], ...]]] = field(default_factory=dict)
+    worst_raw: dict[str, int] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One operator call, float (base) against calibrated (analy) on the same input; the columns are the guide's.
+
+    Metrics compare the two accumulated values; None where they do not apply (another shape, inner members of a
+    fused group, integer results). `max_atol_diff` is Atol and `max_qscale_diff` Atol / qscale: quantization steps.
+    `single_*` are ours: the operator alone, its float inputs through its own quantizers, against its float result.
+    `quantizer` names the operator whose row this call decides ("" inside a fused group or without a quantizer).
+    """
+
+    index: int
+    mod_name: str
+    base_op_type: str
+    analy_op_type: str
+    shape: tuple[int, ...]
+    quant_dtype: str
+    qscale: float | None
+    Cosine: float | None
+    MSE: float | None
+    L1: float | None
+    KL: float | None
+    SQNR: float | None
+    Atol: float | None
+    Rtol: float | None
+    base_model_min: float | None
+    analy_model_min: float | None
+    base_model_max: float | None
+    analy_model_max: float | None
+    base_model_mean: float | None
+    analy_model_mean: float | None
+    base_model_var: float | None
+    analy_model_var: float | None
+    max_atol_diff: float | None
+    max_qscale_diff: float | None
+    quantizer: str
+    error: float | None
+    """Accumulated error: |base - analy| / |base|, Euclidean norms."""
+    single_error: float | None
+    """The same for the operator alone."""
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """All operator calls in the order of the model. `start` is the first operator where the error grows (or "")."""
+
+    samples: int
+    rows: tuple[LayerRow, ...]
+    start: str = ""
+    findings: tuple[Finding, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -28,7 +85,9 @@ class SensitivityRow:
     """One quantizer switched on alone: how far the outputs move from float.
 
     `score` is made of `metric` as the table's `merge` says, larger is more sensitive. `sensitive_type` is
-    `activation` or `weight`; `flops` are two a multiply-accumulate, for one sample.
+    `activation` or `weight`; `flops` are two a multiply-accumulate, for one sample. `spread` is the standard
+    deviation of the score over the bad cases. `exact` rows were measured by running them, others are estimated.
+    `outputs` holds for each output the plugin's raw metric (output, value); empty in estimated rows.
     """
 
     op_name: str
@@ -37,27 +96,105 @@ class SensitivityRow:
     score: float
     quant_dtype: str
     flops: int
+    spread: float = 0.0
+    exact: bool = True
+    outputs: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class SensitivityTable:
-    """Rows from most to least sensitive (guide's order), `exact` where every row was measured by running it."""
+    """Rows from most to least sensitive (guide's order), `exact` where every row was measured by running it.
+
+    `method` says how in words; `findings` what makes the table doubtful.
+    """
 
     metric: str
     merge: str
     samples: int
     exact: bool
     rows: tuple[SensitivityRow, ...]
+    method: str = "one quantizer on at a time, full forwards"
+    findings: tuple[Finding, ...] = ()
 
-    def activation_scores(self) -> dict[str, float]:
-        """Operator -> activation sensitivity, larger is more sensitive."""
-        return {row.op_name: row.score for row in self.rows if row.sensitive_type == "activation"}
+    def activation_scores(self, dtype: str | None = None) -> dict[str, float]:
+        """Operator -> activation sensitivity at `dtype` (the lowest in the table), larger is more sensitive."""
+        return self._scores("activation", dtype)
+
+    def weight_scores(self, dtype: str | None = None) -> dict[str, float]:
+        """Operator -> weight sensitivity at `dtype` (the lowest in the table)."""
+        return self._scores("weight", dtype)
+
+    def _scores(self, kind: str, dtype: str | None) -> dict[str, float]:
+        found = dtype or self.dtypes[0] if self.rows else ""
+        return {r.op_name: r.score for r in self.rows if r.sensitive_type == kind and r.quant_dtype == found}
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Candidate dtypes that were measured, lowest precision first."""
+        known = ("qint8", "qint16", "float16")
+        return tuple(sorted({r.quant_dtype for r in self.rows}, key=lambda d: known.index(d) if d in known else 9))
+
+    @property
+    def score_name(self) -> str:
+        """What the merged score is: the metric, turned so that larger is worse."""
+        return {"Cosine": "1-Cosine", "SQNR": "noise/signal"}.get(self.metric, self.metric)
 
     def text(self) -> str:
-        """The guide's table."""
-        header = ("op_name", "sensitive_type", "op_type", self.metric, "quant_dtype")
-        body = [(r.op_name, r.sensitive_type, r.op_type, f"{r.score:.6g}", r.quant_dtype) for r in self.rows]
+        """The guide's table; a column `exact` where some rows are estimated."""
+        header = ["op_name", "sensitive_type", "op_type", self.score_name, "quant_dtype"]
+        body = [[r.op_name, r.sensitive_type, r.op_type, f"{r.score:.6g}", r.quant_dtype] for r in self.rows]
+        if not self.exact:
+            header.append("exact")
+            body = [[*cells, "yes" if r.exact else "estimate"] for cells, r in zip(body, self.rows, strict=True)]
         return text_table(header, body)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do about one operator: the cause, the figures it was judged by, and the line that would apply it.
+
+    `gain` is the share of the whole sensitivity (all rows summed) that the advice addresses.
+    """
+
+    op: str
+    cause: str
+    """`truncation`, `rounding`, `shared module`, `known range`, `dual int16`, `constant`, `huge mask value` or
+    `calibration data`."""
+    source: str
+    """`input`, `weight`, `activation`, or `weight and activation`."""
+    figures: tuple[tuple[str, float], ...]
+    text: str
+    line: str
+    """An override for a door (`qconfig.modules={head: qint16}`), or "" where the float model must change."""
+    gain: float
+    target: str = ""
+    """Which operator the line sets, and to what: `head`, `qint16`."""
+    spec: str = ""
+
+
+@dataclass(frozen=True)
+class FidelityRow:
+    """A promoted quantizer before and after: its dtype, its sensitivity, and the error of its operator alone."""
+
+    op_name: str
+    sensitive_type: str
+    before_dtype: str
+    after_dtype: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What following the advice does: each promoted quantizer, and the outputs with all quantizers on.
+
+    `before` and `after` are the merged distance of the outputs from float on the bad cases, in the table's metric.
+    """
+
+    metric: str
+    rows: tuple[FidelityRow, ...]
+    before: float
+    after: float
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ value that the search space can propose goes through the same two steps.
 """
 
 from qflow.config.build import build_task, build_training, get_function
-from qflow.config.door import explain, rewrite, run_door
+from qflow.config.door import explain, run_door
+from qflow.config.overrides import rewrite
 from qflow.config.schema import GROUPS, conf_dir, register_schemas
 from qflow.config.settings import (
     SAMPLERS,
+    check_executor,
     load_resolved,
     parse_domain,
     plain,
@@ -27,6 +29,7 @@ __all__ = [
     "SAMPLERS",
     "build_task",
     "build_training",
+    "check_executor",
     "conf_dir",
     "explain",
     "get_function",

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import NoReturn
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
+from qflow.config.overrides import options_first, own_device, rewrite
 from qflow.config.schema import GROUPS, SCHEMAS, conf_dir, register_schemas
 from qflow.core.errors import ConfigError, QflowError
 
 DEFECT = 3  # exit code of an unforeseen error; 0, 1 and 2 have their meanings
-VALUED = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p")
 
 
 def run_door(name: str, act: Callable[[DictConfig], int], argv: Sequence[str] | None = None) -> NoReturn:
@@ -34,6 +35,7 @@ def run_door(name: str, act: Callable[[DictConfig], int], argv: Sequence[str] | 
     debug = os.environ.get("QFLOW_DEBUG", "") not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of to Hydra's own printer
     warnings.filterwarnings("ignore", message=".*version_base.*")
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it raises, and we print that
     sys.path.insert(0, os.getcwd())  # the user's own task lies in the folder the user is in
     register_schemas()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -47,8 +49,9 @@ def run_door(name: str, act: Callable[[DictConfig], int], argv: Sequence[str] | 
             ends.append(error)
 
     try:
-        sys.argv = [sys.argv[0], *options_first(rewrite(arguments))]
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
+        with ExitStack() as folders:
+            sys.argv = [sys.argv[0], *options_first(rewrite(own_device(arguments, folders)))]
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
         if ends and isinstance(ends[0], BaseException):
             raise ends[0]
     except KeyboardInterrupt:
@@ -57,7 +60,7 @@ def run_door(name: str, act: Callable[[DictConfig], int], argv: Sequence[str] | 
         if debug:
             raise
         _fail(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         if debug:
             raise
         _fail(explain(error, name))
@@ -81,54 +84,6 @@ def require_known(config: DictConfig, name: str) -> None:
         raise ConfigError(explain(error, name)) from error
 
 
-def options_first(arguments: Sequence[str]) -> list[str]:
-    """Hydra takes its options before the overrides only; users write them where they think of them."""
-    options: list[str] = []
-    overrides: list[str] = []
-    queue = list(arguments)
-    while queue:
-        argument = queue.pop(0)
-        if argument.startswith("-"):
-            options.append(argument)
-            if argument in VALUED and queue:
-                options.append(queue.pop(0))
-        else:
-            overrides.append(argument)
-    return options + overrides
-
-
-def rewrite(arguments: Sequence[str]) -> list[str]:
-    """Let users write what they mean: `experiment=x` for `+experiment=x`, `key=choice(a,b)` to search a key.
-
-    A key that gets one value on the command line is fixed: it leaves the search space.
-    """
-    out = []
-    for argument in arguments:
-        if argument.startswith(("experiment=", "debug=")):
-            argument = f"+{argument}"
-        elif argument == "qat_debug":
-            argument = f"stages=[{argument}]"
-        override = _parsed(argument)
-        if override is not None and override.is_sweep_override():
-            key, value = override.key_or_group.lstrip("+"), argument.split("=", 1)[1]
-            argument = f"++search.space.{key}='{value}'" if "'" not in value else f'++search.space.{key}="{value}"'
-        elif override is not None and re.fullmatch(r"(calibration|qconfig)\.\w+", override.key_or_group):
-            key = f"search.space.{override.key_or_group}"
-            if f"~{key}" not in arguments:  # Hydra cannot delete what is null already
-                out.append(f"++{key}=null")
-        out.append(argument)
-    return out
-
-
-def _parsed(argument: str) -> Override | None:
-    if argument.startswith("-") or "=" not in argument:
-        return None
-    try:
-        return OverridesParser.create().parse_override(argument)
-    except HydraException:
-        return None  # Hydra will say what is wrong with it
-
-
 def experiments() -> list[str]:
     """Names of the experiments that run a workflow of qflow.tune."""
     return sorted(p.stem for p in (conf_dir() / "experiment").glob("*.yaml") if "\nworkflow:" in p.read_text())
@@ -136,6 +91,8 @@ def experiments() -> list[str]:
 
 def explain(error: Exception, config: str = "tune") -> str:
     """One line for what Hydra or OmegaConf found wrong: the key or value, and those that exist."""
+    if isinstance(error, YAMLError):
+        return f"A configuration file is YAML, but got {' '.join(str(error).split())}. Mend that line."
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
@@ -150,10 +107,20 @@ def explain(error: Exception, config: str = "tune") -> str:
         parent = key.rpartition(".")[0]
         node = OmegaConf.select(schema, parent) if parent else schema
         known = ", ".join(str(k) for k in node) if node is not None else ""
+        if not known:
+            return f"A key must exist in the configuration, but got {key}. To add it, write +{key}=..."
         return f"A key must exist in the configuration, but got {key}. Keys of {parent or config}: {known}."
     if "No match in the defaults list" in first or ("Could not override" in first and "." not in first.split("'")[1]):
         name = first.split("'")[1]
         return f"A group must exist, but got {name}. Groups: {', '.join(GROUPS)}."
+    lost = re.search(r"In '(\S+)': Could not load '(\S+)'", first)
+    if lost:
+        group = lost.group(2).rpartition("/")[0]
+        shipped = ", ".join(sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")))
+        return (
+            f"A file's defaults name others of its group, but got {lost.group(2)} in {lost.group(1)}. "
+            f"Shipped are: {shipped or 'none'}."
+        )
     if "Could not find" in first or ("In '" in first and "Could not" in first):
         wanted = first.split("Could not find '")[-1].split("'")[0]
         options = first.partition("Available options in")[2].partition(":")[2].split("Config search path")[0].split()

@@ -41,6 +41,7 @@ class RulesSchema:
     dual_high_precision: bool = False
     matmul_int16_inputs: int = 1
     float16_kinds: list[str] = field(default_factory=list)
+    attention_int8: bool = True
 
 
 @dataclass(kw_only=True)
@@ -117,6 +118,12 @@ class SensitivitySchema:
     metric: str = "L1"
     bad_cases: int = 16
     search_samples: int = 256
+    method: str = "exact"
+    screened_share: float = 0.4
+    draws: int = 64
+    dtypes: list[str] = field(default_factory=lambda: ["qint8"])
+    memory_mb: int = 2048
+    seed: int = 0
 
 
 @dataclass(kw_only=True)
@@ -152,6 +159,7 @@ class SearchSchema:
 
     sampler: str = "tpe"
     n_trials: int = 16
+    """Finished trials of the whole study, the two baselines (all-int16, all-int8) included."""
     timeout: float | None = None
     """Seconds after which no further trial starts."""
     space: dict[str, Any] = field(default_factory=dict)
@@ -221,7 +229,12 @@ class CheckSchema(TuneSchema):
 class AnalyzeSchema(TuneSchema):
     """`python -m qflow.analyze`: which analyses."""
 
-    stages: list[str] = field(default_factory=lambda: ["qat_debug"])
+    stages: list[str] = field(default_factory=lambda: ["badcase", "layers", "sensitivity", "advice"])
+    """badcase, layers, sensitivity, advice; qat_debug by itself."""
+    prefixes: list[str] = field(default_factory=list)
+    """Operators of the layer table by the start of their name; all where neither prefixes nor types are given."""
+    types: list[str] = field(default_factory=list)
+    """Operators of the layer table by type."""
 
 
 @dataclass(kw_only=True)
@@ -261,7 +274,19 @@ SCHEMAS: dict[str, type] = {
     "promote": PromoteSchema,
     "train_float": TrainFloatSchema,
 }
-GROUPS = ("task", "device", "calibration", "qat", "search", "objective", "tracking", "executor", "experiment", "debug")
+GROUPS = (
+    "task",
+    "device",
+    "calibration",
+    "sensitivity",
+    "qat",
+    "search",
+    "objective",
+    "tracking",
+    "executor",
+    "experiment",
+    "debug",
+)
 
 
 def conf_dir() -> Path:

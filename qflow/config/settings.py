@@ -57,6 +57,14 @@ def _exists(config: DictConfig, key: str) -> bool:
     return isinstance(node, DictConfig) and leaf in node
 
 
+def check_executor(config: DictConfig) -> None:
+    """Refuse an executor that cannot work. Raises ConfigError."""
+    if config.executor.kind != "serial":
+        raise ConfigError(f"executor.kind is serial, but got {config.executor.kind!r}. Use executor=serial.")
+    if config.executor.threads < 0:
+        raise ConfigError(f"executor.threads is at least 0 (0 leaves it to torch), but got {config.executor.threads}.")
+
+
 SAMPLERS = ("tpe", "nsga2", "gp", "random")
 SEARCHABLE = ("calibration", "qconfig", "qat")
 

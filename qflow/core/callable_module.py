@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 import types
 from typing import Any
@@ -10,8 +11,15 @@ from typing import Any
 
 class _Callable(types.ModuleType):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._target()(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._target())
+
+    def _target(self) -> Any:
         place, _, name = self.__dict__["__call_target__"].rpartition(".")
-        return getattr(importlib.import_module(place), name)(*args, **kwargs)
+        return getattr(importlib.import_module(place), name)
 
 
 def call_as(module_name: str, target: str) -> None:

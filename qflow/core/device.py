@@ -36,6 +36,8 @@ class DeviceRules:
     """Operator kind -> input positions that take int8 only (the plugin's canonicaliser)."""
     int8_outputs: Sequence[str] = ()
     """Operator kinds whose output is int8 only."""
+    attention_int8: bool = True
+    """The output of an nn.MultiheadAttention (its last projection) is int8 only."""
     fused_add_int8: bool = True
     """conv + add fused: both inputs int8 on nash-e/m."""
     dual_int16: bool = False
@@ -81,6 +83,8 @@ def apply_rules(
     for node in graph.nodes:
         if node.kind.value in rules.int8_outputs and node.quantizer is not None:
             state.lower(node.name, f"the output of {node.kind} is int8 only")
+        if node.attrs.get("attention_output") and node.quantizer is not None and rules.attention_int8:
+            state.lower(node.name, "the output of nn.MultiheadAttention is int8 only")
     for node in graph.nodes:
         state.take_int8(node)
     for node in graph.nodes:

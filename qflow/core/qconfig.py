@@ -25,6 +25,8 @@ class OpQConfig:
     setter gives, a single entry holds for every position; `resolve` writes it out."""
     observer: str | None = None
     """Calibration method of this output; None takes the trial's."""
+    own_observer: bool = False
+    """The observer was asked for this very operator: it holds for int16 too, where a template's does not."""
     fixed_scale: float | None = None
     known_range: tuple[float, float] | None = None
     """Range (low, high) of the values, known beforehand: the scale follows as max(|low|, |high|) / -qmin."""
@@ -49,7 +51,8 @@ class OpQConfig:
             self.weight_axis,
         )
         # what a plain operator does not have is left out, so that the digests of earlier studies stay what they were
-        return (*dtypes, self.fixed_scale, *(more if any(m is not None for m in more) else ()))
+        own = ("own observer",) if self.own_observer and self.observer and self.output == QDtype.qint16 else ()
+        return (*dtypes, self.fixed_scale, *(more if any(m is not None for m in more) else ()), *own)
 
     def pinned_scale(self) -> float | None:
         """The fixed scale, or the one that follows from the known range; None where calibration decides."""

@@ -11,6 +11,7 @@ named. Last, stated ranges are carried on to what follows from them (known_range
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -89,11 +90,11 @@ class ModuleNameSetter:
         return first_answer(self._one(name, f, node) for name, f in self.fields.items() if covers(name, node.name))
 
     def _one(self, name: str, fields: Mapping[str, Any], node: OpNode) -> Answer:
-        rule = f"module name {name}"
+        rule, own = f"module name {name}", "observer" in fields
         if "output" not in fields:
-            return Overlay(fields, f"{rule}: {', '.join(fields)}")
+            return Overlay({**fields, "own_observer": True} if own else fields, f"{rule}: {', '.join(fields)}")
         weight = (fields.get("weight") or QDtype.qint8) if node.weight else None
-        return OpQConfig(**{**fields, "weight": weight}, rule=rule)
+        return OpQConfig(**{**fields, "weight": weight}, own_observer=own, rule=rule)
 
     def check(self, graph: ModelGraph) -> None:
         """Refuse a name that no operator answers to: a setting that silently does nothing is the usual trap."""
@@ -113,7 +114,12 @@ class ModuleNameSetter:
 
 
 def covers(name: str, op_name: str) -> bool:
-    """True where the setter key `name` covers the operator `op_name`."""
+    """True where the setter key `name` covers the operator `op_name`.
+
+    A module covers all its calls (`conv(1)`), which share its quantizer; each call of a functional has its own.
+    """
+    if name.endswith("]"):
+        return op_name == name
     return op_name == name or op_name.startswith((f"{name}.", f"{name}[", f"{name}("))
 
 
@@ -124,7 +130,8 @@ def _way_out(name: str, graph: ModelGraph) -> str:
         if node.name == name:
             owner = next((n.name for n in graph.quantized if n.quantizer == node.quantizer), None)
             return f"It shares the quantizer of {owner}." if owner else "It keeps the precision of what it reads."
-    close = [n.name for n in graph.quantized if name.split(".")[-1] in n.name][:3]
+    names = [n.name for n in graph.quantized]
+    close = [n for n in names if name.split(".")[-1] in n][:3] or difflib.get_close_matches(name, names, 3)
     return "Use one of the names in the model check" + (f", for example {', '.join(close)}." if close else ".")
 
 
@@ -189,6 +196,9 @@ class TemplateSetter:
     """Every operator gets `dtype` activations and int8 weights: the all-int8 and all-int16 templates."""
 
     dtype: QDtype
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", QDtype.parse(self.dtype, "TemplateSetter's dtype"))
 
     def __call__(self, node: OpNode, graph: ModelGraph) -> OpQConfig | None:
         return OpQConfig(

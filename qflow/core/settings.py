@@ -12,6 +12,7 @@ from qflow.core.errors import ConfigError
 METHODS = ("minmax", "percentile", "mse", "kl", "mix", "clip", "clip_std")
 RULES = ("gemm_int8", "gemm_to_layer_norm_int16", "gemm_to_softmax_int16", "gemm_to_grid_int16")
 NORM_MODES = ("fuse_bn", "with_bn", "with_bn_reverse_fold")
+SENSITIVITY_METHODS = ("exact", "screened", "estimate")
 COMPARISONS = ("Cosine", "MSE", "L1", "KL", "SQNR", "Atol")
 
 
@@ -95,11 +96,29 @@ class SensitivitySettings:
     bad_cases: int = 16
     search_samples: int = 256
     """How many calibration samples are searched for bad cases."""
+    method: str = "exact"
+    """exact; screened: all rows estimated, the top `screened_share` of them measured; estimate: none measured."""
+    screened_share: float = 0.4
+    draws: int = 64
+    """Random directions x samples that an estimate is averaged over: fewer lose a third of the top rows."""
+    dtypes: Sequence[str] = field(default_factory=lambda: ["qint8"])
+    """Candidate dtypes of the rows: qint8, qint16, float16."""
+    memory_mb: int = 2048
+    """What float values and variants may take; beyond it samples are taken in parts, then values recomputed."""
+    seed: int = 0
 
     def __post_init__(self) -> None:
         _one_of("sensitivity.metric", self.metric, COMPARISONS)
         _within("sensitivity.bad_cases", self.bad_cases, 1, 4096)
         _within("sensitivity.search_samples", self.search_samples, 1, 1_000_000)
+        _one_of("sensitivity.method", self.method, SENSITIVITY_METHODS)
+        _within("sensitivity.screened_share", self.screened_share, 0.01, 1.0)
+        _within("sensitivity.draws", self.draws, 1, 65536)
+        _within("sensitivity.memory_mb", self.memory_mb, 1, 10_000_000)
+        for dtype in self.dtypes:
+            _one_of("sensitivity.dtypes", dtype, ("qint8", "qint16", "float16"))
+        if not self.dtypes:
+            raise ConfigError("sensitivity.dtypes names at least one dtype, but got none. Write [qint8].")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,6 +78,8 @@ class CostReport:
     """Predicted cost of one qconfig at the deployed shape. `latency_ms` is one thread, with its interval.
 
     `refusal` says why the figures should not be published without a measured profile; empty if they may be.
+    `fps` is throughput with frames in flight, 1000 / bpu_ms: the host's part of one frame runs beside the next on the
+    BPU, so it is more than 1000 / latency_ms. Both are for one call at `shapes`: at batch n, n samples a call.
     """
 
     march: str
@@ -91,6 +93,8 @@ class CostReport:
     weight_mb: float
     ops: tuple[OpCost, ...]
     refusal: str = ""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Input -> the shape at which the cost was computed, batch first."""
 
 
 def op_cost(row: OpFeatures, model: CostModel, narrow: tuple[float, float] = INT8_INTERVAL) -> OpCost:
@@ -157,6 +161,7 @@ def predict(graph: ModelGraph, qconfig: QConfig, model: CostModel) -> CostReport
         weight_mb=sum(r.weight_bytes for r in rows) * 1e-6,
         ops=ops,
         refusal=_refusal(rows),
+        shapes={n.name: n.shape for n in graph.nodes if n.kind == OpKind.input},
     )
 
 

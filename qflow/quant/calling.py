@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
@@ -22,7 +22,7 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
 
 def copied(inputs: Any) -> Any:
     """The same structure with its tensors cloned."""
-    return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
+    return map_named(lambda name, tensor: tensor.clone(), inputs)
 
 
 def run_model(model: nn.Module, inputs: Any) -> Any:
@@ -59,11 +59,41 @@ def named_tensors(structure: Any, prefix: str = "") -> list[tuple[str, Tensor]]:
     return []
 
 
+def map_named(function: Callable[[str, Tensor], Any], structure: Any, prefix: str = "") -> Any:
+    """The same structure with `function(name, tensor)` for each tensor, under the names of `named_tensors`."""
+    if isinstance(structure, Tensor):
+        return function(prefix or "0", structure)
+    if isinstance(structure, Mapping):
+        pairs = {k: map_named(function, v, f"{prefix}-{k}" if prefix else str(k)) for k, v in structure.items()}
+        if type(structure) is dict or not isinstance(structure, MutableMapping):
+            return pairs
+        made = copy.copy(structure)
+        made.update(pairs)
+        return made
+    if isinstance(structure, (tuple, list)):
+        items = [map_named(function, v, f"{prefix}-{i}" if prefix else str(i)) for i, v in enumerate(structure)]
+        return type(structure)(*items) if hasattr(structure, "_fields") else type(structure)(items)
+    if hasattr(structure, "__dataclass_fields__") and not isinstance(structure, type):
+        made = copy.copy(structure)
+        for key in structure.__dataclass_fields__:
+            inner = map_named(function, {key: getattr(structure, key)}, prefix)
+            object.__setattr__(made, key, inner[key])  # frozen ones too
+        return made
+    return structure
+
+
 @functools.lru_cache(maxsize=64)
 def _argument_names(kind: type[nn.Module]) -> tuple[str, ...]:
     """Positional arguments of `forward`; kept, because a signature takes longer to read than a small operator."""
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
     return tuple(p.name for p in parameters if p.kind != p.VAR_KEYWORD)
+
+
+def argument_names(model: nn.Module, count: int) -> list[str]:
+    """Names of the first `count` positional arguments of `model.forward`, which may be replaced on the object."""
+    own = model.__dict__.get("forward")
+    names = list(inspect.signature(own).parameters if own is not None else _argument_names(type(model)))  # type: ignore[arg-type]
+    return [*names, *(str(i) for i in range(len(names), count))][:count]
 
 
 def input_tensors(model: nn.Module, inputs: Any) -> list[tuple[str, Tensor]]:
@@ -72,9 +102,7 @@ def input_tensors(model: nn.Module, inputs: Any) -> list[tuple[str, Tensor]]:
         arguments: dict[str, Any] = dict(inputs)
     else:
         values = list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
-        names = list(_argument_names(type(model)))  # type: ignore[arg-type]
-        names += [str(i) for i in range(len(names), len(values))]
-        arguments = dict(zip(names, values, strict=False))
+        arguments = dict(zip(argument_names(model, len(values)), values, strict=True))
     found = []
     for name, value in arguments.items():
         if isinstance(value, Tensor):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qflow.core.errors import QflowError, TrialError
+from qflow.core.errors import ModelError, QflowError, TrialError
 from qflow.quant.fake_quant import FakeQuant
 
 SCHEMA = "1"
@@ -60,9 +60,11 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
             f"A checkpoint goes on with its own qconfig, but got another dtype at {changed[0]}. Calibrate with that "
             "qconfig, or remove the checkpoint."
         )
+    settings = {n: v for n, v in model.state_dict().items() if n.endswith("_extra_state")}  # the dtypes just compared
     try:
-        model.load_state_dict({n.removeprefix("model:"): t for n, t in tensors.items() if n.startswith("model:")})
-    except RuntimeError as error:
+        saved = {n.removeprefix("model:"): t for n, t in tensors.items() if n.startswith("model:")}
+        model.load_state_dict({**saved, **settings})
+    except (RuntimeError, ModelError) as error:
         text = " ".join(str(error).split())
         raise TrialError(f"A checkpoint is of the same model, but got: {text}. Remove {path.name}.") from error
     state: dict[str, Any] = restore(content["state"], tensors)

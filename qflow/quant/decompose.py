@@ -15,6 +15,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+
+def safe_softmax(scores: Tensor, dim: int) -> Tensor:
+    """Softmax that gives 0 for a row that is masked as a whole, as torch's attention does; one operator to a mode."""
+    if has_torch_function_unary(scores):
+        out: Tensor = handle_torch_function(safe_softmax, (scores,), scores, dim=dim)
+        return out
+    hidden = torch.isneginf(scores).all(dim, keepdim=True)
+    return torch.softmax(scores, dim).masked_fill(hidden, 0.0)
 
 
 def attention(
@@ -35,7 +45,8 @@ def attention(
     scores = torch.matmul(query * factor, key.transpose(-2, -1))
     if is_causal:
         attn_mask = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool, device=query.device).tril()
-    weights = torch.softmax(_masked(scores, attn_mask, keep=True), dim=-1)
+    softmax = torch.softmax if attn_mask is None else safe_softmax
+    weights = softmax(_masked(scores, attn_mask, keep=True), dim=-1)
     return torch.matmul(F.dropout(weights, dropout_p, training=dropout_p > 0.0), value)
 
 
@@ -96,7 +107,9 @@ def multi_head_attention(
     if key_padding_mask is not None:
         padding = key_padding_mask.view(batch, 1, 1, -1).expand(-1, num_heads, -1, -1)
         scores = _masked(scores, padding.reshape(batch * num_heads, 1, -1), keep=False)
-    weights = torch.softmax(scores, dim=-1)
+    # asked for no weights, torch calls scaled_dot_product_attention
+    masked = attn_mask is not None or key_padding_mask is not None
+    weights = (safe_softmax if masked and not need_weights else torch.softmax)(scores, dim=-1)
     mixed = torch.bmm(F.dropout(weights, dropout_p, training=training), v)
     out = F.linear(mixed.transpose(0, 1).reshape(length, batch, width), out_proj_weight, out_proj_bias)
     out = out if batched else out.squeeze(1)

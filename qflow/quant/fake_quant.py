@@ -15,6 +15,7 @@ average: their scale is that of the values they have now. c = 0 keeps the scale.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from qflow.core.dtype import QDtype
-from qflow.core.errors import ModelError
+from qflow.core.errors import ConfigError, ModelError
 from qflow.quant.half import overflows, to_half
 
 EPS = float(torch.finfo(torch.float32).eps)  # floor of a scale, as in the plugin
@@ -113,6 +114,8 @@ class FakeQuant(nn.Module):
         """Range over the largest value, of a moving activation scale."""
         self.half_step = 0.0
         """Subtracted from -qmin to give the divisor: 0 as in the guide, 0.5 as in the plugin."""
+        self.keeps_mask = False
+        """-inf stays -inf: it masks a softmax (masks.py) and is no value."""
         self._enabled = False
         self._checked = False  # the scale was seen to be above 0: looked at once, it would be a sync on a GPU
         self._overflowed: Tensor | int = 0
@@ -124,6 +127,16 @@ class FakeQuant(nn.Module):
         self.register_buffer("scale", torch.zeros(shape))
         # Moving averages of -low and high in units of the scale; both start at the calibrated one.
         self.register_buffer("sides", torch.zeros(2) if ndim == 0 else None)
+
+    def set_axis(self, axis: int, shape: Sequence[int]) -> None:
+        """A scale each along `axis` of a weight of `shape`; -1: one for all. Raises ConfigError for another axis."""
+        if axis >= len(shape):
+            raise ConfigError(f"A weight axis is one of 0 to {len(shape) - 1}, or -1, but got {axis} for {self.name}.")
+        scales = [size if i == axis else 1 for i, size in enumerate(shape)]
+        if list(self.scale.shape) != scales:
+            self.scale = torch.zeros(scales, device=self.scale.device)
+            self._checked, self.cached = False, None
+        self.axis = axis
 
     @property
     def enabled(self) -> bool:
@@ -172,6 +185,12 @@ class FakeQuant(nn.Module):
             self.sides.zero_()
         self._checked = False
 
+    def retype(self, dtype: QDtype | None) -> None:
+        """Set the dtype. The scale of another one would be read with the wrong codes: it is forgotten."""
+        if dtype != self.dtype:
+            self.dtype = dtype
+            self.clear_scale()
+
     def settings(self) -> tuple[Any, ...]:
         """What beside the scale decides the values."""
         return self.dtype, self.clip, self.averaging_constant, self.half_step
@@ -207,14 +226,19 @@ class FakeQuant(nn.Module):
         if self.sides is None:
             self.scale.copy_(self.measured(x))
             return
-        low, high = torch.aminmax(x)
+        low, high = torch.aminmax(x.masked_fill(torch.isneginf(x), 0.0) if self.keeps_mask else x)
         batch = torch.stack((-low, high)).to(self.sides.dtype) * (self.margin / self.divisor())
         # an end that is infinite (a mask of -inf) says nothing about the range: that side stays where it is
         self.sides.lerp_(torch.where(torch.isfinite(batch), batch, self.sides), self.averaging_constant)
         self.scale.copy_(self.sides.amax().clamp_min_(EPS))
 
+    @property
+    def calibrated(self) -> bool:
+        """True where there is a scale."""
+        return bool((self.scale > 0).all())
+
     def _check(self) -> None:
-        if not bool((self.scale > 0).all()):
+        if not self.calibrated:
             raise ModelError(f"A quantizer needs a scale, but {self.name} was never calibrated. Calibrate first.")
         self._checked = True
 
@@ -226,16 +250,21 @@ class FakeQuant(nn.Module):
         if self.dtype == QDtype.float16:
             if not torch.compiler.is_compiling():
                 self._overflowed = self._overflowed + overflows(x)
-            return _HalfStraightThrough.apply(x, self.clip)  # type: ignore[no-any-return, no-untyped-call]
+            out: Tensor = _HalfStraightThrough.apply(x, self.clip)  # type: ignore[no-untyped-call]
+            return torch.where(torch.isneginf(x), x, out) if self.keeps_mask and self.clip else out
         if scale is None:
             scale = self.scale_for(x)
         if torch.is_grad_enabled() and x.requires_grad:
-            return _StraightThrough.apply(x, scale, self.dtype.qmin, self.dtype.qmax)  # type: ignore[no-any-return, no-untyped-call]
-        return quantize_dequantize(x, scale, self.dtype.qmin, self.dtype.qmax)
+            out = _StraightThrough.apply(x, scale, self.dtype.qmin, self.dtype.qmax)  # type: ignore[no-untyped-call]
+        else:
+            out = quantize_dequantize(x, scale, self.dtype.qmin, self.dtype.qmax)
+        return torch.where(torch.isneginf(x), x, out) if self.keeps_mask else out
 
     def write(self, x: Tensor) -> None:
         """Put `x` on the grid where it lies: for results of in-place operators, without gradients."""
-        if self.dtype is not None and self.dtype.is_integer and not torch.compiler.is_compiling():
+        plain = self.dtype is not None and self.dtype.is_integer and not self.keeps_mask
+        if plain and not torch.compiler.is_compiling():
+            assert self.dtype is not None
             quantize_dequantize_(x, self.scale_for(x), self.dtype.qmin, self.dtype.qmax)
         else:
             x.copy_(self(x))

@@ -22,7 +22,7 @@ class Leaf:
         run = current_run()
         if run is None or run.depth:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        name = run.name(self.qflow_path)
+        name = run.leaf_call(self.qflow_path)
         if name in run.arguments:
             args, kwargs = run.quantize_arguments(name, args, kwargs)
         first: Any = args[0] if args else None

@@ -37,7 +37,7 @@ _FUNCTIONS: dict[OpKind, str] = {
     OpKind.relu: "relu relu6 clamp clip clamp_min clamp_max hardtanh threshold",
     OpKind.lut: "silu gelu sigmoid logsigmoid tanh hardswish hardsigmoid leaky_relu elu celu selu prelu mish softplus "
     "softsign glu exp expm1 log log1p log2 log10 sqrt rsqrt reciprocal sin cos tan atan asin acos sinh cosh erf pow "
-    "square abs sign round floor ceil trunc rdiv",
+    "square abs sign round floor ceil trunc rdiv rpow",
     OpKind.softmax: "softmax log_softmax",
     OpKind.add: "add",
     OpKind.mul: "mul",
@@ -55,7 +55,7 @@ _FUNCTIONS: dict[OpKind, str] = {
     "squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave tile chunk split tensor_split unbind "
     "getitem narrow select diagonal contiguous clone detach roll flip rot90 pad pixel_shuffle pixel_unshuffle "
     "channel_shuffle dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout identity to float half double "
-    "bfloat16 type type_as unfold tril triu as_strided meshgrid T mT H mH data",
+    "bfloat16 type type_as unfold tril triu as_strided meshgrid copy T mT H mH data",
 }
 FUNCTION_KINDS: dict[str, OpKind] = {name: kind for kind, names in _FUNCTIONS.items() for name in names.split()}
 
@@ -79,6 +79,7 @@ FILLS = frozenset(["zero", "fill"])
 ALIASES = {"truediv": "div", "true_divide": "div", "multiply": "mul", "subtract": "sub", "divide": "div"}
 ALIASES |= {"iadd": "add", "imul": "mul", "rtruediv": "rdiv", "rdiv": "rdiv", "negative": "neg", "absolute": "abs"}
 ALIASES |= {"linalg_vector_norm": "vector_norm", "scaled_dot_product_attention": "attention"}
+ALIASES |= {"safe_softmax": "softmax"}
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -104,7 +105,9 @@ def module_kind(module: nn.Module) -> OpKind | None:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """True where the module is one operator: a known type whose forward is torch's own."""
+    """True where the module is one operator: a known type whose forward is torch's own, not replaced on the object."""
+    if "forward" in module.__dict__:
+        return False
     for cls in type(module).__mro__:
         if cls in MODULE_KINDS:
             return getattr(type(module).forward, "__module__", "").startswith("torch.nn")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from qflow.core.graph import TRANSPARENT_KINDS, WEIGHTED_KINDS, ModelGraph, OpKind, OpNode
+from qflow.quant.masks import before_softmax, keeping, pure_masks
 from qflow.quant.tape import Op, Tape, Weight
 
 RELU_TYPES = frozenset(
@@ -42,6 +43,16 @@ class Plan:
     """Paths of modules that stay float."""
     known: frozenset[str]
     """Names of all recorded operator calls; another name at run time was not seen while tracing."""
+    sites: dict[tuple[str, str, int, int], str]
+    """Functional, function and line in the user's code, index at this site -> name of the call (sites.py)."""
+    bases: frozenset[str]
+    """The functionals among them (`head[mul]`), whatever their call."""
+    last_call: dict[str, str]
+    """Leaf or skipped module -> its last recorded call."""
+    visited: frozenset[str]
+    """Operator calls that a run passes one by one: `known` without constants and writes."""
+    masks: frozenset[str] = frozenset()
+    """Output quantizers that keep -inf, because it masks a softmax (masks.py)."""
 
 
 class _Fuser:
@@ -80,6 +91,8 @@ class _Fuser:
 
     def follow(self, current: Op, kind: str) -> Op | None:
         """The next member of the group if an operator of the wanted kind reads `current`."""
+        if current.attrs.get("attention_output"):
+            return None  # nn.MultiheadAttention is one module to the plugin: nothing fuses into it
         for index in self.readers[current.index]:
             candidate = self.ops[index]
             if kind == "norm":
@@ -87,6 +100,9 @@ class _Fuser:
             elif kind == "add":
                 wanted = candidate.kind == OpKind.add and len(candidate.inputs) == 2
                 wanted = wanted and not any(self.ops[i].kind == OpKind.constant for i in candidate.inputs)
+                # alpha is one operand more; a sum that broadcasts is none of accumulators
+                wanted = wanted and len(candidate.operands) <= 2
+                wanted = wanted and all(self.ops[i].shape == candidate.shape for i in candidate.inputs)
             else:
                 wanted = candidate.op_type in RELU_TYPES
             if wanted:
@@ -136,7 +152,8 @@ def make_plan(tape: Tape, model: nn.Module, skip: Collection[str] = ()) -> Plan:
     live = _live(tape)
     inside = {op.index: head for head, members in groups.items() for op in members[1:]}
     by_last: dict[int, list[Op]] = {members[-1].index: members for members in groups.values()}
-    layout = _Layout(tape)
+    masked = before_softmax(tape.ops, fuser.readers, fuser.leaving)
+    layout = _Layout(tape, masked)
     folds: dict[str, str] = {}
     for op in tape.ops:
         if op.index not in live or (op.index in groups and len(groups[op.index]) > 1):
@@ -153,7 +170,7 @@ def make_plan(tape: Tape, model: nn.Module, skip: Collection[str] = ()) -> Plan:
         outputs=tuple((name, layout.name_of[index]) for name, index in tape.outputs),
         calls=tape.calls,
         unfused=tuple(reversed(fuser.unfused)),
-        notes=(*tape.notes, *_dead_notes(tape, live), *_unknown_notes(layout.nodes)),
+        notes=(*tape.notes, *_dead_notes(tape, live), *_unknown_notes(layout.nodes, tape.ops)),
     )
     return Plan(
         graph,
@@ -165,6 +182,11 @@ def make_plan(tape: Tape, model: nn.Module, skip: Collection[str] = ()) -> Plan:
         frozenset(name for name, count in Counter(layout.output_at.values()).items() if count > 1),
         frozenset(skip),
         tape.names,
+        tape.sites,
+        frozenset(key[0] for key in tape.sites),
+        {op.module: op.name for op in tape.ops if op.module},
+        tape.names - {op.name for op in tape.ops if op.kind == OpKind.constant or op.op_type == "torch.setitem"},
+        masks=frozenset(layout.masks),
     )
 
 
@@ -183,8 +205,11 @@ def _live(tape: Tape) -> set[int]:
 class _Layout:
     """Nodes of the fused graph, and where the runtime finds their quantizers."""
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: Tape, masked: Collection[int]) -> None:
         self.ops = tape.ops
+        self.keeping = keeping(tape.ops, masked)
+        self.pure_masks = pure_masks(tape.ops, masked)
+        self.masks: set[str] = set()
         self.nodes: list[OpNode] = []
         self.name_of: dict[int, str] = {}
         self.output_at: dict[str, str] = {}
@@ -201,6 +226,8 @@ class _Layout:
             for index, slot in zip(member.inputs, member.slots, strict=True):
                 if self.ops[index].kind == OpKind.constant:
                     self.constants_at.setdefault(member.name, {})[slot] = self.ops[index].name
+        if node.quantizer is not None and members[-1].index in self.keeping:
+            self.masks.add(node.quantizer)
         if node.quantizer is not None and node.kind != OpKind.constant:
             self.output_at[members[-1].name] = node.quantizer
 
@@ -215,15 +242,16 @@ class _Layout:
             for index, slot in zip(member.inputs, member.slots, strict=True)
             if index not in owned and self.ops[index].floating
         ]
-        if head.kind in TRANSPARENT_KINDS and head.op_type != "torch.setitem":
+        kind = OpKind.move if head.index in self.pure_masks else head.kind
+        if kind in TRANSPARENT_KINDS and head.op_type != "torch.setitem":
             inputs = inputs[:1]
         named = add or head
-        quantized = last.floating and head.kind not in TRANSPARENT_KINDS
+        quantized = last.floating and kind not in TRANSPARENT_KINDS
         if head.kind == OpKind.skipped:  # what comes back from the host is quantized again, a plain result is not
             quantized = quantized and reenters and head.single
         node = OpNode(
             name=named.name,
-            kind=head.kind,
+            kind=kind,
             op_type=head.op_type,
             inputs=tuple(self.name_of[index] for index, _, _ in inputs),
             shape=last.shape,
@@ -257,7 +285,12 @@ def _dead_notes(tape: Tape, live: set[int]) -> list[str]:
     ]
 
 
-def _unknown_notes(nodes: list[OpNode]) -> tuple[str, ...]:
+def _unknown_notes(nodes: list[OpNode], ops: list[Op]) -> tuple[str, ...]:
+    several = {op.name for op in ops if not op.single}
     return tuple(
-        f"{node.name}: {node.op_type} is not known to the device table" for node in nodes if node.kind == OpKind.other
+        f"{node.name}: {node.op_type} is not known to the device table"
+        + (": of a deformable convolution the weight stays float" if "deform_conv" in node.op_type else "")
+        + (", and of its several results only the first is quantized" if node.name in several else "")
+        for node in nodes
+        if node.kind == OpKind.other
     )

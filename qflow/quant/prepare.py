@@ -7,26 +7,30 @@ value that reaches an operator by a way that tracing cannot see is found by trac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import difflib
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from qflow.core.errors import ModelError
-from qflow.quant.calling import call_model, named_tensors
+from qflow.core.errors import ModelError, QflowError
+from qflow.core.signature import mismatch
+from qflow.quant.calling import map_named
 from qflow.quant.ops import is_leaf
 from qflow.quant.plan import make_plan
 from qflow.quant.quantized_model import QuantizedModel
 from qflow.quant.tape import Tape
-from qflow.quant.tracer import trace
+from qflow.quant.trace import trace
+from qflow.quant.verify import holder, verify_float
 
+Skip = str | type[nn.Module] | Sequence[str | type[nn.Module]]
+"""Modules that stay float: by path, class name or class; one, or several."""
 TOLERANCE = 1e-4
 """Relative norm by which a float graph with decomposed attention may differ from the model in float32."""
 
 
-def prepare(model: nn.Module, example_inputs: Any, skip: Sequence[str | type[nn.Module]] = ()) -> QuantizedModel:
+def prepare(model: nn.Module, example_inputs: Any, skip: Skip = ()) -> QuantizedModel:
     """Trace `model` (eval mode) on `example_inputs`, fuse, place quantizers, and prove the float graph unchanged.
 
     `example_inputs` is a tensor, a tuple to splat or a dict of keyword arguments; the batch axis comes first.
@@ -44,20 +48,42 @@ def prepare(model: nn.Module, example_inputs: Any, skip: Sequence[str | type[nn.
     tape = _trace(model, example_inputs, paths)
     _refuse_unseen(tape, model, example_inputs, paths)
     prepared = QuantizedModel(model, make_plan(tape, model, paths)).eval()
-    tolerance = TOLERANCE if tape.decomposed else 0.0
-    verify_float(model, prepared, example_inputs, tolerance)
     try:
-        verify_float(model, prepared, tree_map(_other_batch, example_inputs), tolerance)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        _verify(model, prepared, example_inputs, TOLERANCE if tape.decomposed else 0.0)
+    except ModelError as error:
+        found = holder(model)
+        if not found:
+            raise
         raise ModelError(
-            f"The model must run at any batch size, but at one more sample got: {str(error).splitlines()[0]}. "
-            "Take the batch size from the input's shape."
+            "A function that a model keeps must not hold the model itself, because a prepared model is a copy, but got "
+            f"{found}. Make it a method."
         ) from error
     return prepared
 
 
-def skipped_paths(model: nn.Module, skip: Sequence[str | type[nn.Module]]) -> frozenset[str]:
+def _verify(model: nn.Module, prepared: QuantizedModel, inputs: Any, tolerance: float) -> None:
+    verify_float(model, prepared, inputs, tolerance)
+    try:
+        verify_float(model, prepared, map_named(_other_batch, inputs), tolerance)
+    except QflowError:
+        raise
+    except Exception as error:  # the user's forward may raise anything
+        raise ModelError(
+            f"The model must run at any batch size, but at one more sample got: {first_line(error)}. "
+            "Take the batch size from the input's shape."
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of somebody else's says, in one line."""
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+
+
+def skipped_paths(model: nn.Module, skip: Skip) -> frozenset[str]:
     """Paths of the modules that `skip` names, by path, class name or class. Raises ModelError where none answers."""
+    if isinstance(skip, (str, type)):
+        skip = (skip,)
     found: set[str] = set()
     for wanted in skip:
         paths = {
@@ -67,19 +93,35 @@ def skipped_paths(model: nn.Module, skip: Sequence[str | type[nn.Module]]) -> fr
         }
         if not paths:
             raise ModelError(
-                f"quant.skip names modules or classes of the model, but got {wanted!r}. "
-                f"There are: {', '.join(list(dict(model.named_modules()))[1:6])}."
+                f"quant.skip names modules or classes of the model, but got {_called(wanted)!r}. "
+                f"{_nearest(model, _called(wanted))}"
             )
         found |= paths
     return frozenset(p for p in found if not any(p.startswith(f"{other}.") for other in found))
+
+
+def _called(wanted: str | type[nn.Module]) -> str:
+    return wanted if isinstance(wanted, str) else wanted.__name__
+
+
+def _nearest(model: nn.Module, wanted: str) -> str:
+    """The names that look most like `wanted`, else the first there are."""
+    inside = dict(list(model.named_modules())[1:])
+    names = list(dict.fromkeys([*inside, *(type(m).__name__ for m in inside.values())]))
+    close = difflib.get_close_matches(wanted, names, 3) or [n for n in names if wanted.lower() in n.lower()][:3]
+    if close:
+        return f"Did you mean {', '.join(close)}?"
+    return f"There are: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}."
 
 
 def _trace(model: nn.Module, inputs: Any, skip: Collection[str]) -> Tape:
     state = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         tape = trace(model, inputs, skip)
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except QflowError:
+        raise
+    except Exception as error:  # the user's forward may raise anything
+        text = f"{first_line(error)}{mismatch(model.forward, inputs)}"
         raise ModelError(
             f"The model must run on a batch of its data, but got: {text}. Check task.model and task.data."
         ) from error
@@ -101,7 +143,10 @@ def _refuse_unseen(tape: Tape, model: nn.Module, inputs: Any, skip: Collection[s
     """Refuse a model in which a "constant" changes with the inputs: its way to the operator was not seen."""
     if not tape.fingerprints:
         return
-    other = trace(model, tree_map(_other_values, inputs), skip).fingerprints
+    try:
+        other = trace(model, map_named(_other_values, inputs), skip).fingerprints
+    except Exception:  # integers that only make sense beside their own sample (lengths)
+        other = trace(model, map_named(_other_floats, inputs), skip).fingerprints
     for name, (reader, values) in tape.fingerprints.items():
         if name in other and other[name][1] != values:
             raise ModelError(
@@ -111,45 +156,17 @@ def _refuse_unseen(tape: Tape, model: nn.Module, inputs: Any, skip: Collection[s
             )
 
 
-def _other_values(value: Any) -> Any:
-    """The same shapes with other values: what depends on them changes."""
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value * 0.97 + 0.003
-    return value
+def _other_values(name: str, value: Tensor) -> Tensor:
+    """The same shapes with other values, integers from another sample: what depends on them changes."""
+    if value.is_floating_point() or not value.ndim:
+        return _other_floats(name, value)
+    return value.roll(1, 0)
 
 
-def _other_batch(value: Any) -> Any:
+def _other_floats(name: str, value: Tensor) -> Tensor:
+    return value * 0.97 + 0.003 if value.is_floating_point() else value
+
+
+def _other_batch(name: str, value: Tensor) -> Tensor:
     """The same data at another batch size: batch n -> n + 1, the first item repeated at the end."""
-    return torch.cat([value, value[:1]]) if isinstance(value, Tensor) and value.ndim > 0 else value
-
-
-def verify_float(model: nn.Module, prepared: QuantizedModel, inputs: Any, tolerance: float = 0.0) -> None:
-    """Refuse a prepared model whose float graph is not the model's: bit for bit, or within `tolerance` of the norm."""
-    with torch.no_grad():
-        expected = named_tensors(call_model(model, inputs))
-        got = named_tensors(call_model(_Observed(prepared.observed), inputs))
-    if [n for n, _ in expected] != [n for n, _ in got]:
-        raise ModelError(
-            f"The traced model must give the outputs {[n for n, _ in expected]}, but got {[n for n, _ in got]}."
-        )
-    for (name, a), (_, b) in zip(expected, got, strict=True):
-        if torch.equal(a.nan_to_num(), b.nan_to_num()):
-            continue
-        difference = float((a.double() - b.double()).nan_to_num().norm())
-        if difference > tolerance * float(a.double().nan_to_num().norm()):
-            close = f"within {tolerance:g}" if tolerance else "bit for bit"
-            raise ModelError(
-                f"The traced float graph must reproduce the model {close}, but output {name} differs by "
-                f"{difference:.3g}. Make the model deterministic in eval mode."
-            )
-
-
-class _Observed(nn.Module):
-    """A function called as a module is."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
+    return torch.cat([value, value[:1]]) if value.ndim > 0 else value

@@ -221,6 +221,8 @@ class _Trainer:
         if not isinstance(value, Tensor) or value.numel() != 1:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ConfigError(f"A loss is one number, but got {shape}. Return its mean.")
+        if not value.requires_grad:
+            raise ConfigError("QAT trains parameters, but got a loss that depends on none. Unfreeze some of the model.")
         number = float(value.detach())
         self._refuse_runaway(number, inputs, random)
         value.backward()  # type: ignore[no-untyped-call]

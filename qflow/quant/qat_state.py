@@ -34,8 +34,10 @@ def qat_state(
     """The plugin's QAT state: quantizers on, scales moving as asked, batch norms in their mode, train mode.
 
     Everything but weights, statistics and scales is put back on leaving, in eval mode; weight scales are those of
-    the last weights. Raises ModelError where the model is not calibrated with `qconfig`.
+    the last weights. `qconfig` is by default that of `qflow.prepare` (`prepared.applied`): what it pins or freezes
+    does not move. Raises ModelError where the model is not calibrated with `qconfig`.
     """
+    qconfig = qconfig if qconfig is not None else getattr(prepared, "applied", None)
     _check_same(prepared, qconfig)
     still = _still(prepared, settings, qconfig)
     frozen = [m for n, m in prepared.model.named_modules() if any(under(n, prefix) for prefix in settings.freeze)]

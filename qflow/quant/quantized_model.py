@@ -9,24 +9,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 import qflow.quant.recompute  # noqa: F401  # activation checkpointing, from the import on
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ModelError
-from qflow.core.graph import ModelGraph
-from qflow.core.qconfig import QConfig
+from qflow.core.graph import ModelGraph, OpKind, OpNode
+from qflow.core.qconfig import OpQConfig, QConfig
 from qflow.core.settings import CalibrationSettings
-from qflow.quant.calling import input_tensors
+from qflow.quant.calling import argument_names, map_named
 from qflow.quant.fake_quant import FakeQuant
+from qflow.quant.model_state import KeepsDtypes
 from qflow.quant.ops import is_leaf
+from qflow.quant.order import Order, Ordering
 from qflow.quant.plan import Plan
+from qflow.quant.precision import full_precision
 from qflow.quant.run import Collected, Run, set_current_run
 from qflow.quant.runtime import EnterScope, LeaveSkipped, Mode, enter_skipped, leaf_class, leave_scope
 from qflow.quant.weighted import WeightedLeaf
 
 
-class QuantizedModel(nn.Module):
+class QuantizedModel(KeepsDtypes):
     """The user's model with a quantizer behind every operator and on every weight, all switched off at first.
 
     It is called like the float model. `outputs` and `weights` hold the quantizers by operator and module name
@@ -36,9 +38,17 @@ class QuantizedModel(nn.Module):
     def __init__(self, float_model: nn.Module, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
-        self.model = copy.deepcopy(float_model)
+        try:
+            self.model = copy.deepcopy(float_model)
+        except Exception as error:  # whatever the model holds may refuse
+            text = (str(error) or type(error).__name__).splitlines()[0]
+            raise ModelError(
+                f"A model can be copied (copy.deepcopy), but got: {text}. Keep what cannot be copied outside of it."
+            ) from error
         self.outputs = {node.quantizer: FakeQuant(node.quantizer) for node in plan.graph.quantized if node.quantizer}
         self.weights: dict[str, FakeQuant] = {}
+        self.weight_shapes: dict[str, tuple[tuple[int, ...], int]] = {}
+        """Of each weight quantizer: the weight's shape, and the axis of its output channels."""
         self.ran: set[str] = set()
         """Quantizers that ran since they were last switched."""
         self.unseen: set[str] = set()
@@ -46,13 +56,17 @@ class QuantizedModel(nn.Module):
         self.watch: Callable[[str, Tensor], None] | None = None
         """Told every operator's result before its quantizer, in `observed`."""
         self._collect: Collected | None = None
+        self._order: Ordering | None = None
+        for name in plan.masks:
+            self.outputs[name].keeps_mask = True
         self._swap()
         # Registered flat under plain numbers: operator names hold dots and brackets, and a child of the user's
         # container would change how it iterates.
         self.store = nn.ModuleList([*self.outputs.values(), *self.weights.values()])
         self.requants = nn.ModuleList()
         self._arguments: dict[str, dict[int, FakeQuant]] = {}
-        self._place_arguments({})
+        self.requants_at: dict[str, dict[int, FakeQuant]] = {}
+        self.place_requants({})
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         self.store.to(device)
 
@@ -75,9 +89,7 @@ class QuantizedModel(nn.Module):
                 module.register_forward_pre_hook(EnterScope(path))
                 module.register_forward_hook(leave_scope, always_call=True)
         for weight in self.plan.weights_at.values():
-            self.weights[weight.name] = FakeQuant(
-                weight.name, weight.shape[weight.axis], weight.axis, len(weight.shape)
-            )
+            self._add_weight(weight.name, weight.shape, weight.axis)
 
     def _swap_leaf(self, path: str, module: nn.Module, modules: dict[str, nn.Module]) -> None:
         module.__class__ = leaf_class(module)
@@ -90,11 +102,16 @@ class QuantizedModel(nn.Module):
         module.qflow_norm_path = norm_path
         if any(node.weight == path for node in self.plan.graph.weighted):
             axis = 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0
-            self.weights[path] = FakeQuant(path, int(module.weight.shape[axis]), axis, module.weight.ndim)
+            self._add_weight(path, tuple(module.weight.shape), axis)
 
-    def _place_arguments(self, requants: dict[str, dict[int, FakeQuant]]) -> None:
+    def _add_weight(self, name: str, shape: tuple[int, ...], axis: int) -> None:
+        self.weights[name] = FakeQuant(name, shape[axis], axis, len(shape))
+        self.weight_shapes[name] = shape, axis
+
+    def place_requants(self, requants: dict[str, dict[int, FakeQuant]]) -> None:
         """Which tensors of which calls are quantized before the call: constants, functional weights, `requants`."""
-        self.requants = nn.ModuleList(q for slots in requants.values() for q in slots.values())
+        self.requants_at = requants
+        self.requants = nn.ModuleList(dict.fromkeys(q for slots in requants.values() for q in slots.values()))
         found: dict[str, dict[int, FakeQuant]] = {}
         for call, slots in self.plan.constants_at.items():
             for slot, name in slots.items():
@@ -105,20 +122,29 @@ class QuantizedModel(nn.Module):
             found.setdefault(call, {}).update(extra)
         self._arguments = found
 
+    def arguments_of(self, call: str) -> Mapping[int, FakeQuant]:
+        """Which tensors of an operator call are quantized before it: constants, functional weights, requants."""
+        return self._arguments.get(call, {})
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward with the active quantizers; with none active, exactly the float model."""
-        if self._collect is None and not any(q.enabled for q in self._quantizers()):
+        if self._collect is None and self._order is None and not any(q.enabled for q in self._quantizers()):
             return self.model(*args, **kwargs)
         return self.observed(*args, **kwargs)
 
     def observed(self, *args: Any, **kwargs: Any) -> Any:
         """The forward with every operator seen, whether a quantizer is active or not."""
-        run = Run(self.plan, self.outputs, self.weights, self._arguments, self._collect, watch=self.watch)
+        run = Run(
+            self.plan, self.outputs, self.weights, self._arguments, self._collect, watch=self.watch, order=self._order,
+            sited=not torch.compiler.is_compiling(),
+        )  # fmt: skip
         before = set_current_run(run)
         try:
             args, kwargs = self._quantize_inputs(run, args, kwargs)
             with full_precision(), Mode(run):
                 out = self.model(*args, **kwargs)
+            if run.folded:
+                _refuse_left_out(run.folded)
         finally:
             set_current_run(before)
             self.ran |= run.ran
@@ -131,25 +157,28 @@ class QuantizedModel(nn.Module):
         counts = {name: int(q.overflowed) for name, q in self.outputs.items() if q.dtype == QDtype.float16}
         return {name: count for name, count in counts.items() if count}
 
+    @property
+    def uncalibrated(self) -> list[str]:
+        """Quantizers that need a scale and have none."""
+        return [q.name for q in self._keys().values() if q.dtype and q.dtype.is_integer and not q.calibrated]
+
     def _quantizers(self) -> Iterator[FakeQuant]:
         yield from self.outputs.values()
         yield from self.weights.values()
         yield from self.requants  # type: ignore[misc]
 
     def _quantize_inputs(self, run: Run, args: Any, kwargs: Any) -> Any:
-        named = {id(t): f"quant[{n}]" for n, t in input_tensors(self.model, kwargs if kwargs and not args else args)}
+        def quantize(name: str, value: Tensor) -> Any:
+            return run.finish(f"quant[{name}]", value, None)
 
-        def quantize(value: Any) -> Any:
-            if isinstance(value, Tensor) and id(value) in named:
-                return run.finish(named[id(value)], value, None)
-            return value
-
-        return tree_map(quantize, args), tree_map(quantize, kwargs)
+        names = argument_names(self.model, len(args))
+        args = tuple(map_named(quantize, value, name) for name, value in zip(names, args, strict=True))
+        return args, {name: map_named(quantize, value, name) for name, value in kwargs.items()}
 
     # ---- states; each restores what it found -------------------------------------------------------------------
 
     def configure(self, qconfig: QConfig) -> None:
-        """Set every quantizer's dtype. Raises ModelError if the qconfig is not one of this graph."""
+        """Set all dtypes; where one changes the scale is forgotten. Raises ModelError for another graph's qconfig."""
         rows = self.plan.graph.quantized
         missing = [n.name for n in rows if n.name not in qconfig.ops]
         unknown = sorted(set(qconfig.ops) - {n.name for n in rows})
@@ -158,20 +187,31 @@ class QuantizedModel(nn.Module):
                 f"A qconfig names the operators of its model, but got none for {missing[:3]} and unknown {unknown[:3]}."
             )
         requants: dict[str, dict[int, FakeQuant]] = {}
+        on = all(q.enabled for q in self.outputs.values())
         for node in rows:
             op = qconfig.ops[node.name]
-            self.outputs[node.quantizer].dtype = op.output  # type: ignore[index]
+            self.outputs[node.quantizer].retype(op.output)  # type: ignore[index]
             for position, dtype in enumerate(op.input or ()):
-                if dtype is not None:
-                    call, slot = self.plan.reads[node.name][position]
-                    quantizer = FakeQuant(f"{node.name}:{position}")
-                    quantizer.dtype = dtype
-                    requants.setdefault(call, {})[slot] = quantizer
-        self._place_arguments(requants)
+                if dtype is None:
+                    continue
+                quantizer = FakeQuant(f"{node.name}:{position}")
+                quantizer.dtype, quantizer.enabled = dtype, on
+                quantizer.keeps_mask = node.kind == OpKind.softmax or node.quantizer in self.plan.masks
+                for reads in self.reads_of(node):  # all calls of a shared module ask for it
+                    if position < len(reads):
+                        call, slot = reads[position]
+                        requants.setdefault(call, {})[slot] = quantizer
+        self.place_requants(requants)
         owners = {n.weight: n.name for n in reversed(rows) if n.weight}
         for weight in self.weights:
-            name = owners.get(weight)
-            self.weights[weight].dtype = (qconfig.ops[name].weight if name else None) or QDtype.qint8
+            op = qconfig.ops[owners[weight]] if weight in owners else OpQConfig(output=None)
+            shape, axis = self.weight_shapes[weight]
+            self.weights[weight].set_axis(axis if op.weight_axis is None else op.weight_axis, shape)
+            self.weights[weight].retype(op.weight or QDtype.qint8)
+
+    def reads_of(self, node: OpNode) -> list[tuple[tuple[str, int], ...]]:
+        """For every operator that shares the quantizer of `node`: where each of its inputs is read (call, slot)."""
+        return [self.plan.reads[n.name] for n in self.plan.graph.nodes if n.quantizer == node.quantizer]
 
     @contextmanager
     def quantized(self) -> Iterator[QuantizedModel]:
@@ -199,6 +239,27 @@ class QuantizedModel(nn.Module):
         finally:
             self._collect = before
 
+    @contextmanager
+    def recording_order(self) -> Iterator[Order]:
+        """Float forward passes (all quantizers off) that note the indices of topk, sort, argmax, ... (order.py)."""
+        order = Order()
+        with self._switched(set()), self._ordered(order.record):
+            yield order
+
+    @contextmanager
+    def following(self, order: Order) -> Iterator[QuantizedModel]:
+        """Forward passes in which those operators take their own values in the order of the recorded pass."""
+        with self._ordered(order.follow):
+            yield self
+
+    @contextmanager
+    def _ordered(self, ordering: Ordering) -> Iterator[None]:
+        self._order, before = ordering, self._order
+        try:
+            yield
+        finally:
+            self._order = before
+
     def _keys(self) -> dict[tuple[str, str], FakeQuant]:
         return {
             **{("output", n): q for n, q in self.outputs.items()},
@@ -219,29 +280,12 @@ class QuantizedModel(nn.Module):
             for key, quantizer in quantizers.items():
                 quantizer.enabled = before[key]
 
-    # ---- the float model's own state ---------------------------------------------------------------------------
 
-    def float_state_dict(self) -> dict[str, Any]:
-        """Parameters and buffers under the float model's own keys; what trained there is in it, quantizers are not."""
-        return self.model.state_dict()
-
-    def load_float_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Any:
-        """Take the float model's parameters and buffers; scales stay as they are."""
-        return self.model.load_state_dict(state, strict)
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """No TF32 inside a prepared model: it makes 78 to 86 % of int16 results wrong, by up to 11 steps (measured)."""
-    if not torch.cuda.is_available():
-        yield
-        return
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+def _refuse_left_out(norms: Collection[str]) -> None:
+    raise ModelError(
+        f"A batch norm that is folded into the operator before it runs after it, but got {min(norms)} left out of this "
+        "forward pass. Take the same path for all inputs, or keep the norm apart with nn.Identity before it."
+    )
 
 
 def scales(prepared: QuantizedModel) -> dict[str, float | list[float]]:

@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from qflow.core.settings import CalibrationSettings
 from qflow.quant.fake_quant import FakeQuant
 from qflow.quant.observer import Histogram
+from qflow.quant.order import Ordering
 from qflow.quant.plan import Plan
+from qflow.quant.sites import Site, call_site
+from qflow.quant.tape import tensors_in
 
 
 @dataclass
@@ -52,9 +55,13 @@ class Run:
     arguments: Mapping[str, Mapping[int, FakeQuant]] = field(default_factory=dict)
     """Operator call -> which of its tensors is quantized before the call: constants, functional weights, requants."""
     collect: Collected | None = None
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[Any, int] = field(default_factory=dict)
     scopes: list[str] = field(default_factory=lambda: [""])
     depth: int = 0
+    sited: bool = True
+    """False in compiled code: functionals are counted by name, not found by call site (sites.py)."""
+    site: Site | None = None
+    """Call site of what is written out in parts just now (decompose.py): theirs too."""
     folded: set[str] = field(default_factory=set)
     ran: set[str] = field(default_factory=set)
     unseen: set[str] = field(default_factory=set)
@@ -64,17 +71,51 @@ class Run:
     """True in such a recomputation."""
     watch: Callable[[str, Tensor], None] | None = None
     """Told every operator's result before its quantizer."""
+    order: Ordering | None = None
+    """Records the order that operators such as topk give, or makes them follow a recorded one."""
 
     @property
     def plain(self) -> bool:
         """True if nobody looks at what lies between operator and quantizer."""
         return self.collect is None and self.watch is None and self.used is None
 
-    def name(self, base: str) -> str:
-        """Name of this call of `base`."""
+    def leaf_call(self, path: str) -> str:
+        """Name of this call of a leaf module; a call more than tracing saw goes by the last one."""
+        n = self.counts.get(path, 0)
+        self.counts[path] = n + 1
+        if n == 0:
+            return path
+        name = f"{path}({n})"
+        return name if name in self.plan.known else self.plan.last_call.get(path, name)
+
+    def locate(self, base: str) -> tuple[Any, str]:
+        """Key and name of this call of the functional `base`; no name where tracing did not see the call site."""
         n = self.counts.get(base, 0)
-        self.counts[base] = n + 1
-        return base if n == 0 else f"{base}({n})"
+        if not self.sited:
+            return base, base if n == 0 else f"{base}({n})"
+        if self.again:  # run from the backward pass, below other frames
+            return base, str((self.used or {}).get(f"{base} {n}", ""))
+        key = (base, *(self.site or call_site()))
+        return key, self.plan.sites.get((*key, self.counts.get(key, 0)), "")
+
+    def advance(self, key: Any, base: str, call: str) -> None:
+        """Count the call that `locate` named."""
+        self.counts[key] = self.counts.get(key, 0) + 1
+        if self.used is not None and key != base:
+            n = self.counts.get(base, 0)
+            self.used[f"{base} {n}"] = call
+            self.counts[base] = n + 1
+
+    def stay_float(self, call: str, out: Any, missed: bool) -> None:
+        """Note an operator that tracing did not see; `missed` if it would have had a quantizer."""
+        if missed:
+            self.unseen.add(call)
+        self._show(call, out)
+
+    def _show(self, call: str, out: Any) -> None:
+        if self.watch is not None:
+            for tensor in (out,) if isinstance(out, Tensor) else tensors_in(out):
+                self.watch(call, tensor.detach())
 
     def quantizes(self, name: str) -> bool:
         """True if the result of operator `name` passes a quantizer that is on."""
@@ -121,15 +162,13 @@ class Run:
     def finish(self, name: str, out: Any, first: Any) -> Any:
         """Pass the result of operator `name` through its quantizer; an in-place result is written in place."""
         if self.watch is not None:
-            for tensor in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(tensor, Tensor):
-                    self.watch(name, tensor.detach())
+            self._show(name, out)
         quantizer_name = self.plan.output_at.get(name)
         if quantizer_name is None:
-            if name not in self.plan.known:
+            if name not in self.plan.known and any(t.is_floating_point() for t in tensors_in(out)):
                 self.unseen.add(name)
             return out
-        value = out if isinstance(out, Tensor) else next(t for t in out if isinstance(t, Tensor))
+        value = out if isinstance(out, Tensor) else tensors_in(out)[0]
         quantizer = self.outputs[quantizer_name]
         self.depth += 1  # the quantizer's own arithmetic is not the user's
         try:
@@ -149,7 +188,7 @@ class Run:
             self.depth -= 1
         if isinstance(out, Tensor):
             return quantized
-        return type(out)(quantized if t is value else t for t in out)
+        return tree_map(lambda t: quantized if t is value else t, out)
 
 
 _current = threading.local()

@@ -1,8 +1,8 @@
 """How a prepared model runs: leaf modules of swapped class, functionals under a mode, one run at a time.
 
 The user's Python code runs as it is. A leaf module (`Leaf` mixed into its own class) and the mode ask the
-current `Run` for the operator's name (its call count decides) and pass the result through that operator's
-quantizer.
+current `Run` for the operator's name (call count of a module, call site of a functional) and pass the result
+through that operator's quantizer. A functional that tracing did not see stays float and is reported as unseen.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from qflow.core.graph import TRANSPARENT_KINDS
 from qflow.quant.decompose import decomposition
 from qflow.quant.leaf import Leaf, ReluLeaf, leaf_type
-from qflow.quant.ops import function_name, is_operator
+from qflow.quant.ops import CONSTANTS, FILLS, FUNCTION_KINDS, function_name, is_operator
 from qflow.quant.run import Run, current_run
+from qflow.quant.sites import call_site, user_line
+from qflow.quant.tape import tensors_in
 from qflow.quant.weighted import ConvLeaf, ConvTransposeLeaf, LinearLeaf, NormLeaf
 
 
@@ -36,31 +39,48 @@ class Mode(TorchFunctionMode):
             return func(*args, **kwargs)
         parts = decomposition(func, args, kwargs)
         if parts is not None:
-            with self:
-                return parts(*args, **kwargs)
+            before, run.site = run.site, run.site or (call_site() if run.sited else None)
+            try:
+                with self:
+                    return parts(*args, **kwargs)
+            finally:
+                run.site = before
         name = _NAMES.get(func)
         if name is None:
             name = _NAMES[func] = function_name(func)
             _WRITES[func] = in_place_form(func)
         base = f"{run.scopes[-1]}[{name}]"
-        count = run.counts.get(base, 0)
-        call = base if count == 0 else f"{base}({count})"
+        key, call = (base, "") if run.sited and base not in run.plan.bases else run.locate(base)
         if call in run.arguments:
             args, kwargs = run.quantize_arguments(call, args, kwargs)
-        first: Any = args[0] if args else None
+        first: Any = kwargs["out"] if "out" in kwargs else args[0] if args else None
         if torch.is_grad_enabled() and writes_first(func, args, kwargs) and run.quantizes(call):
             # As in Leaf: the backward pass needs the operator's own result, the user's tensor the quantized one.
-            run.counts[base] = count + 1
+            run.advance(key, base, call)
             return first.copy_(run.finish(call, func(first.clone(), *args[1:], **kwargs), None))
         out = func(*args, **kwargs)
+        if run.order is not None:
+            out = run.order(name, call or base, out, args, kwargs)
         if not is_operator(out):
             return out
-        run.counts[base] = count + 1
+        run.advance(key, base, call)
+        if not call:
+            run.stay_float(f"{base}{user_line()}", out, quantizable(name, args, kwargs, out))
+            return out
         return run.finish(call, out, first)
 
 
 _NAMES: dict[Any, str] = {}
 _WRITES: dict[Any, bool | int] = {}
+
+
+def quantizable(name: str, args: Any, kwargs: Any, out: Any) -> bool:
+    """True where an operator that tracing saw would have a quantizer: it computes floats from tensors."""
+    if name in CONSTANTS or name in FILLS or FUNCTION_KINDS.get(name) in TRANSPARENT_KINDS:
+        return False
+    return bool(tensors_in((args, kwargs))) and any(t.is_floating_point() for t in tensors_in(out))
+
+
 _IN_PLACE = frozenset(f"__i{n}__" for n in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod", "and", "or"))
 
 
@@ -139,4 +159,4 @@ class LeaveSkipped:
         if run is None or run.depth == 0:
             return out
         run.depth -= 1
-        return out if run.depth or out is None else run.finish(run.name(self.path), out, None)
+        return out if run.depth or out is None else run.finish(run.leaf_call(self.path), out, None)

@@ -27,6 +27,29 @@ class Weight:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Ref:
+    """A tensor that an op gave: the op's index, and which of its tensors."""
+
+    op: int
+    position: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is needed to run an op again: a torch function or a leaf module's path, its arguments with `Ref`s.
+
+    Integers and tensors that are not the result of an op are kept as they were: the call is one at this batch size.
+    """
+
+    function: Any
+    module: str | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    in_place: bool
+    """The result is written into the first argument."""
+
+
 @dataclass
 class Op:
     """One recorded operator call.
@@ -50,6 +73,8 @@ class Op:
     weight: Weight | None = None
     attrs: dict[str, int] = field(default_factory=dict)
     operands: tuple[float | None, ...] = ()
+    call: Call | None = None
+    """Kept by a capture only."""
 
 
 @dataclass
@@ -62,6 +87,8 @@ class Tape:
     notes: list[str]
     names: frozenset[str]
     """Names of all calls, those that do not depend on the inputs included."""
+    sites: dict[tuple[str, str, int, int], str]
+    """Functional, function and line in the user's code, index at this site -> name of the call (sites.py)."""
     decomposed: frozenset[str]
     """Functions that were written out in parts: the float graph equals the model to rounding, not bit for bit."""
     fingerprints: dict[str, tuple[str, tuple[float, ...]]]
@@ -127,3 +154,19 @@ def module_attrs(module: nn.Module, sources: Sequence[Tensor]) -> dict[str, int]
     if isinstance(module, nn.Linear):
         return weight_attrs(tuple(module.weight.shape), 1, transposed=False)
     return {}
+
+
+def operands(kind: OpKind, name: str, args: Any, kwargs: Any) -> tuple[float | None, ...]:
+    """Positional arguments of an element-wise functional: the number, or None for a tensor (or an open bound)."""
+    if kind not in (OpKind.add, OpKind.mul, OpKind.arithmetic, OpKind.lut, OpKind.relu):
+        return ()
+    values = list(args) or [kwargs[key] for key in ("input",) if key in kwargs]
+    if name in ("clamp", "clip", "hardtanh", "threshold"):
+        low, high = kwargs.get("min", kwargs.get("min_val")), kwargs.get("max", kwargs.get("max_val"))
+        values = [*values, *[None] * (3 - len(values))][:3]
+        values = [values[0], values[1] if low is None else low, values[2] if high is None else high]
+    elif len(values) < 2 and "other" in kwargs:
+        values.append(kwargs["other"])
+    if kwargs.get("alpha", 1) != 1 or kwargs.get("rounding_mode"):
+        values.append(None)  # one operand more than the function has: its result is not the plain one
+    return tuple(float(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else None for v in values)

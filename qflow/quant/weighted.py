@@ -55,7 +55,7 @@ class NormLeaf(Leaf):
         run = current_run()
         if run is None or run.depth or self.qflow_path not in run.folded or not run.plain or not args:
             return super().forward(*args, **kwargs)
-        name = run.name(self.qflow_path)
+        name = run.leaf_call(self.qflow_path)
         run.folded.discard(self.qflow_path)
         return run.finish(name, args[0], None) if name in run.plan.output_at else args[0]
 

@@ -10,16 +10,16 @@ from typing import Any
 from qflow.analysis.badcase import badcase_text
 from qflow.analysis.model_check import check_text
 from qflow.analysis.tables import BadcaseTable, ModelCheck, SensitivityTable
-from qflow.bench import TrialResult
 from qflow.core.qconfig import QConfig
 from qflow.core.record import to_json
+from qflow.trial import TrialResult
 
 BUNDLE = "qconfig"  # the artifact folder that a registered model version points at: precisions and scales
 
 
 def write_rows(rows: Sequence[Any], path: Path) -> None:
-    """Records of one type as a table that the MLflow UI shows: pandas' "split" layout, one column a field."""
-    names = [f.name for f in fields(rows[0])] if rows else []
+    """Records of one type as a table that the MLflow UI shows: pandas' "split" layout, one column a scalar field."""
+    names = [f.name for f in fields(rows[0]) if not isinstance(getattr(rows[0], f.name), tuple)] if rows else []
     data = [[_cell(getattr(row, name)) for name in names] for row in rows]
     path.write_text(to_json({"columns": names, "data": data}))
 
@@ -73,8 +73,8 @@ def write_study(
 
 def qconfig_text(qconfig: QConfig) -> str:
     """One line an operator, so that two runs can be compared side by side."""
-    width = max(map(len, qconfig.ops), default=0)
-    return "".join(
+    width = max([len("operator"), *map(len, qconfig.ops)])
+    return f"{'operator'.ljust(width)}  {'output':<8} {'weight':<7} rule (what the device changed)\n" + "".join(
         f"{name.ljust(width)}  {op.output or 'int32':<8} {op.weight or '':<7} {op.rule}"
         + (f"  ({op.fallback})" if op.fallback else "")
         + "\n"

@@ -13,7 +13,6 @@ takes, of a dict the keys that are arguments of its forward; `data.model_inputs`
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import DataLoader, Subset
 
-from qflow.core.errors import ConfigError, DataError, ModelError
+from qflow.core.errors import ConfigError, DataError, ModelError, QflowError
+from qflow.core.signature import arguments, keywords, mismatch
 
 DIRECTIONS = ("maximize", "minimize")
 
@@ -53,7 +53,7 @@ def make_task(*, name: str, model: Any, data: Any, metric: Any, device: str = "c
     if not isinstance(model, nn.Module):
         raise ConfigError(f"task.model gives a torch.nn.Module, but got {type(model).__name__}. Return the model.")
     for part in ("calibration", "evaluation"):
-        if not hasattr(data, part) or not hasattr(getattr(data, part), "__getitem__"):
+        if not hasattr(_split(data, part), "__getitem__"):
             raise ConfigError(
                 f"task.data gives map-style datasets calibration and evaluation, but {type(data).__name__} has no "
                 f"{part} that can be indexed. Add it."
@@ -79,24 +79,28 @@ def make_task(*, name: str, model: Any, data: Any, metric: Any, device: str = "c
     )
 
 
+def _split(data: Any, part: str) -> Any:
+    """`data.calibration` or the like, None without one; a property may raise anything."""
+    try:
+        return getattr(data, part, None)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise DataError(f"task.data.{part} must load, but got {type(error).__name__}: {text}.") from error
+
+
 def model_inputs(task: Task, batch: Any) -> Any:
     """What of a batch goes to the model: a tensor, a tuple to splat or a dict of keywords (module docstring)."""
     if hasattr(task.data, "model_inputs"):
         return task.data.model_inputs(batch)
-    parameters = [
-        p
-        for p in inspect.signature(task.model.forward).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
-    required = [p for p in parameters if p.default is p.empty]
+    forward = task.model.forward
+    required = [p for p in arguments(forward) if p.default is p.empty]
     if isinstance(batch, Mapping):
-        matching = {p.name: batch[p.name] for p in parameters if p.name in batch}
-        return matching or (dict(batch),)
+        return keywords(forward, batch) or (dict(batch),)
     if isinstance(batch, (tuple, list)):
         if isinstance(batch[0], (tuple, list, Mapping)):
             first = batch[0]
             if isinstance(first, Mapping):
-                return {p.name: first[p.name] for p in parameters if p.name in first} or (first,)
+                return keywords(forward, first) or (first,)
             return tuple(first) if len(required) > 1 else (first,)
         return tuple(batch[: max(len(required), 1)])
     return (batch,)
@@ -118,18 +122,7 @@ def batches(
     wanted: Sequence[int] = range(size) if indices is None else indices
     chosen = Subset(data, wanted if limit is None else wanted[: limit * batch_size])
     loader = DataLoader(chosen, batch_size=batch_size, collate_fn=getattr(task.data, "collate", None))
-    iterator = iter(loader)
-    while True:
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        except (RuntimeError, TypeError, KeyError) as error:
-            text = " ".join(str(error).split())
-            raise DataError(
-                f"Samples of task.data.{split} must load and batch together, but got {type(error).__name__}: {text}. "
-                "Mend the data set, or give task.data a collate."
-            ) from error
+    for batch in loaded(loader, split):
         batch = _moved(batch, task.device)
         inputs = model_inputs(task, batch)
         tensors = [t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)]
@@ -139,6 +132,25 @@ def batches(
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise DataError(f"Inputs are finite, but got NaN or inf in task.data.{split}. Clean the data.")
         yield batch, len(tensors[0])
+
+
+def loaded(loader: DataLoader[Any], split: str) -> Iterator[Any]:
+    """The batches of `loader`. Raises DataError for whatever the user's data set or collate raises."""
+    iterator = iter(loader)
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except QflowError:
+            raise
+        except Exception as error:  # the user's code may raise anything
+            text = " ".join(str(error).split())
+            raise DataError(
+                f"Samples of task.data.{split} must load and batch together, but got {type(error).__name__}: {text}. "
+                "Mend the data set, or give task.data a collate."
+            ) from error
+        yield batch
 
 
 def evaluate(
@@ -197,8 +209,9 @@ def run(model: Callable[..., Any], inputs: Any) -> Any:
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = [tuple(t.shape) for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)]
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        hint = mismatch(getattr(model, "forward", model), inputs)
         raise ModelError(
-            f"The model must take the batches of its data, but got shapes {shapes}: {text}. "
+            f"The model must take the batches of its data, but got shapes {shapes}: {text}{hint}. "
             "Check task.data, or give it model_inputs(batch)."
         ) from error
 

@@ -92,6 +92,13 @@ class MlflowTracker:
             found = self._search(f"tags.`qflow.study` = {_quoted(name)} and tags.`qflow.kind` = 'study'", 1)
         return str(found[0].info.run_id) if found else None
 
+    def experiments_with(self, study: str) -> list[str]:
+        """Names of the store's experiments that hold the study `study`."""
+        query = f"tags.`qflow.study` = {_quoted(study)} and tags.`qflow.kind` = 'study'"
+        with self._call():
+            names = {e.experiment_id: e.name for e in self.client.search_experiments()}
+            return sorted({names[run.info.experiment_id] for run in self.client.search_runs(list(names), query)})
+
     def start_trial(self, study_run_id: str, study: str, number: int, label: str) -> str:
         """Run id of a new run for trial `number`, a child of the study's run."""
         tags = {
@@ -267,8 +274,8 @@ def rounded(value: float) -> float:
 
 
 def find_tables(folder: Path) -> list[str]:
-    """The `*.json` files at the root of `folder` in pandas' layout orient="split": columns first, then data."""
-    return [p.name for p in sorted(folder.glob("*.json")) if _head(p) == TABLE_HEAD]
+    """Paths in `folder` of the `*.json` files in pandas' layout orient="split": columns first, then data."""
+    return [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*.json")) if _head(p) == TABLE_HEAD]
 
 
 def _head(path: Path) -> str:

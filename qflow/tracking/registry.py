@@ -21,6 +21,7 @@ def register(
 ) -> int:  # fmt: skip
     """Make a version of model `name` from a run's artifact folder, point `alias` at it, return its number.
 
+    A run that is a version of `name` already stays that version: only the alias moves.
     A kill between the two steps leaves a version without the alias: the old one still counts. Raises
     ConfigError for an alias that MLflow keeps for itself, TrackingError when the store refuses.
     """
@@ -28,12 +29,10 @@ def register(
     with tracker.calling() as client:
         client.get_run(run_id)  # MLflow would register a version of a run that does not exist
         _create_model(tracker, name)
-        made = client.create_model_version(
-            name,
-            source=f"runs:/{run_id}/{artifact_path}",
-            run_id=run_id,
-            tags=dict(tags),
-            description=description,
+        source = f"runs:/{run_id}/{artifact_path}"
+        known = [v for v in client.search_model_versions(f"run_id = '{run_id}'") if v.name == name]
+        made = next((v for v in known if v.source == source), None) or client.create_model_version(
+            name, source=source, run_id=run_id, tags=dict(tags), description=description
         )
         version = int(made.version)  # text over HTTP
         client.set_registered_model_alias(name, alias, str(version))

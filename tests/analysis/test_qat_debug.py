@@ -25,6 +25,12 @@ def test_qat_debug_finds_the_stage_at_fault():
     assert all(s.passed for s in found.stages) and found.verdict.startswith("No stage is at fault")
     assert found.stages[2].metric == found.calibrated_metric
     assert same(prepared.state_dict(), state) and not prepared.training
+    assert found.stages[4].metric >= found.calibrated_metric - found.tolerance
+    assert "goal" not in found.verdict
+    found = qat_debug(model, prepared, loss=loss, settings=settings, goal=-1.0, **common)  # out of reach
+    assert found.verdict.startswith("No stage is at fault") and "the goal of -1 is missed" in found.verdict
+    met = qat_debug(model, prepared, loss=loss, settings=settings, goal=9.0, **common)
+    assert met.verdict.endswith("the goal of 9 is met.")
     found = qat_debug(model, prepared, loss=lambda o, b: -10 * loss(o, b), settings=settings, **common)
     assert not found.stages[0].passed and found.verdict.startswith("The pipeline is at fault")
     assert found.stages[2].passed

@@ -16,7 +16,7 @@ from qflow.core.setter import HighPrecisionOutput, SensitiveSetter, TemplateSett
 from qflow.cost.features import features
 from qflow.cost.latency import CostModel, predict
 from qflow.quant.plan import make_plan
-from qflow.quant.tracer import trace
+from qflow.quant.trace import trace
 
 GRAPHS = {name: make_plan(trace(*pair), pair[0]).graph for name, pair in zoo().items()}
 MODEL = CostModel()

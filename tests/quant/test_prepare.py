@@ -13,6 +13,7 @@ from qflow.core.settings import CalibrationSettings
 from qflow.quant.calibrate import apply_scales, collect
 from qflow.quant.calling import call_model, named_tensors
 from qflow.quant.prepare import prepare
+from qflow.quant.verify import Observed
 
 NAMES = list(zoo())
 
@@ -41,8 +42,10 @@ def test_quantizers_off_is_the_float_model_bit_for_bit(name):
     model, example = zoo()[name]
     prepared = prepare(model, example)
     for inputs in (example, bigger(example)):
-        for a, b in zip(outputs(model, inputs), outputs(prepared, inputs), strict=True):
+        observed = outputs(Observed(prepared.observed), inputs)  # every operator seen; `prepared` itself would see none
+        for a, b, c in zip(outputs(model, inputs), outputs(prepared, inputs), observed, strict=True):
             assert torch.equal(a, b)
+            assert torch.equal(a, c)
             assert a.abs().max() > 1e-3  # not vacuous
 
 

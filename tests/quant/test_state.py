@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import ResNet, revive, zoo
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qflow.core.dtype import QDtype
-from qflow.core.setter import HighPrecisionOutput, TemplateSetter, resolve
+from qflow.core.errors import ModelError
+from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, TemplateSetter, resolve
 from qflow.core.settings import CalibrationSettings, QatSettings
 from qflow.quant.calibrate import apply_scales, collect
 from qflow.quant.calling import call_model, named_tensors
@@ -66,18 +68,51 @@ def test_the_state_goes_to_the_float_model_and_back(name):
     user = {f"model.{k}" for k in model.state_dict()}
     extra = set(prepared.state_dict()) - user
     assert user <= set(prepared.state_dict())
-    assert {k.rpartition(".")[2] for k in extra} == {"scale", "sides"}
+    assert {k.rpartition(".")[2] for k in extra} == {"scale", "sides", "_extra_state"}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_state_carries_the_calibration_to_a_fresh_model(name):
     _, example, prepared = calibrated(name)
     fresh = prepare(*zoo()[name])
-    for a, b in zip(prepared._quantizers(), fresh._quantizers(), strict=True):
-        b.dtype = a.dtype
     perturb(prepared)
     fresh.load_state_dict(prepared.state_dict())
     assert equal(quantized(prepared, example), quantized(fresh, example))
+
+
+def test_a_state_brings_its_dtypes_and_requantized_inputs_and_switches(tmp_path):
+    model, example = zoo()["resnet"]
+    prepared, fresh = prepare(model, example), prepare(model, example)
+    add = next(n.name for n in prepared.graph.quantized if n.fused_add)
+    asked = ModuleNameSetter({add: {"output": "qint16", "input": "qint8"}})
+    setters = [asked, HighPrecisionOutput(), TemplateSetter(QDtype.qint16)]
+    settings = CalibrationSettings(method="minmax", float16_clip=True)
+    apply_scales(prepared, collect(prepared, [(example, 2)]), resolve(prepared.graph, setters, "nash-m"), settings)
+    assert len(prepared.requants)
+    with prepared.quantized():
+        expected = outputs(prepared, example)
+        torch.save(prepared.state_dict(), tmp_path / "state.pt")
+        save_file(prepared.state_dict(), tmp_path / "state.safetensors")
+    for state in (torch.load(tmp_path / "state.pt", weights_only=True), load_file(tmp_path / "state.safetensors")):
+        fresh.load_state_dict(state)  # saved while quantized: it computes quantized
+        assert equal(outputs(fresh, example), expected)
+        assert [q.clip for q in fresh.outputs.values()] == [True] * len(fresh.outputs)
+    other = prepare(model, example, skip=[prepared.graph.quantized[1].name])
+    with pytest.raises(ModelError, match=r"prepared alike, but got another quantizer at .*same skip\.$"):
+        other.load_state_dict(state)
+    with pytest.raises(ModelError, match=r"got none \(no _extra_state\)"):
+        fresh.load_state_dict({k: v for k, v in state.items() if k != "_extra_state"})
+    with pytest.raises(ModelError, match="Save prepared.state_dict"):
+        fresh.load_state_dict({**state, "_extra_state": torch.zeros(3)})
+
+
+def test_another_dtype_forgets_the_scale():
+    _, example, prepared = calibrated("resnet")
+    wide = resolve(prepared.graph, [HighPrecisionOutput(), TemplateSetter(QDtype.qint16)], "nash-m")
+    prepared.configure(wide)
+    assert prepared.uncalibrated
+    with pytest.raises(ModelError, match="never calibrated"):
+        quantized(prepared, example)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,7 +5,7 @@ from torch import nn
 
 from qflow.quant.calling import input_tensors, named_tensors
 from qflow.quant.plan import make_plan
-from qflow.quant.tracer import trace
+from qflow.quant.trace import trace
 
 
 def graph_of(name):

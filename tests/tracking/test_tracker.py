@@ -204,3 +204,10 @@ def test_opening_a_new_store_is_silent_and_the_package_is_light(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_a_study_is_found_in_another_experiment(tracker, store):
+    tracker.open_study("s", tags={}, params={}, description="")
+    other = MlflowTracker.open(None, store, "elsewhere")
+    assert other.find_study("s") is None
+    assert (other.experiments_with("s"), other.experiments_with("t")) == (["experiment"], [])

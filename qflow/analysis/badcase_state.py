@@ -1,0 +1,50 @@
+"""Where a long search for bad cases stands, in a file that a kill at any moment leaves whole."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qflow.core.errors import ConfigError
+
+
+def write_state(path: Path, settings: Mapping[str, str], state: Mapping[str, Any]) -> None:
+    """Write `state` beside its place and rename it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        with open(fresh, "wb") as file:
+            torch.save({"settings": dict(settings), "state": dict(state)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def read_state(path: Path, settings: Mapping[str, str]) -> dict[str, Any] | None:
+    """The state that was written under the same `settings`; None if there is none yet.
+
+    Raises ConfigError for one of other settings (data, model, metric, ...), and for a file that is no state.
+    """
+    if not path.exists():
+        return None
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        theirs, state = dict(found["settings"]), dict(found["state"])
+    except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise ConfigError(
+            f"A bad-case state is a file of find_badcases, but got {type(error).__name__} reading {path}. Remove it."
+        ) from error
+    for name, wanted in settings.items():
+        if theirs.get(name) != wanted:
+            raise ConfigError(
+                f"A bad-case state continues its own search, {name} {wanted}, but got {theirs.get(name)} in {path}. "
+                "Remove it or give another path."
+            )
+    return state

@@ -1,0 +1,74 @@
+"""Distances of many variants' outputs to the float outputs, gathered over chunks of samples and merged at the end."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from qflow.analysis.metrics import badness, distance
+
+
+class Distances:
+    """For each of `count` variants the distance of every output and sample, in `metric`."""
+
+    def __init__(self, metric: str, count: int) -> None:
+        self.metric = metric
+        self.values: list[dict[str, list[Tensor]]] = [{} for _ in range(count)]
+        self.sizes: dict[str, list[tuple[float, int]]] = {}
+        self.float_outputs: dict[str, Tensor] = {}
+        self.samples = 0
+
+    def reference(self, outputs: dict[str, Tensor], samples: int) -> None:
+        """Take the float outputs of the next chunk, of so many samples."""
+        self.samples = samples
+        self.float_outputs = {name: t for name, t in outputs.items() if t.is_floating_point()}
+        for name, tensor in self.float_outputs.items():
+            self.sizes.setdefault(name, []).append((float(tensor.double().abs().mean()), samples))
+
+    def add(self, variant: int, outputs: dict[str, Tensor]) -> None:
+        """Take a variant's outputs on the same chunk."""
+        for name, x in self.float_outputs.items():
+            y = outputs.get(name, x)
+            x, y = (x, y) if x.ndim and len(x) == self.samples else (x[None], y[None])
+            value = distance(self.metric, x, y)
+            value = value if len(value) == self.samples else value.mean().expand(self.samples)
+            self.values[variant].setdefault(name, []).append(value.cpu())
+
+    def result(self, variant: int) -> tuple[float, float, dict[str, float]]:
+        """Merged score, its standard deviation over the samples, and the plain metric of each output."""
+        merged = torch.zeros(())
+        plain = {}
+        for name, parts in self.values[variant].items():
+            values = torch.cat(parts)
+            plain[name] = float(values.mean())
+            merged = merged + badness(self.metric, values) / self._unit(name)
+        if merged.ndim == 0:
+            return 0.0, 0.0, plain
+        score = float(merged.mean())
+        if math.isnan(score):  # a difference that is no number is the worst there is
+            return math.inf, 0.0, {n: math.inf if math.isnan(v) else v for n, v in plain.items()}
+        spread = float(merged.std()) if len(merged) > 1 else 0.0
+        return score, spread if math.isfinite(spread) else 0.0, plain
+
+    def _unit(self, name: str) -> float:
+        if self.metric in ("Cosine", "SQNR", "KL"):
+            return 1.0
+        total = sum(n for _, n in self.sizes[name])
+        size = sum(s * n for s, n in self.sizes[name]) / max(total, 1)
+        return (size**2 if self.metric == "MSE" else size) or 1.0
+
+
+def disagreement(got: dict[str, Tensor], wanted: dict[str, Tensor], plain: dict[str, Tensor]) -> float:
+    """Largest |got - wanted| over |wanted - plain| of the outputs (norms), 1e-3 of |plain| counting as nothing.
+
+    `plain` are the float outputs: what two ways to compute differ by is held against what quantization does.
+    """
+    worst = 0.0
+    for name, tensor in got.items():
+        if not tensor.is_floating_point() or name not in wanted:
+            continue
+        a, b, c = (t.double().nan_to_num() for t in (tensor, wanted[name], plain[name]))
+        worst = max(worst, float((a - b).norm()) / max(float((b - c).norm()), 1e-3 * float(c.norm()), 1e-30))
+    return worst

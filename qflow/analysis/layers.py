@@ -1,0 +1,192 @@
+"""Layer-by-layer comparison: every operator call of the float model against the calibrated one, on the same input.
+
+One float pass keeps the calls; then each operator runs twice more, once on what the calibrated model has so far (the
+accumulated error) and once on float inputs (the error of the operator, with its fused group, alone). A large
+accumulated error over a small one of its own is carried, not made. The models are walked in step, values are freed
+as soon as nobody reads them. Operators that change order (topk, sort) follow the float order.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qflow.analysis.layer_metrics import EMPTY, compare, relative_error
+from qflow.analysis.tables import Finding, LayerRow, LayerTable
+from qflow.core.graph import OpNode
+from qflow.quant.capture import Captured, capture
+from qflow.quant.quantized_model import QuantizedModel
+from qflow.quant.rerun import Ops, Values
+from qflow.quant.tape import Op, Ref
+from qflow.quant.widen import batch_size
+
+GROWS = 2.0  # an error that is so many times that of its inputs grows here
+STANDS_OUT = 3.0  # times the median of all operators' own errors
+
+
+def compare_layers(
+    model: nn.Module,
+    prepared: QuantizedModel,
+    inputs: Any,
+    *,
+    memory_mb: int = 2048,
+    on_op: Callable[[int], None] = lambda done: None,
+) -> LayerTable:
+    """Compare `model` with the calibrated `prepared` on one batch of model inputs.
+
+    Raises ReplayError where the model's calls cannot be run one by one.
+    """
+    with torch.no_grad(), prepared.quantized():
+        captured = capture(model, prepared.plan, inputs, memory_mb * 1e6 / 2, inner=True)
+        walk = _Walk(model, prepared, captured)
+        rows: list[LayerRow] = []
+        for done, op in enumerate(walk.ops.ops, 1):
+            rows.append(walk.row(op, len(rows)))
+            on_op(done)
+    rows = [replace(r, index=i) for i, r in enumerate(rows)]
+    table = LayerTable(samples=batch_size(inputs), rows=tuple(rows))
+    start = error_start(table, walk.sources)
+    return replace(table, start=start, findings=_findings(rows))
+
+
+class _Walk:
+    """Float, calibrated and single-operator values side by side, freed after their last reader."""
+
+    def __init__(self, model: nn.Module, prepared: QuantizedModel, captured: Captured) -> None:
+        self.prepared, self.captured = prepared, captured
+        self.ops = Ops(model, prepared, captured)
+        self.plain: dict[int, Values] = {}
+        self.calibrated: dict[int, Values] = {}
+        self.single: dict[int, Values] = {}
+        """Inside a fused group: the group alone, from float inputs on."""
+        self.sources: dict[str, tuple[str, ...]] = {}
+        self.nodes: dict[str, OpNode] = {}
+        for node in prepared.graph.nodes:
+            self.nodes.update(dict.fromkeys((node.name, *node.fused), node))
+        self.last = {names[-1]: names for names in ([*_members(n)] for n in prepared.graph.nodes)}
+
+    def row(self, op: Op, index: int) -> LayerRow:
+        """Run one op three times and compare."""
+        base, own, alone = self._values(op)
+        node = self.nodes.get(op.name)
+        ends = node is None or op.name in self.prepared.plan.output_at or len(node.fused) == 0
+        columns = compare(base[0], own[0]) if ends else dict.fromkeys(EMPTY)
+        quantizer = self.prepared.outputs.get(self.prepared.plan.output_at.get(op.name, ""))
+        active = quantizer is not None and quantizer.active
+        integer = quantizer is not None and quantizer.dtype is not None and quantizer.dtype.is_integer
+        scale = float(quantizer.scale) if quantizer is not None and active and integer else None
+        atol = columns.get("Atol")
+        row = LayerRow(
+            index=index,
+            mod_name=op.name,
+            base_op_type=op.op_type,
+            analy_op_type=_analysis_type(op, node, ends),
+            shape=op.shape,
+            quant_dtype=str(quantizer.dtype) if quantizer is not None and active else "float32",
+            qscale=scale,
+            max_atol_diff=atol,
+            max_qscale_diff=None if atol is None or not scale else atol / scale,
+            quantizer=node.name if node is not None and quantizer is not None and op.floating else "",
+            single_error=relative_error(base[0], alone[0]) if ends and alone else None,
+            **columns,  # type: ignore[arg-type]
+        )
+        self.sources[op.name] = tuple(self.captured.tape.ops[i].name for i in self.ops.reads[op.index])
+        self._free(op)
+        return row
+
+    def _values(self, op: Op) -> tuple[Values, Values, Values]:
+        """(float, calibrated, alone) of one op; kept for its readers."""
+        if op.call is None:
+            base: Values = (self.captured.inputs[op.index],)
+            name = self.prepared.plan.output_at.get(op.name)
+            own = base if name is None else (self.prepared.outputs[name](base[0]),)
+            alone = own
+        else:
+            call = (op.call.args, op.call.kwargs)
+            base = self.captured.values.get(op.index) or self._plain(op, call)
+            own = self._run(op, base, *self.ops.arguments(call, lambda r: self.calibrated[r.op][r.position]))
+            alone = self._run(op, base, *self.ops.arguments(call, self._alone))
+        self.plain[op.index], self.calibrated[op.index] = base, own
+        if op.floating and op.name not in self.prepared.plan.output_at and op.name in self.nodes:
+            node = self.nodes[op.name]
+            if node.quantizer is not None or node.fused:
+                self.single[op.index] = alone
+        return base, own, alone
+
+    def _plain(self, op: Op, call: Any) -> Values:
+        return self.ops.run(op, *self.ops.arguments(call, lambda r: self.plain[r.op][r.position]))
+
+    def _alone(self, ref: Ref) -> Tensor:
+        return (self.single if ref.op in self.single else self.plain)[ref.op][ref.position]
+
+    def _run(self, op: Op, base: Values, args: Any, kwargs: Any) -> Values:
+        ordered = self.ops.follows_order(op, lambda: base, args, kwargs)
+        return self.ops.quantized(op, self.prepared, args, kwargs) if ordered is None else ordered
+
+    def _free(self, op: Op) -> None:
+        for index in (op.index, *self.ops.reads[op.index]):
+            if self.ops.last_use[index] <= op.index:
+                for kept in (self.plain, self.calibrated, self.single, self.captured.values):
+                    kept.pop(index, None)
+
+
+def _members(node: OpNode) -> tuple[str, ...]:
+    return (node.name, *node.fused)
+
+
+def _analysis_type(op: Op, node: OpNode | None, ends: bool) -> str:
+    """Type in the calibrated model: the whole group at its last member, Identity inside it."""
+    if node is None or not node.fused:
+        return op.op_type
+    kind = node.op_type.rsplit(".", 1)[-1]
+    return f"qflow.{kind}{''.join(node.fused_types)}" if ends else "torch.nn.modules.linear.Identity"
+
+
+def error_start(table: LayerTable, sources: dict[str, tuple[str, ...]]) -> str:
+    """First operator that makes most of its error itself, GROWS times that of all it reads, and stands out.
+
+    Standing out: its own error is STANDS_OUT times the usual one. "" where errors only add up, as in a healthy network.
+    """
+    own = [r.single_error for r in table.rows if r.single_error and r.quantizer]
+    usual = statistics.median(own) if own else 0.0
+    errors: dict[str, float] = {}
+    for row in table.rows:
+        before = max((errors.get(name, 0.0) for name in sources.get(row.mod_name, ())), default=0.0)
+        if row.error is None or row.single_error is None:  # inside a group: what goes in comes out
+            errors[row.mod_name] = before
+            continue
+        errors[row.mod_name] = row.error
+        made_here = row.single_error >= 0.5 * row.error and row.error >= GROWS * before
+        if made_here and row.single_error >= STANDS_OUT * usual:
+            return row.mod_name
+    return ""
+
+
+def _findings(rows: Sequence[LayerRow]) -> tuple[Finding, ...]:
+    found = []
+    for row in rows:
+        ends = (row.base_model_min, row.base_model_max, row.analy_model_min, row.analy_model_max)
+        if any(v is not None and abs(v) == float("inf") for v in ends):
+            found.append(Finding(row.mod_name, "check", "infinite values: a mask, or an overflow"))
+    return tuple(found)
+
+
+def filtered(table: LayerTable, prefixes: Sequence[str] = (), types: Sequence[str] = ()) -> LayerTable:
+    """Rows whose name starts with one of `prefixes` or whose type (or its last part) is one of `types`; all if none.
+
+    Either is enough, as in the plugin.
+    """
+    if not prefixes and not types:
+        return table
+    wanted = set(types)
+
+    def chosen(row: LayerRow) -> bool:
+        kinds = {row.base_op_type, row.analy_op_type, row.base_op_type.rsplit(".", 1)[-1]}
+        return row.mod_name.startswith(tuple(prefixes)) or bool(kinds & wanted)
+
+    return replace(table, rows=tuple(row for row in table.rows if chosen(row)))

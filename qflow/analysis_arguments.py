@@ -1,0 +1,77 @@
+"""What `QuantAnalysis` is given in the plugin's words, read as qflow's functions take it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qflow.analysis.candidates import Candidate
+from qflow.analysis.metrics import CUSTOM, Custom
+from qflow.core.errors import ConfigError
+
+Names = str | type | Sequence[str | type] | None
+"""Names of modules, of types, or classes: one or several."""
+
+
+def metric_name(name: str, known: Sequence[str]) -> str:
+    """A metric's own spelling. Raises ConfigError."""
+    for metric in known:
+        if str(name).casefold() == metric.casefold():
+            return metric
+    raise ConfigError(f"A metric is one of {', '.join(known)}, in any case, but got {name!r}.")
+
+
+def custom_metric(metric: str, function: Callable[[Tensor, Tensor], Any] | None, order: str | None) -> Custom | None:
+    """The user's function, called with one sample at a time as the plugin's items are."""
+    if function is None and order is None and str(metric).casefold() != CUSTOM:
+        return None
+    if not callable(function) or order is None:
+        raise ConfigError(
+            "A custom metric has custom_metric_func and custom_metric_order_seq (ascending or descending, from bad to "
+            f"good), but got {function!r} and {order!r}. Give both."
+        )
+
+    def each(x: Tensor, y: Tensor) -> Tensor:
+        values = [torch.as_tensor(function(a, b)).double() for a, b in zip(x[:, None], y[:, None], strict=True)]
+        if any(value.numel() != 1 for value in values):
+            raise ConfigError(f"A custom metric gives one number a sample, but got {list(values[0].shape)}. Reduce it.")
+        return torch.stack([value.reshape(()) for value in values])
+
+    return Custom(each, order)
+
+
+def refuse_cached(*attrs: Any) -> None:
+    """Raises ConfigError for any that is not None."""
+    if any(a is not None for a in attrs):
+        raise ConfigError(
+            "Cached attributes are not supported: operators are run one by one, which a state between calls would not "
+            "survive. Make the state an input and an output of forward."
+        )
+
+
+def chosen_rows(rows: Sequence[Candidate], prefixes: tuple[str, ...], types: tuple[str, ...]) -> Sequence[Candidate]:
+    """As `filtered` does for layers. Raises ConfigError if nothing is left."""
+    if not prefixes and not types:
+        return rows
+    found = [
+        row
+        for row in rows
+        if row.node.name.startswith(prefixes) or {row.node.op_type, row.node.op_type.rsplit(".", 1)[-1]} & set(types)
+    ]
+    if not found:
+        raise ConfigError(f"A filter leaves rows, but got none of prefixes {prefixes} and types {types}.")
+    return found
+
+
+def filters(prefixes: Names, types: Names) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Both as names."""
+    return names_of(prefixes), names_of(types)
+
+
+def names_of(given: Names) -> tuple[str, ...]:
+    """One name or several as a tuple; a class by its full name."""
+    several = (given,) if isinstance(given, (str, type)) else tuple(given or ())
+    return tuple(f"{v.__module__}.{v.__qualname__}" if isinstance(v, type) else v for v in several)

@@ -1,0 +1,100 @@
+"""The command line before Hydra reads it: what users write, as Hydra wants it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from qflow.config.schema import conf_dir
+from qflow.core.errors import ConfigError
+
+VALUED = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p")
+NAMED = re.compile(r"(qconfig\.modules|qat\.rates)(\.|$)")  # mappings whose keys name the user's modules
+
+
+def own_device(arguments: Sequence[str], folders: ExitStack) -> list[str]:
+    """Let `device=<path of a .yaml file>` name a file from any folder: it joins Hydra's search path.
+
+    It is copied with its neighbours, so that it may start from one of them as well as from a shipped one.
+    """
+    out = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        path = Path(value).expanduser()
+        if key != "device" or path.suffix not in (".yaml", ".yml"):
+            out.append(argument)
+            continue
+        if not path.is_file():
+            raise ConfigError(f"A device is a name or the path of a .yaml file, but got {value}, which is no file.")
+        root = Path(folders.enter_context(tempfile.TemporaryDirectory(prefix="qflow-device-")))
+        (root / "device").mkdir()
+        shipped = {p.stem for p in (conf_dir() / "device").glob("*.yaml")}
+        for other in path.parent.glob("*.y*ml"):
+            if other.stem not in shipped:  # Hydra would take the shipped one
+                shutil.copyfile(other, root / "device" / f"{other.stem}.yaml")
+        name = path.stem if path.stem not in shipped else f"own-{path.stem}"
+        shutil.copyfile(path, root / "device" / f"{name}.yaml")
+        out += [f"device={name}", f"hydra.searchpath=[file://{root}]"]
+    return out
+
+
+def options_first(arguments: Sequence[str]) -> list[str]:
+    """Hydra takes its options before the overrides only; users write them where they think of them."""
+    options: list[str] = []
+    overrides: list[str] = []
+    queue = list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        if argument.startswith("-"):
+            options.append(argument)
+            if argument in VALUED and queue:
+                options.append(queue.pop(0))
+        else:
+            overrides.append(argument)
+    return options + overrides
+
+
+def rewrite(arguments: Sequence[str]) -> list[str]:
+    """Let users write what they mean: `experiment=x` for `+experiment=x`, `key=choice(a,b)` to search a key.
+
+    A key that gets one value on the command line is fixed: it leaves the search space.
+    """
+    out = []
+    for argument in arguments:
+        if argument.startswith(("experiment=", "debug=")):
+            argument = f"+{argument}"
+        elif argument == "qat_debug":
+            argument = f"stages=[{argument}]"
+        override = _parsed(argument)
+        if override is not None and override.key_or_group.lstrip("+") == "device.march":
+            raise ConfigError(
+                f"A march goes with its rules and costs, but got {argument}. Choose a device file: device=<name>."
+            )
+        if override is not None and not argument.startswith(("+", "~")) and NAMED.match(override.key_or_group):
+            argument = f"++{argument}"  # its keys are the user's: none is unknown
+        if override is not None and override.is_sweep_override():
+            key, value = override.key_or_group.lstrip("+"), argument.split("=", 1)[1]
+            argument = f"++search.space.{key}='{value}'" if "'" not in value else f'++search.space.{key}="{value}"'
+        elif override is not None and re.fullmatch(r"(calibration|qconfig)\.\w+", override.key_or_group):
+            key = f"search.space.{override.key_or_group}"
+            if f"~{key}" not in arguments:  # Hydra cannot delete what is null already
+                out.append(f"++{key}=null")
+        out.append(argument)
+    return out
+
+
+def _parsed(argument: str) -> Override | None:
+    if argument.startswith("-") or "=" not in argument:
+        return None
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return None  # Hydra will say what is wrong with it

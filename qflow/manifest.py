@@ -1,0 +1,32 @@
+"""The manifest: what a study's numbers depend on beside the configuration, so that a trial can be rebuilt."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+from qflow import __version__
+from qflow.bench import Bench
+from qflow.core.record import digest
+from qflow.tasks.identity import data_digest, weights_digest
+
+PACKAGES = ("torch", "numpy", "mlflow", "optuna", "hydra-core")
+
+
+def manifest(bench: Bench) -> dict[str, Any]:
+    """Versions, threads, and fingerprints of weights, graph and data."""
+    return {
+        "qflow": __version__,
+        "python": platform.python_version(),
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "device": bench.task.device,
+        "threads": torch.get_num_threads(),
+        "weights": weights_digest(bench.task.model),
+        "graph": digest(bench.graph),
+        "data": data_digest(bench.task),
+        "eval_samples": bench.eval_samples,
+        "float_metric": bench.float_metric,
+    }

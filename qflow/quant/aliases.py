@@ -1,0 +1,54 @@
+"""Live tensors by the memory they lie in: who else sees a write."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+_EXACT = 2**26
+"""Elements of a storage up to which overlap is computed exactly; beyond it all that share it count."""
+
+
+class Aliases:
+    """Tensors of one trace by storage, as long as they live."""
+
+    def __init__(self) -> None:
+        self._live: dict[int, list[weakref.ref[Tensor]]] = {}
+        self._limit: dict[int, int] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        """From here on `tensor` is found by those it shares memory with."""
+        key = _storage(tensor)
+        if key is not None:
+            held = self._live.setdefault(key, [])
+            held.append(weakref.ref(tensor))
+            if len(held) > self._limit.get(key, 32):  # now and then, or thousands of slices would cost their square
+                held[:] = {id(t): r for r in held if (t := r()) is not None}.values()
+                self._limit[key] = 2 * len(held) + 32
+
+    def overlapping(self, written: Tensor) -> list[Tensor]:
+        """The other live tensors that hold an element of `written`."""
+        key = _storage(written)
+        others = [r() for r in self._live.get(key, ())] if key is not None else []
+        single = {id(t): t for t in others if t is not None and t is not written}
+        return [t for t in single.values() if _overlap(written, t)]
+
+
+def _storage(tensor: Tensor) -> int | None:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse and the like
+        return None
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    if not a.numel() or not b.numel():
+        return False
+    total = a.untyped_storage().nbytes() // a.element_size()
+    if a.dtype != b.dtype or total > _EXACT or a.numel() == total or b.numel() == total:
+        return True
+    marked = torch.zeros(total, dtype=torch.bool)
+    marked.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(True)
+    return bool(marked.as_strided(b.shape, b.stride(), b.storage_offset()).any())

@@ -1,0 +1,133 @@
+"""The files of an analysis: the guide's tables as text, CSV, `.pt` and records, pictures, and one page with all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch.utils._pytree import tree_leaves
+
+from qflow.analysis.badcase import badcase_text
+from qflow.analysis.badcase_files import BadcaseInputs, save_badcases
+from qflow.analysis.layer_text import layers_csv, layers_text
+from qflow.analysis.sensitive_ops import write_sensitive_ops
+from qflow.analysis.tables import (
+    Advice,
+    BadcaseTable,
+    Fidelity,
+    Finding,
+    LayerTable,
+    SensitivityTable,
+    text_table,
+)
+from qflow.core.record import to_json
+from qflow.report.array_pictures import badcase_grid, layer_histogram
+from qflow.report.files import write_rows
+from qflow.report.page import analysis_page
+from qflow.report.pictures import error_along_network, sensitivity_bars
+
+HISTOGRAMS = 4  # advised activations that are drawn
+
+
+def write_badcases(folder: Path, table: BadcaseTable, inputs: BadcaseInputs | None) -> dict[str, Path]:
+    """badcase.txt, its record, the inputs as the plugin's `.pt` files, and a grid of the cases."""
+    (folder / "badcase.txt").write_text(badcase_text(table))
+    (folder / "badcase_record.json").write_text(to_json(table))
+    if inputs is None or not inputs.samples:
+        return {}
+    save_badcases(folder, table, inputs)
+    shown = [i for i in table.chosen if i in inputs.samples]
+    images = [tree_leaves(inputs.samples[i])[0][0].float().numpy() for i in shown]
+    captions = [f"sample {i}" + (" (worst)" if i == table.worst.get(table.metric) else "") for i in shown]
+    badcase_grid(images, captions, folder / "badcases.png")
+    return {"Bad cases": folder / "badcases.png"}
+
+
+def write_layers(folder: Path, table: LayerTable, shown: LayerTable | None = None) -> dict[str, Path]:
+    """compare_per_layer_out.txt and .csv (of `shown`, the filtered table), rows for MLflow, the error as a picture."""
+    shown = shown or table
+    (folder / "compare_per_layer_out.txt").write_text(layers_text(shown))
+    (folder / "compare_per_layer_out.csv").write_text(layers_csv(shown))
+    write_rows(shown.rows, folder / "compare_per_layer.json")
+    error_along_network(table, folder / "error_along_network.png")
+    return {"Error along the network": folder / "error_along_network.png"}
+
+
+def write_sensitivity(folder: Path, table: SensitivityTable) -> dict[str, Path]:
+    """sensitivity.txt, the plugin's files by output, rows for MLflow, the record, and bars."""
+    (folder / "sensitivity.txt").write_text(table.text())
+    write_rows(table.rows, folder / "sensitivity.json")
+    (folder / "sensitivity_record.json").write_text(to_json(table))
+    write_sensitive_ops(table, folder)
+    sensitivity_bars(table, folder / "sensitivity.png")
+    return {"Sensitivity": folder / "sensitivity.png"}
+
+
+def write_advice(
+    folder: Path,
+    advice: Sequence[Advice],
+    fidelity: Fidelity | None,
+    histogram: Callable[[str], Mapping[str, Any]],
+) -> dict[str, Path]:
+    """advice.txt, its record, what following it did, and histograms of the activations that are named first."""
+    (folder / "advice.txt").write_text(advice_text(advice, fidelity))
+    (folder / "advice.json").write_text(to_json([asdict(a) for a in advice], indent=1))
+    pictures = {}
+    drawn = [a.op for a in advice if a.source in ("activation", "input")][:HISTOGRAMS]
+    for number, op in enumerate(drawn):
+        path = folder / f"histogram_{number}.png"
+        layer_histogram(**histogram(op), title=op, path=path)
+        pictures[f"Values of {op} on the calibration data"] = path
+    return pictures
+
+
+def advice_text(advice: Sequence[Advice], fidelity: Fidelity | None) -> str:
+    """What to do, by expected gain, with the figures it was judged by; then before and after."""
+    if not advice:
+        return "Nothing stands out: no operator is sensitive beyond the others.\n"
+    parts = []
+    for number, a in enumerate(advice, 1):
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in a.figures)
+        parts.append(f"{number}. {a.op}: {a.cause} ({a.source}), {a.gain:.1%} of the sensitivity\n   {a.text}\n")
+        parts[-1] += f"   {figures}\n" + (f"   '{a.line}'\n" if a.line else "")
+    if fidelity is not None:
+        rows = [
+            [r.op_name, r.sensitive_type, f"{r.before_dtype} -> {r.after_dtype}", f"{r.before:.4g}", f"{r.after:.4g}"]
+            for r in fidelity.rows
+        ]
+        moved = f"{fidelity.before:.4g} to {fidelity.after:.4g} off float ({fidelity.metric}, all quantizers on)"
+        table = text_table(["op_name", "sensitive_type", "dtype", "before", "after"], rows)
+        parts.append(f"Followed, the outputs move from {moved}:\n{table}")
+    return "\n".join(parts)
+
+
+def write_analysis(
+    folder: Path,
+    title: str,
+    *,
+    badcases: BadcaseTable | None,
+    inputs: BadcaseInputs | None,
+    layers: LayerTable | None,
+    sensitivity: SensitivityTable | None,
+    advice: Sequence[Advice],
+    fidelity: Fidelity | None,
+    findings: Sequence[Finding],
+    histogram: Callable[[str], Mapping[str, Any]],
+    shown: LayerTable | None = None,
+) -> dict[str, Path]:
+    """All files of what was run, and analysis.html; returns the pictures by caption. `shown` filters the layer text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures: dict[str, Path] = {}
+    if badcases is not None:
+        pictures |= write_badcases(folder, badcases, inputs)
+    if layers is not None:
+        pictures |= write_layers(folder, layers, shown)
+    if sensitivity is not None:
+        pictures |= write_sensitivity(folder, sensitivity)
+    if layers is not None and sensitivity is not None:
+        pictures |= write_advice(folder, advice, fidelity, histogram)
+    write_rows(findings, folder / "findings.json")
+    analysis_page(folder / "analysis.html", title, layers, sensitivity, badcases, advice, pictures)
+    return pictures

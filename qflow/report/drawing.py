@@ -1,0 +1,55 @@
+"""What the picture files and the study page draw alike: colours, places on a log axis, short names."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from qflow.analysis.tables import LayerTable
+
+# Okabe and Ito: told apart with any colour vision.
+BLUE, RED, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#E69F00", "#009E73", "#555555"
+TYPE_COLORS = {"activation": BLUE, "weight": ORANGE}
+
+
+def bar_color(kind: str, exact: bool) -> str:
+    """Colour of a sensitivity bar; that of an estimated one is lighter."""
+    solid = TYPE_COLORS.get(kind, GREY)
+    if exact:
+        return solid
+    parts = [int(solid[i : i + 2], 16) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(0.35 * part + 0.65 * 255):02x}" for part in parts)
+
+
+def log_range(values: Sequence[float | None]) -> tuple[float, float]:
+    """Where zeros and infinities are drawn: beyond the smallest and largest value that a log axis can hold."""
+    held = [v for v in values if v is not None and 0.0 < v < math.inf]
+    if not held:
+        return 1e-6, 1.0
+    edged = 0.0 in values, math.inf in values
+    return min(held) / (3.0 if edged[0] else 1.0), max(held) * (3.0 if edged[1] else 1.0)
+
+
+def log_points(values: Sequence[float | None], low: float, high: float) -> list[tuple[int, float]]:
+    """(position, height) of every value that is a number; `low` and `high` from `log_range`."""
+    return [(i, min(max(v, low), high)) for i, v in enumerate(values) if v is not None and not math.isnan(v)]
+
+
+def start_position(table: LayerTable) -> int | None:
+    """Row of the operator at which the error starts to grow; None where the table names none."""
+    named = [i for i, row in enumerate(table.rows) if table.start and table.start in (row.mod_name, row.quantizer)]
+    return named[0] if named else None
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """What all dotted names begin with, up to and with a dot; "" for a single name."""
+    if len(set(names)) < 2:
+        return ""
+    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return "".join(f"{level[0]}." for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
+
+
+def shorten(name: str, limit: int) -> str:
+    """The end of `name` in at most `limit` characters: it says most."""
+    return name if len(name) <= limit else f"…{name[1 - limit :]}"

@@ -1,0 +1,127 @@
+"""The layer table: every operator call, float against calibrated, in the guide's columns."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_replay import calibrated
+from zoo import NAMES, build
+
+from qflow.analysis.layer_metrics import compare
+from qflow.analysis.layer_text import COLUMNS, layers_csv, layers_text
+from qflow.analysis.layers import _Walk, compare_layers, filtered
+from qflow.analysis.tables import LayerTable
+from qflow.core.record import from_dict, plain
+from qflow.quant.calling import call_model, named_tensors
+from qflow.quant.capture import capture
+
+GUIDE = [
+    *("mod_name", "base_op_type", "analy_op_type", "shape", "quant_dtype", "qscale"),
+    *("Cosine", "MSE", "L1", "KL", "SQNR", "Atol", "Rtol", "base_model_min", "analy_model_min", "base_model_max"),
+    *("analy_model_max", "base_model_mean", "analy_model_mean", "base_model_var", "analy_model_var"),
+    *("max_atol_diff", "max_qscale_diff"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_both_models_end_where_their_own_forwards_end(name):
+    model, inputs = build(name)
+    prepared = calibrated(model, inputs)
+    captured = capture(model, prepared.plan, inputs, float("inf"), inner=True)
+    with prepared.recording_order() as order:
+        plain_outputs = dict(named_tensors(call_model(prepared, inputs)))
+    with prepared.quantized(), prepared.following(order):
+        wanted = dict(named_tensors(call_model(prepared, inputs)))
+    with prepared.quantized():
+        walk = _Walk(model, prepared, captured)
+        ends = {op.index: walk._values(op) for op in walk.ops.ops}
+    for output, ref in captured.outputs:
+        base, own, _ = ends[ref.op]
+        assert torch.allclose(base[ref.position].float(), plain_outputs[output].float(), atol=1e-5)
+        assert torch.equal(own[ref.position], wanted[output]), output
+
+
+def test_every_call_has_a_row_and_groups_are_blank_but_at_their_end():
+    model, inputs = build("resnet")
+    prepared = calibrated(model, inputs)
+    table = compare_layers(model, prepared, inputs)
+    rows = {row.mod_name: row for row in table.rows}
+    assert [row.index for row in table.rows] == list(range(len(table.rows)))
+    group = next(node for node in prepared.graph.nodes if node.fused)
+    names = [group.name, *group.fused]
+    ends = [n for n in names if rows[n].Cosine is not None]
+    assert len(ends) == 1
+    assert rows[ends[0]].analy_op_type.startswith("qflow.")
+    inner = rows[next(n for n in names if n != ends[0])]
+    assert inner.Cosine is None and inner.analy_op_type.endswith("Identity")
+    quantizers = {row.quantizer for row in table.rows} - {""}
+    assert quantizers == {node.name for node in prepared.graph.nodes if node.quantizer}
+
+
+def test_the_operator_that_makes_the_error_is_told_from_those_that_carry_it():
+    model, inputs = build("mobilenet")
+    prepared = calibrated(model, inputs)
+    node = [n for n in prepared.graph.quantized if n.weight][2]
+    prepared.outputs[node.quantizer].scale.mul_(20.0)
+    table = compare_layers(model, prepared, inputs)
+    row = next(r for r in table.rows if r.mod_name == table.start)
+    assert row.quantizer == node.name
+    after = [r for r in table.rows if r.index > row.index and r.error is not None]
+    assert max(r.single_error or 0 for r in after) < 0.2 * row.single_error
+    assert max(r.error for r in after) > 3 * max(r.single_error or 0 for r in after)
+    assert f"The error starts to grow at {row.mod_name}." in layers_text(table)
+
+
+def test_metrics_are_the_plugins_formulas():
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 700, 211)  # several parts
+    y = x + 0.1 * torch.randn_like(x)
+    found = compare(x, y)
+    a, b = x.double().flatten(), y.double().flatten()
+    wanted = {
+        "Cosine": F.cosine_similarity(a, b, dim=0),
+        "MSE": F.mse_loss(b, a),
+        "L1": F.l1_loss(b, a),
+        "KL": F.kl_div(y.double().log_softmax(1), x.double().softmax(1), reduction="mean"),
+        "SQNR": 20 * torch.log10(a.norm() / (a - b).norm()),
+        "Atol": (a - b).abs().max(),
+        "Rtol": torch.nan_to_num((a - b) / a).abs().max(),
+        "base_model_var": a.var(),
+        "analy_model_mean": b.mean(),
+        "base_model_max": a.max(),
+        "error": (a - b).norm() / a.norm(),
+    }
+    for name, value in wanted.items():
+        assert found[name] == pytest.approx(float(value), rel=1e-6, abs=1e-9), name
+
+
+def test_equal_tensors_have_no_distance():
+    found = compare(torch.ones(2, 3), torch.ones(2, 3))
+    assert (found["Cosine"], found["SQNR"], found["Atol"], found["error"]) == (1.0, math.inf, 0.0, 0.0)
+    assert compare(torch.ones(2), torch.ones(3))["Cosine"] is None
+    assert compare(torch.ones(2, dtype=torch.long), torch.ones(2, dtype=torch.long))["MSE"] is None
+
+
+def test_text_and_csv_have_the_guides_columns():
+    model, inputs = build("two_inputs")
+    table = compare_layers(model, calibrated(model, inputs), inputs)
+    assert list(COLUMNS) == GUIDE
+    header = layers_text(table).splitlines()[1]
+    assert [cell.strip() for cell in header.strip("|").split("|")][1 : len(GUIDE) + 1] == GUIDE
+    lines = layers_csv(table).splitlines()
+    assert lines[0].split(", ")[1 : len(GUIDE) + 1] == GUIDE
+    assert all(len(line.split(", ")) == len(lines[0].split(", ")) for line in lines)
+    assert "torch.Size([2* " in lines[1]
+    assert from_dict(LayerTable, plain(table)) == table
+
+
+def test_filters_are_or_ed_as_in_the_plugin():
+    model, inputs = build("resnet")
+    table = compare_layers(model, calibrated(model, inputs), inputs)
+    found = filtered(table, prefixes=["stem"], types=["Linear"]).rows
+    assert {row.mod_name.split(".")[0] for row in found} >= {"stem"}
+    assert any(row.base_op_type.endswith("Linear") for row in found)
+    assert all(row.mod_name.startswith("stem") or row.base_op_type.endswith("Linear") for row in found)
+    assert filtered(table).rows == table.rows

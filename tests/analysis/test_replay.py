@@ -1,0 +1,153 @@
+"""Replay of single operators against full forward passes: the same outputs, whatever the model does."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from zoo import NAMES, build
+
+from qflow.analysis.candidates import candidates
+from qflow.analysis.distances import disagreement
+from qflow.core.dtype import QDtype
+from qflow.core.setter import TemplateSetter, resolve
+from qflow.core.settings import CalibrationSettings
+from qflow.quant.calibrate import apply_scales, collect
+from qflow.quant.calling import call_model, named_tensors
+from qflow.quant.capture import ReplayError, capture
+from qflow.quant.prepare import prepare
+from qflow.quant.replay import Replay, full_forward
+from qflow.quant.widen import batch_size, widen
+
+INF = float("inf")
+
+
+def calibrated(model, inputs, dtype=QDtype.qint8):
+    prepared = prepare(model, inputs)
+    qconfig = resolve(prepared.graph, [TemplateSetter(dtype)], "nash-m")
+    apply_scales(prepared, collect(prepared, [(inputs, batch_size(inputs))]), qconfig, CalibrationSettings())
+    return prepared
+
+
+def full(prepared, inputs, variants):
+    """Every variant by a full forward that keeps the float order of topk and its like."""
+    with prepared.recording_order() as order:
+        call_model(prepared, inputs)
+    with prepared.following(order):
+        return [full_forward(prepared, inputs, variant) for variant in variants]
+
+
+@pytest.mark.parametrize("memory", [INF, 10.0], ids=["all values kept", "values move along"])
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_a_replayed_quantizer_gives_what_a_full_forward_gives_bit_for_bit(name, memory):
+    model, inputs = build(name)
+    prepared = calibrated(model, inputs)
+    variants = [row.variant for row in candidates(prepared)]
+    captured = capture(model, prepared.plan, inputs, memory)
+    assert captured.complete == (memory == INF)
+    replay = Replay(model, prepared, captured)
+    plain = dict(named_tensors(call_model(model, inputs)))
+    assert disagreement(replay.recomputed(), plain, plain) < 1e-3
+    wanted = full(prepared, inputs, variants)
+    seen = set()
+    for i, got in replay.run(variants):
+        seen.add(i)
+        for output, tensor in got.items():
+            assert torch.equal(tensor.nan_to_num(), wanted[i][output].nan_to_num()), (variants[i].name, output)
+    assert seen == set(range(len(variants)))
+    moved = [max(float((w[o] - plain[o]).abs().nan_to_num().max()) for o in w) for w in wanted]
+    assert sum(m > 0 for m in moved) > 0.7 * len(moved)  # otherwise nothing was compared
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_several_variants_in_one_wide_batch_give_the_same(name):
+    model, inputs = build(name)
+    prepared = calibrated(model, inputs)
+    variants = [row.variant for row in candidates(prepared)]
+    captured = capture(model, prepared.plan, inputs, INF)
+    widths = widen(model, prepared, inputs, captured, batch_size(inputs), 5)
+    plain = dict(named_tensors(call_model(model, inputs)))
+    wanted = full(prepared, inputs, variants)
+    for i, got in Replay(model, prepared, captured, widths).run(variants):
+        assert disagreement(got, wanted[i], plain) < 1e-3, variants[i].name
+
+
+class SharedLinear(nn.Module):
+    """One weight at two calls, once as a module and once as a functional."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.out = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.fc(torch.relu(self.fc(x)))))
+
+
+@torch.no_grad()
+def test_a_shared_weight_is_perturbed_at_all_its_calls():
+    """Pitfall P22: a variant is a quantizer, not an operator."""
+    torch.manual_seed(0)
+    model, x = SharedLinear().eval(), torch.randn(4, 6)
+    prepared = calibrated(model, x)
+    variant = next(r.variant for r in candidates(prepared) if r.variant.weight and r.variant.name == "fc")
+    captured = capture(model, prepared.plan, x, INF)
+    replay = Replay(model, prepared, captured)
+    assert len(replay.ops.of(variant)) == 2
+    ((_, got),) = replay.run([variant])
+    assert torch.equal(got["0"], full_forward(prepared, x, variant)["0"])
+
+
+class WritesThroughView(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.a(x)
+        x[:, :2].mul_(0.5)
+        return self.b(x)
+
+
+@torch.no_grad()
+def test_a_write_through_a_view_is_no_replay_and_says_so():
+    """Pitfall P21: the values of the base change with it."""
+    torch.manual_seed(0)
+    model, x = WritesThroughView().eval(), torch.randn(2, 3, 6, 6)
+    prepared = calibrated(model, x)
+    with pytest.raises(ReplayError, match="view"):
+        capture(model, prepared.plan, x, INF)
+
+
+class MixesRows(nn.Module):
+    """A batch norm-like centring over the batch: samples are not independent."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(5, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.fc(x))
+        return x - x.mean(0, keepdim=True)
+
+
+@torch.no_grad()
+def test_a_model_that_mixes_its_samples_is_not_run_wide():
+    torch.manual_seed(0)
+    model, x = MixesRows().eval(), torch.randn(4, 5)
+    prepared = calibrated(model, x)
+    captured = capture(model, prepared.plan, x, INF)
+    with pytest.raises(ReplayError, match="mean"):
+        widen(model, prepared, x, captured, 4, 4)
+
+
+@torch.no_grad()
+def test_capturing_leaves_model_and_inputs_alone():
+    model, inputs = build("resnet")
+    before, given = copy.deepcopy(model.state_dict()), inputs.clone()
+    prepared = calibrated(model, inputs)
+    list(Replay(model, prepared, capture(model, prepared.plan, inputs, INF)).run([candidates(prepared)[0].variant]))
+    assert torch.equal(inputs, given)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -1,0 +1,228 @@
+"""The sensitivity table: exact by replay, estimated where that pays, and honest about which is which."""
+
+import math
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from zoo import build
+
+from qflow.analysis.candidates import candidates
+from qflow.analysis.distances import Distances
+from qflow.analysis.health import health
+from qflow.analysis.sensitive_ops import write_sensitive_ops
+from qflow.analysis.sensitivity import sensitivity
+from qflow.analysis.tables import SensitivityRow, SensitivityTable
+from qflow.core.dtype import QDtype
+from qflow.core.errors import ConfigError
+from qflow.core.record import from_dict, plain
+from qflow.core.sensitive import table_rows
+from qflow.core.setter import TemplateSetter, resolve
+from qflow.core.settings import COMPARISONS, CalibrationSettings, SensitivitySettings
+from qflow.quant.calibrate import apply_scales, collect
+from qflow.quant.calling import call_model, named_tensors
+from qflow.quant.prepare import prepare
+from qflow.quant.replay import full_forward
+from qflow.quant.widen import batch_size, cut
+
+torch.manual_seed(0)
+
+
+def calibrated(model, inputs, dtype=QDtype.qint8):
+    prepared = prepare(model, inputs)
+    stats = collect(prepared, [(inputs, batch_size(inputs))])
+    qconfig = resolve(prepared.graph, [TemplateSetter(dtype)], "nash-m")
+    apply_scales(prepared, stats, qconfig, CalibrationSettings())
+    return prepared
+
+
+def scores(table):
+    return pd.Series({(r.op_name, r.sensitive_type): r.score for r in table.rows})
+
+
+def naive(model, prepared, inputs, metric):
+    """One full forward a quantizer: the definition."""
+    rows = candidates(prepared)
+    distances = Distances(metric, len(rows))
+    with torch.no_grad():
+        distances.reference(dict(named_tensors(call_model(model, inputs))), batch_size(inputs))
+        for i, row in enumerate(rows):
+            distances.add(i, full_forward(prepared, inputs, row.variant))
+    return pd.Series({(r.node.name, r.sensitive_type): distances.result(i)[0] for i, r in enumerate(rows)})
+
+
+@pytest.fixture(scope="module")
+def network():
+    model, _ = build("resnet")
+    torch.manual_seed(1)
+    images = torch.randn(64, 3, 16, 16)
+    return model, calibrated(model, images), images
+
+
+@pytest.mark.parametrize("metric", COMPARISONS)
+def test_exact_rows_are_what_full_forwards_give(network, metric):
+    model, prepared, images = network
+    table = sensitivity(model, prepared, [images[:20]], settings=SensitivitySettings(metric=metric))
+    wanted = naive(model, prepared, images[:20], metric)
+    assert table.exact and "replay" in table.method
+    pd.testing.assert_series_equal(scores(table).sort_index(), wanted.sort_index(), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("samples", [1, 3, 4])
+def test_few_samples_run_several_quantizers_at_once_and_give_the_same(network, samples):
+    model, prepared, images = network
+    table = sensitivity(model, prepared, [images[:samples]])
+    wanted = naive(model, prepared, images[:samples], "L1")
+    pd.testing.assert_series_equal(scores(table).sort_index(), wanted.sort_index(), rtol=1e-3, atol=1e-6)
+
+
+def test_little_memory_gives_the_same_table(network):
+    model, prepared, images = network
+    roomy = sensitivity(model, prepared, [images[:6]])
+    tight = sensitivity(model, prepared, [images[:6]], settings=SensitivitySettings(memory_mb=1))
+    pd.testing.assert_series_equal(scores(tight).sort_index(), scores(roomy).sort_index(), rtol=1e-3, atol=1e-6)
+
+
+def test_an_estimate_ranks_as_the_exact_table_does(network):
+    model, prepared, images = network
+    exact = scores(sensitivity(model, prepared, [images]))
+    found = []
+    for seed in range(5):
+        settings = SensitivitySettings(method="estimate", seed=seed)
+        table = sensitivity(model, prepared, [images], settings=settings, rows=None)
+        assert not table.exact and not any(r.exact for r in table.rows)
+        assert "estimate" in table.text()
+        found.append(exact.corr(scores(table), method="spearman"))
+    assert sorted(found)[2] >= 0.95
+    assert min(found) > 0.9
+
+
+@pytest.mark.parametrize("metric", ["L1", "MSE", "SQNR", "Cosine", "KL"])
+def test_an_estimate_has_the_units_of_its_metric(network, metric):
+    model, prepared, images = network
+    exact = scores(sensitivity(model, prepared, [images], settings=SensitivitySettings(metric=metric)))
+    guess = scores(
+        sensitivity(model, prepared, [images], settings=SensitivitySettings(metric=metric, method="estimate"))
+    )
+    ratio = (guess[exact.index] / exact)[exact > exact.median()]
+    assert 0.5 < ratio.median() < 2.0
+
+
+def test_screening_measures_the_top_and_says_how_far_the_estimate_was_off():
+    model, _ = build("vision_transformer")
+    torch.manual_seed(2)
+    images = torch.randn(64, 3, 16, 16)
+    prepared = calibrated(model, images)
+    exact = sensitivity(model, prepared, [images])
+    settings = SensitivitySettings(method="screened", screened_share=0.4)
+    table = sensitivity(model, prepared, [images], settings=settings)
+    assert not table.exact
+    measured = {(r.op_name, r.sensitive_type) for r in table.rows if r.exact}
+    assert len(measured) == math.ceil(0.4 * len(table.rows))
+    assert {(r.op_name, r.sensitive_type) for r in exact.rows[: len(exact.rows) // 5]} <= measured
+    assert any("off by a factor" in f.message for f in table.findings)
+    both = scores(exact)[list(measured)], scores(table)[list(measured)]
+    pd.testing.assert_series_equal(*both, rtol=1e-4, atol=1e-9)
+
+
+def test_where_an_estimate_does_not_pay_every_row_is_measured_and_that_is_said(network):
+    model, prepared, images = network
+    table = sensitivity(model, prepared, [images[:2]], settings=SensitivitySettings(method="screened"))
+    assert table.exact
+    assert any("all were measured" in f.message for f in table.findings)
+    table = sensitivity(model, prepared, [images], settings=SensitivitySettings(method="estimate", metric="Atol"))
+    assert table.exact
+    assert any("no second-order estimate" in f.message for f in table.findings)
+
+
+class WritesThroughView(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.a(x)
+        x[:, :2].mul_(0.5)
+        return self.b(x)
+
+
+def test_a_model_that_cannot_be_replayed_is_run_in_full_and_that_is_said():
+    model, x = WritesThroughView().eval(), torch.randn(12, 3, 6, 6)
+    prepared = calibrated(model, x)
+    table = sensitivity(model, prepared, [x])
+    assert any("replay was given up" in f.message for f in table.findings)
+    wanted = naive(model, prepared, x, "L1")
+    pd.testing.assert_series_equal(scores(table).sort_index(), wanted.sort_index(), rtol=1e-4, atol=1e-9)
+
+
+def test_every_candidate_dtype_has_its_rows(network):
+    model, prepared, images = network
+    rows = candidates(prepared) + candidates(prepared, QDtype.float16)
+    wide = candidates(calibrated(model, images, QDtype.qint16), QDtype.qint16)
+    table = sensitivity(model, prepared, [images[:16]], rows=[*rows, *wide])
+    assert table.dtypes == ("qint8", "qint16", "float16")
+    low, high = table.activation_scores("qint8"), table.activation_scores("qint16")
+    assert all(high[name] < 0.1 * low[name] for name in low if low[name] > 1e-3)
+    assert table.activation_scores() == low
+    assert from_dict(SensitivityTable, plain(table)) == table
+
+
+def test_spread_is_that_of_the_bad_cases(network):
+    model, prepared, images = network
+    table = sensitivity(model, prepared, [images[:12]])
+    alone = [sensitivity(model, prepared, [images[i : i + 1]]) for i in range(12)]
+    top = table.rows[0]
+    each = [
+        r.score for t in alone for r in t.rows if (r.op_name, r.sensitive_type) == (top.op_name, top.sensitive_type)
+    ]
+    assert top.spread > 0
+    assert top.spread == pytest.approx(float(pd.Series(each).std()), rel=0.5)  # each alone has its own unit
+
+
+def test_several_outputs_have_their_own_values_and_files(tmp_path):
+    model, inputs = build("detr")
+    prepared = calibrated(model, inputs)
+    table = sensitivity(model, prepared, [inputs])
+    assert {name for row in table.rows for name, _ in row.outputs} == {"boxes", "classes"}
+    paths = write_sensitive_ops(table, tmp_path)
+    assert tmp_path / "output_boxes_L1_sensitive_ops.pt" in paths
+    rows = torch.load(tmp_path / "output_boxes_L1_sensitive_ops.pt", weights_only=True)
+    assert [r[3] for r in rows] == sorted((r[3] for r in rows), reverse=True)
+    assert {type(cell) for row in rows for cell in row} <= {str, float}
+    assert [r.op_name for r in table_rows(rows)] == [r[0] for r in rows if not str(r[0]).startswith("const[")]
+
+
+def made(values, dtype="qint8", spread=0.0):
+    rows = [SensitivityRow(f"op{i}", "activation", "t", v, dtype, 0, spread) for i, v in enumerate(values)]
+    return SensitivityTable("L1", "sum", 4, True, tuple(rows))
+
+
+def test_a_healthy_table_has_a_tail_near_zero():
+    assert health(made([1.0, 0.3, 0.1, 0.05, 0.02, 0.01, 0.005, 0.001])) == ()
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ([1.0, 0.9, 0.9, 0.8, 0.8, 0.7, 0.7, 0.6], "the tail is large"),
+        ([0.0] * 6, "every score is 0"),
+        ([float("inf"), 0.1, 0.1, 0.0], "not finite"),
+    ],
+)
+def test_an_unhealthy_table_names_the_likely_cause(values, says):
+    assert says in health(made(values))[0].message
+
+
+def test_settings_are_checked():
+    with pytest.raises(ConfigError, match="sensitivity.method is one of exact, screened, estimate, but got 'fast'"):
+        SensitivitySettings(method="fast")
+    with pytest.raises(ConfigError, match="sensitivity.dtypes is one of"):
+        SensitivitySettings(dtypes=["int8"])
+
+
+def test_parts_of_a_batch_leave_what_has_no_batch_axis_whole():
+    grid = torch.zeros(3, 3)
+    part = cut({"x": torch.arange(8.0), "grid": grid}, 8, 2, 5)
+    assert part["x"].tolist() == [2.0, 3.0, 4.0]
+    assert part["grid"] is grid
