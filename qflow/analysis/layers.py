@@ -148,22 +148,22 @@ def _analysis_type(op: Op, node: OpNode | None, ends: bool) -> str:
 
 
 def error_start(table: LayerTable, sources: dict[str, tuple[str, ...]]) -> str:
-    """First operator that makes most of its error itself, GROWS times that of all it reads, and stands out.
+    """First operator whose error is GROWS times that of all it reads and stands out; "" where errors only add up.
 
-    Standing out: its own error is STANDS_OUT times the usual one. "" where errors only add up, as in a healthy network.
+    Standing out: STANDS_OUT times the usual error of an operator alone. Where the operator alone makes less than half
+    of it, its input did, and could hide it under one loud channel: the name is then that of what it reads.
     """
     own = [r.single_error for r in table.rows if r.single_error and r.quantizer]
     usual = statistics.median(own) if own else 0.0
-    errors: dict[str, float] = {}
+    errors: dict[str, tuple[float, str]] = {}  # and which operator it was seen at
     for row in table.rows:
-        before = max((errors.get(name, 0.0) for name in sources.get(row.mod_name, ())), default=0.0)
+        before, source = max((errors.get(n, (0.0, "")) for n in sources.get(row.mod_name, ())), default=(0.0, ""))
         if row.error is None or row.single_error is None:  # inside a group: what goes in comes out
-            errors[row.mod_name] = before
+            errors[row.mod_name] = before, source
             continue
-        errors[row.mod_name] = row.error
-        made_here = row.single_error >= 0.5 * row.error and row.error >= GROWS * before
-        if made_here and row.single_error >= STANDS_OUT * usual:
-            return row.mod_name
+        errors[row.mod_name] = row.error, row.mod_name
+        if row.error >= GROWS * before and row.error >= STANDS_OUT * usual:
+            return row.mod_name if row.single_error >= 0.5 * row.error or not source else source
     return ""
 
 

@@ -1,0 +1,87 @@
+"""python -m qflow.analyze as a user runs it: its files, its MLflow run, its page, and mistakes in one line."""
+
+import json
+
+import pytest
+import torch
+from test_check_door import CUSTOM
+from test_doors import door
+
+from qflow.core.sensitive import table_rows
+from qflow.tracking.mlflow_tracker import MlflowTracker
+
+FEW = ["sensitivity.bad_cases=4", "sensitivity.search_samples=32"]
+WRITTEN = [
+    *("badcase.txt", "badcase.pt", "all_badcase_info.pt", "badcases.png"),
+    *("compare_per_layer_out.txt", "compare_per_layer_out.csv", "error_along_network.png"),
+    *("sensitivity.txt", "output_scores_L1_sensitive_ops.pt", "sensitivity.png"),
+    *("advice.txt", "histogram_0.png", "analysis.html"),
+]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("analyze")
+    return door("analyze", *CUSTOM, *FEW, cwd=folder), folder
+
+
+def test_all_files_are_written_and_mlflow_holds_them(done):
+    result, folder = done
+    assert result.returncode == 0, result.stdout + result.stderr
+    out = folder / "qflow_out" / "analyze" / "own"
+    assert all((out / name).stat().st_size > 0 for name in WRITTEN)
+    tracker = MlflowTracker.open(None, folder / "qflow_out", "own")
+    run = tracker.find_study("own/analyze")
+    kept = {artifact.path for artifact in tracker.client.list_artifacts(run)}
+    assert kept >= set(WRITTEN)
+    tables = {entry["path"] for entry in json.loads(tracker.run_tags(run)["mlflow.loggedArtifacts"])}
+    assert tables >= {"compare_per_layer.json", "sensitivity.json"}
+
+
+def test_the_planted_operator_is_found_advised_on_and_mended(done):
+    """`loud` drowns a channel (tests/models.py): first in the table, first in the advice, and it helps."""
+    result, folder = done
+    out = folder / "qflow_out" / "analyze" / "own"
+    rows = torch.load(out / "output_scores_L1_sensitive_ops.pt", weights_only=True)
+    assert table_rows(rows)[0].op_name == "loud"
+    advice = json.loads((out / "advice.json").read_text())
+    assert advice[0]["line"] == "qconfig.modules={loud: qint16}"
+    assert "loud: rounding (activation" in result.stdout
+    before, after = (float(w) for w in result.stdout.split("moves the outputs from ")[1].split()[:3:2])
+    assert after < 0.2 * before
+    assert "The error starts to grow at loud." in (out / "compare_per_layer_out.txt").read_text()
+
+
+def test_the_line_that_is_advised_can_be_given_to_a_door(done, tmp_path):
+    advice = json.loads((done[1] / "qflow_out" / "analyze" / "own" / "advice.json").read_text())
+    checked = door("check", *CUSTOM, advice[0]["line"], cwd=tmp_path)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    record = json.loads((tmp_path / "qflow_out" / "check" / "own" / "model_check.json").read_text())
+    assert {row["op"]: row["applied"] for row in record["rows"]}["loud"] == "qint16"
+
+
+def test_stages_and_filters_are_chosen(tmp_path):
+    result = door("analyze", *CUSTOM, *FEW, "stages=[layers]", "prefixes=[loud]", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    out = tmp_path / "qflow_out" / "analyze" / "own"
+    assert not (out / "sensitivity.txt").exists()
+    lines = (out / "compare_per_layer_out.csv").read_text().splitlines()
+    assert len(lines) == 2
+    assert ", loud, " in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["stages=[everything]"], "stages are of badcase, layers, sensitivity, advice, qat_debug, but got"),
+        (["sensitivity.method=fast"], "sensitivity.method is one of exact, screened, estimate, but got 'fast'"),
+        (["sensitivity=quick"], "but got"),
+        (["sensitivity.dtypes=[int8]"], "sensitivity.dtypes is one of"),
+        (["sensitivity.memory_mb=0"], "sensitivity.memory_mb"),
+        (["sensitivity.metric=cosine"], "sensitivity.metric is one of"),
+    ],
+)
+def test_mistakes_get_one_line(arguments, says, tmp_path):
+    result = door("analyze", *CUSTOM, *arguments, cwd=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stdout + result.stderr
+    assert says in result.stderr
