@@ -117,6 +117,19 @@ class Wide(nn.Module):
         return self.inner(self.quiet(self.loud(image)))
 
 
+class WritesThroughView(nn.Module):
+    """Half of the channels are changed where they lie: the base changes with its view."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.a(x)
+        x[:, :2].mul_(0.5)
+        return self.b(x)
+
+
 def revive(model, seed=0):
     """Weights and statistics that are alive: an equality test on zeros would say nothing."""
     generator = torch.Generator().manual_seed(seed)

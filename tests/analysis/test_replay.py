@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from models import WritesThroughView
 from torch import nn
 from zoo import NAMES, build
 
@@ -97,17 +98,6 @@ def test_a_shared_weight_is_perturbed_at_all_its_calls():
     assert len(replay.ops.of(variant)) == 2
     ((_, got),) = replay.run([variant])
     assert torch.equal(got["0"], full_forward(prepared, x, variant)["0"])
-
-
-class WritesThroughView(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
-
-    def forward(self, x):
-        x = self.a(x)
-        x[:, :2].mul_(0.5)
-        return self.b(x)
 
 
 @torch.no_grad()

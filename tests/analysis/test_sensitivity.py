@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 import torch
-from torch import nn
+from models import WritesThroughView
 from zoo import build
 
 from qflow.analysis.candidates import candidates
@@ -134,17 +134,6 @@ def test_where_an_estimate_does_not_pay_every_row_is_measured_and_that_is_said(n
     table = sensitivity(model, prepared, [images], settings=SensitivitySettings(method="estimate", metric="Atol"))
     assert table.exact
     assert any("no second-order estimate" in f.message for f in table.findings)
-
-
-class WritesThroughView(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
-
-    def forward(self, x):
-        x = self.a(x)
-        x[:, :2].mul_(0.5)
-        return self.b(x)
 
 
 def test_a_model_that_cannot_be_replayed_is_run_in_full_and_that_is_said():
