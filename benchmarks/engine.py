@@ -2,8 +2,8 @@
 
 One markdown table: forward passes of a prepared model (quantizers off, all int8, int8 with every third operator int16),
 a QAT step and a calibration pass, each against its float counterpart of the same round. One thread, process CPU time
-(what a busy machine takes away does not count), variants interleaved so that a slow phase hits all of them; a cell is
-the ratio of medians and, in brackets, the quartiles of the ratios round by round.
+(what a busy machine takes away does not count), after one call that is not timed; variants interleaved so that a slow
+phase hits all of them. A cell is the ratio of medians and, in brackets, the quartiles of the ratios round by round.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ def measure(variants: Mapping[str, Variant], rounds: int) -> dict[str, Timing]:
 
 def _timed(variant: Variant, repeats: int) -> float:
     with variant.state():
+        variant.call()  # the first one quantizes the weights, which the others of an evaluation then share
         start = time.process_time()
         for _ in range(repeats):
             variant.call()
