@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from qflow.core.settings import SensitivitySettings
-from qflow.quant.capture import capture
+from qflow.quant.capture import Captured
 from qflow.quant.quantized_model import QuantizedModel
 from qflow.quant.rerun import Ops, Values, Variant
 from qflow.quant.tape import Op
@@ -49,14 +49,22 @@ def estimate(
     variants: Sequence[Variant],
     chunks: Sequence[Any],
     settings: SensitivitySettings,
+    captured: Callable[[int, Any], Captured],
 ) -> list[tuple[float, float]]:
-    """(score, its standard error) of each variant, merged over outputs, in the units of `settings.metric`."""
+    """(score, its standard error) of each variant, merged over outputs, in the units of `settings.metric`.
+
+    `captured(n, inputs)` gives the n-th chunk's ops.
+    """
     samples = sum(batch_size(inputs) for inputs in chunks)
     draws = max(1, math.ceil(settings.draws / samples))
     squares: list[list[Tensor]] = [[] for _ in variants]
+    axes: dict[int, dict[int, int | None]] = {}  # by chunk size: the same code has the same axes
     for n, inputs in enumerate(chunks):
         generator = torch.Generator().manual_seed(settings.seed * 1009 + n)
-        backward = _Backward(model, prepared, variants, inputs, draws)
+        found, size = captured(n, inputs), batch_size(inputs)
+        if size not in axes:
+            axes[size] = sample_axes(model, prepared, inputs, found, size)
+        backward = _Backward(model, prepared, variants, found, axes[size], (size, draws))
         for v, values in enumerate(backward.squares(settings.metric, generator)):
             squares[v].append(values)
     return [_score(settings.metric, torch.cat(values)) for values in squares]
@@ -78,13 +86,17 @@ class _Backward:
     """One chunk's forward pass with gradients kept, and what each variant would change at its ops."""
 
     def __init__(
-        self, model: nn.Module, prepared: QuantizedModel, variants: Sequence[Variant], inputs: Any, draws: int
+        self,
+        model: nn.Module,
+        prepared: QuantizedModel,
+        variants: Sequence[Variant],
+        captured: Captured,
+        axes: dict[int, int | None],
+        amounts: tuple[int, int],
     ) -> None:
-        self.model, self.variants, self.draws = model, variants, draws
-        self.size = batch_size(inputs)
-        captured = capture(model, prepared.plan, inputs, 0.0)
-        self.ops, self.given = Ops(model, prepared, captured), captured.inputs
-        self.axes = sample_axes(model, prepared, inputs, captured, self.size)
+        self.model, self.variants = model, variants
+        self.ops, self.given, self.axes = Ops(model, prepared, captured), captured.inputs, axes
+        self.size, self.draws = amounts
         self.at: dict[int, list[tuple[int, Any]]] = {}
         for v, variant in enumerate(variants):
             for patch in self.ops.of(variant) if self.ops.reaches(variant) else ():

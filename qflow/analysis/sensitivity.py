@@ -82,6 +82,7 @@ class _Measure:
         self.findings: list[Finding] = []
         self.memory = settings.memory_mb * 1e6
         self.replays = self.reorders = True
+        self.kept: dict[int, Captured] = {}
         self.widths: Widths | None = None
         self.narrow = ""
 
@@ -115,14 +116,14 @@ class _Measure:
         if reason:
             self.findings.append(Finding("sensitivity", "info", reason))
         guessed: list[tuple[float, float]] = []
+        # half for the values that are kept, half for what variants hold
+        chunks = [c for inputs in batches for c in self.chunks(inputs, 2.0 if method == "exact" else GRAPH_HOLDS)]
         if method != "exact":
-            guessed = self.guesses([chunk for inputs in batches for chunk in self.chunks(inputs, GRAPH_HOLDS)])
+            guessed = self.guesses(chunks)
         exact = list(range(len(self.rows)))
         if guessed:
             order = sorted(exact, key=lambda i: -guessed[i][0])
             exact = [] if method == "estimate" else order[: math.ceil(len(order) * self.settings.screened_share)]
-        # the other half is for what the variants hold
-        chunks = [chunk for inputs in batches for chunk in self.chunks(inputs, 2.0)]
         found = self.exactly(chunks, exact, on_row) if exact else {}
         made = [found[i] if i in found else row.row(*guessed[i], {}, exact=False) for i, row in enumerate(self.rows)]
         made = self._in_one_unit(made, guessed, found) if guessed and found else made
@@ -141,7 +142,8 @@ class _Measure:
     def guesses(self, chunks: Sequence[Any]) -> list[tuple[float, float]]:
         """Estimated (score, standard error) of every row; none where the batch cannot be taken apart."""
         try:
-            return estimate(self.model, self.prepared, [c.variant for c in self.rows], chunks, self.settings)
+            variants = [row.variant for row in self.rows]
+            return estimate(self.model, self.prepared, variants, chunks, self.settings, self.captured)
         except ReplayError as error:
             self.findings.append(
                 Finding("sensitivity", "info", f"no estimate: {error.reason}. Every row was measured.")
@@ -193,6 +195,15 @@ class _Measure:
         self.findings.append(Finding("sensitivity", "info", text))
         return [r if r.exact else replace(r, score=r.score * factor, spread=r.spread * factor) for r in made]
 
+    def captured(self, n: int, inputs: Any) -> Captured:
+        """The n-th chunk's ops and float values; kept for whoever asks next while all fit into half of the memory."""
+        if n not in self.kept:
+            found = capture(self.model, self.prepared.plan, inputs, self.memory / 2)
+            if (n + 1) * batch_size(inputs) * self.sample_bytes(inputs) > self.memory / 2:
+                return found
+            self.kept[n] = found
+        return self.kept[n]
+
     # ---- exact rows
 
     def exactly(
@@ -205,7 +216,7 @@ class _Measure:
             self.replays = replays
             try:
                 for n, inputs in enumerate(chunks):
-                    plain, outputs = self.outputs(inputs, [row.variant for row in rows], check=n == 0)
+                    plain, outputs = self.outputs(n, inputs, [row.variant for row in rows])
                     distances.reference(plain, batch_size(inputs))
                     for done, (position, got) in enumerate(outputs, 1):
                         distances.add(position, got)
@@ -219,16 +230,16 @@ class _Measure:
             i: row.row(*distances.result(position)) for position, (i, row) in enumerate(zip(chosen, rows, strict=True))
         }
 
-    def outputs(self, inputs: Any, variants: Sequence[Variant], check: bool) -> tuple[dict[str, Tensor], Any]:
-        """Float outputs of a chunk, and each variant's position with its outputs. Raises ReplayError."""
+    def outputs(self, n: int, inputs: Any, variants: Sequence[Variant]) -> tuple[dict[str, Tensor], Any]:
+        """Float outputs of the n-th chunk, and each variant's position with its outputs. Raises ReplayError."""
         if not self.replays:
             return dict(named_tensors(call_model(self.model, inputs))), self._full(inputs, variants)
-        captured = capture(self.model, self.prepared.plan, inputs, self.memory / 2)
-        if check:
+        captured = self.captured(n, inputs)
+        if n == 0:
             self.reorders = any(function_name(c.function) in ORDER_CHANGING for c in calls(captured) if c.function)
         replay = Replay(self.model, self.prepared, captured, self.widened(inputs, captured))
         plain, outputs = replay.references(), self._replayed(replay, inputs, variants)
-        return plain, self._checked(replay, inputs, variants, outputs) if check else outputs
+        return plain, self._checked(replay, inputs, variants, outputs) if n == 0 else outputs
 
     def _replayed(
         self, replay: Replay, inputs: Any, variants: Sequence[Variant]
