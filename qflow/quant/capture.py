@@ -8,7 +8,7 @@ values than its own (P21), and a value whose version has moved on since it was r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,8 +88,8 @@ class Capture(Tracer):
         call = Call(
             None if module is not None else function,
             module,
-            tree_map(lambda v: self._reference(v, in_place and v is first), tuple(args)),
-            tree_map(lambda v: self._reference(v, False), dict(kwargs)),
+            _mapped(lambda v: self._reference(v, in_place and v is first), tuple(args)),
+            _mapped(lambda v: self._reference(v, False), dict(kwargs)) if kwargs else {},
             in_place and isinstance(first, Tensor),
         )
         return call
@@ -145,6 +145,13 @@ class Capture(Tracer):
             self.complete = False
         if self.complete:
             self.values[op.index] = tuple((t.detach(), t._version) for t in outputs)
+
+
+def _mapped(function: Callable[[Any], Any], structure: Any) -> Any:
+    """tree_map, without its cost for flat arguments."""
+    if type(structure) is tuple and all(type(v) not in (tuple, list, dict) for v in structure):
+        return tuple([function(v) for v in structure])
+    return tree_map(function, structure)
 
 
 def capture(model: nn.Module, plan: Plan, inputs: Any, memory: float, inner: bool = False) -> Captured:
