@@ -63,14 +63,15 @@ def diagnose(config: DictConfig, stages: list[str]) -> None:
     console = Console()
     diagnosis = Diagnosis(bench, QDtype.parse(config.qconfig.template, "qconfig.template"))
     run_stages(diagnosis, stages, console)
-    folder = root / "analyze" / bench.task.name
+    suffix = "" if config.qconfig.template == "qint8" else f"-{config.qconfig.template}"
+    folder = root / "analyze" / f"{bench.task.name}{suffix}"
     title = f"{bench.task.name}: all {config.qconfig.template}"
     pictures = diagnosis.write(folder, title, list(config.prefixes), list(config.types))
-    name = f"{bench.task.name}/analyze"
+    name = f"{bench.task.name}/analyze{suffix}"
     run = tracker.open_study(
         name,
-        tags={"qflow.workflow": "analyze"},
-        params={"task": bench.task.name, "march": config.device.march, "stages": ",".join(stages)},
+        tags={"qflow.workflow": "analyze", "qflow.stages": ",".join(stages)},
+        params={"task": bench.task.name, "march": config.device.march, "template": config.qconfig.template},
         description=f"Analysis of {bench.task.name} at {config.qconfig.template}: analysis.html has it all.",
     )
     tracker.log_study(run, folder=folder)
@@ -86,6 +87,8 @@ def run_stages(diagnosis: Diagnosis, stages: list[str], console: Console) -> Non
     with console.stage("bad cases") as say, console.bar("bad cases", bench.badcase_steps, "steps") as advance:
         table = diagnosis.find_badcases(advance)
         say(f"the {len(table.chosen)} worst of {table.samples} samples by {table.metric}: {list(table.chosen[:6])}")
+    for finding in table.findings:
+        console.say(f"{'':<12} {finding.op}: {finding.message}")
     if "layers" in stages or "advice" in stages:
         with console.stage("layers") as say:
             say(layers_line(diagnosis.compare_layers()))

@@ -142,13 +142,15 @@ class Bench:
             for _ in batches(self.task, split, self.default_calibration.batch_size, limit=1):
                 pass
 
-    def find_badcases(self, progress: Progress = _silent, inputs: BadcaseInputs | None = None) -> BadcaseTable:
-        """The calibration samples on which the all-int8 model differs most from float; `progress` counts steps.
+    def find_badcases(
+        self, progress: Progress = _silent, inputs: BadcaseInputs | None = None, template: QDtype = QDtype.qint8
+    ) -> BadcaseTable:
+        """The calibration samples on which the model, all at `template`, differs most from float; progress in steps.
 
         `inputs` keeps the model inputs of the chosen samples.
         """
         chosen, calibration = self.sensitivity_settings, self.default_calibration
-        self.all(QDtype.qint8)
+        self.all(template)
         stream = batches(self.task, "calibration", calibration.batch_size, self.badcase_steps)
         self.badcases = find_badcases(
             self.task.model,
@@ -181,14 +183,19 @@ class Bench:
         """Number of int8 rows of a sensitivity table: outputs and weights, high-precision outputs apart."""
         return len(self.graph.quantized) - len(self.graph.high_precision) + len(self.graph.weighted)
 
-    def rank(self, progress: Progress = _silent) -> SensitivityTable:
-        """Sensitivity of every quantizer on the bad cases, at each of `sensitivity.dtypes`; `progress` counts rows."""
+    def rank(self, progress: Progress = _silent, template: QDtype = QDtype.qint8) -> SensitivityTable:
+        """Sensitivity of every quantizer on the bad cases; `progress` counts rows.
+
+        At each of `sensitivity.dtypes`; with another template than qint8 at what that gives each quantizer.
+        """
         cases, settings = self.cases(), self.sensitivity_settings
         rows: list[Candidate] = []
-        for dtype in (QDtype.parse(name, "sensitivity.dtypes") for name in settings.dtypes):
+        wanted = [QDtype.parse(name, "sensitivity.dtypes") for name in settings.dtypes]
+        for dtype in wanted if template == QDtype.qint8 else []:
             self.all(QDtype.qint8 if dtype == QDtype.float16 else dtype)
             rows += candidates(self.prepared, dtype)
-        self.all(QDtype.qint8)
+        self.all(template)
+        rows = rows or candidates(self.prepared)
         self.sensitivities = sensitivity(
             self.task.model, self.prepared, cases, settings=settings, rows=rows, on_row=progress
         )

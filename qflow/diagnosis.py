@@ -1,7 +1,7 @@
 """The guide's accuracy debugging on a bench: bad cases, layer by layer, sensitivity, advice, and whether it helps.
 
-Each step is computed once and takes what it needs of those before it. All look at the all-int8 model under the
-default calibration (`qconfig.template=qint16` at the all-int16 one).
+Each step is computed once and takes what it needs of those before it. All look at the model with every operator at
+`template` (qint8, or qint16 as far as the device has it), under the default calibration.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Diagnosis:
 
     def find_badcases(self, progress: Progress = _silent) -> BadcaseTable:
         """The calibration samples on which the quantized model differs most from float."""
-        self.badcases = self.bench.find_badcases(progress, inputs=self.inputs)
+        self.badcases = self.bench.find_badcases(progress, self.inputs, self.template)
         return self.badcases
 
     def compare_layers(self, progress: Progress = _silent) -> LayerTable | None:
@@ -83,7 +83,7 @@ class Diagnosis:
 
     def rank(self, progress: Progress = _silent) -> SensitivityTable:
         """Sensitivity of every quantizer on the bad cases; `progress` counts rows."""
-        self.sensitivity = self.bench.rank(progress)
+        self.sensitivity = self.bench.rank(progress, self.template)
         return self.sensitivity
 
     def advise(self) -> tuple[Advice, ...]:
@@ -134,6 +134,12 @@ class Diagnosis:
         """
         from qflow.report.analysis_files import write_analysis  # draws: matplotlib and plotly load only here
 
+        shown = filtered(self.layers, prefixes, types) if self.layers else None
+        if shown is not None and not shown.rows:
+            raise ConfigError(
+                f"prefixes and types choose operators of the model, but got none with {[*prefixes, *types]}. See "
+                "qflow.check for their names."
+            )
         return write_analysis(
             folder,
             title,
@@ -143,10 +149,16 @@ class Diagnosis:
             sensitivity=self.sensitivity,
             advice=self.advice,
             fidelity=self.fidelity,
-            findings=self.findings,
+            findings=self.all_findings,
             histogram=lambda operator: histogram_of(self.bench, operator),
-            shown=filtered(self.layers, prefixes, types) if self.layers else None,
+            shown=shown,
         )
+
+    @property
+    def all_findings(self) -> tuple[Finding, ...]:
+        """What the steps noticed, bad cases first, then layers and sensitivity, then what calibration shows."""
+        own = [t.findings for t in (self.badcases, self.layers, self.sensitivity) if t is not None]
+        return (*(finding for found in own for finding in found), *self.findings)
 
     def qconfig(self, modules: dict[str, str]) -> QConfig:
         """The template with some operators set, as the device would run it."""

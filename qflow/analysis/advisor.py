@@ -4,10 +4,10 @@ It joins the sensitivity table (how much), the layer table (range on the bad cas
 (where the values lie under the scale). The cause of an activation, first that holds:
 
     constant          a parameter or buffer: it follows its reader
-    huge mask value   before a softmax, |x| reaches more than 1000 and 99 % of the values stay below a hundredth of it
+    huge mask value   before a softmax, values below -1000: no dtype holds both them and the scores
     shared module     99.9 % of |x| differs between the calls by more than 2, under one scale
-    known range       the range follows from the operator (sigmoid, softmax, clamp) and the scale does not cover it, or
-                      covers twice as much
+    known range       the range follows from the operator (sigmoid, softmax, clamp), and the scale covers more than
+                      twice as much, or cuts values off that are not much smaller
     calibration data  on the bad cases |x| goes beyond 1.5 times all that calibration saw
     truncation        the squared error beyond the range is larger than the one of rounding, scale^2 / 12
     rounding          otherwise: the resolution is too low
@@ -19,13 +19,15 @@ text says what to change in the float model. Gain is the row's share of all scor
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from qflow.analysis.calibration_check import UNLIKE_CALLS, call_reach
+from qflow.analysis.calibration_check import FAR_BELOW, UNLIKE_CALLS, call_reach
 from qflow.analysis.tables import Advice, LayerRow, LayerTable, SensitivityRow, SensitivityTable
 from qflow.core.dtype import QDtype
+from qflow.core.errors import ConfigError
 from qflow.core.graph import OpKind, OpNode
 from qflow.core.known_range import bounded
 from qflow.quant.calibrate import CalibrationStats
@@ -36,7 +38,6 @@ from qflow.quant.weighted import WeightedLeaf
 NOISE = 0.05  # of the most sensitive row
 MOST = 16  # operators that are advised on
 FAR = 1.5  # times what calibration saw
-HUGE = 1000.0
 WEIGHT_ONLY = "{weight: qint16}"  # the output stays as it is, high precision included
 
 
@@ -100,6 +101,11 @@ def advise(
     """Advice by expected gain. `refused(operator, spec)` says why the device would not keep a setting, or ""."""
     nodes = prepared.graph.by_name
     rows = [r for r in table.rows if r.quant_dtype == _dtype(prepared, nodes[r.op_name], r.sensitive_type)]
+    if table.rows and not rows:
+        raise ConfigError(
+            f"Advice goes by rows at the model's own dtypes, but got {', '.join(table.dtypes)}. Add them to "
+            "sensitivity.dtypes."
+        )
     finite = [r.score for r in rows if math.isfinite(r.score)]
     total = sum(finite) or 1.0
     noise = max(NOISE * max(finite, default=0.0), statistics.median(finite) if finite else 0.0)
@@ -109,7 +115,8 @@ def advise(
     found = []
     for name in dict.fromkeys([*activations, *weights]):
         activation, weight = activations.get(name), weights.get(name)
-        gain = sum(r.score for r in (activation, weight) if r is not None and math.isfinite(r.score)) / total
+        own = sum(r.score for r in (activation, weight) if r is not None)
+        gain = own / total if math.isfinite(own) else 1.0  # outputs that are not finite come first
         if activation is not None and weight is not None:
             found.append(maker.dual(nodes[name], activation, weight, gain))
         elif weight is not None:
@@ -156,7 +163,7 @@ class _Maker:
         h, name = case.histogram, case.node.name
         if case.node.kind == OpKind.constant:
             return "constant", "a constant follows its reader: raise that, or scale it down in the model", "qint16", {}
-        if h is not None and h.largest > HUGE and h.percentile(99.0) < h.largest / 100.0 and self._masks(case.node):
+        if h is not None and min(h.batch_min, default=0.0) < -FAR_BELOW and self._masks(case.node):
             text = "a huge finite mask takes the range from the scores: write masked_fill(mask, float('-inf'))"
             return "huge mask value", text, "", {}
         reach = call_reach(self.stats, case.node.quantizer or "")
@@ -167,7 +174,8 @@ class _Maker:
         bounds = bounded(self.prepared.graph).get(name)
         if bounds is not None and all(map(math.isfinite, bounds)):
             most = max(abs(bounds[0]), abs(bounds[1]))
-            if most > 0 and not 0.95 * most <= case.reach <= 2.0 * most:
+            wasted, cut = case.reach > 2.0 * most, most >= case.largest > 1.05 * case.reach > 0.5 * most
+            if most > 0 and (wasted or cut):
                 text = f"its range is {bounds[0]:g}..{bounds[1]:g} whatever the data: fix the scale"
                 return "known range", text, f"qint8@{bounds[0]:g}..{bounds[1]:g}", {"known max": most}
         if h is not None and case.largest > FAR * h.largest:
@@ -252,11 +260,17 @@ class _Maker:
             text, spec = f"{text}; {spec} is not kept here: {reason}", ""
         kept = tuple((k, v) for k, v in figures.items() if math.isfinite(v))
         line = override({target: spec}) if spec else ""
+        if spec and not line:
+            text += f"; its name is none for a command line, in a file write modules: {{'{target}': {spec}}}"
         return Advice(op, cause, source, kept, text, line, gain, target if spec else "", spec)
 
 
 def override(modules: Mapping[str, str]) -> str:
-    """`qconfig.modules={head.box: qint16}` with what Hydra's grammar wants escaped."""
+    """`qconfig.modules={head.box: qint16}` with what Hydra's grammar wants escaped; "" where it takes no such key."""
+    if not all(re.fullmatch(r"[A-Za-z_][\w.\[\](),:=\- /]*|\w+\..*", name) for name in modules):
+        return ""
+    if any(name.lower() in ("null", "true", "false", "nan", "inf") for name in modules):
+        return ""
     cells = [f"{name.translate(_ESCAPED)}: {spec}" for name, spec in modules.items()]
     return f"qconfig.modules={{{', '.join(cells)}}}"
 

@@ -44,7 +44,8 @@ class Candidate:
 def candidates(prepared: QuantizedModel, dtype: QDtype | None = None) -> list[Candidate]:
     """Every quantizer of a calibrated model that changes values, as it is now (copies: it may be changed again).
 
-    With a `dtype`, those that have it; float16 needs no scale and is put in place of any integer output.
+    With a `dtype`, those that have it. float16 needs no scale and is put in place of any integer output; an int8 weight
+    becomes int16 with the range that it has.
     """
     graph = prepared.graph
     kept = [(n, n.quantizer, False, prepared.outputs) for n in graph.quantized]
@@ -56,6 +57,10 @@ def candidates(prepared: QuantizedModel, dtype: QDtype | None = None) -> list[Ca
             continue
         if dtype == QDtype.float16 and not weight:
             found.append(Candidate(node, Variant(quantizer.name, weight, _copy(quantizer, dtype))))
+        elif dtype == QDtype.qint16 and weight and quantizer.dtype == QDtype.qint8:
+            wide = _copy(quantizer, dtype)
+            wide.scale.mul_(quantizer.divisor() / wide.divisor())
+            found.append(Candidate(node, Variant(quantizer.name, weight, wide)))
         elif dtype in (None, quantizer.dtype):
             found.append(Candidate(node, Variant(quantizer.name, weight, _copy(quantizer, quantizer.dtype))))
     return found

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from qflow.analysis.layer_metrics import divergence
 from qflow.analysis.metrics import badness, distance
 
 
@@ -18,6 +19,8 @@ class Distances:
         self.values: list[dict[str, list[Tensor]]] = [{} for _ in range(count)]
         self.sizes: dict[str, list[tuple[float, int]]] = {}
         self.float_outputs: dict[str, Tensor] = {}
+        self.left_out: set[str] = set()
+        """Outputs whose shape depends on the data: their distance is none."""
         self.samples = 0
 
     def reference(self, outputs: dict[str, Tensor], samples: int) -> None:
@@ -25,22 +28,35 @@ class Distances:
         self.samples = samples
         self.float_outputs = {name: t for name, t in outputs.items() if t.is_floating_point()}
         for name, tensor in self.float_outputs.items():
-            self.sizes.setdefault(name, []).append((float(tensor.double().abs().mean()), samples))
+            finite = tensor.double()[tensor.isfinite()].abs()
+            self.sizes.setdefault(name, []).append((float(finite.mean()) if finite.numel() else 0.0, samples))
 
     def add(self, variant: int, outputs: dict[str, Tensor]) -> None:
-        """Take a variant's outputs on the same chunk."""
+        """Take a variant's outputs on the same chunk. An output of another shape than in float is left out."""
         for name, x in self.float_outputs.items():
             y = outputs.get(name, x)
-            x, y = (x, y) if x.ndim and len(x) == self.samples else (x[None], y[None])
-            value = distance(self.metric, x, y)
-            value = value if len(value) == self.samples else value.mean().expand(self.samples)
-            self.values[variant].setdefault(name, []).append(value.cpu())
+            if x.shape != y.shape:
+                self.left_out.add(name)
+                continue
+            x, y = _without_masks(x, y)
+            self.values[variant].setdefault(name, []).append(self._by_sample(x, y).cpu())
+
+    def _by_sample(self, x: Tensor, y: Tensor) -> Tensor:
+        """One distance a sample; that of the whole tensor for each where it has no sample axis."""
+        if x.ndim and len(x) == self.samples:
+            return distance(self.metric, *((x, y) if x.ndim > 1 else (x[:, None], y[:, None])))
+        if self.metric == "KL":  # over the plugin's axis, which an axis put in front would shift
+            value = divergence(x, y)
+            return torch.full((self.samples,), math.nan if value is None else value, dtype=torch.float64)
+        return distance(self.metric, x[None], y[None]).mean().expand(self.samples)
 
     def result(self, variant: int) -> tuple[float, float, dict[str, float]]:
         """Merged score, its standard deviation over the samples, and the plain metric of each output."""
         merged = torch.zeros(())
         plain = {}
         for name, parts in self.values[variant].items():
+            if name in self.left_out:
+                continue
             values = torch.cat(parts)
             plain[name] = float(values.mean())
             merged = merged + badness(self.metric, values) / self._unit(name)
@@ -60,6 +76,14 @@ class Distances:
         return (size**2 if self.metric == "MSE" else size) or 1.0
 
 
+def _without_masks(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Where both are the same infinity (a mask in the outputs) nothing differs."""
+    if math.isfinite(float(x.sum())):
+        return x, y
+    same = (x == y) & x.isinf()
+    return x.masked_fill(same, 0.0), y.masked_fill(same, 0.0)
+
+
 def disagreement(got: dict[str, Tensor], wanted: dict[str, Tensor], plain: dict[str, Tensor]) -> float:
     """Largest |got - wanted| over |wanted - plain| of the outputs (norms), 1e-3 of |plain| counting as nothing.
 
@@ -67,7 +91,9 @@ def disagreement(got: dict[str, Tensor], wanted: dict[str, Tensor], plain: dict[
     """
     worst = 0.0
     for name, tensor in got.items():
-        if not tensor.is_floating_point() or name not in wanted:
+        if not tensor.is_floating_point() or name not in wanted or wanted[name].shape != tensor.shape:
+            continue
+        if plain[name].shape != tensor.shape:
             continue
         a, b, c = (t.double().nan_to_num() for t in (tensor, wanted[name], plain[name]))
         worst = max(worst, float((a - b).norm()) / max(float((b - c).norm()), 1e-3 * float(c.norm()), 1e-30))

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from qflow.core.settings import SensitivitySettings
 from qflow.quant.capture import Captured
+from qflow.quant.ops import function_name
 from qflow.quant.quantized_model import QuantizedModel
 from qflow.quant.rerun import Ops, Values, Variant
 from qflow.quant.tape import Op
@@ -53,7 +54,8 @@ def estimate(
 ) -> list[tuple[float, float]]:
     """(score, its standard error) of each variant, merged over outputs, in the units of `settings.metric`.
 
-    `captured(n, inputs)` gives the n-th chunk's ops.
+    `captured(n, inputs)` gives the n-th chunk's ops. The score is NaN where a derivative says nothing: the way to the
+    outputs leads through rounding, a sign, a comparison or an index, or no gradient arrives at all.
     """
     samples = sum(batch_size(inputs) for inputs in chunks)
     draws = max(1, math.ceil(settings.draws / samples))
@@ -65,12 +67,15 @@ def estimate(
         if size not in axes:
             axes[size] = sample_axes(model, prepared, inputs, found, size)
         backward = _Backward(model, prepared, variants, found, axes[size], (size, draws))
+        doubtful = backward.doubtful()
         for v, values in enumerate(backward.squares(settings.metric, generator)):
-            squares[v].append(values)
+            squares[v].append(torch.full_like(values, math.nan) if v in doubtful or not values.any() else values)
     return [_score(settings.metric, torch.cat(values)) for values in squares]
 
 
 def _score(metric: str, squares: Tensor) -> tuple[float, float]:
+    if bool(squares.isnan().any()):
+        return math.nan, math.nan
     mean = float(squares.mean())
     error = float(squares.std()) / math.sqrt(len(squares)) if len(squares) > 1 else mean * math.sqrt(2.0)
     if metric == "MSE":
@@ -80,6 +85,15 @@ def _score(metric: str, squares: Tensor) -> tuple[float, float]:
     factor = math.sqrt(2.0 / math.pi) if metric == "L1" else 1.0
     root = math.sqrt(mean)
     return factor * root, factor * error / (2.0 * root) if root else 0.0
+
+
+_STEPS = frozenset(["round", "floor", "ceil", "trunc", "sign", "sgn", "floor_divide", "heaviside", "one_hot"])
+
+
+def _steps(op: Op) -> bool:
+    """True where the result jumps: its derivative is zero, or it is no float."""
+    function = op.call.function if op.call is not None else None
+    return not op.floating or (function is not None and function_name(function) in _STEPS)
 
 
 class _Backward:
@@ -97,12 +111,23 @@ class _Backward:
         self.model, self.variants = model, variants
         self.ops, self.given, self.axes = Ops(model, prepared, captured), captured.inputs, axes
         self.size, self.draws = amounts
+        self.by_index = {op.index: op for op in self.ops.ops}
         self.at: dict[int, list[tuple[int, Any]]] = {}
         for v, variant in enumerate(variants):
             for patch in self.ops.of(variant) if self.ops.reaches(variant) else ():
                 self.at.setdefault(patch.op, []).append((v, patch))
         self.sums: dict[int, Tensor] = {}
         self.starts: list[Tensor] = []
+
+    def doubtful(self) -> set[int]:
+        """Variants that reach the outputs through an op whose derivative is zero or that gives no float."""
+        blind: set[int] = set()
+        for op in reversed(self.ops.ops):
+            if _steps(op) and op.call is not None:
+                blind.update(i for i in self.ops.reads[op.index] if self.by_index[i].floating)
+            if op.index in blind:
+                blind.update(self.ops.reads[op.index])
+        return {v for index, found in self.at.items() for v, patch in found if patch.at in blind or index in blind}
 
     def squares(self, metric: str, generator: torch.Generator) -> list[Tensor]:
         """For each variant (g . dx)^2 by draw and sample [draws x B]."""
@@ -133,7 +158,8 @@ class _Backward:
                 args, kwargs = self.ops.arguments(
                     (op.call.args, op.call.kwargs), lambda ref: values[ref.op][ref.position]
                 )
-                values[op.index] = self.ops.run(op, args, kwargs)
+                detached = op.call.function is not None and function_name(op.call.function) in ("detach", "data")
+                values[op.index] = (args[0],) if detached else self.ops.run(op, args, kwargs)
             for v, patch in self.at.get(op.index, ()):
                 change = self._change(op, patch, v, args, kwargs, values)
                 waiting.setdefault(patch.at, []).append((v, change))

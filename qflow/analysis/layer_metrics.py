@@ -22,26 +22,33 @@ EMPTY = (
 
 
 def compare(x: Tensor, y: Tensor) -> dict[str, float | None]:
-    """All columns for two tensors of one shape; None for each where they are not floating or differ in shape."""
+    """All columns for two tensors of one shape; None for each where they are not floating or differ in shape.
+
+    The same infinity in both (a mask) is no difference and enters nothing else; a value that is finite in one only is
+    an infinite one. Rtol is computed in float32, where division by zero gives its largest number, as in the plugin.
+    """
     if x.shape != y.shape or not x.is_floating_point() or not x.numel():
         return dict.fromkeys(EMPTY)
     a, b = x.reshape(-1), y.reshape(-1)
-    n = a.numel()
-    sums = torch.zeros(7, dtype=torch.float64)
+    ends = {f"{m}_model_{e}": v for m, t in (("base", a), ("analy", b)) for e, v in _range(t).items()}
+    sums = torch.zeros(8, dtype=torch.float64)
     atol = rtol = 0.0
     for p, q in zip(torch.split(a, PART), torch.split(b, PART), strict=True):
-        p64, q64 = p.double(), q.double()
+        p64, q64 = _finite(p.double(), q.double())
+        if not p64.numel():
+            continue
         d = p64 - q64
-        sums += torch.stack(
-            [p64.sum(), q64.sum(), p64.dot(p64), q64.dot(q64), p64.dot(q64), d.dot(d), d.abs().sum()]
-        ).cpu()
+        counts = torch.tensor(float(p64.numel()), dtype=torch.float64, device=d.device)
+        products = [p64.dot(p64), q64.dot(q64), p64.dot(q64), d.dot(d)]
+        sums += torch.stack([p64.sum(), q64.sum(), *products, d.abs().sum(), counts]).cpu()
         atol = max(atol, float(d.abs().max()))
-        rtol = max(rtol, float(torch.nan_to_num(d / p64, 0.0).abs().max()))
-    sx, sy, xx, yy, xy, dd, l1 = sums.tolist()
-    mx, my = sx / n, sy / n
-    one_less = max(n - 1, 1)
-    norms = math.sqrt(xx) * math.sqrt(yy) if math.isfinite(xx) and math.isfinite(yy) else math.nan
-    found: dict[str, float | None] = {
+        rtol = max(rtol, float(torch.nan_to_num((d.float() / p64.float()), 0.0).abs().max()))
+    sx, sy, xx, yy, xy, dd, l1, n = sums.tolist()
+    if not n or not math.isfinite(dd):
+        worst = math.inf if n else None  # nothing finite to compare, or a value that one of them has lost
+        return {**dict.fromkeys(EMPTY), "Atol": worst, "L1": worst, "MSE": worst, "error": worst, **ends}
+    norms = math.sqrt(xx) * math.sqrt(yy)
+    return {
         "Cosine": 1.0 if dd == 0.0 else (xy / norms if norms else 0.0),
         "MSE": dd / n,
         "L1": l1 / n,
@@ -49,29 +56,43 @@ def compare(x: Tensor, y: Tensor) -> dict[str, float | None]:
         "SQNR": math.inf if dd == 0.0 else (10.0 * math.log10(xx / dd) if xx > 0 else -math.inf),
         "Atol": atol,
         "Rtol": rtol,
-        "base_model_mean": mx,
-        "analy_model_mean": my,
-        "base_model_var": max(xx - n * mx * mx, 0.0) / one_less,
-        "analy_model_var": max(yy - n * my * my, 0.0) / one_less,
+        "base_model_mean": sx / n,
+        "analy_model_mean": sy / n,
+        "base_model_var": max(xx - sx * sx / n, 0.0) / max(n - 1, 1),
+        "analy_model_var": max(yy - sy * sy / n, 0.0) / max(n - 1, 1),
         "error": math.sqrt(dd / xx) if xx > 0 else (0.0 if dd == 0.0 else math.inf),
+        **ends,
     }
-    for model, tensor in (("base", a), ("analy", b)):
-        low, high = torch.aminmax(tensor)
-        found[f"{model}_model_min"], found[f"{model}_model_max"] = float(low), float(high)
-    return {key: _number(value) for key, value in found.items()}
+
+
+def _range(tensor: Tensor) -> dict[str, float | None]:
+    low, high = torch.aminmax(tensor)
+    return {"min": _number(float(low)), "max": _number(float(high))}
+
+
+def _finite(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without the places where they are the same infinity; another value that is not finite becomes infinite."""
+    if math.isfinite(float(p.sum())) and math.isfinite(float(q.sum())):
+        return p, q
+    kept = ~((p == q) & p.isinf())
+    p, q = p[kept], q[kept]
+    lost = ~(p.isfinite() & q.isfinite())
+    return p.masked_fill(lost, torch.inf), q.masked_fill(lost, 0.0)
 
 
 def _number(value: float | None) -> float | None:
     return None if value is not None and math.isnan(value) else value
 
 
-def divergence(x: Tensor, y: Tensor) -> float:
+def divergence(x: Tensor, y: Tensor) -> float | None:
     """KL divergence as torch's KLDivLoss has it: mean over all elements of p (log p - log q).
 
     A row's sum is E_p[x - y] - (log sum exp x - log sum exp y): two exponentials an element instead of three.
     """
     if x.ndim == 0:
         return 0.0
+    if not bool(torch.isfinite(x).all() & torch.isfinite(y).all()):
+        return None  # a distribution over infinite scores is none
     total = 0.0
     for p, q in _columns(x, y):
         p64, q64 = p.double(), q.double()
@@ -100,7 +121,9 @@ def relative_error(x: Tensor, y: Tensor) -> float | None:
         return None
     dd = xx = 0.0
     for p, q in zip(torch.split(x.reshape(-1), PART), torch.split(y.reshape(-1), PART), strict=True):
-        p64 = p.double()
-        d = p64 - q
+        p64, q64 = _finite(p.double(), q.double())
+        d = p64 - q64
         dd, xx = dd + float(d.dot(d)), xx + float(p64.dot(p64))
+    if not math.isfinite(dd):
+        return math.inf
     return _number(math.sqrt(dd / xx) if xx > 0 else (0.0 if dd == 0.0 else math.inf))

@@ -50,7 +50,7 @@ def _text(row: LayerRow, name: str) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.7f}" if math.isfinite(value) else str(value)
+        return (f"{value:.7f}" if abs(value) < 1e9 else f"{value:.7g}") if math.isfinite(value) else str(value)
     return str(value)
 
 

@@ -126,7 +126,10 @@ class _Walk:
 
     def _run(self, op: Op, base: Values, args: Any, kwargs: Any) -> Values:
         ordered = self.ops.follows_order(op, lambda: base, args, kwargs)
-        return self.ops.quantized(op, self.prepared, args, kwargs) if ordered is None else ordered
+        if ordered is None:
+            return self.ops.quantized(op, self.prepared, args, kwargs)
+        name = self.prepared.plan.output_at.get(op.name)
+        return ordered if name is None else (self.prepared.outputs[name](ordered[0]), *ordered[1:])
 
     def _free(self, op: Op) -> None:
         for index in (op.index, *self.ops.reads[op.index]):

@@ -18,7 +18,7 @@ Row = list[object]
 
 def output_rows(table: SensitivityTable, output: str) -> list[Row]:
     """Rows for one output under the plain metric, most sensitive first (smallest first for Cosine and SQNR)."""
-    total = sum(row.flops for row in table.rows if row.sensitive_type == "weight") or 1
+    total = table.flops or 1
     found = [(row, dict(row.outputs)[output]) for row in table.rows if output in dict(row.outputs)]
     found.sort(key=lambda pair: pair[1], reverse=not smallest_is_worst(table.metric))
     return [_row(row, value, total) for row, value in found]
@@ -26,7 +26,7 @@ def output_rows(table: SensitivityTable, output: str) -> list[Row]:
 
 def merged_rows(table: SensitivityTable) -> list[Row]:
     """Rows by the merged score."""
-    total = sum(row.flops for row in table.rows if row.sensitive_type == "weight") or 1
+    total = table.flops or 1
     return [_row(row, row.score, total) for row in table.rows]
 
 
@@ -42,8 +42,12 @@ def write_sensitive_ops(table: SensitivityTable, folder: Path) -> list[Path]:
     tables = [(merged, table.score_name, merged_rows(table))]
     tables += [(name, table.metric, output_rows(table, name)) for name in names]
     written = []
+    taken: set[str] = set()
     for output, column, rows in tables:
-        path = folder / f"output_{output.replace('/', '_')}_{table.metric}_sensitive_ops.pt"
+        name = output.replace("/", "_")
+        name = name if name not in taken else f"{name}_{len(taken)}"
+        taken.add(name)
+        path = folder / f"output_{name}_{table.metric}_sensitive_ops.pt"
         torch.save(rows, path)
         header = ["op_name", "sensitive_type", "op_type", column, "quant_dtype", "flops"]
         body = [[f"{c:.6g}" if isinstance(c, float) else str(c) for c in row] for row in rows]

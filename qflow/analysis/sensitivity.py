@@ -108,6 +108,24 @@ class _Measure:
         bounds = [size * i // parts for i in range(parts + 1)]
         return [cut(inputs, size, a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
 
+    def independent(self, inputs: Any) -> bool:
+        """True if a sample gives what it gives in company: only then may a batch be cut."""
+        size = batch_size(inputs)
+        if size < 2:
+            return True
+        parts = [
+            dict(named_tensors(call_model(self.model, cut(inputs, size, *ends)))) for ends in ((0, 2), (0, 1), (1, 2))
+        ]
+        for name, both in parts[0].items():
+            alone = [part.get(name) for part in parts[1:]]
+            fits = both.ndim > 0 and len(both) == 2 and all(t is not None and t.shape == both[:1].shape for t in alone)
+            joined = torch.cat([t for t in alone if t is not None]) if fits else both
+            if not fits or disagreement({name: joined}, {name: both}, {name: torch.zeros_like(both)}) > AGREES:
+                text = f"output {name} is not made sample by sample: the bad cases are one batch and not cut"
+                self.findings.append(Finding("sensitivity", "check", text))
+                return False
+        return True
+
     # ---- the table
 
     def table(self, batches: Sequence[Any], on_row: Callable[[int], None]) -> SensitivityTable:
@@ -117,13 +135,14 @@ class _Measure:
             self.findings.append(Finding("sensitivity", "info", reason))
         guessed: list[tuple[float, float]] = []
         # half for the values that are kept, half for what variants hold
-        chunks = [c for inputs in batches for c in self.chunks(inputs, 2.0 if method == "exact" else GRAPH_HOLDS)]
+        chunks = list(batches)
+        if all(self.independent(inputs) for inputs in batches):
+            chunks = [c for inputs in batches for c in self.chunks(inputs, 2.0 if method == "exact" else GRAPH_HOLDS)]
         if method != "exact":
             guessed = self.guesses(chunks)
         exact = list(range(len(self.rows)))
         if guessed:
-            order = sorted(exact, key=lambda i: -guessed[i][0])
-            exact = [] if method == "estimate" else order[: math.ceil(len(order) * self.settings.screened_share)]
+            exact = self.in_doubt(guessed, method)
         found = self.exactly(chunks, exact, on_row) if exact else {}
         made = [found[i] if i in found else row.row(*guessed[i], {}, exact=False) for i, row in enumerate(self.rows)]
         made = self._in_one_unit(made, guessed, found) if guessed and found else made
@@ -134,10 +153,21 @@ class _Measure:
             merge=MERGE,
             samples=samples,
             exact=len(found) == len(self.rows),
+            flops=sum(2 * n.macs // max(n.shape[0] if n.shape else 1, 1) for n in self.prepared.graph.weighted),
             rows=tuple(made),
             method=self.said(method if guessed else "exact", samples),
         )
         return replace(table, findings=(*self.findings, *health(table)))
+
+    def in_doubt(self, guessed: list[tuple[float, float]], method: str) -> list[int]:
+        """Rows to measure: those that have no estimate, and when screening the top share of the others."""
+        blind = [i for i, (score, _) in enumerate(guessed) if math.isnan(score)]
+        if blind:
+            text = f"{len(blind)} rows have no estimate (rounding, comparisons or indices on the way): measured"
+            self.findings.append(Finding("sensitivity", "info", text))
+        rest = sorted(set(range(len(guessed))) - set(blind), key=lambda i: -guessed[i][0])
+        share = 0.0 if method == "estimate" else self.settings.screened_share
+        return [*blind, *rest[: math.ceil(len(rest) * share)]]
 
     def guesses(self, chunks: Sequence[Any]) -> list[tuple[float, float]]:
         """Estimated (score, standard error) of every row; none where the batch cannot be taken apart."""
@@ -226,6 +256,9 @@ class _Measure:
                 self.findings.append(Finding("sensitivity", "info", text))
             else:
                 break
+        for name in sorted(distances.left_out):
+            text = f"output {name} is not compared: its shape depends on the data"
+            self.findings.append(Finding("sensitivity", "check", text))
         return {
             i: row.row(*distances.result(position)) for position, (i, row) in enumerate(zip(chosen, rows, strict=True))
         }
@@ -272,7 +305,8 @@ class _Measure:
         held = [t.numel() * t.element_size() for ts in captured.values.values() for t in ts]
         room = self.memory / 2 / max(sum(held), 1.0) * 8  # of all values at most an eighth lives at a time
         most = int(min(WIDE_BYTES * len(held) / max(sum(held), 1.0), room, len(self.rows)))
-        if size > FEW_SAMPLES or most < 2 or not captured.complete or self.narrow:
+        tight = 4.0 * sum(held) > self.memory / 2  # widening looks at the batch, another, and both together
+        if size > FEW_SAMPLES or most < 2 or not captured.complete or self.narrow or tight:
             return None
         if self.widths is None:
             try:
@@ -281,7 +315,7 @@ class _Measure:
                 self.narrow = f"one quantizer at a time, though samples are few: {error.reason}"
                 self.findings.append(Finding("sensitivity", "info", self.narrow))
                 return None
-        return self.widths.at(most)
+        return self.widths.at(captured, most)
 
     def _full(self, inputs: Any, variants: Sequence[Variant]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Full forwards that keep the float order of topk and its like."""

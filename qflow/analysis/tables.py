@@ -115,6 +115,8 @@ class SensitivityTable:
     rows: tuple[SensitivityRow, ...]
     method: str = "one quantizer on at a time, full forwards"
     findings: tuple[Finding, ...] = ()
+    flops: int = 0
+    """Of the whole model, one sample."""
 
     def activation_scores(self, dtype: str | None = None) -> dict[str, float]:
         """Operator -> activation sensitivity at `dtype` (the lowest in the table), larger is more sensitive."""

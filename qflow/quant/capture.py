@@ -33,6 +33,10 @@ METADATA = frozenset(
 """Looks at a tensor that give no tensor."""
 
 
+TAKES_VALUE = frozenset(["item", "bool", "int", "float", "tolist", "numpy", "index"])
+"""Functions that make a Python value of a tensor."""
+
+
 class ReplayError(ModelError):
     """A batch that cannot be replayed op by op: full forward passes are the way round."""
 
@@ -80,6 +84,8 @@ class Capture(Tracer):
     def _call(self, function: Any, args: Any, kwargs: Any) -> Call:
         module = self.paths.get(id(function)) if isinstance(function, nn.Module) else None
         name = "" if module is not None else function_name(function)
+        if name in TAKES_VALUE and isinstance(args[0] if args else None, Tensor):
+            self._frozen(name, args[0])
         first = args[0] if args else None
         if module is not None:
             in_place = bool(getattr(function, "inplace", False))
@@ -93,6 +99,12 @@ class Capture(Tracer):
             in_place and isinstance(first, Tensor),
         )
         return call
+
+    def _frozen(self, name: str, tensor: Tensor) -> None:
+        """A Python number of this pass would stay what it is, whatever is quantized."""
+        index = self.producer(tensor)
+        if index is not None and (tensor.is_floating_point() or tensor.dtype == torch.bool):
+            self.give_up(f"a Python value is taken from {self.ops[index].name} by {name}")
 
     def _writes(self, function: Any, args: Any, kwargs: Any) -> bool:
         form = in_place_form(function)

@@ -31,13 +31,15 @@ class Widths:
 
     most: int
     axes: dict[int, tuple[int, ...]]
+    path: list[tuple[str, int]]
+    """Names and ranks of the ops: on another path indices mean other ops."""
     scaled: dict[int, dict[int, int | None]]
     """Op -> which leaves of its call grow with the batch: integers (None), or tensors along an axis."""
     calls: dict[tuple[int, int], Any] = field(default_factory=dict)
 
-    def at(self, most: int) -> Widths:
-        """The same for another batch size, up to `most` variants: which integers grow is a matter of the code."""
-        return Widths(most, self.axes, self.scaled)
+    def at(self, captured: Captured, most: int) -> Widths | None:
+        """The same for another batch, up to `most` variants; None where that takes another path through the code."""
+        return Widths(most, self.axes, self.path, self.scaled) if path_of(captured) == self.path else None
 
     def call(self, op: Op, count: int) -> Any:
         """(args, kwargs) of the op, with `Ref`s, for `count` batches in a row."""
@@ -67,7 +69,7 @@ def widen(model: nn.Module, prepared: QuantizedModel, inputs: Any, captured: Cap
     names = [[op.name for op in found.tape.ops] for found in (first, second, wide)]
     if names[0] != names[1] or names[0] != names[2]:
         raise ReplayError("the model takes another path at another batch size or on other data")
-    widths = Widths(most, {}, {})
+    widths = Widths(most, {}, path_of(captured), {})
     for op, twice in zip(first.tape.ops, wide.tape.ops, strict=True):
         values = [found.values.get(op.index) for found in (first, second, wide)]
         axis = _doubled(op.shape, twice.shape)
@@ -78,6 +80,11 @@ def widen(model: nn.Module, prepared: QuantizedModel, inputs: Any, captured: Cap
         if op.call is not None and twice.call is not None:
             widths.scaled[op.index] = _scaled(op, twice)
     return widths
+
+
+def path_of(captured: Captured) -> list[tuple[str, int]]:
+    """Name and rank of every op: two batches that agree in it run the same code."""
+    return [(op.name, len(op.shape)) for op in captured.tape.ops]
 
 
 def sample_axes(

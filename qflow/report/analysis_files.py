@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from qflow.analysis.badcase import badcase_text
@@ -28,6 +29,11 @@ from qflow.report.files import write_rows
 from qflow.report.page import analysis_page
 from qflow.report.pictures import error_along_network, sensitivity_bars
 
+OWN = (
+    *("badcase*", "all_badcase_info.pt", "compare_per_layer*", "error_along_network.png", "sensitivity*"),
+    *("output_*_sensitive_ops.*", "advice.*", "histogram_*.png", "findings.json", "analysis.html"),
+)
+"""What an analysis writes."""
 HISTOGRAMS = 4  # advised activations that are drawn
 
 
@@ -39,7 +45,10 @@ def write_badcases(folder: Path, table: BadcaseTable, inputs: BadcaseInputs | No
         return {}
     save_badcases(folder, table, inputs)
     shown = [i for i in table.chosen if i in inputs.samples]
-    images = [tree_leaves(inputs.samples[i])[0][0].float().numpy() for i in shown]
+    leaves = [[t for t in tree_leaves(inputs.samples[i]) if isinstance(t, Tensor) and t.ndim > 1] for i in shown]
+    if not all(leaves):
+        return {}  # numbers only: nothing to look at
+    images = [found[0][0].float().numpy() for found in leaves]
     captions = [f"sample {i}" + (" (worst)" if i == table.worst.get(table.metric) else "") for i in shown]
     badcase_grid(images, captions, folder / "badcases.png")
     return {"Bad cases": folder / "badcases.png"}
@@ -119,6 +128,9 @@ def write_analysis(
 ) -> dict[str, Path]:
     """All files of what was run, and analysis.html; returns the pictures by caption. `shown` filters the layer text."""
     folder.mkdir(parents=True, exist_ok=True)
+    for pattern in OWN:  # of an earlier analysis, perhaps of other stages: they would pass for this one's
+        for path in folder.glob(pattern):
+            path.unlink()
     pictures: dict[str, Path] = {}
     if badcases is not None:
         pictures |= write_badcases(folder, badcases, inputs)
@@ -129,5 +141,5 @@ def write_analysis(
     if layers is not None and sensitivity is not None:
         pictures |= write_advice(folder, advice, fidelity, histogram)
     write_rows(findings, folder / "findings.json")
-    analysis_page(folder / "analysis.html", title, layers, sensitivity, badcases, advice, pictures)
+    analysis_page(folder / "analysis.html", title, layers, sensitivity, badcases, advice, pictures, findings)
     return pictures

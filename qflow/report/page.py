@@ -66,9 +66,15 @@ def analysis_page(
     badcases: BadcaseTable | None,
     advice: Sequence[Advice],
     pictures: Mapping[str, Path],
+    findings: Sequence[Finding] | None = None,
 ) -> None:
-    """Write the page; a part that is None is left out with a sentence. `pictures` are PNG files by their caption."""
-    findings = [finding for table in (layers, sensitivity) if table is not None for finding in table.findings]
+    """Write the page; a part that is None is left out with a sentence. `pictures` are PNG files by their caption.
+
+    `findings` are those of the tables where none are given.
+    """
+    if findings is None:
+        tables = (badcases, layers, sensitivity)
+        findings = [finding for table in tables if table is not None for finding in table.findings]
     analysed = layers is not None or sensitivity is not None
     parts = [
         "<h2>What to do</h2>",

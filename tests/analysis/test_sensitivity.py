@@ -119,7 +119,7 @@ def test_screening_measures_the_top_and_says_how_far_the_estimate_was_off():
     table = sensitivity(model, prepared, [images], settings=settings)
     assert not table.exact
     measured = {(r.op_name, r.sensitive_type) for r in table.rows if r.exact}
-    assert len(measured) == math.ceil(0.4 * len(table.rows))
+    assert math.ceil(0.4 * len(table.rows)) <= len(measured) < len(table.rows)
     assert {(r.op_name, r.sensitive_type) for r in exact.rows[: len(exact.rows) // 5]} <= measured
     assert any("off by a factor" in f.message for f in table.findings)
     both = scores(exact)[list(measured)], scores(table)[list(measured)]
