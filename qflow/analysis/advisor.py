@@ -267,12 +267,21 @@ class _Maker:
 
 def override(modules: Mapping[str, str]) -> str:
     """`qconfig.modules={head.box: qint16}` with what Hydra's grammar wants escaped; "" where it takes no such key."""
-    if not all(re.fullmatch(r"[A-Za-z_][\w.\[\](),:=\- /]*|\w+\..*", name) for name in modules):
-        return ""
-    if any(name.lower() in ("null", "true", "false", "nan", "inf") for name in modules):
+    if not all(map(_writable, modules)):
         return ""
     cells = [f"{name.translate(_ESCAPED)}: {spec}" for name, spec in modules.items()]
     return f"qconfig.modules={{{', '.join(cells)}}}"
+
+
+def _writable(name: str) -> bool:
+    """True where Hydra reads the name as a text: its letters are in the grammar, and it is no number, null or bool."""
+    if not re.fullmatch(r"[\w.\[\](),:=+*/$ -]+", name, re.ASCII) or name.lower() in ("null", "true", "false"):
+        return False
+    try:
+        float(name)
+    except ValueError:
+        return True
+    return False
 
 
 def setting(spec: str) -> str | dict[str, str]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_replay import calibrated
+from torch import nn
 from zoo import NAMES, build
 
 from qflow.analysis.layer_metrics import compare
@@ -102,6 +103,35 @@ def test_equal_tensors_have_no_distance():
     assert (found["Cosine"], found["SQNR"], found["Atol"], found["error"]) == (1.0, math.inf, 0.0, 0.0)
     assert compare(torch.ones(2), torch.ones(3))["Cosine"] is None
     assert compare(torch.ones(2, dtype=torch.long), torch.ones(2, dtype=torch.long))["MSE"] is None
+
+
+def test_the_same_mask_in_both_is_no_difference_and_a_lost_value_an_infinite_one():
+    x = torch.tensor([1.0, 2.0, -math.inf, 4.0])
+    found = compare(x, torch.tensor([1.0, 2.5, -math.inf, 4.0]))
+    assert found["Atol"] == 0.5
+    assert found["error"] == pytest.approx(0.5 / math.sqrt(21))
+    lost = compare(x, torch.tensor([1.0, math.nan, -math.inf, 4.0]))
+    assert lost["Atol"] == math.inf and lost["Cosine"] is None
+    assert compare(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0]))["Rtol"] == pytest.approx(3.4028235e38)
+
+
+class BestScore(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 9)
+
+    def forward(self, x):
+        return torch.relu(self.a(x).max(-1).values) * 2.0
+
+
+def test_the_largest_of_some_values_passes_its_quantizer():
+    torch.manual_seed(0)
+    model, x = BestScore().eval(), torch.randn(8, 6)
+    prepared = calibrated(model, x)
+    assert "[max]" in prepared.outputs
+    table = compare_layers(model, prepared, x)
+    row = next(r for r in table.rows if r.mod_name == "[max]")
+    assert row.analy_model_max / row.qscale == pytest.approx(round(row.analy_model_max / row.qscale), abs=1e-3)
 
 
 def test_text_and_csv_have_the_guides_columns():

@@ -4,12 +4,15 @@ import copy
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch import nn
 
 from qflow.analysis.advisor import advise, override
+from qflow.analysis.candidates import candidates
 from qflow.analysis.layers import compare_layers
 from qflow.analysis.sensitivity import sensitivity
 from qflow.core.dtype import QDtype
+from qflow.core.errors import ConfigError
 from qflow.core.setter import HighPrecisionOutput, TemplateSetter, resolve
 from qflow.core.settings import CalibrationSettings
 from qflow.quant.calibrate import apply_scales, collect
@@ -182,5 +185,61 @@ def test_weight_and_activation_both_sensitive_is_dual_int16(digits):
     assert advice[0].line == "qconfig.modules={conv2: qint16}"
 
 
-def test_lines_escape_what_hydra_would_read():
-    assert override({"blocks.0[add](1)": "qint16"}) == r"qconfig.modules={blocks.0\[add\]\(1\): qint16}"
+REFUSED = ["1", "null", "a'b", "-1", "1e3", "\u00e9", "nan"]
+
+
+@pytest.mark.parametrize("name", ["[add]", "[add](1)", "0.conv", "head.box", "a b", "layer-1", "m/2", *REFUSED])
+def test_a_line_is_read_back_as_it_was_meant_or_is_not_given(name):
+    line = override({name: "qint16"})
+    assert bool(line) == (name not in REFUSED)
+    if line:
+        assert OverridesParser.create().parse_override(line).value() == {name: "qint16"}
+
+
+class Peaky(nn.Module):
+    """Softmax over many tokens: its range is 0..1, its values are far below."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 64), nn.Linear(64, 8)
+
+    def forward(self, x):
+        return self.b(torch.softmax(0.1 * self.a(x), -1))
+
+
+def test_a_calibrated_range_below_a_known_one_is_no_cause():
+    """Fixed to 0..1 the values of such a softmax would lie on two codes."""
+    torch.manual_seed(0)
+    _, _, advice = examine(Peaky().eval(), torch.randn(32, 8))
+    assert all(a.cause != "known range" for a in advice)
+
+
+class HugeMask(nn.Module):
+    """Scores with -1e9 where the future is: half of the values."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.register_buffer("mask", torch.triu(torch.full((6, 6), -1e9), 1))
+
+    def forward(self, x):
+        return torch.softmax(self.q(x) @ self.k(x).transpose(1, 2) + self.mask, -1) @ self.v(x)
+
+
+def test_a_huge_mask_is_named_and_not_advised_away():
+    torch.manual_seed(0)
+    _, _, advice = examine(HugeMask().eval(), torch.randn(8, 6, 8))
+    masked = [a for a in advice if a.op == "[add]"]
+    assert [(a.cause, a.line) for a in masked] == [("huge mask value", "")]
+    assert "masked_fill(mask, float('-inf'))" in masked[0].text
+
+
+def test_advice_needs_rows_at_the_models_own_dtype(digits):
+    model, images = digits
+    prepared = prepare(model, images)
+    qconfig = resolve(prepared.graph, [HighPrecisionOutput(), TemplateSetter(QDtype.qint8)], "nash-m")
+    stats = collect(prepared, [(images, len(images))])
+    apply_scales(prepared, stats, qconfig, CalibrationSettings())
+    table = sensitivity(model, prepared, [images], rows=candidates(prepared, QDtype.float16))
+    with pytest.raises(ConfigError, match="Advice goes by rows at the model's own dtypes, but got float16"):
+        advise(prepared, stats, table, None, ALLOWED)

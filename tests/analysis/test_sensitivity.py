@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from models import WritesThroughView
+from torch import nn
 from zoo import build
 
 from qflow.analysis.candidates import candidates
@@ -23,7 +24,7 @@ from qflow.core.settings import COMPARISONS, CalibrationSettings, SensitivitySet
 from qflow.quant.calibrate import apply_scales, collect
 from qflow.quant.calling import call_model, named_tensors
 from qflow.quant.prepare import prepare
-from qflow.quant.replay import full_forward
+from qflow.quant.replay import Replay, full_forward
 from qflow.quant.widen import batch_size, cut
 
 torch.manual_seed(0)
@@ -143,6 +144,121 @@ def test_a_model_that_cannot_be_replayed_is_run_in_full_and_that_is_said():
     assert any("replay was given up" in f.message for f in table.findings)
     wanted = naive(model, prepared, x, "L1")
     pd.testing.assert_series_equal(scores(table).sort_index(), wanted.sort_index(), rtol=1e-4, atol=1e-9)
+
+
+class ReadsNumber(nn.Module):
+    """Divides by a Python number of its own values, after rounding: neither replay nor a derivative sees that."""
+
+    def __init__(self, number, rounds):
+        super().__init__()
+        self.number, self.rounds = number, rounds
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.a(x)
+        if self.rounds:
+            x = (10.0 * x).round() / 10.0
+        return self.b(x / float(x.abs().amax(1).mean()) if self.number else x)
+
+
+def test_a_python_number_of_the_values_is_no_replay():
+    torch.manual_seed(0)
+    model, x = ReadsNumber(number=True, rounds=False).eval(), torch.randn(12, 6)
+    prepared = calibrated(model, x)
+    table = sensitivity(model, prepared, [x])
+    assert any("a Python value is taken from" in f.message for f in table.findings)
+    wanted = naive(model, prepared, x, "L1")
+    pd.testing.assert_series_equal(scores(table).sort_index(), wanted.sort_index(), rtol=1e-4, atol=1e-9)
+
+
+def test_what_a_derivative_cannot_see_is_measured():
+    torch.manual_seed(0)
+    model, x = ReadsNumber(number=False, rounds=True).eval(), torch.randn(64, 6)
+    prepared = calibrated(model, x)
+    rows = candidates(prepared) * 4  # enough for an estimate to pay
+    table = sensitivity(model, prepared, [x], rows=rows, settings=SensitivitySettings(method="estimate"))
+    measured = {r.op_name for r in table.rows if r.exact}
+    assert {"quant[x]", "a"} <= measured
+    assert "b" not in measured
+    assert any("have no estimate" in f.message for f in table.findings)
+
+
+class Branches(nn.Module):
+    """Another path for longer inputs, with as many operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.e, self.o = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.e(x)
+        x = x.reshape(x.shape[0], -1, 4) if x.shape[1] > 4 else x * 2
+        x = torch.relu(x)
+        return self.o(x.reshape(len(x), -1, 8)).mean(1)
+
+
+def test_widths_of_one_path_are_not_used_on_another():
+    torch.manual_seed(0)
+    model = Branches().eval()
+    cases = [torch.randn(1, 6, 8), torch.randn(1, 3, 8), torch.randn(1, 5, 8)]
+    prepared = calibrated(model, cases[0])
+    table = sensitivity(model, prepared, cases)
+    rows = candidates(prepared)
+    distances = Distances("L1", len(rows))
+    for case in cases:
+        with torch.no_grad():
+            distances.reference(dict(named_tensors(call_model(model, case))), 1)
+            for i, row in enumerate(rows):
+                distances.add(i, full_forward(prepared, case, row.variant))
+    wanted = pd.Series({(r.node.name, r.sensitive_type): distances.result(i)[0] for i, r in enumerate(rows)})
+    pd.testing.assert_series_equal(scores(table).sort_index(), wanted.sort_index(), rtol=1e-3, atol=1e-6)
+
+
+class Mixes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.a(x).abs()
+        return self.b(x / x.amax(0))
+
+
+def test_samples_that_depend_on_each_other_stay_together():
+    torch.manual_seed(0)
+    model, x = Mixes().eval(), torch.randn(40, 6)
+    prepared = calibrated(model, x)
+    table = sensitivity(model, prepared, [x])
+    assert any("one batch and not cut" in f.message for f in table.findings)
+    wanted = naive(model, prepared, x, "L1")
+    pd.testing.assert_series_equal(scores(table).sort_index(), wanted.sort_index(), rtol=1e-4, atol=1e-9)
+
+
+def test_a_replay_that_is_wrong_is_found_out(network, monkeypatch):
+    """The self-check is what stands between a wrong replay and the table."""
+    model, prepared, images = network
+    run = Replay.run
+
+    def wrong(self, variants):
+        for i, got in run(self, variants):
+            yield i, {name: 1.01 * tensor for name, tensor in got.items()}
+
+    monkeypatch.setattr(Replay, "run", wrong)
+    table = sensitivity(model, prepared, [images[:16]])
+    assert any("differ from full forwards by" in f.message for f in table.findings)
+    wanted = naive(model, prepared, images[:16], "L1")
+    pd.testing.assert_series_equal(scores(table).sort_index(), wanted.sort_index(), rtol=1e-4, atol=1e-9)
+
+
+def test_int16_weights_are_candidates(network):
+    model, prepared, images = network
+    rows = [r for r in candidates(prepared, QDtype.qint16) if r.variant.weight]
+    assert rows
+    table = sensitivity(
+        model, prepared, [images[:16]], rows=rows + [r for r in candidates(prepared) if r.variant.weight]
+    )
+    low, high = table.weight_scores("qint8"), table.weight_scores("qint16")
+    assert all(high[name] < 0.05 * low[name] for name in low)
 
 
 def test_every_candidate_dtype_has_its_rows(network):
