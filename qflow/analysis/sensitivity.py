@@ -44,6 +44,7 @@ WIDE_BYTES = (
 )
 FEW_SAMPLES = 8  # batches up to so many samples run several variants at once
 CACHE_SAMPLES = 16  # samples of a chunk on a CPU: larger ones leave its caches and take up to 1.5 times as long
+DOUBT = 1.5  # an estimate may be off by so much
 GRAPH_HOLDS = 5.0  # times the kept values: what a forward pass with its graph and all dx holds
 CHECKED = 2  # quantizers on which a replay is compared with full forwards before it is believed
 AGREES = 1e-3  # of what quantization does to the outputs: a wide batch runs other kernels
@@ -160,14 +161,21 @@ class _Measure:
         return replace(table, findings=(*self.findings, *health(table)))
 
     def in_doubt(self, guessed: list[tuple[float, float]], method: str) -> list[int]:
-        """Rows to measure: those that have no estimate, and when screening the top share of the others."""
+        """Rows to measure: those that have no estimate; when screening those that may be of the top fifth as well.
+
+        An estimate within a factor DOUBT of the fifth's lowest is in doubt (nine of ten are off by less than 1.3), but
+        no more than `screened_share` of all are measured.
+        """
         blind = [i for i, (score, _) in enumerate(guessed) if math.isnan(score)]
         if blind:
             text = f"{len(blind)} rows have no estimate (rounding, comparisons or indices on the way): measured"
             self.findings.append(Finding("sensitivity", "info", text))
         rest = sorted(set(range(len(guessed))) - set(blind), key=lambda i: -guessed[i][0])
-        share = 0.0 if method == "estimate" else self.settings.screened_share
-        return [*blind, *rest[: math.ceil(len(rest) * share)]]
+        if method == "estimate" or not rest:
+            return blind
+        cut_off = guessed[rest[math.ceil(0.2 * len(rest)) - 1]][0] / DOUBT
+        doubtful = [i for i in rest if guessed[i][0] >= cut_off]
+        return [*blind, *doubtful[: math.ceil(len(rest) * self.settings.screened_share)]]
 
     def guesses(self, chunks: Sequence[Any]) -> list[tuple[float, float]]:
         """Estimated (score, standard error) of every row; none where the batch cannot be taken apart."""
@@ -205,7 +213,7 @@ class _Measure:
         share = f"{100 * self.settings.screened_share:g} %"
         return {
             "exact": f"one quantizer on at a time, {how}",
-            "screened": f"{draws}; the top {share} one at a time, {how}",
+            "screened": f"{draws}; those in doubt, at most {share}, one at a time, {how}",
             "estimate": draws,
         }[method]
 

@@ -97,8 +97,9 @@ class SensitivitySettings:
     search_samples: int = 256
     """How many calibration samples are searched for bad cases."""
     method: str = "exact"
-    """exact; screened: all rows estimated, the top `screened_share` of them measured; estimate: none measured."""
+    """exact; screened: all rows estimated, those measured that may be of the top fifth; estimate: none measured."""
     screened_share: float = 0.4
+    """Most rows that screening measures."""
     draws: int = 64
     """Random directions x samples that an estimate is averaged over: fewer lose a third of the top rows."""
     dtypes: Sequence[str] = field(default_factory=lambda: ["qint8"])
