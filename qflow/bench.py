@@ -40,8 +40,8 @@ from qflow.trial import TrialResult
 Progress = Callable[[int], None]
 
 
-def _silent(_: int) -> None:
-    return None
+def silent(_: int) -> None:
+    """Progress that nobody looks at."""
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Bench:
 
     # ---- stages
 
-    def measure_float(self, progress: Progress = _silent) -> float:
+    def measure_float(self, progress: Progress = silent) -> float:
         """Metric of the float model. Raises ConfigError if the task states another one."""
         metric, self.eval_samples = evaluate(self.task, self.task.model, self.eval_batch, progress)
         stated = self.task.stated_metric
@@ -113,7 +113,7 @@ class Bench:
         assert self._deploy is not None
         return self._deploy
 
-    def calibrate(self, settings: CalibrationSettings, progress: Progress = _silent) -> CalibrationStats:
+    def calibrate(self, settings: CalibrationSettings, progress: Progress = silent) -> CalibrationStats:
         """Statistics of `steps` batches of `batch_size`: one pass serves all methods and dtypes.
 
         Raises DataError if the calibration set holds fewer samples.
@@ -143,7 +143,7 @@ class Bench:
                 pass
 
     def find_badcases(
-        self, progress: Progress = _silent, inputs: BadcaseInputs | None = None, template: QDtype = QDtype.qint8
+        self, progress: Progress = silent, inputs: BadcaseInputs | None = None, template: QDtype = QDtype.qint8
     ) -> BadcaseTable:
         """The calibration samples on which the model, all at `template`, differs most from float; progress in steps.
 
@@ -183,7 +183,7 @@ class Bench:
         """Number of int8 rows of a sensitivity table: outputs and weights, high-precision outputs apart."""
         return len(self.graph.quantized) - len(self.graph.high_precision) + len(self.graph.weighted)
 
-    def rank(self, progress: Progress = _silent, template: QDtype = QDtype.qint8) -> SensitivityTable:
+    def rank(self, progress: Progress = silent, template: QDtype = QDtype.qint8) -> SensitivityTable:
         """Sensitivity of every quantizer on the bad cases; `progress` counts rows.
 
         At each of `sensitivity.dtypes`; with another template than qint8 at what that gives each quantizer.
@@ -245,13 +245,13 @@ class Bench:
 
     # ---- trials
 
-    def run_trial(self, settings: TrialSettings, progress: Progress = _silent) -> TrialResult:
+    def run_trial(self, settings: TrialSettings, progress: Progress = silent) -> TrialResult:
         """Resolve, calibrate, evaluate and cost one trial. Equal (qconfig, calibration) are run once."""
         requested, applied = self.resolve(settings.qconfig)
         return self.run_qconfig(requested, applied, settings, progress)
 
     def run_qconfig(
-        self, requested: QConfig, applied: QConfig, settings: TrialSettings, progress: Progress = _silent
+        self, requested: QConfig, applied: QConfig, settings: TrialSettings, progress: Progress = silent
     ) -> TrialResult:
         """Evaluate a qconfig that is already resolved, after QAT if the settings ask for steps."""
         calibration, qat = settings.calibration, settings.qat

@@ -6,7 +6,7 @@ Each step is computed once and takes what it needs of those before it. All look 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,22 +29,15 @@ from qflow.analysis.tables import (
     LayerTable,
     SensitivityTable,
 )
-from qflow.bench import Bench
+from qflow.bench import Bench, Progress, silent
 from qflow.core.device import apply_rules
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.qconfig import QConfig
 from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, Setter, TemplateSetter, resolve
 from qflow.quant.calibrate import apply_scales
-from qflow.quant.calling import call_model, named_tensors
+from qflow.quant.calling import batch_size, call_model, named_tensors
 from qflow.quant.capture import ReplayError
-from qflow.quant.widen import batch_size
-
-Progress = Callable[[int], None]
-
-
-def _silent(_: int) -> None:
-    return None
 
 
 @dataclass
@@ -61,12 +54,12 @@ class Diagnosis:
     fidelity: Fidelity | None = None
     findings: tuple[Finding, ...] = ()
 
-    def find_badcases(self, progress: Progress = _silent) -> BadcaseTable:
+    def find_badcases(self, progress: Progress = silent) -> BadcaseTable:
         """The calibration samples on which the quantized model differs most from float."""
         self.badcases = self.bench.find_badcases(progress, self.inputs, self.template)
         return self.badcases
 
-    def compare_layers(self, progress: Progress = _silent) -> LayerTable | None:
+    def compare_layers(self, progress: Progress = silent) -> LayerTable | None:
         """Every operator call on the bad cases, float against calibrated; `progress` counts calls.
 
         None, with a finding, where the model's calls cannot be run one by one.
@@ -81,7 +74,7 @@ class Diagnosis:
             self.findings += (Finding("layers", "check", f"no layer-by-layer comparison: {error.reason}"),)
         return self.layers
 
-    def rank(self, progress: Progress = _silent) -> SensitivityTable:
+    def rank(self, progress: Progress = silent) -> SensitivityTable:
         """Sensitivity of every quantizer on the bad cases; `progress` counts rows."""
         self.sensitivity = self.bench.rank(progress, self.template)
         return self.sensitivity
@@ -106,8 +99,11 @@ class Diagnosis:
         if not chosen:
             raise ConfigError("Advice is checked by its lines, but got none: nothing stands out or nothing is allowed.")
         table, bench = self.sensitivity or self.rank(), self.bench
-        before_rows = {(r.op_name, r.sensitive_type): r for r in table.rows if r.quant_dtype == table.dtypes[0]}
         self._calibrated()
+        own = {(c.node.name, c.sensitive_type, str(c.variant.quantizer.dtype)) for c in candidates(bench.prepared)}
+        before_rows = {
+            (r.op_name, r.sensitive_type): r for r in table.rows if (r.op_name, r.sensitive_type, r.quant_dtype) in own
+        }
         before = self._outputs_off()
         calibration = bench.default_calibration
         apply_scales(bench.prepared, bench.calibrate(calibration), self.qconfig(modules), calibration)

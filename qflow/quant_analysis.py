@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qflow.analysis.advice_text import advice_text
 from qflow.analysis.advisor import advise
 from qflow.analysis.badcase import find_badcases
 from qflow.analysis.badcase_files import CASE_FILE, BadcaseInputs, SavedBadcases, load_badcases, save_badcases
@@ -39,9 +40,8 @@ from qflow.core.plugin_names import ModuleNameQconfigSetter
 from qflow.core.settings import COMPARISONS, SensitivitySettings
 from qflow.library import Prepared
 from qflow.model_pair import ModelPair, on, only, same
-from qflow.quant.calling import copied
+from qflow.quant.calling import batch_size, copied
 from qflow.quant.capture import ReplayError
-from qflow.quant.widen import batch_size
 
 SPARE = 4  # samples whose inputs are kept at least: means shift during the search, and with them who is worst
 
@@ -231,8 +231,6 @@ class QuantAnalysis:
         Where layers cannot be compared, from sensitivity and calibration alone. `setter` applies it. Writes
         abnormal_layer_advisor.txt. Raises ModelError without calibration statistics.
         """
-        from qflow.report.analysis_files import advice_text  # the drawing libraries come with it
-
         stats = self.pair.prepared.stats
         if stats is None:
             where = "a state dict does not hold them. Call qflow.calibrate."

@@ -18,20 +18,12 @@ from torch.utils._pytree import tree_map
 from qflow.analysis.tables import BadcaseTable, text_table
 from qflow.core.errors import DataError
 from qflow.core.settings import COMPARISONS
+from qflow.quant.calling import cut
 
 SHOWN = tuple(metric for metric in COMPARISONS if metric != "Atol")  # the guide's columns
 CASE_FILE, INFO_FILE = "badcase.pt", "all_badcase_info.pt"
 Attrs = tuple[Any, Any]
 """Cached attributes of the float and of the calibrated model; None without."""
-
-
-def sliced(inputs: Any, size: int, start: int, stop: int) -> Any:
-    """Samples `start` to `stop` of a batch of `size`, batch dim kept; what has no batch dim stays as it is."""
-
-    def cut(value: Any) -> Any:
-        return value[start:stop] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
-
-    return tree_map(cut, inputs)
 
 
 @dataclass
@@ -51,7 +43,7 @@ class BadcaseInputs:
             del self.samples[index]
         for index in wanted:
             if first <= index < first + size and index not in self.samples:
-                one = sliced(inputs, size, index - first, index - first + 1)
+                one = cut(inputs, size, index - first, index - first + 1)
                 self.samples[index] = tree_map(_kept, one)
 
     def finish(self, table: BadcaseTable) -> None:

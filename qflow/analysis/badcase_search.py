@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qflow.analysis.badcase_files import sliced
 from qflow.analysis.metrics import Custom, distances, smallest_is_worst
 from qflow.analysis.tables import BadcaseTable, Finding
 from qflow.analysis.worst_samples import WorstSamples
 from qflow.core.errors import DataError
-from qflow.quant.calling import call_model, named_tensors
+from qflow.quant.calling import call_model, cut, named_tensors
 from qflow.quant.order import Jump, Order, jumps, may_change_order
 from qflow.quant.quantized_model import QuantizedModel
 from qflow.quant.trace import trace
@@ -55,7 +54,7 @@ class Search:
         """Run both models on one batch and take in the distances of its samples."""
         reference, quantized = self.outputs(batch)
         if self.worst is None:
-            self.findings += _jump_findings(self.model, self.prepared, sliced(batch, size, 0, 2))
+            self.findings += _jump_findings(self.model, self.prepared, cut(batch, size, 0, 2))
             names = [n for n, x in reference.items() if not self.refused(n, x, quantized.get(n), size)]
             self.worst = WorstSamples(names, self.custom, self.top, self.pool)
         for name in list(self.worst.outputs):

@@ -26,12 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from qflow.core.settings import SensitivitySettings
+from qflow.quant.calling import batch_size
 from qflow.quant.capture import Captured
 from qflow.quant.ops import function_name
 from qflow.quant.quantized_model import QuantizedModel
 from qflow.quant.rerun import Ops, Values, Variant
 from qflow.quant.tape import Op
-from qflow.quant.widen import batch_size, sample_axes
+from qflow.quant.widen import sample_axes
 
 
 def estimable(metric: str) -> bool:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from qflow.analysis.layer_metrics import EMPTY, compare, relative_error
 from qflow.analysis.tables import Finding, LayerRow, LayerTable
 from qflow.core.graph import OpNode
+from qflow.quant.calling import batch_size
 from qflow.quant.capture import Captured, capture
 from qflow.quant.quantized_model import QuantizedModel
 from qflow.quant.rerun import Ops, Values
 from qflow.quant.tape import Op, Ref
-from qflow.quant.widen import batch_size
 
 GROWS = 2.0  # an error that is so many times that of its inputs grows here
 STANDS_OUT = 3.0  # times the median of all operators' own errors

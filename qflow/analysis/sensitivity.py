@@ -19,31 +19,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from qflow.analysis.candidates import Candidate, candidates
+from qflow.analysis.chunks import chunks_of, mixed_output, sample_bytes
 from qflow.analysis.distances import Distances, disagreement
 from qflow.analysis.estimate import estimable, estimate, passes
 from qflow.analysis.health import health
 from qflow.analysis.tables import Finding, SensitivityRow, SensitivityTable
 from qflow.core.errors import DataError
-from qflow.core.graph import OpKind
 from qflow.core.settings import SensitivitySettings
-from qflow.quant.calling import call_model, named_tensors
-from qflow.quant.capture import Captured, ReplayError, calls, capture
-from qflow.quant.ops import function_name
-from qflow.quant.order import ORDER_CHANGING
+from qflow.quant.calling import batch_size, call_model, named_tensors
+from qflow.quant.capture import Captured, ReplayError, capture
+from qflow.quant.order import may_change_order
 from qflow.quant.quantized_model import QuantizedModel
 from qflow.quant.replay import Replay, full_forward
 from qflow.quant.rerun import Variant
-from qflow.quant.widen import Widths, batch_size, cut, widen
+from qflow.quant.widen import Widths, widen
 
 MERGE = "sum over outputs of distance / mean |float output|"
-WIDE_BYTES = (
-    2e6  # of an average value, all variants together: beyond it a CPU gains nothing (benchmarks/sensitivity.py)
-)
+WIDE_BYTES = 2e6  # of an average value, all variants together: beyond it a CPU gains nothing (docs/log.md)
 FEW_SAMPLES = 8  # batches up to so many samples run several variants at once
-CACHE_SAMPLES = 16  # samples of a chunk on a CPU: larger ones leave its caches and take up to 1.5 times as long
 DOUBT = 1.5  # an estimate may be off by so much
 GRAPH_HOLDS = 5.0  # times the kept values: what a forward pass with its graph and all dx holds
 CHECKED = 2  # quantizers on which a replay is compared with full forwards before it is believed
@@ -87,58 +82,22 @@ class _Measure:
         self.widths: Widths | None = None
         self.narrow = ""
 
-    # ---- amounts
-
-    def sample_bytes(self, inputs: Any) -> float:
-        """Float values of one of these samples, as far as they are kept; the model was prepared at another size."""
-        graph = self.prepared.graph
-        traced = sum(n.elements / max(n.shape[0], 1) for n in graph.nodes if n.kind == OpKind.input and n.shape)
-        size = batch_size(inputs)
-        given = sum(t.numel() / size for t in tree_leaves(inputs) if isinstance(t, Tensor))
-        values = sum(n.elements / max(n.shape[0], 1) for n in graph.nodes if n.shape)
-        return 4.0 * values * given / max(traced, 1.0)
-
-    def chunks(self, inputs: Any, held: float) -> list[Any]:
-        """`inputs` in parts of which `held` times the kept values fit into the memory."""
-        size = batch_size(inputs)
-        most = max(1, min(size, int(self.memory / (held * self.sample_bytes(inputs)))))
-        tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
-        if all(t.device.type == "cpu" for t in tensors):
-            most = min(most, CACHE_SAMPLES)
-        parts = math.ceil(size / most)
-        bounds = [size * i // parts for i in range(parts + 1)]
-        return [cut(inputs, size, a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
-
-    def independent(self, inputs: Any) -> bool:
-        """True if a sample gives what it gives in company: only then may a batch be cut."""
-        size = batch_size(inputs)
-        if size < 2:
-            return True
-        parts = [
-            dict(named_tensors(call_model(self.model, cut(inputs, size, *ends)))) for ends in ((0, 2), (0, 1), (1, 2))
-        ]
-        for name, both in parts[0].items():
-            alone = [part.get(name) for part in parts[1:]]
-            fits = both.ndim > 0 and len(both) == 2 and all(t is not None and t.shape == both[:1].shape for t in alone)
-            joined = torch.cat([t for t in alone if t is not None]) if fits else both
-            if not fits or disagreement({name: joined}, {name: both}, {name: torch.zeros_like(both)}) > AGREES:
-                text = f"output {name} is not made sample by sample: the bad cases are one batch and not cut"
-                self.findings.append(Finding("sensitivity", "check", text))
-                return False
-        return True
-
     # ---- the table
 
     def table(self, batches: Sequence[Any], on_row: Callable[[int], None]) -> SensitivityTable:
         samples = sum(batch_size(inputs) for inputs in batches)
-        method, reason = self.way(samples, max(map(self.sample_bytes, batches)))
+        method, reason = self.way(samples, max(sample_bytes(self.prepared.graph, b) for b in batches))
         if reason:
             self.findings.append(Finding("sensitivity", "info", reason))
         guessed: list[tuple[float, float]] = []
         # half for the values that are kept, half for what variants hold
-        chunks = list(batches)
-        if all(self.independent(inputs) for inputs in batches):
-            chunks = [c for inputs in batches for c in self.chunks(inputs, 2.0 if method == "exact" else GRAPH_HOLDS)]
+        chunks, mixed = list(batches), next(filter(None, (mixed_output(self.model, b) for b in batches)), "")
+        if mixed:
+            text = f"output {mixed} is not made sample by sample: the bad cases are one batch and not cut"
+            self.findings.append(Finding("sensitivity", "check", text))
+        else:
+            room = self.memory / (2.0 if method == "exact" else GRAPH_HOLDS)
+            chunks = [part for inputs in batches for part in chunks_of(self.prepared.graph, inputs, room)]
         if method != "exact":
             guessed = self.guesses(chunks)
         exact = list(range(len(self.rows)))
@@ -237,7 +196,7 @@ class _Measure:
         """The n-th chunk's ops and float values; kept for whoever asks next while all fit into half of the memory."""
         if n not in self.kept:
             found = capture(self.model, self.prepared.plan, inputs, self.memory / 2)
-            if (n + 1) * batch_size(inputs) * self.sample_bytes(inputs) > self.memory / 2:
+            if (n + 1) * batch_size(inputs) * sample_bytes(self.prepared.graph, inputs) > self.memory / 2:
                 return found
             self.kept[n] = found
         return self.kept[n]
@@ -277,7 +236,7 @@ class _Measure:
             return dict(named_tensors(call_model(self.model, inputs))), self._full(inputs, variants)
         captured = self.captured(n, inputs)
         if n == 0:
-            self.reorders = any(function_name(c.function) in ORDER_CHANGING for c in calls(captured) if c.function)
+            self.reorders = may_change_order(captured.tape.names)
         replay = Replay(self.model, self.prepared, captured, self.widened(inputs, captured))
         plain, outputs = replay.references(), self._replayed(replay, inputs, variants)
         return plain, self._checked(replay, inputs, variants, outputs) if n == 0 else outputs

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
@@ -110,3 +111,14 @@ def input_tensors(model: nn.Module, inputs: Any) -> list[tuple[str, Tensor]]:
         else:
             found.extend((f"{name}-{inner}", tensor) for inner, tensor in named_tensors(value))
     return found
+
+
+def cut(inputs: Any, size: int, begin: int, end: int) -> Any:
+    """Samples `begin` to `end` of a batch of `size`; tensors without a batch axis stay whole."""
+    return tree_map(lambda t: t[begin:end] if isinstance(t, Tensor) and t.ndim and t.shape[0] == size else t, inputs)
+
+
+def batch_size(inputs: Any) -> int:
+    """Number of samples: the first axis of the first tensor."""
+    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim]
+    return int(tensors[0].shape[0]) if tensors else 1

@@ -21,7 +21,7 @@ from qflow.core.graph import TRANSPARENT_KINDS, OpKind
 from qflow.quant.calling import input_tensors
 from qflow.quant.ops import FILLS, function_name
 from qflow.quant.plan import Plan
-from qflow.quant.runtime import in_place_form
+from qflow.quant.runtime import writes_first
 from qflow.quant.tape import Call, Op, Ref, Tape
 from qflow.quant.trace import trace
 from qflow.quant.tracer import Tracer
@@ -90,27 +90,20 @@ class Capture(Tracer):
         if module is not None:
             in_place = bool(getattr(function, "inplace", False))
         else:
-            in_place = name in ("setitem", *FILLS) or self._writes(function, args, kwargs)
-        call = Call(
+            in_place = name in ("setitem", *FILLS) or writes_first(function, args, kwargs)
+        return Call(
             None if module is not None else function,
             module,
             _mapped(lambda v: self._reference(v, in_place and v is first), tuple(args)),
             _mapped(lambda v: self._reference(v, False), dict(kwargs)) if kwargs else {},
             in_place and isinstance(first, Tensor),
         )
-        return call
 
     def _frozen(self, name: str, tensor: Tensor) -> None:
         """A Python number of this pass would stay what it is, whatever is quantized."""
         index = self.producer(tensor)
         if index is not None and (tensor.is_floating_point() or tensor.dtype == torch.bool):
             self.give_up(f"a Python value is taken from {self.ops[index].name} by {name}")
-
-    def _writes(self, function: Any, args: Any, kwargs: Any) -> bool:
-        form = in_place_form(function)
-        if form is True or form is False:
-            return form
-        return bool(kwargs.get("inplace", len(args) > form and args[form]))
 
     def _reference(self, value: Any, written: bool) -> Any:
         if not isinstance(value, Tensor):
@@ -169,9 +162,7 @@ def _mapped(function: Callable[[Any], Any], structure: Any) -> Any:
 def capture(model: nn.Module, plan: Plan, inputs: Any, memory: float, inner: bool = False) -> Captured:
     """Run `model` on `inputs` and keep what a replay needs; values as long as they fit into `memory` bytes.
 
-    `inner` also keeps the values inside fused groups.
-
-    Raises ReplayError where the batch cannot be replayed, with the reason.
+    `inner` also keeps those inside fused groups. Raises ReplayError with the reason where that cannot be.
     """
     tracer = Capture(model, plan, memory, inner)
     tracer.given = plan.sites  # functionals go by the names that they have at run time
@@ -195,8 +186,3 @@ def references(structure: Any) -> list[Ref]:
     found: list[Ref] = []
     tree_map(lambda v: found.append(v) if isinstance(v, Ref) else None, structure)
     return found
-
-
-def calls(captured: Captured) -> list[Call]:
-    """All calls of the batch."""
-    return [op.call for op in captured.tape.ops if op.call is not None]

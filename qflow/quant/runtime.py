@@ -48,7 +48,6 @@ class Mode(TorchFunctionMode):
         name = _NAMES.get(func)
         if name is None:
             name = _NAMES[func] = function_name(func)
-            _WRITES[func] = in_place_form(func)
         base = f"{run.scopes[-1]}[{name}]"
         key, call = (base, "") if run.sited and base not in run.plan.bases else run.locate(base)
         if call in run.arguments:
@@ -98,7 +97,9 @@ def in_place_form(func: Any) -> bool | int:
 
 def writes_first(func: Any, args: Any, kwargs: Any) -> bool:
     """True if this call writes its result into its first argument."""
-    form = _WRITES[func]
+    form = _WRITES.get(func)
+    if form is None:
+        form = _WRITES[func] = in_place_form(func)
     if form is True or form is False:
         return form and len(args) > 0
     return bool(kwargs.get("inplace", len(args) > form and args[form]))

@@ -80,10 +80,10 @@ class _Hooks:
 
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
-        handles, leaves = [], []
+        handles, leaves = [], []  # with the forward that the user has put on the module itself, if any
         for path, module in model.named_modules():
             if path not in self.skip and is_leaf(module):
-                leaves.append(module)
+                leaves.append((module, module.__dict__.get("forward")))
                 module.forward = self.wrapped(path, module)
             elif path in self.skip:
                 handles.append(module.register_forward_pre_hook(self.enter_leaf, with_kwargs=True))
@@ -96,8 +96,10 @@ class _Hooks:
         finally:
             for handle in handles:
                 handle.remove()
-            for leaf in leaves:
+            for leaf, own in leaves:
                 del leaf.forward
+                if own is not None:
+                    leaf.forward = own
 
 
 def trace(model: nn.Module, inputs: Any, skip: Collection[str] = (), tracer: Tracer | None = None) -> Tape:

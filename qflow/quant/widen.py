@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from qflow.quant.calling import cut
 from qflow.quant.capture import Captured, ReplayError, capture
 from qflow.quant.quantized_model import QuantizedModel
 from qflow.quant.tape import Op, Ref
@@ -106,17 +107,6 @@ def sample_axes(
         fits = len(single.shape) == len(op.shape) and len(grown) == 1
         found[op.index] = grown[0] if fits and op.shape[grown[0]] == size * single.shape[grown[0]] else None
     return found
-
-
-def cut(inputs: Any, size: int, begin: int, end: int) -> Any:
-    """Samples `begin` to `end` of a batch of `size`; tensors without a batch axis stay whole."""
-    return tree_map(lambda t: t[begin:end] if isinstance(t, Tensor) and t.ndim and t.shape[0] == size else t, inputs)
-
-
-def batch_size(inputs: Any) -> int:
-    """Number of samples: the first axis of the first tensor."""
-    tensors = [t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor) and t.ndim]
-    return int(tensors[0].shape[0]) if tensors else 1
 
 
 def _other(value: Any, size: int) -> Any:

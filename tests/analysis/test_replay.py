@@ -14,11 +14,11 @@ from qflow.core.dtype import QDtype
 from qflow.core.setter import TemplateSetter, resolve
 from qflow.core.settings import CalibrationSettings
 from qflow.quant.calibrate import apply_scales, collect
-from qflow.quant.calling import call_model, named_tensors
+from qflow.quant.calling import batch_size, call_model, named_tensors
 from qflow.quant.capture import ReplayError, capture
 from qflow.quant.prepare import prepare
 from qflow.quant.replay import Replay, full_forward
-from qflow.quant.widen import batch_size, widen
+from qflow.quant.widen import widen
 
 INF = float("inf")
 

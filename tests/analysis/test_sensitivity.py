@@ -20,10 +20,9 @@ from qflow.core.sensitive import table_rows
 from qflow.core.setter import TemplateSetter, resolve
 from qflow.core.settings import COMPARISONS, CalibrationSettings, SensitivitySettings
 from qflow.quant.calibrate import apply_scales, collect
-from qflow.quant.calling import call_model, named_tensors
+from qflow.quant.calling import batch_size, call_model, cut, named_tensors
 from qflow.quant.prepare import prepare
 from qflow.quant.replay import Replay, full_forward
-from qflow.quant.widen import batch_size, cut
 
 torch.manual_seed(0)
 

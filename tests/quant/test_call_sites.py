@@ -14,6 +14,7 @@ from qflow.core.settings import QatSettings
 from qflow.quant.qat import train
 from qflow.quant.qat_state import qat_state
 from qflow.quant.sites import call_site
+from qflow.quant.trace import trace
 
 
 def image(size=16):
@@ -212,3 +213,13 @@ def test_a_recomputation_finds_the_names_of_its_pass():
             prepared(x).square().sum().backward()
         gradients.append({n: p.grad for n, p in prepared.model.named_parameters()})
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+def test_a_forward_that_the_user_put_on_a_leaf_is_still_there_after_tracing():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).eval()
+    plain = model[0].forward
+    model[0].forward = lambda x: 2.0 * plain(x)
+    own = model[0].forward
+    trace(model, torch.randn(2, 3, 4, 4))
+    assert model[0].forward is own
+    assert "forward" not in model[1].__dict__

@@ -1,0 +1,55 @@
+"""Bad cases in parts that fit into memory and caches, where a sample gives in parts what it gives in company."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from qflow.analysis.distances import disagreement
+from qflow.core.graph import ModelGraph, OpKind
+from qflow.quant.calling import batch_size, call_model, cut, named_tensors
+
+CACHE_SAMPLES = 16  # of a chunk on a CPU: larger ones leave its caches and take up to 1.5 times as long
+AGREES = 1e-3  # of the outputs: other batch sizes run other kernels
+
+
+def sample_bytes(graph: ModelGraph, inputs: Any) -> float:
+    """Float values of one of these samples, as far as a replay keeps them; `graph` was traced at another size."""
+    traced = sum(n.elements / max(n.shape[0], 1) for n in graph.nodes if n.kind == OpKind.input and n.shape)
+    size = batch_size(inputs)
+    given = sum(t.numel() / size for t in tree_leaves(inputs) if isinstance(t, Tensor))
+    values = sum(n.elements / max(n.shape[0], 1) for n in graph.nodes if n.shape)
+    return 4.0 * values * given / max(traced, 1.0)
+
+
+def chunks_of(graph: ModelGraph, inputs: Any, memory: float) -> list[Any]:
+    """`inputs` in parts whose kept values take at most `memory` bytes, a sample at least."""
+    size = batch_size(inputs)
+    most = max(1, min(size, int(memory / sample_bytes(graph, inputs))))
+    if all(t.device.type == "cpu" for t in tree_leaves(inputs) if isinstance(t, Tensor)):
+        most = min(most, CACHE_SAMPLES)
+    parts = math.ceil(size / most)
+    bounds = [size * i // parts for i in range(parts + 1)]
+    return [cut(inputs, size, a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def mixed_output(model: nn.Module, inputs: Any) -> str:
+    """Name of an output that is not made sample by sample, seen on the first two; "" if a batch may be cut."""
+    size = batch_size(inputs)
+    if size < 2:
+        return ""
+    few = [cut(inputs, size, *ends) for ends in ((0, 2), (0, 1), (1, 2))]
+    both, *alone = (dict(named_tensors(call_model(model, part))) for part in few)
+    for name, pair in both.items():
+        single = (
+            [part[name] for part in alone if name in part and part[name].shape == pair[:1].shape] if pair.ndim else []
+        )
+        if len(single) != 2 or len(pair) != 2:
+            return name
+        if disagreement({name: torch.cat(single)}, {name: pair}, {name: torch.zeros_like(pair)}) > AGREES:
+            return name
+    return ""
