@@ -84,8 +84,10 @@ def _without_masks(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.masked_fill(same, 0.0), y.masked_fill(same, 0.0)
 
 
-def disagreement(got: dict[str, Tensor], wanted: dict[str, Tensor], plain: dict[str, Tensor]) -> float:
-    """Largest |got - wanted| over |wanted - plain| of the outputs (norms), 1e-3 of |plain| counting as nothing.
+def disagreement(
+    got: dict[str, Tensor], wanted: dict[str, Tensor], plain: dict[str, Tensor], nothing: float = 1e-3
+) -> float:
+    """Largest |got - wanted| over |wanted - plain| of the outputs (norms), `nothing` |plain| being the least of those.
 
     `plain` are the float outputs: what two ways to compute differ by is held against what quantization does.
     """
@@ -96,5 +98,5 @@ def disagreement(got: dict[str, Tensor], wanted: dict[str, Tensor], plain: dict[
         if plain[name].shape != tensor.shape:
             continue
         a, b, c = (t.double().nan_to_num() for t in (tensor, wanted[name], plain[name]))
-        worst = max(worst, float((a - b).norm()) / max(float((b - c).norm()), 1e-3 * float(c.norm()), 1e-30))
+        worst = max(worst, float((a - b).norm()) / max(float((b - c).norm()), nothing * float(c.norm()), 1e-30))
     return worst

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 PART = 1 << 16  # values of a part: what a core keeps in its cache
+OVERFLOWS = 80.0  # exponents beyond it leave float32
 
 EMPTY = (
     ["Cosine", "MSE", "L1", "KL", "SQNR", "Atol", "Rtol"]
@@ -42,7 +43,7 @@ def compare(x: Tensor, y: Tensor) -> dict[str, float | None]:
         products = [p64.dot(p64), q64.dot(q64), p64.dot(q64), d.dot(d)]
         sums += torch.stack([p64.sum(), q64.sum(), *products, d.abs().sum(), counts]).cpu()
         atol = max(atol, float(d.abs().max()))
-        rtol = max(rtol, float(torch.nan_to_num((d.float() / p64.float()), 0.0).abs().max()))
+        rtol = max(rtol, _largest(d.float() / p64.float()))
     sx, sy, xx, yy, xy, dd, l1, n = sums.tolist()
     if not n or not math.isfinite(dd):
         worst = math.inf if n else None  # nothing finite to compare, or a value that one of them has lost
@@ -84,24 +85,39 @@ def _number(value: float | None) -> float | None:
     return None if value is not None and math.isnan(value) else value
 
 
+def _largest(ratios: Tensor) -> float:
+    """Largest magnitude; what is no number counts as nothing, an infinite one as the largest there is."""
+    largest = float(ratios.abs().max())
+    return largest if math.isfinite(largest) else float(torch.nan_to_num(ratios, 0.0).abs().max())
+
+
 def divergence(x: Tensor, y: Tensor) -> float | None:
     """KL divergence as torch's KLDivLoss has it: mean over all elements of p (log p - log q).
 
-    A row's sum is E_p[x - y] - (log sum exp x - log sum exp y): two exponentials an element instead of three.
+    With d = y - x and m its mean under p, a row's sum is log E_p[exp(d - m)]: two exponentials an element, and no
+    difference of large numbers, so that float32 keeps all but the last digits of a small divergence.
     """
     if x.ndim == 0:
         return 0.0
-    if not bool(torch.isfinite(x).all() & torch.isfinite(y).all()):
+    if not _all_finite(x) or not _all_finite(y):
         return None  # a distribution over infinite scores is none
     total = 0.0
     for p, q in _columns(x, y):
-        p64, q64 = p.double(), q.double()
-        top, low = p64.amax(0), q64.amax(0)
-        weights = (p64 - top).exp_()
-        mass = weights.sum(0)
-        rows = (weights.mul_(p64 - q64)).sum(0) / mass - (mass.log() + top)
-        total += float((rows + (q64 - low).exp_().sum(0).log_() + low).sum())
+        weights = (p - p.amax(0)).exp_()
+        weights /= weights.sum(0)
+        change = q - p
+        mean = (weights * change).sum(0)
+        change -= mean
+        if float(change.max()) > OVERFLOWS:
+            rows = torch.logsumexp(q.double(), 0) - torch.logsumexp(p.double(), 0) - mean.double()
+        else:
+            rows = change.expm1_().mul_(weights).sum(0).log1p_()
+        total += float(rows.sum(dtype=torch.float64))
     return total / x.numel()
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return math.isfinite(float(tensor.sum())) or bool(tensor.isfinite().all())  # a sum is ten times faster
 
 
 def _columns(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -37,12 +37,13 @@ from qflow.quant.rerun import Variant
 from qflow.quant.widen import Widths, widen
 
 MERGE = "sum over outputs of distance / mean |float output|"
-WIDE_BYTES = 2e6  # of an average value, all variants together: beyond it a CPU gains nothing (docs/log.md)
+WIDE_BYTES = 1e6  # of an average value, all variants together: beyond it a CPU gains nothing (docs/log.md)
 FEW_SAMPLES = 8  # batches up to so many samples run several variants at once
 DOUBT = 1.5  # an estimate may be off by so much
 GRAPH_HOLDS = 5.0  # times the kept values: what a forward pass with its graph and all dx holds
 CHECKED = 2  # quantizers on which a replay is compared with full forwards before it is believed
 AGREES = 1e-3  # of what quantization does to the outputs: a wide batch runs other kernels
+ROUNDING = 1e-4  # of the float outputs: what folded batch norms and other kernels may move them by
 
 
 def sensitivity(
@@ -91,13 +92,14 @@ class _Measure:
             self.findings.append(Finding("sensitivity", "info", reason))
         guessed: list[tuple[float, float]] = []
         # half for the values that are kept, half for what variants hold
-        chunks, mixed = list(batches), next(filter(None, (mixed_output(self.model, b) for b in batches)), "")
+        room = self.memory / (2.0 if method == "exact" else GRAPH_HOLDS)
+        cuts = [chunks_of(self.prepared.graph, inputs, room) for inputs in batches]
+        torn = [inputs for inputs, parts in zip(batches, cuts, strict=True) if len(parts) > 1]
+        mixed = next(filter(None, (mixed_output(self.model, inputs) for inputs in torn)), "")
         if mixed:
             text = f"output {mixed} is not made sample by sample: the bad cases are one batch and not cut"
             self.findings.append(Finding("sensitivity", "check", text))
-        else:
-            room = self.memory / (2.0 if method == "exact" else GRAPH_HOLDS)
-            chunks = [part for inputs in batches for part in chunks_of(self.prepared.graph, inputs, room)]
+        chunks = list(batches) if mixed else [part for parts in cuts for part in parts]
         if method != "exact":
             guessed = self.guesses(chunks)
         exact = list(range(len(self.rows)))
@@ -257,11 +259,14 @@ class _Measure:
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """`outputs`, a few of them compared with full forwards; nothing quantized first. Raises ReplayError."""
         plain = replay.references()
-        worst = disagreement(replay.recomputed(), plain, plain)
+        rounding = disagreement(replay.recomputed(), plain, plain, 1.0)
+        if rounding > ROUNDING:
+            raise ReplayError(f"its float outputs differ from the model's by {rounding:.2g}")
+        worst, nothing = 0.0, max(1e-3, 4.0 * rounding / AGREES)
         chosen = random.Random(0).sample(range(len(variants)), min(CHECKED, len(variants)))
         full = {i: got for i, (_, got) in zip(chosen, self._full(inputs, [variants[i] for i in chosen]), strict=True)}
         for i, got in outputs:
-            worst = max(worst, disagreement(got, full[i], plain) if i in full else 0.0)
+            worst = max(worst, disagreement(got, full[i], plain, nothing) if i in full else 0.0)
             if worst > AGREES:
                 raise ReplayError(f"its outputs differ from full forwards by {worst:.2g} of what quantization does")
             yield i, got
@@ -269,11 +274,13 @@ class _Measure:
     def widened(self, inputs: Any, captured: Captured) -> Widths | None:
         """How several variants run at once, where samples are few and it works."""
         size = batch_size(inputs)
+        if size > FEW_SAMPLES or not captured.complete or self.narrow:
+            return None
         held = [t.numel() * t.element_size() for ts in captured.values.values() for t in ts]
         room = self.memory / 2 / max(sum(held), 1.0) * 8  # of all values at most an eighth lives at a time
         most = int(min(WIDE_BYTES * len(held) / max(sum(held), 1.0), room, len(self.rows)))
         tight = 4.0 * sum(held) > self.memory / 2  # widening looks at the batch, another, and both together
-        if size > FEW_SAMPLES or most < 2 or not captured.complete or self.narrow or tight:
+        if most < 2 or tight:
             return None
         if self.widths is None:
             try:

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from qflow.quant.calling import call_model, named_tensors
 from qflow.quant.capture import Captured
 from qflow.quant.fake_quant import FakeQuant
+from qflow.quant.fused import FusedOps
 from qflow.quant.quantized_model import QuantizedModel
-from qflow.quant.rerun import Floats, Ops, Patch, Values, Variant
+from qflow.quant.rerun import Floats, Patch, Values, Variant
 from qflow.quant.tape import Op, Ref
 from qflow.quant.widen import Widths
 
@@ -35,7 +36,7 @@ class Replay:
     def __init__(
         self, model: nn.Module, prepared: QuantizedModel, captured: Captured, widths: Widths | None = None
     ) -> None:
-        self.ops = Ops(model, prepared, captured)
+        self.ops = FusedOps(model, prepared, captured)
         self.floats = Floats(self.ops, captured)
         self.widths = widths
 

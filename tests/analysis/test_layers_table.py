@@ -9,7 +9,7 @@ from test_replay import calibrated
 from torch import nn
 from zoo import NAMES, build
 
-from qflow.analysis.layer_metrics import compare
+from qflow.analysis.layer_metrics import compare, divergence
 from qflow.analysis.layer_text import COLUMNS, layers_csv, layers_text
 from qflow.analysis.layers import _Walk, compare_layers, filtered
 from qflow.analysis.tables import LayerTable
@@ -155,3 +155,12 @@ def test_filters_are_or_ed_as_in_the_plugin():
     assert any(row.base_op_type.endswith("Linear") for row in found)
     assert all(row.mod_name.startswith("stem") or row.base_op_type.endswith("Linear") for row in found)
     assert filtered(table).rows == table.rows
+
+
+@pytest.mark.parametrize("noise", [1e-5, 1e-2, 3.0, 300.0])
+def test_kl_keeps_its_digits_from_tiny_to_huge_differences(noise):
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, 5, 7)
+    y = x + noise * torch.randn_like(x)
+    wanted = F.kl_div(y.double().log_softmax(1), x.double().softmax(1), reduction="sum") / x.numel()
+    assert divergence(x, y) == pytest.approx(wanted.item(), rel=1e-3)

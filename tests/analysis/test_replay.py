@@ -41,7 +41,7 @@ def full(prepared, inputs, variants):
 @pytest.mark.parametrize("memory", [INF, 10.0], ids=["all values kept", "values move along"])
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_a_replayed_quantizer_gives_what_a_full_forward_gives_bit_for_bit(name, memory):
+def test_a_replayed_quantizer_gives_what_a_full_forward_gives(name, memory):
     model, inputs = build(name)
     prepared = calibrated(model, inputs)
     variants = [row.variant for row in candidates(prepared)]
@@ -49,13 +49,14 @@ def test_a_replayed_quantizer_gives_what_a_full_forward_gives_bit_for_bit(name, 
     assert captured.complete == (memory == INF)
     replay = Replay(model, prepared, captured)
     plain = dict(named_tensors(call_model(model, inputs)))
-    assert disagreement(replay.recomputed(), plain, plain) < 1e-3
+    assert disagreement(replay.recomputed(), plain, plain, 1.0) < 1e-6
     wanted = full(prepared, inputs, variants)
     seen = set()
     for i, got in replay.run(variants):
         seen.add(i)
         for output, tensor in got.items():
-            assert torch.equal(tensor.nan_to_num(), wanted[i][output].nan_to_num()), (variants[i].name, output)
+            apart = {output: tensor}, {output: wanted[i][output]}, {output: plain[output]}
+            assert disagreement(*apart, 1e-2) < 1e-3, (variants[i].name, output)
     assert seen == set(range(len(variants)))
     moved = [max(float((w[o] - plain[o]).abs().nan_to_num().max()) for o in w) for w in wanted]
     assert sum(m > 0 for m in moved) > 0.7 * len(moved)  # otherwise nothing was compared
@@ -97,7 +98,7 @@ def test_a_shared_weight_is_perturbed_at_all_its_calls():
     replay = Replay(model, prepared, captured)
     assert len(replay.ops.of(variant)) == 2
     ((_, got),) = replay.run([variant])
-    assert torch.equal(got["0"], full_forward(prepared, x, variant)["0"])
+    assert torch.allclose(got["0"], full_forward(prepared, x, variant)["0"], rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
@@ -108,6 +109,30 @@ def test_a_write_through_a_view_is_no_replay_and_says_so():
     prepared = calibrated(model, x)
     with pytest.raises(ReplayError, match="view"):
         capture(model, prepared.plan, x, INF)
+
+
+class Views(nn.Module):
+    """Takes a feature map apart by its strides: what lies channels last cannot be viewed so."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8 * 36, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.conv(x)))
+        return self.head(x.view(x.shape[0], -1)) + self.head(torch.as_strided(x, (x.shape[0], 288), (288, 1)))
+
+
+@torch.no_grad()
+def test_values_that_lie_channels_last_are_seen_as_the_model_sees_them():
+    torch.manual_seed(0)
+    model, x = Views().eval(), torch.randn(4, 3, 6, 6)
+    prepared = calibrated(model, x)
+    variants = [row.variant for row in candidates(prepared)]
+    replay = Replay(model, prepared, capture(model, prepared.plan, x, INF))
+    for i, got in replay.run(variants):
+        assert torch.allclose(got["0"], full_forward(prepared, x, variants[i])["0"], rtol=1e-4, atol=1e-5)
 
 
 class MixesRows(nn.Module):

@@ -64,7 +64,7 @@ def test_exact_rows_are_what_full_forwards_give(network, metric):
     table = sensitivity(model, prepared, [images[:20]], settings=SensitivitySettings(metric=metric))
     wanted = naive(model, prepared, images[:20], metric)
     assert table.exact and "replay" in table.method
-    pd.testing.assert_series_equal(scores(table).sort_index(), wanted.sort_index(), rtol=1e-4, atol=1e-9)
+    pd.testing.assert_series_equal(scores(table).sort_index(), wanted.sort_index(), rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("samples", [1, 3, 4])
@@ -121,7 +121,7 @@ def test_screening_measures_the_top_and_says_how_far_the_estimate_was_off():
     assert {(r.op_name, r.sensitive_type) for r in exact.rows[: len(exact.rows) // 5]} <= measured
     assert any("off by a factor" in f.message for f in table.findings)
     both = scores(exact)[list(measured)], scores(table)[list(measured)]
-    pd.testing.assert_series_equal(*both, rtol=1e-4, atol=1e-9)
+    pd.testing.assert_series_equal(*both, rtol=1e-3, atol=1e-9)
 
 
 def test_where_an_estimate_does_not_pay_every_row_is_measured_and_that_is_said(network):
@@ -140,7 +140,7 @@ def test_a_model_that_cannot_be_replayed_is_run_in_full_and_that_is_said():
     table = sensitivity(model, prepared, [x])
     assert any("replay was given up" in f.message for f in table.findings)
     wanted = naive(model, prepared, x, "L1")
-    pd.testing.assert_series_equal(scores(table).sort_index(), wanted.sort_index(), rtol=1e-4, atol=1e-9)
+    pd.testing.assert_series_equal(scores(table).sort_index(), wanted.sort_index(), rtol=1e-3, atol=1e-9)
 
 
 class ReadsNumber(nn.Module):
@@ -165,7 +165,7 @@ def test_a_python_number_of_the_values_is_no_replay():
     table = sensitivity(model, prepared, [x])
     assert any("a Python value is taken from" in f.message for f in table.findings)
     wanted = naive(model, prepared, x, "L1")
-    pd.testing.assert_series_equal(scores(table).sort_index(), wanted.sort_index(), rtol=1e-4, atol=1e-9)
+    pd.testing.assert_series_equal(scores(table).sort_index(), wanted.sort_index(), rtol=1e-3, atol=1e-9)
 
 
 def test_what_a_derivative_cannot_see_is_measured():
@@ -228,7 +228,7 @@ def test_samples_that_depend_on_each_other_stay_together():
     table = sensitivity(model, prepared, [x])
     assert any("one batch and not cut" in f.message for f in table.findings)
     wanted = naive(model, prepared, x, "L1")
-    pd.testing.assert_series_equal(scores(table).sort_index(), wanted.sort_index(), rtol=1e-4, atol=1e-9)
+    pd.testing.assert_series_equal(scores(table).sort_index(), wanted.sort_index(), rtol=1e-3, atol=1e-9)
 
 
 def test_a_replay_that_is_wrong_is_found_out(network, monkeypatch):
@@ -244,7 +244,7 @@ def test_a_replay_that_is_wrong_is_found_out(network, monkeypatch):
     table = sensitivity(model, prepared, [images[:16]])
     assert any("differ from full forwards by" in f.message for f in table.findings)
     wanted = naive(model, prepared, images[:16], "L1")
-    pd.testing.assert_series_equal(scores(table).sort_index(), wanted.sort_index(), rtol=1e-4, atol=1e-9)
+    pd.testing.assert_series_equal(scores(table).sort_index(), wanted.sort_index(), rtol=1e-3, atol=1e-9)
 
 
 def test_int16_weights_are_candidates(network):
