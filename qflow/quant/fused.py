@@ -75,7 +75,7 @@ class FusedOps(Ops):
         return self.weights[path]
 
 
-def _channels_last(leaf: nn.Module | None) -> bool:
+def _channels_last(leaf: Any) -> bool:
     return isinstance(leaf, ConvLeaf) and leaf.weight.ndim == 4 and leaf.weight.device.type == "cpu"
 
 
