@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from qflow.analysis.badcase import find_badcases
@@ -28,7 +29,9 @@ from qflow.core.sensitive import table_rows
 from qflow.core.setter import HighPrecisionOutput, TemplateSetter, ratio_candidates, resolve
 from qflow.core.settings import CalibrationSettings, QConfigSettings, SensitivitySettings, TrialSettings
 from qflow.core.template import trial_setters
-from qflow.cost.latency import CostModel, CostReport, predict
+from qflow.cost.latency import CostReport, Pricer
+from qflow.cost.measured import measure
+from qflow.cost.model import CostModel
 from qflow.quant.calibrate import CalibrationStats, apply_scales, collect
 from qflow.quant.prepare import prepare
 from qflow.quant.quantized_model import QuantizedModel, scales
@@ -61,6 +64,12 @@ class Bench:
     eval_samples: int = 0
     eval_batch: int = 32
     hits: int = 0
+    profile: str | None = None
+    """A measured report of this model at the deployed shape."""
+    profile_dtype: QDtype = QDtype.qint8
+    """Template that it was built with."""
+    unmatched: tuple[str, ...] = ()
+    """Layers of the report that belong to no operator."""
 
     def __post_init__(self) -> None:
         self._stats: dict[tuple[int, int, int], CalibrationStats] = {}
@@ -241,7 +250,18 @@ class Bench:
 
     def cost(self, qconfig: QConfig) -> CostReport:
         """Predicted cost at the deployed shape."""
-        return predict(self.deploy_graph, qconfig, self.cost_model)
+        return self.pricer.report(qconfig)
+
+    @cached_property
+    def pricer(self) -> Pricer:
+        """The cost model on the deployed graph, with the measured profile where there is one.
+
+        Raises ConfigError for a profile that cannot be read or that names none of the model's operators.
+        """
+        if self.profile is None:
+            return Pricer(self.deploy_graph, self.cost_model)
+        measured, self.unmatched = measure(self.profile, self.deploy_graph, self.template(self.profile_dtype)[1])
+        return Pricer(self.deploy_graph, self.cost_model, measured)
 
     # ---- trials
 

@@ -142,6 +142,7 @@ def load(tracker: MlflowTracker, run_id: str, folder: Path) -> Candidate:
 def compare(candidate: Candidate) -> list[str]:
     """Rebuild the trial and list every reason against it; an empty list lets it pass."""
     from qflow.core.errors import QflowError
+    from qflow.cost.table import cost_metrics
     from qflow.search.objective import Goal
     from qflow.tune import make_bench
 
@@ -172,9 +173,10 @@ def compare(candidate: Candidate) -> list[str]:
             reasons.append(f"{name} was logged as {logged}, rebuilt it is {value:.6g}")
     if result.scales_digest != candidate.tags.get("qflow.scales"):
         reasons.append("the calibrated scales differ from those of the run: other data, weights or versions")
-    excess = Goal(candidate.config.objective.max_drop).excess(result.drop)
-    if excess > 0:
-        reasons.append(f"the goal is missed by {excess:.4f}: drop {result.drop:+.4f}")
+    goal = Goal(**conf.plain(candidate.config.objective))
+    for name, excess in goal.constraints({"accuracy/drop": result.drop, **cost_metrics(result.cost)}).items():
+        if excess > 0:
+            reasons.append(f"the goal ({goal}) is missed: {name} by {excess:.4g}")
     return reasons
 
 

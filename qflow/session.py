@@ -18,12 +18,13 @@ from qflow.bench import Bench
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.record import digest, to_json
+from qflow.cost.table import cost_metrics
 from qflow.diagnosis import Diagnosis
 from qflow.manifest import manifest
 from qflow.report.console import Console
 from qflow.report.files import write_study, write_trial
 from qflow.search.loop import FailedTrial, FinishedTrial, Outcome, run_trials
-from qflow.search.objective import CONSTRAINT, Goal, best_trial
+from qflow.search.objective import Goal, best_trial, meets
 from qflow.search.study import Study
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.tracking.views import save_view, study_url
@@ -90,11 +91,12 @@ class Session:
                 "march": config.device.march,
                 "seed": config.seed,
                 "objective.max_drop": self.goal.max_drop,
+                **{f"objective.{name}": limit for name, limit in self.goal.budgets.items()},
                 "metric": task.metric_name,
                 "direction": task.direction,
                 "search.sampler": config.search.sampler,
             },
-            description=f"{self.study.name}: drop of at most {self.goal.max_drop:g} at least latency.",
+            description=f"{self.study.name}: {self.goal}, at least latency.",
         )
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.yaml").write_text(conf.resolved_yaml(config))
@@ -199,25 +201,22 @@ def trial_params(config: DictConfig) -> dict[str, Any]:
 def outcome(result: TrialResult, goal: Goal, accuracy: str, params: Mapping[str, Any]) -> Outcome:
     """Objectives (metric, latency), the constraint, and what MLflow shows of a trial."""
     cost, qconfig = result.cost, result.qconfig
+    metrics = {
+        accuracy: result.metric,
+        "accuracy/drop": result.drop,
+        **cost_metrics(cost),
+        "qconfig/int16_ratio": qconfig.share(QDtype.qint16),
+        "qconfig/n_int16": float(len(qconfig.names(QDtype.qint16))),
+        "qconfig/n_int8": float(len(qconfig.names(QDtype.qint8))),
+        "calibration/samples": float(result.calibration_samples),
+        **({"qat/steps": float(result.training.steps)} if result.training else {}),
+        **({"qat/loss": result.training.losses[-1]} if result.training and result.training.losses else {}),
+    }
     return Outcome(
         objectives=(result.metric, cost.latency_ms),
-        constraints={CONSTRAINT: goal.excess(result.drop)},
+        constraints=goal.constraints(metrics),
         params=params,
-        metrics={
-            accuracy: result.metric,
-            "accuracy/drop": result.drop,
-            "cost/latency_ms": cost.latency_ms,
-            "cost/latency_low_ms": cost.low_ms,
-            "cost/latency_high_ms": cost.high_ms,
-            "cost/fps": cost.fps,
-            "cost/int16_mac_share": cost.int16_mac_share,
-            "qconfig/int16_ratio": qconfig.share(QDtype.qint16),
-            "qconfig/n_int16": float(len(qconfig.names(QDtype.qint16))),
-            "qconfig/n_int8": float(len(qconfig.names(QDtype.qint8))),
-            "calibration/samples": float(result.calibration_samples),
-            **({"qat/steps": float(result.training.steps)} if result.training else {}),
-            **({"qat/loss": result.training.losses[-1]} if result.training and result.training.losses else {}),
-        },
+        metrics=metrics,
         tags={
             **({"qflow.cost_refusal": cost.refusal} if cost.refusal else {}),
             "qflow.qconfig": qconfig.digest,
@@ -233,7 +232,7 @@ def trial_line(trial: FinishedTrial | FailedTrial, accuracy: str) -> str:
     if isinstance(trial, FailedTrial):
         return f"{name:<24} failed: {trial.reason}"
     m, p = trial.outcome.metrics, trial.outcome.params
-    verdict = "meets" if trial.outcome.constraints[CONSTRAINT] <= 0 else "misses"
+    verdict = "meets" if meets(trial) else "misses"
     amount = f"{p['calibration.batch_size']}x{p['calibration.steps']}"
     trained = f"  QAT {m['qat/steps']:.0f} steps" if "qat/steps" in m else ""
     return (

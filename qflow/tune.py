@@ -44,7 +44,7 @@ def check_config(config: DictConfig) -> None:
     conf.trial_settings(config)
     conf.sensitivity_settings(config)
     conf.search_space(config)
-    Goal(config.objective.max_drop)
+    Goal(**conf.plain(config.objective))
     if config.search.sampler not in conf.SAMPLERS:
         known = ", ".join(conf.SAMPLERS)
         raise ConfigError(f"search.sampler is one of {known}, but got {config.search.sampler!r}.")
@@ -79,7 +79,8 @@ def make_bench(config: DictConfig) -> Bench:
 
     from qflow.bench import Bench
     from qflow.core.device import DeviceRules
-    from qflow.cost.latency import CostModel
+    from qflow.core.dtype import QDtype
+    from qflow.cost.model import CostModel
 
     device = config.executor.device
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
@@ -102,6 +103,8 @@ def make_bench(config: DictConfig) -> Bench:
         eval_batch=config.task.batch_size,
         skip=tuple(config.quant.skip),
         training=conf.build_training(config),
+        profile=config.device.profile,
+        profile_dtype=QDtype.parse(config.device.profile_dtype, "device.profile_dtype"),
     )
 
 
@@ -130,7 +133,7 @@ def assemble(config: DictConfig) -> Any:
             n_trials=config.search.n_trials,
         )
         session = Session(
-            config, bench, Goal(config.objective.max_drop), Console(started=STARTED), tracker, study, root
+            config, bench, Goal(**conf.plain(config.objective)), Console(started=STARTED), tracker, study, root
         )
         status = "FAILED"
         try:

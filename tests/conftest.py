@@ -42,7 +42,7 @@ def nash_m():
 def bench(digits_task, nash_m):
     from qflow.bench import Bench
     from qflow.core.settings import CalibrationSettings, SensitivitySettings
-    from qflow.cost.latency import CostModel
+    from qflow.cost.model import CostModel
 
     made = Bench(
         digits_task,

@@ -22,7 +22,7 @@ def test_equal_qconfigs_are_evaluated_once(bench):
 
 def test_the_same_settings_give_the_same_numbers(digits_task, nash_m, bench):
     from qflow.bench import Bench
-    from qflow.cost.latency import CostModel
+    from qflow.cost.model import CostModel
 
     other = Bench(digits_task, nash_m, CostModel(), eval_batch=256)
     other.measure_float()
@@ -96,7 +96,7 @@ def test_an_operator_that_only_some_samples_reach_is_refused(digits_task, nash_m
 
     from qflow.bench import Bench
     from qflow.core.errors import ModelError
-    from qflow.cost.latency import CostModel
+    from qflow.cost.model import CostModel
     from qflow.tasks.task import make_task
 
     class Branch(nn.Module):
@@ -120,7 +120,7 @@ def test_what_the_device_bars_from_int16_says_so_in_every_trial(nash_m):
     from torch.utils.data import TensorDataset
 
     from qflow.bench import Bench
-    from qflow.cost.latency import CostModel
+    from qflow.cost.model import CostModel
     from qflow.tasks.task import make_task
 
     class Data:

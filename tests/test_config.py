@@ -172,7 +172,7 @@ def test_a_resolved_configuration_comes_back():
 def test_device_files_fit_their_records(march):
     from qflow.core.device import DeviceRules
     from qflow.core.graph import OpKind
-    from qflow.cost.latency import CostModel
+    from qflow.cost.model import CostModel
 
     config = compose(BASE, f"device={march}")
     rules = DeviceRules(march=march, oe_version="3.0.17", **conf.plain(config.device.rules))
@@ -222,7 +222,7 @@ def test_schemas_mirror_the_records_they_are_checked_into():
     from qflow.config import schema
     from qflow.core import settings
     from qflow.core.device import DeviceRules
-    from qflow.cost.latency import CostModel
+    from qflow.cost.model import CostModel
 
     def defaults(cls, skip=()):
         return {

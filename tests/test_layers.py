@@ -31,6 +31,7 @@ HOMES = {
         "promote",
         "check",
         "analyze",
+        "door",
         "workflows",
     },  # the others name the type DictConfig only
 }
@@ -41,6 +42,8 @@ def part_of(path):
     relative = path.relative_to(ROOT)
     if relative.parts[0] == "workflows":
         return "workflows"
+    if relative.name == "__main__.py":  # a package that is a door too: python -m qflow.cost
+        return "door"
     return relative.parts[1].removesuffix(".py")
 
 

@@ -25,7 +25,7 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import TrialError
 from qflow.diagnosis import Diagnosis
 from qflow.report.console import SummaryRow, python_command, summary_table
-from qflow.search.objective import CONSTRAINT, best_trial, meets, nearest_miss
+from qflow.search.objective import CONSTRAINT, accurate, best_trial, meets, nearest_miss, over_budget
 from qflow.search.outcome import FinishedTrial
 from qflow.session import Session
 
@@ -139,13 +139,17 @@ def find(session: Session, label: str) -> Mapping[str, float]:
 def decide(session: Session) -> str:
     """The guide's two early exits, or an empty string to go on."""
     trials = {t.label: t for t in session.trials}
-    if not meets(trials[ALL_INT16]):
+    if not accurate(trials[ALL_INT16]):
         miss = trials[ALL_INT16].outcome.constraints[CONSTRAINT]
         return (
             f"all-int16 misses the goal by {miss:.4f}: no int8/int16 mix is expected to meet it; see the sensitivities"
         )
     if meets(trials[ALL_INT8]):
         return "all-int8 meets the goal: no operator needs int16"
+    over = over_budget(trials[ALL_INT8])
+    if over:
+        found = ", ".join(f"{name} by {by:.4g}" for name, by in over.items())
+        return f"all-int8 itself exceeds {found}: no int8/int16 mix costs less; relax the budget or change the model"
     return ""
 
 
@@ -189,11 +193,15 @@ def finish(session: Session, decision: str) -> int:
 
 def verdict(session: Session, best: FinishedTrial | None, shown: FinishedTrial) -> str:
     """Whether the goal is met, and if not by how much and why."""
-    goal = f"drop of at most {session.goal.max_drop:g}"
+    goal = str(session.goal)
     if best is not None:
         m, ceiling = best.outcome.metrics, find(session, ALL_INT16)
         saved = 1.0 - m["cost/latency_ms"] / ceiling["cost/latency_ms"]
         return f"{'goal':<12}{goal}: met, {saved:.0%} less latency than all-int16"
+    over = over_budget(shown)
+    if over and accurate(shown):
+        found = ", ".join(f"{name} by {by:.4g}" for name, by in over.items())
+        return f"{'goal':<12}{goal}: missed, over {found}; relax that budget, or objective.max_drop"
     miss = shown.outcome.constraints[CONSTRAINT]
     ceiling_misses = find(session, ALL_INT16)["accuracy/drop"] > session.goal.max_drop
     advice = (

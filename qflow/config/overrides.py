@@ -73,6 +73,8 @@ def rewrite(arguments: Sequence[str]) -> list[str]:
             argument = f"+{argument}"
         elif argument == "qat_debug":
             argument = f"stages=[{argument}]"
+        elif argument == "fit":
+            argument = f"mode={argument}"
         override = _parsed(argument)
         if override is not None and override.key_or_group.lstrip("+") == "device.march":
             raise ConfigError(

@@ -46,20 +46,27 @@ class RulesSchema:
 
 @dataclass(kw_only=True)
 class CostSchema:
-    """Fields of qflow.cost.latency.CostModel."""
+    """Fields of qflow.cost.model.CostModel."""
 
     clock_ghz: float = MISSING
     fixed_ms: float = MISSING
     gemm_us_ghz: float = MISSING
     gmac_per_ms_ghz: float = MISSING
+    large_gemm_gmac: float = MISSING
+    large_gmac_per_ms_ghz: float = MISSING
+    attention_gmac_per_ms_ghz: float = MISSING
     lut_melem_per_ms_ghz: float = MISSING
     softmax_melem_per_ms_ghz: float = MISSING
     weight_mb_per_ms: float = MISSING
     host_ms: float = MISSING
     float_melem_per_ms: float = MISSING
     host_dequantize: bool = False
-    mac_factors: dict[str, float] = field(default_factory=dict)
-    vector_factors: dict[str, float] = field(default_factory=dict)
+    nominal_mac_per_cycle: float = MISSING
+    onchip_mb: float | None = None
+    mac_factors: dict[str, Any] = field(default_factory=dict)
+    vector_factors: dict[str, Any] = field(default_factory=dict)
+    softmax_factors: dict[str, Any] = field(default_factory=dict)
+    provenance: str = ""
 
 
 @dataclass(kw_only=True)
@@ -70,6 +77,10 @@ class DeviceSchema:
     oe_version: str = MISSING
     rules: RulesSchema = field(default_factory=RulesSchema)
     cost: CostSchema = field(default_factory=CostSchema)
+    profile: str | None = None
+    """A measured report of this model: hbm_perf, hb_analyzer or hrt_model_exec."""
+    profile_dtype: str = "qint8"
+    """Template that the measured model was built with."""
 
 
 @dataclass(kw_only=True)
@@ -174,6 +185,12 @@ class ObjectiveSchema:
 
     max_drop: float = 0.01
     """Largest loss against float, in the metric's own units."""
+    max_latency_ms: float | None = None
+    """Budgets, each open where null: predicted latency of one thread,"""
+    max_int16_mac_share: float | None = None
+    """share of MACs with an int16 side,"""
+    max_traffic_mb: float | None = None
+    """and DDR bytes a frame (10^6)."""
 
 
 @dataclass(kw_only=True)
@@ -238,6 +255,20 @@ class AnalyzeSchema(TuneSchema):
 
 
 @dataclass(kw_only=True)
+class CostDoorSchema(TuneSchema):
+    """`python -m qflow.cost`: a qconfig's cost, or `fit` the parameters."""
+
+    mode: str = "report"
+    """report or fit."""
+    data: str | None = None
+    """fit: CSV file of networks and their measured times."""
+    out: str | None = None
+    """fit: device file to write, or whose cost to renew."""
+    fps: float | None = None
+    """Frame rate at which bandwidth is stated; null takes the saturated one."""
+
+
+@dataclass(kw_only=True)
 class PromoteSchema(TuneSchema):
     """`python -m qflow.promote`: which run, or the best of which study."""
 
@@ -271,6 +302,7 @@ SCHEMAS: dict[str, type] = {
     "tune": TuneSchema,
     "check": CheckSchema,
     "analyze": AnalyzeSchema,
+    "cost": CostDoorSchema,
     "promote": PromoteSchema,
     "train_float": TrainFloatSchema,
 }

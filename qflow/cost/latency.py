@@ -1,76 +1,75 @@
-"""Latency on Journey 6: an additive operator model, every figure with its interval.
+"""Latency of a qconfig on Journey 6: the sum of its operators' times (model.py), every figure with its interval.
 
-    T_op  = [tau*gemm + k_mac*MAC/M + k_vec*LUT/V + k_soft*SOFT/S + k_vec*CAST/V] / f  +  weight bytes / B
-    T_bpu = T0 + sum of T_op + float outputs / F;      latency (1 thread) = T_bpu + H
+Each operator's interval is that of what the rows hold ([0.80, 1.25] of its int8 time; [0.65, 1.5] in a network with
+operators that they do not hold, and for whatever runs in 16 bits), times the range of its dtypes' factors. No pair
+int8 / int16 of one network was ever published: the int16 factors rest on two all-int16 networks, those of fp16 on
+nothing. Comparing two qconfigs of one network is safer than either figure: fixed costs and weights cancel.
 
-Fitted to published measurements of S100 (nash-e) and S100P (nash-m) boards: 6 % median error leaving a network
-out, 8 % leaving a family out, 96 % of int8 convolutional networks within 20 %. No pair int8 / int16 of one
-network was ever published: the int16 factors rest on two all-int16 networks and come with a wide interval.
-Each operator's interval is [0.80, 1.25] of its int8 time ([0.65, 1.5] in a network with operators that the rows do
-not hold) and [0.5, 2.5] of what runs in 16 bits, so the total's interval grows with the share of time in 16 bits.
-Comparing two qconfigs of one network is safer than either figure: fixed costs and weights cancel.
+With a measured profile (profile.py) measured times replace the formula at the dtypes that were measured, and the
+formula's ratio carries them to others; the rest of the measured total, if the report has one, is a constant.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from qflow.core.dtype import QDtype
-from qflow.core.errors import ConfigError
 from qflow.core.graph import ModelGraph, OpKind
-from qflow.core.qconfig import QConfig
-from qflow.cost.features import UNVALIDATED, VALIDATED, OpFeatures, features
+from qflow.core.qconfig import OpQConfig, QConfig
+from qflow.cost.features import OpFeatures, under
+from qflow.cost.model import CostModel, Range
+from qflow.cost.traffic import Traffic, traffic
+from qflow.cost.work import OpWork, work_of
 
 INT8_INTERVAL = (0.80, 1.25)
 UNSEEN_INTERVAL = (0.65, 1.5)
-WIDE_INTERVAL = (0.5, 2.5)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CostModel:
-    """Parameters of one march; defaults are those of nash-m (S100P as its stand-in)."""
-
-    march: str = "nash-m"
-    clock_ghz: float = 1.5
-    fixed_ms: float = 0.062
-    gemm_us_ghz: float = 1.6
-    gmac_per_ms_ghz: float = 15.1
-    lut_melem_per_ms_ghz: float = 27.7
-    softmax_melem_per_ms_ghz: float = 7.0
-    weight_mb_per_ms: float = 64.5
-    host_ms: float = 0.32
-    float_melem_per_ms: float = 1.56
-    host_dequantize: bool = False
-    """True if float outputs are converted on the host; builds usually strip the dequantize nodes."""
-    mac_factors: Mapping[str, float] = field(
-        default_factory=lambda: {
-            "qint8/qint8": 1.0,
-            "qint16/qint8": 2.0,
-            "qint8/qint16": 2.0,
-            "qint16/qint16": 4.0,
-        }
-    )
-    """Input / weight dtype -> cost of a MAC relative to int8."""
-    vector_factors: Mapping[str, float] = field(default_factory=lambda: {"qint8": 1.0, "qint16": 2.0, "float16": 8.0})
+MEASURED_INTERVAL = (0.88, 1.14)
+"""Same networks and boards under two tool chains differ by up to 14 %."""
+# What the networks of the public rows are made of; with other operators the family is unseen.
+VALIDATED = frozenset(
+    [OpKind.input, OpKind.constant, OpKind.conv, OpKind.linear, OpKind.relu, OpKind.lut, OpKind.add, OpKind.mul]
+    + [OpKind.concat, OpKind.resize, OpKind.max_pool, OpKind.avg_pool, OpKind.move, OpKind.reduce, OpKind.norm]
+)
+# Operators that rule BEV and DETR heads and that the public rows say nothing about.
+UNVALIDATED = frozenset({OpKind.softmax, OpKind.grid_sample, OpKind.order})
 
 
 @dataclass(frozen=True)
 class OpCost:
-    """Time of one operator in ms with its interval, and the work it comes from."""
+    """Time of one operator in ms with its interval, and the work that it comes from (counts, bytes)."""
 
     op: str
     kind: str
+    engine: str
     input_dtype: str
     weight_dtype: str
     output_dtype: str
     ms: float
     low_ms: float
     high_ms: float
+    share: float
+    """Of the BPU's time for the whole network."""
+    utilisation: float
+    """MACs a nominal int8 MAC array would do in the same time."""
     macs: int
+    padded_macs: int
+    depthwise_macs: int
+    attention_macs: int
     lut_elements: int
-    weight_bytes: int
+    softmax_elements: int
+    layer_norm_elements: int
+    reduce_elements: int
+    elementwise_elements: int
+    moved_elements: int
+    gathered_elements: int
     cast_elements: int
+    weight_bytes: int
+    input_bytes: int
+    output_bytes: int
+    spilled_bytes: int
+    source: str
+    """formula, measured, or measured and carried to other dtypes by the formula."""
 
 
 @dataclass(frozen=True)
@@ -92,88 +91,211 @@ class CostReport:
     int16_mac_share: float
     weight_mb: float
     ops: tuple[OpCost, ...]
+    traffic: Traffic
     refusal: str = ""
+    measured: str = ""
+    """The measured profile that times come from, and how many operators it covers."""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Input -> the shape at which the cost was computed, batch first."""
 
 
-def op_cost(row: OpFeatures, model: CostModel, narrow: tuple[float, float] = INT8_INTERVAL) -> OpCost:
-    """Time of one operator; `narrow` is the interval of what runs in int8.
+@dataclass(frozen=True)
+class Measured:
+    """Measured times by operator (ms), the dtypes they were measured at, and the whole, if the report says it."""
 
-    Raises ConfigError for a dtype pair that the device file has no factor for.
-    """
-    f = model.clock_ghz
-    weight = (row.weight_dtype or QDtype.qint8).value
-    mac_factor = _factor(model.mac_factors, f"{row.input_dtype}/{weight}", row) if row.padded_macs else 0.0
-    vector = _factor(model.vector_factors, row.input_dtype.value, row) if row.lut or row.cast else 0.0
-    attention = 2.0 if row.input_dtype == QDtype.qint16 else 1.0
-    compute = (
-        model.gemm_us_ghz * 1e-3 * row.gemm
-        + mac_factor * row.padded_macs * 1e-9 / model.gmac_per_ms_ghz
-        + vector * (row.lut + row.cast) * 1e-6 / model.lut_melem_per_ms_ghz
-        + attention * row.softmax * 1e-6 / model.softmax_melem_per_ms_ghz
-    ) / f
-    stream = row.weight_bytes * 1e-6 / model.weight_mb_per_ms
-    wide = row.input_dtype != QDtype.qint8 or (row.weight_dtype or QDtype.qint8) != QDtype.qint8 or row.cast > 0
-    low, high = WIDE_INTERVAL if wide else narrow
-    return OpCost(
-        op=row.name,
-        kind=row.kind.value,
-        input_dtype=row.input_dtype.value,
-        weight_dtype=row.weight_dtype.value if row.weight_dtype else "",
-        output_dtype=row.output_dtype.value if row.output_dtype else "int32" if row.gemm else "",
-        ms=compute + stream,
-        low_ms=low * compute + narrow[0] * stream,
-        high_ms=high * compute + narrow[1] * stream,
-        macs=row.macs,
-        lut_elements=row.lut,
-        weight_bytes=row.weight_bytes,
-        cast_elements=row.cast,
-    )
+    times: Mapping[str, float]
+    reference: QConfig
+    total_ms: float | None = None
+    source: str = ""
 
 
-def _factor(table: Mapping[str, float], key: str, row: OpFeatures) -> float:
-    if key not in table:
-        raise ConfigError(f"The device file prices {', '.join(table)}, but got {key} for {row.name}. Add a factor.")
-    return table[key]
+@dataclass(frozen=True)
+class Change:
+    """BPU time of one qconfig over that of another of the same network, by the lowest to the highest factors."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+class Pricer:
+    """A graph at its deployed shape with a march's cost model: prices many qconfigs, what repeats only once."""
+
+    def __init__(self, graph: ModelGraph, model: CostModel, measured: Measured | None = None) -> None:
+        self.graph, self.model, self.measured = graph, model, measured
+        self.works = work_of(graph)
+        self.large = model.large_share(self.works)
+        self.seen = all(w.kind in VALIDATED for w in self.works)
+        self.readers: dict[str, list[OpWork]] = {}
+        for work in self.works:
+            for owner in {work.owner, *(o for owners in work.inputs for o in owners)} - {None}:
+                self.readers.setdefault(owner, []).append(work)  # type: ignore[arg-type]
+        self._times: dict[tuple[object, ...], tuple[Range, float]] = {}
+        self.reference = (
+            {row.work.name: self._formula(row) for row in under(self.works, measured.reference.ops)} if measured else {}
+        )
+        out = sum(w.elements for w in self.works if w.leaving) * 1e-6 / model.float_melem_per_ms
+        self.fixed_ms = model.fixed_ms + (out if model.host_dequantize else 0.0)
+        if measured is not None and measured.total_ms is not None:
+            self.fixed_ms = measured.total_ms - self._sum(under(self.works, measured.reference.ops))
+
+    # ---- one operator
+
+    def _formula(self, row: OpFeatures) -> tuple[Range, float]:
+        """(compute by factors, stream) in ms."""
+        key = (row.work.name, row.input_dtype, row.weight_dtype, row.cast, row.weight_bytes)
+        found = self._times.get(key)
+        if found is None:
+            found = self._times[key] = self.model.compute_ms(row, self.large), self.model.stream_ms(row)
+        return found
+
+    def times(self, row: OpFeatures) -> Range:
+        """Time of one operator in ms, by the lowest, likely and highest factors of its dtypes."""
+        (low, likely, high), stream = self._formula(row)
+        own = self.measured.times.get(row.work.name) if self.measured else None
+        if own is None:
+            return low + stream, likely + stream, high + stream
+        (low_was, was, high_was), stream_was = self.reference[row.work.name]
+        pairs = ((low, low_was), (likely, was), (high, high_was))
+        ratios = [(a + stream) / (b + stream_was) if b + stream_was > 0 else 1.0 for a, b in pairs]
+        return own * min(ratios), own * ratios[1], own * max(ratios)
+
+    def _sum(self, rows: Iterable[OpFeatures]) -> float:
+        return sum(self.times(row)[1] for row in rows)
+
+    def _same(self, row: OpFeatures) -> bool:
+        """True where the operator computes as it did when it was measured."""
+        return self.reference.get(row.work.name) == self._formula(row)
+
+    def _op(self, row: OpFeatures, bpu_ms: float, bytes_: tuple[int, int, int]) -> OpCost:
+        work, (low, ms, high) = row.work, self.times(row)
+        integer8 = row.input_dtype == QDtype.qint8 and row.weight_dtype in (None, QDtype.qint8) and not row.cast
+        below, above = INT8_INTERVAL if self.seen and integer8 else UNSEEN_INTERVAL
+        source = "formula"
+        if self.measured and work.name in self.measured.times:
+            source = "measured" if self._same(row) else "measured, other dtypes"
+            below, above = MEASURED_INTERVAL
+        peak = self.model.nominal_mac_per_cycle * self.model.clock_ghz * 1e6 * ms
+        return OpCost(
+            op=work.name,
+            kind=work.kind.value,
+            engine=work.engine,
+            input_dtype=row.input_dtype.value,
+            weight_dtype=row.weight_dtype.value if row.weight_dtype else "",
+            output_dtype=row.output_dtype.value if row.output_dtype else "int32" if work.gemm else "",
+            ms=ms,
+            low_ms=below * low,
+            high_ms=above * high,
+            share=ms / bpu_ms if bpu_ms > 0 else 0.0,
+            utilisation=work.macs / peak if peak else 0.0,
+            macs=work.macs,
+            padded_macs=work.padded_macs,
+            depthwise_macs=work.depthwise_macs,
+            attention_macs=work.attention_macs,
+            lut_elements=work.lut,
+            softmax_elements=work.softmax,
+            layer_norm_elements=work.layer_norm,
+            reduce_elements=work.reduce,
+            elementwise_elements=work.elementwise,
+            moved_elements=work.moved,
+            gathered_elements=work.gathered,
+            cast_elements=row.cast,
+            weight_bytes=row.weight_bytes,
+            input_bytes=bytes_[0],
+            output_bytes=bytes_[1],
+            spilled_bytes=bytes_[2],
+            source=source,
+        )
+
+    # ---- the network
+
+    def bpu_ms(self, qconfig: QConfig) -> float:
+        """Predicted BPU time: the figure alone, for a search."""
+        return self.fixed_ms + self._sum(under(self.works, qconfig.ops))
+
+    def latency_ms(self, qconfig: QConfig) -> float:
+        """Predicted latency of one thread: the figure alone."""
+        return self.bpu_ms(qconfig) + self.model.host_ms
+
+    def report(self, qconfig: QConfig) -> CostReport:
+        """Every figure of `qconfig`."""
+        rows = tuple(under(self.works, qconfig.ops))
+        bpu = self.fixed_ms + self._sum(rows)
+        moved = traffic(rows, self.model.onchip_mb)
+        ops = tuple(self._op(row, bpu, moved.by_op[row.work.name]) for row in rows)
+        below, above = INT8_INTERVAL if self.seen else UNSEEN_INTERVAL
+        if self.measured is not None and self.measured.total_ms is not None:
+            below, above = MEASURED_INTERVAL
+        outside = [self.fixed_ms + self.model.host_ms, below, above]
+        macs = sum(w.macs for w in self.works)
+        wide = sum(r.work.macs for r in rows if QDtype.qint16 in (r.input_dtype, r.weight_dtype))
+        return CostReport(
+            march=self.model.march,
+            latency_ms=bpu + self.model.host_ms,
+            low_ms=min(outside[0] * below, outside[0] * above) + sum(op.low_ms for op in ops),
+            high_ms=max(outside[0] * below, outside[0] * above) + sum(op.high_ms for op in ops),
+            bpu_ms=bpu,
+            fps=1000.0 / bpu,
+            gmacs=macs * 1e-9,
+            int16_mac_share=wide / macs if macs else 0.0,
+            weight_mb=sum(r.weight_bytes for r in rows) * 1e-6,
+            ops=ops,
+            traffic=moved,
+            refusal=self.refusal(),
+            measured=self._said(),
+            shapes={n.name: n.shape for n in self.graph.nodes if n.kind == OpKind.input},
+        )
+
+    def change(self, before: QConfig, after: QConfig) -> Change:
+        """How much longer `after` takes than `before`: sound where the figures themselves are refused."""
+        sums = [[self.fixed_ms + t for t in self._totals(q)] for q in (before, after)]
+        ratios = [b / a for a, b in zip(*sums, strict=True)]
+        return Change(ratios[1], min(ratios), max(ratios))
+
+    def _totals(self, qconfig: QConfig) -> list[float]:
+        times = [self.times(row) for row in under(self.works, qconfig.ops)]
+        return [sum(column) for column in zip(*times, strict=True)]
+
+    def promotions(self, qconfig: QConfig, dtype: QDtype = QDtype.qint16) -> dict[str, float]:
+        """What it costs in ms to raise each operator's output to `dtype`, one at a time; those that have it or a
+        higher one, or none at all, are left out.
+        """
+        found = {}
+        for name, op in qconfig.ops.items():
+            if op.output is None or op.output.rank >= dtype.rank:
+                continue
+            touched = self.readers.get(name, ())
+            ops = {**qconfig.ops, name: replace(op, output=dtype)}
+            found[name] = self._difference(touched, qconfig.ops, ops)
+        return found
+
+    def _difference(
+        self, works: Sequence[OpWork], before: Mapping[str, OpQConfig], after: Mapping[str, OpQConfig]
+    ) -> float:
+        return self._sum(under(works, after)) - self._sum(under(works, before))
+
+    def refusal(self) -> str:
+        """Why the figures should not be published; empty if they may be."""
+        times = self.measured.times if self.measured else {}
+        works = [w for w in self.works if w.name not in times]
+        foreign = [w.name for w in works if w.engine == "host"]
+        if foreign:
+            return f"no price for {', '.join(foreign[:3])}: the latency is a lower bound; compare two qconfigs only"
+        total = sum(w.elements for w in self.works)
+        unknown = sum(w.elements for w in works if w.kind in UNVALIDATED)
+        if total and unknown > 0.5 * total:
+            return (
+                f"softmax, grid_sample and gather hold {unknown / total:.0%} of the elements: outside what the model "
+                "was validated on; load a measured profile, or read only the change between two qconfigs"
+            )
+        return ""
+
+    def _said(self) -> str:
+        if self.measured is None:
+            return ""
+        return f"{self.measured.source}: {len(self.measured.times)} of {len(self.works)} operators"
 
 
 def predict(graph: ModelGraph, qconfig: QConfig, model: CostModel) -> CostReport:
     """Cost of `graph` (traced at the deployed shape) under `qconfig`."""
-    rows = features(graph, qconfig)
-    narrow = INT8_INTERVAL if all(r.kind in VALIDATED for r in rows) else UNSEEN_INTERVAL
-    ops = tuple(op_cost(row, model, narrow) for row in rows)
-    float_out = sum(r.float_out for r in rows) * 1e-6 / model.float_melem_per_ms if model.host_dequantize else 0.0
-    fixed = model.fixed_ms + float_out
-    bpu = fixed + sum(op.ms for op in ops)
-    outside = fixed + model.host_ms
-    macs = sum(r.macs for r in rows)
-    wide = sum(r.macs for r in rows if QDtype.qint16 in (r.input_dtype, r.weight_dtype))
-    return CostReport(
-        march=model.march,
-        latency_ms=bpu + model.host_ms,
-        low_ms=narrow[0] * outside + sum(op.low_ms for op in ops),
-        high_ms=narrow[1] * outside + sum(op.high_ms for op in ops),
-        bpu_ms=bpu,
-        fps=1000.0 / bpu,
-        gmacs=macs * 1e-9,
-        int16_mac_share=wide / macs if macs else 0.0,
-        weight_mb=sum(r.weight_bytes for r in rows) * 1e-6,
-        ops=ops,
-        refusal=_refusal(rows),
-        shapes={n.name: n.shape for n in graph.nodes if n.kind == OpKind.input},
-    )
-
-
-def _refusal(rows: tuple[OpFeatures, ...]) -> str:
-    foreign = [r.name for r in rows if r.kind in (OpKind.other, OpKind.skipped)]
-    if foreign:
-        return f"no price for {', '.join(foreign[:3])}: the latency is a lower bound; compare two qconfigs only"
-    work = sum(r.elements for r in rows)
-    unknown = sum(r.elements for r in rows if r.kind in UNVALIDATED)
-    if work and unknown > 0.5 * work:
-        return (
-            f"softmax, grid_sample and gather hold {unknown / work:.0%} of the elements: outside what the model was "
-            "validated on; load a measured profile, or read only the change between two qconfigs"
-        )
-    return ""
+    return Pricer(graph, model).report(qconfig)

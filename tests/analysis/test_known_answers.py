@@ -11,7 +11,7 @@ from qflow.bench import Bench
 from qflow.core.dtype import QDtype
 from qflow.core.record import from_dict, plain
 from qflow.core.settings import CalibrationSettings, QConfigSettings, SensitivitySettings, TrialSettings
-from qflow.cost.latency import CostModel
+from qflow.cost.model import CostModel
 from qflow.tasks.task import make_task
 
 

@@ -1,0 +1,117 @@
+"""python -m qflow.cost [+experiment=<name>]: what a qconfig costs on the device; `fit data=...` fits the parameters.
+
+Without `fit` the task's model is traced at its deployed shape and priced under `qconfig`: a table an operator, traffic,
+and what raising each operator to int16 would cost; printed, written to a folder and logged to an MLflow run. Exit code
+0: done; 1: outside what the model was validated on (the reason is printed); 2: a mistake in what was asked.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qflow import config as conf
+from qflow.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+SHOWN = 12  # operators on the console; the file has all
+
+
+def main() -> None:
+    """Entry point."""
+    conf.run_door("cost", cost)
+
+
+def cost(config: DictConfig) -> int:
+    """Report or fit. Returns 1 where the figures should not be published."""
+    if config.mode == "fit":
+        return fit(config)
+    if config.mode != "report":
+        raise ConfigError(f"mode is report or fit, but got {config.mode}. Write `qflow.cost fit data=...`.")
+    if config.fps is not None and not config.fps > 0:
+        raise ConfigError(f"fps is a number of frames a second above 0, but got {config.fps:g}.")
+    return report(config)
+
+
+def report(config: DictConfig) -> int:
+    """Price the task's model under `qconfig`."""
+    from qflow.core.dtype import QDtype
+    from qflow.core.record import to_json
+    from qflow.cost.table import cost_csv, cost_metrics, cost_text, promotions_csv
+    from qflow.report.files import write_rows
+    from qflow.tracking.mlflow_tracker import MlflowTracker
+    from qflow.tune import check_config, make_bench
+
+    check_config(config)
+    settings = conf.trial_settings(config)
+    root = conf.root_dir(config)
+    tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
+    bench = make_bench(config)
+    if 0.0 < settings.qconfig.int16_ratio < 1.0:
+        bench.rank()
+    _, applied = bench.resolve(settings.qconfig)
+    found, int8 = bench.cost(applied), bench.template(QDtype.qint8)[1]
+    promotions = bench.pricer.promotions(applied)
+    folder = root / "cost" / bench.task.name
+    folder.mkdir(parents=True, exist_ok=True)
+    text = cost_text(found, fps=config.fps)
+    (folder / "cost.txt").write_text(text)
+    (folder / "cost.csv").write_text(cost_csv(found))
+    (folder / "cost_record.json").write_text(to_json(found, indent=1))
+    (folder / "promotions.csv").write_text(promotions_csv(promotions, "qint16"))
+    write_rows(found.ops, folder / "cost.json")
+    print(cost_text(found, SHOWN, config.fps), end="")
+    change = bench.pricer.change(int8, applied)
+    if applied.digest != int8.digest:
+        print(f"{'to all-int8':<12}{change.ratio:.3f} of its BPU time [{change.low:.3f}, {change.high:.3f}]")
+    for layer in bench.unmatched:
+        print(f"{'unmatched':<12}{layer}")
+    dearest = sorted(promotions.items(), key=lambda item: -item[1])[:3]
+    if dearest:
+        shown = ", ".join(f"{name} {ms * 1e3:+.1f} us" for name, ms in dearest)
+        print(f"{'int16 costs':<12}{sum(promotions.values()):+.3f} ms for all {len(promotions)}; most: {shown}")
+    run = tracker.open_study(
+        f"{bench.task.name}/cost",
+        tags={"qflow.workflow": "cost", **({"qflow.cost_refusal": found.refusal} if found.refusal else {})},
+        params={"task": bench.task.name, "march": config.device.march, "qconfig": applied.digest},
+        description=f"Cost of {bench.task.name} on {config.device.march}: cost.txt, cost.csv, promotions.csv.",
+    )
+    tracker.log_study(run, folder=folder, metrics=cost_metrics(found))
+    tracker.close_study(run)
+    print(f"{'written':<12}{folder / 'cost.csv'}; MLflow run {bench.task.name}/cost")
+    return int(bool(found.refusal))
+
+
+def fit(config: DictConfig) -> int:
+    """Fit the parameters to `data`, print the validation, and write `out`."""
+    from pathlib import Path
+
+    from qflow.config.device_cost import cost_section, write_cost
+    from qflow.config.device_file import load_cost
+    from qflow.cost.fit import fit_networks
+    from qflow.cost.networks import CLOCKS, read_networks
+
+    if config.data is None:
+        raise ConfigError("A fit needs measured networks, but got none. Give data=<file.csv>.")
+    networks, skipped = read_networks(config.data)
+    found = fit_networks(networks)
+    print(f"{'rows':<24}{found.rows} times of {len(found.families)} families: {', '.join(found.families)}")
+    for line in skipped:
+        print(f"{'not taken':<24}{line}")
+    for how in found.left_out:
+        name = how if how not in ("family", "network") else f"{how} left out"
+        print(f"{name:<24}{found.errors(how)}")
+    march = config.device.march
+    if march not in CLOCKS:
+        raise ConfigError(f"A fit is for {', '.join(CLOCKS)}, but got {march}. Choose device=nash-m.")
+    fitted = found.apply(load_cost(march))
+    print(cost_section(fitted), end="")
+    if config.out is not None:
+        write_cost(fitted, Path(config.out).expanduser(), march)
+        print(f"{'written':<24}{config.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    main()

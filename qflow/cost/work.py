@@ -1,0 +1,166 @@
+"""What each operator makes the device do, whatever its dtypes: MACs, look-ups, elements moved, weights.
+
+Counted on the fused graph at the deployed shape. A GEMM's channels are padded to multiples of 16 per group (published
+rows cannot tell 16 from 32, and 64 is clearly worse). The two matmuls of an attention core are counted apart: they run
+far below the rate of a convolution, and the rows price them together with the softmax between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from qflow.core.graph import GEMM_KINDS, TRANSPARENT_KINDS, ModelGraph, OpKind, OpNode
+
+CHANNEL_ALIGN = 16
+ELEMENTWISE = frozenset({OpKind.add, OpKind.mul, OpKind.arithmetic, OpKind.norm})
+MOVES = frozenset({OpKind.move, OpKind.concat, OpKind.resize, OpKind.max_pool, OpKind.avg_pool})
+ENGINES = {
+    **dict.fromkeys(GEMM_KINDS, "TAE"),
+    **dict.fromkeys([OpKind.relu, OpKind.lut, OpKind.softmax, OpKind.layer_norm, OpKind.reduce, *ELEMENTWISE], "VAE"),
+    **dict.fromkeys([OpKind.max_pool, OpKind.avg_pool, OpKind.resize, OpKind.grid_sample], "AAE"),
+    **dict.fromkeys([OpKind.move, OpKind.concat], "DTE"),
+    OpKind.input: "VPU",
+    OpKind.order: "SPU",
+    OpKind.constant: "",
+}
+"""Kind -> unit of the BPU that computes it; what is not here is host work."""
+
+
+@dataclass(frozen=True)
+class OpWork:
+    """One operator's work a call; all figures are counts. `inputs` are the quantizers' owners at each position."""
+
+    name: str
+    kind: OpKind
+    owner: str | None
+    inputs: tuple[tuple[str, ...], ...]
+    producers: tuple[str, ...]
+    input_elements: tuple[int, ...]
+    elements: int
+    shape: tuple[int, ...]
+    gemm: int = 0
+    macs: int = 0
+    padded_macs: int = 0
+    """Of convolutions, linear layers and plain matmuls, channels padded; 0 for a depthwise convolution."""
+    depthwise_macs: int = 0
+    attention_macs: int = 0
+    lut: int = 0
+    softmax: int = 0
+    layer_norm: int = 0
+    reduce: int = 0
+    elementwise: int = 0
+    moved: int = 0
+    gathered: int = 0
+    """Output elements of grid_sample, topk, gather and their like."""
+    weights: int = 0
+    leaving: bool = False
+    """A model output."""
+
+    @property
+    def engine(self) -> str:
+        """Unit that computes it; "host" outside the quantized region."""
+        return ENGINES.get(self.kind, "host")
+
+    @property
+    def transparent(self) -> bool:
+        """True where values pass unchanged, in the dtype that they have."""
+        return self.kind in TRANSPARENT_KINDS
+
+
+COUNTS = tuple(f.name for f in fields(OpWork) if f.type == "int")
+
+
+def work_of(graph: ModelGraph) -> tuple[OpWork, ...]:
+    """One row an operator of `graph`, traced at the deployed shape."""
+    owners = {node.quantizer: node.name for node in graph.quantized}
+    attention = _attention_matmuls(graph)
+    leaving = {producer for _, producer in graph.outputs}
+    return tuple(
+        OpWork(
+            name=node.name,
+            kind=node.kind,
+            owner=owners[node.quantizer] if node.quantizer else None,
+            inputs=tuple(
+                tuple(owners[graph.by_name[s].quantizer] for s in graph.source(producer)) for producer in node.inputs
+            ),
+            producers=node.inputs,
+            input_elements=tuple(graph.by_name[producer].elements for producer in node.inputs),
+            elements=node.elements,
+            shape=node.shape,
+            leaving=node.name in leaving,
+            **_counts(node, node.name in attention),
+        )
+        for node in graph.nodes
+    )
+
+
+def _counts(node: OpNode, attention: bool) -> dict[str, int]:
+    kind, elements = node.kind, node.elements
+    depthwise = kind in GEMM_KINDS and bool(node.macs) and _depthwise(node)
+    return {
+        "gemm": int(kind in GEMM_KINDS),
+        "macs": node.macs,
+        "padded_macs": 0 if attention or depthwise else _padded_macs(node),
+        "depthwise_macs": node.macs if depthwise else 0,
+        "attention_macs": node.macs if attention else 0,
+        "lut": elements if kind == OpKind.lut else 0,
+        "softmax": elements if kind == OpKind.softmax else 0,
+        "layer_norm": elements if kind == OpKind.layer_norm else 0,
+        "reduce": elements if kind == OpKind.reduce else 0,
+        "elementwise": elements if kind in ELEMENTWISE or node.fused_add else 0,
+        "moved": elements if kind in MOVES else 0,
+        "gathered": elements if kind in (OpKind.grid_sample, OpKind.order) else 0,
+        "weights": elements if kind == OpKind.constant else node.attrs.get("weights", 0),
+    }
+
+
+def _depthwise(node: OpNode) -> bool:
+    groups = node.attrs.get("groups", 1)
+    return groups > 1 and node.attrs["in"] == groups
+
+
+def _padded(channels: int) -> int:
+    return -(-channels // CHANNEL_ALIGN) * CHANNEL_ALIGN
+
+
+def _padded_macs(node: OpNode) -> int:
+    """MACs with channels in and out (per group) padded."""
+    if not node.macs:
+        return 0
+    if node.kind == OpKind.matmul:
+        inner, columns = node.attrs["inner"], node.shape[-1] if node.shape else 1
+        return node.elements // max(columns, 1) * _padded(columns) * _padded(inner)
+    groups = node.attrs["groups"]
+    inner, outer = node.attrs["in"] // groups, node.attrs["out"] // groups
+    return node.positions * groups * _padded(inner) * _padded(outer) * node.attrs["kernel"]
+
+
+def _attention_matmuls(graph: ModelGraph) -> frozenset[str]:
+    """The two matmuls of each attention core: one upstream of a softmax (through scaling, mask and moves), one right
+    downstream. A matmul on one side only is no attention.
+    """
+    found: set[str] = set()
+    upstream = {node.name: node.inputs for node in graph.nodes}
+    scaling = {OpKind.mul, OpKind.arithmetic, OpKind.add, *TRANSPARENT_KINDS}
+    for node in graph.nodes:
+        if node.kind == OpKind.softmax:
+            before = _nearest_matmuls(graph, upstream, node.name, scaling)
+            after = _nearest_matmuls(graph, graph.consumers, node.name, set(TRANSPARENT_KINDS))
+            if before and after:
+                found |= before | after
+    return frozenset(found)
+
+
+def _nearest_matmuls(
+    graph: ModelGraph, neighbours: Mapping[str, tuple[str, ...]], start: str, passing: set[OpKind]
+) -> set[str]:
+    found: set[str] = set()
+    frontier = list(neighbours[start])
+    while frontier:
+        other = graph.by_name[frontier.pop()]
+        if other.kind == OpKind.matmul:
+            found.add(other.name)
+        elif other.kind in passing:
+            frontier.extend(neighbours[other.name])
+    return found
