@@ -29,9 +29,10 @@ from qflow.core.sensitive import table_rows
 from qflow.core.setter import HighPrecisionOutput, TemplateSetter, ratio_candidates, resolve
 from qflow.core.settings import CalibrationSettings, QConfigSettings, SensitivitySettings, TrialSettings
 from qflow.core.template import trial_setters
-from qflow.cost.latency import CostReport, Pricer
+from qflow.cost.latency import Pricer
 from qflow.cost.measured import measure
 from qflow.cost.model import CostModel
+from qflow.cost.records import CostReport
 from qflow.quant.calibrate import CalibrationStats, apply_scales, collect
 from qflow.quant.prepare import prepare
 from qflow.quant.quantized_model import QuantizedModel, scales
@@ -41,6 +42,9 @@ from qflow.training import Training, float_weights, train_trial
 from qflow.trial import TrialResult
 
 Progress = Callable[[int], None]
+
+
+FREE_MS = 1e-5  # a promotion that costs less is free: by sensitivity alone among its like
 
 
 def silent(_: int) -> None:
@@ -227,13 +231,20 @@ class Bench:
         """Activation sensitivities by operator; empty before the ranking."""
         return self.sensitivities.activation_scores() if self.sensitivities else {}
 
+    @property
+    def worth(self) -> dict[str, float]:
+        """Sensitivity of each promotable operator by the time that int16 costs there, one promoted in all-int8."""
+        costs = self.pricer.promotions(self.template(QDtype.qint8)[1])
+        return {name: self.scores.get(name, 0.0) / max(costs[name], FREE_MS) for name in self.promotable}
+
     def resolve(self, settings: QConfigSettings) -> tuple[QConfig, QConfig]:
         """(requested, applied) qconfig of a trial. A ratio between 0 and 1 needs sensitivities."""
         scores = self.scores
         if 0.0 < settings.int16_ratio < 1.0 and not scores:
             raise ConfigError("An int16 ratio between 0 and 1 needs sensitivities, but got none. Rank first.")
         rows = table_rows(self.sensitivities) if self.sensitivities else ()
-        setters = trial_setters(settings, self.promotable, scores, rows)
+        ranked = self.worth if settings.ranking == "score_per_ms" and settings.int16_ratio > 0.0 else scores
+        setters = trial_setters(settings, self.promotable, ranked, rows)
         requested = resolve(self.graph, setters, self.rules.march, propagate=settings.propagate_ranges)
         return requested, self._explained(apply_rules(self.graph, requested, self.rules, scores))
 

@@ -32,7 +32,8 @@ from qflow.core.qconfig import QConfig
 from qflow.core.record import from_dict, plain
 from qflow.core.setter import HighPrecisionOutput, Setter, TemplateSetter, resolve
 from qflow.core.settings import CalibrationSettings
-from qflow.cost.latency import CostReport, predict
+from qflow.cost.latency import predict
+from qflow.cost.records import CostReport
 from qflow.quant import prepare as engine
 from qflow.quant.binding import inputs_of
 from qflow.quant.calibrate import CalibrationStats, apply_scales, collect, gathered

@@ -8,7 +8,7 @@ from typing import Any
 from qflow.analysis.tables import ModelCheck
 from qflow.core.qconfig import QConfig
 from qflow.core.record import digest
-from qflow.cost.latency import CostReport
+from qflow.cost.records import CostReport
 from qflow.quant.qat import TrainingReport
 
 

@@ -53,6 +53,20 @@ def test_ratio_one_is_the_int16_template(bench):
     assert trial(bench, 1.0).qconfig.digest == bench.template(QDtype.qint16)[1].digest
 
 
+def test_what_gains_most_for_its_time_may_go_first(bench):
+    from qflow.core.dtype import QDtype
+
+    bench.rank()
+    settings = QConfigSettings(int16_ratio=0.5, ranking="score_per_ms")
+    chosen = set(bench.resolve(settings)[0].names(QDtype.qint16))
+    costs = bench.pricer.promotions(bench.template(QDtype.qint8)[1])
+    worth = {name: bench.scores.get(name, 0.0) / max(costs[name], 1e-5) for name in bench.promotable}
+    assert chosen == set(sorted(worth, key=lambda name: -worth[name])[: len(chosen)])
+    assert 0 < len(chosen) < len(worth)
+    with pytest.raises(ConfigError, match="score_per_ms counts operators by activation, but got weight"):
+        QConfigSettings(ranking="score_per_ms", sensitive_type="weight")
+
+
 def test_a_ratio_without_sensitivities_is_refused(bench):
     with pytest.raises(ConfigError, match="needs sensitivities"):
         trial(bench, 0.5)

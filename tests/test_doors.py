@@ -59,7 +59,7 @@ def test_the_mix_meets_the_goal_that_int8_misses_for_less_than_int16(studied):
     assert runs["all-int8"]["accuracy/drop"] > 0.01 >= runs["all-int16"]["accuracy/drop"]
     assert best["accuracy/drop"] <= 0.01
     int8, mix, int16 = (m["cost/latency_ms"] for m in (runs["all-int8"], best, runs["all-int16"]))
-    assert int8 < mix < int16
+    assert int8 <= mix < int16  # what only additions read costs nothing to raise
     for name in ("float", "all-int16", "all-int8", "best mix"):
         assert re.search(rf"^{name} +0\.\d", done.stdout, re.MULTILINE), name
     assert "mlflow ui" in done.stdout

@@ -110,6 +110,7 @@ class QConfigSchema:
     modules: dict[str, Any] = field(default_factory=dict)
     sensitive_type: str = "activation"
     counting: str = "operators"
+    ranking: str = "score"
     rules: list[str] = field(default_factory=list)
     propagate_ranges: bool = True
 

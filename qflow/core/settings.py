@@ -70,6 +70,8 @@ class QConfigSettings:
     """What the ratio promotes: `activation` (outputs), `weight` or `both`."""
     counting: str = "operators"
     """What the ratio counts: `operators` that can be promoted, or the `rows` of the table as the plugin does."""
+    ranking: str = "score"
+    """What the ratio promotes first: the most sensitive (`score`), or the most `score_per_ms` that int16 costs."""
     rules: Sequence[str] = field(default_factory=list)
     """Templates before the last one (core/template.py): `gemm_to_grid_int16`, `gemm_to_softmax_int16`, ..."""
     propagate_ranges: bool = True
@@ -82,6 +84,12 @@ class QConfigSettings:
         _within("qconfig.int16_ratio", self.int16_ratio, 0.0, 1.0)
         _one_of("qconfig.sensitive_type", self.sensitive_type, ("activation", "weight", "both"))
         _one_of("qconfig.counting", self.counting, ("operators", "rows"))
+        _one_of("qconfig.ranking", self.ranking, ("score", "score_per_ms"))
+        if self.ranking != "score" and (self.sensitive_type, self.counting) != ("activation", "operators"):
+            raise ConfigError(
+                f"qconfig.ranking=score_per_ms counts operators by activation, but got {self.sensitive_type} counted "
+                f"by {self.counting}. Use qconfig.ranking=score."
+            )
         for rule in self.rules:
             _one_of("qconfig.rules", rule, RULES)
         for name, value in self.modules.items():

@@ -1,6 +1,6 @@
-"""Parameters of the cost model from networks whose time was measured, and how well they predict what they have not seen.
+"""Parameters of the cost model from networks whose time was measured, and how well they predict others.
 
-Relative non-negative least squares: the sum over rows of (predicted / measured - 1)^2, all coefficients at least 0, plus
+Relative non-negative least squares: the sum over rows of (predicted / measured - 1)^2, no coefficient below 0, plus
 for each coefficient (strength * (c / c0 - 1))^2 with the published fit c0 as prior. So what the rows say little about
 (attention, where they hold little of it) stays where the larger published set put it; two forms of attention were
 published, by softmax elements and by matmul MACs, and each counts half. Clocks are given; T0 and B do not scale.
@@ -104,7 +104,9 @@ class Fit:
 
     def provenance(self) -> str:
         """One line for the device file."""
-        found = "; ".join(f"{how} left out: {self.errors(how)}" for how in ("family", "network") if how in self.left_out)
+        found = "; ".join(
+            f"{how} left out: {self.errors(how)}" for how in ("family", "network") if how in self.left_out
+        )
         return f"fitted to {self.rows} times of {', '.join(self.families)} (data {self.data}); {found}"
 
 
@@ -265,4 +267,3 @@ def predict_network(network: Network, march: str, model: CostModel) -> float:
         + network.lut_melem / model.lut_melem_per_ms_ghz
     )
     return model.fixed_ms + compute / f + network.weight_mb / model.weight_mb_per_ms
-

@@ -12,14 +12,15 @@ formula's ratio carries them to others; the rest of the measured total, if the r
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from qflow.core.dtype import QDtype
 from qflow.core.graph import ModelGraph, OpKind
 from qflow.core.qconfig import OpQConfig, QConfig
 from qflow.cost.features import OpFeatures, under
 from qflow.cost.model import CostModel, Range
-from qflow.cost.traffic import Traffic, traffic
+from qflow.cost.records import Change, CostReport, Measured, OpCost
+from qflow.cost.traffic import traffic
 from qflow.cost.work import OpWork, work_of
 
 INT8_INTERVAL = (0.80, 1.25)
@@ -35,89 +36,6 @@ VALIDATED = frozenset(
 UNVALIDATED = frozenset({OpKind.softmax, OpKind.grid_sample, OpKind.order})
 
 
-@dataclass(frozen=True)
-class OpCost:
-    """Time of one operator in ms with its interval, and the work that it comes from (counts, bytes)."""
-
-    op: str
-    kind: str
-    engine: str
-    input_dtype: str
-    weight_dtype: str
-    output_dtype: str
-    ms: float
-    low_ms: float
-    high_ms: float
-    share: float
-    """Of the BPU's time for the whole network."""
-    utilisation: float
-    """MACs a nominal int8 MAC array would do in the same time."""
-    macs: int
-    padded_macs: int
-    depthwise_macs: int
-    attention_macs: int
-    lut_elements: int
-    softmax_elements: int
-    layer_norm_elements: int
-    reduce_elements: int
-    elementwise_elements: int
-    moved_elements: int
-    gathered_elements: int
-    cast_elements: int
-    weight_bytes: int
-    input_bytes: int
-    output_bytes: int
-    spilled_bytes: int
-    source: str
-    """formula, measured, or measured and carried to other dtypes by the formula."""
-
-
-@dataclass(frozen=True)
-class CostReport:
-    """Predicted cost of one qconfig at the deployed shape. `latency_ms` is one thread, with its interval.
-
-    `refusal` says why the figures should not be published without a measured profile; empty if they may be.
-    `fps` is throughput with frames in flight, 1000 / bpu_ms: the host's part of one frame runs beside the next on the
-    BPU, so it is more than 1000 / latency_ms. Both are for one call at `shapes`: at batch n, n samples a call.
-    """
-
-    march: str
-    latency_ms: float
-    low_ms: float
-    high_ms: float
-    bpu_ms: float
-    fps: float
-    gmacs: float
-    int16_mac_share: float
-    weight_mb: float
-    ops: tuple[OpCost, ...]
-    traffic: Traffic
-    refusal: str = ""
-    measured: str = ""
-    """The measured profile that times come from, and how many operators it covers."""
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Input -> the shape at which the cost was computed, batch first."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Measured times by operator (ms), the dtypes they were measured at, and the whole, if the report says it."""
-
-    times: Mapping[str, float]
-    reference: QConfig
-    total_ms: float | None = None
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class Change:
-    """BPU time of one qconfig over that of another of the same network, by the lowest to the highest factors."""
-
-    ratio: float
-    low: float
-    high: float
-
-
 class Pricer:
     """A graph at its deployed shape with a march's cost model: prices many qconfigs, what repeats only once."""
 
@@ -131,6 +49,12 @@ class Pricer:
             for owner in {work.owner, *(o for owners in work.inputs for o in owners)} - {None}:
                 self.readers.setdefault(owner, []).append(work)  # type: ignore[arg-type]
         self._times: dict[tuple[object, ...], tuple[Range, float]] = {}
+        own = measured.times if measured is not None else {}
+        priced = [w for w in self.works if not w.transparent or w.name in own]
+        self._known: list[tuple[OpWork, tuple[str, ...], dict[tuple[object, ...], float]]] = [
+            (w, tuple(dict.fromkeys(o for owners in w.inputs for o in owners)), {}) for w in priced
+        ]
+        """Operator, whose outputs it reads, and its time by their dtypes."""
         self.reference = (
             {row.work.name: self._formula(row) for row in under(self.works, measured.reference.ops)} if measured else {}
         )
@@ -210,8 +134,18 @@ class Pricer:
     # ---- the network
 
     def bpu_ms(self, qconfig: QConfig) -> float:
-        """Predicted BPU time: the figure alone, for a search."""
-        return self.fixed_ms + self._sum(under(self.works, qconfig.ops))
+        """Predicted BPU time: the figure alone, for a search. An operator's time is looked up by the dtypes at it."""
+        ops, total = qconfig.ops, self.fixed_ms
+        given = {name: id(op.output) for name, op in ops.items()}  # an enum's member is one object, its hash is slow
+        for work, sources, known in self._known:
+            op = ops[work.owner] if work.owner is not None else None
+            own = (id(op.output), id(op.weight), op.input) if op is not None else (None,)
+            key = (*own, *[given[name] for name in sources])
+            ms = known.get(key)
+            if ms is None:
+                ms = known[key] = self._sum(under((work,), ops))
+            total += ms
+        return total
 
     def latency_ms(self, qconfig: QConfig) -> float:
         """Predicted latency of one thread: the figure alone."""

@@ -5,7 +5,7 @@
 
 MAC has padded channels and no depthwise convolution (its rate cannot be told from the rows: GEMM call and weights
 only), ATT are the matmuls and SOFT the softmax of attention, LUT the elements of SiLU, GELU, sigmoid and their like.
-`large` is a property of the network: the share of its MACs beyond `large_gemm_gmac` a GEMM, max(0, 1 - t * GEMMs / MAC).
+`large`, of the network, is the share of its MACs beyond t = `large_gemm_gmac` a GEMM: max(0, 1 - t*GEMMs/MAC).
 Networks of large GEMMs run slower than their MACs say, weights and look-ups taken into account; that their tensors
 leave the on-chip memory is inferred. Parameters are fitted to published board measurements (fit.py).
 """

@@ -1,4 +1,4 @@
-"""Measured profiles of Journey 6 boards: three report formats read into one record, and joined to a fused graph.
+"""Measured profiles of Journey 6 boards: three report formats read into one record.
 
 Reading. The format is recognised by its keys, never by the file name: hbm_perf has `summary`, hb_analyzer has
 `perf_json_data` or `hbm_...` keys, profiler.log has two JSON objects around a `***` line. Absent keys and nulls leave
@@ -9,12 +9,6 @@ Layers. A timeline (compiled with debug=True) wins over `layer details`, and the
 list of the slowest layers alone is never read, it is no whole. A layer's time is the work of all units for it (of the
 timeline, or computing + load + store cost): units overlap, so that layers add up to more than the latency. Of a log,
 a BPU segment counts with its BPU core stage, a CPU node with its total, both as averages.
-
-Joining. Names are cut at `/` and `.` (an underscore is part of a name) and a scope that is repeated counts once:
-`/layer1/layer1.0/conv/Conv` begins with `layer1.0.conv`. A layer belongs to the operator with the longest module path
-that its name begins with, whole parts only; of functionals in one scope, to the one with the longest function name
-within the last part. Origin ops count before the layer's own name, and time is divided evenly over the operators
-found. A name that several calls share means all of them, or those that other origin ops of the layer point at.
 """
 
 from __future__ import annotations
@@ -28,7 +22,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qflow.core.errors import ConfigError
-from qflow.core.graph import ModelGraph, OpKind
 
 T = TypeVar("T")
 MAC_CLASSES = ("double int8", "feature int16 weight int8", "feature int8 weight int16", "double int16")
@@ -37,18 +30,12 @@ SECTIONS = ("performance", "DDR access data", "interval info", "layer details", 
 ANALYZER_KEYS = ("perf_json_data", "hbm_block_time", "hbm_op_time_by_type", "hbm_ddr_bytes_per_run")
 COSTS = ("computing cost (no DDR)", "load cost", "store cost")
 TRAFFIC = ("loaded bytes per run", "stored bytes per run")
-# They compute nothing: a move is a view or merged into its neighbours, a skipped module runs on the host.
-IDLE_KINDS = frozenset({OpKind.input, OpKind.constant, OpKind.move, OpKind.skipped})
-
 TIMES = {"ns": 1e-6, "us": 1e-3, "µs": 1e-3, "μs": 1e-3, "ms": 1.0, "s": 1e3}  # in milliseconds
 BYTES = {"b": 1, "byte": 1, "bytes": 1, "kb": 2**10, "kib": 2**10, "mb": 2**20, "mib": 2**20, "gb": 2**30, "gib": 2**30}
 COUNTS = {"": 1, "fps": 1}
 _NUMBER = re.compile(r"([0-9]+(?:,[0-9]{3})*(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?)\s*([a-zµμ]*)\s*(?:\(.*\))?", re.I)
 _DIVIDER = re.compile(r"^[ \t]*\*{3}[^\n]*$", re.M)
 _CPU_NODE = re.compile(r"Node-[0-9]+-CPU-(.+)")
-_FUNCTIONAL = re.compile(r"(.*?)\[(\w+)\]")
-_CALL = re.compile(r"\([0-9]+\)$")
-_Places = dict[tuple[str, ...], list[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -82,15 +69,6 @@ class MeasuredProfile:
     macs: Mapping[str, int] = field(default_factory=dict)  # one of MAC_CLASSES -> MACs a run
     cpu_ops: tuple[str, ...] = ()  # operators that the report places on the CPU
     overlap: float | None = None
-
-
-@dataclass(frozen=True)
-class Join:
-    """Layers by operators of a graph; `times` and `unmatched` together hold the time of all layers."""
-
-    times: dict[str, float]  # operator -> milliseconds
-    unmatched: tuple[LayerTime, ...]  # no operator was found for them
-    without: tuple[str, ...]  # operators that compute something and got no layer
 
 
 def read_profile(path: str | Path) -> MeasuredProfile:
@@ -127,7 +105,7 @@ def _object(text: str, what: str) -> dict[str, Any]:
     try:
         return _typed(json.loads(text), dict, what)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{what} is complete JSON, but got: {' '.join(str(error).split())},") from None
+        raise ConfigError(f"{what} is complete JSON, but got a fault ({' '.join(str(error).split())})") from None
 
 
 def _report(data: dict[str, Any]) -> MeasuredProfile:
@@ -219,8 +197,8 @@ def _log(text: str) -> MeasuredProfile:
     if "perf_result" not in run or not {"model_latency", "processor_latency"} & set(nodes):
         keys = ascii([*sorted(run)[:2], *sorted(nodes)[:2]])[:90]
         raise ConfigError(f"A profiler.log has perf_result and then model_latency, but got the keys {keys}")
-    result, latency = (_typed(p[k], dict, k) for p, k in ((run, "perf_result"), (nodes, "model_latency")) if k in p)
-    layers = tuple(_node(*item) for item in latency.items())
+    result = _typed(run["perf_result"], dict, "perf_result")
+    layers = tuple(_node(*item) for item in _typed(nodes.get("model_latency"), dict, "model_latency").items())
     return MeasuredProfile(
         "hrt_model_exec",
         "",
@@ -236,7 +214,7 @@ def _node(name: str, stages: Any) -> LayerTime:
     """A segment on the BPU holds many operators, so only the name of a CPU node is one of an operator."""
     cpu = _CPU_NODE.match(name)
     stages = _typed(stages, dict, "a node of model_latency")
-    wanted = next((stage for stage in stages if stage.endswith("BpuCoreProcess") and not cpu), "Total")
+    wanted = next((stage for stage in stages if stage.endswith("BpuCoreProcess")), "Total")
     average = _quantity(_typed(stages.get(wanted), dict, wanted), "avg_time", TIMES, "ms")
     return LayerTime(name, average, (cpu[1],) if cpu else ())
 
@@ -244,8 +222,8 @@ def _node(name: str, stages: Any) -> LayerTime:
 def _typed(value: Any, kind: type[T], what: str) -> T:
     """`value`, which is a `kind`; an empty one for null."""
     if value is not None and not isinstance(value, kind):
-        rule = {dict: "a JSON object", list: "a JSON list", str: "a text"}[kind]
-        raise ConfigError(f"{what} is {rule}, but got {_shown(value)}")
+        rules: dict[type, str] = {dict: "a JSON object", list: "a JSON list", str: "a text"}
+        raise ConfigError(f"{what} is {rules[kind]}, but got {_shown(value)}")
     return kind() if value is None else value
 
 
@@ -256,7 +234,7 @@ def _rows(value: Any, what: str) -> list[dict[str, Any]]:
 def _names(value: Any, what: str) -> tuple[str, ...]:
     """Names from a list, or from one text with commas; each once."""
     names = value.split(",") if isinstance(value, str) else _typed(value, list, what)
-    return tuple(dict.fromkeys(_name({what: name}, what) for name in names))
+    return tuple(dict.fromkeys(name for given in names if (name := _typed(given, str, what).strip())))
 
 
 def _name(row: dict[str, Any], key: str) -> str:
@@ -282,63 +260,5 @@ def _quantity(row: dict[str, Any], key: str, units: Mapping[str, float], unit: s
     factor = units.get(match[2].lower() or unit) if match else None
     result = float(match[1].replace(",", "")) * factor if match and factor else math.inf
     if math.isinf(result):
-        raise ConfigError(f"{key} is a number, 0 or more (with {'/'.join(units)}), but got {_shown(value)}")
+        raise ConfigError(f"{key} is a number, 0 or more (in {'/'.join(filter(None, units))}), but got {_shown(value)}")
     return result
-
-
-def join(profile: MeasuredProfile, graph: ModelGraph) -> Join:
-    """Times of `profile` by the operators of the fused `graph`."""
-    places = _places(graph)
-    times: dict[str, float] = {}
-    unmatched = []
-    for layer in profile.layers:
-        found = _operators(layer.ops, places) or _operators((layer.name,), places)
-        for name in found:
-            times[name] = times.get(name, 0.0) + layer.ms / len(found)
-        if not found:
-            unmatched.append(layer)
-    without = tuple(n.name for n in graph.nodes if n.kind not in IDLE_KINDS and n.name not in times)
-    return Join(times, tuple(unmatched), without)
-
-
-def _places(graph: ModelGraph) -> _Places:
-    """Module path -> (function or "", operator); an input and a constant have no module."""
-    places: _Places = {}
-    for node in graph.nodes:
-        for name in (node.name, *node.fused) if node.kind not in (OpKind.input, OpKind.constant) else ():
-            functional = _FUNCTIONAL.match(name)
-            path = _components(functional[1] if functional else _CALL.sub("", name))
-            if path or functional:
-                places.setdefault(path, []).append((_kind(functional[2]) if functional else "", node.name))
-    return places
-
-
-def _operators(names: tuple[str, ...], places: _Places) -> list[str]:
-    """Distinct operators that `names` point at; one that is certain settles a name that several calls share."""
-    found = [_longest(_components(name), places) for name in names]
-    certain = set().union(*(few for few in found if len(few) == 1))
-    return sorted(set().union(*(certain & some or some for some in found)))
-
-
-def _longest(path: tuple[str, ...], places: _Places) -> set[str]:
-    for length in range(len(path), -1, -1):
-        last = _kind(path[-1]) if length < len(path) else ""
-        fits = [(len(function), name) for function, name in places.get(path[:length], ()) if function in last]
-        if fits:
-            return {name for size, name in fits if size == max(fits)[0]}
-    return set()
-
-
-def _components(name: str) -> tuple[str, ...]:
-    """Parts of a path; exported names repeat the scope before an index, as in layer1/layer1.0."""
-    pieces: list[str] = []
-    for piece in name.split("/"):
-        if pieces and piece.startswith(f"{pieces[-1]}."):
-            pieces.pop()
-        pieces.append(piece)
-    return tuple(part for piece in pieces for part in piece.split(".") if part)
-
-
-def _kind(part: str) -> str:
-    """`GridSample_3` and `grid_sample` are one kind."""
-    return re.sub(r"_[0-9]+$", "", part).replace("_", "").lower()

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Mapping
 
-from qflow.cost.latency import CostReport, OpCost
+from qflow.cost.records import CostReport, OpCost
 
 COLUMNS: dict[str, str] = {
     "Operator": "kind",
@@ -87,8 +87,8 @@ def cost_text(report: CostReport, rows: int | None = None, fps: float | None = N
         f"{'throughput':<12}{report.fps:.0f} frames/s saturated ({report.bpu_ms:.3f} ms on the BPU)",
         f"{'work':<12}{report.gmacs:.3f} GMAC, {report.int16_mac_share:.1%} of them with int16; "
         f"weights {report.weight_mb:.3f} MB",
-        f"{'traffic':<12}{bound}{traffic.bytes * 1e-6:.3f} MB a frame: weights {traffic.weight_bytes * 1e-6:.3f}, inputs "
-        f"{traffic.input_bytes * 1e-6:.3f}, outputs {traffic.output_bytes * 1e-6:.3f}, spilled "
+        f"{'traffic':<12}{bound}{traffic.bytes * 1e-6:.3f} MB a frame: weights {traffic.weight_bytes * 1e-6:.3f}, "
+        f"inputs {traffic.input_bytes * 1e-6:.3f}, outputs {traffic.output_bytes * 1e-6:.3f}, spilled "
         + ("unknown (device.cost.onchip_mb)" if traffic.lower_bound else f"{traffic.spilled_bytes * 1e-6:.3f}"),
         f"{'':<12}{bound}{traffic.bandwidth(at):.3f} GB/s at {at:.0f} frames/s; at most "
         f"{traffic.peak_bytes * 1e-6:.3f} MB of activations at once",
@@ -102,7 +102,9 @@ def cost_text(report: CostReport, rows: int | None = None, fps: float | None = N
     shown = [op for op in ops if op.ms > 0][:rows]
     width = max([8, *(len(op.op) for op in shown)])
     lines.append("")
-    lines.append(f"{'operator':<{width}}  {'unit':<5}{'in/weight':<15}{'ms':>8}{'interval':>17}{'share':>8}{'MMAC':>9}  source")
+    lines.append(
+        f"{'operator':<{width}}  {'unit':<5}{'in/weight':<15}{'ms':>8}{'interval':>17}{'share':>8}{'MMAC':>9}  source"
+    )
     lines += [_line(op, width) for op in shown]
     rest = [op for op in ops if op not in shown]
     if rest:

@@ -1,11 +1,15 @@
 """Laws of the cost model, and its figures against the published formula by hand."""
 
+import random
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import zoo
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from qflow.core.device import apply_rules
 from qflow.core.dtype import QDtype
@@ -16,6 +20,7 @@ from qflow.core.setter import HighPrecisionOutput, SensitiveSetter, TemplateSett
 from qflow.cost.features import features
 from qflow.cost.latency import Pricer, predict
 from qflow.cost.model import CostModel
+from qflow.cost.records import Measured
 from qflow.quant.plan import make_plan
 from qflow.quant.trace import trace
 
@@ -69,7 +74,9 @@ def test_more_int16_never_costs_less(name, a, b):
     for ratio in sorted((a, b)):
         setters = [SensitiveSetter({}, names, ratio), TemplateSetter(QDtype.qint8)]
         report = predict(graph, resolve(graph, setters, "nash-m"), MODEL)
-        costs.append(report.latency_ms - sum(op.cast_elements for op in report.ops) * 2e-6 / MODEL.lut_melem_per_ms_ghz / 1.5)
+        costs.append(
+            report.latency_ms - sum(op.cast_elements for op in report.ops) * 2e-6 / MODEL.lut_melem_per_ms_ghz / 1.5
+        )
     assert costs[0] <= costs[1] + 1e-12
 
 
@@ -191,3 +198,114 @@ def test_an_operator_without_a_price_makes_the_latency_a_lower_bound():
     model = Distances().eval()
     graph = make_plan(trace(model, torch.randn(1, 4, 16)), model).graph
     assert "no price for" in predict(graph, all_at(graph, QDtype.qint8), MODEL).refusal
+
+
+def mixed(graph, seed, ratio=0.4):
+    rng = random.Random(seed)
+    names = [n.name for n in graph.quantized]
+    setters = [SensitiveSetter({}, rng.sample(names, len(names)), ratio), TemplateSetter(QDtype.qint8)]
+    return resolve(graph, setters, "nash-m")
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_the_search_sees_the_figure_that_the_report_shows(name):
+    pricer = Pricer(GRAPHS[name], MODEL)
+    for seed in range(5):
+        qconfig = mixed(GRAPHS[name], seed)
+        for _ in range(2):  # the second time from what is known
+            assert pricer.bpu_ms(qconfig) == pytest.approx(pricer.report(qconfig).bpu_ms)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_promotion_costs_what_the_promoted_qconfig_costs_more(name):
+    graph, pricer = GRAPHS[name], Pricer(GRAPHS[name], MODEL)
+    qconfig = mixed(graph, 1)
+    deltas = pricer.promotions(qconfig)
+    assert set(deltas) == {n for n, op in qconfig.ops.items() if op.output == QDtype.qint8}
+    for op, delta in deltas.items():
+        raised = qconfig.with_ops({op: replace(qconfig.ops[op], output=QDtype.qint16)})
+        assert pricer.bpu_ms(raised) - pricer.bpu_ms(qconfig) == pytest.approx(delta, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_larger_batch_never_costs_less(name):
+    model, x = zoo()[name]
+    twice = tree_map(lambda t: torch.cat([t, t]), x)
+    larger = make_plan(trace(model, twice), model).graph
+    for dtype in (QDtype.qint8, QDtype.qint16):
+        one, two = (Pricer(g, MODEL).report(all_at(g, dtype)) for g in (GRAPHS[name], larger))
+        assert two.bpu_ms >= one.bpu_ms
+        assert two.traffic.bytes >= one.traffic.bytes
+        assert two.weight_mb == one.weight_mb
+
+
+def test_fusing_an_activation_saves_nothing_but_its_own_pass():
+    """Conv and ReLU fused or apart: a ReLU is free, so the same figure comes out."""
+    stub = OpNode("x", OpKind.input, "QuantStub", (), (1, 16, 8, 8), "x")
+    fused = replace(conv("a", "x", 16, 16, 8), fused=("r",), fused_types=("ReLU",))
+    apart = (conv("a", "x", 16, 16, 8), OpNode("r", OpKind.relu, "ReLU", ("a",), (1, 16, 8, 8), "r"))
+    graphs = ModelGraph((stub, fused), (("0", "a"),)), ModelGraph((stub, *apart), (("0", "r"),))
+    a, b = (Pricer(g, MODEL).report(all_at(g, QDtype.qint8)) for g in graphs)
+    assert a.bpu_ms == pytest.approx(b.bpu_ms)
+    assert b.traffic.peak_bytes >= a.traffic.peak_bytes
+
+
+def test_a_change_is_given_where_the_figures_are_refused():
+    graph = GRAPHS["attention"]
+    pricer = Pricer(graph, MODEL)
+    int8, int16 = all_at(graph, QDtype.qint8), all_at(graph, QDtype.qint16)
+    same, more = pricer.change(int8, int8), pricer.change(int8, int16)
+    assert (same.ratio, same.low, same.high) == (1.0, 1.0, 1.0)
+    assert 1.0 <= more.low <= more.ratio <= more.high
+    assert pricer.change(int16, int8).ratio == pytest.approx(1.0 / more.ratio)
+
+
+def test_large_gemms_run_slower_than_their_macs_say():
+    def network_of(size):
+        stub = OpNode("x", OpKind.input, "QuantStub", (), (1, 64, size, size), "x")
+        return ModelGraph((stub, conv("a", "x", 64, 64, size)), (("0", "a"),))
+
+    def rate(size):
+        graph = network_of(size)
+        pricer = Pricer(graph, MODEL)
+        report = pricer.report(all_at(graph, QDtype.qint8))
+        return report.gmacs / (report.bpu_ms - MODEL.fixed_ms)
+
+    assert rate(64) > rate(512)
+    assert Pricer(network_of(64), MODEL).large == 0.0
+    assert Pricer(network_of(512), MODEL).large == pytest.approx(1 - 0.5 / (512 * 512 * 64 * 64 * 9e-9))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gmac_per_ms_ghz": 0.0}, "cost.gmac_per_ms_ghz is a number above 0, but got 0"),
+        ({"vector_factors": {"qint8": [2, 1, 3]}}, r"cost.vector_factors.qint8 is a number above 0 or \[lowest"),
+        ({"mac_factors": {"qint8/qint8": [1, 2]}}, "cost.mac_factors.qint8/qint8 is a number"),
+    ],
+)
+def test_parameters_that_no_device_has_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        CostModel(**changes)
+
+
+def test_a_factor_may_be_a_single_number():
+    assert CostModel(vector_factors={"qint8": 1.5}).vector_factors == {"qint8": (1.5, 1.5, 1.5)}
+
+
+def test_measured_times_replace_the_formula_and_its_ratios_carry_them_on():
+    graph = network()
+    int8, int16 = all_at(graph, QDtype.qint8), all_at(graph, QDtype.qint16)
+    plain = Pricer(graph, MODEL)
+    measured = Pricer(graph, MODEL, Measured({"act": 0.5}, int8, total_ms=2.0, source="hbm_perf x.json"))
+    at_int8, at_int16 = measured.report(int8), measured.report(int16)
+    ops = {op.op: op for op in at_int8.ops}
+    assert (ops["act"].ms, ops["act"].source) == (0.5, "measured")
+    assert ops["a"].ms == next(op.ms for op in plain.report(int8).ops if op.op == "a")
+    assert at_int8.bpu_ms == pytest.approx(2.0)
+    wide = next(op for op in at_int16.ops if op.op == "act")
+    assert wide.ms == pytest.approx(2 * 0.5)  # a look-up in int16 takes twice as long
+    assert wide.source == "measured, other dtypes"
+    assert wide.low_ms < wide.ms < wide.high_ms
+    assert measured.bpu_ms(int16) == pytest.approx(at_int16.bpu_ms)
+    assert at_int8.measured == "hbm_perf x.json: 1 of 4 operators"

@@ -1,0 +1,192 @@
+"""The fit on the published rows: it repeats, it finds what made the rows, and bad tables are refused in one line."""
+
+import csv
+import random
+from pathlib import Path
+
+import pytest
+
+from qflow.config.device_cost import cost_section, write_cost
+from qflow.config.device_file import load_cost
+from qflow.core.errors import ConfigError
+from qflow.cost.fit import fit_networks, predict_network
+from qflow.cost.model import CostModel
+from qflow.cost.networks import COLUMNS, Network, family_of, read_networks
+
+DATA = Path(__file__).parent.parent.parent / "benchmarks" / "data" / "j6m-networks.csv"
+
+
+@pytest.fixture(scope="module")
+def published():
+    networks, _ = read_networks(DATA)
+    return fit_networks(networks)
+
+
+@pytest.mark.parametrize("march", ["nash-m", "nash-e"])
+def test_the_shipped_device_files_come_from_this_fit(published, march):
+    shipped = load_cost(march)
+    assert published.apply(shipped) == shipped
+
+
+def test_it_predicts_families_that_it_has_not_seen(published):
+    found = published.errors("family")
+    assert found.median <= 0.06
+    assert found.p90 <= 0.16
+    assert found.worst <= 0.30
+    assert min(found.spearman.values()) >= 0.99
+    assert published.errors("nash-m from the others").median <= 0.07
+
+
+def test_what_is_not_int8_is_left_out_with_its_reason():
+    _, skipped = read_networks(DATA)
+    assert "dinov2_vits14: int16" in skipped
+    assert all(line.endswith(("int16", "unknown")) for line in skipped)
+
+
+def made(model, seed, count=60, noise=0.0):
+    """Networks whose times `model` itself gives."""
+    rng = random.Random(seed)
+    found = []
+    for i in range(count):
+        gemms = rng.randint(20, 200)
+        network = Network(
+            name=f"yolo{i % 6 + 20}{'nsmlx'[i % 5]} {i}",
+            family=f"yolo{i % 6 + 20}",
+            dtype="int8",
+            gemms=gemms,
+            gmacs=gemms * 10 ** rng.uniform(-3, 0.3),
+            attention_gmacs=rng.choice([0.0, rng.uniform(0, 3)]),
+            softmax_melem=rng.choice([0.0, rng.uniform(0, 30)]),
+            lut_melem=rng.choice([0.0, rng.uniform(0, 100)]),
+            weight_mb=rng.uniform(1, 80),
+            times={},
+        )
+        times = {m: predict_network(network, m, model) * (1 + rng.gauss(0, noise)) for m in ("nash-e", "nash-m")}
+        found.append(Network(**{**network.__dict__, "times": times}))
+    return found
+
+
+def test_it_finds_the_parameters_that_made_the_rows():
+    true = CostModel(gmac_per_ms_ghz=12.0, lut_melem_per_ms_ghz=40.0, weight_mb_per_ms=30.0, gemm_us_ghz=3.0)
+    found = fit_networks(made(true, 0), strength=0.0).apply(CostModel())
+    for name in ("gmac_per_ms_ghz", "lut_melem_per_ms_ghz", "weight_mb_per_ms", "gemm_us_ghz", "fixed_ms"):
+        assert getattr(found, name) == pytest.approx(getattr(true, name), rel=1e-3)
+    assert found.attention_gmac_per_ms_ghz == pytest.approx(true.attention_gmac_per_ms_ghz, rel=1e-3)
+    assert found.large_gmac_per_ms_ghz == pytest.approx(true.large_gmac_per_ms_ghz, rel=1e-3)
+
+
+def test_where_the_rows_say_nothing_the_prior_stands():
+    """Networks without attention: its rate stays the published one."""
+    rows = [
+        Network(**{**n.__dict__, "attention_gmacs": 0.0, "softmax_melem": 0.0})
+        for n in made(CostModel(), 1, noise=0.05)
+    ]
+    found = fit_networks(rows).apply(CostModel())
+    assert found.attention_gmac_per_ms_ghz == pytest.approx(1 / 1.115, rel=1e-3)
+    assert found.softmax_melem_per_ms_ghz == pytest.approx(1 / 0.071, rel=1e-3)
+
+
+def test_the_network_formula_is_that_of_the_operators():
+    """Totals through `predict_network` and operators through `compute_ms` give one figure."""
+    from test_latency import all_at, network
+
+    from qflow.core.dtype import QDtype
+    from qflow.cost.latency import Pricer
+
+    pricer = Pricer(network(), CostModel())
+    works = pricer.works
+    totals = Network(
+        name="x",
+        family="x",
+        dtype="int8",
+        gemms=sum(w.gemm for w in works),
+        gmacs=sum(w.padded_macs for w in works) * 1e-9,
+        attention_gmacs=sum(w.attention_macs for w in works) * 1e-9,
+        softmax_melem=sum(w.softmax for w in works) * 1e-6,
+        lut_melem=sum(w.lut for w in works) * 1e-6,
+        weight_mb=sum(w.weights for w in works) * 1e-6,
+        times={},
+    )
+    report = pricer.report(all_at(network(), QDtype.qint8))
+    assert predict_network(totals, "nash-m", CostModel()) == pytest.approx(report.bpu_ms)
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("YOLO11l Seg", "yolo11"),
+        ("YOLOv8x CLS", "yolov8"),
+        ("YOLOv5xu Detect", "yolov5"),
+        ("YOLO12n", "yolo12"),
+        ("efficientnet_lite2", "efficientnet"),
+        ("resnet152", "resnet"),
+        ("resnet50", "resnet"),
+        ("mobilenetv2", "mobilenetv2"),
+        ("siglip-base-224", "siglip"),
+    ],
+)
+def test_a_family_is_read_off_the_name(name, family):
+    assert family_of(name) == family
+
+
+def table(tmp_path, change):
+    with DATA.open() as file:
+        rows = list(csv.DictReader(file))
+    path = tmp_path / "rows.csv"
+    rows = change(rows)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def without(column):
+    return lambda rows: [{k: v for k, v in row.items() if k != column} for row in rows]
+
+
+@pytest.mark.parametrize("column", ["model", *COLUMNS.values()])
+def test_a_missing_column_is_named(tmp_path, column):
+    with pytest.raises(ConfigError, match=f"has the column {column}"):
+        read_networks(table(tmp_path, without(column)))
+
+
+def test_a_bad_number_is_named_with_its_line(tmp_path):
+    path = table(tmp_path, lambda rows: [{**rows[0], "lut_act_melem": "many"}, *rows[1:]])
+    with pytest.raises(ConfigError, match=r"lut_act_melem is a number of at least 0, but got 'many' in .*, line 2"):
+        read_networks(path)
+    path = table(tmp_path, lambda rows: [{**rows[0], "softmax_melem": ""}, *rows[1:]])
+    with pytest.raises(ConfigError, match=r"needs a number for softmax_melem, but got none"):
+        read_networks(path)
+
+
+def test_what_is_no_table_is_refused(tmp_path):
+    (tmp_path / "x.csv").write_bytes(b"\xff\xfe\x00binary")
+    for path in (tmp_path / "none.csv", tmp_path, tmp_path / "x.csv"):
+        with pytest.raises(ConfigError, match="CSV file of networks"):
+            read_networks(path)
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(ConfigError, match="has the column model"):
+        read_networks(tmp_path / "empty.csv")
+    with pytest.raises(ConfigError, match="at least ten int8 times, but got 2"):
+        fit_networks(made(CostModel(), 0, count=1))
+
+
+def test_a_family_column_overrules_the_name(tmp_path):
+    path = table(tmp_path, lambda rows: [{**row, "family": "mine"} for row in rows])
+    assert {n.family for n in read_networks(path)[0]} == {"mine"}
+
+
+def test_a_fitted_file_is_read_back_as_it_was_written(tmp_path, published):
+    fitted = published.apply(load_cost("nash-m"))
+    write_cost(fitted, tmp_path / "board.yaml", "nash-m")
+    assert load_cost(tmp_path / "board.yaml") == fitted
+    shipped = tmp_path / "own.yaml"
+    shipped.write_text("defaults: [nash-e, _self_]\n# kept\nrules: {}\ncost:\n  clock_ghz: 9\n")
+    write_cost(fitted, shipped, "nash-m")
+    assert "# kept" in shipped.read_text()
+    assert load_cost(shipped).clock_ghz == 1.5
+    assert cost_section(fitted).startswith("cost:\n")
+    (tmp_path / "other.yaml").write_text("cost:\n  clock_ghz: 9\nrules: {}\n")
+    with pytest.raises(ConfigError, match="ends with its cost section"):
+        write_cost(fitted, tmp_path / "other.yaml", "nash-m")

@@ -1,0 +1,83 @@
+"""python -m qflow.cost as a user runs it: the table, a measured report, the fit, and bad requests in one line."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from test_check_door import CUSTOM
+from test_doors import door
+
+DATA = Path(__file__).parent.parent / "benchmarks" / "data" / "j6m-networks.csv"
+
+
+def rows(folder):
+    with (folder / "qflow_out" / "cost" / "own" / "cost.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_users_model_is_priced(tmp_path):
+    done = door("cost", *CUSTOM, "qconfig.template=qint16", "fps=30", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = rows(tmp_path)
+    total = sum(float(row["Time (ms)"]) for row in table)
+    assert f"({total + 0.054414:.3f} ms on the BPU)" in done.stdout
+    assert {row["Engine"] for row in table} >= {"TAE", "VAE"}
+    assert "GB/s at 30 frames/s" in done.stdout
+    assert "to all-int8" in done.stdout
+    assert (tmp_path / "qflow_out" / "cost" / "own" / "promotions.csv").read_text().startswith("Name,Time for qint16")
+
+
+def report_of(tmp_path, layers):
+    """A compiler's report in the layout of hbm_perf."""
+    path = tmp_path / "perf.json"
+    details = [{"layer name": name, "computing cost (no DDR)": cost} for name, cost in layers.items()]
+    summary = {"performance": {"latency (ms)": 0.25, "FPS": 4000}, "layer details": details}
+    path.write_text(json.dumps({"summary": {**summary, "model info": {"march": "nash-m"}}}))
+    return path
+
+
+def test_a_measured_report_replaces_the_formula(tmp_path):
+    door("cost", *CUSTOM, cwd=tmp_path)
+    name = next(row["Name"] for row in rows(tmp_path) if row["Operator"] == "conv")
+    path = report_of(tmp_path, {f"{name}/Conv": "59 us (8.2% of model)", "foreign/Conv": "7 us"})
+    done = door("cost", *CUSTOM, f"device.profile={path}", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = next(row for row in rows(tmp_path) if row["Name"] == name)
+    assert (float(row["Time (ms)"]), row["Source"]) == (pytest.approx(0.059), "measured")
+    assert "unmatched   foreign/Conv: 0.0070 ms" in done.stdout
+    assert "(0.250 ms on the BPU)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["mode=other"], "mode is report or fit, but got other"),
+        (["fps=0"], "fps is a number of frames a second above 0"),
+        (["fit"], "A fit needs measured networks, but got none"),
+        (["fit", "data=nowhere.csv"], "A fit reads a CSV file of networks, but got nowhere.csv"),
+        (["device.profile=nowhere.json"], "nowhere.json"),
+        (["device.cost.gmac_per_ms_ghz=0"], "cost.gmac_per_ms_ghz is a number above 0"),
+        (["device.cost.vector_factors={qint8: [3, 1, 2]}"], "cost.vector_factors.qint8 is a number above 0 or"),
+    ],
+)
+def test_bad_requests_get_one_line(arguments, says, tmp_path):
+    done = door("cost", *CUSTOM, *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stdout + done.stderr
+    assert says in done.stderr
+
+
+def test_a_report_of_another_model_is_refused(tmp_path):
+    done = door("cost", *CUSTOM, f"device.profile={report_of(tmp_path, {'foreign/Conv': '7 us'})}", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stdout + done.stderr
+    assert "A profile's layers carry the names of the model's modules, but got foreign/Conv" in done.stderr
+
+
+def test_a_fit_writes_a_device_file_that_a_study_takes(tmp_path):
+    shutil.copy(DATA, tmp_path / "mine.csv")
+    done = door("cost", "fit", "data=mine.csv", "out=boards/mine.yaml", "device=nash-e", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "family left out" in done.stdout
+    priced = door("cost", *CUSTOM, "device=boards/mine.yaml", cwd=tmp_path)
+    assert priced.returncode == 0, priced.stdout + priced.stderr
