@@ -73,7 +73,7 @@ class Bench:
     profile_dtype: QDtype = QDtype.qint8
     """Template that it was built with."""
     unmatched: tuple[str, ...] = ()
-    """Layers of the report that belong to no operator."""
+    """What the report and the model do not share: layers without an operator, operators without a layer."""
 
     def __post_init__(self) -> None:
         self._stats: dict[tuple[int, int, int], CalibrationStats] = {}

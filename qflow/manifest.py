@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ def manifest(bench: Bench) -> dict[str, Any]:
         "weights": weights_digest(bench.task.model),
         "graph": digest(bench.graph),
         "data": data_digest(bench.task),
+        "profile": digest(Path(bench.profile).read_bytes().hex()) if bench.profile else "",
         "eval_samples": bench.eval_samples,
         "float_metric": bench.float_metric,
     }

@@ -251,7 +251,7 @@ def fingerprint(config: DictConfig, manifest: Mapping[str, Any]) -> dict[str, st
     }
     return {
         **state,
-        **{key: str(manifest[key]) for key in ("weights", "data", "graph", "eval_samples", "qflow")},
+        **{key: str(manifest[key]) for key in ("weights", "data", "graph", "profile", "eval_samples", "qflow")},
         "float_metric": f"{manifest['float_metric']:.6g}",
         "torch": manifest["versions"]["torch"],
     }

@@ -27,6 +27,8 @@ from qflow.cost.networks import CLOCKS, COLUMNS, Network
 Array = NDArray[np.float64]
 STRENGTH = 0.3
 """Of the prior, against residuals of about 0.07 a row: it takes a coefficient to be within a quarter of its prior."""
+KINK = 0.5
+"""GMAC a GEMM beyond which a network's MACs cost more (`CostModel.large_gemm_gmac`); 0.3 to 0.6 do alike."""
 # Published fits on all rows (their sources: docs/cost-model.md); ms, or ms * GHz, per unit of the column. Attention by
 # softmax elements was 0.142, by matmul MACs 2.23: half of each. Large GEMMs: none.
 PRIOR = {
@@ -44,7 +46,7 @@ NAMES = tuple(PRIOR)
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative errors of predictions; `inside` is the share of measured times within the printed interval."""
+    """Relative errors of predictions; `inside` is the share of measured times within `interval_of`."""
 
     rows: int
     median: float
@@ -78,7 +80,6 @@ class Fit:
     """Coefficients by `NAMES`, and the validation of the procedure that gave them."""
 
     coefficients: Mapping[str, float]
-    kink: float
     families: Sequence[str]
     rows: int
     data: str
@@ -97,7 +98,7 @@ class Fit:
             model,
             fixed_ms=_round(c["fixed"]),
             gemm_us_ghz=_round(1e3 * c["gemms"]),
-            large_gemm_gmac=self.kink,
+            large_gemm_gmac=KINK,
             provenance=self.provenance(),
             **{field: _inverse(c[name]) for name, field in RATE_OF.items()},  # type: ignore[arg-type]
         )
@@ -148,11 +149,11 @@ class _Rows:
         return _Rows(self.design[kept], self.times[kept], *lists)
 
 
-def _rows(networks: Sequence[Network], kink: float) -> _Rows:
+def _rows(networks: Sequence[Network]) -> _Rows:
     pairs = [(n, march, t) for n in networks if n.dtype == "int8" for march, t in n.times.items()]
     design = []
     for n, march, _ in pairs:
-        large = max(0.0, n.gmacs - kink * n.gemms)
+        large = max(0.0, n.gmacs - KINK * n.gemms)
         work = {**{field: getattr(n, field) for field in COLUMNS}, "large_gmacs": large, "fixed": 1.0}
         design.append([work[name] / (1.0 if name in ("fixed", "weight_mb") else CLOCKS[march]) for name in NAMES])
     return _Rows(
@@ -177,13 +178,9 @@ def _solve(rows: _Rows, strength: float) -> Array:
     return solution
 
 
-def fit_networks(networks: Sequence[Network], strength: float = STRENGTH, kink: float | None = None) -> Fit:
-    """Fit the int8 rows of `networks` and validate. Raises ConfigError where there are fewer than ten times.
-
-    `kink` in GMAC a GEMM is that of `CostModel.large_gemm_gmac`.
-    """
-    kink = CostModel().large_gemm_gmac if kink is None else kink
-    rows = _rows(networks, kink)
+def fit_networks(networks: Sequence[Network], strength: float = STRENGTH) -> Fit:
+    """Fit the int8 rows of `networks` and validate. Raises ConfigError where there are fewer than ten times."""
+    rows = _rows(networks)
     if len(rows.times) < 10:
         raise ConfigError(f"A fit needs at least ten int8 times, but got {len(rows.times)}. Add networks.")
     validated: dict[str, list[Prediction]] = {}
@@ -195,7 +192,6 @@ def fit_networks(networks: Sequence[Network], strength: float = STRENGTH, kink: 
         validated[f"{march} from the others"] = _predictions(rows, test, strength)
     return Fit(
         coefficients=dict(zip(NAMES, map(float, _solve(rows, strength)), strict=True)),
-        kink=kink,
         families=tuple(sorted(set(rows.families))),
         rows=len(rows.times),
         data=digest([[n, m, float(t)] for n, m, t in zip(rows.names, rows.marches, rows.times, strict=True)]),
@@ -221,7 +217,7 @@ def _predictions(rows: _Rows, test: NDArray[np.bool_], strength: float) -> list[
 
 
 def interval_of(prediction: Prediction) -> tuple[float, float]:
-    """The interval that qflow prints, in ms: the narrow one for int8 convolutional networks."""
+    """The narrow interval in ms, that of int8 convolutional networks; with softmax qflow prints a wider one."""
     low, high = INT8_INTERVAL
     return prediction.predicted * low, prediction.predicted * high
 

@@ -6,7 +6,8 @@ int8 / int16 of one network was ever published: the int16 factors rest on two al
 nothing. Comparing two qconfigs of one network is safer than either figure: fixed costs and weights cancel.
 
 With a measured profile (profile.py) measured times replace the formula at the dtypes that were measured, and the
-formula's ratio carries them to others; the rest of the measured total, if the report has one, is a constant.
+formula's ratio carries them to others. If the report has a total, what operators leave of it is a constant; where they
+add up to more (units overlap), all are scaled to it.
 """
 
 from __future__ import annotations
@@ -60,8 +61,11 @@ class Pricer:
         )
         out = sum(w.elements for w in self.works if w.leaving) * 1e-6 / model.float_melem_per_ms
         self.fixed_ms = model.fixed_ms + (out if model.host_dequantize else 0.0)
+        self.overlap = 1.0
         if measured is not None and measured.total_ms is not None:
-            self.fixed_ms = measured.total_ms - self._sum(under(self.works, measured.reference.ops))
+            added = self._sum(under(self.works, measured.reference.ops))
+            self.fixed_ms = max(measured.total_ms - added, 0.0)
+            self.overlap = min(measured.total_ms / added, 1.0) if added > 0 else 1.0
 
     # ---- one operator
 
@@ -77,12 +81,12 @@ class Pricer:
         """Time of one operator in ms, by the lowest, likely and highest factors of its dtypes."""
         (low, likely, high), stream = self._formula(row)
         own = self.measured.times.get(row.work.name) if self.measured else None
-        if own is None:
-            return low + stream, likely + stream, high + stream
-        (low_was, was, high_was), stream_was = self.reference[row.work.name]
-        pairs = ((low, low_was), (likely, was), (high, high_was))
-        ratios = [(a + stream) / (b + stream_was) if b + stream_was > 0 else 1.0 for a, b in pairs]
-        return own * min(ratios), own * ratios[1], own * max(ratios)
+        found = [t + stream for t in (low, likely, high)]
+        if own is not None:  # where the formula had no price, what it adds now comes on top
+            was, stream_was = self.reference[row.work.name]
+            before = [t + stream_was for t in was]
+            found = [own * a / b if b > 0 else own + a for a, b in zip(found, before, strict=True)]
+        return self.overlap * min(found), self.overlap * found[1], self.overlap * max(found)
 
     def _sum(self, rows: Iterable[OpFeatures]) -> float:
         return sum(self.times(row)[1] for row in rows)
@@ -147,10 +151,6 @@ class Pricer:
             total += ms
         return total
 
-    def latency_ms(self, qconfig: QConfig) -> float:
-        """Predicted latency of one thread: the figure alone."""
-        return self.bpu_ms(qconfig) + self.model.host_ms
-
     def report(self, qconfig: QConfig) -> CostReport:
         """Every figure of `qconfig`."""
         rows = tuple(under(self.works, qconfig.ops))
@@ -160,14 +160,14 @@ class Pricer:
         below, above = INT8_INTERVAL if self.seen else UNSEEN_INTERVAL
         if self.measured is not None and self.measured.total_ms is not None:
             below, above = MEASURED_INTERVAL
-        outside = [self.fixed_ms + self.model.host_ms, below, above]
+        outside = self.fixed_ms + self.model.host_ms
         macs = sum(w.macs for w in self.works)
         wide = sum(r.work.macs for r in rows if QDtype.qint16 in (r.input_dtype, r.weight_dtype))
         return CostReport(
             march=self.model.march,
             latency_ms=bpu + self.model.host_ms,
-            low_ms=min(outside[0] * below, outside[0] * above) + sum(op.low_ms for op in ops),
-            high_ms=max(outside[0] * below, outside[0] * above) + sum(op.high_ms for op in ops),
+            low_ms=below * outside + sum(op.low_ms for op in ops),
+            high_ms=above * outside + sum(op.high_ms for op in ops),
             bpu_ms=bpu,
             fps=1000.0 / bpu,
             gmacs=macs * 1e-9,

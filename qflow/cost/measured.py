@@ -94,7 +94,7 @@ def _kind(part: str) -> str:
 
 
 def measure(path: str | Path, graph: ModelGraph, reference: QConfig) -> tuple[Measured, tuple[str, ...]]:
-    """Measured times of `graph`, whose model was built at `reference`, and lines on the layers that found no operator.
+    """Measured times of `graph`, whose model was built at `reference`, and lines on what found none of the other.
 
     A report of the whole model only (hrt_model_exec knows BPU segments, no operators) scales nothing but the total.
     Raises ConfigError for a report that cannot be read, or that has layers but none of this model.
@@ -107,9 +107,12 @@ def measure(path: str | Path, graph: ModelGraph, reference: QConfig) -> tuple[Me
             f"A profile's layers carry the names of the model's modules, but got {layers} in {path}. Measure this "
             "model, with debug=True."
         )
-    unmatched = tuple(f"{layer.name}: {layer.ms:.4f} ms" for layer in joined.unmatched)
+    unmatched = [f"{layer.name}: {layer.ms:.4f} ms" for layer in joined.unmatched]
+    if joined.without:
+        more = ", ..." if len(joined.without) > 5 else ""
+        unmatched.append(f"{len(joined.without)} operators keep the formula: {', '.join(joined.without[:5])}{more}")
     total = profile.total_ms
     if profile.kind == "hrt_model_exec":  # its latency is the host's, queues included; its segments are the BPU's
         total = sum(layer.ms for layer in profile.layers if not layer.ops) or None
     source = f"{profile.kind} {Path(path).name}" + (f" ({profile.toolchain})" if profile.toolchain else "")
-    return Measured(joined.times, reference, total, source), unmatched
+    return Measured(joined.times, reference, total, source), tuple(unmatched)

@@ -1,8 +1,9 @@
 """Float operators as fast as they go: what a replay runs thousands of times.
 
 Batch norms are folded into the weights once, as the device does it, and convolution weights on a CPU lie channels
-last, which their results take over: together about a third less time than the user's own calls. The last bits differ
-from the float model's (1e-7 of a value); so a replay holds its variants against float values of its own making.
+last, which their results take over: a fifth to a third less time than the user's own calls. The last bits differ from
+the float model's (1e-7 of a value). What a quantizer under test reads is the float model's own, as captured: there
+those bits would flip roundings.
 """
 
 from __future__ import annotations

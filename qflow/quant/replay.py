@@ -1,8 +1,8 @@
 """Replay: run the ops of a captured batch again, only those that a changed quantizer reaches.
 
 A `Variant` is one quantizer switched on alone. From the first op that it touches on, what depends on it is computed
-again from the float values of everything else; the rest is taken as it was. With the same quantizer objects as
-the prepared model's this gives its outputs bit for bit, for about half the work (all quantizers of a network).
+again from the float values of everything else; the rest is taken as it was. Quantizers are the prepared model's own
+and read what they read there; float ops run folded (fused.py), so that outputs equal full forwards but for last bits.
 
 Several variants run as one wide batch where the batch axis is known to stay intact (widen.py): the samples of
 variant 0, of variant 1, ..., sorted by where they start, so that an op only computes for those that have begun.

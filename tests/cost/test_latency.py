@@ -308,4 +308,25 @@ def test_measured_times_replace_the_formula_and_its_ratios_carry_them_on():
     assert wide.source == "measured, other dtypes"
     assert wide.low_ms < wide.ms < wide.high_ms
     assert measured.bpu_ms(int16) == pytest.approx(at_int16.bpu_ms)
+    assert at_int8.low_ms < at_int8.latency_ms < at_int8.high_ms
     assert at_int8.measured == "hbm_perf x.json: 1 of 4 operators"
+
+
+def test_units_that_overlap_never_make_a_total_negative():
+    """Layers that add up to more than the measured total share what there is, at any dtype."""
+    graph = network()
+    int8, int16 = all_at(graph, QDtype.qint8), all_at(graph, QDtype.qint16)
+    measured = Pricer(graph, MODEL, Measured({"a": 3.0, "act": 2.0, "b": 1.0}, int16, total_ms=2.0))
+    assert measured.bpu_ms(int16) == pytest.approx(2.0)
+    assert 0.0 < measured.bpu_ms(int8) < 2.0
+    assert sum(op.ms for op in measured.report(int16).ops) == pytest.approx(2.0)
+
+
+def test_a_measured_operator_without_a_price_pays_for_casts():
+    stub = [OpNode(n, OpKind.lut, "SiLU", (), (1, 8, 4, 4), n) for n in ("a", "b")]
+    graph = ModelGraph((*stub, OpNode("c", OpKind.concat, "cat", ("a", "b"), (1, 16, 4, 4), "c")), (("0", "c"),))
+    int8 = all_at(graph, QDtype.qint8)
+    pricer = Pricer(graph, MODEL, Measured({"c": 0.5}, int8))
+    mixed_ = pricer.report(int8.with_ops({"b": OpQConfig(QDtype.qint16)})).ops[-1]
+    assert pricer.report(int8).ops[-1].ms == 0.5
+    assert mixed_.ms > 0.5
