@@ -12,7 +12,7 @@ tune: $(VENV)/.base
 	$(BIN)/python -m qflow.tune +experiment=int8_int16
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

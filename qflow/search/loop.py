@@ -4,7 +4,7 @@
 
 This process is the only writer. Up to the commit a trial can be lost and is tried again; from the commit on
 its result can no longer be lost, whatever is killed when (`reconcile`). Running the same search again
-continues it: `n_trials` counts the finished trials of the whole study.
+continues it: a point that was measured is not measured again, so a search is written as if it ran in one go.
 
 What it leaves out: several trials at once, and stopping a trial that has begun.
 """
@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from urllib.parse import quote
 
 from qflow.core.errors import QflowError, TrialError
@@ -33,8 +33,8 @@ from qflow.search.reconcile import INTERRUPTED, LOST, check_invariants, finished
 from qflow.search.study import Proposal, Study
 
 __all__ = [
-    "Evaluate", "FailedTrial", "FinishedTrial", "Outcome", "Scalar", "Terminated", "Tracker",
-    "check_invariants", "reconcile", "run_trials", "sigterm_interrupts",
+    "Driver", "Evaluate", "FailedTrial", "FinishedTrial", "Outcome", "Scalar", "Terminated", "Tracker",
+    "check_invariants", "driving", "interrupts", "reconcile", "run_trials",
 ]  # fmt: skip
 
 Evaluate: TypeAlias = Callable[[Values, Path], Outcome]
@@ -49,29 +49,60 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def sigterm_interrupts() -> Iterator[threading.Event]:
+def interrupts() -> Iterator[threading.Event]:
     """Raise Terminated on SIGTERM while inside, as Ctrl-C raises KeyboardInterrupt; main thread only.
 
-    The event is set as well: Python drops an exception that is raised within a finalizer.
+    The event is set on both: Python drops an exception that is raised within a finalizer or a callback from C.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
 
-    def stop(_signum: int, _frame: FrameType | None) -> None:
+    def stop(signum: int, _frame: FrameType | None) -> None:
         asked.set()
-        raise Terminated("SIGTERM")
+        raise Terminated("SIGTERM") if signum == signal.SIGTERM else KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _nothing(_: object) -> None:
     pass
+
+
+@contextmanager
+def driving(
+    study: Study, tracker: Tracker, evaluate: Evaluate, *,
+    scratch: Path,
+    on_trial: Callable[[FinishedTrial | FailedTrial], None] = _nothing,
+    study_run_id: str | None = None,
+    checkpoint: Callable[[str], None] = _nothing,
+) -> Iterator[Driver]:  # fmt: skip
+    """Drive the study: settle what an earlier process left, then measure points until the block ends.
+
+    `evaluate(params, folder)` writes the trial's files into the folder; a QflowError from it fails that trial only,
+    anything else ends the search after the trial was marked as failed. Interrupted (Ctrl-C, SIGTERM), the trial at
+    hand is put back and the interrupt goes on. `checkpoint` is called with the name of each step that was just done.
+    Raises TrackingError when another process drives the study, TrialError after `FAILURES` failures in a row.
+    """
+    parent = study_run_id or tracker.open_study(study.name, tags={}, params={}, description="")
+    with interrupts() as asked_to_end, study.driver():
+        folder = scratch / quote(study.name, safe="")
+        shutil.rmtree(folder, ignore_errors=True)  # of a driver that was killed
+        for trial in reconcile(study, tracker):
+            on_trial(trial)
+        try:
+            yield Driver(study, tracker, evaluate, parent, folder, on_trial, checkpoint, asked_to_end)
+        except BaseException as error:
+            stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
+            with suppress(Exception):  # what is left open now is settled by the next start
+                reconcile(study, tracker, ending=INTERRUPTED if stopped else LOST)
+            raise
 
 
 def run_trials(
@@ -79,41 +110,26 @@ def run_trials(
     n_trials: int,
     fixed: Sequence[tuple[str, Values]] = (),
     timeout: float | None = None,
-    scratch: Path,
-    on_trial: Callable[[FinishedTrial | FailedTrial], None] = _nothing,
-    study_run_id: str | None = None,
-    checkpoint: Callable[[str], None] = _nothing,
+    **options: Any,
 ) -> list[FinishedTrial]:  # fmt: skip
-    """Evaluate until the study has `n_trials` finished trials; returns all of them, by number.
+    """Drive until the study has `n_trials` finished trials; returns all of them, by number.
 
     `fixed` are (label, params) that come first, each once in the life of the study. `timeout` (seconds) stops
-    before the next trial, not within one. `evaluate(params, folder)` writes the trial's files into the
-    folder; a QflowError from it fails that trial only, anything else ends the search after the trial was
-    marked as failed. Interrupted (Ctrl-C, SIGTERM), the trial at hand is put back and the interrupt goes on.
-    `checkpoint` is called with the name of each step that was just done. Raises TrackingError when another
-    process drives the study, TrialError after `FAILURES` failures in a row.
+    before the next trial, not within one. `options` are those of `driving`.
     """
-    parent = study_run_id or tracker.open_study(study.name, tags={}, params={}, description="")
-    with sigterm_interrupts() as asked_to_end, study.driver():
-        folder = scratch / quote(study.name, safe="")
-        shutil.rmtree(folder, ignore_errors=True)  # of a driver that was killed
-        for trial in reconcile(study, tracker):
-            on_trial(trial)
-        driver = _Driver(study, tracker, evaluate, parent, folder, on_trial, checkpoint)
+    with driving(study, tracker, evaluate, **options) as driver:
         driver.enqueue_fixed(fixed)
-        try:
-            driver.run(n_trials, timeout, asked_to_end)
-        except BaseException as error:
-            stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
-            with suppress(Exception):  # what is left open now is settled by the next start
-                reconcile(study, tracker, ending=INTERRUPTED if stopped else LOST)
-            raise
-        return [finished(trial) for trial in study.trials() if trial.state == "complete"]
+        start = time.monotonic()
+        while len(driver.finished) < n_trials and (timeout is None or time.monotonic() - start < timeout):
+            if driver.sample() is None:
+                _log.warning("The search space is exhausted: %d of %d trials.", len(driver.finished), n_trials)
+                break
+        return driver.trials
 
 
 @dataclass
-class _Driver:
-    """The state of one run of the loop: which points are known, how many trials count."""
+class Driver:
+    """The right to add trials to a study: by point (`measure`) or as the sampler proposes (`sample`)."""
 
     study: Study
     tracker: Tracker
@@ -122,14 +138,45 @@ class _Driver:
     scratch: Path
     on_trial: Callable[[FinishedTrial | FailedTrial], None]
     checkpoint: Callable[[str], None]
-    known: dict[str, int] = field(default_factory=dict)  # point -> number of the trial that evaluated it
-    count: int = 0  # finished trials of the whole study
+    asked_to_end: threading.Event
+    finished: dict[str, FinishedTrial] = field(default_factory=dict)  # by point
+    failed: dict[str, FailedTrial] = field(default_factory=dict)  # in this process, or given up
+    failures: int = 0  # in a row
 
     def __post_init__(self) -> None:
         for trial in self.study.trials():
+            key = point_key(trial.params)
             if trial.state == "complete":
-                self.known[point_key(trial.params)] = trial.number
-                self.count += 1
+                self.finished[key] = finished(trial)
+            elif given_up(trial):
+                self.failed[key] = FailedTrial(trial.number, trial.run_id or "", trial.params, trial.label, trial.reason)
+
+    @property
+    def trials(self) -> list[FinishedTrial]:
+        """All finished trials of the study, by number."""
+        return sorted(self.finished.values(), key=lambda trial: trial.number)
+
+    def known(self, params: Values) -> FinishedTrial | FailedTrial | None:
+        """What `params` came to, if they were measured."""
+        key = point_key(self.study.point(params))
+        return self.finished.get(key) or self.failed.get(key)
+
+    def measure(self, params: Values, label: str = "") -> FinishedTrial | FailedTrial:
+        """The trial at `params`, evaluated unless the study has it; what an earlier process left queued comes first."""
+        while (found := self.known(params)) is None:
+            self.study.enqueue_once(params, label=label)
+            self._next()
+        return found
+
+    def sample(self) -> FinishedTrial | FailedTrial | None:
+        """The sampler's next trial, what is queued before it; None where the space is used up."""
+        for turn in range(ASKS):
+            trial = self._next()
+            if trial is not None:
+                return trial
+            if turn >= 3 and not self._enqueue_unseen():
+                return None
+        return None
 
     def enqueue_fixed(self, fixed: Sequence[tuple[str, Values]]) -> None:
         """Put the fixed points in the queue that are not in the study yet; a failed one gets a new try."""
@@ -139,46 +186,34 @@ class _Driver:
                 self.study.enqueue(params, label=label)
                 settled.add(label)
 
-    def run(self, n_trials: int, timeout: float | None, asked_to_end: threading.Event) -> None:
-        """Trials until the count, the time or the space is used up."""
-        start, failures = time.monotonic(), 0
-        while self.count < n_trials and (timeout is None or time.monotonic() - start < timeout):
-            if asked_to_end.is_set():
-                raise Terminated("SIGTERM")
-            proposal = self._new_point()
-            if proposal is None:
-                _log.warning("The search space is exhausted: %d of %d trials.", self.count, n_trials)
-                return
-            trial = self._trial(proposal)
-            failures = failures + 1 if isinstance(trial, FailedTrial) else 0
-            self.on_trial(trial)
-            if failures >= FAILURES and isinstance(trial, FailedTrial):
-                raise TrialError(
-                    f"A search goes on while some trials succeed, but got {failures} failures in a row, the "
-                    f"last: {trial.reason} Mend the cause and run the same command again."
-                )
-
-    def _new_point(self) -> Proposal | None:
-        """A proposal that was not evaluated before, or None when there seems to be none."""
-        for turn in range(ASKS):
-            proposal = self.study.ask()
-            self.checkpoint("asked")
-            twin = self.known.get(point_key(proposal.params))
-            if twin is None:
-                return proposal
-            self.study.fail(proposal.number, "twin", f"the same point as trial {twin}")
-            if turn >= 3 and not self._enqueue_unseen():
-                return None
-        return None
+    def _next(self) -> FinishedTrial | FailedTrial | None:
+        """Evaluate the next proposal; None where it repeats a point that is known."""
+        if self.asked_to_end.is_set():
+            raise Terminated("asked to end")
+        proposal = self.study.ask()
+        self.checkpoint("asked")
+        twin = self.known(proposal.params)
+        if twin is not None:
+            self.study.fail(proposal.number, "twin", f"the same point as trial {twin.number}")
+            return None
+        trial = self._trial(proposal)
+        self.on_trial(trial)
+        self.failures = self.failures + 1 if isinstance(trial, FailedTrial) else 0
+        if self.failures >= FAILURES and isinstance(trial, FailedTrial):
+            raise TrialError(
+                f"A search goes on while some trials succeed, but got {self.failures} failures in a row, the "
+                f"last: {trial.reason} Mend the cause and run the same command again."
+            )
+        return trial
 
     def _enqueue_unseen(self) -> bool:
         """Queue a point that is left of a small space; False when none is."""
         points = all_points(self.study.space, LISTABLE)
         if points is None:
             return True  # too many to list: there may be some
-        left = [point for point in points if point_key(dict(sorted(point.items()))) not in self.known]
+        left = [point for point in points if self.known(point) is None]
         if left:
-            self.study.enqueue(random.Random(len(self.known)).choice(left))
+            self.study.enqueue(random.Random(len(self.finished) + len(self.failed)).choice(left))
         return bool(left)
 
     def _trial(self, proposal: Proposal) -> FinishedTrial | FailedTrial:
@@ -216,16 +251,17 @@ class _Driver:
         self.tracker.commit(run_id, text, outcome.params, outcome.metrics, outcome.tags, None, tables)
         self.checkpoint("committed")
         self.study.complete(number, outcome.objectives)
-        self.known[point_key(proposal.params)] = number
-        self.count += 1
+        done = FinishedTrial(number, run_id, proposal.params, proposal.label, outcome, marker.seconds)
+        self.finished[point_key(proposal.params)] = done
         self.checkpoint("told")
         self.tracker.end(run_id, "FINISHED")
         self.checkpoint("ended")
-        return FinishedTrial(number, run_id, proposal.params, proposal.label, outcome, marker.seconds)
+        return done
 
     def _fail(self, proposal: Proposal, run_id: str, reason: str) -> FailedTrial:
         self.study.fail(proposal.number, "failed", reason)
         self.checkpoint("failed")
-        self.known[point_key(proposal.params)] = proposal.number
+        failed = FailedTrial(proposal.number, run_id, proposal.params, proposal.label, reason)
+        self.failed[point_key(proposal.params)] = failed
         self.tracker.end(run_id, "FAILED", reason)
-        return FailedTrial(proposal.number, run_id, proposal.params, proposal.label, reason)
+        return failed

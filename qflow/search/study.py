@@ -128,6 +128,16 @@ class Study:
             attrs["retry_of"] = retry_of
         self._study.enqueue_trial(known, user_attrs=attrs)
 
+    def enqueue_once(self, params: Values, *, label: str = "") -> None:
+        """Put a point in the queue unless it waits there already."""
+        point = self.point(params)
+        if not any(trial.state == "waiting" and trial.params == point for trial in self.trials()):
+            self.enqueue(params, label=label)
+
+    def point(self, params: Values) -> dict[str, Scalar]:
+        """`params` in the types of the space, by sorted key: equal points are equal."""
+        return self._point({}, {"fixed": params})
+
     def ask(self) -> Proposal:
         """The next point: an enqueued one if there is any, else the sampler's."""
         with _quiet(self._study.sampler):

@@ -19,8 +19,9 @@ from qflow.search.loop import (
     FinishedTrial,
     Outcome,
     check_invariants,
+    driving,
     run_trials,
-    sigterm_interrupts,
+    interrupts,
 )
 from qflow.search.outcome import MARKER_LIMIT, Marker
 from qflow.search.reconcile import MAX_RETRY
@@ -257,7 +258,7 @@ def test_sigterm_ends_cleanly(bench):
     assert bench.run_status(0) == "KILLED"
     assert "stopped" in bench.study.trials()[0].reason
     assert bench.problems() == []
-    with sigterm_interrupts() as asked:
+    with interrupts() as asked:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
         assert asked.is_set()
@@ -345,3 +346,30 @@ def test_the_check_sees_what_is_wrong(store):
     text = " ".join(bench.problems())
     assert "is RUNNING" in text
     assert "Trial 2 is running" in text
+
+
+def test_a_point_is_measured_once_whoever_asks(store):
+    first, second = Bench(store), Bench(store)
+    options = {"scratch": store / "scratch", "on_trial": first.seen.append}
+    with driving(first.study, first.tracker, first.evaluate, **options) as driver:
+        trial = driver.measure({"int16_ratio": 0.25, "method": "kl"}, "a quarter")
+        assert driver.measure({"method": "kl", "int16_ratio": 0.25}) == trial
+        assert driver.sample().number == 1
+    assert (trial.label, len(first.evaluated)) == ("a quarter", 2)
+    with driving(second.study, second.tracker, second.evaluate, scratch=store / "scratch") as driver:
+        assert driver.measure({"int16_ratio": 0.25, "method": "kl"}) == trial
+        assert driver.trials[0] == trial
+    assert second.evaluated == []
+    assert second.problems() == []
+
+
+def test_a_ctrl_c_that_python_drops_is_obeyed_before_the_next_trial(bench):
+    def evaluate(params, folder):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return bench.evaluate(params, folder)
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(3, evaluate)
+    assert len(bench.evaluated) == 1
+    assert bench.problems() == []
