@@ -30,7 +30,7 @@ from pathlib import Path
 import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  # here, so that no round spends time on imports
 
 from qflow.search.domain import Choice, Interval, Space, Values, point_key
-from qflow.search.loop import Outcome, check_invariants, run_trials, interrupts
+from qflow.search.loop import Outcome, check_invariants, interrupts, run_trials
 from qflow.search.study import Study
 from qflow.tracking.mlflow_tracker import MlflowTracker
 

@@ -149,7 +149,8 @@ class Driver:
             if trial.state == "complete":
                 self.finished[key] = finished(trial)
             elif given_up(trial):
-                self.failed[key] = FailedTrial(trial.number, trial.run_id or "", trial.params, trial.label, trial.reason)
+                run = trial.run_id or ""
+                self.failed[key] = FailedTrial(trial.number, run, trial.params, trial.label, trial.reason)
 
     @property
     def trials(self) -> list[FinishedTrial]:

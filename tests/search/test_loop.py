@@ -20,8 +20,8 @@ from qflow.search.loop import (
     Outcome,
     check_invariants,
     driving,
-    run_trials,
     interrupts,
+    run_trials,
 )
 from qflow.search.outcome import MARKER_LIMIT, Marker
 from qflow.search.reconcile import MAX_RETRY
