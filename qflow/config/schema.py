@@ -107,6 +107,9 @@ class QConfigSchema:
 
     template: str = "qint8"
     int16_ratio: float = 0.0
+    float16_count: int = 0
+    assignment: str = ""
+    error_share: float | None = None
     modules: dict[str, Any] = field(default_factory=dict)
     sensitive_type: str = "activation"
     counting: str = "operators"

@@ -180,6 +180,22 @@ class SensitiveSetter:
         )
 
 
+@dataclass(frozen=True)
+class ChosenSetter:
+    """The `chosen` operators get `dtype`; `why` names each one's reason, by its place from 1."""
+
+    chosen: Sequence[str]
+    dtype: QDtype
+    why: str
+
+    def __call__(self, node: OpNode, graph: ModelGraph) -> OpQConfig | None:
+        if node.name not in self.chosen:
+            return None
+        place = self.chosen.index(node.name) + 1
+        weight = QDtype.qint8 if node.weight else None
+        return OpQConfig(output=self.dtype, weight=weight, rule=f"{self.why}: {place} of {len(self.chosen)}")
+
+
 def share_of(ratio: float, total: int) -> int:
     """How many of `total` a ratio takes, rounded up; a ratio computed as k/n gives back k."""
     return math.ceil(round(ratio * total, 9))

@@ -63,6 +63,13 @@ class QConfigSettings:
     template: str = "qint8"
     """Output dtype of every operator that nothing else decides."""
     int16_ratio: float = 0.0
+    """Share of the operators that can be int16 (those in fp16 apart) that is, the most sensitive first."""
+    float16_count: int = 0
+    """How many operators of the vector unit get fp16: those whose error falls most from int16 to fp16."""
+    assignment: str = ""
+    """Instead of a ratio: a letter for each operator that can be int16, in graph order: 8 int8, 6 int16."""
+    error_share: float | None = None
+    """Instead of a ratio: the cheapest mix that keeps at most this share of the error that int16 can take away."""
     modules: Mapping[str, Any] = field(default_factory=dict)
     """Operator or module name -> what to set, in the forms of core/op_spec.py: `qint16`, `qint8/qint16` with the
     weight, a fixed scale `qint8@0.05`, a known range `qint16@0..200`, or a mapping; wins."""
@@ -82,6 +89,16 @@ class QConfigSettings:
 
         _one_of("qconfig.template", self.template, ("qint8", "qint16"))
         _within("qconfig.int16_ratio", self.int16_ratio, 0.0, 1.0)
+        _within("qconfig.float16_count", self.float16_count, 0, 100_000)
+        if self.error_share is not None:
+            _within("qconfig.error_share", self.error_share, 0.0, 1.0)
+        if strange := set(self.assignment) - set("86"):
+            raise ConfigError(f"qconfig.assignment is made of 8 (int8) and 6 (int16), but got {min(strange)!r} in it.")
+        if (self.int16_ratio > 0) + bool(self.assignment) + (self.error_share is not None) > 1:
+            raise ConfigError(
+                "One rule says which operators are int16, but got two of qconfig.int16_ratio, assignment and "
+                "error_share. Leave one."
+            )
         _one_of("qconfig.sensitive_type", self.sensitive_type, ("activation", "weight", "both"))
         _one_of("qconfig.counting", self.counting, ("operators", "rows"))
         _one_of("qconfig.ranking", self.ranking, ("score", "score_per_ms"))

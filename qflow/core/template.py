@@ -15,7 +15,14 @@ from qflow.core.errors import ConfigError
 from qflow.core.graph import HIGH_PRECISION_KINDS, ModelGraph, OpKind, OpNode
 from qflow.core.qconfig import OpQConfig
 from qflow.core.sensitive import TableRow, TableSetter
-from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, SensitiveSetter, Setter, TemplateSetter
+from qflow.core.setter import (
+    ChosenSetter,
+    HighPrecisionOutput,
+    ModuleNameSetter,
+    SensitiveSetter,
+    Setter,
+    TemplateSetter,
+)
 from qflow.core.settings import QConfigSettings
 
 
@@ -96,9 +103,12 @@ def trial_setters(
     candidates: Sequence[str],
     scores: Mapping[str, float],
     rows: Sequence[TableRow] = (),
+    float16: Sequence[str] = (),
+    assigned: Sequence[str] | None = None,
 ) -> list[Setter]:
-    """The setters of one trial in order: names, the sensitive share, high-precision outputs, templates, the rest.
+    """The setters of one trial in order: names, fp16, int16, high-precision outputs, templates, the rest.
 
+    `float16` are the operators that get fp16, first of all; `assigned` those that get int16, instead of a ratio.
     `candidates` are what the device lets be int16 (ratio_candidates), `scores` activation sensitivities; `rows`
     (table_rows of the sensitivity table) are needed for weights and for counting rows. Raises ConfigError.
     """
@@ -108,8 +118,11 @@ def trial_setters(
             f"sensitive_type {settings.sensitive_type} with counting {settings.counting} needs a sensitivity table, "
             "but got none. Rank first."
         )
+    candidates = [name for name in candidates if name not in float16]
     sensitive: Setter = SensitiveSetter(scores, candidates, settings.int16_ratio)
-    if not plain:
+    if assigned is not None:
+        sensitive = ChosenSetter(tuple(assigned), QDtype.qint16, "assigned int16")
+    elif not plain:
         sensitive = TableSetter(
             tuple(rows),
             ratio=settings.int16_ratio,
@@ -119,6 +132,7 @@ def trial_setters(
         )
     return [
         ModuleNameSetter(settings.modules),
+        ChosenSetter(tuple(float16), QDtype.float16, "sensitive at int16"),
         sensitive,  # before the high-precision outputs: these have weights to promote
         HighPrecisionOutput(),
         *(TEMPLATES[name] for name in settings.rules),
