@@ -21,6 +21,8 @@ from qflow.cost.records import Measured
 
 # They compute nothing: a move is a view or merged into its neighbours, a skipped module runs on the host.
 IDLE_KINDS = frozenset({OpKind.input, OpKind.constant, OpKind.move, OpKind.skipped})
+SHORTEST, LONGEST = 1e-6, 1e6
+"""ms: what a measured time on the BPU lies between."""
 _FUNCTIONAL = re.compile(r"(.*?)\[(\w+)\]")
 _CALL = re.compile(r"\([0-9]+\)$")
 _Places = dict[tuple[str, ...], list[tuple[str, str]]]
@@ -116,8 +118,12 @@ def measure(path: str | Path, graph: ModelGraph, reference: QConfig) -> tuple[Me
             f"A profile's layers carry the names of the model's modules, but got {layers} in {path}. Measure this "
             "model, with debug=True."
         )
-    if total == 0.0:
-        raise ConfigError(f"A profile has time on the BPU, but got none in {path}. Measure a model that runs there.")
+    times = [*(layer.ms for layer in profile.layers if layer.ms), *([] if total is None else [total])]
+    wrong = [ms for ms in times if not SHORTEST <= ms <= LONGEST]
+    if wrong:
+        raise ConfigError(
+            f"A measured time is {SHORTEST:g} to {LONGEST:g} ms, but got {wrong[0]:g} in {path}. Measure again."
+        )
     unmatched = [f"{layer.name}: {layer.ms:.4f} ms" for layer in joined.unmatched]
     unmatched += [f"{layer.name}: {layer.ms:.4f} ms on the CPU, in the latency only" for layer in host]
     if joined.without:

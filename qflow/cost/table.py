@@ -47,6 +47,11 @@ def by_time(report: CostReport) -> list[OpCost]:
     return sorted(report.ops, key=lambda op: -op.ms)
 
 
+def fixed_ms(report: CostReport) -> float:
+    """The BPU's time for a run beside that of its operators."""
+    return max(report.bpu_ms - sum(op.ms for op in report.ops), 0.0)
+
+
 def cost_csv(report: CostReport) -> str:
     """One line an operator, all that is known of it, in order of execution."""
     out = io.StringIO()
@@ -118,12 +123,12 @@ def cost_text(report: CostReport, rows: int | None = None, fps: float | None = N
     ops = by_time(report)
     shown = [op for op in ops if op.ms > 0][:rows]
     width = max([8, *(len(op.op) for op in shown)])
-    heading = f"{'operator':<{width}}  {'unit':<5}{'input/weight':<15}{'time (ms)':>9}{'interval (ms)':>18}"
+    heading = f"{'operator':<{width}}  {'unit':<6}{'input/weight':<15}{'time (ms)':>9}{'interval (ms)':>18}"
     lines = [*_totals(report, fps), "", f"{heading}{'share (%)':>11}{'10^6 MACs':>11}  source"]
     lines += [_line(op, width) for op in shown]
-    rest = [op for op in ops if op not in shown]
-    if rest:
-        lines.append(f"{len(rest)} other operators: {sum(op.ms for op in rest):.4f} ms")
+    rest = ops[len(shown) :]
+    others = f"{len(rest)} other operators: {sum(op.ms for op in rest):.4f} ms; " if rest else ""
+    lines.append(f"{others}a run by itself: {fixed_ms(report):.4f} ms")
     return "\n".join(lines) + "\n"
 
 
@@ -155,6 +160,6 @@ def _totals(report: CostReport, fps: float | None) -> Sequence[str]:
 def _line(op: OpCost, width: int) -> str:
     interval = f"[{op.low_ms:.4f}, {op.high_ms:.4f}]"
     return (
-        f"{op.op:<{width}}  {op.engine:<5}{_dtypes(op):<15}{op.ms:>9.4f}{interval:>18}{100.0 * op.share:>11.1f}"
+        f"{op.op:<{width}}  {op.engine:<6}{_dtypes(op):<15}{op.ms:>9.4f}{interval:>18}{100.0 * op.share:>11.1f}"
         f"{op.macs * 1e-6:>11.2f}  {op.source}"
     )

@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from qflow.cost.records import CostReport
-from qflow.cost.table import by_time
+from qflow.cost.table import by_time, fixed_ms
 from qflow.report.array_pictures import nothing, save
 from qflow.report.drawing import BLUE, GREEN, GREY, ORANGE, RED, shorten
 
@@ -43,7 +43,8 @@ def cost_bars(report: CostReport, path: Path, top: int = 30) -> Figure:
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     others = f"; {len(rest)} others: {sum(op.ms for op in rest):.4f} ms together" if rest else ""
-    axes.set_xlabel(f"time (ms), share of the BPU's time{others}", fontsize=9)
+    note = f"a run by itself: {fixed_ms(report):.4f} ms{others}"
+    axes.set_xlabel(f"time (ms), share of the BPU's time\n{note}", fontsize=9)
     engines = dict.fromkeys(op.engine for op in shown)
     handles = [Patch(fc=COLORS.get(engine, GREY), ec="#222222", label=engine) for engine in engines]
     interval = Line2D([], [], color="black", marker="|", label="interval")

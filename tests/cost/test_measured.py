@@ -1,0 +1,64 @@
+"""What a measured profile makes of the figures."""
+
+from dataclasses import replace
+
+import pytest
+from test_latency import MODEL, all_at, network
+
+from qflow.core.dtype import QDtype
+from qflow.core.graph import ModelGraph, OpKind, OpNode
+from qflow.core.qconfig import OpQConfig
+from qflow.cost.latency import Pricer
+from qflow.cost.records import Measured
+from qflow.cost.table import cost_text
+
+
+def test_measured_times_replace_the_formula_and_its_ratios_carry_them_on():
+    graph = network()
+    int8, int16 = all_at(graph, QDtype.qint8), all_at(graph, QDtype.qint16)
+    plain = Pricer(graph, MODEL)
+    measured = Pricer(graph, MODEL, Measured({"act": 0.5}, int8, total_ms=2.0, source="hbm_perf x.json"))
+    at_int8, at_int16 = measured.report(int8), measured.report(int16)
+    ops = {op.op: op for op in at_int8.ops}
+    assert (ops["act"].ms, ops["act"].source) == (0.5, "measured")
+    assert ops["a"].ms == next(op.ms for op in plain.report(int8).ops if op.op == "a")
+    assert at_int8.bpu_ms == pytest.approx(2.0)
+    wide = next(op for op in at_int16.ops if op.op == "act")
+    assert wide.ms == pytest.approx(2 * 0.5)  # a look-up in int16 takes twice as long
+    assert wide.source == "measured, other dtypes"
+    assert wide.low_ms < wide.ms < wide.high_ms
+    assert measured.bpu_ms(int16) == pytest.approx(at_int16.bpu_ms)
+    assert at_int8.low_ms < at_int8.latency_ms < at_int8.high_ms
+    assert at_int8.measured == "hbm_perf x.json: 1 of 4 operators"
+
+
+def test_units_that_overlap_never_make_a_total_negative():
+    """Layers that add up to more than the measured total share what there is, at any dtype."""
+    graph = network()
+    int8, int16 = all_at(graph, QDtype.qint8), all_at(graph, QDtype.qint16)
+    measured = Pricer(graph, MODEL, Measured({"a": 3.0, "act": 2.0, "b": 1.0}, int16, total_ms=2.0))
+    assert measured.bpu_ms(int16) == pytest.approx(2.0)
+    assert 0.0 < measured.bpu_ms(int8) < 2.0
+    assert sum(op.ms for op in measured.report(int16).ops) == pytest.approx(2.0)
+
+
+def test_the_host_s_part_of_a_profile_is_latency_only():
+    """Its CPU nodes, and float outputs that are converted there, come on top of what was measured on the BPU."""
+    graph = network()
+    int8 = all_at(graph, QDtype.qint8)
+    measured = Measured({}, int8, total_ms=2.0, host_ms=0.5, ddr_bytes=1_500_000)
+    plain = Pricer(graph, MODEL, measured).report(int8)
+    assert (plain.bpu_ms, plain.latency_ms) == pytest.approx((2.0, 2.0 + 0.32 + 0.5))
+    converted = Pricer(graph, replace(MODEL, host_dequantize=True), measured).report(int8)
+    assert converted.bpu_ms - plain.bpu_ms == pytest.approx(20 * 32 * 32e-6 / MODEL.float_melem_per_ms)
+    assert "measured 1.500 MB a frame" in cost_text(plain)
+
+
+def test_a_measured_operator_without_a_price_pays_for_casts():
+    stub = [OpNode(n, OpKind.lut, "SiLU", (), (1, 8, 4, 4), n) for n in ("a", "b")]
+    graph = ModelGraph((*stub, OpNode("c", OpKind.concat, "cat", ("a", "b"), (1, 16, 4, 4), "c")), (("0", "c"),))
+    int8 = all_at(graph, QDtype.qint8)
+    pricer = Pricer(graph, MODEL, Measured({"c": 0.5}, int8))
+    mixed_ = pricer.report(int8.with_ops({"b": OpQConfig(QDtype.qint16)})).ops[-1]
+    assert pricer.report(int8).ops[-1].ms == 0.5
+    assert mixed_.ms > 0.5
