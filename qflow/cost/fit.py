@@ -29,6 +29,8 @@ STRENGTH = 0.3
 """Of the prior, against residuals of about 0.07 a row: it takes a coefficient to be within a quarter of its prior."""
 KINK = 0.5
 """GMAC a GEMM beyond which a network's MACs cost more (`CostModel.large_gemm_gmac`); 0.3 to 0.6 do alike."""
+NEVER = 1e9
+"""GMAC: a kink beyond any network."""
 # Published fits on all rows (their sources: docs/cost-model.md); ms, or ms * GHz, per unit of the column. Attention by
 # softmax elements was 0.142, by matmul MACs 2.23: half of each. Large GEMMs: see above.
 PRIOR = {
@@ -83,6 +85,7 @@ class Fit:
     coefficients: Mapping[str, float]
     families: Sequence[str]
     rows: int
+    kink: float
     data: str
     """Digest of the rows."""
     left_out: Mapping[str, Sequence[Prediction]]
@@ -99,7 +102,7 @@ class Fit:
             model,
             fixed_ms=_round(c["fixed"]),
             gemm_us_ghz=_round(1e3 * c["gemms"]),
-            large_gemm_gmac=KINK,
+            large_gemm_gmac=self.kink,
             provenance=self.provenance(),
             **{field: _inverse(c[name]) for name, field in RATE_OF.items()},  # type: ignore[arg-type]
         )
@@ -150,11 +153,11 @@ class _Rows:
         return _Rows(self.design[kept], self.times[kept], *lists)
 
 
-def _rows(networks: Sequence[Network]) -> _Rows:
+def _rows(networks: Sequence[Network], kink: float) -> _Rows:
     pairs = [(n, march, t) for n in networks if n.dtype == "int8" for march, t in n.times.items()]
     design = []
     for n, march, _ in pairs:
-        large = max(0.0, n.gmacs - KINK * n.gemms)
+        large = max(0.0, n.gmacs - kink * n.gemms)
         work = {**{field: getattr(n, field) for field in COLUMNS}, "large_gmacs": large, "fixed": 1.0}
         design.append([work[name] / (1.0 if name in ("fixed", "weight_mb") else CLOCKS[march]) for name in NAMES])
     return _Rows(
@@ -178,9 +181,9 @@ def _solve(rows: _Rows, strength: float) -> Array:
     return solution
 
 
-def fit_networks(networks: Sequence[Network], strength: float = STRENGTH) -> Fit:
+def fit_networks(networks: Sequence[Network], strength: float = STRENGTH, kink: float = KINK) -> Fit:
     """Fit the int8 rows of `networks` and validate. Raises ConfigError where there are fewer than ten times."""
-    rows = _rows(networks)
+    rows = _rows(networks, kink)
     if len(rows.times) < 10:
         raise ConfigError(f"A fit needs at least ten int8 times, but got {len(rows.times)}. Add networks.")
     validated: dict[str, list[Prediction]] = {}
@@ -194,6 +197,7 @@ def fit_networks(networks: Sequence[Network], strength: float = STRENGTH) -> Fit
         coefficients=dict(zip(NAMES, map(float, _solve(rows, strength)), strict=True)),
         families=tuple(sorted(set(rows.families))),
         rows=len(rows.times),
+        kink=kink,
         data=digest([[n, m, float(t)] for n, m, t in zip(rows.names, rows.marches, rows.times, strict=True)]),
         left_out=validated,
     )

@@ -1,14 +1,18 @@
 """What a measured profile makes of the figures."""
 
+import json
+import re
 from dataclasses import replace
 
 import pytest
 from test_latency import MODEL, all_at, network
 
 from qflow.core.dtype import QDtype
+from qflow.core.errors import ConfigError
 from qflow.core.graph import ModelGraph, OpKind, OpNode
 from qflow.core.qconfig import OpQConfig
 from qflow.cost.latency import Pricer
+from qflow.cost.measured import measure
 from qflow.cost.records import Measured
 from qflow.cost.table import cost_text
 
@@ -62,3 +66,64 @@ def test_a_measured_operator_without_a_price_pays_for_casts():
     mixed_ = pricer.report(int8.with_ops({"b": OpQConfig(QDtype.qint16)})).ops[-1]
     assert pricer.report(int8).ops[-1].ms == 0.5
     assert mixed_.ms > 0.5
+
+
+def log_of(**nodes):
+    """profiler.log with the average times of `nodes` in ms."""
+    latency = {name.replace("_", "-", 2): {"Total": {"avg_time": ms}} for name, ms in nodes.items()}
+    run = {"perf_result": {"FPS": 400.5, "average_latency": 9.0}}
+    return f"{json.dumps(run)}\n***\n{json.dumps({'model_latency': latency})}"
+
+
+def perf_of(latency=1.0, march="nash-m", layers=None):
+    details = [{"layer name": name, "computing cost (no DDR)": cost} for name, cost in (layers or {}).items()]
+    speed = {} if latency is None else {"latency (ms)": latency}
+    ddr = {"loaded bytes per run": 7, "stored bytes per run": 3}
+    info = {"BPU march": march}
+    summary = {"performance": speed, "layer details": details, "DDR access data": ddr, "model info": info}
+    return json.dumps({"summary": summary})
+
+
+def measured_from(tmp_path, text):
+    path = tmp_path / "report"
+    path.write_text(text)
+    return measure(path, network(), all_at(network(), QDtype.qint8))
+
+
+def test_nodes_on_the_cpu_are_no_time_of_the_bpu(tmp_path):
+    """Even where a node has the name of an operator."""
+    log = log_of(**{"Node_0_BPU-m": 1.5, "Node_1_CPU-act": 0.25, "Node_2_BPU-n": 0.5})
+    measured, lines = measured_from(tmp_path, log)
+    assert (measured.times, measured.total_ms, measured.host_ms) == ({}, 2.0, 0.25)
+    assert lines[0] == "Node-1-CPU-act: 0.2500 ms on the CPU, in the latency only"
+    report = Pricer(network(), MODEL, measured).report(measured.reference)
+    assert (report.bpu_ms, report.latency_ms) == pytest.approx((2.0, 2.0 + MODEL.host_ms + 0.25))
+
+
+def test_a_report_brings_its_traffic(tmp_path):
+    assert measured_from(tmp_path, perf_of())[0].ddr_bytes == 10
+
+
+@pytest.mark.parametrize("march", ["", "nash-m", "NASH-M"])
+def test_a_report_of_the_same_march_is_taken(tmp_path, march):
+    assert measured_from(tmp_path, perf_of(march=march))[0].total_ms == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (perf_of(latency=0), "A measured time is 1e-06 to 1e+06 ms, but got 0 in"),
+        (perf_of(latency="1e-7"), "but got 1e-07 in"),
+        (perf_of(latency=1e300), "but got 1e+300 in"),
+        (perf_of(latency=None, layers={"act": 1e300}), "but got 1e+297 in"),
+        (log_of(**{"Node_0_BPU-m": 0.0}), "but got 0 in"),
+        (log_of(**{"Node_0_CPU-m": 1.0}), "but got 0 in"),
+        (perf_of(march="nash-e"), "A profile is measured on nash-m, but got one of nash-e in"),
+        (perf_of(march="bayes"), "A profile is measured on nash-m, but got one of bayes in"),
+        (perf_of(layers={"foreign": 3}), "carry the names of the model's modules, but got foreign in"),
+    ],
+)
+def test_what_no_board_measured_is_refused_in_one_line(tmp_path, text, says):
+    with pytest.raises(ConfigError, match=re.escape(says)) as caught:
+        measured_from(tmp_path, text)
+    assert "\n" not in str(caught.value)
