@@ -69,7 +69,7 @@ def cost_json(report: CostReport) -> str:
     rows = [
         [op.op, op.kind, op.engine, _dtypes(op)]
         + [_round(v) for v in (op.ms, op.low_ms, op.high_ms, 100.0 * op.share, op.macs * 1e-6)]
-        + [_round(op.weight_bytes * 1e-3), _round(op.output_bytes * 1e-3), op.source]
+        + [_round(op.weight_bytes * 1e-3), _round(op.output_bytes * 1e-3), _source(op)]
         for op in by_time(report)
     ]
     return to_json({"columns": names, "data": rows})
@@ -118,6 +118,10 @@ def _dtypes(op: OpCost) -> str:
     return f"{op.input_dtype}/{op.weight_dtype}" if op.weight_dtype else op.input_dtype
 
 
+def _source(op: OpCost) -> str:
+    return f"{op.source}, with casts" if op.cast_elements else op.source
+
+
 def cost_text(report: CostReport, rows: int | None = None, fps: float | None = None) -> str:
     """Totals, then the costliest operators (`rows` of them, all without): what a person reads."""
     ops = by_time(report)
@@ -161,5 +165,5 @@ def _line(op: OpCost, width: int) -> str:
     interval = f"[{op.low_ms:.4f}, {op.high_ms:.4f}]"
     return (
         f"{op.op:<{width}}  {op.engine:<6}{_dtypes(op):<15}{op.ms:>9.4f}{interval:>18}{100.0 * op.share:>11.1f}"
-        f"{op.macs * 1e-6:>11.2f}  {op.source}"
+        f"{op.macs * 1e-6:>11.2f}  {_source(op)}"
     )
