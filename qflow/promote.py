@@ -187,8 +187,8 @@ def identity(bench: Bench, candidate: Candidate) -> list[str]:
     now = manifest(bench)
     logged = {"profile": "", **candidate.manifest}
     return [
-        f"{part} are not those of the run: {now[part] or 'none'} instead of {logged.get(part) or 'none'}"
-        for part in ("weights", "data", "profile")
+        f"{name} are not those of the run: {now[part] or 'none'} instead of {logged.get(part) or 'none'}"
+        for part, name in {"weights": "weights", "data": "data", "profile": "measured times"}.items()
         if now[part] != logged.get(part)
     ]
 

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from test_latency import MODEL, all_at, network
@@ -15,6 +16,8 @@ from qflow.cost.latency import Pricer
 from qflow.cost.measured import measure
 from qflow.cost.records import Measured
 from qflow.cost.table import cost_text
+from qflow.manifest import profile_digest
+from qflow.promote import identity
 
 
 def test_measured_times_replace_the_formula_and_its_ratios_carry_them_on():
@@ -127,3 +130,20 @@ def test_what_no_board_measured_is_refused_in_one_line(tmp_path, text, says):
     with pytest.raises(ConfigError, match=re.escape(says)) as caught:
         measured_from(tmp_path, text)
     assert "\n" not in str(caught.value)
+
+
+def test_a_report_that_is_gone_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="lies at device.profile, but got .*none.json: No such file"):
+        profile_digest(str(tmp_path / "none.json"))
+
+
+def test_a_rebuild_asks_for_the_report_of_the_run(monkeypatch):
+    same = {"weights": "w", "data": "d"}
+    monkeypatch.setattr("qflow.manifest.manifest", lambda _: {**same, "profile": "abc"})
+
+    def reasons(logged):
+        return identity(None, SimpleNamespace(manifest=logged))
+
+    assert reasons({**same, "profile": "abc"}) == []
+    assert reasons({**same, "profile": "def"}) == ["measured times are not those of the run: abc instead of def"]
+    assert reasons(same) == ["measured times are not those of the run: abc instead of none"]  # of an older run
