@@ -20,8 +20,9 @@ import torch
 from benchmarks.networks import ResNet
 from qflow.config.device_file import load_cost
 from qflow.core.dtype import QDtype
+from qflow.core.errors import ConfigError
 from qflow.core.setter import SensitiveSetter, TemplateSetter, resolve
-from qflow.cost.fit import Fit, Prediction, errors_of, fit_networks, predict_network
+from qflow.cost.fit import NEVER, Fit, Prediction, errors_of, fit_networks, predict_network
 from qflow.cost.latency import Pricer
 from qflow.cost.networks import Network, read_networks
 from qflow.quant.plan import make_plan
@@ -35,8 +36,28 @@ def validation(fit: Fit) -> list[str]:
     lines = ["| left out | rows | median | p90 | worst | inside interval | Spearman |", "|---|---|---|---|---|---|---|"]
     for how, predictions in fit.left_out.items():
         lines.append(_line(how, predictions))
-    for family in fit.families:
+    for family in fit.families if "family" in fit.left_out else ():
         lines.append(_line(f"family {family}", [p for p in fit.left_out["family"] if p.family == family]))
+    return lines
+
+
+def coarse(networks: Sequence[Network]) -> list[str]:
+    """The hardest split: the YOLO families, near relatives of each other, from all others and the other way round."""
+    two = [replace(n, family="YOLO" if n.family.startswith("yolo") else "others") for n in networks]
+    return [_line("YOLO from the others and back", fit_networks(two).left_out["family"])] if _kinds(two) > 1 else []
+
+
+def _kinds(networks: Sequence[Network]) -> int:
+    return len({n.family for n in networks if n.dtype == "int8" and n.times})
+
+
+def kinks(networks: Sequence[Network]) -> list[str]:
+    """What hangs on where the surcharge on large GEMMs begins: families left out, at other beginnings and without."""
+    lines = ["", "| large GEMMs from (GMAC) | median | p90 | worst |", "|---|---|---|---|"]
+    for kink in (0.3, 0.4, 0.5, 0.6, 0.8, NEVER) if _kinds(networks) > 1 else ():
+        e = fit_networks(networks, kink=kink).errors("family")
+        name = f"{kink:g}" if kink < NEVER else "no surcharge"
+        lines.append(f"| {name} | {e.median:.1%} | {e.p90:.1%} | {e.worst:.1%} |")
     return lines
 
 
@@ -117,12 +138,13 @@ def plot(fit: Fit, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 5.2), constrained_layout=True)
+    left_out = fit.left_out.get("family", fit.left_out["network"])
     ends = (0.12, 30.0)
     axes.fill_between(ends, [0.8 * e for e in ends], [1.25 * e for e in ends], color="#d8e4f0", label="[0.80, 1.25]")
     axes.plot(ends, ends, color="#7f8c9a", linewidth=1)
     for i, family in enumerate(fit.families):
         for march, marker in (("nash-e", "o"), ("nash-m", "x")):
-            chosen = [p for p in fit.left_out["family"] if p.family == family and p.march == march]
+            chosen = [p for p in left_out if p.family == family and p.march == march]
             if chosen:
                 points = [p.predicted for p in chosen], [p.measured for p in chosen]
                 axes.scatter(*points, s=26, marker=marker, color=f"C{i}", label=f"{family}, {march}")
@@ -139,9 +161,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args(arguments)
-    networks, skipped = read_networks(options.data)
-    fit = fit_networks(networks)
-    print("\n".join([*validation(fit), "", *shipped(networks), f"not fitted: {'; '.join(skipped)}", "", *speed()]))
+    try:
+        networks, skipped = read_networks(options.data)
+        fit = fit_networks(networks)
+    except ConfigError as error:
+        parser.error(str(error))
+    lines = [*validation(fit), *coarse(networks), *kinks(networks), "", *shipped(networks)]
+    print("\n".join([*lines, f"not fitted: {'; '.join(skipped)}", "", *speed()]))
     if options.plot:
         plot(fit, options.plot)
 

@@ -11,6 +11,7 @@ import torch
 
 from qflow import __version__
 from qflow.bench import Bench
+from qflow.core.errors import ConfigError
 from qflow.core.record import digest
 from qflow.tasks.identity import data_digest, weights_digest
 
@@ -28,7 +29,17 @@ def manifest(bench: Bench) -> dict[str, Any]:
         "weights": weights_digest(bench.task.model),
         "graph": digest(bench.graph),
         "data": data_digest(bench.task),
-        "profile": digest(Path(bench.profile).read_bytes().hex()) if bench.profile else "",
+        "profile": profile_digest(bench.profile) if bench.profile else "",
         "eval_samples": bench.eval_samples,
         "float_metric": bench.float_metric,
     }
+
+
+def profile_digest(path: str) -> str:
+    """Names the content of the measured profile. Raises ConfigError where there is none at `path`."""
+    try:
+        return digest(Path(path).read_bytes().hex())
+    except OSError as error:
+        raise ConfigError(
+            f"A measured profile lies at device.profile, but got {path}: {error.strerror}. Bring it back."
+        ) from error

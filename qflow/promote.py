@@ -181,14 +181,15 @@ def compare(candidate: Candidate) -> list[str]:
 
 
 def identity(bench: Bench, candidate: Candidate) -> list[str]:
-    """Weights or data other than the run's; named first, because they explain the rest."""
+    """Weights, data or profile other than the run's; named first, because they explain the rest."""
     from qflow.manifest import manifest
 
     now = manifest(bench)
+    logged = {"profile": "", **candidate.manifest}
     return [
-        f"{part} are not those of the run: {now[part]} instead of {candidate.manifest.get(part)}"
-        for part in ("weights", "data")
-        if now[part] != candidate.manifest.get(part)
+        f"{name} are not those of the run: {now[part] or 'none'} instead of {logged.get(part) or 'none'}"
+        for part, name in {"weights": "weights", "data": "data", "profile": "measured times"}.items()
+        if now[part] != logged.get(part)
     ]
 
 

@@ -49,3 +49,28 @@ def test_the_networks_are_alive_and_the_same_every_time(engine, name):
         assert torch.equal(out, networks.build(name)(x))
     assert 0.01 < float(out.std()) < 100
     assert float((out[0] - out[1]).abs().max()) > 0.01
+
+
+@pytest.fixture
+def cost(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+    from benchmarks import cost
+
+    monkeypatch.setattr(cost, "speed", list)
+    return cost
+
+
+def test_the_cost_validation_takes_rows_of_one_family(cost, tmp_path, capsys):
+    first, *rows = cost.DATA.read_text().splitlines()
+    path = tmp_path / "one.csv"
+    path.write_text("\n".join([first, *(row for row in rows if row.startswith("YOLO11"))]))
+    cost.main(["--data", str(path), "--plot", str(tmp_path / "one.png")])
+    assert "| network | 40 |" in capsys.readouterr().out
+    assert (tmp_path / "one.png").stat().st_size > 0
+
+
+def test_rows_that_cannot_be_fitted_are_refused_in_one_line(cost, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cost.main(["--data", str(tmp_path / "none.csv")])
+    assert ended.value.code == 2
+    assert "A fit reads a CSV file of networks" in capsys.readouterr().err.splitlines()[-1]

@@ -9,6 +9,9 @@ import pytest
 from test_check_door import CUSTOM
 from test_doors import door
 
+from qflow.config.device_file import load_cost, load_rules
+from qflow.tracking.mlflow_tracker import MlflowTracker
+
 DATA = Path(__file__).parent.parent / "benchmarks" / "data" / "j6m-networks.csv"
 
 
@@ -22,11 +25,21 @@ def test_a_users_model_is_priced(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     table = rows(tmp_path)
     total = sum(float(row["Time (ms)"]) for row in table)
-    assert f"({total + 0.054414:.3f} ms on the BPU)" in done.stdout
+    assert f"({total + 0.054858:.3f} ms on the BPU)" in done.stdout
     assert {row["Engine"] for row in table} >= {"TAE", "VAE"}
     assert "GB/s at 30 frames/s" in done.stdout
     assert "to all-int8" in done.stdout
-    assert (tmp_path / "qflow_out" / "cost" / "own" / "promotions.csv").read_text().startswith("Name,Time for qint16")
+    folder = tmp_path / "qflow_out" / "cost" / "own"
+    assert (folder / "promotions.csv").read_text().startswith("Name,Time for qint16 (ms)")
+    assert (folder / "cost.png").stat().st_size > 0
+    tracker = MlflowTracker.open(None, tmp_path / "qflow_out", "own")
+    name = next(line for line in done.stdout.splitlines() if line.startswith("written")).split("MLflow run ")[1]
+    run = tracker.find_study(name)
+    assert tracker.run_params(run)["qconfig.template"] == "qint16"
+    for file in ("config.yaml", "cost.png", "cost_record.json"):
+        assert tracker.download(run, file, tmp_path / "got").stat().st_size > 0
+    for shown in ("cost.json", "promotions.json"):
+        assert f'"{shown}"' in tracker.run_tags(run)["mlflow.loggedArtifacts"]
 
 
 def report_of(tmp_path, layers):
@@ -60,6 +73,7 @@ def test_a_measured_report_replaces_the_formula(tmp_path):
         (["device.profile=nowhere.json"], "nowhere.json"),
         (["device.cost.gmac_per_ms_ghz=0"], "cost.gmac_per_ms_ghz is a number above 0"),
         (["device.cost.vector_factors={qint8: [3, 1, 2]}"], "cost.vector_factors.qint8 is a number above 0 or"),
+        (["device.cost.mac_factors={qint8/qint8: abc}"], "cost.mac_factors.qint8/qint8 is a number above 0 or"),
     ],
 )
 def test_bad_requests_get_one_line(arguments, says, tmp_path):
@@ -74,10 +88,21 @@ def test_a_report_of_another_model_is_refused(tmp_path):
     assert "A profile's layers carry the names of the model's modules, but got foreign/Conv" in done.stderr
 
 
-def test_a_fit_writes_a_device_file_that_a_study_takes(tmp_path):
+def test_a_fit_renews_a_board_of_one_s_own_that_a_study_takes(tmp_path):
+    """What the rows do not say (host, memory, clock) stays as the board's file has it."""
     shutil.copy(DATA, tmp_path / "mine.csv")
-    done = door("cost", "fit", "data=mine.csv", "out=boards/mine.yaml", "device=nash-e", cwd=tmp_path)
+    board = tmp_path / "mine.yaml"
+    board.write_text(
+        "defaults: [nash-e, _self_]\nrules: {float16_kinds: []}\n"
+        "cost:\n  host_ms: 0.9\n  onchip_mb: 3\n  clock_ghz: 1.2\n"
+    )
+    done = door("cost", "fit", "data=mine.csv", "device=mine.yaml", "out=mine.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "family left out" in done.stdout
-    priced = door("cost", *CUSTOM, "device=boards/mine.yaml", cwd=tmp_path)
+    found = load_cost(board)
+    assert (found.host_ms, found.onchip_mb, found.clock_ghz) == (0.9, 3, 1.2)
+    assert found.provenance.startswith("fitted to 109 times")
+    assert load_rules(board).float16_kinds == []
+    priced = door("cost", *CUSTOM, "device=mine.yaml", cwd=tmp_path)
     assert priced.returncode == 0, priced.stdout + priced.stderr
+    assert "spilled unknown" not in priced.stdout

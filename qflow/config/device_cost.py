@@ -9,29 +9,48 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from qflow.config.device_file import device_names, load_rules
+from qflow.core.device import DeviceRules
 from qflow.core.errors import ConfigError
+from qflow.core.record import plain
 
 if TYPE_CHECKING:
     from qflow.cost.model import CostModel
 
 
-def write_cost(model: CostModel, path: Path, base: str) -> None:
+def write_cost(model: CostModel, path: Path, rules: DeviceRules) -> None:
     """Write `model` to the device file `path`: in place of its cost section, which must be its last, or as a new
-    file that starts from the shipped device `base`. Raises ConfigError.
+    file of a device with `rules`. Raises ConfigError, also for a file of another march.
     """
-    section = cost_section(model)
-    if path.exists():
-        head, found, rest = path.read_text().partition("\ncost:\n")
-        if not found or any(line and not line.startswith((" ", "#")) for line in rest.splitlines()):
-            raise ConfigError(f"A device file ends with its cost section, but got another order in {path}. Move it.")
-        text = f"{head}\n{section}"
-    else:
-        text = f"defaults: [{base}, _self_]\n{section}"
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"A fitted device file is a .yaml file, but got {path}. Name it so.")
     try:
+        head = _head(path, rules.march) if path.exists() else _new_head(rules)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    except OSError as error:
+        path.write_text(head + cost_section(model))
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"A fitted device file is written to out, but got {error}. Name another file.") from error
+
+
+def _head(path: Path, march: str) -> str:
+    """All that a device file holds before its cost section."""
+    head, found, rest = path.read_text().partition("\ncost:\n")
+    if not found or any(line and not line.startswith((" ", "#")) for line in rest.splitlines()):
+        raise ConfigError(f"A device file ends with its cost section, but got another order in {path}. Move it.")
+    if (other := load_rules(path).march) != march:
+        raise ConfigError(
+            f"A fit for {march} is written to a file of {march}, but got {other} in {path}. Name another."
+        )
+    return f"{head}\n"
+
+
+def _new_head(rules: DeviceRules) -> str:
+    """The shipped device that has these rules, to start from; without one, the rules themselves."""
+    for name in [rules.march, *device_names()]:
+        if load_rules(name) == rules:
+            return f"defaults: [{name}, _self_]\n"
+    own = plain(rules)
+    return OmegaConf.to_yaml({"march": own.pop("march"), "oe_version": own.pop("oe_version"), "rules": own})
 
 
 def cost_section(model: CostModel) -> str:

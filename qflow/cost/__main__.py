@@ -7,6 +7,8 @@ and what raising each operator to int16 would cost; printed, written to a folder
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qflow import config as conf
@@ -14,6 +16,8 @@ from qflow.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from qflow.cost.records import CostReport
 
 SHOWN = 12  # operators on the console; the file has all
 
@@ -37,9 +41,7 @@ def cost(config: DictConfig) -> int:
 def report(config: DictConfig) -> int:
     """Price the task's model under `qconfig`."""
     from qflow.core.dtype import QDtype
-    from qflow.core.record import to_json
-    from qflow.cost.table import cost_csv, cost_metrics, cost_text, promotions_csv
-    from qflow.report.files import write_rows
+    from qflow.cost.table import cost_metrics, cost_text
     from qflow.tracking.mlflow_tracker import MlflowTracker
     from qflow.tune import check_config, make_bench
 
@@ -51,16 +53,10 @@ def report(config: DictConfig) -> int:
     if 0.0 < settings.qconfig.int16_ratio < 1.0:
         bench.rank()
     _, applied = bench.resolve(settings.qconfig)
-    found, int8 = bench.cost(applied), bench.template(QDtype.qint8)[1]
+    found, int8, int16 = bench.cost(applied), bench.template(QDtype.qint8)[1], bench.template(QDtype.qint16)[1]
     promotions = bench.pricer.promotions(applied)
     folder = root / "cost" / bench.task.name
-    folder.mkdir(parents=True, exist_ok=True)
-    text = cost_text(found, fps=config.fps)
-    (folder / "cost.txt").write_text(text)
-    (folder / "cost.csv").write_text(cost_csv(found))
-    (folder / "cost_record.json").write_text(to_json(found, indent=1))
-    (folder / "promotions.csv").write_text(promotions_csv(promotions, "qint16"))
-    write_rows(found.ops, folder / "cost.json")
+    write(folder, found, promotions, config)
     print(cost_text(found, SHOWN, config.fps), end="")
     change = bench.pricer.change(int8, applied)
     if applied.digest != int8.digest:
@@ -69,31 +65,63 @@ def report(config: DictConfig) -> int:
         print(f"{'unmatched':<12}{layer}")
     dearest = sorted(promotions.items(), key=lambda item: -item[1])[:3]
     if dearest:
-        shown = ", ".join(f"{name} {ms * 1e3:+.1f} us" for name, ms in dearest)
-        print(f"{'int16 costs':<12}{sum(promotions.values()):+.3f} ms for all {len(promotions)}; most: {shown}")
+        more = bench.pricer.bpu_ms(int16) - found.bpu_ms
+        alone = ", ".join(f"{name} {ms * 1e3:+.1f} us" for name, ms in dearest)
+        print(f"{'int16 costs':<12}{more:+.3f} ms for all that the device runs in it; most for one alone: {alone}")
+    name = f"{bench.task.name}/cost-{applied.digest[:8]}"  # a run a qconfig, so that the UI compares them
     run = tracker.open_study(
-        f"{bench.task.name}/cost",
+        name,
         tags={"qflow.workflow": "cost", **({"qflow.cost_refusal": found.refusal} if found.refusal else {})},
-        params={"task": bench.task.name, "march": config.device.march, "qconfig": applied.digest},
-        description=f"Cost of {bench.task.name} on {config.device.march}: cost.txt, cost.csv, promotions.csv.",
+        params={
+            "task": bench.task.name,
+            "march": config.device.march,
+            "qconfig": applied.digest,
+            "qconfig.template": config.qconfig.template,
+            "qconfig.int16_ratio": config.qconfig.int16_ratio,
+        },
+        description=f"Cost of {bench.task.name} on {config.device.march}: cost.png and cost.json for people, "
+        "cost.csv has it all, promotions.json what int16 costs an operator.",
     )
     tracker.log_study(run, folder=folder, metrics=cost_metrics(found))
     tracker.close_study(run)
-    print(f"{'written':<12}{folder / 'cost.csv'}; MLflow run {bench.task.name}/cost")
+    print(f"{'written':<12}{folder / 'cost.csv'}; MLflow run {name}")
     return int(bool(found.refusal))
+
+
+def write(folder: Path, found: CostReport, promotions: Mapping[str, float], config: DictConfig) -> None:
+    """The report's files: text, picture and tables for people, CSV and record with everything, the configuration."""
+    from qflow.core.record import to_json
+    from qflow.cost.table import cost_csv, cost_json, cost_text, promotions_csv, promotions_json
+    from qflow.report.cost_picture import cost_bars
+
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "config.yaml": conf.resolved_yaml(config),
+        "cost.txt": cost_text(found, fps=config.fps),
+        "cost.csv": cost_csv(found),
+        "cost.json": cost_json(found),
+        "cost_record.json": to_json(found, indent=1),
+        "promotions.csv": promotions_csv(promotions, "qint16"),
+        "promotions.json": promotions_json(promotions, "qint16"),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    cost_bars(found, folder / "cost.png")
 
 
 def fit(config: DictConfig) -> int:
     """Fit the parameters to `data`, print the validation, and write `out`."""
-    from pathlib import Path
-
     from qflow.config.device_cost import cost_section, write_cost
-    from qflow.config.device_file import load_cost
+    from qflow.core.device import DeviceRules
     from qflow.cost.fit import fit_networks
+    from qflow.cost.model import CostModel
     from qflow.cost.networks import CLOCKS, read_networks
 
+    march = config.device.march
     if config.data is None:
         raise ConfigError("A fit needs measured networks, but got none. Give data=<file.csv>.")
+    if march not in CLOCKS:
+        raise ConfigError(f"A fit is for {', '.join(CLOCKS)}, but got {march}. Choose device=nash-m.")
     networks, skipped = read_networks(config.data)
     found = fit_networks(networks)
     print(f"{'rows':<24}{found.rows} times of {len(found.families)} families: {', '.join(found.families)}")
@@ -102,13 +130,11 @@ def fit(config: DictConfig) -> int:
     for how in found.left_out:
         name = how if how not in ("family", "network") else f"{how} left out"
         print(f"{name:<24}{found.errors(how)}")
-    march = config.device.march
-    if march not in CLOCKS:
-        raise ConfigError(f"A fit is for {', '.join(CLOCKS)}, but got {march}. Choose device=nash-m.")
-    fitted = found.apply(load_cost(march))
+    fitted = found.apply(CostModel(march=march, **conf.plain(config.device.cost)))
     print(cost_section(fitted), end="")
     if config.out is not None:
-        write_cost(fitted, Path(config.out).expanduser(), march)
+        rules = DeviceRules(march=march, oe_version=config.device.oe_version, **conf.plain(config.device.rules))
+        write_cost(fitted, Path(config.out).expanduser(), rules)
         print(f"{'written':<24}{config.out}")
     return 0
 

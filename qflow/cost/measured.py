@@ -10,7 +10,7 @@ found. A name that several calls share means all of them, or those that other or
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qflow.core.errors import ConfigError
@@ -21,6 +21,8 @@ from qflow.cost.records import Measured
 
 # They compute nothing: a move is a view or merged into its neighbours, a skipped module runs on the host.
 IDLE_KINDS = frozenset({OpKind.input, OpKind.constant, OpKind.move, OpKind.skipped})
+SHORTEST, LONGEST = 1e-6, 1e6
+"""ms: what a measured time on the BPU lies between."""
 _FUNCTIONAL = re.compile(r"(.*?)\[(\w+)\]")
 _CALL = re.compile(r"\([0-9]+\)$")
 _Places = dict[tuple[str, ...], list[tuple[str, str]]]
@@ -96,23 +98,42 @@ def _kind(part: str) -> str:
 def measure(path: str | Path, graph: ModelGraph, reference: QConfig) -> tuple[Measured, tuple[str, ...]]:
     """Measured times of `graph`, whose model was built at `reference`, and lines on what found none of the other.
 
-    A report of the whole model only (hrt_model_exec knows BPU segments, no operators) scales nothing but the total.
-    Raises ConfigError for a report that cannot be read, or that has layers but none of this model.
+    Nodes on the CPU are kept apart. A log of hrt_model_exec has BPU segments and no operators, so that it gives the
+    total only. Raises ConfigError for a report that cannot be read, that is of another march, or that has layers but
+    none of this model.
     """
     profile = read_profile(path)
-    joined = join(profile, graph)
-    if not joined.times and (profile.layers or profile.total_ms is None) and profile.kind != "hrt_model_exec":
+    if profile.march and profile.march.lower() != reference.march:
+        raise ConfigError(
+            f"A profile is measured on {reference.march}, but got one of {profile.march} in {path}. Choose its device."
+        )
+    log = profile.kind == "hrt_model_exec"
+    host, bpu = ([layer for layer in profile.layers if layer.host == on] for on in (True, False))
+    joined = join(replace(profile, layers=() if log else tuple(bpu)), graph)
+    # A log's latency is the host's, queues included; its segments are the BPU's.
+    total = sum(layer.ms for layer in bpu) if log else profile.total_ms
+    if not log and not joined.times and (profile.layers or total is None):
         layers = ", ".join(layer.name for layer in profile.layers[:3]) or "none"
         raise ConfigError(
             f"A profile's layers carry the names of the model's modules, but got {layers} in {path}. Measure this "
             "model, with debug=True."
         )
+    times = [*(layer.ms for layer in profile.layers if layer.ms), *([] if total is None else [total])]
+    wrong = [ms for ms in times if not SHORTEST <= ms <= LONGEST]
+    if wrong:
+        raise ConfigError(
+            f"A measured time is {SHORTEST:g} to {LONGEST:g} ms, but got {wrong[0]:g} in {path}. Measure again."
+        )
     unmatched = [f"{layer.name}: {layer.ms:.4f} ms" for layer in joined.unmatched]
+    unmatched += [f"{layer.name}: {layer.ms:.4f} ms on the CPU, in the latency only" for layer in host]
     if joined.without:
         more = ", ..." if len(joined.without) > 5 else ""
         unmatched.append(f"{len(joined.without)} operators keep the formula: {', '.join(joined.without[:5])}{more}")
-    total = profile.total_ms
-    if profile.kind == "hrt_model_exec":  # its latency is the host's, queues included; its segments are the BPU's
-        total = sum(layer.ms for layer in profile.layers if not layer.ops) or None
-    source = f"{profile.kind} {Path(path).name}" + (f" ({profile.toolchain})" if profile.toolchain else "")
-    return Measured(joined.times, reference, total, source), tuple(unmatched)
+    return Measured(
+        times=joined.times,
+        reference=reference,
+        total_ms=total,
+        host_ms=sum(layer.ms for layer in host),
+        ddr_bytes=profile.ddr_bytes,
+        source=f"{profile.kind} {Path(path).name}" + (f" ({profile.toolchain})" if profile.toolchain else ""),
+    ), tuple(unmatched)

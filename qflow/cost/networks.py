@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,10 @@ COLUMNS = {
 }
 CLOCKS = {"nash-e": 1.0, "nash-m": 1.5}
 """GHz."""
+TIMES = (1e-6, 1e6)
+"""ms: what a network's time lies between."""
+TOTALS = (0.0, 1e9)
+"""What a total lies between, in the unit of its column."""
 
 
 @dataclass(frozen=True)
@@ -43,59 +47,74 @@ class Network:
 def read_networks(path: str | Path) -> tuple[list[Network], list[str]]:
     """Networks of a CSV file with the columns of `COLUMNS`, `model`, and times `t_bpu_ms..._nash_e` / `..._nash_m`.
 
-    Also lists, with the reason, those that a fit does not take: other than int8, or without a time. An optional column
-    `family` overrules the family that the name gives. Raises ConfigError in one line for a file that is no such table.
+    Also lists, with the reason, what a fit does not take: networks other than int8, without a time or without one of
+    the totals, and time columns of no march. An optional column `family` overrules the family that the name gives.
+    Raises ConfigError in one line for a file that is no such table.
     """
     place = Path(path)
     try:
-        with place.open(newline="", encoding="utf-8") as file:
-            table = list(csv.DictReader(file))
+        with place.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            header, table = [*(reader.fieldnames or ())], list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"A fit reads a CSV file of networks, but got {place}: {error}. Name one.") from error
-    header = [str(key) for key in table[0]] if table else []
-    marches = {column: m for column in header for m in CLOCKS if _is_time(column, m)}
+    marches = _marches(header, place)
     missing = [c for c in ("model", "dtype", *COLUMNS.values()) if c not in header]
     if missing or not marches:
         wanted = ", ".join(missing) or "a time column t_bpu_ms_..._nash_e or ..._nash_m"
         raise ConfigError(f"A table of networks has the column {wanted}, but got none in {place}. Add it.")
-    networks, skipped = [], []
+    networks = []
+    skipped = [f"{c}: a time of no march" for c in header if c.startswith("t_bpu_ms") and c not in marches]
     for line, row in enumerate(table, 2):
-        found = _network(row, marches, f"{place}, line {line}")
-        if found.dtype != "int8" or not found.times:
-            skipped.append(f"{found.name}: {found.dtype if found.dtype != 'int8' else 'no time'}")
-        networks.append(found)
+        found, reason = _network(row, marches, f"{place}, line {line}")
+        name = (row["model"] or "").strip() or f"line {line}"
+        skipped += [f"{name}: {reason}"] if reason else []
+        networks += [found] if found else []
     return networks, skipped
 
 
-def _is_time(column: str, march: str) -> bool:
-    return column.startswith("t_bpu_ms") and column.endswith(march.replace("-", "_"))
+def _marches(header: Sequence[str], place: Path) -> dict[str, str]:
+    """Time column -> its march. Raises ConfigError where two columns claim one."""
+    found: dict[str, str] = {}
+    for march in CLOCKS:
+        ending = march.replace("-", "_")
+        columns = [c for c in header if c.startswith("t_bpu_ms") and c.endswith(ending)]
+        if len(columns) > 1:
+            raise ConfigError(
+                f"A table has one time column for {march}, but got {', '.join(columns)} in {place}. Keep one."
+            )
+        found |= dict.fromkeys(columns, march)
+    return found
 
 
-def _network(row: Mapping[str, str | None], marches: Mapping[str, str], where: str) -> Network:
-    values = {field: _number(row.get(column), column, where) for field, column in COLUMNS.items()}
+def _network(
+    row: Mapping[str, str | None], marches: Mapping[str, str], where: str
+) -> tuple[Network | None, str | None]:
+    """The network, unless a total is missing, and why a fit does not take it."""
+    dtype = (row["dtype"] or "").strip().lower()
+    times = {march: _number(row[column], column, TIMES, where) for column, march in marches.items()}
+    known = {march: t for march, t in times.items() if t is not None}
+    values = {field: _number(row[column], column, TOTALS, where) for field, column in COLUMNS.items()}
     lost = [COLUMNS[field] for field, value in values.items() if value is None]
+    reasons = [dtype or "no dtype"] if dtype != "int8" else ["no time"] if not known else [f"no {c}" for c in lost]
+    reason = reasons[0] if reasons else None
     if lost:
-        raise ConfigError(f"A network needs a number for {lost[0]}, but got none in {where}. Fill it in.")
-    times = {march: t for column, march in marches.items() if (t := _number(row.get(column), column, where))}
+        return None, reason
     name = (row["model"] or "").strip()
-    return Network(
-        name=name,
-        family=(row.get("family") or "").strip() or family_of(name),
-        dtype=(row["dtype"] or "").strip(),
-        times=times,
-        **values,  # type: ignore[arg-type]
-    )
+    family = (row.get("family") or "").strip() or family_of(name)
+    return Network(name=name, family=family, dtype=dtype, times=known, **values), reason  # type: ignore[arg-type]
 
 
-def _number(text: str | None, column: str, where: str) -> float | None:
+def _number(text: str | None, column: str, ends: tuple[float, float], where: str) -> float | None:
     if text is None or not text.strip():
         return None
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0.0 <= value < math.inf:
-        raise ConfigError(f"A network's {column} is a number of at least 0, but got {text!r} in {where}. Mend it.")
+    if not ends[0] <= value <= ends[1]:
+        rule = f"A network's {column} is a number from {ends[0]:g} to {ends[1]:g}"
+        raise ConfigError(f"{rule}, but got {text!r} in {where}. Mend it.")
     return value
 
 

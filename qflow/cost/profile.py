@@ -47,6 +47,11 @@ class LayerTime:
     ops: tuple[str, ...] = ()  # origin ops or source layers, if the report lists them
     units: Mapping[str, float] = field(default_factory=dict)  # TAE, VAE, LOAD, ... -> ms; only from a timeline
 
+    @property
+    def host(self) -> bool:
+        """True for a node on the CPU."""
+        return _CPU_NODE.match(self.name) is not None
+
 
 @dataclass(frozen=True)
 class MeasuredProfile:

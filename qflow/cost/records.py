@@ -69,6 +69,8 @@ class CostReport:
     refusal: str = ""
     measured: str = ""
     """The measured profile that times come from, and how many operators it covers."""
+    measured_bytes: int | None = None
+    """Loaded and stored in one run of the model that was measured, at its dtypes."""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Input -> the shape at which the cost was computed, batch first."""
 
@@ -80,6 +82,10 @@ class Measured:
     times: Mapping[str, float]
     reference: QConfig
     total_ms: float | None = None
+    """On the BPU."""
+    host_ms: float = 0.0
+    """Of nodes on the CPU: a part of one thread's latency, none of the BPU's time."""
+    ddr_bytes: int | None = None
     source: str = ""
 
 

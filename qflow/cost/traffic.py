@@ -22,6 +22,7 @@ class Traffic:
     """Bytes a frame by purpose; `by_op` holds (input, output, spilled) bytes of every operator."""
 
     weight_bytes: int
+    """Those of a module that is called more than once count once."""
     input_bytes: int
     output_bytes: int
     spilled_bytes: int
@@ -52,7 +53,7 @@ def traffic(rows: Sequence[OpFeatures], onchip_mb: float | None) -> Traffic:
     last.update(dict.fromkeys([roots[r.work.name] for r in rows if r.work.leaving], len(rows)))
     spilled, peak = _spills(rows, sizes, roots, last, None if onchip_mb is None else onchip_mb * 1e6)
     return Traffic(
-        weight_bytes=sum(r.weight_bytes for r in rows),
+        weight_bytes=sum({r.work.weight or r.work.name: r.weight_bytes for r in rows}.values()),
         input_bytes=sum(sizes[r.work.name] for r in rows if r.work.kind == OpKind.input),
         output_bytes=sum(sizes[r.work.name] for r in rows if r.work.leaving),
         spilled_bytes=2 * sum(sizes[name] for name in spilled),

@@ -39,6 +39,8 @@ class OpWork:
     input_elements: tuple[int, ...]
     elements: int
     shape: tuple[int, ...]
+    weight: str = ""
+    """Name of the weights: calls of a shared module have one. "" where there are none of a module."""
     gemm: int = 0
     macs: int = 0
     padded_macs: int = 0
@@ -88,6 +90,7 @@ def work_of(graph: ModelGraph) -> tuple[OpWork, ...]:
             input_elements=tuple(graph.by_name[producer].elements for producer in node.inputs),
             elements=node.elements,
             shape=node.shape,
+            weight=node.weight or "",
             leaving=node.name in leaving,
             **_counts(node, node.name in attention),
         )
@@ -137,12 +140,12 @@ def _padded_macs(node: OpNode) -> int:
 
 
 def _attention_matmuls(graph: ModelGraph) -> frozenset[str]:
-    """The two matmuls of each attention core: one upstream of a softmax (through scaling, mask and moves), one right
-    downstream. A matmul on one side only is no attention.
+    """The two matmuls of each attention core: one upstream of a softmax (through scaling, mask, clamp, cap and moves),
+    one right downstream. A matmul on one side only is no attention.
     """
     found: set[str] = set()
     upstream = {node.name: node.inputs for node in graph.nodes}
-    scaling = {OpKind.mul, OpKind.arithmetic, OpKind.add, *TRANSPARENT_KINDS}
+    scaling = {OpKind.mul, OpKind.arithmetic, OpKind.add, OpKind.relu, OpKind.lut, *TRANSPARENT_KINDS}
     for node in graph.nodes:
         if node.kind == OpKind.softmax:
             before = _nearest_matmuls(graph, upstream, node.name, scaling)
@@ -156,11 +159,14 @@ def _nearest_matmuls(
     graph: ModelGraph, neighbours: Mapping[str, tuple[str, ...]], start: str, passing: set[OpKind]
 ) -> set[str]:
     found: set[str] = set()
+    seen: set[str] = set()
     frontier = list(neighbours[start])
     while frontier:
-        other = graph.by_name[frontier.pop()]
-        if other.kind == OpKind.matmul:
-            found.add(other.name)
-        elif other.kind in passing:
-            frontier.extend(neighbours[other.name])
+        name = frontier.pop()
+        kind = graph.by_name[name].kind
+        if kind == OpKind.matmul:
+            found.add(name)
+        elif kind in passing and name not in seen:
+            seen.add(name)
+            frontier.extend(neighbours[name])
     return found

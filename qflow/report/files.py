@@ -12,6 +12,7 @@ from qflow.analysis.model_check import check_text
 from qflow.analysis.tables import BadcaseTable, ModelCheck, SensitivityTable
 from qflow.core.qconfig import QConfig
 from qflow.core.record import to_json
+from qflow.cost.table import cost_json
 from qflow.trial import TrialResult
 
 BUNDLE = "qconfig"  # the artifact folder that a registered model version points at: precisions and scales
@@ -46,7 +47,7 @@ def write_trial(
     (folder / "manifest.json").write_text(to_json(manifest, indent=1))
     (folder / "model_check_result.txt").write_text(check_text(result.check))
     write_rows(result.check.rows, folder / "model_check.json")
-    write_rows(result.cost.ops, folder / "cost.json")
+    (folder / "cost.json").write_text(cost_json(result.cost))
     if result.weights is not None:
         from safetensors.torch import save_file  # brings torch, which --help must not wait for
 
