@@ -70,7 +70,7 @@ def test_a_fifth_of_the_float_steps_brings_it_back(bench, shipped) -> None:
     assert shipped["float_steps"] == build_model.__kwdefaults__["epochs"] * per_epoch
     assert shipped["steps"] <= 0.2 * shipped["float_steps"]
     settings = QatSettings(**shipped)
-    assert drop(bench, settings, int16_ratio=MIX) < GOAL - 0.002
+    assert drop(bench, settings, int16_ratio=MIX) < GOAL - 0.004
     _, applied = bench.resolve(QConfigSettings(int16_ratio=MIX))
     assert sum(applied.ops[name].output == QDtype.qint8 for name in bench.promotable) >= 2
 
