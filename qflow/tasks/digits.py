@@ -6,6 +6,7 @@ with scikit-learn (1,797 of them, CC BY 4.0) and the weights are trained when th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ from torch.utils.data import TensorDataset
 
 Batch = tuple[Tensor, Tensor]  # image [B, 1, 8, 8], digit int64 [B]
 HELD_OUT = 597  # images kept for evaluation; 1,200 are left for training
+TRAIN_BATCH = 60  # 20 steps an epoch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,22 +69,27 @@ class DigitsNet(nn.Module):
 
 def build_model(*, epochs: int = 8, seed: int = 0) -> nn.Module:
     """Train the float network, about a second, and give it in eval mode. No random state is disturbed."""
-    images, labels = build_data().train.tensors
+    return fit(DigitsNet, build_data().train, epochs=epochs, seed=seed)
+
+
+def fit(network: Callable[[], nn.Module], samples: TensorDataset, *, epochs: int, seed: int) -> nn.Module:
+    """A `network` made and trained on `samples`, in eval mode; repeatable, and no random state is disturbed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # repeatable, and so small that threads would only wait for each other
     try:
-        return _trained(images, labels, epochs, seed)
+        return _trained(network, samples, epochs, seed)
     finally:
         torch.set_num_threads(threads)
 
 
-def _trained(images: Tensor, labels: Tensor, epochs: int, seed: int) -> nn.Module:
+def _trained(network: Callable[[], nn.Module], samples: TensorDataset, epochs: int, seed: int) -> nn.Module:
+    images, labels = samples.tensors
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
-        model = DigitsNet()
+        model = network()
         optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
         for _ in range(epochs):
-            for index in torch.split(torch.randperm(len(labels)), 60):
+            for index in torch.split(torch.randperm(len(labels)), TRAIN_BATCH):
                 value = loss(model(images[index]), (images[index], labels[index]))
                 optimizer.zero_grad()
                 torch.autograd.backward(value)
