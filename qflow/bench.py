@@ -10,41 +10,39 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from qflow.analysis.badcase import find_badcases
-from qflow.analysis.badcase_files import BadcaseInputs
+from qflow.analysis.badcase_files import BadcaseInputs, named_samples
 from qflow.analysis.calibration_check import calibration_findings
 from qflow.analysis.candidates import Candidate, candidates
 from qflow.analysis.model_check import check_model
 from qflow.analysis.sensitivity import sensitivity
 from qflow.analysis.tables import BadcaseTable, Finding, SensitivityTable
-from qflow.core.device import DeviceRules, apply_rules
+from qflow.cache import Cache
+from qflow.core.device import DeviceRules
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, DataError, ModelError
 from qflow.core.graph import ModelGraph
 from qflow.core.qconfig import QConfig
 from qflow.core.record import digest
-from qflow.core.sensitive import table_rows
-from qflow.core.setter import HighPrecisionOutput, TemplateSetter, ratio_candidates, resolve
 from qflow.core.settings import CalibrationSettings, QConfigSettings, SensitivitySettings, TrialSettings
-from qflow.core.template import trial_setters
 from qflow.cost.latency import Pricer
 from qflow.cost.measured import measure
 from qflow.cost.model import CostModel
 from qflow.cost.records import CostReport
+from qflow.precisions import Precisions
 from qflow.quant.calibrate import CalibrationStats, apply_scales, collect
 from qflow.quant.prepare import prepare
 from qflow.quant.quantized_model import QuantizedModel, scales
 from qflow.quant.retrace import graph_at
+from qflow.tasks.identity import content
 from qflow.tasks.task import Task, batches, deploy_inputs, evaluate, model_inputs
 from qflow.training import Training, float_weights, train_trial
 from qflow.trial import TrialResult
 
 Progress = Callable[[int], None]
-
-
-FREE_MS = 1e-5  # a promotion that costs less is free: by sensitivity alone among its like
 
 
 def silent(_: int) -> None:
@@ -67,7 +65,14 @@ class Bench:
     """Loss, optimizer and scheduler for trials with QAT."""
     eval_samples: int = 0
     eval_batch: int = 32
+    cache: Cache = field(default_factory=Cache)
+    """What was computed under the same content before, here or by an earlier start."""
     hits: int = 0
+    """Trials that led to a qconfig and scales already evaluated."""
+    evaluations: int = 0
+    """Full evaluations that ran."""
+    checkpoints: Path | None = None
+    """Where trainings leave what a longer one goes on from; None trains from the start."""
     profile: str | None = None
     """A measured report of this model at the deployed shape."""
     profile_dtype: QDtype = QDtype.qint8
@@ -76,8 +81,8 @@ class Bench:
     """What the report and the model do not share: layers without an operator, operators without a layer."""
 
     def __post_init__(self) -> None:
-        self._stats: dict[tuple[int, int, int], CalibrationStats] = {}
         self._done: dict[str, TrialResult] = {}
+        self._precisions: Precisions | None = None
         self._prepared: QuantizedModel | None = None
         self._deploy: ModelGraph | None = None
         self.sensitivities: SensitivityTable | None = None
@@ -87,7 +92,11 @@ class Bench:
 
     def measure_float(self, progress: Progress = silent) -> float:
         """Metric of the float model. Raises ConfigError if the task states another one."""
-        metric, self.eval_samples = evaluate(self.task, self.task.model, self.eval_batch, progress)
+        if not self.cache.context:
+            self.cache.context = content(self.task, self.skip)
+        metric, self.eval_samples = self.cache.get(
+            "float", self.eval_batch, lambda: evaluate(self.task, self.task.model, self.eval_batch, progress)
+        )
         stated = self.task.stated_metric
         if stated is not None and abs(metric - stated) > self.task.tolerance:
             raise ConfigError(
@@ -131,14 +140,14 @@ class Bench:
 
         Raises DataError if the calibration set holds fewer samples.
         """
-        key = (settings.batch_size, settings.steps, settings.sampling)
-        if key not in self._stats:
+
+        def passed() -> CalibrationStats:
             self.require_samples(settings.batch_size, settings.steps)
             stream = batches(self.task, "calibration", settings.batch_size, settings.steps)
-            self._stats[key] = collect(
-                self.prepared, ((model_inputs(self.task, b), size) for b, size in stream), progress, settings.sampling
-            )
-        return self._stats[key]
+            inputs = ((model_inputs(self.task, b), size) for b, size in stream)
+            return collect(self.prepared, inputs, progress, settings.sampling)
+
+        return self.cache.get("calibration", [settings.batch_size, settings.steps, settings.sampling], passed)
 
     def require_samples(self, batch_size: int, steps: int) -> None:
         """Refuse calibration amounts that the data cannot give. Raises DataError."""
@@ -163,17 +172,26 @@ class Bench:
         `inputs` keeps the model inputs of the chosen samples.
         """
         chosen, calibration = self.sensitivity_settings, self.default_calibration
-        self.all(template)
-        stream = batches(self.task, "calibration", calibration.batch_size, self.badcase_steps)
-        self.badcases = find_badcases(
-            self.task.model,
-            self.prepared,
-            ((model_inputs(self.task, b), n) for b, n in stream),
-            metric=chosen.metric,
-            count=chosen.bad_cases,
-            on_step=progress,
-            inputs=inputs,
-        )
+
+        def searched() -> BadcaseTable:
+            self.all(template)
+            stream = batches(self.task, "calibration", calibration.batch_size, self.badcase_steps)
+            return find_badcases(
+                self.task.model,
+                self.prepared,
+                ((model_inputs(self.task, b), n) for b, n in stream),
+                metric=chosen.metric,
+                count=chosen.bad_cases,
+                on_step=progress,
+                inputs=inputs,
+            )
+
+        key = [template, calibration, chosen.metric, chosen.bad_cases, chosen.search_samples, self.rules]
+        self.badcases = self.cache.get("badcases", key, searched, BadcaseTable)
+        if inputs is not None and not inputs.samples:  # the table was known, its samples are read again
+            for index in named_samples(self.badcases):
+                ((batch, _),) = batches(self.task, "calibration", 1, indices=[index])
+                inputs.update(model_inputs(self.task, batch), index, 1, [*inputs.samples, index])
         return self.badcases
 
     @property
@@ -202,62 +220,43 @@ class Bench:
         At each of `sensitivity.dtypes`; with another template than qint8 at what that gives each quantizer.
         """
         cases, settings = self.cases(), self.sensitivity_settings
-        rows: list[Candidate] = []
-        wanted = [QDtype.parse(name, "sensitivity.dtypes") for name in settings.dtypes]
-        for dtype in wanted if template == QDtype.qint8 else []:
-            self.all(QDtype.qint8 if dtype == QDtype.float16 else dtype)
-            rows += candidates(self.prepared, dtype)
-        self.all(template)
-        rows = rows or candidates(self.prepared)
-        self.sensitivities = sensitivity(
-            self.task.model, self.prepared, cases, settings=settings, rows=rows, on_row=progress
-        )
+
+        def ranked() -> SensitivityTable:
+            rows: list[Candidate] = []
+            wanted = [QDtype.parse(name, "sensitivity.dtypes") for name in settings.dtypes]
+            for dtype in wanted if template == QDtype.qint8 else []:
+                self.all(QDtype.qint8 if dtype == QDtype.float16 else dtype)
+                rows += candidates(self.prepared, dtype)
+            self.all(template)
+            rows = rows or candidates(self.prepared)
+            return sensitivity(self.task.model, self.prepared, cases, settings=settings, rows=rows, on_row=progress)
+
+        chosen = list((self.badcases or self.find_badcases()).chosen)
+        key = [template, self.default_calibration, settings, chosen, self.rules]
+        self.sensitivities = self.cache.get("sensitivity", key, ranked, SensitivityTable)
         return self.sensitivities
 
     # ---- qconfigs
 
+    @property
+    def precisions(self) -> Precisions:
+        """Which operators may have which precision, and which get it; ranked by the present sensitivities."""
+        if self._precisions is None or self._precisions.sensitivities is not self.sensitivities:
+            self._precisions = Precisions(self.graph, self.rules, self.sensitivities, lambda: self.pricer)
+        return self._precisions
+
     def template(self, dtype: QDtype) -> tuple[QConfig, QConfig]:
         """(requested, applied) with every operator at `dtype`."""
-        requested = resolve(self.graph, [HighPrecisionOutput(), TemplateSetter(dtype)], self.rules.march)
-        return requested, apply_rules(self.graph, requested, self.rules, self.scores)
-
-    @property
-    def promotable(self) -> tuple[str, ...]:
-        """Operators that keep int16 on the device: what an int16 ratio counts."""
-        return ratio_candidates(self.graph, self.template(QDtype.qint16)[1])
+        return self.precisions.template(dtype)
 
     @property
     def scores(self) -> dict[str, float]:
         """Activation sensitivities by operator; empty before the ranking."""
-        return self.sensitivities.activation_scores() if self.sensitivities else {}
-
-    @property
-    def worth(self) -> dict[str, float]:
-        """Sensitivity of each promotable operator by the time that int16 costs there, one promoted in all-int8."""
-        costs = self.pricer.promotions(self.template(QDtype.qint8)[1])
-        return {name: self.scores.get(name, 0.0) / max(costs[name], FREE_MS) for name in self.promotable}
+        return self.precisions.scores
 
     def resolve(self, settings: QConfigSettings) -> tuple[QConfig, QConfig]:
         """(requested, applied) qconfig of a trial. A ratio between 0 and 1 needs sensitivities."""
-        scores = self.scores
-        if 0.0 < settings.int16_ratio < 1.0 and not scores:
-            raise ConfigError("An int16 ratio between 0 and 1 needs sensitivities, but got none. Rank first.")
-        rows = table_rows(self.sensitivities) if self.sensitivities else ()
-        ranked = self.worth if settings.ranking == "score_per_ms" and settings.int16_ratio > 0.0 else scores
-        setters = trial_setters(settings, self.promotable, ranked, rows)
-        requested = resolve(self.graph, setters, self.rules.march, propagate=settings.propagate_ranges)
-        return requested, self._explained(apply_rules(self.graph, requested, self.rules, scores))
-
-    def _explained(self, applied: QConfig) -> QConfig:
-        """The same qconfig; operators that the ratio passed over because the device bars int16 say so."""
-        barred = {name: op.fallback for name, op in self.template(QDtype.qint16)[1].ops.items() if op.fallback}
-        return applied.with_ops(
-            {
-                name: replace(applied.ops[name], fallback=f"no int16: {reason}")
-                for name, reason in barred.items()
-                if applied.ops[name].output == QDtype.qint8 and not applied.ops[name].fallback
-            }
-        )
+        return self.precisions.resolve(settings)
 
     def cost(self, qconfig: QConfig) -> CostReport:
         """Predicted cost at the deployed shape."""
@@ -295,14 +294,17 @@ class Bench:
             return replace(self._done[key], requested=requested, qconfig=applied, shared=True)
         model, report = self.prepared, None
         if qat.steps:
-            model, report = train_trial(self.task, self.prepared, self.training, qat, applied, calibration)
-        with model.quantized():
-            metric, samples = evaluate(self.task, model, self.eval_batch, progress)
-            self._require_all_ran(model)
+            place = self.checkpoints and self.checkpoints / digest(self.cache.context)
+            model, report = train_trial(self.task, self.prepared, self.training, qat, applied, calibration, place)
+            metric, samples, overflowed = self._evaluated(model, progress)
+        else:
+            metric, samples, overflowed = self.cache.get(
+                "evaluation", [key, self.eval_batch], lambda: self._evaluated(model, progress)
+            )
         found = calibration_findings(model, stats, applied, findings)
         found += tuple(
             Finding(name, "check", f"{count} values beyond half precision: calibration.float16_clip=true, or qint16")
-            for name, count in model.overflowed.items()
+            for name, count in overflowed.items()
         )
         found += tuple(Finding("qat", "check", text) for text in (report.findings if report else ()))
         result = TrialResult(
@@ -321,6 +323,14 @@ class Bench:
         )
         self._done[key] = result
         return result
+
+    def _evaluated(self, model: QuantizedModel, progress: Progress) -> tuple[float, int, dict[str, int]]:
+        """Metric over the evaluation data, samples, and values that overflowed by operator."""
+        self.evaluations += 1
+        with model.quantized():
+            metric, samples = evaluate(self.task, model, self.eval_batch, progress)
+            self._require_all_ran(model)
+        return metric, samples, dict(model.overflowed)
 
     def _require_all_ran(self, model: QuantizedModel) -> None:
         """What was asked must have been computed: a quantizer that never ran would flatter the metric."""

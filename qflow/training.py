@@ -6,8 +6,10 @@ Batches come from `task.data.train`, shuffled by `qat.seed`, so that a trial can
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +19,10 @@ from torch.utils.data import DataLoader
 
 from qflow.core.errors import ConfigError, DataError
 from qflow.core.qconfig import QConfig
+from qflow.core.record import digest
 from qflow.core.settings import CalibrationSettings, QatSettings
 from qflow.quant.qat import TrainingReport, parameter_groups, train
-from qflow.quant.quantized_model import QuantizedModel
+from qflow.quant.quantized_model import QuantizedModel, scales
 from qflow.tasks.task import Task, loaded, model_inputs
 
 
@@ -64,8 +67,13 @@ def train_trial(
     settings: QatSettings,
     qconfig: QConfig,
     calibration: CalibrationSettings,
+    checkpoints: Path | None = None,
 ) -> tuple[QuantizedModel, TrainingReport]:
-    """Train a copy of `prepared`, calibrated with `qconfig`, for `settings.steps`. Raises DivergedError, DataError."""
+    """Train a copy of `prepared`, calibrated with `qconfig`, for `settings.steps`. Raises DivergedError, DataError.
+
+    With a folder for `checkpoints` it goes on from the longest training so far that differs in its steps only: no
+    step is trained twice, and the result is that of a training in one go, bit by bit.
+    """
     if training is None:
         raise ConfigError("QAT needs a loss, but got none. Set qat.loss._target_ to a function of (outputs, batch).")
     trained = copy.deepcopy(prepared)
@@ -73,10 +81,27 @@ def train_trial(
     optimizer = training.optimizer(groups, lr=settings.learning_rate)
     scheduler = training.scheduler(optimizer) if training.scheduler is not None else None
     batches = TrainBatches(task, settings.batch_size, settings.seed)
+    place = _checkpoint(checkpoints, settings, qconfig, trained) if checkpoints is not None else None
     report = train(
-        trained, batches, training.loss, optimizer, scheduler, settings, qconfig=qconfig, calibration=calibration
-    )
+        trained, batches, training.loss, optimizer, scheduler, settings,
+        qconfig=qconfig, calibration=calibration, checkpoint=place, resume=place is not None,
+    )  # fmt: skip
     return trained, report
+
+
+def _checkpoint(folder: Path, settings: QatSettings, qconfig: QConfig, model: QuantizedModel) -> Path:
+    """The checkpoint of a training, begun as a copy of the longest shorter one of the same training."""
+    same = {"qat": replace(settings, steps=0), "qconfig": qconfig.digest, "scales": scales(model)}
+    name = digest(same)
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / f"{name}-{settings.steps}.pt"
+    shorter = {int(p.stem.split("-")[1]): p for p in folder.glob(f"{name}-*.pt")}
+    known = [steps for steps in shorter if steps < settings.steps]
+    if not place.exists() and known:
+        aside = place.with_suffix(".tmp")
+        shutil.copy(shorter[max(known)], aside)
+        aside.rename(place)
+    return place
 
 
 def float_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -3,19 +3,49 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from qflow import __version__
 from qflow.core.record import DIGEST_CHARS
 from qflow.tasks.task import Task, batches
 
+SPLITS = ("calibration", "evaluation")
 
-def data_digest(task: Task) -> str:
-    """Fingerprint of the data: sizes of both splits and 32 samples of each, evenly spaced."""
+
+def content(task: Task, skip: Sequence[str] = ()) -> dict[str, Any]:
+    """What everything that is computed on a task depends on: weights, data, the code of model, metric and qflow,
+    versions and threads.
+    """
+    return {
+        "weights": weights_digest(task.model),
+        "data": data_digest(task, [*SPLITS, *(["train"] if getattr(task.data, "train", None) is not None else [])]),
+        "model": _code(task.model),
+        "metric": [_code(task.metric), repr(task.metric) if " at 0x" not in repr(task.metric) else ""],
+        "skip": list(skip),
+        "versions": [__version__, torch.__version__, torch.get_num_threads(), task.device],
+    }
+
+
+def _code(thing: object) -> str:
+    """Fingerprint of the module that a class or function is written in; its name where there is no source."""
+    owner = thing if inspect.isroutine(thing) else type(thing)
+    try:
+        text = inspect.getsource(inspect.getmodule(owner) or owner)  # type: ignore[arg-type]
+    except (OSError, TypeError):
+        text = repr(owner)
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARS]
+
+
+def data_digest(task: Task, splits: Sequence[str] = SPLITS) -> str:
+    """Fingerprint of the data: sizes of the splits and 32 samples of each, evenly spaced."""
     sha = hashlib.sha256()
-    for split in ("calibration", "evaluation"):
+    for split in splits:
         size = len(getattr(task.data, split))
         sha.update(f"{split}:{size}".encode())
         for batch, _ in batches(task, split, 8, indices=range(0, size, max(size // 32, 1))):

@@ -56,7 +56,7 @@ def test_int8_and_int16_miss_and_fp16_does_not_help(bench) -> None:
 @pytest.mark.parametrize(("sensitive", "most"), [("activation", 1.0), ("weight", 1.0), ("both", 0.2)])
 def test_no_mix_is_enough(bench, sensitive, most) -> None:
     ratios = [share for share in (0.2, 0.4, 0.6, 0.8, 1.0) if share <= most]  # of five operators
-    assert len(bench.promotable) == 5
+    assert len(bench.precisions.promotable) == 5
     assert min(drop(bench, int16_ratio=ratio, sensitive_type=sensitive) for ratio in ratios) > MISSED
 
 
@@ -72,7 +72,7 @@ def test_a_fifth_of_the_float_steps_brings_it_back(bench, shipped) -> None:
     settings = QatSettings(**shipped)
     assert drop(bench, settings, int16_ratio=MIX) < GOAL - 0.004
     _, applied = bench.resolve(QConfigSettings(int16_ratio=MIX))
-    assert sum(applied.ops[name].output == QDtype.qint8 for name in bench.promotable) >= 2
+    assert sum(applied.ops[name].output == QDtype.qint8 for name in bench.precisions.promotable) >= 2
 
 
 @pytest.mark.parametrize("rate", [1e-7, 1e-3])

@@ -72,6 +72,6 @@ def test_a_third_of_the_operators_stays_int8_beside_them(bench, ranking) -> None
     settings = {"int16_ratio": 0.6, "modules": in_float16(ranking[:3])}
     assert drop(bench, **settings) < GOAL - 0.005
     _, applied = bench.resolve(QConfigSettings(**settings))
-    low = [name for name in bench.promotable if applied.ops[name].output == QDtype.qint8]
-    assert len(low) > len(bench.promotable) / 3
+    low = [name for name in bench.precisions.promotable if applied.ops[name].output == QDtype.qint8]
+    assert len(low) > len(bench.precisions.promotable) / 3
     assert drop(bench, int16_ratio=0.6) > MISSED  # the same mix without fp16
