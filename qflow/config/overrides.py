@@ -17,7 +17,10 @@ from qflow.config.schema import conf_dir
 from qflow.core.errors import ConfigError
 
 VALUED = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p")
-NAMED = re.compile(r"(qconfig\.modules|qat\.rates)(\.|$)")  # mappings whose keys name the user's modules
+NAMED = re.compile(r"(qconfig\.modules|qat\.rates|search\.when|objective\.optimize)(\.|$)")
+"""Mappings whose keys are the user's own: modules, searched keys, metrics."""
+FIXES = re.compile(r"(calibration|qconfig|qat)\.(?!(modules|rates)$)\w+$|(qconfig\.modules|qat\.rates)\.")
+"""Keys that leave the search space when they get one value."""
 
 
 def own_device(arguments: Sequence[str], folders: ExitStack) -> list[str]:
@@ -85,8 +88,8 @@ def rewrite(arguments: Sequence[str]) -> list[str]:
         if override is not None and override.is_sweep_override():
             key, value = override.key_or_group.lstrip("+"), argument.split("=", 1)[1]
             argument = f"++search.space.{key}='{value}'" if "'" not in value else f'++search.space.{key}="{value}"'
-        elif override is not None and re.fullmatch(r"(calibration|qconfig)\.\w+", override.key_or_group):
-            key = f"search.space.{override.key_or_group}"
+        elif override is not None and FIXES.match(override.key_or_group.lstrip("+")):
+            key = f"search.space.{override.key_or_group.lstrip('+')}"
             if f"~{key}" not in arguments:  # Hydra cannot delete what is null already
                 out.append(f"++{key}=null")
         out.append(argument)
