@@ -92,9 +92,9 @@ def test_a_mistake_gets_one_line(case, capsys):
     assert message in error, error
 
 
-def test_a_modules_name_is_one_key_however_it_is_written(tmp_path):
+def test_a_modules_name_is_one_key_however_it_is_written():
     config = compose(
-        BASE, "search.space.qconfig.modules.layer1=choice(qint8, qint16)",
+        BASE, "root=/nowhere", "search.space.qconfig.modules.layer1=choice(qint8, qint16)",
         "qconfig.modules.layer1.0.conv=choice(qint8, qint16@0..200)",
         "qat.rates.layer1.0=tag(log, interval(1e-6,1e-3))",
         "qconfig.modules={layer1.0: qint8, other: qint16}",
