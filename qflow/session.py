@@ -36,6 +36,7 @@ FREE = (
     *("root", "search.n_trials", "search.timeout", "search.enqueue", "tracking."),
     *("executor.threads", "task.batch_size"),
 )
+SINCE = ("search.when", "objective.optimize")  # empty they say nothing: studies from before there were such keys go on
 LEGIBLE = 40  # characters of a setting that the study's tag holds as they are; longer ones by digest
 
 
@@ -244,10 +245,12 @@ def fingerprint(config: DictConfig, manifest: Mapping[str, Any]) -> dict[str, st
     state = {
         key: text if len(text := to_json(value)) <= LEGIBLE else digest(value)
         for key, value in flat(conf.plain(config))
-        if not key.startswith(FREE)
+        if not key.startswith(FREE) and (value or key not in SINCE)
     }
+    named = config.objective.optimize
     return {
         **state,
+        **({"objective.optimize": ", ".join(named)} if named else {}),  # their order decides which value is which
         **{key: str(manifest[key]) for key in ("weights", "data", "graph", "profile", "eval_samples", "qflow")},
         "float_metric": f"{manifest['float_metric']:.6g}",
         "torch": manifest["versions"]["torch"],
