@@ -60,3 +60,17 @@ def test_a_mistake_gets_one_line(case, tmp_path):
     done = door("tune", *OWN, *arguments, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stdout + done.stderr
     assert message in done.stderr
+
+
+def test_training_is_searched_where_there_are_steps(tmp_path):
+    done = door(
+        "tune", *OWN, "search=qat", "qat=default", "task.data._target_=user_task.TrainData", "qat.batch_size=32",
+        "qat.loss._target_=user_task.loss", "qat.steps=0", "search.space.qat.steps=choice(0,4)",
+        "search.enqueue=[{qat.steps: 4}]",
+        "search.n_trials=9", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    tracker = open_tracker(tmp_path)
+    found = [tracker.run_params(run) for run, *_ in tracker.trial_runs("own/int8_int16")]
+    assert {params.get("qat.steps", "0") for params in found} == {"0", "4"}
+    assert len({params["qat.learning_rate"] for params in found if "qat.learning_rate" in params}) > 1

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qflow.core.errors import ConfigError
-from qflow.search.domain import Scalar, Space, parents_first
+from qflow.search.domain import Choice, Scalar, Space, parents_first
 
 SAMPLERS = ("tpe", "nsga2", "gp", "random")
 
@@ -45,6 +45,9 @@ def check_arguments(name: str, space: Space, directions: tuple[str, ...], sample
     if not space:
         raise ConfigError("A search needs at least one key in its space, but got none. Add a domain.")
     parents_first(space)
+    for key, domain in space.items():
+        if isinstance(domain, Choice) and len(set(domain.values)) < len(domain.values):  # Optuna reads 1 back for True
+            raise ConfigError(f"A study cannot tell true from 1 nor false from 0, but got both for {key}. Keep one.")
     if not directions or any(d not in ("maximize", "minimize") for d in directions):
         raise ConfigError(f"Directions are maximize or minimize, one per objective, but got {directions}.")
     if sampler not in SAMPLERS:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from qflow.search.domain import Choice, Condition, Domain, Interval, Range
 
 FINITE = st.one_of(
-    st.lists(st.sampled_from(("x", "y", 1, True, None)), min_size=1, max_size=3, unique_by=str).map(
+    st.lists(st.sampled_from(("x", "y", 2, True, None)), min_size=1, max_size=3, unique_by=str).map(
         lambda values: Choice(tuple(values))
     ),
     st.integers(1, 3).map(lambda n: Range(0, 5 * n, 5)),
