@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,23 +19,24 @@ from qflow.bench import Bench
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.record import digest, to_json
-from qflow.cost.table import cost_metrics
 from qflow.diagnosis import Diagnosis
+from qflow.feasible import check_search
 from qflow.manifest import manifest
 from qflow.report.console import Console
 from qflow.report.files import write_study, write_trial
 from qflow.search.loop import FailedTrial, FinishedTrial, Outcome, run_trials
-from qflow.search.objective import Goal, best_trial, meets
+from qflow.search.objective import Goal, aims, best_trial, meets
 from qflow.search.study import Study
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.tracking.views import save_view, study_url
-from qflow.trial import TrialResult
+from qflow.trial import TrialResult, run_metrics
 
 # What may change between two starts of one study; everything else must stay as it was.
 FREE = (
     *("root", "search.n_trials", "search.timeout", "search.enqueue", "tracking."),
     *("executor.threads", "task.batch_size"),
 )
+SINCE = ("search.when", "objective.optimize")  # empty they say nothing: studies from before there were such keys go on
 LEGIBLE = 40  # characters of a setting that the study's tag holds as they are; longer ones by digest
 
 
@@ -65,8 +67,10 @@ class Session:
     def open(self) -> None:
         """Find or make the study's parent run.
 
-        Raises ConfigError if its trials were made with other settings, TrackingError if its runs are gone.
+        Raises ConfigError if its trials were made with other settings or cannot be judged, TrackingError if its runs
+        are gone.
         """
+        check_search(self.bench, self.goal, conf.module_settings(self.config, self.study.space))
         state = fingerprint(self.config, self.manifest)
         found = self.tracker.find_study(self.study.name)
         finished = sum(trial.state == "complete" for trial in self.study.trials())
@@ -96,7 +100,7 @@ class Session:
                 "direction": task.direction,
                 "search.sampler": config.search.sampler,
             },
-            description=f"{self.study.name}: {self.goal}, at least latency.",
+            description=f"{self.study.name}: {self.goal}; {aims(self.goal)}.",
         )
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.yaml").write_text(conf.resolved_yaml(config))
@@ -155,11 +159,11 @@ class Session:
             manifest=self.manifest,
             sensitivities=self.bench.sensitivities,
         )
-        return outcome(result, self.goal, self.accuracy, trial_params(changed))
+        return outcome(result, self.goal, self.accuracy, {**trial_params(changed), **switches(params)})
 
     def note_best(self) -> None:
         """Keep best-so-far where the bars show it."""
-        best = best_trial(self.trials)
+        best = best_trial(self.trials, self.goal.ranking)
         if best is None:
             self.console.best = "best: none meets the goal yet"
             return
@@ -198,28 +202,22 @@ def trial_params(config: DictConfig) -> dict[str, Any]:
     }
 
 
+def switches(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Searched modules under names that MLflow takes: `[add](1)` becomes `_add__1_`."""
+    return {re.sub(r"[^\w.\-/ :]", "_", key): value for key, value in params.items() if conf.owner(key)}
+
+
 def outcome(result: TrialResult, goal: Goal, accuracy: str, params: Mapping[str, Any]) -> Outcome:
-    """Objectives (metric, latency), the constraint, and what MLflow shows of a trial."""
-    cost, qconfig = result.cost, result.qconfig
-    metrics = {
-        accuracy: result.metric,
-        "accuracy/drop": result.drop,
-        **cost_metrics(cost),
-        "qconfig/int16_ratio": qconfig.share(QDtype.qint16),
-        "qconfig/n_int16": float(len(qconfig.names(QDtype.qint16))),
-        "qconfig/n_int8": float(len(qconfig.names(QDtype.qint8))),
-        "calibration/samples": float(result.calibration_samples),
-        **({"qat/steps": float(result.training.steps)} if result.training else {}),
-        **({"qat/loss": result.training.losses[-1]} if result.training and result.training.losses else {}),
-    }
+    """Objectives, constraints, and what MLflow shows of a trial."""
+    cost, metrics = result.cost, run_metrics(result, accuracy)
     return Outcome(
-        objectives=(result.metric, cost.latency_ms),
+        objectives=goal.objectives(metrics),
         constraints=goal.constraints(metrics),
         params=params,
         metrics=metrics,
         tags={
             **({"qflow.cost_refusal": cost.refusal} if cost.refusal else {}),
-            "qflow.qconfig": qconfig.digest,
+            "qflow.qconfig": result.qconfig.digest,
             "qflow.scales": result.scales_digest,
             "qflow.shared": str(result.shared).lower(),
         },
@@ -247,10 +245,12 @@ def fingerprint(config: DictConfig, manifest: Mapping[str, Any]) -> dict[str, st
     state = {
         key: text if len(text := to_json(value)) <= LEGIBLE else digest(value)
         for key, value in flat(conf.plain(config))
-        if not key.startswith(FREE)
+        if not key.startswith(FREE) and (value or key not in SINCE)
     }
+    named = config.objective.optimize
     return {
         **state,
+        **({"objective.optimize": ", ".join(named)} if named else {}),  # their order decides which value is which
         **{key: str(manifest[key]) for key in ("weights", "data", "graph", "profile", "eval_samples", "qflow")},
         "float_metric": f"{manifest['float_metric']:.6g}",
         "torch": manifest["versions"]["torch"],

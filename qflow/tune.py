@@ -43,13 +43,14 @@ def check_config(config: DictConfig) -> None:
 
     conf.trial_settings(config)
     conf.sensitivity_settings(config)
-    conf.search_space(config)
+    space = conf.search_space(config)
     Goal(**conf.plain(config.objective))
     if config.search.sampler not in conf.SAMPLERS:
         known = ", ".join(conf.SAMPLERS)
         raise ConfigError(f"search.sampler is one of {known}, but got {config.search.sampler!r}.")
     conf.check_executor(config)
-    if config.qat.steps and not conf.plain(config.qat.loss).get("_target_"):
+    trains = config.qat.steps or "qat.steps" in space
+    if trains and not conf.plain(config.qat.loss).get("_target_"):
         raise ConfigError(
             "QAT needs a loss, but got none. Set qat.loss._target_ to a function of (outputs, batch), or use qat=none."
         )
@@ -117,24 +118,25 @@ def assemble(config: DictConfig) -> Any:
     from qflow.search.study import Study
     from qflow.session import Session
     from qflow.tracking.mlflow_tracker import MlflowTracker
+    from qflow.trial import RUN_METRICS
 
     @contextmanager
     def opened() -> Any:
         root = conf.root_dir(config)
         tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
         bench = make_bench(config)
+        accuracy = f"accuracy/{bench.task.metric_name}"
+        goal = Goal(**conf.plain(config.objective)).aimed(accuracy, bench.task.direction, (accuracy, *RUN_METRICS))
         study = Study.open(
             root,
             config.study,
             space=conf.search_space(config),
-            directions=(bench.task.direction, "minimize"),
+            directions=tuple(goal.optimize.values()),
             sampler=config.search.sampler,
             seed=config.seed,
             n_trials=config.search.n_trials,
         )
-        session = Session(
-            config, bench, Goal(**conf.plain(config.objective)), Console(started=STARTED), tracker, study, root
-        )
+        session = Session(config, bench, goal, Console(started=STARTED), tracker, study, root)
         status = "FAILED"
         try:
             yield session

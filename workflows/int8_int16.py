@@ -20,7 +20,7 @@ from typing import Any
 
 from qflow.analysis.layer_text import layers_line
 from qflow.analysis.model_check import check_model
-from qflow.config import plain, trial_settings
+from qflow.config import configured, plain, trial_settings
 from qflow.core.dtype import QDtype
 from qflow.core.errors import TrialError
 from qflow.diagnosis import Diagnosis
@@ -106,15 +106,15 @@ def check(session: Session) -> str:
 
 
 def fixed(session: Session, *labels: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """The baselines: default calibration, ratio 1 and 0."""
-    settings = session.bench.default_calibration
-    base = {
-        key: getattr(settings, key.removeprefix("calibration."))
-        for key in session.study.space
-        if key.startswith("calibration.")
-    }
-    ratio = {ALL_INT16: 1.0, ALL_INT8: 0.0}
-    return [(label, {**base, "qconfig.int16_ratio": ratio[label]}) for label in labels]
+    """The baselines: every searched key as configured, searched modules at the baseline's dtype, ratio 1 and 0."""
+    space = session.study.space
+    base = configured(session.config, space)
+    modules = [key for key in space if key.startswith("qconfig.modules.")]
+    ratio, dtype = {ALL_INT16: 1.0, ALL_INT8: 0.0}, {ALL_INT16: "qint16", ALL_INT8: "qint8"}
+    return [
+        (label, {**base, **dict.fromkeys(modules, dtype[label]), "qconfig.int16_ratio": ratio[label]})
+        for label in labels
+    ]
 
 
 def enqueued(session: Session) -> list[tuple[str, Mapping[str, Any]]]:
@@ -156,8 +156,8 @@ def decide(session: Session) -> str:
 def finish(session: Session, decision: str) -> int:
     """Ten lines, the study's run completed, and the exit code."""
     trials, bench = session.trials, session.bench
-    best = best_trial(trials)
-    shown = best or nearest_miss(trials)
+    best = best_trial(trials, session.goal.ranking)
+    shown = best or nearest_miss(trials, session.goal.ranking)
     assert shown is not None
     rows = [SummaryRow("float", {session.accuracy: bench.float_metric})]
     rows += [SummaryRow(label, find(session, label)) for label in (ALL_INT16, ALL_INT8)]

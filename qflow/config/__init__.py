@@ -13,16 +13,16 @@ from qflow.config.settings import (
     SAMPLERS,
     check_executor,
     load_resolved,
-    parse_domain,
+    owner,
     plain,
     required,
     resolved_yaml,
     root_dir,
-    search_space,
     sensitivity_settings,
     trial_settings,
     with_params,
 )
+from qflow.config.space import configured, module_settings, parse_domain, search_space
 
 __all__ = [
     "GROUPS",
@@ -31,9 +31,12 @@ __all__ = [
     "build_training",
     "check_executor",
     "conf_dir",
+    "configured",
     "explain",
     "get_function",
     "load_resolved",
+    "module_settings",
+    "owner",
     "parse_domain",
     "plain",
     "register_schemas",

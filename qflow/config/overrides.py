@@ -17,7 +17,12 @@ from qflow.config.schema import conf_dir
 from qflow.core.errors import ConfigError
 
 VALUED = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p")
-NAMED = re.compile(r"(qconfig\.modules|qat\.rates)(\.|$)")  # mappings whose keys name the user's modules
+NAMED = re.compile(
+    r"((?:search\.space\.)?(?:qconfig\.modules|qat\.rates)|search\.when|objective\.optimize)(?:\.(.+)|$)"
+)
+"""Mappings whose keys are the user's own (modules, searched keys, metrics), and one key of it, dots and all."""
+FIXES = re.compile(r"(calibration|qconfig|qat)\.(?!(modules|rates)$)\w+$|(qconfig\.modules|qat\.rates)\.")
+"""Keys that leave the search space when they get one value."""
 
 
 def own_device(arguments: Sequence[str], folders: ExitStack) -> list[str]:
@@ -80,17 +85,26 @@ def rewrite(arguments: Sequence[str]) -> list[str]:
             raise ConfigError(
                 f"A march goes with its rules and costs, but got {argument}. Choose a device file: device=<name>."
             )
-        if override is not None and not argument.startswith(("+", "~")) and NAMED.match(override.key_or_group):
-            argument = f"++{argument}"  # its keys are the user's: none is unknown
-        if override is not None and override.is_sweep_override():
+        if override is not None and not argument.startswith("~"):
             key, value = override.key_or_group.lstrip("+"), argument.split("=", 1)[1]
-            argument = f"++search.space.{key}='{value}'" if "'" not in value else f'++search.space.{key}="{value}"'
-        elif override is not None and re.fullmatch(r"(calibration|qconfig)\.\w+", override.key_or_group):
-            key = f"search.space.{override.key_or_group}"
-            if f"~{key}" not in arguments:  # Hydra cannot delete what is null already
-                out.append(f"++{key}=null")
+            if override.is_sweep_override():
+                key = key.removeprefix("search.space.")
+                argument = _assigned(f"search.space.{key}", f"'{value}'" if "'" not in value else f'"{value}"')
+            else:
+                if FIXES.match(key) and f"~search.space.{key}" not in arguments:  # Hydra cannot delete what is null
+                    out.append(_assigned(f"search.space.{key}", "null"))
+                if NAMED.match(key):
+                    argument = _assigned(key, value)
         out.append(argument)
     return out
+
+
+def _assigned(key: str, value: str) -> str:
+    """An override for a key that may be new; what Hydra would take apart at its dots, a module's name, stays whole."""
+    found = NAMED.match(key)
+    if found is None or not found[2]:
+        return f"++{key}={value}"
+    return f"++{found[1]}={{{found[2]}: {value}}}"
 
 
 def _parsed(argument: str) -> Override | None:

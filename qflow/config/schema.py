@@ -179,14 +179,18 @@ class SearchSchema:
     """Seconds after which no further trial starts."""
     space: dict[str, Any] = field(default_factory=dict)
     """Configuration key -> choice(...), interval(...), range(...) or tag(log, interval(...)), in Hydra's grammar."""
+    when: dict[str, Any] = field(default_factory=dict)
+    """Searched key -> {key that it depends on: value, list of values, interval(...) or range(...)}."""
     enqueue: list[dict[str, Any]] = field(default_factory=list)
     """Points tried right after the baselines, before the sampler's own."""
 
 
 @dataclass(kw_only=True)
 class ObjectiveSchema:
-    """The accuracy goal."""
+    """The accuracy goal, and what is optimized."""
 
+    optimize: dict[str, str] = field(default_factory=dict)
+    """Run metric -> maximize or minimize, in order; empty for the task's metric and the least cost/latency_ms."""
     max_drop: float = 0.01
     """Largest loss against float, in the metric's own units."""
     max_latency_ms: float | None = None

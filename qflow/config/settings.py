@@ -1,4 +1,4 @@
-"""From a composed configuration to records: settings of a trial, the search space, and back from a run."""
+"""From a composed configuration to records: settings of a trial with searched values in place; and back from a run."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from qflow.config.door import explain
 from qflow.config.schema import TuneSchema
 from qflow.core.errors import ConfigError
 from qflow.core.settings import CalibrationSettings, QatSettings, QConfigSettings, SensitivitySettings, TrialSettings
-from qflow.search.domain import Choice, Domain, Interval, Range, Scalar
+from qflow.search.domain import Scalar
+
+MAPPINGS = ("qconfig.modules", "qat.rates")
+"""Mappings whose keys name the user's modules: what comes behind them is one key, dots and all."""
 
 
 def trial_settings(config: DictConfig, params: Mapping[str, Scalar] | None = None) -> TrialSettings:
@@ -36,16 +36,46 @@ def sensitivity_settings(config: DictConfig) -> SensitivitySettings:
 
 
 def with_params(config: DictConfig, params: Mapping[str, Scalar]) -> DictConfig:
-    """A copy of the configuration with dotted keys set; types are checked. Raises ConfigError."""
+    """A copy of the configuration with dotted keys set; types are checked. Raises ConfigError.
+
+    With searched modules among them the longest name comes first in `qconfig.modules`: the first that covers an
+    operator decides, and a part shall be able to differ from the whole.
+    """
     changed = config.copy()
     for key, value in params.items():
         try:
+            if mapping := owner(key):
+                node = OmegaConf.select(changed, mapping)
+                with open_dict(node):
+                    node[key.removeprefix(f"{mapping}.")] = value
+                continue
             if OmegaConf.select(changed, key, throw_on_missing=False) is None and not _exists(changed, key):
                 raise ConfigError(f"A search key must exist in the configuration, but got {key}. See --cfg job.")
             OmegaConf.update(changed, key, value)
         except OmegaConfBaseException as error:
             raise ConfigError(f"search.space.{key}: {explain(error)}") from error
+    if any(owner(key) == "qconfig.modules" for key in params):
+        modules: dict[str, Any] = plain(changed.qconfig.modules)
+        changed.qconfig.modules = dict(sorted(modules.items(), key=lambda entry: -len(entry[0])))
     return changed
+
+
+def owner(key: str) -> str:
+    """The mapping of MAPPINGS that a dotted key lies in; empty where it lies in none."""
+    return next((mapping for mapping in MAPPINGS if key.startswith(f"{mapping}.")), "")
+
+
+def current(config: DictConfig, key: str, where: str = "") -> Any:
+    """The configuration's own value of a key; None for a name that a mapping of modules does not hold.
+
+    Raises ConfigError that starts with `where` for a key that does not exist.
+    """
+    if mapping := owner(key):
+        return plain(OmegaConf.select(config, mapping)).get(key.removeprefix(f"{mapping}."))
+    if not _exists(config, key):
+        place = f"{where} is on a key" if where else "A search key is one"
+        raise ConfigError(f"{place} of the configuration, but got {key}, which it does not have. See --cfg job.")
+    return OmegaConf.select(config, key)
 
 
 def _exists(config: DictConfig, key: str) -> bool:
@@ -66,60 +96,6 @@ def check_executor(config: DictConfig) -> None:
 
 
 SAMPLERS = ("tpe", "nsga2", "gp", "random")
-SEARCHABLE = ("calibration", "qconfig", "qat")
-
-
-def search_space(config: DictConfig) -> dict[str, Domain]:
-    """`search.space` as domains by dotted key; every value it can give is checked. Raises ConfigError."""
-    space = {key: parse_domain(key, text) for key, text in _flat(config.search.space)}
-    for key, domain in space.items():
-        if key.split(".")[0] not in SEARCHABLE:
-            raise ConfigError(f"A search varies keys of calibration, qconfig or qat, but got {key}. Remove it.")
-        values = domain.values if isinstance(domain, Choice) else _ends(domain)
-        for value in values:
-            trial_settings(config, {key: value})
-    return space
-
-
-def _ends(domain: Domain) -> tuple[Scalar, ...]:
-    if isinstance(domain, Interval):
-        return (domain.normal(domain.low), domain.normal(domain.high))
-    points = tuple(domain.points())
-    return (points[0], points[-1]) if points else ()
-
-
-def _flat(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    entries: Any = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
-    found: list[tuple[str, Any]] = []
-    for key, value in entries.items():
-        if isinstance(value, Mapping):
-            found += _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            found.append((f"{prefix}{key}", value))
-    return found
-
-
-def parse_domain(key: str, text: Any) -> Domain:
-    """Read `choice(...)`, `interval(...)`, `range(...)`, with `tag(log, ...)` or `int(...)`. Raises ConfigError."""
-    rule = f"A search value is choice(...), interval(...), range(...) or tag(log, interval(...)), but got {text!r}"
-    try:
-        override = OverridesParser.create().parse_override(f"{key}={text}")
-    except HydraException:
-        raise ConfigError(f"{rule} for {key}. Mend the brackets.") from None
-    value = override.value()
-    if isinstance(value, ChoiceSweep):
-        return Choice(tuple(_scalar(v) for v in value.list))
-    if isinstance(value, IntervalSweep):
-        whole = isinstance(value.start, int) and isinstance(value.end, int) and "int" in value.tags
-        return Interval(value.start, value.end, log="log" in value.tags, integer=whole)  # type: ignore[arg-type]
-    if isinstance(value, RangeSweep):
-        return Range(value.start, value.stop, value.step)  # type: ignore[arg-type]
-    raise ConfigError(f"{rule} for {key}. To fix the value, set {key} itself.")
-
-
-def _scalar(value: Any) -> Scalar:
-    text = getattr(value, "text", None)  # Hydra's quoted strings
-    return text if isinstance(text, str) else value
 
 
 def root_dir(config: DictConfig) -> Path:
@@ -136,8 +112,11 @@ def root_dir(config: DictConfig) -> Path:
 
 
 def resolved_yaml(config: DictConfig) -> str:
-    """The configuration without interpolations, for the run that is to be rebuilt from it."""
-    return OmegaConf.to_yaml(config, resolve=True, sort_keys=True)
+    """The configuration without interpolations, for the run that is to be rebuilt from it.
+
+    In its own order: of two names in `qconfig.modules` that cover an operator the first decides.
+    """
+    return OmegaConf.to_yaml(config, resolve=True)
 
 
 def plain(config: Any) -> Any:

@@ -2,6 +2,8 @@
 
 A `Space` maps dotted configuration keys to domains. Three kinds cover what Hydra's sweep syntax can say:
 `choice(a,b)`, `interval(low, high)` (on a log scale or among integers, too) and `range(start, stop, step)`.
+A domain may carry conditions: its key is searched only where other keys of the space have certain values. Where it
+does not apply it is absent from a point, so that two points that differ only there are one.
 Nothing here knows a sampler, so a space can be hashed, stored and compared with the standard library alone.
 """
 
@@ -9,8 +11,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeGuard
 
 from qflow.core import record
@@ -31,10 +33,28 @@ def _require_numbers(kind: str, **values: object) -> None:
 
 
 @dataclass(frozen=True)
+class Condition:
+    """`key`, another key of the space, has one of the values of `allowed`. Not met where `key` does not apply."""
+
+    key: str
+    allowed: Domain
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"key": self.key, "allowed": self.allowed.to_dict()}
+
+
+def _conditions(domain: Domain) -> dict[str, Any]:
+    """`when` for JSON, only where it is set: the digests of spaces without conditions stay what they were."""
+    return {"when": [condition.to_dict() for condition in domain.when]} if domain.when else {}
+
+
+@dataclass(frozen=True)
 class Choice:
     """One of some unordered values. Raises ConfigError when empty, repeated or not scalar."""
 
     values: tuple[Scalar, ...]
+    when: tuple[Condition, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", tuple(self.values))
@@ -64,7 +84,7 @@ class Choice:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values with the kind, for JSON."""
-        return {"kind": "choice", "values": list(self.values)}
+        return {"kind": "choice", "values": list(self.values), **_conditions(self)}
 
 
 @dataclass(frozen=True)
@@ -75,6 +95,7 @@ class Interval:
     high: float
     log: bool = False
     integer: bool = False
+    when: tuple[Condition, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         _require_numbers("Interval", low=self.low, high=self.high)
@@ -113,6 +134,7 @@ class Interval:
             "high": self.high,
             "log": self.log,
             "integer": self.integer,
+            **_conditions(self),
         }
 
 
@@ -123,6 +145,7 @@ class Range:
     start: float
     stop: float
     step: float = 1
+    when: tuple[Condition, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         _require_numbers("Range", start=self.start, stop=self.stop, step=self.step)
@@ -158,7 +181,7 @@ class Range:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values with the kind, for JSON."""
-        return {"kind": "range", "start": self.start, "stop": self.stop, "step": self.step}
+        return {"kind": "range", "start": self.start, "stop": self.stop, "step": self.step, **_conditions(self)}
 
 
 Domain: TypeAlias = Choice | Interval | Range
@@ -179,15 +202,73 @@ def space_digest(space: Space) -> str:
     return record.digest(space_dict(space))
 
 
-def point_key(params: Values) -> str:
-    """Canonical text of one point; equal points have equal texts (1 and 1.0 are told apart by `normal`)."""
-    return record.to_json(dict(params))
+def parents_first(space: Space) -> tuple[str, ...]:
+    """The keys in the space's order, but each behind those that it depends on.
+
+    Raises ConfigError for a condition on a key that is not in the space, and for keys that depend on each other.
+    """
+    order: dict[str, None] = {}
+    for key in space:
+        _place(space, key, order, ())
+    return tuple(order)
+
+
+def _place(space: Space, key: str, order: dict[str, None], below: tuple[str, ...]) -> None:
+    if key in below:
+        circle = " -> ".join([*below[below.index(key) :], key])
+        raise ConfigError(f"Keys depend on each other in one direction, but got {circle}. Drop one condition.")
+    if key in order:
+        return
+    for condition in space[key].when:
+        if condition.key not in space:
+            raise ConfigError(f"{key} depends on a key of the space, but got {condition.key}. Search that one, too.")
+        _place(space, condition.key, order, (*below, key))
+    order[key] = None
+
+
+def applies(space: Space, key: str, params: Values, absent: Container[str] = ()) -> bool:
+    """Whether `params` meets the conditions of `key`. One on a key without a value is met unless that is `absent`."""
+    return not any(
+        c.key in absent or (c.key in params and not c.allowed.contains(params[c.key])) for c in space[key].when
+    )
+
+
+def applicable(space: Space, params: Values) -> dict[str, Scalar]:
+    """`params` without the keys that do not apply, because of what the point says of the keys they depend on."""
+    absent: set[str] = set()
+    conditional = any(domain.when for domain in space.values())
+    for key in parents_first(space) if conditional else ():
+        if not applies(space, key, params, absent):
+            absent.add(key)
+    return {key: value for key, value in params.items() if key not in absent}
+
+
+def point_key(params: Values, space: Space | None = None) -> str:
+    """Canonical text of one point; equal points have equal texts (1 and 1.0 are told apart by `normal`).
+
+    With the `space` its keys that do not apply make no difference; a study's own points are without them already.
+    """
+    return record.to_json(applicable(space, params) if space else dict(params))
 
 
 def all_points(space: Space, limit: int) -> Iterator[dict[str, Scalar]] | None:
     """Every point of a finite space, or None when there are more than `limit` or they cannot be listed."""
     counts = [domain.count() for domain in space.values()]
-    if any(count is None for count in counts) or math.prod(count or 1 for count in counts) > limit:
+    if any(count is None or count > limit for count in counts):
         return None
-    axes = [domain.points() for domain in space.values()]
-    return (dict(zip(space, combination, strict=True)) for combination in itertools.product(*axes))
+    found = list(itertools.islice(_points(space, parents_first(space), {}), limit + 1))
+    return iter(found) if len(found) <= limit else None
+
+
+def _points(space: Space, keys: Sequence[str], begun: dict[str, Scalar]) -> Iterator[dict[str, Scalar]]:
+    """The points that go on from `begun` with `keys`, parents first."""
+    if not keys:
+        yield {key: begun[key] for key in space if key in begun}
+        return
+    key, rest = keys[0], keys[1:]
+    missing = {k for k in space if k not in begun}
+    if not applies(space, key, begun, missing):
+        yield from _points(space, rest, begun)
+        return
+    for value in space[key].points():
+        yield from _points(space, rest, {**begun, key: value})

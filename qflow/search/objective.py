@@ -1,16 +1,23 @@
-"""The goal, and which trial is best: plain numbers. An absent measurement never wins."""
+"""The goal, what is optimized, and which trial is best: plain numbers. An absent measurement never wins.
+
+What is optimized is a mapping of run metrics to directions. Of the trials that meet the goal the best has the best of
+the objectives other than the accuracy, in the given order, then the least drop.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from qflow.core.errors import ConfigError
 from qflow.search.outcome import FinishedTrial
 
 CONSTRAINT = "accuracy_drop"
-
+MAXIMIZE, MINIMIZE = "maximize", "minimize"
+Directions: TypeAlias = Mapping[str, str]  # run metric -> maximize or minimize, in order
+LEAST_LATENCY: Directions = {"cost/latency_ms": MINIMIZE}
 
 BUDGETS = {
     "max_latency_ms": "cost/latency_ms",
@@ -28,6 +35,8 @@ class Goal:
     max_latency_ms: float | None = None
     max_int16_mac_share: float | None = None
     max_traffic_mb: float | None = None
+    optimize: Directions = field(default_factory=dict)
+    """Empty until `aimed` fills it: the task's metric in its direction, and the least latency."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.max_drop < math.inf:
@@ -37,6 +46,36 @@ class Goal:
         for name, limit in self.budgets.items():
             if not 0.0 <= limit < math.inf:
                 raise ConfigError(f"objective.{name} is a number of at least 0, but got {limit:g}. null sets no limit.")
+        if (self.max_int16_mac_share or 0.0) > 1.0:
+            raise ConfigError(
+                f"objective.max_int16_mac_share is a share of at most 1, but got {self.max_int16_mac_share:g}."
+            )
+        for name, direction in self.optimize.items():
+            if direction not in (MAXIMIZE, MINIMIZE):
+                raise ConfigError(f"objective.optimize.{name} is maximize or minimize, but got {direction!r}.")
+
+    def aimed(self, accuracy: str, direction: str, known: Sequence[str]) -> Goal:
+        """The goal with `optimize` filled in, for a task whose metric `accuracy` is to be `direction`d.
+
+        Raises ConfigError for a metric that is not among `known`, those of a run.
+        """
+        for name in self.optimize:
+            if name not in known:
+                raise ConfigError(
+                    f"objective.optimize names metrics of a run, but got {name}. There are: {', '.join(known)}."
+                )
+        return replace(self, optimize=self.optimize or {accuracy: direction, **LEAST_LATENCY})
+
+    @property
+    def ranking(self) -> Directions:
+        """What ranks the trials that meet the goal: the objectives other than the accuracy."""
+        if not self.optimize:
+            return LEAST_LATENCY
+        return {name: way for name, way in self.optimize.items() if not name.startswith("accuracy/")}
+
+    def objectives(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
+        """The objectives of a trial in the study's order; NaN, which fails the trial, for one that it does not have."""
+        return tuple(metrics.get(name, math.nan) for name in self.optimize)
 
     @property
     def budgets(self) -> dict[str, float]:
@@ -56,6 +95,12 @@ class Goal:
         return ", ".join([f"drop of at most {self.max_drop:g}", *(f"{k} {v:g}" for k, v in self.budgets.items())])
 
 
+def aims(goal: Goal) -> str:
+    """What is optimized, for people: `most accuracy/map, least cost/latency_ms`."""
+    words = {MAXIMIZE: "most", MINIMIZE: "least"}
+    return ", ".join(f"{words[way]} {name}" for name, way in goal.optimize.items())
+
+
 def over_budget(trial: FinishedTrial) -> dict[str, float]:
     """Budgets that the trial exceeds, and by how much."""
     return {name: by for name, by in trial.outcome.constraints.items() if name != CONSTRAINT and not by <= 0.0}
@@ -71,20 +116,45 @@ def meets(trial: FinishedTrial) -> bool:
     return accurate(trial) and not over_budget(trial)
 
 
-def best_trial(trials: Sequence[FinishedTrial]) -> FinishedTrial | None:
-    """Least latency among the trials that meet the goal; ties by smaller excess drop, then by age."""
+def best_trial(trials: Sequence[FinishedTrial], ranking: Directions = LEAST_LATENCY) -> FinishedTrial | None:
+    """The best by `ranking` among the trials that meet the goal; ties by smaller excess drop, then by age."""
     met = [t for t in trials if meets(t)]
-    return min(met, key=lambda t: (t.outcome.objectives[1], t.outcome.constraints[CONSTRAINT], t.number), default=None)
+    return min(met, key=lambda t: (*_costs(t, ranking), t.outcome.constraints[CONSTRAINT], t.number), default=None)
 
 
-def nearest_miss(trials: Sequence[FinishedTrial]) -> FinishedTrial | None:
+def nearest_miss(trials: Sequence[FinishedTrial], ranking: Directions = LEAST_LATENCY) -> FinishedTrial | None:
     """The trial that comes closest to the goal, when none meets it: the least drop of those within the budgets; the
-    cheapest of the accurate ones where no budget can be kept.
+    best by `ranking` of the accurate ones where no budget can be kept.
     """
     known = [t for t in trials if CONSTRAINT in t.outcome.constraints]
     within = [t for t in known if not over_budget(t)]
     if not within and any(map(accurate, known)):
-        return min(filter(accurate, known), key=lambda t: t.outcome.objectives[1])
-    return min(
-        within or known, key=lambda t: (t.outcome.constraints[CONSTRAINT], t.outcome.objectives[1]), default=None
-    )
+        return min(filter(accurate, known), key=lambda t: (*_costs(t, ranking), t.outcome.constraints[CONSTRAINT]))
+    return min(within or known, key=lambda t: (t.outcome.constraints[CONSTRAINT], *_costs(t, ranking)), default=None)
+
+
+def pareto_set(trials: Sequence[FinishedTrial], directions: Sequence[str]) -> list[FinishedTrial]:
+    """Trials whose objectives no other trial dominates: none is at least as good in all and better in one.
+
+    Trials with the same objectives stand together; one with an objective that is not known is not among them.
+    """
+    costs = {
+        i: [_cost(v, way) for v, way in zip(t.outcome.objectives, directions, strict=True)]
+        for i, t in enumerate(trials)
+        if len(t.outcome.objectives) == len(directions) and not any(map(math.isnan, t.outcome.objectives))
+    }
+    return [trials[i] for i, mine in costs.items() if not any(dominates(other, mine) for other in costs.values())]
+
+
+def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether `one` is at most `other` in every cost and below it in one."""
+    return all(a <= b for a, b in zip(one, other, strict=True)) and tuple(one) != tuple(other)
+
+
+def _costs(trial: FinishedTrial, ranking: Directions) -> tuple[float, ...]:
+    """What is to be least, in order; infinity for what was not measured."""
+    return tuple(_cost(trial.outcome.metrics.get(name, math.nan), way) for name, way in ranking.items())
+
+
+def _cost(value: float, direction: str) -> float:
+    return math.inf if math.isnan(value) else -value if direction == MAXIMIZE else value

@@ -1,5 +1,7 @@
 """The search study: proposals in, values out, kept in a database; the only home of optuna.
 
+The space is asked key by key, parents first (define-by-run), because keys may depend on each other. Of the samplers
+only TPE (with groups) learns about a key that some trials do not have; NSGA-II and GP draw such a key at random.
 Constraints follow Optuna 5: `<= 0` is feasible, a trial without constraints counts as feasible. Each kept
 trial carries its MLflow run, its commit marker and, when it failed, how it ended, as user attributes.
 """
@@ -7,20 +9,17 @@ trial carries its MLflow run, its commit marker and, when it failed, how it ende
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
@@ -28,9 +27,22 @@ from optuna.trial import FrozenTrial, TrialState
 from qflow.core import record
 from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.store import build_aside, exclusive, sqlite_path, sqlite_url
-from qflow.search.domain import Choice, Domain, Interval, Scalar, Space, Values, space_dict
+from qflow.search.domain import (
+    Choice,
+    Domain,
+    Interval,
+    Scalar,
+    Space,
+    Values,
+    applicable,
+    applies,
+    parents_first,
+    space_dict,
+)
+from qflow.search.proposal import SAMPLERS, Proposal, StudyTrial, check_arguments
 
-SAMPLERS = ("tpe", "nsga2", "gp", "random")
+__all__ = ["LOCK_TIMEOUT", "SAMPLERS", "Proposal", "Study", "StudyTrial"]
+
 LOCK_TIMEOUT = 60  # seconds a statement waits for another writer of the database
 _STATES = {
     TrialState.RUNNING: "running",
@@ -39,32 +51,6 @@ _STATES = {
     TrialState.PRUNED: "fail",
     TrialState.FAIL: "fail",
 }
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A point to evaluate; `label` names a fixed trial, else it is empty."""
-
-    number: int
-    params: Mapping[str, Scalar]
-    label: str
-
-
-@dataclass(frozen=True)
-class StudyTrial:
-    """One trial as the study keeps it."""
-
-    number: int
-    state: str  # waiting, running, complete, fail
-    params: Mapping[str, Scalar]
-    label: str
-    objectives: tuple[float, ...]  # empty unless complete
-    constraints: Mapping[str, float]
-    run_id: str | None
-    marker: str | None
-    attempt: int  # how often this point was lost before
-    ending: str  # "" | failed | lost | interrupted | twin
-    reason: str
 
 
 class Study:
@@ -77,7 +63,7 @@ class Study:
         self._study = study
         self._lock = lock
         self._asked: dict[int, optuna.Trial] = {}
-        self._distributions = {key: _distribution(domain) for key, domain in space.items()}
+        self._order = parents_first(space)
 
     @classmethod
     def open(
@@ -89,7 +75,7 @@ class Study:
         Raises ConfigError when the study exists with another space or other directions, or an argument is
         not allowed; TrackingError when the database cannot be opened.
         """
-        _check_arguments(name, space, directions, sampler)
+        check_arguments(name, space, directions, sampler)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         # an interrupt within a statement makes SQLAlchemy log a traceback of the connection it then drops
         logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
@@ -117,7 +103,7 @@ class Study:
         return exclusive(self._lock, owner_of=f"study '{self.name}'")
 
     def enqueue(self, params: Values, *, label: str = "", attempt: int = 0, retry_of: int | None = None) -> None:
-        """Put a point before the sampler's own. Keys that are missing are left to the sampler.
+        """Put a point before the sampler's own. Keys that are missing are left to the sampler, where they apply.
 
         A value that the space cannot express (another choice, a key outside) is evaluated all the same; the
         sampler then sees a stand-in of its own for it.
@@ -139,11 +125,24 @@ class Study:
         return self._point({}, {"fixed": params})
 
     def ask(self) -> Proposal:
-        """The next point: an enqueued one if there is any, else the sampler's."""
+        """The next point: an enqueued one if there is any, else the sampler's.
+
+        Parents come first and a key is asked for only where its conditions hold, so the sampler learns from
+        what a trial really had.
+        """
+        point: dict[str, Scalar] = {}
+        absent: set[str] = set()
         with _quiet(self._study.sampler):
-            trial = self._study.ask(self._distributions)
+            trial = self._study.ask()
+            attrs = trial.user_attrs
+            fixed = attrs.get("fixed", {})
+            for key in self._order:
+                if applies(self.space, key, point, absent):
+                    value = _suggest(trial, key, self.space[key])
+                    point[key] = self.space[key].normal(fixed.get(key, value))
+                else:
+                    absent.add(key)
         self._asked[trial.number] = trial
-        attrs = trial.user_attrs
         return Proposal(trial.number, self._point(trial.params, attrs), attrs.get("label", ""))
 
     def link(self, number: int, run_id: str) -> None:
@@ -182,7 +181,8 @@ class Study:
 
     def _point(self, params: Mapping[str, Any], attrs: Mapping[str, Any]) -> dict[str, Scalar]:
         point = {**params, **attrs.get("fixed", {})}
-        return {key: self.space[key].normal(v) if key in self.space else v for key, v in sorted(point.items())}
+        normal = {key: self.space[key].normal(v) if key in self.space else v for key, v in sorted(point.items())}
+        return applicable(self.space, normal)
 
     def _kept(self, trial: FrozenTrial) -> StudyTrial:
         attrs = trial.user_attrs
@@ -200,17 +200,6 @@ class Study:
             ending=end.get("ending", ""),
             reason=end.get("reason", ""),
         )
-
-
-def _check_arguments(name: str, space: Space, directions: tuple[str, ...], sampler: str) -> None:
-    if not re.fullmatch(r"[\w.+=@-]+(/[\w.+=@-]+)*", name):
-        raise ConfigError(f"A study name is words, dots, dashes and slashes, but got {name!r}. Rename it.")
-    if not space:
-        raise ConfigError("A search needs at least one key in its space, but got none. Add a domain.")
-    if not directions or any(d not in ("maximize", "minimize") for d in directions):
-        raise ConfigError(f"Directions are maximize or minimize, one per objective, but got {directions}.")
-    if sampler not in SAMPLERS:
-        raise ConfigError(f"A sampler is one of {', '.join(SAMPLERS)}, but got {sampler!r}.")
 
 
 def _place(storage: str | Path) -> tuple[str, Path]:
@@ -287,17 +276,22 @@ def _quiet(sampler: BaseSampler) -> Iterator[None]:
                 torch.set_num_threads(threads)
 
 
-def _distribution(domain: Domain) -> BaseDistribution:
+def _suggest(trial: optuna.Trial, key: str, domain: Domain) -> Scalar:
+    """The sampler's value; distributions stay the same from start to start, or Optuna would refuse the study."""
+    value: Scalar
     if isinstance(domain, Choice):
-        return CategoricalDistribution(domain.values)
-    if isinstance(domain, Interval):
+        value = trial.suggest_categorical(key, domain.values)
+    elif isinstance(domain, Interval) and domain.integer:
+        value = trial.suggest_int(key, int(domain.low), int(domain.high), log=domain.log)
+    elif isinstance(domain, Interval):
+        value = trial.suggest_float(key, domain.low, domain.high, log=domain.log)
+    else:
+        last = domain.start + (domain.count() - 1) * domain.step
         if domain.integer:
-            return IntDistribution(int(domain.low), int(domain.high), log=domain.log)
-        return FloatDistribution(domain.low, domain.high, log=domain.log)
-    last = domain.start + (domain.count() - 1) * domain.step
-    if domain.integer:
-        return IntDistribution(int(domain.start), int(last), step=int(domain.step))
-    return FloatDistribution(domain.start, float(f"{last:.12g}"), step=domain.step)
+            value = trial.suggest_int(key, int(domain.start), int(last), step=int(domain.step))
+        else:
+            value = trial.suggest_float(key, domain.start, float(f"{last:.12g}"), step=domain.step)
+    return value
 
 
 def _expressible(domain: Domain, value: Scalar) -> bool:

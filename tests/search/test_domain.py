@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from spaces import FINITE, spaces
 
 from qflow.core.errors import ConfigError
 from qflow.search.domain import (
     Choice,
+    Condition,
     Interval,
     Range,
     all_points,
+    applicable,
+    applies,
+    parents_first,
     point_key,
     space_dict,
     space_digest,
@@ -88,3 +94,68 @@ def test_all_points_of_a_finite_space_only():
     assert all_points(space, limit=11) is None
     assert all_points({"a": Interval(0, 1)}, limit=100) is None
     assert all_points({"a": Range(0, 10**9)}, limit=100) is None
+
+
+METHOD = Choice(("mse", "percentile"))
+CONDITIONAL = {
+    "percentile": Range(90, 100, 5, when=(Condition("method", Choice(("percentile",))),)),
+    "method": METHOD,
+}
+
+
+def test_a_key_that_does_not_apply_is_absent_and_makes_no_difference():
+    assert parents_first(CONDITIONAL) == ("method", "percentile")
+    points = [{"method": "mse", "percentile": p} for p in (90, 95)]
+    assert [applicable(CONDITIONAL, point) for point in points] == [{"method": "mse"}] * 2
+    assert len({point_key(point, CONDITIONAL) for point in points}) == 1
+    assert len({point_key({**p, "method": "percentile"}, CONDITIONAL) for p in points}) == 2
+    assert applicable(CONDITIONAL, {"percentile": 90, "other": 1}) == {"percentile": 90, "other": 1}  # still open
+    assert list(all_points(CONDITIONAL, 3) or ()) == [
+        {"method": "mse"}, {"percentile": 90, "method": "percentile"}, {"percentile": 95, "method": "percentile"},
+    ]  # fmt: skip
+    assert all_points(CONDITIONAL, 2) is None
+
+
+def test_what_depends_on_an_absent_key_is_absent():
+    space = {**CONDITIONAL, "margin": Range(0, 2, when=(Condition("percentile", Choice((90, 95))),))}
+    assert applicable(space, {"method": "mse", "percentile": 90, "margin": 1}) == {"method": "mse"}
+    assert len(list(all_points(space, 100) or ())) == 5
+
+
+def test_a_condition_is_part_of_the_digest_and_none_is_not():
+    assert METHOD.to_dict() == {"kind": "choice", "values": ["mse", "percentile"]}
+    assert space_digest({"method": METHOD}) == "440ad59db92a8da6"  # as before there were conditions
+    plain = {**CONDITIONAL, "percentile": Range(90, 100, 5)}
+    assert space_digest(CONDITIONAL) != space_digest(plain)
+    assert json.loads(json.dumps(space_dict(CONDITIONAL))) == space_dict(CONDITIONAL)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "message"),
+    [
+        ({"a": "a"}, "got a -> a"),
+        ({"a": "b", "b": "c", "c": "a"}, "got a -> b -> c -> a"),
+        ({"a": "nowhere"}, "a depends on a key of the space, but got nowhere"),
+    ],
+)
+def test_conditions_that_lead_nowhere_are_refused(conditions, message):
+    space = {
+        key: Choice((1, 2), when=(Condition(conditions[key], Choice((1,))),) if key in conditions else ())
+        for key in "abc"
+    }
+    with pytest.raises(ConfigError, match=message):
+        parents_first(space)
+
+
+@given(spaces(FINITE))
+def test_all_points_are_the_product_with_what_does_not_apply_left_out(space):
+    axes = [domain.points() for domain in space.values()]
+    product = [dict(zip(space, values, strict=True)) for values in itertools.product(*axes)]
+    listed = [point_key(point) for point in all_points(space, len(product)) or ()]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {point_key(point, space) for point in product}
+    for point in product:
+        left = applicable(space, point)
+        assert applicable(space, left) == left
+        missing = set(space) - set(left)
+        assert {key for key in space if applies(space, key, left, missing)} == set(left)

@@ -1,9 +1,23 @@
 """The goal and its budgets: what meets, what wins, what comes nearest. An absent measurement never wins."""
 
+import math
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qflow.core.errors import ConfigError
-from qflow.search.objective import Goal, accurate, best_trial, meets, nearest_miss, over_budget
+from qflow.search.objective import (
+    Goal,
+    accurate,
+    aims,
+    best_trial,
+    dominates,
+    meets,
+    nearest_miss,
+    over_budget,
+    pareto_set,
+)
 from qflow.search.outcome import FinishedTrial, Outcome
 
 GOAL = Goal(0.01, max_latency_ms=1.0, max_int16_mac_share=0.5)
@@ -49,3 +63,80 @@ def test_a_goal_without_budgets_is_the_drop_alone():
 def test_a_budget_below_zero_is_refused(name):
     with pytest.raises(ConfigError, match=f"objective.{name} is a number of at least 0, but got -1"):
         Goal(0.01, **{name: -1.0})
+
+
+KNOWN = ("accuracy/map", "accuracy/drop", "cost/latency_ms", "cost/traffic_mb", "cost/fps")
+
+
+def measured(number, drop, **metrics):
+    found = {"accuracy/drop": drop, **{f"cost/{name}": value for name, value in metrics.items()}}
+    return FinishedTrial(number, f"run{number}", {}, "", Outcome((), Goal(0.01).constraints(found), {}, found), 1.0)
+
+
+def test_objectives_are_those_named_in_their_order_or_metric_and_latency():
+    goal = Goal(0.01).aimed("accuracy/map", "maximize", KNOWN)
+    assert goal.optimize == {"accuracy/map": "maximize", "cost/latency_ms": "minimize"}
+    assert goal.objectives({"accuracy/map": 0.7, "cost/latency_ms": 2.0}) == (0.7, 2.0)
+    assert (aims(goal), goal.ranking) == ("most accuracy/map, least cost/latency_ms", {"cost/latency_ms": "minimize"})
+    own = Goal(0.01, optimize={"cost/fps": "maximize", "accuracy/drop": "minimize"})
+    assert own.aimed("accuracy/map", "maximize", KNOWN) == own
+    assert own.ranking == {"cost/fps": "maximize"}
+    assert math.isnan(own.objectives({"cost/fps": 3.0})[1])  # what was not measured fails the trial
+    assert Goal(0.01, optimize={"accuracy/drop": "minimize"}).ranking == {}
+
+
+def test_an_unknown_metric_is_refused_with_those_that_exist():
+    with pytest.raises(ConfigError, match=r"but got cost/latency\. There are: accuracy/map, .*, cost/fps") as caught:
+        Goal(0.01, optimize={"cost/latency": "minimize"}).aimed("accuracy/map", "maximize", KNOWN)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="maximize or minimize, but got 'less'"):
+        Goal(0.01, optimize={"cost/fps": "less"})
+    with pytest.raises(ConfigError, match="a share of at most 1, but got 50"):
+        Goal(0.01, max_int16_mac_share=50)
+
+
+def test_the_best_is_told_by_which_metrics_to_rank():
+    trials = [
+        measured(0, 0.001, latency_ms=3.0, fps=10.0, traffic_mb=1.0),
+        measured(1, 0.002, latency_ms=2.0, fps=10.0, traffic_mb=2.0),
+        measured(2, 0.000, latency_ms=2.0, fps=20.0, traffic_mb=2.0),
+        measured(3, 0.500, latency_ms=0.1, fps=99.0, traffic_mb=0.1),
+        measured(4, 0.003, latency_ms=5.0),
+    ]
+    assert best_trial(trials).number == 2  # of equal latency the more accurate
+    assert best_trial(trials, {"cost/traffic_mb": "minimize"}).number == 0
+    assert best_trial(trials, {"cost/fps": "maximize", "cost/latency_ms": "minimize"}).number == 2
+    assert best_trial(trials, {}).number == 2  # accuracy alone
+    assert best_trial(trials[4:], {"cost/fps": "maximize"}).number == 4
+    assert best_trial([trials[4], trials[1]], {"cost/fps": "maximize"}).number == 1  # absent never wins
+    assert nearest_miss([measured(0, 0.5, fps=1.0), measured(1, 0.5, fps=2.0)], {"cost/fps": "maximize"}).number == 1
+    assert nearest_miss([measured(0, 0.6), measured(1, 0.5)], {}).number == 1
+    assert nearest_miss([], {}) is None
+
+
+def with_objectives(number, objectives):
+    return FinishedTrial(number, f"run{number}", {}, "", Outcome(tuple(objectives), {}, {}, {}), 1.0)
+
+
+@given(st.data(), st.lists(st.sampled_from(("maximize", "minimize")), min_size=1, max_size=3))
+def test_the_pareto_set_is_what_nothing_dominates(data, directions):
+    values = st.one_of(st.integers(0, 3), st.just(math.nan))
+    points = data.draw(st.lists(st.lists(values, min_size=len(directions), max_size=len(directions)), max_size=12))
+    trials = [with_objectives(i, point) for i, point in enumerate(points)] + [with_objectives(99, ())]
+    members = pareto_set(trials, directions)
+
+    def costs(trial):
+        return [-v if d == "maximize" else v for v, d in zip(trial.outcome.objectives, directions, strict=True)]
+
+    known = [t for t in trials if t.outcome.objectives and not any(map(math.isnan, t.outcome.objectives))]
+    assert all(member in known for member in members)
+    assert bool(members) == bool(known)
+    for trial in known:
+        dominated = any(
+            all(a <= b for a, b in zip(costs(o), costs(trial), strict=True))
+            and any(a < b for a, b in zip(costs(o), costs(trial), strict=True))
+            for o in known
+        )
+        assert (trial in members) == (not dominated)
+    for trial in (t for t in known if t not in members):
+        assert any(dominates(costs(member), costs(trial)) for member in members)

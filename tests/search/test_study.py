@@ -112,6 +112,7 @@ def test_another_space_under_the_same_name_is_refused(store, changes, named):
         ({"directions": ()}, "maximize or minimize"),
         ({"directions": ("up",)}, "maximize or minimize"),
         ({"space": {}}, "at least one key"),
+        ({"space": {"a": Choice((1, True))}}, "true from 1 nor false from 0, but got both for a"),
         ({"name": "it's"}, "study name"),
     ],
 )

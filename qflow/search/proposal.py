@@ -1,0 +1,54 @@
+"""What a study gives and keeps: a proposal, a trial, and the arguments that open it. No optuna."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qflow.core.errors import ConfigError
+from qflow.search.domain import Choice, Scalar, Space, parents_first
+
+SAMPLERS = ("tpe", "nsga2", "gp", "random")
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A point to evaluate; `label` names a fixed trial, else it is empty."""
+
+    number: int
+    params: Mapping[str, Scalar]
+    label: str
+
+
+@dataclass(frozen=True)
+class StudyTrial:
+    """One trial as the study keeps it."""
+
+    number: int
+    state: str  # waiting, running, complete, fail
+    params: Mapping[str, Scalar]
+    label: str
+    objectives: tuple[float, ...]  # empty unless complete
+    constraints: Mapping[str, float]
+    run_id: str | None
+    marker: str | None
+    attempt: int  # how often this point was lost before
+    ending: str  # "" | failed | lost | interrupted | twin
+    reason: str
+
+
+def check_arguments(name: str, space: Space, directions: tuple[str, ...], sampler: str) -> None:
+    """Refuse what no study can be opened with. Raises ConfigError."""
+    if not re.fullmatch(r"[\w.+=@-]+(/[\w.+=@-]+)*", name):
+        raise ConfigError(f"A study name is words, dots, dashes and slashes, but got {name!r}. Rename it.")
+    if not space:
+        raise ConfigError("A search needs at least one key in its space, but got none. Add a domain.")
+    parents_first(space)
+    for key, domain in space.items():
+        if isinstance(domain, Choice) and len(set(domain.values)) < len(domain.values):  # Optuna reads 1 back for True
+            raise ConfigError(f"A study cannot tell true from 1 nor false from 0, but got both for {key}. Keep one.")
+    if not directions or any(d not in ("maximize", "minimize") for d in directions):
+        raise ConfigError(f"Directions are maximize or minimize, one per objective, but got {directions}.")
+    if sampler not in SAMPLERS:
+        raise ConfigError(f"A sampler is one of {', '.join(SAMPLERS)}, but got {sampler!r}.")
