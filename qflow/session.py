@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import re
+import shutil
+import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,31 +20,27 @@ from qflow.analysis.model_check import check_model
 from qflow.bench import Bench
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, TrackingError
-from qflow.core.record import digest, to_json
+from qflow.core.record import to_json
 from qflow.diagnosis import Diagnosis
 from qflow.feasible import check_search
+from qflow.fingerprint import changes, fingerprint
 from qflow.manifest import manifest
-from qflow.report.console import Console
+from qflow.report.console import Console, duration
 from qflow.report.files import write_study, write_trial
-from qflow.search.loop import FailedTrial, FinishedTrial, Outcome, run_trials
-from qflow.search.objective import Goal, aims, best_trial, meets
+from qflow.search.loop import Driver, FailedTrial, FinishedTrial, Outcome, driving
+from qflow.search.objective import Goal, aims, best_trial, meets, pareto_set
+from qflow.search.strategies import BudgetSpent
 from qflow.search.study import Study
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.tracking.views import save_view, study_url
-from qflow.trial import TrialResult, run_metrics
+from qflow.trial_outcome import outcome, switches, trial_line, trial_params
 
-# What may change between two starts of one study; everything else must stay as it was.
-FREE = (
-    *("root", "search.n_trials", "search.timeout", "search.enqueue", "tracking."),
-    *("executor.threads", "task.batch_size"),
-)
-SINCE = ("search.when", "objective.optimize")  # empty they say nothing: studies from before there were such keys go on
-LEGIBLE = 40  # characters of a setting that the study's tag holds as they are; longer ones by digest
+PROFILE = "profile.report"  # the study's copy of a measured report
 
 
 @dataclass
 class Session:
-    """Everything a workflow works with. `trials` are the finished ones, those of earlier starts included."""
+    """Everything a workflow works with."""
 
     config: DictConfig
     bench: Bench
@@ -51,8 +49,16 @@ class Session:
     tracker: MlflowTracker
     study: Study
     root: Path
+    stack: ExitStack = field(default_factory=ExitStack)
+    """Closed by the door: what must be left in order when the workflow ends, however it ends."""
     study_run: str = ""
-    trials: list[FinishedTrial] = field(default_factory=list)
+    driver: Driver | None = None
+    kept: dict[str, Any] = field(default_factory=dict)
+    """Values that every trial gets from here on: an fp16 set that is kept, training left to a stage of its own."""
+    baselines: dict[str, FinishedTrial] = field(default_factory=dict)
+    """What the others are compared with, by label."""
+    decisions: list[tuple[str, str]] = field(default_factory=list)
+    """(stage, text): what was decided and why."""
 
     @property
     def accuracy(self) -> str:
@@ -105,7 +111,10 @@ class Session:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.yaml").write_text(conf.resolved_yaml(config))
             metrics = {f"float/{task.metric_name}": self.bench.float_metric}
+            if self.bench.profile:  # a trial is rebuilt from its run alone, measured times included
+                shutil.copy(self.bench.profile, Path(folder) / PROFILE)
             self.tracker.log_study(self.study_run, folder=Path(folder), metrics=metrics)
+        self.drive()
 
     def largest_calibration(self) -> tuple[int, int]:
         """The largest batch size and number of steps that the default or the search can ask for."""
@@ -117,34 +126,99 @@ class Session:
             sizes.append(max([default, *points]))
         return sizes[0], sizes[1]
 
-    def run_trials(self, n_trials: int, fixed: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-        """Evaluate until the study holds `n_trials` trials; a line for each, and the bar where there is one."""
-        known = {trial.number for trial in self.trials}
-        with self.console.bar("trials", n_trials, "trials") as advance:
-
-            def on_trial(trial: FinishedTrial | FailedTrial) -> None:
-                if isinstance(trial, FinishedTrial):
-                    self.trials.append(trial)
-                    self.note_best()
-                self.console.say(trial_line(trial, self.accuracy))
-                advance(len(self.trials))
-
-            finished = run_trials(
+    def drive(self) -> None:
+        """Take the right to add trials; what an earlier start left is settled and said."""
+        self.driver = self.stack.enter_context(
+            driving(
                 self.study,
                 self.tracker,
                 self.evaluate,
-                n_trials=n_trials,
-                fixed=fixed,
-                timeout=self.config.search.timeout,
                 scratch=self.root / "scratch",
-                on_trial=on_trial,
+                on_trial=self._on_trial,
                 study_run_id=self.study_run,
             )
-        earlier = len(finished) - len(self.trials)
-        if earlier > 0 and not known:
-            self.console.say(f"{'continued':<12} {earlier} trials of an earlier start stand and are not repeated")
-        self.trials = finished
+        )
+        self._began = time.monotonic()
+        if self.trials:
+            self.console.say(
+                f"{'continued':<12} {len(self.trials)} trials of an earlier start stand and are not repeated"
+            )
         self.note_best()
+
+    @property
+    def trials(self) -> list[FinishedTrial]:
+        """All finished trials of the study, by number."""
+        return self.driver.trials if self.driver else []
+
+    @property
+    def best(self) -> FinishedTrial | None:
+        """The best trial so far that meets the goal."""
+        return best_trial(self.trials, self.goal.ranking)
+
+    def base(self) -> dict[str, Any]:
+        """Every searched key as configured, and what all trials of this workflow keep (`kept`)."""
+        return {**conf.configured(self.config, self.study.space), **self.kept}
+
+    def measure(self, point: Mapping[str, Any], label: str = "") -> FinishedTrial | None:
+        """The trial at `point`, evaluated unless the study has it; None where it failed. Raises BudgetSpent."""
+        assert self.driver is not None
+        point = {**self.kept, **point}
+        if self.driver.known(point) is None:
+            self._require_budget()
+        found = self.driver.measure(point, label)
+        return found if isinstance(found, FinishedTrial) else None
+
+    def sample(self) -> bool:
+        """Evaluate the sampler's next point; False where the space is used up. Raises BudgetSpent."""
+        assert self.driver is not None
+        self._require_budget()
+        return self.driver.sample(self.kept) is not None
+
+    def _require_budget(self) -> None:
+        search = self.config.search
+        if len(self.trials) >= search.n_trials:
+            raise BudgetSpent(f"all {search.n_trials} trials are run (search.n_trials)")
+        if search.timeout is not None and time.monotonic() - self._began >= search.timeout:
+            raise BudgetSpent(f"{search.timeout:g} s have passed (search.timeout)")
+        if search.max_evaluations is not None:
+            done = sum(trial.outcome.tags.get("qflow.shared") != "true" for trial in self.trials)
+            if done >= search.max_evaluations:
+                raise BudgetSpent(f"{done} evaluations are run (search.max_evaluations)")
+
+    def _on_trial(self, trial: FinishedTrial | FailedTrial) -> None:
+        self.note_best()
+        done = self.trials
+        line = trial_line(trial, self.accuracy)
+        if len(done) > 2 and (left := self.config.search.n_trials - len(done)) > 0:
+            seconds = statistics.median(t.seconds for t in done[-8:]) * left
+            line += f"  {len(done)} of {self.config.search.n_trials}, left {duration(seconds)} at most"
+        self.console.say(line)
+        if isinstance(trial, FinishedTrial) and self.study_run:
+            self._log_front(trial)
+
+    def _log_front(self, trial: FinishedTrial) -> None:
+        """Best so far and the Pareto set, on disk and on the study's run, after every trial."""
+        best = self.best
+        front = pareto_set(self.trials, list(self.goal.optimize.values()))
+        rows = [
+            [t.number, t.label, *(t.outcome.metrics.get(name) for name in self.goal.optimize), meets(t), t.run_id]
+            for t in sorted(front, key=lambda t: t.outcome.objectives)
+        ]
+        table = {"columns": ["trial", "label", *self.goal.optimize, "meets the goal", "run"], "data": rows}
+        state = {"study": self.study.name, "trial": best.number if best else None, "run": best.run_id if best else None}
+        folder = self.root / "studies" / self.study.name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "pareto.json").write_text(to_json(table))
+        (folder / "best.json").write_text(to_json({**state, "metrics": best.outcome.metrics if best else {}}, indent=1))
+        shown = {f"best/{k.split('/', 1)[1]}": v for k, v in best.outcome.metrics.items()} if best else {}
+        self.tracker.log_study(
+            self.study_run, folder=folder, metrics=shown, tags={"qflow.best_so_far": best.run_id if best else ""}
+        )
+
+    def decide(self, stage: str, text: str) -> None:
+        """Say a decision with its reason; all of them together are the study's document."""
+        self.decisions.append((stage, text))
+        self.console.say(f"{'decision':<12} {stage}: {text}")
 
     def evaluate(self, params: Mapping[str, Any], folder: Path) -> Outcome:
         """One trial as a function of its parameters: files into `folder`, numbers into the outcome."""
@@ -163,7 +237,7 @@ class Session:
 
     def note_best(self) -> None:
         """Keep best-so-far where the bars show it."""
-        best = best_trial(self.trials, self.goal.ranking)
+        best = self.best
         if best is None:
             self.console.best = "best: none meets the goal yet"
             return
@@ -187,89 +261,3 @@ class Session:
             write_study(Path(folder), self.bench.sensitivities, self.bench.badcases, check)
             diagnosis.write(Path(folder) / "analysis", f"{self.study.name}: all-int8 on its bad cases")
             self.tracker.log_study(self.study_run, folder=Path(folder))
-
-
-def trial_params(config: DictConfig) -> dict[str, Any]:
-    """The scalars of a trial that someone will sort or group by."""
-    node = {"calibration": conf.plain(config.calibration), "qconfig": conf.plain(config.qconfig)}
-    if config.qat.steps:
-        node["qat"] = conf.plain(config.qat)
-    return {
-        f"{group}.{key}": value
-        for group, values in node.items()
-        for key, value in values.items()
-        if isinstance(value, (str, int, float, bool))
-    }
-
-
-def switches(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Searched modules under names that MLflow takes: `[add](1)` becomes `_add__1_`."""
-    return {re.sub(r"[^\w.\-/ :]", "_", key): value for key, value in params.items() if conf.owner(key)}
-
-
-def outcome(result: TrialResult, goal: Goal, accuracy: str, params: Mapping[str, Any]) -> Outcome:
-    """Objectives, constraints, and what MLflow shows of a trial."""
-    cost, metrics = result.cost, run_metrics(result, accuracy)
-    return Outcome(
-        objectives=goal.objectives(metrics),
-        constraints=goal.constraints(metrics),
-        params=params,
-        metrics=metrics,
-        tags={
-            **({"qflow.cost_refusal": cost.refusal} if cost.refusal else {}),
-            "qflow.qconfig": result.qconfig.digest,
-            "qflow.scales": result.scales_digest,
-            "qflow.shared": str(result.shared).lower(),
-        },
-    )
-
-
-def trial_line(trial: FinishedTrial | FailedTrial, accuracy: str) -> str:
-    """One line a trial."""
-    name = f"trial {trial.number} {trial.label}".strip()
-    if isinstance(trial, FailedTrial):
-        return f"{name:<24} failed: {trial.reason}"
-    m, p = trial.outcome.metrics, trial.outcome.params
-    verdict = "meets" if meets(trial) else "misses"
-    amount = f"{p['calibration.batch_size']}x{p['calibration.steps']}"
-    trained = f"  QAT {m['qat/steps']:.0f} steps" if "qat/steps" in m else ""
-    return (
-        f"{name:<24} {m[accuracy]:.4f} drop {m['accuracy/drop']:+.4f} {m['cost/latency_ms']:7.3f} ms  int16 "
-        f"{m['qconfig/int16_ratio']:.2f}  {p['calibration.method']:<10} {amount:<7} {verdict:<6} {trial.seconds:5.1f} s"
-        f"{trained}"
-    )
-
-
-def fingerprint(config: DictConfig, manifest: Mapping[str, Any]) -> dict[str, str]:
-    """What results depend on, by dotted key: the configuration, weights, data, graph and versions."""
-    state = {
-        key: text if len(text := to_json(value)) <= LEGIBLE else digest(value)
-        for key, value in flat(conf.plain(config))
-        if not key.startswith(FREE) and (value or key not in SINCE)
-    }
-    named = config.objective.optimize
-    return {
-        **state,
-        **({"objective.optimize": ", ".join(named)} if named else {}),  # their order decides which value is which
-        **{key: str(manifest[key]) for key in ("weights", "data", "graph", "profile", "eval_samples", "qflow")},
-        "float_metric": f"{manifest['float_metric']:.6g}",
-        "torch": manifest["versions"]["torch"],
-    }
-
-
-def flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Leaves of a nested mapping by dotted key."""
-    found: list[tuple[str, Any]] = []
-    for key, value in node.items():
-        found += flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else [(f"{prefix}{key}", value)]
-    return found
-
-
-def changes(before: str, now: Mapping[str, str]) -> list[str]:
-    """`key: old -> new` for what differs from the text that `Session.open` kept."""
-    known: dict[str, str] = json.loads(before or "{}")
-    return [
-        f"{key}: {known.get(key, 'nothing')} -> {now.get(key, 'nothing')}"
-        for key in sorted({*known, *now})
-        if known.get(key) != now.get(key)
-    ]

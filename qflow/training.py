@@ -79,7 +79,7 @@ def train_trial(
     trained = copy.deepcopy(prepared)
     groups = parameter_groups(trained, settings.rates, settings.learning_rate, settings.weight_decay)
     optimizer = training.optimizer(groups, lr=settings.learning_rate)
-    scheduler = training.scheduler(optimizer) if training.scheduler is not None else None
+    scheduler = training.scheduler(optimizer) if training.scheduler is not None and settings.scheduled else None
     batches = TrainBatches(task, settings.batch_size, settings.seed)
     place = _checkpoint(checkpoints, settings, qconfig, trained) if checkpoints is not None else None
     report = train(
@@ -91,7 +91,7 @@ def train_trial(
 
 def _checkpoint(folder: Path, settings: QatSettings, qconfig: QConfig, model: QuantizedModel) -> Path:
     """The checkpoint of a training, begun as a copy of the longest shorter one of the same training."""
-    same = {"qat": replace(settings, steps=0), "qconfig": qconfig.digest, "scales": scales(model)}
+    same = {"qat": replace(settings, steps=0, apply="every_trial"), "qconfig": qconfig.digest, "scales": scales(model)}
     name = digest(same)
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / f"{name}-{settings.steps}.pt"

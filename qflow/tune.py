@@ -45,6 +45,7 @@ def check_config(config: DictConfig) -> None:
     conf.sensitivity_settings(config)
     space = conf.search_space(config)
     Goal(**conf.plain(config.objective))
+    check_search(config)
     if config.search.sampler not in conf.SAMPLERS:
         known = ", ".join(conf.SAMPLERS)
         raise ConfigError(f"search.sampler is one of {known}, but got {config.search.sampler!r}.")
@@ -64,11 +65,30 @@ def check_config(config: DictConfig) -> None:
         conf.trial_settings(config, point)
 
 
+def check_search(config: DictConfig) -> None:
+    """Refuse a strategy, budgets and rates that cannot be. Raises ConfigError."""
+    from qflow.search.strategies import STRATEGIES
+
+    search = config.search
+    if search.strategy not in STRATEGIES:
+        raise ConfigError(f"search.strategy is one of {', '.join(STRATEGIES)}, but got {search.strategy!r}.")
+    if search.max_evaluations is not None and search.max_evaluations < 1:
+        raise ConfigError(
+            f"search.max_evaluations is at least 1, but got {search.max_evaluations}. null sets no limit."
+        )
+    if not search.rates or not all(0.0 < rate <= 10.0 for rate in search.rates):
+        raise ConfigError(f"search.rates holds learning rates above 0, but got {list(search.rates)}.")
+    if not search.weight_decays or not all(0.0 <= decay <= 10.0 for decay in search.weight_decays):
+        raise ConfigError(f"search.weight_decays holds numbers of at least 0, but got {list(search.weight_decays)}.")
+    if not 0.0 < search.probe_share <= 1.0:
+        raise ConfigError(f"search.probe_share lies above 0 and at most at 1, but got {search.probe_share:g}.")
+
+
 def find_workflow(name: str) -> Any:
     """The module workflows/<name>.py. Raises ConfigError listing those that exist."""
     folder = importlib.util.find_spec("qflow.workflows")
     places = list(folder.submodule_search_locations or []) if folder else []
-    names = sorted(p.stem for place in places for p in Path(place).glob("[a-z]*.py") if p.stem.startswith("int"))
+    names = sorted(p.stem for place in places for p in Path(place).glob("[a-z]*.py") if p.stem != "train_float")
     if name not in names:
         raise ConfigError(f"A workflow is a file in workflows/, but got {name!r}. There are: {', '.join(names)}.")
     return importlib.import_module(f"qflow.workflows.{name}")
@@ -137,9 +157,12 @@ def assemble(config: DictConfig) -> Any:
             n_trials=config.search.n_trials,
         )
         session = Session(config, bench, goal, Console(started=STARTED), tracker, study, root)
+        bench.cache.folder = root / "cache"
+        bench.checkpoints = root / "cache" / "training"
         status = "FAILED"
         try:
-            yield session
+            with session.stack:
+                yield session
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"

@@ -146,6 +146,7 @@ class QatSchema:
     """Fields of QatSettings."""
 
     steps: int = 0
+    apply: str = "every_trial"
     batch_size: int = 64
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
@@ -153,6 +154,7 @@ class QatSchema:
     loss: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=lambda: {"_target_": "torch.optim.AdamW"})
     scheduler: dict[str, Any] = field(default_factory=dict)
+    scheduled: bool = True
     mode: str = "fuse_bn"
     moving: bool = True
     moving_weights: bool = True
@@ -172,11 +174,20 @@ class QatSchema:
 class SearchSchema:
     """Which trials are run: sampler, budget, space."""
 
+    strategy: str = "optuna"
+    """optuna: the sampler proposes; ratio: the fewest promotions that meet the goal; assign: operator by operator."""
     sampler: str = "tpe"
     n_trials: int = 16
     """Finished trials of the whole study, the two baselines (all-int16, all-int8) included."""
     timeout: float | None = None
     """Seconds after which no further trial starts."""
+    max_evaluations: int | None = None
+    """Evaluations of the whole study after which no further trial starts; a qconfig evaluated before counts none."""
+    rates: list[float] = field(default_factory=lambda: [1e-3, 1e-4, 1e-5, 1e-6])
+    """Learning rates that the training stage compares at a fixed rate for `probe_share` of its steps."""
+    probe_share: float = 0.2
+    weight_decays: list[float] = field(default_factory=lambda: [0.0])
+    """Weight decays that it compares, each with moving and with fixed activation scales."""
     space: dict[str, Any] = field(default_factory=dict)
     """Configuration key -> choice(...), interval(...), range(...) or tag(log, interval(...)), in Hydra's grammar."""
     when: dict[str, Any] = field(default_factory=dict)

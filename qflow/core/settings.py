@@ -152,6 +152,8 @@ class QatSettings:
     """Quantization-aware training after calibration; the guide's advice is in the defaults. 0 steps: none."""
 
     steps: int = 0
+    apply: str = "every_trial"
+    """`every_trial` trains each after its calibration; `after_search` leaves training to a stage of its own."""
     batch_size: int = 64
     learning_rate: float = 1e-4
     """Fixed unless there is a scheduler; there is no warm-up."""
@@ -163,6 +165,8 @@ class QatSettings:
     optimizer: Mapping[str, object] = field(default_factory=lambda: {"_target_": "torch.optim.AdamW"})
     scheduler: Mapping[str, object] = field(default_factory=dict)
     """`_target_` of a scheduler, called with the optimizer and stepped each step; empty for a fixed rate."""
+    scheduled: bool = True
+    """False keeps the rate fixed though there is a scheduler: how rates are compared."""
     mode: str = "fuse_bn"
     """Batch norms while training (quant/weighted.py)."""
     moving: bool = True
@@ -188,6 +192,7 @@ class QatSettings:
 
     def __post_init__(self) -> None:
         _one_of("qat.mode", self.mode, NORM_MODES)
+        _one_of("qat.apply", self.apply, ("every_trial", "after_search"))
         _within("qat.steps", self.steps, 0, 10_000_000)
         _within("qat.batch_size", self.batch_size, 1, 65536)
         _within("qat.learning_rate", self.learning_rate, 0.0, 10.0)

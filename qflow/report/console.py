@@ -75,6 +75,13 @@ class Console:
             bar.close()
 
 
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def python_command() -> str:
     """How the user calls this Python: `python` where that is this one, else its path as seen from here."""
     found = shutil.which("python")

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any, TypeAlias
 from urllib.parse import quote
 
@@ -169,13 +169,16 @@ class Driver:
             self._next()
         return found
 
-    def sample(self) -> FinishedTrial | FailedTrial | None:
-        """The sampler's next trial, what is queued before it; None where the space is used up."""
+    def sample(self, kept: Values = MappingProxyType({})) -> FinishedTrial | FailedTrial | None:
+        """The sampler's next trial, what is queued before it; None where the space is used up.
+
+        The sampler's own points get the values of `kept`, whatever it proposes for these keys.
+        """
         for turn in range(ASKS):
-            trial = self._next()
+            trial = self._next(kept)
             if trial is not None:
                 return trial
-            if turn >= 3 and not self._enqueue_unseen():
+            if turn >= 3 and not self._enqueue_unseen(kept):
                 return None
         return None
 
@@ -187,11 +190,11 @@ class Driver:
                 self.study.enqueue(params, label=label)
                 settled.add(label)
 
-    def _next(self) -> FinishedTrial | FailedTrial | None:
+    def _next(self, kept: Values = MappingProxyType({})) -> FinishedTrial | FailedTrial | None:
         """Evaluate the next proposal; None where it repeats a point that is known."""
         if self.asked_to_end.is_set():
             raise Terminated("asked to end")
-        proposal = self.study.ask()
+        proposal = self.study.ask(kept)
         self.checkpoint("asked")
         twin = self.known(proposal.params)
         if twin is not None:
@@ -207,12 +210,12 @@ class Driver:
             )
         return trial
 
-    def _enqueue_unseen(self) -> bool:
+    def _enqueue_unseen(self, kept: Values) -> bool:
         """Queue a point that is left of a small space; False when none is."""
         points = all_points(self.study.space, LISTABLE)
         if points is None:
             return True  # too many to list: there may be some
-        left = [point for point in points if self.known(point) is None]
+        left = [point for p in points if self.known(point := {**p, **kept}) is None]
         if left:
             self.study.enqueue(random.Random(len(self.finished) + len(self.failed)).choice(left))
         return bool(left)

@@ -19,7 +19,7 @@ from typing import Any
 from qflow.core.errors import ConfigError
 from qflow.search.assign import Problem
 from qflow.search.domain import Scalar, Values
-from qflow.search.objective import CONSTRAINT, accurate
+from qflow.search.objective import accurate
 from qflow.search.outcome import FinishedTrial
 
 STRATEGIES = ("optuna", "ratio", "assign")
@@ -67,7 +67,7 @@ def ladder(measure: Measure, base: Values, key: str, rungs: Sequence[Scalar], pa
 
 
 def _short(value: Scalar) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value).lower()
 
 
 def assign(
@@ -99,7 +99,7 @@ def assign(
     if max_ms is not None:
         ask(problem.most_accurate(max_ms), "within the time budget")
     if found is not None:
-        found = _give_back(ask, problem, found, patience)
+        found = give_back(ask, problem, found, patience)
     if explore:
         _explore(ask, problem, found, seen)
 
@@ -132,7 +132,7 @@ def _bracket(
     return best
 
 
-def _give_back(ask: Callable[[str, str], FinishedTrial | None], problem: Problem, mix: str, patience: int) -> str:
+def give_back(ask: Callable[[str, str], FinishedTrial | None], problem: Problem, mix: str, patience: int) -> str:
     """`mix` with operators put back to int8 where the goal still holds: halves of those left, least gain first."""
     left = sorted((i for i, letter in enumerate(mix) if letter == "6"), key=lambda i: problem.operators[i].gain)
     size, needed = max(len(left) // 2, 1), 0
@@ -215,10 +215,6 @@ def halving(measure: Measure, candidates: Sequence[Values], rungs: Sequence[int]
 
 
 def _trained(point: Values, steps: int) -> str:
-    words = [f"{k.split('.')[-1]}={_short(v)}" for k, v in point.items() if k.startswith("qat.")]
-    return " ".join(["QAT", *words, f"{steps} steps"])
-
-
-def excess(trial: FinishedTrial) -> float:
-    """How far the trial's drop exceeds the goal."""
-    return trial.outcome.constraints[CONSTRAINT]
+    said = {"learning_rate": "rate", "moving": "moving", "weight_decay": "decay"}
+    words = [f"{word} {_short(point[f'qat.{k}'])}" for k, word in said.items() if f"qat.{k}" in point]
+    return f"QAT {steps} steps {', '.join(words)}".rstrip()

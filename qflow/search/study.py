@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
@@ -124,8 +125,8 @@ class Study:
         """`params` in the types of the space, by sorted key: equal points are equal."""
         return self._point({}, {"fixed": params})
 
-    def ask(self) -> Proposal:
-        """The next point: an enqueued one if there is any, else the sampler's.
+    def ask(self, kept: Values = MappingProxyType({})) -> Proposal:
+        """The next point: an enqueued one if there is any, else the sampler's, with the values of `kept` laid over it.
 
         Parents come first and a key is asked for only where its conditions hold, so the sampler learns from
         what a trial really had.
@@ -135,6 +136,9 @@ class Study:
         with _quiet(self._study.sampler):
             trial = self._study.ask()
             attrs = trial.user_attrs
+            if kept and "fixed" not in attrs:
+                attrs = {**attrs, "fixed": dict(kept)}
+                trial.set_user_attr("fixed", attrs["fixed"])
             fixed = attrs.get("fixed", {})
             for key in self._order:
                 if applies(self.space, key, point, absent):

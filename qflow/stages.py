@@ -1,0 +1,214 @@
+"""The guide's stages, as every workflow runs them; a stage whose inputs are as before is read from the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from qflow import config as conf
+from qflow.analysis.layer_text import layers_line
+from qflow.analysis.model_check import check_model
+from qflow.analysis.tables import SensitivityTable
+from qflow.core.dtype import QDtype
+from qflow.core.errors import TrialError
+from qflow.diagnosis import Diagnosis
+from qflow.search.domain import Choice
+from qflow.search.objective import CONSTRAINT
+from qflow.search.outcome import FinishedTrial
+from qflow.search.strategies import BudgetSpent, assign, ladder
+from qflow.session import Session
+
+ALL_INT16, ALL_INT8 = "all-int16", "all-int8"
+RATIO, FLOAT16 = "qconfig.int16_ratio", "qconfig.float16_count"
+TOP = 3  # operators that a reason names
+
+
+def begin(session: Session) -> None:
+    """Float metric, model check, the study opened, calibration, and what the all-int8 model loses where."""
+    bench, console = session.bench, session.console
+    task = bench.task
+    bench.require_samples(*session.largest_calibration())
+    bench.peek()
+    with console.stage("float") as say, console.bar("float", len(task.data.evaluation), "samples") as advance:
+        metric = bench.measure_float(advance)
+        say(f"{task.metric_name} {metric:.4f} on {bench.eval_samples} samples of {task.name}")
+    with console.stage("check") as say:
+        say(check(session))
+    session.open()
+    settings = bench.default_calibration
+    with console.stage("calibrate") as say, console.bar("calibrate", settings.steps, "steps") as advance:
+        stats = bench.calibrate(settings, advance)
+        say(f"{stats.samples} samples in {stats.steps} steps, one pass for every method and dtype")
+    diagnose(session)
+    qat = session.config.qat
+    if qat.steps and qat.apply == "after_search":
+        session.kept["qat.steps"] = 0
+        console.say(f"{'training':<12} after the search, {qat.steps} steps (qat.apply=after_search)")
+    elif qat.steps:
+        console.say(f"{'training':<12} each trial is trained after its calibration: {qat.steps} steps (qat.steps)")
+
+
+def check(session: Session) -> str:
+    """Trace, prove the float graph unchanged, and say what the model check found."""
+    bench = session.bench
+    graph = bench.graph
+    settings = conf.trial_settings(session.config).qconfig
+    bare = replace(settings, float16_count=0, assignment="", error_share=None)
+    for ratio in (0.0, 1.0):  # what names ask for must be legal before ten trials fail on it
+        bench.resolve(replace(bare, int16_ratio=ratio))
+    requested, applied = bench.template(QDtype.qint16)
+    found = check_model(graph, requested, applied).findings
+    lowered = sum(op.output != requested.ops[name].output for name, op in applied.ops.items())
+    fused = sum(bool(node.fused) for node in graph.nodes)
+    report = bench.cost(applied)
+    if report.refusal:
+        session.console.say(f"{'cost':<12} {report.refusal}")
+    look = sum(f.level == "check" for f in found)
+    return (
+        f"{len(graph.nodes)} operators ({fused} fused), bit-identical to float; {lowered} int8 only on "
+        f"{bench.rules.march}, {look} findings"
+    )
+
+
+def diagnose(session: Session) -> None:
+    """Bad cases, layer-by-layer comparison, sensitivity and advice on the all-int8 model, onto the study's run."""
+    bench, console, diagnosis = session.bench, session.console, Diagnosis(session.bench)
+    with console.stage("bad cases") as say, console.bar("bad cases", bench.badcase_steps, "steps") as advance:
+        table = diagnosis.find_badcases(advance)
+        say(f"the {len(table.chosen)} worst of {table.samples} samples by {table.metric}")
+    with console.stage("layers") as say:
+        say(layers_line(diagnosis.compare_layers()))
+    with console.stage("sensitivity") as say, console.bar("sensitivity", bench.quantizers, "quantizers") as advance:
+        ranked = diagnosis.rank(advance)
+        top = ranked.rows[0]
+        say(f"{len(ranked.rows)} rows, most sensitive: {top.op_name} ({top.sensitive_type} {top.score:.3g})")
+    with console.stage("advice") as say:
+        advice = diagnosis.advise()
+        first = f", first {advice[0].op}: {advice[0].cause} ({advice[0].source})" if advice else ""
+        session.log_stage_tables(diagnosis)
+        say(f"{len(advice)} operators stand out{first}")
+
+
+def baseline(session: Session, label: str) -> FinishedTrial:
+    """All int16 or all int8: every other searched key as configured, searched modules at its dtype.
+
+    Raises TrialError where it fails: nothing can be judged without it.
+    """
+    found = session.measure(baseline_point(session, label), label)
+    if found is None:
+        raise TrialError(f"A study needs its baseline {label}, but that trial failed. Its line above says why.")
+    session.baselines[label] = found
+    return found
+
+
+def baseline_point(session: Session, label: str) -> dict[str, Any]:
+    """The point of a baseline."""
+    modules = [key for key in session.study.space if key.startswith("qconfig.modules.")]
+    ratio, dtype = (1.0, "qint16") if label == ALL_INT16 else (0.0, "qint8")
+    return {**session.base(), **dict.fromkeys(modules, dtype), RATIO: ratio}
+
+
+def ceiling_reason(table: SensitivityTable | None) -> str:
+    """What an all-int16 model loses by: activations too coarse at int16, or weights (dual int16), with figures."""
+    if table is None:
+        return "see the sensitivities"
+    weights, at8 = table.weight_scores("qint8"), table.activation_scores("qint8")
+    at16 = table.activation_scores("qint16")
+    both = {name: min(score, at8.get(name, 0.0)) for name, score in weights.items()}
+    coarse = max(at16, key=lambda name: at16[name], default="")
+    heavy = max(both, key=lambda name: both[name], default="")
+    if coarse and at16[coarse] >= max(weights.values(), default=0.0):
+        top = sorted(at16, key=lambda name: -at16[name])[:TOP]
+        return "int16 itself is too coarse on " + ", ".join(f"{name} ({at16[name]:.3g})" for name in top)
+    if heavy:
+        return f"dual int16 suspected on {heavy}: weight {weights[heavy]:.3g}, activation {at8.get(heavy, 0.0):.3g}"
+    return "see the sensitivities"
+
+
+def search_mix(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:
+    """Search int16 by `search.strategy`, until it is done or the budget is spent."""
+    strategies: Mapping[str, Callable[[Session, FinishedTrial, FinishedTrial], None]] = {
+        "optuna": _sampled,
+        "ratio": _laddered,
+        "assign": _assigned,
+    }
+    before = len(session.trials)
+    with session.console.stage("search") as say:
+        ended = "done"
+        try:
+            strategies[session.config.search.strategy](session, floor, ceiling)
+        except BudgetSpent as spent:
+            ended = str(spent)
+        searched = len(session.trials) - before
+        say(f"{searched} trials by {session.config.search.strategy}, {session.bench.hits} already evaluated; {ended}")
+
+
+def _sampled(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:
+    """The points that the configuration wants first, at the defaults where they say nothing; then the sampler's own."""
+    for point in conf.plain(session.config.search.enqueue):
+        known = {k: v for k, v in point.items() if k in session.study.space}
+        if known:  # one that varies only what the user has fixed is none
+            session.measure(
+                {**baseline_point(session, ALL_INT8), **known},
+                " ".join(f"{k.split('.')[-1]}={v}" for k, v in known.items()),
+            )
+    while session.sample():
+        pass
+
+
+def best_calibration(session: Session) -> dict[str, Any]:
+    """The all-int8 point of the searched calibration method that loses least: the guide's basic tuning."""
+    base = baseline_point(session, ALL_INT8)
+    methods = session.study.space.get("calibration.method")
+    points = [{**base, "calibration.method": m} for m in methods.values] if isinstance(methods, Choice) else []
+    trials = [t for p in points if (t := session.measure(p, f"all-int8 {p['calibration.method']}")) is not None]
+    best = min(trials, key=lambda t: t.outcome.constraints[CONSTRAINT], default=None)
+    return {**base, "calibration.method": best.params["calibration.method"]} if best else base
+
+
+def _laddered(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:
+    base = best_calibration(session)
+    count = sum(op.int8_error > 0.0 for op in _problem(session, base).operators)
+    ladder(session.measure, base, RATIO, [round(k / count, 6) for k in range(count + 1)])
+
+
+def _assigned(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:
+    base = best_calibration(session)
+    int8 = session.measure(base, "all-int8")
+    problem, limit = _problem(session, base), session.goal.max_latency_ms
+    assign(
+        session.measure,
+        {**base, RATIO: 0.0},
+        problem,
+        max_drop=session.goal.max_drop,
+        int8_drop=(int8 or floor).outcome.metrics["accuracy/drop"],
+        int16_drop=ceiling.outcome.metrics["accuracy/drop"],
+        max_ms=None if limit is None else limit - floor.outcome.metrics["cost/latency_ms"],
+    )
+
+
+def _problem(session: Session, point: Mapping[str, Any]) -> Any:
+    settings = conf.trial_settings(conf.with_params(session.config, {**point, RATIO: 0.0}))
+    return session.bench.precisions.problem(settings.qconfig)
+
+
+def raise_float16(session: Session) -> FinishedTrial | None:
+    """The fewest fp16 operators in all int16 that meet the goal; None where no number of them does."""
+    order = session.bench.precisions.float16_order
+    base = baseline_point(session, ALL_INT16)
+    with session.console.stage("fp16") as say:
+        try:
+            ladder(session.measure, base, FLOAT16, list(range(len(order) + 1)), patience=0)
+        except BudgetSpent as spent:
+            session.console.say(f"{'budget':<12} {spent}")
+        able = [t for t in session.trials if FLOAT16 in t.params and t.params[RATIO] == 1.0]
+        met = [t for t in able if t.outcome.constraints[CONSTRAINT] <= 0.0]
+        best = min(met, key=lambda t: int(t.params[FLOAT16] or 0), default=None)
+        chosen = order[: int(best.params[FLOAT16] or 0)] if best else ()
+        say(
+            f"{len(chosen)} of {len(order)} operators that gain from fp16 suffice: {', '.join(chosen)}"
+            if best
+            else f"{len(order)} operators gain from fp16, no number of them meets the goal"
+        )
+    return best
