@@ -155,6 +155,11 @@ class Session:
         """The best trial so far that meets the goal."""
         return best_trial(self.trials, self.goal.ranking)
 
+    @property
+    def untrained_best(self) -> FinishedTrial | None:
+        """The best among trials that were calibrated only: what decides whether training is needed."""
+        return best_trial([t for t in self.trials if not t.outcome.metrics.get("qat/steps")], self.goal.ranking)
+
     def base(self) -> dict[str, Any]:
         """Every searched key as configured, and what all trials of this workflow keep (`kept`)."""
         return {**conf.configured(self.config, self.study.space), **self.kept}

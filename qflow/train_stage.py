@@ -12,13 +12,25 @@ from typing import Any
 
 from qflow import config as conf
 from qflow.core.dtype import QDtype
-from qflow.search.objective import meets
+from qflow.search.objective import meets, nearest_miss
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import ASSIGNMENT, BudgetSpent, give_back, halving
 from qflow.session import Session
 from qflow.stages import RATIO
 
 RUNGS = 3  # a quarter, half, and all of the steps
+
+
+def train_nearest(session: Session) -> None:
+    """Training as a stage of its own, where it was left to one and nothing meets the goal yet."""
+    if session.untrained_best is not None or session.kept.get("qat.steps") != 0:
+        return
+    calibrated = [t for t in session.trials if not t.outcome.metrics.get("qat/steps")]
+    nearest = nearest_miss(calibrated, session.goal.ranking)
+    assert nearest is not None
+    del session.kept["qat.steps"]
+    session.decide("training", f"from trial {nearest.number} {nearest.label}".rstrip() + ", the nearest to the goal")
+    train(session, nearest)
 
 
 def train(session: Session, start: FinishedTrial) -> FinishedTrial | None:

@@ -1,5 +1,6 @@
 """Every experiment file, tiny: none rots."""
 
+import json
 import os
 import re
 import subprocess
@@ -17,18 +18,75 @@ def run(*arguments, cwd):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("experiment", experiments())
-def test_experiments_run_on_the_real_task(experiment, tmp_path):
-    """The built-in detector on 128 pictures: int8 misses the goal by night, int16 meets it, the mix costs less."""
-    done = run(
-        "-m", "qflow.tune", f"+experiment={experiment}", "+debug=tiny", "task.data.calibration_size=64",
-        "+task.data.evaluation_size=128", "task.float_metric=null", "calibration.steps=4", "search.n_trials=4",
-        "search.enqueue=[{qconfig.int16_ratio: 0.1}]", "executor.threads=1", cwd=tmp_path,
-    )  # fmt: skip
+def tune(*arguments, cwd):
+    done = run("-m", "qflow.tune", *arguments, "executor.threads=1", cwd=cwd)
     assert done.returncode in (0, 1), done.stdout + done.stderr
+    assert (cwd / "qflow_out" / "mlflow.db").exists()
+    return done
+
+
+def study_run(folder, name):
+    from qflow.tracking.mlflow_tracker import MlflowTracker
+
+    tracker = MlflowTracker.open(None, folder / "qflow_out", name.split("/")[0])
+    return tracker, tracker.find_study(name)
+
+
+@pytest.mark.parametrize("experiment", experiments())
+def test_experiments_run_in_miniature(experiment, tmp_path):
+    done = tune(f"+experiment={experiment}", "task=digits", "+debug=tiny", cwd=tmp_path)
+    assert re.search(r"^decision     all-int(8|16): ", done.stdout, re.MULTILINE)
+    tracker, run_id = study_run(tmp_path, f"digits/{experiment}")
+    text = tracker.download(run_id, "decision.md", tmp_path / "got").read_text()
+    assert "## Decisions" in text
+    best = json.loads((tmp_path / "qflow_out" / "studies" / "digits" / experiment / "best.json").read_text())
+    assert best["run"] == tracker.run_tags(run_id)["qflow.best"]
+
+
+def test_a_mix_is_searched_on_the_real_task(tmp_path):
+    """The built-in detector on 128 pictures: int8 misses the goal by night, int16 meets it, the mix costs less."""
+    done = tune(
+        "+experiment=int8_int16", "+debug=tiny", "task.data.calibration_size=64", "+task.data.evaluation_size=128",
+        "task.float_metric=null", "calibration.steps=4", "search.enqueue=[{qconfig.int16_ratio: 0.1}]", cwd=tmp_path,
+    )  # fmt: skip
     drops = dict(re.findall(r"^(all-int16|all-int8) +0\.\d+ +([+-]0\.\d+)", done.stdout, re.MULTILINE))
     assert float(drops["all-int8"]) > 0.02 > float(drops["all-int16"])
-    assert (tmp_path / "qflow_out" / "mlflow.db").exists()
+
+
+EXPOSURE = ["+experiment=full", "task=exposure", "search.n_trials=15"]
+
+
+def test_where_int16_misses_the_tree_goes_to_fp16_and_keeps_it(tmp_path):
+    done = tune(*EXPOSURE, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "all-int16: misses the goal by 0.0654: int16 itself is too coarse on level[" in done.stdout
+    assert "3 operators in fp16 lift the ceiling" in done.stdout
+    tracker, run_id = study_run(tmp_path, "exposure/full")
+    best = tracker.run_tags(run_id)["qflow.best"]
+    qconfig = json.loads(tracker.download(best, "qconfig/qconfig.json", tmp_path / "got").read_text())
+    kept = {name for name, op in qconfig["ops"].items() if op["output"] == "float16"}
+    assert kept == {"level[square]", "level[mean]", "level[add]"}
+    assert tracker.run_metrics(best)["qconfig/n_int8"] >= 4
+    again = tune(
+        *EXPOSURE[:-1], "search.n_trials=16", cwd=tmp_path
+    )  # everything before the trials comes from the cache
+    assert "15 trials of an earlier start stand" in again.stdout
+    assert len(re.findall(r"^trial \d+", again.stdout, re.MULTILINE)) == 1
+    assert re.search(r"badcases 1 of 1, calibration (\d+) of \1, .*float 1 of 1, sensitivity 1 of 1", again.stdout)
+
+
+def test_where_no_mix_is_enough_training_is_and_gives_int16_back(tmp_path):
+    done = tune(
+        "+experiment=full", "task=dual", "qat=dual", "qat.apply=after_search", "qat.steps=60",
+        "search.rates=[1.0,1e-5]", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "dual int16 suspected on conv2: weight 0." in done.stdout
+    assert re.search(r"learning rate: 1e-05 is best after 12 steps .*drop by rate 1: ", done.stdout)
+    assert re.search(r"give back: 5 int16 operators before, [34] after", done.stdout)
+    tracker, run_id = study_run(tmp_path, "dual/full")
+    best = tracker.run_metrics(tracker.run_tags(run_id)["qflow.best"])
+    assert (best["qat/steps"], best["accuracy/drop"] <= 0.01) == (60.0, True)
 
 
 def test_training_runs_in_miniature(tmp_path):

@@ -27,6 +27,8 @@ HOMES = {
     "omegaconf": {
         "config",
         "session",
+        "fingerprint",
+        "trial_outcome",
         "tune",
         "promote",
         "check",

@@ -9,9 +9,10 @@ misses:  int16/fp16 -> int8/int16/fp16 with the fp16 set kept
 from __future__ import annotations
 
 from qflow.finish import finish
-from qflow.search.objective import accurate
+from qflow.search.objective import accurate, meets
 from qflow.session import Session
 from qflow.stages import begin
+from qflow.train_stage import train_nearest
 
 from . import int8, int8_int16, int8_int16_fp16, int16
 
@@ -22,7 +23,7 @@ def run(session: Session) -> int:
     ceiling, floor = int16.branch(session), int8.branch(session)
     if accurate(ceiling):
         int8_int16.mix(session, floor, ceiling)
-    elif session.best is None:
+    elif not meets(floor):
         int8_int16_fp16.branch(session, ceiling)
-    int8_int16.trained(session)
+    train_nearest(session)
     return finish(session)

@@ -10,8 +10,9 @@ from qflow.search.objective import accurate
 from qflow.search.outcome import FinishedTrial
 from qflow.session import Session
 from qflow.stages import FLOAT16, begin, raise_float16
+from qflow.train_stage import train_nearest
 
-from . import int8_int16, int16
+from . import int16
 
 
 def run(session: Session) -> int:
@@ -20,7 +21,7 @@ def run(session: Session) -> int:
     ceiling = int16.branch(session)
     if not accurate(ceiling):
         branch(session)
-    int8_int16.trained(session)
+    train_nearest(session)
     return finish(session)
 
 

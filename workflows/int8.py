@@ -11,7 +11,7 @@ from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import BudgetSpent
 from qflow.session import Session
 from qflow.stages import ALL_INT8, RATIO, baseline, begin, best_calibration
-from qflow.train_stage import train
+from qflow.train_stage import train_nearest
 
 
 def run(session: Session) -> int:
@@ -20,10 +20,7 @@ def run(session: Session) -> int:
     floor = branch(session)
     if not meets(floor):
         tune_calibration(session)
-    if session.best is None and session.kept.get("qat.steps") == 0:
-        nearest = nearest_miss(session.trials, session.goal.ranking) or floor
-        del session.kept["qat.steps"]
-        train(session, nearest)
+    train_nearest(session)
     if session.best is None:
         session.decide("int8", "calibration and training are not enough: int8/int16 is next (+experiment=int8_int16)")
     return finish(session)
@@ -46,7 +43,7 @@ def tune_calibration(session: Session) -> None:
         try:
             best = best_calibration(session)
             session.kept[RATIO] = 0.0
-            while session.best is None and session.sample():
+            while session.untrained_best is None and session.sample():
                 pass
         except BudgetSpent as spent:
             session.console.say(f"{'budget':<12} {spent}")

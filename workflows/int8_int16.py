@@ -14,11 +14,11 @@ holds it, and a ceiling that misses is explained by it.
 from __future__ import annotations
 
 from qflow.finish import finish
-from qflow.search.objective import accurate, meets, nearest_miss, over_budget
+from qflow.search.objective import accurate, meets, over_budget
 from qflow.search.outcome import FinishedTrial
 from qflow.session import Session
 from qflow.stages import begin, search_mix
-from qflow.train_stage import train
+from qflow.train_stage import train_nearest
 
 from . import int8, int16
 
@@ -29,7 +29,7 @@ def run(session: Session) -> int:
     ceiling, floor = int16.branch(session), int8.branch(session)
     if accurate(ceiling):
         mix(session, floor, ceiling)
-    trained(session)
+    train_nearest(session)
     return finish(session)
 
 
@@ -55,14 +55,3 @@ def mix(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:
         )
     else:
         session.decide("int8/int16", "no mix that was tried meets the goal")
-
-
-def trained(session: Session) -> None:
-    """Training as a stage of its own, where it was left to one and nothing meets the goal yet."""
-    if session.best is not None or session.kept.get("qat.steps") != 0:
-        return
-    nearest = nearest_miss(session.trials, session.goal.ranking)
-    assert nearest is not None
-    del session.kept["qat.steps"]
-    session.decide("training", f"from trial {nearest.number} {nearest.label}".rstrip() + ", the nearest to the goal")
-    train(session, nearest)

@@ -10,6 +10,7 @@ from qflow.search.objective import accurate
 from qflow.search.outcome import FinishedTrial
 from qflow.session import Session
 from qflow.stages import FLOAT16, RATIO, begin
+from qflow.train_stage import train_nearest
 
 from . import int8_int16, int16, int16_fp16
 
@@ -19,7 +20,7 @@ def run(session: Session) -> int:
     begin(session)
     ceiling = int16.branch(session)
     branch(session, ceiling)
-    int8_int16.trained(session)
+    train_nearest(session)
     return finish(session)
 
 

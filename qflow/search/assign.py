@@ -10,7 +10,10 @@ scores and prices do not depend on it. An assignment is text, a letter an operat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,13 +108,28 @@ def _solve(costs: np.ndarray, gains: np.ndarray, at_least: float) -> list[int]:
         return []
     scale = float(np.max(np.abs(gains))) or 1.0
     unit = float(np.max(np.abs(costs))) or 1.0
-    found = milp(
-        costs / unit,
-        constraints=LinearConstraint(gains[None] / scale, lb=at_least / scale),
-        integrality=np.ones(len(costs)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0},
-    )
+    with _quiet():
+        found = milp(
+            costs / unit,
+            constraints=LinearConstraint(gains[None] / scale, lb=at_least / scale),
+            integrality=np.ones(len(costs)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0.0},
+        )
     if found.x is None:  # the budget cannot be met
         return []
     return [i for i, x in enumerate(found.x) if x > 0.5]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """HiGHS prints some lines whatever it is told; a search's output is for people."""
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    sys.stdout.flush()
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
