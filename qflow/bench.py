@@ -71,6 +71,8 @@ class Bench:
     """Trials that led to a qconfig and scales already evaluated."""
     evaluations: int = 0
     """Full evaluations that ran."""
+    least: float | None = None
+    """Metric below (above, if less is better) which an evaluation may end early; None takes every sample."""
     checkpoints: Path | None = None
     """Where trainings leave what a longer one goes on from; None trains from the start."""
     profile: str | None = None
@@ -299,7 +301,7 @@ class Bench:
             metric, samples, overflowed = self._evaluated(model, progress)
         else:
             metric, samples, overflowed = self.cache.get(
-                "evaluation", [key, self.eval_batch], lambda: self._evaluated(model, progress)
+                "evaluation", [key, self.eval_batch, self.least], lambda: self._evaluated(model, progress)
             )
         found = calibration_findings(model, stats, applied, findings)
         found += tuple(
@@ -328,7 +330,7 @@ class Bench:
         """Metric over the evaluation data, samples, and values that overflowed by operator."""
         self.evaluations += 1
         with model.quantized():
-            metric, samples = evaluate(self.task, model, self.eval_batch, progress)
+            metric, samples = evaluate(self.task, model, self.eval_batch, progress, self.least)
             self._require_all_ran(model)
         return metric, samples, dict(model.overflowed)
 

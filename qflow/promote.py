@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,6 +110,7 @@ def load(tracker: MlflowTracker, run_id: str, folder: Path) -> Candidate:
     from qflow.analysis.tables import SensitivityTable
     from qflow.core.qconfig import QConfig
     from qflow.core.record import from_dict
+    from qflow.session import PROFILE
 
     try:
         result = tracker.result(run_id)
@@ -127,15 +129,19 @@ def load(tracker: MlflowTracker, run_id: str, folder: Path) -> Candidate:
         except TrackingError:
             if name != "sensitivity_record.json":  # the baselines are evaluated before there are sensitivities
                 raise
-    record = texts.get("sensitivity_record.json")
+    record, tags = texts.get("sensitivity_record.json"), tracker.run_tags(run_id)
+    config = conf.load_resolved(texts["config.yaml"])
+    if config.device.profile and (study := tags.get("mlflow.parentRunId")):
+        with suppress(TrackingError):  # a study from before there was a copy: the file at its path
+            config.device.profile = str(tracker.download(study, PROFILE, folder))
     return Candidate(
         run_id=run_id,
-        config=conf.load_resolved(texts["config.yaml"]),
+        config=config,
         qconfig=from_dict(QConfig, json.loads(texts["qconfig/qconfig.json"])),
         manifest=json.loads(texts["manifest.json"]),
         sensitivities=from_dict(SensitivityTable, json.loads(record)) if record else None,
         metrics=tracker.run_metrics(run_id),
-        tags=tracker.run_tags(run_id),
+        tags=tags,
     )
 
 

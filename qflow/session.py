@@ -156,6 +156,12 @@ class Session:
         return best_trial(self.trials, self.goal.ranking)
 
     @property
+    def least_metric(self) -> float:
+        """The metric that just meets the goal; rounding apart."""
+        worse = self.goal.max_drop + 1e-9
+        return self.bench.float_metric + (-worse if self.bench.task.direction == "maximize" else worse)
+
+    @property
     def untrained_best(self) -> FinishedTrial | None:
         """The best among trials that were calibrated only: what decides whether training is needed."""
         return best_trial([t for t in self.trials if not t.outcome.metrics.get("qat/steps")], self.goal.ranking)
@@ -238,7 +244,9 @@ class Session:
             manifest=self.manifest,
             sensitivities=self.bench.sensitivities,
         )
-        return outcome(result, self.goal, self.accuracy, {**trial_params(changed), **switches(params)})
+        return outcome(
+            result, self.goal, self.accuracy, {**trial_params(changed), **switches(params)}, self.bench.eval_samples
+        )
 
     def note_best(self) -> None:
         """Keep best-so-far where the bars show it."""

@@ -133,13 +133,16 @@ def search_mix(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -
         "ratio": _laddered,
         "assign": _assigned,
     }
-    before = len(session.trials)
+    before, bench = len(session.trials), session.bench
     with session.console.stage("search") as say:
         ended = "done"
         try:
+            bench.least = session.least_metric if session.config.search.early_stop else None
             strategies[session.config.search.strategy](session, floor, ceiling)
         except BudgetSpent as spent:
             ended = str(spent)
+        finally:
+            bench.least = None
         searched = len(session.trials) - before
         say(f"{searched} trials by {session.config.search.strategy}, {session.bench.hits} already evaluated; {ended}")
 

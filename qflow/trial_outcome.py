@@ -32,8 +32,8 @@ def switches(params: Mapping[str, Any]) -> dict[str, Any]:
     return {re.sub(r"[^\w.\-/ :]", "_", key): value for key, value in params.items() if conf.owner(key)}
 
 
-def outcome(result: TrialResult, goal: Goal, accuracy: str, params: Mapping[str, Any]) -> Outcome:
-    """Objectives, constraints, and what MLflow shows of a trial."""
+def outcome(result: TrialResult, goal: Goal, accuracy: str, params: Mapping[str, Any], samples: int) -> Outcome:
+    """Objectives, constraints, and what MLflow shows of a trial; `samples` are those of a whole evaluation."""
     cost, metrics = result.cost, run_metrics(result, accuracy)
     return Outcome(
         objectives=goal.objectives(metrics),
@@ -42,6 +42,7 @@ def outcome(result: TrialResult, goal: Goal, accuracy: str, params: Mapping[str,
         metrics=metrics,
         tags={
             **({"qflow.cost_refusal": cost.refusal} if cost.refusal else {}),
+            **({"qflow.stopped": f"after {result.samples} of {samples} samples"} if result.samples < samples else {}),
             "qflow.qconfig": result.qconfig.digest,
             "qflow.scales": result.scales_digest,
             "qflow.shared": str(result.shared).lower(),
@@ -57,9 +58,10 @@ def trial_line(trial: FinishedTrial | FailedTrial, accuracy: str) -> str:
     m, p = trial.outcome.metrics, trial.outcome.params
     verdict = "meets" if meets(trial) else "misses"
     amount = f"{p['calibration.batch_size']}x{p['calibration.steps']}"
+    stopped = f"  stopped {t}" if (t := trial.outcome.tags.get("qflow.stopped")) else ""
     trained = f"  QAT {m['qat/steps']:.0f} steps" if "qat/steps" in m else ""
     return (
         f"{name:<24} {m[accuracy]:.4f} drop {m['accuracy/drop']:+.4f} {m['cost/latency_ms']:7.3f} ms  int16 "
         f"{m['qconfig/int16_ratio']:.2f}  {p['calibration.method']:<10} {amount:<7} {verdict:<6} {trial.seconds:5.1f} s"
-        f"{trained}"
+        f"{trained}{stopped}"
     )

@@ -103,6 +103,7 @@ class Accuracy:
 
     name: ClassVar[str] = "accuracy"
     direction: ClassVar[str] = "maximize"
+    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def __call__(self, outputs: Tensor, batch: Batch) -> Tensor:
         """One score an image, float32 [B]: 1 right, 0 wrong."""

@@ -158,8 +158,13 @@ def evaluate(
     model: Callable[..., Any],
     batch_size: int,
     on_batch: Callable[[int], None] = lambda done: None,
+    least: float | None = None,
 ) -> tuple[float, int]:
     """Metric of `model` over the evaluation data and the number of samples.
+
+    With `least` it ends as soon as no samples to come can bring the metric there, if the metric gives a score a sample
+    and states their `bounds` (lowest, highest). Samples that were not run then count as the worst: the metric is
+    never better than it would have been.
 
     Raises ModelError where an output is not finite or the model cannot take a batch, DataError for bad data.
     """
@@ -185,10 +190,23 @@ def evaluate(
                 total += float(scores.double().sum())
             count += size
             on_batch(count)
+            if least is not None and not stateful and (worst := _out_of_reach(task, total, count, least)) is not None:
+                return worst, count
     value = float(task.metric.compute()) if stateful else total / count
     if value != value:
         raise ModelError("A metric is a number, but got NaN. Check task.metric.")
     return value, count
+
+
+def _out_of_reach(task: Task, total: float, count: int, least: float) -> float | None:
+    """The metric with the worst of all samples to come, where even the best cannot reach `least`; else None."""
+    bounds, samples = getattr(task.metric, "bounds", None), len(task.data.evaluation)
+    if bounds is None or count >= samples:
+        return None
+    low, high = (float((total + (samples - count) * bound) / samples) for bound in bounds)
+    if task.direction == "maximize":
+        return low if high < least else None
+    return high if low > least else None
 
 
 def _scored(score: Callable[..., Any], outputs: Any, batch: Any) -> Any:

@@ -146,3 +146,35 @@ def test_the_deployed_shape_replaces_the_evaluated_one():
     assert (shapes["left"].shape, shapes["right"].shape) == ((1, 5), (1, 2))
     with pytest.raises(ConfigError, match="as many dimensions"):
         deploy_inputs(task_of(One(), [0], deploy_shape=(3, 16, 32)), example)
+
+
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+def test_an_evaluation_ends_once_the_goal_is_out_of_reach_and_never_flatters(direction):
+    """Exact by bounds: with the goal in reach, every sample is run and the metric is the same."""
+    import torch
+    from torch import nn
+    from torch.utils.data import TensorDataset
+
+    from qflow.tasks.task import evaluate, make_task
+
+    scores = (torch.arange(64) % 4 == 0).float()[:, None]
+
+    class Data:
+        calibration = evaluation = TensorDataset(scores, scores)
+
+    class Score:
+        bounds = (0.0, 1.0)
+
+        def __call__(self, outputs, batch):
+            return outputs[:, 0] if direction == "maximize" else 1.0 - outputs[:, 0]
+
+    Score.direction = direction
+    task = make_task(name="t", model=nn.Identity(), data=Data, metric=Score())
+    whole, samples = evaluate(task, task.model, 8)
+    assert (whole, samples) == (0.25 if direction == "maximize" else 0.75, 64)
+    assert evaluate(task, task.model, 8, least=whole) == (whole, 64)
+    least = 0.5
+    metric, count = evaluate(task, task.model, 8, least=least)
+    assert count < 64
+    assert metric <= whole if direction == "maximize" else metric >= whole
+    assert metric < least if direction == "maximize" else metric > least

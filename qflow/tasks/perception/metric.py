@@ -48,6 +48,7 @@ class Found:
 
     name: ClassVar[str] = "found"
     direction: ClassVar[str] = "maximize"
+    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def __call__(self, outputs: Outputs, batch: Batch) -> Tensor:
         """One score a picture, float32 [B]: 1 found, 0 not."""
