@@ -41,8 +41,8 @@ def run(capsys, *arguments):
 
 BASE = "+experiment=int8_int16"
 REFUSED = {
-    "unknown experiment": (["+experiment=nope"], "got experiment/nope. Options: int8_int16"),
-    "no experiment": ([], "Add +experiment=<name>: int8_int16"),
+    "unknown experiment": (["+experiment=nope"], "got experiment/nope. Options: full, int16"),
+    "no experiment": ([], "Add +experiment=<name>: full, int16, int16_fp16, int8, int8_int16"),
     "misspelt key": (
         [BASE, "calibration.batchsize=3"],
         "got calibration.batchsize. Keys of calibration: method, batch_size",
