@@ -12,6 +12,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -245,10 +246,8 @@ def front(files: Sequence[Path], seeds: int, only: Sequence[str]) -> list[list[s
             runs, spent = [], []
             for seed in range(seeds):
                 measure, start = Measured(land, seed), time.process_time()
-                try:
+                with suppress(BudgetSpent):
                     STRATEGIES[name](measure)
-                except BudgetSpent:
-                    pass
                 spent.append(time.process_time() - start)
                 runs.append((measure.curve(), len(measure.mixes)))
             curves = [[curve[i] for curve, _ in runs] for i in range(len(MARKS))]
@@ -268,13 +267,14 @@ def describe(path: Path) -> str:
     """One line on a landscape."""
     land = Landscape.read(path)
     drops = sorted(land.drops.values())
-    count = len(land.operators)
+    int8, int16 = ("8" * len(land.operators), "6" * len(land.operators))
     shares = [sum(d <= limit for d in drops) / len(drops) for limit in (0.01, 0.05, 0.2)]
     return (
-        f"{land.name}: {len(drops)} mixes, drop all-int8 {land.drops['8' * count]:.3f}, all-int16 "
-        f"{land.drops['6' * count]:.3f}, worst {drops[-1]:.3f}, median {drops[len(drops) // 2]:.3f}; at most 0.01 / 0.05 "
-        f"/ 0.2: {' / '.join(f'{s:.0%}' for s in shares)}; {min(land.ms.values()):.2f} to {max(land.ms.values()):.2f} "
-        f"ms, all-int16 {land.ms['6' * count]:.2f} ms; {len(exhaustive_front(land))} mixes on the front"
+        f"{land.name}: {len(drops)} mixes, drop all-int8 {land.drops[int8]:.3f}, all-int16 {land.drops[int16]:.3f}, "
+        f"median {drops[len(drops) // 2]:.3f}, worst {drops[-1]:.3f}; "
+        f"at most 0.01 / 0.05 / 0.2: {' / '.join(f'{s:.1%}' for s in shares)}; "
+        f"{min(land.ms.values()):.2f} to {max(land.ms.values()):.2f} ms, all-int16 {land.ms[int16]:.2f} ms; "
+        f"{len(exhaustive_front(land))} mixes on the front"
     )
 
 
