@@ -51,6 +51,8 @@ def train(network: Callable[[], nn.Module], data: TensorDataset, *, epochs: int,
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         model = network()
+        if not epochs:
+            return model.eval()
         optimizer = torch.optim.Adam(model.parameters())
         steps = epochs * math.ceil(len(images) / 64)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)

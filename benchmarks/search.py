@@ -31,7 +31,7 @@ def minimal(seeds: Sequence[int], small: bool) -> str:
     if not small:
         return "\n".join(search_minimal.minimal(WEIGHTS, list(seeds)))
     with tempfile.TemporaryDirectory() as folder:
-        return "\n".join(search_minimal.minimal(Path(folder), [0], epochs=1, evaluation=64, side=8))
+        return "\n".join(search_minimal.minimal(Path(folder), [0], epochs=0, evaluation=64, side=8))
 
 
 def front(only: Sequence[str], seeds: int, small: bool) -> str:
@@ -42,7 +42,7 @@ def front(only: Sequence[str], seeds: int, small: bool) -> str:
         return "\n".join([*map(search_front.describe, files), "", table(header, rows)])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "front-0.npz"
-        search_front.make(1, path, operators=5, epochs=1)
+        search_front.make(1, path, operators=5, epochs=0)
         return "\n".join([search_front.describe(path), "", table(header, search_front.front([path], 1, only))])
 
 

@@ -86,6 +86,7 @@ def search(monkeypatch):
 
 def test_a_planted_network_is_the_same_in_float(search):
     import torch
+
     from benchmarks import planted
 
     images = planted.pictures(16, 3).tensors[0][:32]
