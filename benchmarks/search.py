@@ -34,10 +34,10 @@ def minimal(seeds: Sequence[int], small: bool) -> str:
         return "\n".join(search_minimal.minimal(Path(folder), [0], epochs=0, evaluation=64, side=8))
 
 
-def front(only: Sequence[str], seeds: int, small: bool) -> str:
+def front(landscapes: Sequence[int], only: Sequence[str], seeds: int, small: bool) -> str:
     header = ["landscape", "strategy", *(f"{m} evaluations" for m in search_front.MARKS), "most", "CPU s a search"]
     if not small:
-        files = sorted(search_front.DATA.glob("front-*.npz"))
+        files = [search_front.DATA / f"front-{number}.npz" for number in landscapes]
         rows = search_front.front(files, seeds, only)
         return "\n".join([*map(search_front.describe, files), "", table(header, rows)])
     with tempfile.TemporaryDirectory() as folder:
@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=list(SECTIONS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)), help="of minimal: one training each")
+    parser.add_argument("--landscapes", nargs="+", type=int, default=[1, 2, 3, 5], help="of front")
     parser.add_argument("--draws", type=int, default=10, help="seeds of front")
     parser.add_argument("--only", nargs="+", default=list(search_front.STRATEGIES), help="strategies of front")
     parser.add_argument("--make", type=int, help="make this landscape of front and end")
@@ -71,7 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if section == "minimal":
             print(minimal(options.seeds, options.small), flush=True)
         elif section == "front":
-            print(front(options.only, 1 if options.small else options.draws, options.small), flush=True)
+            print(
+                front(options.landscapes, options.only, 1 if options.small else options.draws, options.small),
+                flush=True,
+            )
         else:
             print(overhead(options.small), flush=True)
         print()
