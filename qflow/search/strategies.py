@@ -14,7 +14,6 @@ samplers are the fourth strategy: the study's own `sample` (loop.py) until the b
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -165,23 +164,33 @@ def _explore(
     """Mixes for the front, again and again the one that is expected to add most to the area that it dominates.
 
     Candidates are the cheapest mixes over the whole range of error budgets, and single changes of mixes on the front.
-    Prices are exact, drops are expected with optimism: errors of operators rarely add up on the front, where the
-    cheapest of many mixes stand.
+    Drops are expected with optimism: errors of operators rarely add up on the front, where the cheapest of many mixes
+    stand. Prices are guessed operator by operator until a mix comes first: a price takes longer than a guess.
     """
     budgets = [problem.budget((k / BUDGETS) ** 2) for k in range(1, BUDGETS)]
     solved = dict.fromkeys(problem.cheapest(budget) for budget in budgets)
+    prices: dict[str, float] = {}
     while True:
         measured = {mix: trial.outcome.metrics["accuracy/drop"] for mix, trial in seen.items() if trial}
         landscape = _Landscape(problem, {**ends, **measured})
-        expected = {mix: landscape.drop(mix) for mix in solved}
+        expected = {mix: (landscape.drop(mix), landscape.guess(mix, problem.all_int8)) for mix in solved}
         for mix in landscape.front:
             for i, letter in enumerate(mix):
                 other = mix[:i] + ("8" if letter == "6" else "6") + mix[i + 1 :]
-                expected[other] = min(landscape.drop(other, beside=mix), expected.get(other, math.inf))
-        left = sorted({*expected} - {*seen, *ends})
-        if not left:
+                drop = landscape.drop(other, beside=mix)
+                if other not in expected or drop < expected[other][0]:
+                    expected[other] = drop, landscape.guess(other, mix)
+        gains = {
+            mix: landscape.gain(drop, prices.get(mix, guess))
+            for mix, (drop, guess) in sorted(expected.items())
+            if mix not in seen and mix not in ends
+        }
+        if not gains:
             return
-        ask(max(left, key=lambda mix: landscape.gain(mix, expected[mix])), "for the front")
+        while (first := max(gains, key=gains.__getitem__)) not in prices:
+            prices[first] = problem.price(first)
+            gains[first] = landscape.gain(expected[first][0], prices[first])
+        ask(first, "for the front")
 
 
 class _Landscape:
@@ -197,6 +206,8 @@ class _Landscape:
         for mix in sorted(self.drops, key=lambda m: (problem.price(m), self.drops[m], m)):
             if not self.front or self.drops[mix] < self.drops[self.front[-1]]:
                 self.front.append(mix)
+        self.points = [(drops[mix], problem.price(mix)) for mix in self.front]
+        self.area = _area(self.points, self.worst)
 
     def drop(self, mix: str, beside: str | None = None) -> float:
         """Expected drop by predicted error alone, or as a change of a measured mix: to int8 none, until measured."""
@@ -207,13 +218,17 @@ class _Landscape:
     def _level(self, mix: str) -> float:
         return float(np.interp(self.problem.error(mix), self.errors, self.levels))
 
-    def gain(self, mix: str, drop: float) -> tuple[float, float]:
-        """Area that a mix with this drop adds to the front's; among those that add none the nearest to the front."""
-        price = self.problem.price(mix)
-        points = [(self.drops[m], self.problem.price(m)) for m in self.front]
-        added = _area([*points, (drop, price)], self.worst) - _area(points, self.worst)
+    def guess(self, mix: str, beside: str) -> float:
+        """Price of `mix` by that of another one and what each operator that differs costs."""
+        pairs = zip(mix, beside, self.problem.operators, strict=True)
+        changes = (o.int16_ms if one == "6" else -o.int16_ms for one, other, o in pairs if one != other)
+        return self.problem.price(beside) + sum(changes)
+
+    def gain(self, drop: float, price: float) -> tuple[float, float]:
+        """Area that such a mix adds to the front's; among those that add none the nearest to the front."""
+        added = _area([*self.points, (drop, price)], self.worst) - self.area
         drops, prices = (worst or 1.0 for worst in self.worst)
-        behind = min(max(drop - d, 0.0) / drops + max(price - p, 0.0) / prices for d, p in points)
+        behind = min(max(drop - d, 0.0) / drops + max(price - p, 0.0) / prices for d, p in self.points)
         return added, -behind
 
 
