@@ -74,3 +74,75 @@ def test_rows_that_cannot_be_fitted_are_refused_in_one_line(cost, tmp_path, caps
         cost.main(["--data", str(tmp_path / "none.csv")])
     assert ended.value.code == 2
     assert "A fit reads a CSV file of networks" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture
+def search(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+    from benchmarks import search
+
+    return search
+
+
+def test_a_planted_network_is_the_same_in_float(search):
+    import torch
+
+    from benchmarks import planted
+
+    images = planted.pictures(16, 3).tensors[0][:32]
+    torch.manual_seed(0)
+    model = planted.ResNet().eval()
+    changed, damaged = planted.planted_resnet(model, images, seed=3)
+    with torch.no_grad():
+        assert torch.allclose(changed(images), model(images), atol=1e-4)
+    ratios = [changed.blocks[i].bn1.weight / model.blocks[i].bn1.weight for i in planted.BLOCKS]
+    assert [sorted(r.round().tolist())[-2:] for r in ratios] == [[1.0, 200.0]] * 3
+    assert damaged == ["blocks.1.conv1", "blocks.4.conv1", "blocks.7.conv1"]
+
+
+def rows(text, first):
+    return [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith(first)]
+
+
+def test_the_search_for_the_fewest_promotions_in_miniature(search, capsys):
+    search.main(["minimal", "--small"])
+    found = rows(capsys.readouterr().out, "| 0 ")
+    assert [r[1] for r in found] == ["ladder", "assign"]
+    for r in found:
+        assert int(r[5]) >= 2
+        assert float(r[6].split()[0]) > 0
+
+
+def test_the_front_in_miniature(search, capsys):
+    search.main(["front", "--small", "--only", "assign", "ratio", "optuna TPE", "random"])
+    text = capsys.readouterr().out
+    assert "32 mixes" in text
+    for r in rows(text, "| front-0"):
+        shares = [float(cell.split()[0]) for cell in r[2:6]]
+        assert shares == sorted(shares)
+        assert int(r[6]) <= 40
+        if r[1] != "ratio":  # of 32 mixes 40 evaluations leave none
+            assert shares[-1] == 1.0
+
+
+def test_a_hypervolume_is_the_area_below_the_reference(search):
+    volume = search.search_front.hypervolume
+    assert volume([], (1.0, 1.0)) == 0.0
+    assert volume([(0.5, 0.5), (0.75, 0.75), (0.25, 0.75)], (1.0, 1.0)) == pytest.approx(0.25 + 0.25 * 0.25)
+    assert volume([(2.0, 0.0)], (1.0, 1.0)) == 0.0
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5])
+def test_the_kept_landscapes_hold_every_mix(search, number):
+    land = search.search_front.Landscape.read(search.search_front.DATA / f"front-{number}.npz")
+    assert len(land.drops) == 4096
+    assert len(land.scores) == search.search_front.SEEDS
+    assert land.drops["8" * 12] > 0.2 > 0.011 > land.drops["6" * 12]
+    assert land.volume(land.drops) > land.volume(["8" * 12, "6" * 12]) > 0
+
+
+def test_what_a_trial_costs_beside_its_evaluation_in_miniature(search, capsys):
+    search.main(["overhead", "--small"])
+    (r,) = rows(capsys.readouterr().out, "| digits")
+    assert r[1] == "2"
+    assert 0 < float(r[7].split("%")[0]) < 100

@@ -13,8 +13,10 @@ samplers are the fourth strategy: the study's own `sample` (loop.py) until the b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+
+import numpy as np
 
 from qflow.core.errors import ConfigError
 from qflow.search.assign import Problem
@@ -26,6 +28,7 @@ STRATEGIES = ("optuna", "ratio", "assign")
 ASSIGNMENT = "qconfig.assignment"
 NARROW = 0.02  # a bracket of error budgets that differ by less holds nothing to find
 REFINEMENTS = 8  # most mixes that the bracket of error budgets is narrowed by
+BUDGETS = 64  # error budgets that candidates for the front are solved for
 
 Measure = Callable[..., FinishedTrial | None]
 
@@ -99,9 +102,9 @@ def assign(
     if max_ms is not None:
         ask(problem.most_accurate(max_ms), "within the time budget")
     if found is not None:
-        found = give_back(ask, problem, found, patience)
+        give_back(ask, problem, found, patience)
     if explore:
-        _explore(ask, problem, found, seen)
+        _explore(ask, problem, seen, {problem.all_int8: int8_drop, problem.all_int16: int16_drop})
 
 
 def _bracket(
@@ -155,45 +158,88 @@ def give_back(ask: Callable[[str, str], FinishedTrial | None], problem: Problem,
 def _explore(
     ask: Callable[[str, str], FinishedTrial | None],
     problem: Problem,
-    best: str | None,
-    seen: Mapping[str, Any],
+    seen: Mapping[str, FinishedTrial | None],
+    ends: Mapping[str, float],
 ) -> None:
-    """Mixes for the front: error budgets in the widest gaps first, then single changes of what is on the front."""
-    shares = [0.5]
-    step = 0.25
-    while step > 1e-3:  # 1/2, then quarters, eighths, ...: the whole range at any time
-        shares += [step * k for k in range(1, round(1 / step), 2)]
-        step /= 2
-    wanted = list(dict.fromkeys(problem.cheapest(problem.budget(share**2)) for share in shares[:63]))
-    for mix in wanted:
-        if mix not in seen and mix not in (problem.all_int8, problem.all_int16):
-            ask(mix, f"assigned {mix.count('6')}")
+    """Mixes for the front, again and again the one that is expected to add most to the area that it dominates.
+
+    Candidates are the cheapest mixes over the whole range of error budgets, and single changes of mixes on the front.
+    Drops are expected with optimism: errors of operators rarely add up on the front, where the cheapest of many mixes
+    stand. Prices are guessed operator by operator until a mix comes first: a price takes longer than a guess.
+    """
+    budgets = [problem.budget((k / BUDGETS) ** 2) for k in range(1, BUDGETS)]
+    solved = dict.fromkeys(problem.cheapest(budget) for budget in budgets)
+    prices: dict[str, float] = {}
     while True:
-        front = _measured_front(problem, seen)
-        neighbours = {
-            mix[:i] + ("8" if mix[i] == "6" else "6") + mix[i + 1 :] for mix in front for i in range(len(mix))
-        } - {problem.all_int8, problem.all_int16, *seen}
-        if not neighbours:
+        measured = {mix: trial.outcome.metrics["accuracy/drop"] for mix, trial in seen.items() if trial}
+        landscape = _Landscape(problem, {**ends, **measured})
+        expected = {mix: (landscape.drop(mix), landscape.guess(mix, problem.all_int8)) for mix in solved}
+        for mix in landscape.front:
+            for i, letter in enumerate(mix):
+                other = mix[:i] + ("8" if letter == "6" else "6") + mix[i + 1 :]
+                drop = landscape.drop(other, beside=mix)
+                if other not in expected or drop < expected[other][0]:
+                    expected[other] = drop, landscape.guess(other, mix)
+        gains = {
+            mix: landscape.gain(drop, prices.get(mix, guess))
+            for mix, (drop, guess) in sorted(expected.items())
+            if mix not in seen and mix not in ends
+        }
+        if not gains:
             return
-        ask(min(sorted(neighbours), key=lambda m: _merit(problem, m)), "beside the front")
+        while (first := max(gains, key=gains.__getitem__)) not in prices:
+            prices[first] = problem.price(first)
+            gains[first] = landscape.gain(expected[first][0], prices[first])
+        ask(first, "for the front")
 
 
-def _measured_front(problem: Problem, seen: Mapping[str, FinishedTrial | None]) -> list[str]:
-    known = sorted(
-        (problem.price(mix), trial.outcome.metrics["accuracy/drop"], mix) for mix, trial in seen.items() if trial
-    )
-    front: list[tuple[float, float, str]] = []
-    for entry in known:
-        if not front or entry[1] < front[-1][1]:
-            front.append(entry)
-    return [mix for _, _, mix in front]
+class _Landscape:
+    """What is measured: the front, and drops expected elsewhere from predicted errors, which rise with them."""
+
+    def __init__(self, problem: Problem, drops: Mapping[str, float]) -> None:
+        self.problem, self.drops = problem, drops
+        known = sorted((problem.error(mix), drop) for mix, drop in drops.items())
+        self.errors = [error for error, _ in known]
+        self.levels = list(itertools.accumulate((drop for _, drop in known), max))
+        self.worst = self.levels[-1], max(map(problem.price, (problem.all_int8, problem.all_int16)))
+        self.front: list[str] = []
+        for mix in sorted(self.drops, key=lambda m: (problem.price(m), self.drops[m], m)):
+            if not self.front or self.drops[mix] < self.drops[self.front[-1]]:
+                self.front.append(mix)
+        self.points = [(drops[mix], problem.price(mix)) for mix in self.front]
+        self.area = _area(self.points, self.worst)
+
+    def drop(self, mix: str, beside: str | None = None) -> float:
+        """Expected drop by predicted error alone, or as a change of a measured mix: to int8 none, until measured."""
+        if beside is None:
+            return self._level(mix)
+        return self.drops[beside] + min(self._level(mix) - self._level(beside), 0.0)
+
+    def _level(self, mix: str) -> float:
+        return float(np.interp(self.problem.error(mix), self.errors, self.levels))
+
+    def guess(self, mix: str, beside: str) -> float:
+        """Price of `mix` by that of another one and what each operator that differs costs."""
+        pairs = zip(mix, beside, self.problem.operators, strict=True)
+        changes = (o.int16_ms if one == "6" else -o.int16_ms for one, other, o in pairs if one != other)
+        return self.problem.price(beside) + sum(changes)
+
+    def gain(self, drop: float, price: float) -> tuple[float, float]:
+        """Area that such a mix adds to the front's; among those that add none the nearest to the front."""
+        added = _area([*self.points, (drop, price)], self.worst) - self.area
+        drops, prices = (worst or 1.0 for worst in self.worst)
+        behind = min(max(drop - d, 0.0) / drops + max(price - p, 0.0) / prices for d, p in self.points)
+        return added, -behind
 
 
-def _merit(problem: Problem, mix: str) -> float:
-    """How far a mix lies above the line of predicted error against time that its like are on; lower is better."""
-    span = problem.budget(1.0) - problem.budget(0.0) or 1.0
-    least, most = problem.price(problem.all_int8), problem.price(problem.all_int16)
-    return (problem.error(mix) - problem.budget(0.0)) / span + (problem.price(mix) - least) / ((most - least) or 1.0)
+def _area(points: Sequence[tuple[float, float]], worst: tuple[float, float]) -> float:
+    """Area that is dominated by points of two costs, up to `worst`."""
+    area, top = 0.0, worst[1]
+    for cost, price in sorted(points):
+        if cost < worst[0] and price < top:
+            area += (worst[0] - cost) * (top - price)
+            top = price
+    return area
 
 
 def halving(measure: Measure, candidates: Sequence[Values], rungs: Sequence[int], metric: str, sign: float) -> None:

@@ -132,6 +132,46 @@ def test_a_trial_that_fails_is_a_miss(run):
     assert land.best() is not None
 
 
+def explored(land, budget):
+    """Mixes of a search that goes on to the front until its trials are spent."""
+    land.budget = budget
+    floor, ceiling = land.drop("8" * N), land.drop("6" * N)
+    with pytest.raises(BudgetSpent):
+        assign(land.measure, {}, land.problem, max_drop=GOAL, int8_drop=floor, int16_drop=ceiling)
+    return [land.mix(dict(point)) for point in land.asked]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_exploring_leaves_no_mix_of_the_solver_better_than_the_front(seed):
+    land = Landscape(seed, culprits=6)
+    mixes = explored(land, 40)
+    assert len(set(mixes)) == 40
+    ends = {"8" * N, "6" * N}
+    assert not ends & set(mixes)
+    problem = land.problem
+    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+        wanted = problem.cheapest(problem.budget(share))
+        at_most = [m for m in {*mixes, *ends} if land.drop(m) <= land.drop(wanted) + 0.01]
+        assert min(map(land.price, at_most)) <= land.price(wanted) + 0.1
+
+
+def test_exploring_does_not_pay_more_than_all_int16():
+    land = Landscape(0, culprits=6)
+    price, casts = land.price, lambda mix: 0.3 * sum(a != b for a, b in zip(mix, mix[1:], strict=False))
+    land.price = lambda mix: price(mix) + casts(mix)  # neighbours that differ cost a cast: most mixes do not pay
+    goal = len(explored(land, 12))
+    mixes = explored(land, 40)
+    dear = [m for m in mixes[goal:] if land.price(m) > land.price("6" * N)]
+    assert len(dear) <= 2
+
+
+def test_a_search_that_explores_goes_on_where_it_was_cut():
+    whole, land = Landscape(3, culprits=5), Landscape(3, culprits=5)
+    mixes = explored(whole, 30)
+    explored(land, 17)
+    assert explored(land, 30) == mixes
+
+
 def test_accuracy_that_is_not_monotone_does_not_hide_a_lower_rung():
     land = Landscape(0)
     meeting = {2, 5, 6, 7, 8, 16, 20}

@@ -1,0 +1,85 @@
+"""What a search finds and what it costs: `python -m benchmarks.search [minimal] [front] [overhead] [--small]`.
+
+minimal    ResNet-20 with damage planted in three blocks: which operators are promoted, at what cost (in FFE: time over
+           that of one float forward over the calibration set)
+front      40 evaluations of each strategy against the front of all 4096 mixes; `--make 1` makes data/front-1.npz anew
+overhead   what a trial costs beyond its calibration and evaluation, in the kill-safe loop on a real store
+
+One thread. `--small` runs everything in miniature: its numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import search_front, search_minimal, search_overhead
+
+SECTIONS = ("minimal", "front", "overhead")
+WEIGHTS = Path("qflow_out/benchmarks")  # trained networks; ignored by git
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def minimal(seeds: Sequence[int], small: bool) -> str:
+    if not small:
+        return "\n".join(search_minimal.minimal(WEIGHTS, list(seeds)))
+    with tempfile.TemporaryDirectory() as folder:
+        return "\n".join(search_minimal.minimal(Path(folder), [0], epochs=0, evaluation=64, side=8))
+
+
+def front(landscapes: Sequence[int], only: Sequence[str], seeds: int, small: bool) -> str:
+    header = ["landscape", "strategy", *(f"{m} evaluations" for m in search_front.MARKS), "most", "CPU s a search"]
+    if not small:
+        files = [search_front.DATA / f"front-{number}.npz" for number in landscapes]
+        rows = search_front.front(files, seeds, only)
+        return "\n".join([*map(search_front.describe, files), "", table(header, rows)])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "front-0.npz"
+        search_front.make(1, path, operators=5, epochs=1)
+        return "\n".join([search_front.describe(path), "", table(header, search_front.front([path], 1, only))])
+
+
+def overhead(small: bool) -> str:
+    header = ["task", "trials", "a trial", "calibrate, evaluate", "rest of the bench", "loop, study, store", "both"]
+    cases = [("digits", 2, None)] if small else [("perception", 12, None), ("digits", 12, None)]
+    return table([*header, "share (range)"], [search_overhead.overhead(*case) for case in cases])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=list(SECTIONS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)), help="of minimal: one training each")
+    parser.add_argument("--landscapes", nargs="+", type=int, default=[1, 2, 3, 5], help="of front")
+    parser.add_argument("--draws", type=int, default=10, help="seeds of front")
+    parser.add_argument("--only", nargs="+", default=list(search_front.STRATEGIES), help="strategies of front")
+    parser.add_argument("--make", type=int, help="make this landscape of front and end")
+    parser.add_argument("--small", action="store_true")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    if options.make is not None:
+        search_front.make(options.make, search_front.DATA / f"front-{options.make}.npz")
+        return
+    print(f"torch {torch.__version__}, one thread\n")
+    for section in options.sections or SECTIONS:
+        if section == "minimal":
+            print(minimal(options.seeds, options.small), flush=True)
+        elif section == "front":
+            print(
+                front(options.landscapes, options.only, 1 if options.small else options.draws, options.small),
+                flush=True,
+            )
+        else:
+            print(overhead(options.small), flush=True)
+        print()
+
+
+if __name__ == "__main__":
+    main()
