@@ -41,6 +41,10 @@ def run(capsys, *arguments):
 
 BASE = "+experiment=int8_int16"
 REFUSED = {
+    "strategy": ([BASE, "search.strategy=magic"], "search.strategy is one of optuna, ratio, assign"),
+    "evaluations": (["+experiment=int8_int16", "search.max_evaluations=0"], "search.max_evaluations is at least 1"),
+    "rates": (["+experiment=int8_int16", "search.rates=[0.0]"], "search.rates holds learning rates above 0"),
+    "apply": (["+experiment=int8_int16", "qat.apply=never"], "qat.apply is one of every_trial, after_search"),
     "unknown experiment": (["+experiment=nope"], "got experiment/nope. Options: full, int16"),
     "no experiment": ([], "Add +experiment=<name>: full, int16, int16_fp16, int8, int8_int16"),
     "misspelt key": (

@@ -53,6 +53,14 @@ def test_a_mix_is_searched_on_the_real_task(tmp_path):
     assert float(drops["all-int8"]) > 0.02 > float(drops["all-int16"])
 
 
+def test_evaluations_are_a_budget_and_what_was_evaluated_before_is_free(tmp_path):
+    arguments = ["+experiment=int8", "task=dual", "+debug=tiny", "search.n_trials=30", "search.max_evaluations=3"]
+    done = tune(*arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "3 evaluations are run (search.max_evaluations)" in done.stdout
+    assert "search.n_trials" in re.search(r"^goal .*missed.*", done.stdout, re.MULTILINE)[0]
+
+
 EXPOSURE = ["+experiment=full", "task=exposure", "search.n_trials=15"]
 
 
