@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=list(SECTIONS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)), help="of minimal: one training each")
-    parser.add_argument("--landscapes", nargs="+", type=int, default=[1, 2, 3, 5], help="of front")
+    parser.add_argument("--landscapes", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="of front")
     parser.add_argument("--draws", type=int, default=10, help="seeds of front")
     parser.add_argument("--only", nargs="+", default=list(search_front.STRATEGIES), help="strategies of front")
     parser.add_argument("--make", type=int, help="make this landscape of front and end")

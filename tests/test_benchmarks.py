@@ -132,7 +132,7 @@ def test_a_hypervolume_is_the_area_below_the_reference(search):
     assert volume([(2.0, 0.0)], (1.0, 1.0)) == 0.0
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 5])
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
 def test_the_kept_landscapes_hold_every_mix(search, number):
     land = search.search_front.Landscape.read(search.search_front.DATA / f"front-{number}.npz")
     assert len(land.drops) == 4096
