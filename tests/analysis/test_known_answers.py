@@ -45,7 +45,7 @@ def test_promoting_it_alone_restores_the_accuracy(planted):
             TrialSettings(qconfig=QConfigSettings(**settings), calibration=planted.default_calibration)
         )
 
-    int8, ceiling, mix = run(), run(int16_ratio=1.0), run(int16_ratio=1 / len(planted.promotable))
+    int8, ceiling, mix = run(), run(int16_ratio=1.0), run(int16_ratio=1 / len(planted.precisions.promotable))
     assert int8.drop > 0.05
     assert ceiling.drop < 0.01
     assert mix.drop < 0.01
