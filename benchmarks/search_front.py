@@ -31,7 +31,7 @@ from qflow.search.assign import Operator, Problem
 from qflow.search.domain import Choice
 from qflow.search.objective import CONSTRAINT
 from qflow.search.outcome import FinishedTrial, Outcome
-from qflow.search.strategies import ASSIGNMENT, BudgetSpent, assign, ladder
+from qflow.search.strategies import ASSIGNMENT, BudgetSpent, assign, dominated_area, ladder
 from qflow.search.study import Study, _sampler
 
 DATA = Path(__file__).parent / "data"
@@ -81,23 +81,13 @@ class Landscape:
 
     def volume(self, mixes: Iterable[str]) -> float:
         """Hypervolume against the worst drop and the worst time of all mixes."""
-        return hypervolume(
+        return dominated_area(
             [(self.drops[m], self.ms[m]) for m in mixes], (max(self.drops.values()), max(self.ms.values()))
         )
 
 
 def all_mixes(count: int) -> list[str]:
     return ["".join(letters) for letters in itertools.product("86", repeat=count)]
-
-
-def hypervolume(points: Iterable[tuple[float, float]], reference: tuple[float, float]) -> float:
-    """Area that the points dominate within `reference`; both coordinates are costs."""
-    area, top = 0.0, reference[1]
-    for x, y in sorted(points):
-        if x < reference[0] and y < top:
-            area += (reference[0] - x) * (top - y)
-            top = y
-    return area
 
 
 def make(number: int, path: Path, *, operators: int | None = None, epochs: int = 16) -> None:

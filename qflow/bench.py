@@ -290,7 +290,14 @@ class Bench:
         stats = self.calibrate(calibration)
         findings = apply_scales(self.prepared, stats, applied, calibration)
         # What changes numbers is in the dtypes and the scales: settings that lead to the same ones are one trial.
-        key = digest({"qconfig": applied.digest, "scales": scales(self.prepared), "qat": qat if qat.steps else None})
+        key = digest(
+            {
+                "qconfig": applied.digest,
+                "scales": scales(self.prepared),
+                "qat": qat if qat.steps else None,
+                "least": self.least,
+            }
+        )
         if key in self._done:
             self.hits += 1
             return replace(self._done[key], requested=requested, qconfig=applied, shared=True)
@@ -301,7 +308,7 @@ class Bench:
             metric, samples, overflowed = self._evaluated(model, progress)
         else:
             metric, samples, overflowed = self.cache.get(
-                "evaluation", [key, self.eval_batch, self.least], lambda: self._evaluated(model, progress)
+                "evaluation", [key, self.eval_batch], lambda: self._evaluated(model, progress)
             )
         found = calibration_findings(model, stats, applied, findings)
         found += tuple(

@@ -70,7 +70,9 @@ def _read(place: Path, record: type[T] | None) -> T | None:
         if record is None:
             return pickle.loads(place.read_bytes())  # type: ignore[no-any-return]
         return from_dict(record, json.loads(place.read_text()))
-    except (OSError, ValueError, QflowError, pickle.UnpicklingError, EOFError, AttributeError, ImportError):
+    except FileNotFoundError:
+        return None
+    except Exception:  # a file that is damaged or of other classes may raise anything; computing it again replaces it
         return None
 
 

@@ -13,16 +13,9 @@ from qflow.core.record import digest, to_json
 
 # What may change between two starts of one study; everything else must stay as it was.
 FREE = (
-    *(
-        "root",
-        "search.n_trials",
-        "search.timeout",
-        "search.max_evaluations",
-        "search.enqueue",
-        "search.strategy",
-        "tracking.",
-    ),
-    *("executor.threads", "task.batch_size"),
+    *("root", "tracking.", "executor.threads", "task.batch_size"),
+    *("search.n_trials", "search.timeout", "search.max_evaluations", "search.enqueue", "search.strategy"),
+    *("search.rates", "search.probe_share", "search.weight_decays"),  # which points are tried, not what they come to
 )
 SINCE = (
     "search.when",

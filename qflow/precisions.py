@@ -93,8 +93,9 @@ class Precisions:
             raise ConfigError("An assignment needs sensitivities, but got none. Rank first.")
         bare = replace(settings, int16_ratio=0.0, assignment="", error_share=None)
         fine = self.sensitivities.activation_scores("qint16")
-        costs = self.pricer().promotions(self.resolve(bare)[1])
-        kept = {name for name, op in self.resolve(bare)[1].ops.items() if op.output != QDtype.qint8}
+        applied = self.resolve(bare)[1]
+        costs = self.pricer().promotions(applied)
+        kept = {name for name, op in applied.ops.items() if op.output != QDtype.qint8}
         operators = []
         for name in self.promotable:
             score = 0.0 if name in kept else self.scores.get(name, 0.0)  # it stays what it is

@@ -205,9 +205,9 @@ class Session:
             line += f"  {len(done)} of {self.config.search.n_trials}, left {duration(seconds)} at most"
         self.console.say(line)
         if isinstance(trial, FinishedTrial) and self.study_run:
-            self._log_front(trial)
+            self._log_front()
 
-    def _log_front(self, trial: FinishedTrial) -> None:
+    def _log_front(self) -> None:
         """Best so far and the Pareto set, on disk and on the study's run, after every trial."""
         best = self.best
         front = pareto_set(self.trials, list(self.goal.optimize.values()))

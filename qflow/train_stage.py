@@ -43,7 +43,7 @@ def train(session: Session, start: FinishedTrial) -> FinishedTrial | None:
         except BudgetSpent as spent:
             session.console.say(f"{'budget':<12} {spent}")
         done = [t for t in session.trials if t.outcome.metrics.get("qat/steps")]
-        best = max(done, key=lambda t: _score(session, t), default=None)
+        best = max(done, key=_score, default=None)
         say(
             f"{len(done)} trainings, best {best.outcome.metrics[session.accuracy]:.4f} at rate "
             f"{best.params['qat.learning_rate']:g}"
@@ -62,7 +62,7 @@ def _trained(session: Session, point: dict[str, Any]) -> FinishedTrial | None:
     if not known:
         session.decide("learning rate", f"every rate of {list(search.rates)} fails; add lower ones to search.rates")
         return None
-    rate = max(known, key=lambda r: (_score(session, known[r]), -r))
+    rate = max(known, key=lambda r: (_score(known[r]), -r))
     drops = {r: f"{t.outcome.metrics['accuracy/drop']:+.4f}" if t else "failed" for r, t in trials.items()}
     said = ", ".join(f"{r:g}: {drop}" for r, drop in drops.items())
     session.decide("learning rate", f"{rate:g} is best after {probe} steps at a fixed rate (drop by rate {said})")
@@ -72,10 +72,9 @@ def _trained(session: Session, point: dict[str, Any]) -> FinishedTrial | None:
         for moving in (False, True)
     ]
     rungs = sorted({max(qat.steps // 2**k, 1) for k in range(RUNGS)})
-    sign = 1.0 if session.bench.task.direction == "maximize" else -1.0
-    halving(session.measure, candidates, rungs, session.accuracy, sign)
+    halving(session.measure, candidates, rungs)
     final = [t for t in session.trials if t.params.get("qat.steps") == qat.steps and _same(t, point)]
-    best = max(final, key=lambda t: _score(session, t), default=None)
+    best = max(final, key=_score, default=None)
     if best is not None:
         scales = "moving" if best.params["qat.moving"] else "fixed"
         session.decide(
@@ -108,6 +107,6 @@ def _same(trial: FinishedTrial, point: dict[str, Any]) -> bool:
     return all(trial.params.get(k) == v for k, v in point.items() if not k.startswith("qat."))
 
 
-def _score(session: Session, trial: FinishedTrial) -> float:
+def _score(trial: FinishedTrial) -> float:
     """Larger is better: the negative drop."""
     return -trial.outcome.metrics["accuracy/drop"]

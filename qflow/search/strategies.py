@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from qflow.core.errors import ConfigError
 from qflow.search.assign import Problem
 from qflow.search.domain import Scalar, Values
 from qflow.search.objective import accurate
@@ -207,7 +206,7 @@ class _Landscape:
             if not self.front or self.drops[mix] < self.drops[self.front[-1]]:
                 self.front.append(mix)
         self.points = [(drops[mix], problem.price(mix)) for mix in self.front]
-        self.area = _area(self.points, self.worst)
+        self.area = dominated_area(self.points, self.worst)
 
     def drop(self, mix: str, beside: str | None = None) -> float:
         """Expected drop by predicted error alone, or as a change of a measured mix: to int8 none, until measured."""
@@ -226,13 +225,13 @@ class _Landscape:
 
     def gain(self, drop: float, price: float) -> tuple[float, float]:
         """Area that such a mix adds to the front's; among those that add none the nearest to the front."""
-        added = _area([*self.points, (drop, price)], self.worst) - self.area
+        added = dominated_area([*self.points, (drop, price)], self.worst) - self.area
         drops, prices = (worst or 1.0 for worst in self.worst)
         behind = min(max(drop - d, 0.0) / drops + max(price - p, 0.0) / prices for d, p in self.points)
         return added, -behind
 
 
-def _area(points: Sequence[tuple[float, float]], worst: tuple[float, float]) -> float:
+def dominated_area(points: Sequence[tuple[float, float]], worst: tuple[float, float]) -> float:
     """Area that is dominated by points of two costs, up to `worst`."""
     area, top = 0.0, worst[1]
     for cost, price in sorted(points):
@@ -242,20 +241,16 @@ def _area(points: Sequence[tuple[float, float]], worst: tuple[float, float]) -> 
     return area
 
 
-def halving(measure: Measure, candidates: Sequence[Values], rungs: Sequence[int], metric: str, sign: float) -> None:
-    """Train all `candidates` for `rungs[0]` steps, the better half for `rungs[1]`, and so on; checkpoints go on.
+def halving(measure: Measure, candidates: Sequence[Values], rungs: Sequence[int]) -> None:
+    """Train all `candidates` for `rungs[0]` steps, the half that lost least for `rungs[1]`, and so on.
 
-    `sign` is 1 where a larger `metric` is better, else -1. A candidate that fails (diverges) is out. Raises
-    ConfigError for rungs that do not rise.
+    Rungs rise, so that checkpoints go on. A candidate that fails (diverges) is out.
     """
-    if list(rungs) != sorted(set(rungs)) or not rungs:
-        raise ConfigError(f"Steps rise from rung to rung, but got {list(rungs)}. Mend search.qat.rungs.")
     alive = list(candidates)
     for place, steps in enumerate(rungs):
         trials = [(measure({**point, "qat.steps": steps}, _trained(point, steps)), point) for point in alive]
-        ranked = sorted(
-            ((t, p) for t, p in trials if t is not None), key=lambda pair: -sign * pair[0].outcome.metrics[metric]
-        )
+        known = [(t, p) for t, p in trials if t is not None]
+        ranked = sorted(known, key=lambda pair: pair[0].outcome.metrics["accuracy/drop"])
         keep = max(len(ranked) // 2, 1) if place + 1 < len(rungs) else len(ranked)
         alive = [point for _, point in ranked[:keep]]
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from qflow import __version__
+import qflow
 from qflow.core.record import DIGEST_CHARS
 from qflow.tasks.task import Task, batches
 
@@ -28,8 +29,17 @@ def content(task: Task, skip: Sequence[str] = ()) -> dict[str, Any]:
         "model": _code(task.model),
         "metric": [_code(task.metric), repr(task.metric) if " at 0x" not in repr(task.metric) else ""],
         "skip": list(skip),
-        "versions": [__version__, torch.__version__, torch.get_num_threads(), task.device],
+        "qflow": _package_code(),
+        "versions": [torch.__version__, torch.get_num_threads(), task.device],
     }
+
+
+def _package_code() -> str:
+    """Fingerprint of qflow's own source: a changed engine finds nothing of the old one's."""
+    sha = hashlib.sha256()
+    for path in sorted(Path(qflow.__file__).parent.rglob("*.py")):
+        sha.update(path.read_bytes())
+    return sha.hexdigest()[:DIGEST_CHARS]
 
 
 def _code(thing: object) -> str:

@@ -213,7 +213,7 @@ def test_halving_trains_the_better_half_further():
         if point["qat.learning_rate"] == 1.0:
             return None  # diverged
         score = point["qat.learning_rate"] * point["qat.steps"]
-        return FinishedTrial(0, "", point, label, Outcome((score,), {}, {}, {"accuracy/top1": score}), 0.0)
+        return FinishedTrial(0, "", point, label, Outcome((score,), {}, {}, {"accuracy/drop": -score}), 0.0)
 
-    halving(measure, [{"qat.learning_rate": r} for r in (1.0, 0.1, 0.2, 0.3)], [10, 20, 40], "accuracy/top1", 1.0)
+    halving(measure, [{"qat.learning_rate": r} for r in (1.0, 0.1, 0.2, 0.3)], [10, 20, 40])
     assert asked == [(1.0, 10), (0.1, 10), (0.2, 10), (0.3, 10), (0.3, 20), (0.3, 40)]
