@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from doors import door
 from test_check_door import CUSTOM
-from test_doors import door
 
 from qflow.core.sensitive import table_rows
 from qflow.tracking.mlflow_tracker import MlflowTracker

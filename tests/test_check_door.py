@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_doors import door
+from doors import door
 
 CUSTOM = [
     "task=custom", "task.name=own", "task.model._target_=user_task.model", "task.data._target_=user_task.Data",

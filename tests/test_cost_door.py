@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from doors import door
 from test_check_door import CUSTOM
-from test_doors import door
 
 from qflow.config.device_file import load_cost, load_rules
 from qflow.tracking.mlflow_tracker import MlflowTracker

@@ -7,11 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from doors import HERE, door
 
-HERE = Path(__file__).parent
 OWN = [
     "+experiment=int8_int16", "task=custom", "task.name=own", "task.model._target_=user_task.model",
     "task.data._target_=user_task.Data", "task.metric._target_=user_task.ErrorRate", "task.batch_size=256",
@@ -19,17 +18,6 @@ OWN = [
     "calibration.method=choice(minmax,mse)",
 ]  # fmt: skip
 STORE = ["study=own/int8_int16", "tracking.experiment=own"]
-
-
-def door(name, *arguments, cwd, **env):
-    return subprocess.run(
-        [sys.executable, "-m", f"qflow.{name}", *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(HERE), "QFLOW_HOME": "", **env},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +233,8 @@ def test_a_study_without_a_trial_takes_other_settings(tmp_path):
 def test_runs_that_are_gone_are_noticed(studied, tmp_path):
     import shutil
 
-    shutil.copy(studied[0] / "qflow_out" / "optuna.db", tmp_path / "optuna.db")
+    for file in (studied[0] / "qflow_out").glob("optuna.db*"):  # with the log of what SQLite has not put in yet
+        shutil.copy(file, tmp_path / file.name)
     lost = door("tune", *OWN, "search.n_trials=8", f"root={tmp_path}", cwd=tmp_path)
     assert lost.returncode == 2
     assert "finished trials and no run in" in lost.stderr

@@ -1,25 +1,16 @@
 """Every experiment file, tiny: none rots."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
+from doors import door
 
 from qflow.config.door import experiments
 
 
-def run(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env={**os.environ, "QFLOW_HOME": ""}, capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
-
-
 def tune(*arguments, cwd):
-    done = run("-m", "qflow.tune", *arguments, "executor.threads=1", cwd=cwd)
+    done = door("tune", *arguments, "executor.threads=1", cwd=cwd)
     assert done.returncode in (0, 1), done.stdout + done.stderr
     assert (cwd / "qflow_out" / "mlflow.db").exists()
     return done
@@ -102,8 +93,8 @@ def test_where_no_mix_is_enough_training_is_and_gives_int16_back(tmp_path):
 def test_training_runs_in_miniature(tmp_path):
     from safetensors.torch import load_file
 
-    done = run(
-        "-m", "qflow.workflows.train_float", "+experiment=train_perception", "training.epochs=1",
+    done = door(
+        "workflows.train_float", "+experiment=train_perception", "training.epochs=1",
         "task.data.calibration_size=9872", "+task.data.evaluation_size=64", "training.batch_size=32", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from test_doors import OWN, STORE, door, measured, open_tracker
+from doors import door
+from test_doors import OWN, STORE, measured, open_tracker
 
 QAT = [
     *OWN, "task.data._target_=user_task.TrainData", "qat=default", "qat.steps=6", "qat.batch_size=32",

@@ -1,7 +1,8 @@
 """A search with conditions, switches by module and objectives by name through the door; and what is refused."""
 
 import pytest
-from test_doors import OWN, STORE, door, open_tracker
+from doors import door
+from test_doors import OWN, STORE, open_tracker
 
 SEARCH = [
     *OWN, "search=wide", "calibration.batch_size=16", "calibration.steps=4",
