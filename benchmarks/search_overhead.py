@@ -27,7 +27,7 @@ from qflow.tasks.perception import metric as perception_metric
 from qflow.tasks.perception import model as perception_model
 from qflow.tasks.task import Task, make_task
 from qflow.tracking.mlflow_tracker import MlflowTracker
-from qflow.trial import run_metrics
+from qflow.trial import Evaluation, run_metrics
 
 SPACE: Space = {"qconfig.int16_ratio": Range(0.05, 0.95, 0.05), "calibration.percentile": Interval(99.9, 100.0)}
 GOAL = Goal(max_drop=0.01)
@@ -63,7 +63,7 @@ class Clock(Bench):
     def calibrate(self, *arguments: Any, **options: Any) -> CalibrationStats:
         return self._timed(super().calibrate, *arguments, **options)
 
-    def _evaluated(self, *arguments: Any) -> tuple[float, int, dict[str, int]]:
+    def _evaluated(self, *arguments: Any) -> Evaluation:
         return self._timed(super()._evaluated, *arguments)
 
     def _timed(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -34,13 +34,14 @@ from qflow.cost.model import CostModel
 from qflow.cost.records import CostReport
 from qflow.precisions import Precisions
 from qflow.quant.calibrate import CalibrationStats, apply_scales, collect
+from qflow.quant.model_state import forward_state
 from qflow.quant.prepare import prepare
 from qflow.quant.quantized_model import QuantizedModel, scales
 from qflow.quant.retrace import graph_at
-from qflow.tasks.identity import content
+from qflow.tasks.identity import Identity, of_task, of_training
 from qflow.tasks.task import Task, batches, deploy_inputs, evaluate, model_inputs
-from qflow.training import Training, float_weights, train_trial
-from qflow.trial import TrialResult
+from qflow.training import Training, float_weights, train_trial, training_key
+from qflow.trial import Evaluation, TrialResult
 
 Progress = Callable[[int], None]
 
@@ -68,7 +69,7 @@ class Bench:
     cache: Cache = field(default_factory=Cache)
     """What was computed under the same content before, here or by an earlier start."""
     hits: int = 0
-    """Trials that led to a qconfig and scales already evaluated."""
+    """Trials whose figures were known: nothing was evaluated for them."""
     evaluations: int = 0
     """Full evaluations that ran."""
     least: float | None = None
@@ -83,7 +84,7 @@ class Bench:
     """What the report and the model do not share: layers without an operator, operators without a layer."""
 
     def __post_init__(self) -> None:
-        self._done: dict[str, TrialResult] = {}
+        self._trained: dict[str, TrialResult] = {}
         self._precisions: Precisions | None = None
         self._prepared: QuantizedModel | None = None
         self._deploy: ModelGraph | None = None
@@ -95,10 +96,15 @@ class Bench:
     def measure_float(self, progress: Progress = silent) -> float:
         """Metric of the float model. Raises ConfigError if the task states another one."""
         if not self.cache.context:
-            self.cache.context = content(self.task, self.skip)
-        metric, self.eval_samples = self.cache.get(
-            "float", self.eval_batch, lambda: evaluate(self.task, self.task.model, self.eval_batch, progress)
-        )
+            self.cache.context = self.identity.content
+            if self.identity.unidentified:
+                self.cache.leave_disk(self.identity.unidentified[0])
+
+        def evaluated() -> Evaluation:
+            return Evaluation(*evaluate(self.task, self.task.model, self.eval_batch, progress))
+
+        found = self.cache.get("float", self.eval_batch, evaluated, Evaluation)
+        metric, self.eval_samples = found.metric, found.samples
         stated = self.task.stated_metric
         if stated is not None and abs(metric - stated) > self.task.tolerance:
             raise ConfigError(
@@ -107,6 +113,22 @@ class Bench:
             )
         self.float_metric = metric
         return metric
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What all figures depend on beside settings. Every sample is read once for it."""
+        return of_task(self.task, self.skip)
+
+    @cached_property
+    def training_folder(self) -> Path | None:
+        """Where trainings of this task with this loss, optimizer and training data leave their checkpoints."""
+        if self.checkpoints is None or self.identity.unidentified:
+            return None
+        found = of_training(self.task, self.training)
+        if found.unidentified:
+            self.cache.say(f"{'training':<12} keeps no checkpoints: nothing identifies {found.unidentified[0]}")
+            return None
+        return self.checkpoints / digest([self.identity.content, found.content])
 
     def prepare(self) -> QuantizedModel:
         """Trace on the first evaluation batch, prove the float graph, and trace again at the deployed shape."""
@@ -149,7 +171,8 @@ class Bench:
             inputs = ((model_inputs(self.task, b), size) for b, size in stream)
             return collect(self.prepared, inputs, progress, settings.sampling)
 
-        return self.cache.get("calibration", [settings.batch_size, settings.steps, settings.sampling], passed)
+        key = [settings.batch_size, settings.steps, settings.sampling]
+        return self.cache.get("calibration", key, passed, CalibrationStats)
 
     def require_samples(self, batch_size: int, steps: int) -> None:
         """Refuse calibration amounts that the data cannot give. Raises DataError."""
@@ -286,60 +309,56 @@ class Bench:
         self, requested: QConfig, applied: QConfig, settings: TrialSettings, progress: Progress = silent
     ) -> TrialResult:
         """Evaluate a qconfig that is already resolved, after QAT if the settings ask for steps."""
-        calibration, qat = settings.calibration, settings.qat
+        calibration, qat, ran = settings.calibration, settings.qat, self.evaluations
         stats = self.calibrate(calibration)
         findings = apply_scales(self.prepared, stats, applied, calibration)
-        # What changes numbers is in the dtypes and the scales: settings that lead to the same ones are one trial.
-        key = digest(
-            {
-                "qconfig": applied.digest,
-                "scales": scales(self.prepared),
-                "qat": qat if qat.steps else None,
-                "least": self.least,
-            }
-        )
-        if key in self._done:
-            self.hits += 1
-            return replace(self._done[key], requested=requested, qconfig=applied, shared=True)
+        # What changes numbers is in dtypes, scales and switches: settings that lead to the same ones are one trial.
+        key = [applied.digest, forward_state(self.prepared), self.eval_batch, self.least]
+        if qat.steps:
+            key.append([qat.steps, training_key(self.prepared, self.training, qat, applied, calibration)])
+            if (known := self._trained.get(digest(key))) is not None:
+                self.hits += 1
+                return replace(known, requested=requested, calibration_samples=stats.samples, evaluated=False)
         model, report = self.prepared, None
         if qat.steps:
-            place = self.checkpoints and self.checkpoints / digest(self.cache.context)
-            model, report = train_trial(self.task, self.prepared, self.training, qat, applied, calibration, place)
-            metric, samples, overflowed = self._evaluated(model, progress)
-        else:
-            metric, samples, overflowed = self.cache.get(
-                "evaluation", [key, self.eval_batch], lambda: self._evaluated(model, progress)
+            model, report = train_trial(
+                self.task, self.prepared, self.training, qat, applied, calibration, self.training_folder
             )
-        found = calibration_findings(model, stats, applied, findings)
-        found += tuple(
+            found = self._evaluated(model, progress)
+        else:
+            found = self.cache.get("evaluation", key, lambda: self._evaluated(model, progress), Evaluation)
+        self.hits += self.evaluations == ran
+        notes = calibration_findings(model, stats, applied, findings)
+        notes += tuple(
             Finding(name, "check", f"{count} values beyond half precision: calibration.float16_clip=true, or qint16")
-            for name, count in overflowed.items()
+            for name, count in found.overflowed.items()
         )
-        found += tuple(Finding("qat", "check", text) for text in (report.findings if report else ()))
+        notes += tuple(Finding("qat", "check", text) for text in (report.findings if report else ()))
         result = TrialResult(
-            metric=metric,
-            drop=self.task.drop(self.float_metric, metric),
-            samples=samples,
+            metric=found.metric,
+            drop=self.task.drop(self.float_metric, found.metric),
+            samples=found.samples,
             qconfig=applied,
             requested=requested,
             cost=self.cost(applied),
-            check=check_model(self.graph, requested, applied, found, calibration.method),
+            check=check_model(self.graph, requested, applied, notes, calibration.method),
             scales=scales(model),
             calibration_samples=stats.samples,
-            shared=False,
+            evaluated=self.evaluations > ran,
             training=report,
             weights=float_weights(model) if qat.steps else None,
         )
-        self._done[key] = result
+        if qat.steps:
+            self._trained[digest(key)] = result
         return result
 
-    def _evaluated(self, model: QuantizedModel, progress: Progress) -> tuple[float, int, dict[str, int]]:
+    def _evaluated(self, model: QuantizedModel, progress: Progress) -> Evaluation:
         """Metric over the evaluation data, samples, and values that overflowed by operator."""
         self.evaluations += 1
         with model.quantized():
             metric, samples = evaluate(self.task, model, self.eval_batch, progress, self.least)
             self._require_all_ran(model)
-        return metric, samples, dict(model.overflowed)
+        return Evaluation(metric, samples, dict(model.overflowed))
 
     def _require_all_ran(self, model: QuantizedModel) -> None:
         """What was asked must have been computed: a quantizer that never ran would flatter the metric."""

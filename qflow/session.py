@@ -192,7 +192,7 @@ class Session:
         if search.timeout is not None and time.monotonic() - self._began >= search.timeout:
             raise BudgetSpent(f"{search.timeout:g} s have passed (search.timeout)")
         if search.max_evaluations is not None:
-            done = sum(trial.outcome.tags.get("qflow.shared") != "true" for trial in self.trials)
+            done = sum(trial.outcome.tags.get("qflow.evaluated") != "false" for trial in self.trials)
             if done >= search.max_evaluations:
                 raise BudgetSpent(f"{done} evaluations are run (search.max_evaluations)")
 

@@ -157,7 +157,7 @@ def assemble(config: DictConfig) -> Any:
             n_trials=config.search.n_trials,
         )
         session = Session(config, bench, goal, Console(started=STARTED), tracker, study, root)
-        bench.cache.folder = root / "cache"
+        bench.cache.folder, bench.cache.say = root / "cache", session.console.say
         bench.checkpoints = root / "cache" / "training"
         status = "FAILED"
         try:

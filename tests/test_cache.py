@@ -16,10 +16,10 @@ SETTINGS = TrialSettings(
 )
 
 
-def start(task, rules, folder, **changes):
+def start(task, rules, folder, say=print, **changes):
     sensitivity = SensitivitySettings(bad_cases=4, search_samples=32, dtypes=["qint8", "qint16", "float16"])
     bench = Bench(task, rules, CostModel(), sensitivity_settings=sensitivity, eval_batch=256,
-                  default_calibration=SETTINGS.calibration, cache=Cache(folder))  # fmt: skip
+                  default_calibration=SETTINGS.calibration, cache=Cache(folder, say=say))  # fmt: skip
     for name, value in changes.items():
         setattr(bench, name, value)
     bench.measure_float()
@@ -31,7 +31,8 @@ def test_another_start_reads_everything_and_gets_the_same_bits(digits_task, nash
     _, table, trial = start(digits_task, nash_m, tmp_path)
     again, same_table, same = start(digits_task, nash_m, tmp_path)
     assert (sum(again.cache.misses.values()), again.evaluations) == (0, 0)
-    assert (same_table, same) == (table, trial)
+    assert (trial.evaluated, same.evaluated, again.hits) == (True, False, 1)
+    assert (same_table, replace(same, evaluated=True)) == (table, trial)
     _, fresh_table, fresh = start(digits_task, nash_m, None)
     assert (fresh_table, fresh) == (table, trial)
 
@@ -57,9 +58,11 @@ def test_a_file_that_is_cut_is_computed_again(digits_task, nash_m, tmp_path):
     _, _, trial = start(digits_task, nash_m, tmp_path)
     for file in tmp_path.rglob("*.*"):
         file.write_bytes(file.read_bytes()[:20])
-    again, _, same = start(digits_task, nash_m, tmp_path)
+    said = []
+    again, _, same = start(digits_task, nash_m, tmp_path, say=said.append)
     assert same == trial
     assert again.evaluations == 1
+    assert len(said) == 5 and all("cannot be read and is computed again: SafetensorError" in line for line in said)
 
 
 def test_an_error_share_is_the_cheapest_mix_that_keeps_so_much(digits_task, nash_m):

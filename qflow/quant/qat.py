@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -30,6 +31,7 @@ from qflow.core.settings import CalibrationSettings, QatSettings
 from qflow.quant.calling import call_model
 from qflow.quant.checkpoint import load_checkpoint, random_state, restore_random, save_checkpoint
 from qflow.quant.culprit import first_bad
+from qflow.quant.interrupt import interrupts_held
 from qflow.quant.qat_state import qat_state, train_mode, under
 from qflow.quant.quantized_model import QuantizedModel
 
@@ -152,12 +154,13 @@ def run_steps(
     trainer = _Trainer(model, prepared, loss, optimizer, scheduler, settings)
     _refuse_amp(prepared, settings)
     reason = ""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    holding = interrupts_held() if checkpoint is not None else nullcontext(threading.Event())
+    with holding as held, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(settings.seed)
         stream = _stream(batches)
         if resume and checkpoint is not None and checkpoint.exists():
             trainer.resume(checkpoint, stream)
-        while trainer.step < steps:
+        while trainer.step < steps and not held.is_set():
             pair = next(stream, None)
             if pair is None:
                 reason = f"the data ended after {trainer.step} of {steps} steps"
@@ -166,8 +169,7 @@ def run_steps(
             on_step(trainer.step, trainer.losses[-1])
             if prepared is not None and not prepared.training:  # on_step has evaluated
                 train_mode(prepared, settings)
-            every = settings.checkpoint_every
-            if checkpoint is not None and (trainer.step == steps or (every and trainer.step % every == 0)):
+            if checkpoint is not None and (trainer.step == steps or held.is_set() or trainer.due()):
                 trainer.save(checkpoint)
     if steps and not trainer.step:
         raise DataError("QAT needs data, but got no batch. Check task.data.train.")
@@ -272,6 +274,11 @@ class _Trainer:
         return TrainingReport(
             self.step, tuple(self.losses), tuple(self.rates), seconds, finished, reason, tuple(findings)
         )
+
+    def due(self) -> bool:
+        """True after every `checkpoint_every` steps."""
+        every = self.settings.checkpoint_every
+        return every > 0 and self.step % every == 0
 
     def save(self, path: Path) -> None:
         """Write everything that the rest of the training depends on."""
