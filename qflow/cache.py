@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qflow.core.errors import QflowError
-from qflow.core.record import digest, from_dict, to_json
+from qflow.core.record import digest, from_dict, plain
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def read_record(place: Path, record: type[T]) -> T:
 def write_record(place: Path, content: Any) -> None:
     """Write a record with tensors among its values, whole or not at all. Raises QflowError for NaN."""
     tensors: dict[str, Tensor] = {}
-    text = to_json(_lifted(content, tensors))
+    text = json.dumps(plain(_lifted(content, tensors), "record"), allow_nan=False)  # mappings keep their order
     place.parent.mkdir(parents=True, exist_ok=True)
     aside = place.with_suffix(f".{os.getpid()}.tmp")
     try:
