@@ -15,15 +15,14 @@ from typing import Any
 
 from qflow.analysis.badcase import find_badcases
 from qflow.analysis.badcase_files import BadcaseInputs, named_samples
-from qflow.analysis.calibration_check import calibration_findings
 from qflow.analysis.candidates import Candidate, candidates
 from qflow.analysis.model_check import check_model
 from qflow.analysis.sensitivity import sensitivity
-from qflow.analysis.tables import BadcaseTable, Finding, SensitivityTable
+from qflow.analysis.tables import BadcaseTable, SensitivityTable
 from qflow.cache import Cache
 from qflow.core.device import DeviceRules
 from qflow.core.dtype import QDtype
-from qflow.core.errors import ConfigError, DataError, ModelError
+from qflow.core.errors import ConfigError, DataError
 from qflow.core.graph import ModelGraph
 from qflow.core.qconfig import QConfig
 from qflow.core.record import digest
@@ -42,6 +41,7 @@ from qflow.tasks.identity import Identity, of_task, of_training
 from qflow.tasks.task import Task, batches, deploy_inputs, evaluate, model_inputs
 from qflow.training import Training, float_weights, train_trial, training_key
 from qflow.trial import Evaluation, TrialResult
+from qflow.trial_checks import findings_of, require_all_ran
 
 Progress = Callable[[int], None]
 
@@ -311,29 +311,25 @@ class Bench:
         """Evaluate a qconfig that is already resolved, after QAT if the settings ask for steps."""
         calibration, qat, ran = settings.calibration, settings.qat, self.evaluations
         stats = self.calibrate(calibration)
-        findings = apply_scales(self.prepared, stats, applied, calibration)
+        calibrated = apply_scales(self.prepared, stats, applied, calibration)
         # What changes numbers is in dtypes, scales and switches: settings that lead to the same ones are one trial.
         key = [applied.digest, forward_state(self.prepared), self.eval_batch, self.least]
         if qat.steps:
             key.append([qat.steps, training_key(self.prepared, self.training, qat, applied, calibration)])
             if (known := self._trained.get(digest(key))) is not None:
                 self.hits += 1
-                return replace(known, requested=requested, calibration_samples=stats.samples, evaluated=False)
+                return replace(
+                    known, requested=requested, qconfig=applied, calibration_samples=stats.samples, evaluated=False
+                )
         model, report = self.prepared, None
         if qat.steps:
-            model, report = train_trial(
-                self.task, self.prepared, self.training, qat, applied, calibration, self.training_folder
-            )
+            place = self.training_folder
+            model, report = train_trial(self.task, self.prepared, self.training, qat, applied, calibration, place)
             found = self._evaluated(model, progress)
         else:
             found = self.cache.get("evaluation", key, lambda: self._evaluated(model, progress), Evaluation)
         self.hits += self.evaluations == ran
-        notes = calibration_findings(model, stats, applied, findings)
-        notes += tuple(
-            Finding(name, "check", f"{count} values beyond half precision: calibration.float16_clip=true, or qint16")
-            for name, count in found.overflowed.items()
-        )
-        notes += tuple(Finding("qat", "check", text) for text in (report.findings if report else ()))
+        noted = findings_of(model, stats, applied, calibrated, found.overflowed, report)
         result = TrialResult(
             metric=found.metric,
             drop=self.task.drop(self.float_metric, found.metric),
@@ -341,7 +337,7 @@ class Bench:
             qconfig=applied,
             requested=requested,
             cost=self.cost(applied),
-            check=check_model(self.graph, requested, applied, notes, calibration.method),
+            check=check_model(self.graph, requested, applied, noted, calibration.method),
             scales=scales(model),
             calibration_samples=stats.samples,
             evaluated=self.evaluations > ran,
@@ -357,16 +353,5 @@ class Bench:
         self.evaluations += 1
         with model.quantized():
             metric, samples = evaluate(self.task, model, self.eval_batch, progress, self.least)
-            self._require_all_ran(model)
+            require_all_ran(model)
         return Evaluation(metric, samples, dict(model.overflowed))
-
-    def _require_all_ran(self, model: QuantizedModel) -> None:
-        """What was asked must have been computed: a quantizer that never ran would flatter the metric."""
-        quantizers = [*model.outputs.values(), *model.weights.values()]
-        wanted = {q.name for q in quantizers if q.dtype not in (None, QDtype.float32)}
-        missing = sorted(wanted - model.ran)
-        if missing or model.unseen:
-            raise ModelError(
-                f"Every planned quantizer runs, but got none for {missing[:3]} and unplanned operators "
-                f"{sorted(model.unseen)[:3]}. The model takes another path on this data than while traced."
-            )

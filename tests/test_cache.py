@@ -123,8 +123,9 @@ def test_what_cannot_be_stored_stays_in_memory_and_is_said(tmp_path):
     for _ in range(2):
         assert cache.get("float", 1, lambda: Evaluation(0.5, 2, {"a": float("nan")}), Evaluation).samples == 2
     assert (cache.misses["float"], cache.hits["float"], list(tmp_path.rglob("*.safetensors"))) == (1, 1, [])
-    assert said == ["cache        float is kept in memory only: A record holds finite numbers or infinity, but got NaN for "
-                    "record.overflowed.a."]  # fmt: skip
+    (line,) = said
+    assert line.startswith("cache        float is kept in memory only: A record holds finite numbers or infinity")
+    assert line.endswith("NaN for record.overflowed.a.")
 
 
 def test_a_metric_that_nothing_identifies_is_not_kept_on_disk(digits_task, nash_m, tmp_path):

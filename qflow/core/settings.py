@@ -185,7 +185,7 @@ class QatSettings:
     """A loss above so many times the median of the first `first_losses` stops the training."""
     first_losses: int = 5
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0 writes one at the end only."""
+    """Steps between checkpoints; 0 writes one at the end only, or where it is interrupted."""
     amp: bool = False
     """bfloat16 autocast; refused with int16 (98 % of its outputs would be wrong)."""
     seed: int = 0

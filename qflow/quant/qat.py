@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -154,8 +153,7 @@ def run_steps(
     trainer = _Trainer(model, prepared, loss, optimizer, scheduler, settings)
     _refuse_amp(prepared, settings)
     reason = ""
-    holding = interrupts_held() if checkpoint is not None else nullcontext(threading.Event())
-    with holding as held, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with interrupts_held() as held, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(settings.seed)
         stream = _stream(batches)
         if resume and checkpoint is not None and checkpoint.exists():
@@ -169,7 +167,8 @@ def run_steps(
             on_step(trainer.step, trainer.losses[-1])
             if prepared is not None and not prepared.training:  # on_step has evaluated
                 train_mode(prepared, settings)
-            if checkpoint is not None and (trainer.step == steps or held.is_set() or trainer.due()):
+            every = settings.checkpoint_every or steps
+            if checkpoint is not None and (trainer.step == steps or trainer.step % every == 0 or held.is_set()):
                 trainer.save(checkpoint)
     if steps and not trainer.step:
         raise DataError("QAT needs data, but got no batch. Check task.data.train.")
@@ -274,11 +273,6 @@ class _Trainer:
         return TrainingReport(
             self.step, tuple(self.losses), tuple(self.rates), seconds, finished, reason, tuple(findings)
         )
-
-    def due(self) -> bool:
-        """True after every `checkpoint_every` steps."""
-        every = self.settings.checkpoint_every
-        return every > 0 and self.step % every == 0
 
     def save(self, path: Path) -> None:
         """Write everything that the rest of the training depends on."""
