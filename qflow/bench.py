@@ -95,7 +95,7 @@ class Bench:
 
     def measure_float(self, progress: Progress = silent) -> float:
         """Metric of the float model. Raises ConfigError if the task states another one."""
-        if not self.cache.context:
+        if self.cache.folder and not self.cache.context:
             self.cache.context = self.identity.content
             if self.identity.unidentified:
                 self.cache.leave_disk(self.identity.unidentified[0])

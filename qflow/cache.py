@@ -38,7 +38,7 @@ class Cache:
 
     folder: Path | None = None
     context: dict[str, Any] = field(default_factory=dict)
-    """What every content depends on."""
+    """What every content depends on; in memory alone that is one process's one task."""
     say: Callable[[str], None] = _log.warning
     """Told in one line what is not kept, or could not be read."""
     hits: Counter[str] = field(default_factory=Counter)

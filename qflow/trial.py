@@ -39,7 +39,7 @@ class TrialResult:
     scales: dict[str, float | list[float]]
     calibration_samples: int
     evaluated: bool
-    """False if no forward pass was run for it: its figures were known to this process or to the cache on disk."""
+    """False if no pass over the evaluation data ran for it: its figures were in memory or in the cache on disk."""
     training: TrainingReport | None = None
     """What QAT did; None for a trial that only calibrates."""
     weights: dict[str, Any] | None = None

@@ -64,12 +64,12 @@ def test_another_loss_is_another_training(made):
 
 def test_other_training_data_are_another_training(made, digits_task):
     calls = []
-    first = trained(made(Spied(calls)))
+    trained(made(Spied(calls)))
     images, labels = digits_task.data.train.tensors
-    changed = replace(digits_task.data, train=TensorDataset(images, labels.roll(1)))
-    other = trained(made(Spied(calls), data=changed))
+    labels = labels.clone()
+    labels[1] += 1
+    trained(made(Spied(calls), data=replace(digits_task.data, train=TensorDataset(images, labels))))
     assert len(calls) == 8
-    assert other.training.losses != first.training.losses
 
 
 def test_a_rate_probe_goes_on_where_there_is_no_scheduler(made):

@@ -85,10 +85,12 @@ def split_digest(task: Task, split: str, unidentified: list[str]) -> str:
 
     Random numbers start at one place, so that a split that is augmented has the same fingerprint each time.
     """
-    anatomy, data = Anatomy(), getattr(task.data, split)
+    anatomy, data = Anatomy(), getattr(task.data, split, None)
+    if data is None or not len(data):  # whoever needs it says so
+        return "0"
     loader = DataLoader(data, batch_size=1, collate_fn=getattr(task.data, "collate", None))
     with _seeded():
-        for batch in loaded(loader, split) if len(data) else ():
+        for batch in loaded(loader, split):
             anatomy.add([batch, model_inputs(task, batch)], f"task.data.{split}")
             anatomy.forget()
     unidentified += anatomy.unidentified[:1]

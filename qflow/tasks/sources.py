@@ -46,7 +46,7 @@ def loaded_sources(packages: Collection[str] = ()) -> str:
     """Fingerprint of all loaded modules that are the user's, or of one of `packages`."""
     sha, wanted = hashlib.sha256(), set(packages) - VERSIONED
     for name, module in sorted(sys.modules.items()):
-        file = getattr(module, "__file__", None)
+        file = getattr(module, "__dict__", {}).get("__file__")  # a lazy module would import at a getattr
         if isinstance(file, str) and (_outside(file) or package_of(name) in wanted) and os.path.isfile(file):
             sha.update(f"{name}:{hashlib.sha256(Path(file).read_bytes()).hexdigest()}\n".encode())
     return sha.hexdigest()[:DIGEST_CHARS]
