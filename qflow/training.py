@@ -6,6 +6,7 @@ Batches come from `task.data.train`, shuffled by `qat.seed`, so that a trial can
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,14 +18,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
-from qflow.core.errors import ConfigError, DataError
+from qflow.core.errors import ConfigError, DataError, TrialError
 from qflow.core.qconfig import QConfig
 from qflow.core.record import digest
 from qflow.core.settings import CalibrationSettings, QatSettings
+from qflow.quant.checkpoint import read_checkpoint
 from qflow.quant.model_state import forward_state
 from qflow.quant.qat import TrainingReport, parameter_groups, train
 from qflow.quant.quantized_model import QuantizedModel
 from qflow.tasks.task import Task, loaded, model_inputs
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,12 @@ def _checkpoint(folder: Path, name: str, steps: int) -> Path:
     if not place.exists() and known:
         with suppress(FileNotFoundError):  # another study in this root was faster
             shorter[max(known)].rename(place)
+    if place.exists():
+        try:
+            read_checkpoint(place)
+        except TrialError:
+            _log.warning(f"training {place.name} is damaged: it begins again")
+            place.unlink()
     return place
 
 

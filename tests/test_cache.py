@@ -15,7 +15,9 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.settings import CalibrationSettings, QConfigSettings, SensitivitySettings, TrialSettings
 from qflow.cost.model import CostModel
-from qflow.trial import Evaluation
+from qflow.search.objective import Goal
+from qflow.trial import RUN_METRICS, Evaluation
+from qflow.trial_outcome import outcome
 
 SETTINGS = TrialSettings(
     calibration=CalibrationSettings(batch_size=16, steps=4), qconfig=QConfigSettings(int16_ratio=0.4)
@@ -95,6 +97,14 @@ def same_bits(one, other):
     if isinstance(one, (list, tuple)):
         return type(one) is type(other) and len(one) == len(other) and all(map(same_bits, one, other))
     return type(one) is type(other) and repr(one) == repr(other)
+
+
+def test_a_trial_from_disk_counts_as_no_evaluation(digits_task, nash_m, tmp_path):
+    goal = Goal(max_drop=0.01).aimed("accuracy/accuracy", "maximize", ("accuracy/accuracy", *RUN_METRICS))
+    for expected in ("true", "false"):
+        bench, _, trial = start(digits_task, nash_m, tmp_path)
+        tags = outcome(trial, goal, "accuracy/accuracy", {}, bench.eval_samples).tags
+        assert tags["qflow.evaluated"] == expected
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,16 @@ def test_a_training_has_one_checkpoint_however_often_it_went_on(made, tmp_path):
     assert file.stem.endswith("-4")
 
 
+def test_a_damaged_checkpoint_is_begun_again_and_said(made, tmp_path, caplog):
+    calls = []
+    first = trained(made(Spied(calls)), steps=2)
+    (file,) = (tmp_path / "training").rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    assert trained(made(Spied(calls)), steps=4).training.losses[:2] == first.training.losses
+    assert len(calls) == 6
+    assert "is damaged: it begins again" in caplog.text
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_training_goes_on_where_it_stopped(made, number):
     """Within a step: the step is ended, saved, and then the interrupt is given on."""
