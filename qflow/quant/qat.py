@@ -55,6 +55,8 @@ class TrainingReport:
 class DivergedError(TrialError):
     """The loss or a gradient is not finite, or the loss has run away; the trial has failed."""
 
+    lasting = True
+
     def __init__(self, message: str, step: int, culprit: str, report: TrainingReport) -> None:
         super().__init__(message)
         self.step = step
