@@ -21,15 +21,15 @@ from qflow.bench import Bench
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.record import to_json
-from qflow.core.store import write_whole
 from qflow.diagnosis import Diagnosis
 from qflow.feasible import check_bounds, check_search
 from qflow.fingerprint import changes, fingerprint
+from qflow.front import log_front
 from qflow.manifest import manifest
 from qflow.report.console import Console, duration
 from qflow.report.files import write_study, write_trial
 from qflow.search.loop import Driver, FailedTrial, FinishedTrial, Outcome, driving
-from qflow.search.objective import Goal, aims, best_trial, meets, pareto_set
+from qflow.search.objective import Goal, aims, best_trial
 from qflow.search.strategies import BudgetSpent
 from qflow.search.study import Study
 from qflow.tracking.mlflow_tracker import MlflowTracker
@@ -229,7 +229,7 @@ class Session:
             line += f"  {len(self.trials)} of {self.config.search.n_trials}, left {duration(seconds)} at most"
         self.console.say(line)
         if isinstance(trial, FinishedTrial) and self.study_run:
-            self._log_front()
+            log_front(self.tracker, self.study_run, self.study.name, self.trials, self.goal, self.root)
 
     def _seconds_left(self) -> float:
         """Until the first of the budgets is spent, if the next trials take as long as the last ones."""
@@ -241,26 +241,6 @@ class Session:
         if search.timeout is not None:
             seconds = min(seconds, search.timeout - (time.monotonic() - self._began))
         return seconds
-
-    def _log_front(self) -> None:
-        """Best so far and the Pareto set, on disk and on the study's run, after every trial."""
-        best = self.best
-        front = pareto_set(self.trials, list(self.goal.optimize.values()))
-        rows = [
-            [t.number, t.label, *(t.outcome.metrics.get(name) for name in self.goal.optimize), meets(t), t.run_id]
-            for t in sorted(front, key=lambda t: t.outcome.objectives)
-        ]
-        table = {"columns": ["trial", "label", *self.goal.optimize, "meets the goal", "run"], "data": rows}
-        state = {"study": self.study.name, "trial": best.number if best else None, "run": best.run_id if best else None}
-        folder = self.root / "studies" / self.study.name
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "pareto.json", to_json(table))
-        metrics = best.outcome.metrics if best else {}
-        write_whole(folder / "best.json", to_json({**state, "metrics": metrics}, indent=1))
-        shown = {f"best/{k.split('/', 1)[1]}": v for k, v in best.outcome.metrics.items()} if best else {}
-        self.tracker.log_study(
-            self.study_run, folder=folder, metrics=shown, tags={"qflow.best_so_far": best.run_id if best else ""}
-        )
 
     def decide(self, stage: str, text: str) -> None:
         """Say a decision with its reason; all of them together are the study's document."""

@@ -8,11 +8,12 @@ give back   int16 operators of the trained mix to int8, trained alike, where the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from qflow import config as conf
 from qflow.core.dtype import QDtype
-from qflow.search.objective import nearest_miss
+from qflow.search.objective import best_trial, nearest_miss
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import ASSIGNMENT, RATIO, BudgetSpent, give_back, halving
 from qflow.session import Session
@@ -53,9 +54,9 @@ def train(session: Session, start: FinishedTrial) -> None:
     with session.console.stage("training") as say:
         ended = ""
         try:
-            _trained(session, dict(start.params))
-            if session.best is not None and _is_trained(session.best):
-                _give_back(session, session.best)
+            met = _trained(session, dict(start.params))
+            if met is not None:
+                _give_back(session, met)
         except BudgetSpent as spent:
             ended = f"; {spent}"
         done = [t for t in session.trials if _is_trained(t)]
@@ -67,16 +68,23 @@ def train(session: Session, start: FinishedTrial) -> None:
             say(f"none was started{ended}" if ended else "every training failed")
 
 
-def _trained(session: Session, point: dict[str, Any]) -> None:
-    """The rate, then scales and weight decay."""
+def _trained(session: Session, point: dict[str, Any]) -> FinishedTrial | None:
+    """The rate, then scales and weight decay; the best trial on the way that meets the goal, however long it was."""
+    done: list[FinishedTrial] = []
+
+    def measure(point: Mapping[str, Any], label: str) -> FinishedTrial | None:
+        trial = session.measure(point, label)
+        done.extend([trial] if trial is not None else [])
+        return trial
+
     qat, search = session.config.qat, session.config.search
     probe = max(round(qat.steps * search.probe_share), 1)
     fixed = {**point, "qat.steps": probe, "qat.scheduled": False}
-    trials = {r: session.measure({**fixed, "qat.learning_rate": r}, f"QAT rate {r:g}") for r in search.rates}
+    trials = {r: measure({**fixed, "qat.learning_rate": r}, f"QAT rate {r:g}") for r in search.rates}
     known = {rate: t for rate, t in trials.items() if t is not None}
     if not known:
         session.decide("learning rate", f"every rate of {list(search.rates)} fails; add lower ones to search.rates")
-        return
+        return None
     rate = max(known, key=lambda r: (_score(known[r]), -r))
     drops = {r: f"{t.outcome.metrics['accuracy/drop']:+.4f}" if t else "failed" for r, t in trials.items()}
     said = ", ".join(f"{r:g}: {drop}" for r, drop in drops.items())
@@ -86,16 +94,17 @@ def _trained(session: Session, point: dict[str, Any]) -> None:
         for decay in search.weight_decays
         for moving in (False, True)
     ]
-    final = halving(session.measure, candidates, _rungs(qat.steps))
-    if not final:
+    final = next(iter(halving(measure, candidates, _rungs(qat.steps))), None)
+    if final is not None:
+        scales = "moving" if final.params["qat.moving"] else "fixed"
+        session.decide(
+            "training",
+            f"{scales} activation scales, weight decay {final.params['qat.weight_decay']:g}: drop "
+            f"{final.outcome.metrics['accuracy/drop']:+.4f} after {final.outcome.metrics['qat/steps']:.0f} steps",
+        )
+    else:
         session.decide("training", f"at rate {rate:g} with the scheduler every training fails; add lower ones")
-        return
-    scales = "moving" if final[0].params["qat.moving"] else "fixed"
-    session.decide(
-        "training",
-        f"{scales} activation scales, weight decay {final[0].params['qat.weight_decay']:g}: drop "
-        f"{final[0].outcome.metrics['accuracy/drop']:+.4f} after {final[0].outcome.metrics['qat/steps']:.0f} steps",
-    )
+    return best_trial(done, session.goal.ranking)
 
 
 def _rungs(steps: int) -> list[int]:
