@@ -145,8 +145,8 @@ def search_mix(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -
 def _sampled(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:
     """The points that the configuration wants first, at the defaults where they say nothing; then the sampler's own."""
     for point in conf.plain(session.config.search.enqueue):
-        known = {k: v for k, v in point.items() if k in session.study.space}
-        if known:  # one that varies only what the user has fixed is none
+        known = {k: v for k, v in point.items() if k in session.study.space and k not in session.kept}
+        if known:  # one that varies only what is fixed is none
             session.measure(
                 {**baseline_point(session, ALL_INT8), **known},
                 " ".join(f"{k.split('.')[-1]}={v}" for k, v in known.items()),
