@@ -97,7 +97,7 @@ class QConfigSettings:
         if (self.int16_ratio > 0) + bool(self.assignment) + (self.error_share is not None) > 1:
             raise ConfigError(
                 "One rule says which operators are int16, but got two of qconfig.int16_ratio, assignment and "
-                "error_share. Leave one."
+                "error_share. Leave one; a searched one goes by search.space.qconfig.int16_ratio=null."
             )
         _one_of("qconfig.sensitive_type", self.sensitive_type, ("activation", "weight", "both"))
         _one_of("qconfig.counting", self.counting, ("operators", "rows"))

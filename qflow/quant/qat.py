@@ -56,6 +56,8 @@ class TrainingReport:
 class DivergedError(TrialError):
     """The loss or a gradient is not finite, or the loss has run away; the trial has failed."""
 
+    lasting = True
+
     def __init__(self, message: str, step: int, culprit: str, report: TrainingReport) -> None:
         super().__init__(message)
         self.step = step
@@ -159,8 +161,7 @@ def run_steps(
         if resume and checkpoint is not None and checkpoint.exists():
             trainer.resume(checkpoint, stream)
         while trainer.step < steps and not held.is_set():
-            pair = next(stream, None)
-            if pair is None:
+            if (pair := next(stream, None)) is None:
                 reason = f"the data ended after {trainer.step} of {steps} steps"
                 break
             trainer.take(*pair)

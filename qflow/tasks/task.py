@@ -187,6 +187,7 @@ def evaluate(
                         f"A metric gives one score a sample, but got shape {tuple(scores.shape)} for {size} samples. "
                         "Return a vector, or give the metric update() and compute()."
                     )
+                _require_within(task.metric, scores)
                 total += float(scores.double().sum())
             count += size
             on_batch(count)
@@ -196,6 +197,16 @@ def evaluate(
     if value != value:
         raise ModelError("A metric is a number, but got NaN. Check task.metric.")
     return value, count
+
+
+def _require_within(metric: Any, scores: Tensor) -> None:
+    """Refuse scores outside the bounds that the metric states: an evaluation would end on them. Raises ConfigError."""
+    bounds = getattr(metric, "bounds", None)
+    if bounds is not None and len(scores) and not (bounds[0] <= scores.min() and scores.max() <= bounds[1]):
+        raise ConfigError(
+            f"A metric's scores lie within its bounds {tuple(bounds)}, but got {float(scores.min()):g} to "
+            f"{float(scores.max()):g}. Mend task.metric's bounds."
+        )
 
 
 def _out_of_reach(task: Task, total: float, count: int, least: float) -> float | None:
