@@ -10,7 +10,7 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.settings import QConfigSettings
 from qflow.search.objective import Goal
-from qflow.tasks.task import Task
+from qflow.tasks.task import Task, split_for
 
 
 def check_search(bench: Bench, goal: Goal, switched: Sequence[QConfigSettings]) -> None:
@@ -20,6 +20,12 @@ def check_search(bench: Bench, goal: Goal, switched: Sequence[QConfigSettings]) 
     check_budgets(bench, goal)
     for settings in switched:
         bench.resolve(replace(settings, int16_ratio=0.0))
+
+
+def check_augmented(task: Task, calibration: bool, training: bool) -> None:
+    """Refuse trials that calibrate or train on augmented data where the task has none. Raises ConfigError."""
+    split_for(task, "calibration", calibration)
+    split_for(task, "train", training)
 
 
 def check_bounds(task: Task) -> None:

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from qflow import config as conf
 from qflow.analysis.model_check import check_model
@@ -22,7 +22,7 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.record import to_json
 from qflow.diagnosis import Diagnosis
-from qflow.feasible import check_bounds, check_search
+from qflow.feasible import check_augmented, check_bounds, check_search
 from qflow.fingerprint import changes, fingerprint
 from qflow.front import log_front
 from qflow.manifest import manifest
@@ -80,6 +80,7 @@ class Session:
         are gone.
         """
         check_search(self.bench, self.goal, conf.module_settings(self.config, self.study.space))
+        check_augmented(self.bench.task, self._may_be_true("calibration.augment"), self._may_be_true("qat.augment"))
         if self.config.search.early_stop:
             check_bounds(self.bench.task)
         state = fingerprint(self.config, self.manifest)
@@ -120,6 +121,11 @@ class Session:
                 shutil.copy(self.bench.profile, Path(folder) / PROFILE)
             self.tracker.log_study(self.study_run, folder=Path(folder), metrics=metrics)
         self.drive()
+
+    def _may_be_true(self, key: str) -> bool:
+        """Whether a switch is on, or may be in a trial."""
+        domain = self.study.space.get(key)
+        return domain.contains(True) if domain else bool(OmegaConf.select(self.config, key))
 
     def largest_calibration(self) -> tuple[int, int]:
         """The largest batch size and number of steps that the default or the search can ask for."""

@@ -26,7 +26,7 @@ from qflow.quant.checkpoint import read_checkpoint
 from qflow.quant.model_state import forward_state
 from qflow.quant.qat import TrainingReport, parameter_groups, train
 from qflow.quant.quantized_model import QuantizedModel
-from qflow.tasks.task import Task, loaded, model_inputs
+from qflow.tasks.task import Task, loaded, model_inputs, split_for
 
 _log = logging.getLogger(__name__)
 
@@ -43,8 +43,9 @@ class Training:
 class TrainBatches:
     """(model inputs, batch) of the training split, in an order that `seed` decides; gone through again at its end."""
 
-    def __init__(self, task: Task, batch_size: int, seed: int) -> None:
-        data = getattr(task.data, "train", None)
+    def __init__(self, task: Task, settings: QatSettings) -> None:
+        self.split, batch_size = split_for(task, "train", settings.augment), settings.batch_size
+        data = getattr(task.data, self.split, None)
         if data is None or len(data) < batch_size:
             have = "none" if data is None else f"{len(data)} samples"
             raise DataError(
@@ -52,7 +53,7 @@ class TrainBatches:
                 "Give the data a train split, or lower qat.batch_size."
             )
         self.task = task
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(settings.seed)
         collate = getattr(task.data, "collate", None)
         self.loader = DataLoader(
             data, batch_size, shuffle=True, drop_last=True, generator=generator, collate_fn=collate
@@ -60,7 +61,7 @@ class TrainBatches:
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         device = self.task.device
-        for batch in loaded(self.loader, "train"):
+        for batch in loaded(self.loader, self.split):
             moved = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, batch)
             yield model_inputs(self.task, moved), moved
 
@@ -86,7 +87,7 @@ def train_trial(
     groups = parameter_groups(trained, settings.rates, settings.learning_rate, settings.weight_decay)
     optimizer = training.optimizer(groups, lr=settings.learning_rate)
     scheduler = training.scheduler(optimizer) if training.scheduler is not None and settings.scheduled else None
-    batches = TrainBatches(task, settings.batch_size, settings.seed)
+    batches = TrainBatches(task, settings)
     place = None
     if checkpoints is not None:
         name = digest(training_key(trained, training, settings, qconfig, calibration))

@@ -160,6 +160,7 @@ def test_what_the_device_bars_from_int16_says_so_in_every_trial(nash_m):
 FIELDS = {
     "method": "kl", "batch_size": 8, "steps": 1, "percentile": 90.0, "averaging_constant": 0.01, "int16_margin": 4.0,
     "divisor": "plugin", "clip_min": -0.1, "clip_max": 0.1, "std_scale": 0.5, "sampling": 1, "float16_clip": True,
+    "augment": True,
 }  # fmt: skip
 
 
@@ -198,7 +199,8 @@ def test_whatever_a_calibration_setting_changes_a_shared_bench_sees(field, nash_
 
     torch.manual_seed(0)
     samples = TensorDataset(torch.randn(64, 8), torch.zeros(64))
-    data = SimpleNamespace(calibration=samples, evaluation=samples)
+    augmented = TensorDataset(samples.tensors[0] * 3.0, samples.tensors[1])
+    data = SimpleNamespace(calibration=samples, evaluation=samples, calibration_augmented=augmented)
     task = make_task(name="t", model=Net().eval(), data=data, metric=Score())
 
     def made():
@@ -223,7 +225,7 @@ def test_whatever_a_calibration_setting_changes_a_shared_bench_sees(field, nash_
     before = figure(shared, settings)
     assert figure(shared, changed) == figure(made(), changed)
     assert before == figure(made(), settings)
-    if field in ("float16_clip", "method", "int16_margin", "divisor", "std_scale"):
+    if field in ("float16_clip", "method", "int16_margin", "divisor", "std_scale", "augment"):
         assert figure(shared, changed) != before  # the test sees what it is about
 
 
@@ -233,3 +235,34 @@ def test_a_known_trial_says_what_calibrated_it(bench):
     again = trial(bench, method="clip", clip_min=-1e-3, clip_max=1e-3, steps=8)
     assert again.scales == first.scales
     assert (again.evaluated, again.calibration_samples) == (False, 128)
+
+
+def test_calibration_reads_the_augmented_split_where_it_is_asked_to(digits_task, nash_m):
+    """What a data set draws is the same at each reading, so a trial can be rebuilt."""
+    from dataclasses import replace
+
+    import torch
+
+    from qflow.bench import Bench
+    from qflow.cost.model import CostModel
+
+    class Shifted(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(digits_task.data.calibration)
+
+        def __getitem__(self, index):
+            image, label = digits_task.data.calibration[index]
+            return image.roll(int(torch.randint(-1, 2, ())), -1) * 2.0, label
+
+    data = SimpleNamespace(**vars(digits_task.data), calibration_augmented=Shifted())
+    found = []
+    for _ in range(2):
+        made = Bench(replace(digits_task, data=data), nash_m, CostModel(), eval_batch=256)
+        made.measure_float()
+        found.append([trial(made, augment=augment).scales for augment in (True, False)])
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1]
+    plain = Bench(digits_task, nash_m, CostModel(), eval_batch=256)
+    plain.measure_float()
+    with pytest.raises(ConfigError, match=r"calibration.augment=true reads task.data.calibration_augmented, but"):
+        trial(plain, augment=True)

@@ -149,7 +149,7 @@ def test_a_metric_that_nothing_identifies_is_not_kept_on_disk(digits_task, nash_
         "cache        in memory only: nothing tells task.metric.lock (lock) of this start from the next one's"
     ]
     assert list(tmp_path.iterdir()) == []
-    assert bench.training_folder is None
+    assert bench.training_folder("train") is None
 
 
 def test_an_error_share_is_the_cheapest_mix_that_keeps_so_much(digits_task, nash_m):

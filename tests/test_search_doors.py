@@ -52,6 +52,9 @@ BAD = {
     ),
     "a budget on a lower bound": (["objective.max_traffic_mb=1"], "needs traffic that can be judged"),
     "a metric that cannot end early": (["search.early_stop=true"], "bounds (lowest, highest), but got no bounds"),
+    "augmented data that are not there": (
+        ["calibration.augment=choice(true,false)"], "augment=true reads task.data.calibration_augmented, but",
+    ),
     "a switch of nothing": (["qconfig.modules.nosuch=choice(qint8,qint16)"], "but got nosuch"),
 }  # fmt: skip
 

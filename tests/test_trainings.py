@@ -156,6 +156,6 @@ def test_a_loss_that_nothing_identifies_leaves_no_checkpoint_and_says_so(made):
     said = []
     bench = made(SimpleNamespace(stream=open(os.devnull)))  # noqa: SIM115
     bench.cache.say = said.append
-    assert bench.training_folder is None
+    assert bench.training_folder("train") is None
     assert said == ["training     keeps no checkpoints: nothing identifies qat.loss.stream (TextIOWrapper)"]
     bench.training.loss.stream.close()

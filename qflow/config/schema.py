@@ -90,6 +90,7 @@ class CalibrationSchema:
     method: str = "mse"
     batch_size: int = 16
     steps: int = 16
+    augment: bool = False
     percentile: float = 99.99
     averaging_constant: float | None = None
     int16_margin: float = 1.25
@@ -148,6 +149,7 @@ class QatSchema:
     steps: int = 0
     apply: str = "every_trial"
     batch_size: int = 64
+    augment: bool = False
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
     rates: dict[str, float] = field(default_factory=dict)

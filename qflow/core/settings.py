@@ -23,6 +23,8 @@ class CalibrationSettings:
     method: str = "mse"
     batch_size: int = 16
     steps: int = 16
+    augment: bool = False
+    """Read `task.data.calibration_augmented` (flips and the like) in place of `calibration`."""
     percentile: float = 99.99
     averaging_constant: float | None = None
     """Moving average of batch maxima for minmax (the plugin's 0.01); null takes the largest value of all."""
@@ -155,6 +157,8 @@ class QatSettings:
     apply: str = "every_trial"
     """`every_trial` trains each after its calibration; `after_search` leaves training to a stage of its own."""
     batch_size: int = 64
+    augment: bool = False
+    """Train on `task.data.train_augmented` in place of `train`; the guide wants less of it than float training had."""
     learning_rate: float = 1e-4
     """Fixed unless there is a scheduler; there is no warm-up."""
     weight_decay: float = 0.0

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +21,7 @@ from torch.utils.data import DataLoader
 from qflow.core.record import DIGEST_CHARS
 from qflow.tasks.anatomy import Anatomy, bytes_of
 from qflow.tasks.sources import loaded_sources, own_sources
-from qflow.tasks.task import Task, loaded, model_inputs
+from qflow.tasks.task import Task, loaded, model_inputs, seeded
 
 SPLITS = ("calibration", "evaluation")
 
@@ -57,11 +55,11 @@ def of_task(task: Task, skip: Sequence[str] = ()) -> Identity:
     return Identity(content, tuple(anatomy.unidentified))
 
 
-def of_training(task: Task, parts: Any) -> Identity:
+def of_training(task: Task, parts: Any, split: str = "train") -> Identity:
     """What a training depends on beside its task and settings: loss, optimizer and scheduler, and all its data."""
     anatomy = Anatomy()
     anatomy.add(parts, "qat")
-    train = split_digest(task, "train", anatomy.unidentified)
+    train = split_digest(task, split, anatomy.unidentified)
     content = {"parts": anatomy.digest, "code": loaded_sources(anatomy.packages), "train": train}
     return Identity(content, tuple(anatomy.unidentified))
 
@@ -71,7 +69,7 @@ def _beside_samples(task: Task) -> Anatomy:
 
     What of it cannot be identified (a file that is open) speaks through the samples, which are all hashed.
     """
-    anatomy, splits = Anatomy(), {*SPLITS, "train"}
+    anatomy, splits = Anatomy(), {*SPLITS, "train", "train_augmented", "calibration_augmented"}
     owner = task.data if isinstance(task.data, type) else type(task.data)
     attributes = getattr(task.data, "__dict__", {})
     anatomy.add({name: value for name, value in attributes.items() if name not in splits}, "task.data")
@@ -89,7 +87,7 @@ def split_digest(task: Task, split: str, unidentified: list[str]) -> str:
     if data is None or not len(data):  # whoever needs it says so
         return "0"
     loader = DataLoader(data, batch_size=1, collate_fn=getattr(task.data, "collate", None))
-    with _seeded():
+    with seeded():
         for batch in loaded(loader, split):
             anatomy.add([batch, model_inputs(task, batch)], f"task.data.{split}")
             anatomy.forget()
@@ -109,17 +107,3 @@ def weights_digest(model: torch.nn.Module) -> str:
 def _machine(device: str) -> str:
     """The kernels that torch chooses: another processor sums in another order."""
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
-
-
-@contextmanager
-def _seeded() -> Iterator[None]:
-    ours, numpys = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
-            yield
-    finally:
-        random.setstate(ours)
-        np.random.set_state(numpys)
