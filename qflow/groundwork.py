@@ -21,6 +21,7 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, DataError
 from qflow.core.graph import ModelGraph
 from qflow.core.qconfig import QConfig
+from qflow.core.record import digest
 from qflow.core.settings import CalibrationSettings, QConfigSettings, SensitivitySettings
 from qflow.cost.latency import Pricer
 from qflow.cost.measured import measure
@@ -242,6 +243,12 @@ class Groundwork:
         key = [template, self.default_calibration, settings, chosen, self.rules]
         self.sensitivities = self.cache.get("sensitivity", key, ranked, SensitivityTable)
         return self.sensitivities
+
+    @property
+    def analysis_key(self) -> str:
+        """Names all that bad cases, layers, sensitivities and advice depend on; empty where that cannot be told."""
+        settings = [self.default_calibration, self.sensitivity_settings, self.rules]
+        return "" if self.identity.unidentified else digest([self.identity.content, settings])
 
     # ---- qconfigs
 

@@ -288,11 +288,13 @@ class Session:
         key = save_view(self.tracker, self.study.name, params=list(self.study.space))
         return study_url(host, self.tracker.experiment_id, self.study.name, key)
 
-    def log_stage_tables(self, diagnosis: Diagnosis) -> None:
-        """Sensitivities, bad cases, the model check of all-int16, and the analysis with its page and pictures."""
+    def log_stage_tables(self, diagnosis: Diagnosis, tags: Mapping[str, str]) -> None:
+        """Sensitivities, bad cases, the model check of all-int16, and the analysis with its page and pictures; at the
+        end `tags` say that all is there.
+        """
         requested, applied = self.bench.template(QDtype.qint16)
         check = check_model(self.bench.graph, requested, applied)
         with tempfile.TemporaryDirectory() as folder:
             write_study(Path(folder), self.bench.sensitivities, self.bench.badcases, check)
             diagnosis.write(Path(folder) / "analysis", f"{self.study.name}: all-int8 on its bad cases")
-            self.tracker.log_study(self.study_run, folder=Path(folder))
+            self.tracker.log_study(self.study_run, folder=Path(folder), tags=tags)

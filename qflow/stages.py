@@ -22,6 +22,7 @@ from qflow.train_stage import leave_for_training
 
 ALL_INT16, ALL_INT8 = "all-int16", "all-int8"
 TOP = 3  # operators that a reason names
+ANALYSIS = "qflow.analysis"  # tag of a study's run: what its layers and advice were made of
 
 
 def begin(session: Session) -> None:
@@ -70,21 +71,31 @@ def check(session: Session) -> str:
 
 
 def diagnose(session: Session) -> None:
-    """Bad cases, layer-by-layer comparison, sensitivity and advice on the all-int8 model, onto the study's run."""
+    """Bad cases, layer-by-layer comparison, sensitivity and advice on the all-int8 model, onto the study's run.
+
+    Bad cases and sensitivities of an earlier start come from the cache; layers and advice lie on the study's run.
+    """
     bench, console, diagnosis = session.bench, session.console, Diagnosis(session.bench)
+    known = session.tracker.run_tags(session.study_run).get(ANALYSIS) == (bench.analysis_key or None)
     with console.stage("bad cases") as say, console.bar("bad cases", bench.badcase_steps, "steps") as advance:
         table = diagnosis.find_badcases(advance)
         say(f"the {len(table.chosen)} worst of {table.samples} samples by {table.metric}")
     with console.stage("layers") as say:
-        say(layers_line(diagnosis.compare_layers()))
+        say(
+            "with the advice on the study's run, nothing has changed"
+            if known
+            else layers_line(diagnosis.compare_layers())
+        )
     with console.stage("sensitivity") as say, console.bar("sensitivity", bench.quantizers, "quantizers") as advance:
         ranked = diagnosis.rank(advance)
         top = ranked.rows[0]
         say(f"{len(ranked.rows)} rows, most sensitive: {top.op_name} ({top.sensitive_type} {top.score:.3g})")
+    if known:
+        return
     with console.stage("advice") as say:
         advice = diagnosis.advise()
         first = f", first {advice[0].op}: {advice[0].cause} ({advice[0].source})" if advice else ""
-        session.log_stage_tables(diagnosis)
+        session.log_stage_tables(diagnosis, {ANALYSIS: bench.analysis_key})
         say(f"{len(advice)} operators stand out{first}")
 
 
