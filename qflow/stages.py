@@ -81,11 +81,8 @@ def diagnose(session: Session) -> None:
         table = diagnosis.find_badcases(advance)
         say(f"the {len(table.chosen)} worst of {table.samples} samples by {table.metric}")
     with console.stage("layers") as say:
-        say(
-            "with the advice on the study's run, nothing has changed"
-            if known
-            else layers_line(diagnosis.compare_layers())
-        )
+        unchanged = "with the advice on the study's run: nothing that they depend on has changed"
+        say(unchanged if known else layers_line(diagnosis.compare_layers()))
     with console.stage("sensitivity") as say, console.bar("sensitivity", bench.quantizers, "quantizers") as advance:
         ranked = diagnosis.rank(advance)
         top = ranked.rows[0]

@@ -87,6 +87,7 @@ def test_the_same_command_goes_on_and_repeats_nothing(studied):
     again = door("tune", *OWN, "search.n_trials=8", cwd=folder)
     assert again.returncode == 0, again.stderr
     assert "7 trials of an earlier start stand" in again.stdout
+    assert "with the advice on the study's run: nothing that they depend on has changed" in again.stdout
     assert len(re.findall(r"^trial \d+", again.stdout, re.MULTILINE)) == 1
 
 
