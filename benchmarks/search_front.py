@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ from qflow.core.settings import QConfigSettings, TrialSettings
 from qflow.cost.model import CostModel
 from qflow.search.assign import Operator, Problem
 from qflow.search.domain import Choice
+from qflow.search.figure import Figure, figure
+from qflow.search.front import dominated_area
 from qflow.search.objective import CONSTRAINT
 from qflow.search.outcome import FinishedTrial, Outcome
-from qflow.search.strategies import ASSIGNMENT, BudgetSpent, assign, dominated_area, ladder
+from qflow.search.strategies import ASSIGNMENT, BudgetSpent, assign, ladder
 from qflow.search.study import Study, _sampler
 
 DATA = Path(__file__).parent / "data"
@@ -70,8 +73,15 @@ class Landscape:
         )
 
     def problem(self, seed: int) -> Problem:
-        rows = zip(self.operators, self.scores[seed % len(self.scores)], self.int16_ms, strict=True)
-        return Problem(tuple(Operator(n, s, s * INT16_STEP, ms) for n, s, ms in rows), self.ms.__getitem__)
+        rows = enumerate(zip(self.operators, self.scores[seed % len(self.scores)], strict=True))
+        operators = tuple(Operator(name, score, score * INT16_STEP, i) for i, (name, score) in rows)
+        return Problem(operators, self.time, len(operators))
+
+    @cached_property
+    def time(self) -> Figure:
+        """The table of times; a residual network's readers share what pairs of operators cost."""
+        count = len(self.operators)
+        return figure(self.ms.__getitem__, "6" * count, itertools.combinations(range(count), 2))
 
     def ratio(self, seed: int, count: int) -> str:
         """The `count` most sensitive operators at int16."""
