@@ -53,7 +53,6 @@ class Landscape:
     operators: tuple[str, ...]
     drops: Mapping[str, float]
     ms: Mapping[str, float]
-    int16_ms: tuple[float, ...]
     scores: tuple[tuple[float, ...], ...]
     """By seed, then operator."""
 
@@ -68,7 +67,6 @@ class Landscape:
             operators,
             dict(zip(mixes, drops.tolist(), strict=True)),
             dict(zip(mixes, kept["ms"].astype(float).tolist(), strict=True)),
-            tuple(kept["int16_ms"].astype(float).tolist()),
             tuple(map(tuple, kept["scores"].astype(float).tolist())),
         )
 
@@ -109,7 +107,6 @@ def make(number: int, path: Path, *, operators: int | None = None, epochs: int =
     bench.rank()
     names = bench.precisions.promotable[:operators]
     rest = "8" * (len(bench.precisions.promotable) - len(names))
-    problem = bench.precisions.problem(QConfigSettings())
     right, ms = [], []
     for mix in all_mixes(len(names)):
         result = bench.run_trial(TrialSettings(qconfig=QConfigSettings(assignment=mix + rest)))
@@ -122,7 +119,6 @@ def make(number: int, path: Path, *, operators: int | None = None, epochs: int =
         float_right=round(metric * EVALUATION),
         right=np.array(right, dtype=np.uint16),
         ms=np.array(ms, dtype=np.float32),
-        int16_ms=np.array([o.int16_ms for o in problem.operators[: len(names)]], dtype=np.float32),
         scores=np.array([_scores(bench, seed, names) for seed in range(SEEDS)], dtype=np.float32),
     )
 

@@ -6,6 +6,7 @@ and the cost model. Nothing here runs the model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -47,8 +48,11 @@ class Precisions:
 
     @cached_property
     def scores(self) -> dict[str, float]:
-        """Activation sensitivities by operator, at the lowest dtype measured; empty before the ranking."""
-        return self.sensitivities.activation_scores() if self.sensitivities else {}
+        """Activation sensitivities by operator, at the lowest dtype measured; empty before the ranking. One that is no
+        number ranks first: unknown is not harmless.
+        """
+        found = self.sensitivities.activation_scores() if self.sensitivities else {}
+        return {name: math.inf if math.isnan(score) else score for name, score in found.items()}
 
     def template(self, dtype: QDtype) -> tuple[QConfig, QConfig]:
         """(requested, applied) with every operator at `dtype`."""

@@ -19,7 +19,7 @@ from functools import cached_property
 
 import numpy as np
 
-from qflow.search.figure import Figure, Group
+from qflow.search.figure import Figure
 from qflow.search.program import Row, solve
 
 SLACK = 1e-9  # relative: what meets a bound on paper meets it in floating point

@@ -43,7 +43,8 @@ class Figure:
             return np.full(len(mixes), self.base)
         letters = np.frombuffer("".join(mixes).encode(), np.uint8).reshape(len(mixes), -1)
         wide = (letters == ord("6")).astype(np.float32)[:, : len(member)]
-        return self.base + (wide @ member > 0.0) @ amounts
+        found: np.ndarray = self.base + (wide @ member > 0.0) @ amounts
+        return found
 
     def __call__(self, mix: str) -> float:
         """What `mix` costs by the terms."""

@@ -1,6 +1,7 @@
 """The 0/1 program behind an assignment: which places are int16 so that a cost over groups is least, within bounds.
 
-    x_i in {0, 1}  place i is int16        y_S in [0, 1]  some place of S is:  x_i <= y_S <= sum over S of x_i
+A variable 0 or 1 a place, x_i, and for each group S of several places one that is 1 where any of them is:
+x_i <= y_S for each i in S, and y_S <= sum of x_i over S. Whole x make y whole, so that only x is branched on.
 """
 
 from __future__ import annotations

@@ -157,25 +157,23 @@ def give_back(ask: Ask, problem: Problem, mix: str, patience: int, missed: Colle
     """
     gains = {o.place: o.gain for o in problem.operators}
     left = sorted((i for i in gains if mix[i] == "6"), key=gains.__getitem__)
-    size, needed = len(left), 0
+    size, needed, known = len(left), 0, set(missed)
     while left and needed < patience:
         group = left[:size]
         lower = "".join("8" if i in group else letter for i, letter in enumerate(mix))
         worth = problem.price(lower) <= problem.price(mix) + SAME_MS and problem.within(lower)
-        if worth and lower not in missed and meets(ask(lower, f"given back {len(group)}")):
+        if worth and lower not in known and meets(ask(lower, f"given back {len(group)}")):
             mix, left, needed = lower, left[len(group) :], 0
-        elif len(group) == 1:
-            left, needed = left[1:], needed + worth
-        else:
+            size = max(min(size, len(left)), 1)
+        elif len(group) > 1:
             size = len(group) // 2
-            continue
-        size = max(min(size, len(left)), 1)
+            known.add(lower)
+        else:
+            left, needed, size = left[1:], needed + int(worth), 1
     return mix
 
 
-def _explore(
-    ask: Ask, problem: Problem, seen: Mapping[str, FinishedTrial | None], ends: Mapping[str, float]
-) -> None:
+def _explore(ask: Ask, problem: Problem, seen: Mapping[str, FinishedTrial | None], ends: Mapping[str, float]) -> None:
     """Mixes for the front, again and again the one that is expected to add most to the area that it dominates.
 
     Candidates are the cheapest mixes over the whole range of error budgets, and single changes of mixes on the front.
