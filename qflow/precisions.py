@@ -130,6 +130,21 @@ class Precisions:
         costs = cost_metrics(self.pricer().report(self.resolve(settings)[1]))
         return all(round(costs[BUDGETS[name]] - most, 9) <= 0.0 for name, most in budgets.items())
 
+    def rungs(self, settings: QConfigSettings, budgets: Mapping[str, float] = NO_BUDGETS) -> list[float]:
+        """Int16 ratios of a ladder, rising from 0, a promotion more each: those that run something new within `budgets`.
+
+        Operators that lose nothing at int8 are not promoted; one that `settings` hold changes nothing. Needs scores.
+        """
+        raised = set(self.float16_order[: settings.float16_count]) if settings.float16_count else set()
+        candidates = [name for name in self.promotable if name not in raised]
+        useful = sum(self.scores.get(name, 0.0) > 0.0 for name in candidates)
+        ratios = [k / len(candidates) for k in range(useful + 1)] if candidates else [0.0]
+        found: dict[str, float] = {}
+        for ratio in ratios:
+            applied = self.resolve(replace(settings, int16_ratio=ratio))[1]
+            found.setdefault(applied.digest, ratio)
+        return [r for r in found.values() if self.within(replace(settings, int16_ratio=r), budgets)]
+
     @cached_property
     def _read_together(self) -> set[Group]:
         """Places of promotable operators that one operator reads; a constant there has the dtype of all its readers."""

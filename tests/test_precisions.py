@@ -87,8 +87,19 @@ def test_a_score_that_is_no_number_ranks_first(nash_m):
     assert max(problem.operators, key=lambda o: o.gain).name == name
 
 
-def test_what_a_ratio_costs_is_known_before_it_runs(made):
-    budgets = {"max_int16_mac_share": 0.5}
-    assert made.within(QConfigSettings(int16_ratio=0.0), budgets)
-    shares = [made.pricer().report(made.resolve(QConfigSettings(int16_ratio=r))[1]).int16_mac_share for r in (0.5, 1.0)]
-    assert [made.within(QConfigSettings(int16_ratio=r), budgets) for r in (0.5, 1.0)] == [s <= 0.5 for s in shares]
+def test_a_ladder_has_a_rung_for_each_promotion_within_the_budgets(made):
+    settings = QConfigSettings()
+    rungs = made.rungs(settings)
+    wide = [made.resolve(replace(settings, int16_ratio=r))[1].names(QDtype.qint16) for r in rungs]
+    assert len({frozenset(names) for names in wide}) == len(rungs) == len(made.promotable) + 1
+    assert [sum(name in made.promotable for name in names) for names in wide] == list(range(len(rungs)))
+    within = made.rungs(settings, {"max_int16_mac_share": 0.5})
+    shares = {r: made.pricer().report(made.resolve(replace(settings, int16_ratio=r))[1]).int16_mac_share for r in rungs}
+    assert within == [r for r in rungs if shares[r] <= 0.5]
+    assert 0.0 in within
+
+
+def test_a_ladder_has_no_rung_for_an_operator_that_is_kept(nash_m):
+    made = precisions("vision_transformer", nash_m)
+    kept = QConfigSettings(modules={made.promotable[0]: "qint16", made.promotable[1]: "qint8"})
+    assert len(made.rungs(kept)) == len(made.promotable) - 1
