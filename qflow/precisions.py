@@ -131,7 +131,7 @@ class Precisions:
         return all(round(costs[BUDGETS[name]] - most, 9) <= 0.0 for name, most in budgets.items())
 
     def rungs(self, settings: QConfigSettings, budgets: Mapping[str, float] = NO_BUDGETS) -> list[float]:
-        """Int16 ratios of a ladder, rising from 0, a promotion more each: those that run something new within `budgets`.
+        """Int16 ratios of a ladder, from 0, a promotion more each: those that run something new within `budgets`.
 
         Operators that lose nothing at int8 are not promoted; one that `settings` hold changes nothing. Needs scores.
         """
