@@ -3,7 +3,7 @@
 minimal    ResNet-20 with damage planted in three blocks: which operators are promoted, at what cost (in FFE: time over
            that of one float forward over the calibration set)
 front      40 evaluations of each strategy against the front of all 4096 mixes; `--make 1` makes data/front-1.npz anew
-overhead   what a trial costs beyond its calibration and evaluation, in the kill-safe loop on a real store
+overhead   what a trial costs beyond its calibration and evaluation, in a study as the door runs it
 
 One thread. `--small` runs everything in miniature: its numbers mean nothing.
 """
@@ -48,7 +48,7 @@ def front(landscapes: Sequence[int], only: Sequence[str], seeds: int, small: boo
 
 def overhead(small: bool) -> str:
     header = ["task", "trials", "a trial", "calibrate, evaluate", "rest of the bench", "loop, study, store", "both"]
-    cases = [("digits", 2, None)] if small else [("perception", 12, None), ("digits", 12, None)]
+    cases = [("digits", 2)] if small else [("perception", 12), ("digits", 12)]
     return table([*header, "share (range)"], [search_overhead.overhead(*case) for case in cases])
 
 

@@ -24,7 +24,7 @@ from qflow.search.figure import Figure
 from qflow.search.objective import MAXIMIZE, MINIMIZE, Goal, best_trial
 from qflow.search.outcome import FinishedTrial, Outcome
 from qflow.search.strategies import ASSIGNMENT, assign, ladder
-from qflow.trial import TrialResult, run_metrics
+from qflow.trial import Evaluation, TrialResult, run_metrics
 
 FEWEST = "qconfig/n_int16"
 GOAL = Goal(max_drop=0.01, optimize={"accuracy/accuracy": MAXIMIZE, FEWEST: MINIMIZE})
@@ -48,7 +48,7 @@ class Clock(Bench):
 
     evaluating = 0.0
 
-    def _evaluated(self, *arguments: Any) -> tuple[float, int, dict[str, int]]:
+    def _evaluated(self, *arguments: Any) -> Evaluation:
         start = time.process_time()
         try:
             return super()._evaluated(*arguments)

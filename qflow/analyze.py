@@ -139,7 +139,7 @@ def debug_qat(config: DictConfig) -> int:
     found = qat_debug(
         task.model,
         bench.prepared,
-        lambda: TrainBatches(task, settings.qat.batch_size, settings.qat.seed),
+        lambda: TrainBatches(task, settings.qat),
         training.loss,
         lambda groups: training.optimizer(groups, lr=settings.qat.learning_rate),
         metric,

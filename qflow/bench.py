@@ -1,281 +1,47 @@
-"""The bench: what all trials of a study share, computed once, and one trial as a plain function of its settings.
+"""The bench: one trial as a plain function of its settings, on what all trials share (groundwork.py).
 
-Tracing, statistics of one calibration amount, bad cases, sensitivities and evaluated qconfigs do not depend on
-most of what a trial varies. They are kept here under the settings they depend on; a trial pays for what is new
-in it, and a hit gives the same numbers as a miss.
+A trial pays for what is new in it: a qconfig with scales that was evaluated before is not evaluated again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from qflow.analysis.badcase import find_badcases
-from qflow.analysis.badcase_files import BadcaseInputs, named_samples
-from qflow.analysis.calibration_check import calibration_findings
-from qflow.analysis.candidates import Candidate, candidates
 from qflow.analysis.model_check import check_model
-from qflow.analysis.sensitivity import sensitivity
-from qflow.analysis.tables import BadcaseTable, Finding, SensitivityTable
-from qflow.cache import Cache
-from qflow.core.device import DeviceRules
-from qflow.core.dtype import QDtype
-from qflow.core.errors import ConfigError, DataError, ModelError
-from qflow.core.graph import ModelGraph
 from qflow.core.qconfig import QConfig
 from qflow.core.record import digest
-from qflow.core.settings import CalibrationSettings, QConfigSettings, SensitivitySettings, TrialSettings
-from qflow.cost.latency import Pricer
-from qflow.cost.measured import measure
-from qflow.cost.model import CostModel
-from qflow.cost.records import CostReport
-from qflow.precisions import Precisions
-from qflow.quant.calibrate import CalibrationStats, apply_scales, collect
-from qflow.quant.prepare import prepare
+from qflow.core.settings import TrialSettings
+from qflow.groundwork import Groundwork, Progress, silent
+from qflow.quant.calibrate import apply_scales
+from qflow.quant.model_state import forward_state
 from qflow.quant.quantized_model import QuantizedModel, scales
-from qflow.quant.retrace import graph_at
-from qflow.tasks.identity import content
-from qflow.tasks.task import Task, batches, deploy_inputs, evaluate, model_inputs
-from qflow.training import Training, float_weights, train_trial
-from qflow.trial import TrialResult
-
-Progress = Callable[[int], None]
-
-
-def silent(_: int) -> None:
-    """Progress that nobody looks at."""
+from qflow.tasks.identity import Identity, of_training
+from qflow.tasks.task import evaluate, split_for
+from qflow.training import Training, float_weights, train_trial, training_key
+from qflow.trial import Evaluation, TrialResult
+from qflow.trial_checks import findings_of, require_all_ran
 
 
 @dataclass
-class Bench:
-    """One task on one device. Stages fill it in order; each is computed once."""
+class Bench(Groundwork):
+    """One task on one device, with what its trials have come to."""
 
-    task: Task
-    rules: DeviceRules
-    cost_model: CostModel
-    sensitivity_settings: SensitivitySettings = field(default_factory=SensitivitySettings)
-    default_calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
-    float_metric: float = float("nan")
-    skip: tuple[str, ...] = ()
-    """Modules or classes that stay in float."""
     training: Training | None = None
     """Loss, optimizer and scheduler for trials with QAT."""
-    eval_samples: int = 0
-    eval_batch: int = 32
-    cache: Cache = field(default_factory=Cache)
-    """What was computed under the same content before, here or by an earlier start."""
     hits: int = 0
-    """Trials that led to a qconfig and scales already evaluated."""
+    """Trials whose figures were known: nothing was evaluated for them."""
     evaluations: int = 0
     """Full evaluations that ran."""
     least: float | None = None
     """Metric below (above, if less is better) which an evaluation may end early; None takes every sample."""
     checkpoints: Path | None = None
     """Where trainings leave what a longer one goes on from; None trains from the start."""
-    profile: str | None = None
-    """A measured report of this model at the deployed shape."""
-    profile_dtype: QDtype = QDtype.qint8
-    """Template that it was built with."""
-    unmatched: tuple[str, ...] = ()
-    """What the report and the model do not share: layers without an operator, operators without a layer."""
 
     def __post_init__(self) -> None:
-        self._done: dict[str, TrialResult] = {}
-        self._precisions: Precisions | None = None
-        self._prepared: QuantizedModel | None = None
-        self._deploy: ModelGraph | None = None
-        self.sensitivities: SensitivityTable | None = None
-        self.badcases: BadcaseTable | None = None
-
-    # ---- stages
-
-    def measure_float(self, progress: Progress = silent) -> float:
-        """Metric of the float model. Raises ConfigError if the task states another one."""
-        if not self.cache.context:
-            self.cache.context = content(self.task, self.skip)
-        metric, self.eval_samples = self.cache.get(
-            "float", self.eval_batch, lambda: evaluate(self.task, self.task.model, self.eval_batch, progress)
-        )
-        stated = self.task.stated_metric
-        if stated is not None and abs(metric - stated) > self.task.tolerance:
-            raise ConfigError(
-                f"The float model reaches the metric its task states ({stated:g} within {self.task.tolerance:g}), but "
-                f"got {metric:.4f} on {self.eval_samples} samples. Check weights and data, or set task.float_metric."
-            )
-        self.float_metric = metric
-        return metric
-
-    def prepare(self) -> QuantizedModel:
-        """Trace on the first evaluation batch, prove the float graph, and trace again at the deployed shape."""
-        batch, _ = next(batches(self.task, "evaluation", min(self.eval_batch, 4), limit=1))
-        example = model_inputs(self.task, batch)
-        self._prepared = prepare(self.task.model, example, self.skip)
-        way_out = f"Give the shape it is deployed at: task.deploy_shape is {self.task.deploy_shape}."
-        self._deploy = graph_at(self._prepared, deploy_inputs(self.task, example), way_out)
-        return self._prepared
-
-    @property
-    def prepared(self) -> QuantizedModel:
-        """The prepared model."""
-        if self._prepared is None:
-            self.prepare()
-        assert self._prepared is not None
-        return self._prepared
-
-    @property
-    def graph(self) -> ModelGraph:
-        """The fused graph at the evaluated shape."""
-        return self.prepared.graph
-
-    @property
-    def deploy_graph(self) -> ModelGraph:
-        """The same graph at the deployed shape, for cost."""
-        assert self.prepared is not None
-        assert self._deploy is not None
-        return self._deploy
-
-    def calibrate(self, settings: CalibrationSettings, progress: Progress = silent) -> CalibrationStats:
-        """Statistics of `steps` batches of `batch_size`: one pass serves all methods and dtypes.
-
-        Raises DataError if the calibration set holds fewer samples.
-        """
-
-        def passed() -> CalibrationStats:
-            self.require_samples(settings.batch_size, settings.steps)
-            stream = batches(self.task, "calibration", settings.batch_size, settings.steps)
-            inputs = ((model_inputs(self.task, b), size) for b, size in stream)
-            return collect(self.prepared, inputs, progress, settings.sampling)
-
-        return self.cache.get("calibration", [settings.batch_size, settings.steps, settings.sampling], passed)
-
-    def require_samples(self, batch_size: int, steps: int) -> None:
-        """Refuse calibration amounts that the data cannot give. Raises DataError."""
-        available, wanted = len(self.task.data.calibration), batch_size * steps
-        if 0 < available < wanted:
-            raise DataError(
-                f"Calibration takes batch_size x steps = {wanted} samples, but got {available} in "
-                f"task.data.calibration. Lower calibration.batch_size or calibration.steps, or their search."
-            )
-
-    def peek(self) -> None:
-        """Read one batch of each split, so that data that cannot work are refused before anything long runs."""
-        for split in ("calibration", "evaluation"):
-            for _ in batches(self.task, split, self.default_calibration.batch_size, limit=1):
-                pass
-
-    def find_badcases(
-        self, progress: Progress = silent, inputs: BadcaseInputs | None = None, template: QDtype = QDtype.qint8
-    ) -> BadcaseTable:
-        """The calibration samples on which the model, all at `template`, differs most from float; progress in steps.
-
-        `inputs` keeps the model inputs of the chosen samples.
-        """
-        chosen, calibration = self.sensitivity_settings, self.default_calibration
-
-        def searched() -> BadcaseTable:
-            self.all(template)
-            stream = batches(self.task, "calibration", calibration.batch_size, self.badcase_steps)
-            return find_badcases(
-                self.task.model,
-                self.prepared,
-                ((model_inputs(self.task, b), n) for b, n in stream),
-                metric=chosen.metric,
-                count=chosen.bad_cases,
-                on_step=progress,
-                inputs=inputs,
-            )
-
-        key = [template, calibration, chosen.metric, chosen.bad_cases, chosen.search_samples, self.rules]
-        self.badcases = self.cache.get("badcases", key, searched, BadcaseTable)
-        if inputs is not None and not inputs.samples:  # the table was known, its samples are read again
-            for index in named_samples(self.badcases):
-                ((batch, _),) = batches(self.task, "calibration", 1, indices=[index])
-                inputs.update(model_inputs(self.task, batch), index, 1, [*inputs.samples, index])
-        return self.badcases
-
-    @property
-    def badcase_steps(self) -> int:
-        """Batches that are searched for bad cases."""
-        return -(-self.sensitivity_settings.search_samples // self.default_calibration.batch_size)
-
-    def all(self, dtype: QDtype) -> list[str]:
-        """Set every operator to `dtype` under the default calibration; returns what calibration noticed."""
-        calibration = self.default_calibration
-        return apply_scales(self.prepared, self.calibrate(calibration), self.template(dtype)[1], calibration)
-
-    def cases(self) -> list[Any]:
-        """Model inputs of the bad cases, as one batch."""
-        worst = (self.badcases or self.find_badcases()).chosen
-        return [model_inputs(self.task, b) for b, _ in batches(self.task, "calibration", len(worst), indices=worst)]
-
-    @property
-    def quantizers(self) -> int:
-        """Number of int8 rows of a sensitivity table: outputs and weights, high-precision outputs apart."""
-        return len(self.graph.quantized) - len(self.graph.high_precision) + len(self.graph.weighted)
-
-    def rank(self, progress: Progress = silent, template: QDtype = QDtype.qint8) -> SensitivityTable:
-        """Sensitivity of every quantizer on the bad cases; `progress` counts rows.
-
-        At each of `sensitivity.dtypes`; with another template than qint8 at what that gives each quantizer.
-        """
-        cases, settings = self.cases(), self.sensitivity_settings
-
-        def ranked() -> SensitivityTable:
-            rows: list[Candidate] = []
-            wanted = [QDtype.parse(name, "sensitivity.dtypes") for name in settings.dtypes]
-            for dtype in wanted if template == QDtype.qint8 else []:
-                self.all(QDtype.qint8 if dtype == QDtype.float16 else dtype)
-                rows += candidates(self.prepared, dtype)
-            self.all(template)
-            rows = rows or candidates(self.prepared)
-            return sensitivity(self.task.model, self.prepared, cases, settings=settings, rows=rows, on_row=progress)
-
-        chosen = list((self.badcases or self.find_badcases()).chosen)
-        key = [template, self.default_calibration, settings, chosen, self.rules]
-        self.sensitivities = self.cache.get("sensitivity", key, ranked, SensitivityTable)
-        return self.sensitivities
-
-    # ---- qconfigs
-
-    @property
-    def precisions(self) -> Precisions:
-        """Which operators may have which precision, and which get it; ranked by the present sensitivities."""
-        if self._precisions is None or self._precisions.sensitivities is not self.sensitivities:
-            self._precisions = Precisions(self.graph, self.rules, self.sensitivities, lambda: self.pricer)
-        return self._precisions
-
-    def template(self, dtype: QDtype) -> tuple[QConfig, QConfig]:
-        """(requested, applied) with every operator at `dtype`."""
-        return self.precisions.template(dtype)
-
-    @property
-    def scores(self) -> dict[str, float]:
-        """Activation sensitivities by operator; empty before the ranking."""
-        return self.precisions.scores
-
-    def resolve(self, settings: QConfigSettings) -> tuple[QConfig, QConfig]:
-        """(requested, applied) qconfig of a trial. A ratio between 0 and 1 needs sensitivities."""
-        return self.precisions.resolve(settings)
-
-    def cost(self, qconfig: QConfig) -> CostReport:
-        """Predicted cost at the deployed shape."""
-        return self.pricer.report(qconfig)
-
-    @cached_property
-    def pricer(self) -> Pricer:
-        """The cost model on the deployed graph, with the measured profile where there is one.
-
-        Raises ConfigError for a profile that cannot be read or that names none of the model's operators.
-        """
-        if self.profile is None:
-            return Pricer(self.deploy_graph, self.cost_model)
-        measured, self.unmatched = measure(self.profile, self.deploy_graph, self.template(self.profile_dtype)[1])
-        return Pricer(self.deploy_graph, self.cost_model, measured)
-
-    # ---- trials
+        super().__post_init__()
+        self._trained: dict[str, TrialResult] = {}
+        self._trainings: dict[str, Identity] = {}
 
     def run_trial(self, settings: TrialSettings, progress: Progress = silent) -> TrialResult:
         """Resolve, calibrate, evaluate and cost one trial. Equal (qconfig, calibration) are run once."""
@@ -286,68 +52,60 @@ class Bench:
         self, requested: QConfig, applied: QConfig, settings: TrialSettings, progress: Progress = silent
     ) -> TrialResult:
         """Evaluate a qconfig that is already resolved, after QAT if the settings ask for steps."""
-        calibration, qat = settings.calibration, settings.qat
+        calibration, qat, ran = settings.calibration, settings.qat, self.evaluations
         stats = self.calibrate(calibration)
-        findings = apply_scales(self.prepared, stats, applied, calibration)
-        # What changes numbers is in the dtypes and the scales: settings that lead to the same ones are one trial.
-        key = digest(
-            {
-                "qconfig": applied.digest,
-                "scales": scales(self.prepared),
-                "qat": qat if qat.steps else None,
-                "least": self.least,
-            }
-        )
-        if key in self._done:
-            self.hits += 1
-            return replace(self._done[key], requested=requested, qconfig=applied, shared=True)
+        calibrated = apply_scales(self.prepared, stats, applied, calibration)
+        # What changes numbers is in dtypes, scales and switches: settings that lead to the same ones are one trial.
+        key = [applied.digest, forward_state(self.prepared), self.eval_batch, self.least]
+        if qat.steps:
+            key.append([qat.steps, training_key(self.prepared, self.training, qat, applied, calibration)])
+            if (known := self._trained.get(digest(key))) is not None:
+                self.hits += 1
+                return replace(
+                    known, requested=requested, qconfig=applied, calibration_samples=stats.samples, evaluated=False
+                )
         model, report = self.prepared, None
         if qat.steps:
-            place = self.checkpoints and self.checkpoints / digest(self.cache.context)
+            place = self.training_folder(split_for(self.task, "train", qat.augment))
             model, report = train_trial(self.task, self.prepared, self.training, qat, applied, calibration, place)
-            metric, samples, overflowed = self._evaluated(model, progress)
+            found = self._evaluated(model, progress)
         else:
-            metric, samples, overflowed = self.cache.get(
-                "evaluation", [key, self.eval_batch], lambda: self._evaluated(model, progress)
-            )
-        found = calibration_findings(model, stats, applied, findings)
-        found += tuple(
-            Finding(name, "check", f"{count} values beyond half precision: calibration.float16_clip=true, or qint16")
-            for name, count in overflowed.items()
-        )
-        found += tuple(Finding("qat", "check", text) for text in (report.findings if report else ()))
+            found = self.cache.get("evaluation", key, lambda: self._evaluated(model, progress), Evaluation)
+        self.hits += self.evaluations == ran
+        noted = findings_of(model, stats, applied, calibrated, found.overflowed, report)
         result = TrialResult(
-            metric=metric,
-            drop=self.task.drop(self.float_metric, metric),
-            samples=samples,
+            metric=found.metric,
+            drop=self.task.drop(self.float_metric, found.metric),
+            samples=found.samples,
             qconfig=applied,
             requested=requested,
             cost=self.cost(applied),
-            check=check_model(self.graph, requested, applied, found, calibration.method),
+            check=check_model(self.graph, requested, applied, noted, calibration.method),
             scales=scales(model),
             calibration_samples=stats.samples,
-            shared=False,
+            evaluated=self.evaluations > ran,
             training=report,
             weights=float_weights(model) if qat.steps else None,
         )
-        self._done[key] = result
+        if qat.steps:
+            self._trained[digest(key)] = result
         return result
 
-    def _evaluated(self, model: QuantizedModel, progress: Progress) -> tuple[float, int, dict[str, int]]:
+    def _evaluated(self, model: QuantizedModel, progress: Progress) -> Evaluation:
         """Metric over the evaluation data, samples, and values that overflowed by operator."""
         self.evaluations += 1
         with model.quantized():
             metric, samples = evaluate(self.task, model, self.eval_batch, progress, self.least)
-            self._require_all_ran(model)
-        return metric, samples, dict(model.overflowed)
+            require_all_ran(model)
+        return Evaluation(metric, samples, dict(model.overflowed))
 
-    def _require_all_ran(self, model: QuantizedModel) -> None:
-        """What was asked must have been computed: a quantizer that never ran would flatter the metric."""
-        quantizers = [*model.outputs.values(), *model.weights.values()]
-        wanted = {q.name for q in quantizers if q.dtype not in (None, QDtype.float32)}
-        missing = sorted(wanted - model.ran)
-        if missing or model.unseen:
-            raise ModelError(
-                f"Every planned quantizer runs, but got none for {missing[:3]} and unplanned operators "
-                f"{sorted(model.unseen)[:3]}. The model takes another path on this data than while traced."
-            )
+    def training_folder(self, split: str) -> Path | None:
+        """Where trainings of this task with this loss, optimizer and training split leave their checkpoints."""
+        if self.checkpoints is None or self.identity.unidentified:
+            return None
+        if split not in self._trainings:
+            self._trainings[split] = of_training(self.task, self.training, split)
+            for part in self._trainings[split].unidentified[:1]:
+                self.cache.say(f"{'training':<12} keeps no checkpoints: nothing identifies {part}")
+        found = self._trainings[split]
+        return None if found.unidentified else self.checkpoints / digest([self.identity.content, found.content])

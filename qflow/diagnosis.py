@@ -29,12 +29,13 @@ from qflow.analysis.tables import (
     LayerTable,
     SensitivityTable,
 )
-from qflow.bench import Bench, Progress, silent
+from qflow.bench import Bench
 from qflow.core.device import apply_rules
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.qconfig import QConfig
 from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, Setter, TemplateSetter, resolve
+from qflow.groundwork import Progress, silent
 from qflow.quant.calibrate import apply_scales
 from qflow.quant.calling import batch_size, call_model, named_tensors
 from qflow.quant.capture import ReplayError

@@ -10,6 +10,7 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.settings import QConfigSettings
 from qflow.search.objective import Goal
+from qflow.tasks.task import Task, split_for
 
 
 def check_search(bench: Bench, goal: Goal, switched: Sequence[QConfigSettings]) -> None:
@@ -19,6 +20,23 @@ def check_search(bench: Bench, goal: Goal, switched: Sequence[QConfigSettings]) 
     check_budgets(bench, goal)
     for settings in switched:
         bench.resolve(replace(settings, int16_ratio=0.0))
+
+
+def check_augmented(task: Task, calibration: bool, training: bool) -> None:
+    """Refuse trials that calibrate or train on augmented data where the task has none. Raises ConfigError."""
+    split_for(task, "calibration", calibration)
+    split_for(task, "train", training)
+
+
+def check_bounds(task: Task) -> None:
+    """Refuse to end evaluations early by a metric that cannot tell when a goal is out of reach. Raises ConfigError."""
+    per_sample = not (hasattr(task.metric, "update") and hasattr(task.metric, "compute"))
+    if not per_sample or getattr(task.metric, "bounds", None) is None:
+        what = "no bounds" if per_sample else "one that is computed at the end"
+        raise ConfigError(
+            f"search.early_stop needs a metric with a score a sample and its bounds (lowest, highest), but got "
+            f"{what}. Give the metric bounds, or leave search.early_stop out."
+        )
 
 
 def check_budgets(bench: Bench, goal: Goal) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qflow import config as conf
 from qflow.core.dtype import QDtype
+from qflow.core.errors import TrialError
 from qflow.report.console import SummaryRow, python_command, summary_table
 from qflow.search.objective import CONSTRAINT, accurate, nearest_miss, over_budget
 from qflow.search.outcome import FinishedTrial
@@ -18,7 +19,11 @@ def finish(session: Session) -> int:
     """Table, document and next steps; the study's run completed; the exit code: 0 goal met, 1 not."""
     trials, bench, best = session.trials, session.bench, session.best
     shown = best or nearest_miss(trials, session.goal.ranking)
-    assert shown is not None
+    if shown is None:
+        raise TrialError(
+            "A study needs a trial at least, but got none: a budget was spent before the first, or it failed. Raise "
+            "search.timeout and search.max_evaluations."
+        )
     rows = [SummaryRow("float", {session.accuracy: bench.float_metric})]
     rows += [SummaryRow(label, trial.outcome.metrics) for label, trial in session.baselines.items()]
     rows.append(SummaryRow("best mix" if best else "nearest", shown.outcome.metrics))

@@ -13,7 +13,6 @@ from qflow import __version__
 from qflow.bench import Bench
 from qflow.core.errors import ConfigError
 from qflow.core.record import digest
-from qflow.tasks.identity import data_digest, weights_digest
 
 PACKAGES = ("torch", "numpy", "mlflow", "optuna", "hydra-core")
 
@@ -26,9 +25,9 @@ def manifest(bench: Bench) -> dict[str, Any]:
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
         "device": bench.task.device,
         "threads": torch.get_num_threads(),
-        "weights": weights_digest(bench.task.model),
+        "weights": bench.identity.content["weights"],
         "graph": digest(bench.graph),
-        "data": data_digest(bench.task),
+        "data": digest(bench.identity.content["data"]),
         "profile": profile_digest(bench.profile) if bench.profile else "",
         "eval_samples": bench.eval_samples,
         "float_metric": bench.float_metric,

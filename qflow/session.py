@@ -6,14 +6,14 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from qflow import config as conf
 from qflow.analysis.model_check import check_model
@@ -22,13 +22,14 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.record import to_json
 from qflow.diagnosis import Diagnosis
-from qflow.feasible import check_search
+from qflow.feasible import check_augmented, check_bounds, check_search
 from qflow.fingerprint import changes, fingerprint
+from qflow.front import log_front
 from qflow.manifest import manifest
 from qflow.report.console import Console, duration
 from qflow.report.files import write_study, write_trial
 from qflow.search.loop import Driver, FailedTrial, FinishedTrial, Outcome, driving
-from qflow.search.objective import Goal, aims, best_trial, meets, pareto_set
+from qflow.search.objective import Goal, aims, best_trial
 from qflow.search.strategies import BudgetSpent
 from qflow.search.study import Study
 from qflow.tracking.mlflow_tracker import MlflowTracker
@@ -57,6 +58,8 @@ class Session:
     """Values that every trial gets from here on: an fp16 set that is kept, training left to a stage of its own."""
     baselines: dict[str, FinishedTrial] = field(default_factory=dict)
     """What the others are compared with, by label."""
+    reserved: int = 0
+    """Trials (and evaluations) left for training while nothing meets the goal, at most half of those of the search."""
     decisions: list[tuple[str, str]] = field(default_factory=list)
     """(stage, text): what was decided and why."""
 
@@ -77,6 +80,9 @@ class Session:
         are gone.
         """
         check_search(self.bench, self.goal, conf.module_settings(self.config, self.study.space))
+        check_augmented(self.bench.task, self._may_be_true("calibration.augment"), self._may_be_true("qat.augment"))
+        if self.config.search.early_stop:
+            check_bounds(self.bench.task)
         state = fingerprint(self.config, self.manifest)
         found = self.tracker.find_study(self.study.name)
         finished = sum(trial.state == "complete" for trial in self.study.trials())
@@ -115,6 +121,11 @@ class Session:
                 shutil.copy(self.bench.profile, Path(folder) / PROFILE)
             self.tracker.log_study(self.study_run, folder=Path(folder), metrics=metrics)
         self.drive()
+
+    def _may_be_true(self, key: str) -> bool:
+        """Whether a switch is on, or may be in a trial."""
+        domain = self.study.space.get(key)
+        return domain.contains(True) if domain else bool(OmegaConf.select(self.config, key))
 
     def largest_calibration(self) -> tuple[int, int]:
         """The largest batch size and number of steps that the default or the search can ask for."""
@@ -167,13 +178,16 @@ class Session:
         return best_trial([t for t in self.trials if not t.outcome.metrics.get("qat/steps")], self.goal.ranking)
 
     def base(self) -> dict[str, Any]:
-        """Every searched key as configured, and what all trials of this workflow keep (`kept`)."""
+        """A whole point: every searched key as configured, and what all trials of this workflow keep (`kept`)."""
         return {**conf.configured(self.config, self.study.space), **self.kept}
 
     def measure(self, point: Mapping[str, Any], label: str = "") -> FinishedTrial | None:
-        """The trial at `point`, evaluated unless the study has it; None where it failed. Raises BudgetSpent."""
+        """The trial at `point`, evaluated unless the study has it; None where it failed. Raises BudgetSpent.
+
+        Searched keys that `point` leaves open are as in `base`.
+        """
         assert self.driver is not None
-        point = {**self.kept, **point}
+        point = {**self.base(), **point}
         if self.driver.known(point) is None:
             self._require_budget()
         found = self.driver.measure(point, label)
@@ -185,46 +199,54 @@ class Session:
         self._require_budget()
         return self.driver.sample(self.kept) is not None
 
+    @contextmanager
+    def pass_or_fail(self) -> Iterator[None]:
+        """Inside, an evaluation may end once the goal is out of reach (search.early_stop): where nothing but that is
+        asked. Figures of such a trial are the worst possible, so trials that are compared are evaluated whole.
+        """
+        self.bench.least = self.least_metric if self.config.search.early_stop else None
+        try:
+            yield
+        finally:
+            self.bench.least = None
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations that the study's trials took; a qconfig that was evaluated before takes none."""
+        return sum(trial.outcome.tags.get("qflow.evaluated") != "false" for trial in self.trials)
+
     def _require_budget(self) -> None:
         search = self.config.search
-        if len(self.trials) >= search.n_trials:
-            raise BudgetSpent(f"all {search.n_trials} trials are run (search.n_trials)")
+        counts = [("trials", len(self.trials), search.n_trials, "search.n_trials")]
+        if search.max_evaluations is not None:
+            counts.append(("evaluations", self.evaluations, search.max_evaluations, "search.max_evaluations"))
+        for what, done, limit, key in counts:
+            held = 0 if self.untrained_best is not None else min(self.reserved, max(limit - 2, 0) // 2)
+            if done >= limit - held:
+                left = f", {limit - done} are left for training" if held else ""
+                raise BudgetSpent(f"{done} of {limit} {what} are run ({key}){left}")
         if search.timeout is not None and time.monotonic() - self._began >= search.timeout:
             raise BudgetSpent(f"{search.timeout:g} s have passed (search.timeout)")
-        if search.max_evaluations is not None:
-            done = sum(trial.outcome.tags.get("qflow.shared") != "true" for trial in self.trials)
-            if done >= search.max_evaluations:
-                raise BudgetSpent(f"{done} evaluations are run (search.max_evaluations)")
 
     def _on_trial(self, trial: FinishedTrial | FailedTrial) -> None:
         self.note_best()
-        done = self.trials
         line = trial_line(trial, self.accuracy)
-        if len(done) > 2 and (left := self.config.search.n_trials - len(done)) > 0:
-            seconds = statistics.median(t.seconds for t in done[-8:]) * left
-            line += f"  {len(done)} of {self.config.search.n_trials}, left {duration(seconds)} at most"
+        if len(self.trials) > 2 and (seconds := self._seconds_left()) > 0:
+            line += f"  {len(self.trials)} of {self.config.search.n_trials}, left {duration(seconds)} at most"
         self.console.say(line)
         if isinstance(trial, FinishedTrial) and self.study_run:
-            self._log_front()
+            log_front(self.tracker, self.study_run, self.study.name, self.trials, self.goal, self.root)
 
-    def _log_front(self) -> None:
-        """Best so far and the Pareto set, on disk and on the study's run, after every trial."""
-        best = self.best
-        front = pareto_set(self.trials, list(self.goal.optimize.values()))
-        rows = [
-            [t.number, t.label, *(t.outcome.metrics.get(name) for name in self.goal.optimize), meets(t), t.run_id]
-            for t in sorted(front, key=lambda t: t.outcome.objectives)
-        ]
-        table = {"columns": ["trial", "label", *self.goal.optimize, "meets the goal", "run"], "data": rows}
-        state = {"study": self.study.name, "trial": best.number if best else None, "run": best.run_id if best else None}
-        folder = self.root / "studies" / self.study.name
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "pareto.json").write_text(to_json(table))
-        (folder / "best.json").write_text(to_json({**state, "metrics": best.outcome.metrics if best else {}}, indent=1))
-        shown = {f"best/{k.split('/', 1)[1]}": v for k, v in best.outcome.metrics.items()} if best else {}
-        self.tracker.log_study(
-            self.study_run, folder=folder, metrics=shown, tags={"qflow.best_so_far": best.run_id if best else ""}
-        )
+    def _seconds_left(self) -> float:
+        """Until the first of the budgets is spent, if the next trials take as long as the last ones."""
+        search, done = self.config.search, self.trials
+        left = search.n_trials - len(done)
+        if search.max_evaluations is not None:
+            left = min(left, search.max_evaluations - self.evaluations)
+        seconds: float = statistics.median(t.seconds for t in done[-8:]) * left
+        if search.timeout is not None:
+            seconds = min(seconds, search.timeout - (time.monotonic() - self._began))
+        return seconds
 
     def decide(self, stage: str, text: str) -> None:
         """Say a decision with its reason; all of them together are the study's document."""

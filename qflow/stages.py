@@ -14,13 +14,13 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import TrialError
 from qflow.diagnosis import Diagnosis
 from qflow.search.domain import Choice
-from qflow.search.objective import CONSTRAINT
+from qflow.search.objective import CONSTRAINT, meets
 from qflow.search.outcome import FinishedTrial
-from qflow.search.strategies import BudgetSpent, assign, ladder
+from qflow.search.strategies import FLOAT16, RATIO, BudgetSpent, assign, ladder
 from qflow.session import Session
+from qflow.train_stage import leave_for_training
 
 ALL_INT16, ALL_INT8 = "all-int16", "all-int8"
-RATIO, FLOAT16 = "qconfig.int16_ratio", "qconfig.float16_count"
 TOP = 3  # operators that a reason names
 
 
@@ -41,12 +41,9 @@ def begin(session: Session) -> None:
         stats = bench.calibrate(settings, advance)
         say(f"{stats.samples} samples in {stats.steps} steps, one pass for every method and dtype")
     diagnose(session)
-    qat = session.config.qat
-    if qat.steps and qat.apply == "after_search":
-        session.kept["qat.steps"] = 0
-        console.say(f"{'training':<12} after the search, {qat.steps} steps (qat.apply=after_search)")
-    elif qat.steps:
-        console.say(f"{'training':<12} each trial is trained after its calibration: {qat.steps} steps (qat.steps)")
+    leave_for_training(session)
+    if session.config.search.early_stop:
+        console.say(f"{'early stop':<12} where only the goal is asked for: ladders and giving back (search.early_stop)")
 
 
 def check(session: Session) -> str:
@@ -55,6 +52,7 @@ def check(session: Session) -> str:
     graph = bench.graph
     settings = conf.trial_settings(session.config).qconfig
     bare = replace(settings, float16_count=0, assignment="", error_share=None)
+    bare = replace(bare, sensitive_type="activation", counting="operators")  # nothing is ranked yet
     for ratio in (0.0, 1.0):  # what names ask for must be legal before ten trials fail on it
         bench.resolve(replace(bare, int16_ratio=ratio))
     requested, applied = bench.template(QDtype.qint16)
@@ -133,16 +131,13 @@ def search_mix(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -
         "ratio": _laddered,
         "assign": _assigned,
     }
-    before, bench = len(session.trials), session.bench
+    before = len(session.trials)
     with session.console.stage("search") as say:
         ended = "done"
         try:
-            bench.least = session.least_metric if session.config.search.early_stop else None
             strategies[session.config.search.strategy](session, floor, ceiling)
         except BudgetSpent as spent:
             ended = str(spent)
-        finally:
-            bench.least = None
         searched = len(session.trials) - before
         say(f"{searched} trials by {session.config.search.strategy}, {session.bench.hits} already evaluated; {ended}")
 
@@ -150,8 +145,8 @@ def search_mix(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -
 def _sampled(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:
     """The points that the configuration wants first, at the defaults where they say nothing; then the sampler's own."""
     for point in conf.plain(session.config.search.enqueue):
-        known = {k: v for k, v in point.items() if k in session.study.space}
-        if known:  # one that varies only what the user has fixed is none
+        known = {k: v for k, v in point.items() if k in session.study.space and k not in session.kept}
+        if known:  # one that varies only what is fixed is none
             session.measure(
                 {**baseline_point(session, ALL_INT8), **known},
                 " ".join(f"{k.split('.')[-1]}={v}" for k, v in known.items()),
@@ -160,32 +155,46 @@ def _sampled(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> 
         pass
 
 
-def best_calibration(session: Session) -> dict[str, Any]:
-    """The all-int8 point of the searched calibration method that loses least: the guide's basic tuning."""
+def best_calibration(session: Session) -> FinishedTrial | None:
+    """The all-int8 trial of the searched calibration method that loses least: the guide's basic tuning."""
     base = baseline_point(session, ALL_INT8)
     methods = session.study.space.get("calibration.method")
-    points = [{**base, "calibration.method": m} for m in methods.values] if isinstance(methods, Choice) else []
-    trials = [t for p in points if (t := session.measure(p, f"all-int8 {p['calibration.method']}")) is not None]
-    best = min(trials, key=lambda t: t.outcome.constraints[CONSTRAINT], default=None)
-    return {**base, "calibration.method": best.params["calibration.method"]} if best else base
+    points = [{**base, "calibration.method": m} for m in methods.values] if isinstance(methods, Choice) else [base]
+    trials = [t for p in points if (t := session.measure(p, f"all-int8 {_method(session, p)}")) is not None]
+    return min(trials, key=lambda t: t.outcome.constraints[CONSTRAINT], default=None)
+
+
+def _method(session: Session, point: Mapping[str, Any]) -> str:
+    return str(point.get("calibration.method", session.config.calibration.method))
+
+
+def _met_by_calibration(session: Session, int8: FinishedTrial) -> bool:
+    if not meets(int8):
+        return False
+    drop = int8.outcome.metrics["accuracy/drop"]
+    session.decide(ALL_INT8, f"drop {drop:+.4f} under {_method(session, int8.params)}: no operator needs int16")
+    return True
 
 
 def _laddered(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:
-    base = best_calibration(session)
-    count = sum(op.int8_error > 0.0 for op in _problem(session, base).operators)
-    ladder(session.measure, base, RATIO, [round(k / count, 6) for k in range(count + 1)])
+    int8 = best_calibration(session) or floor
+    if not _met_by_calibration(session, int8):
+        count = sum(op.int8_error > 0.0 for op in _problem(session, int8.params).operators)
+        with session.pass_or_fail():
+            ladder(session.measure, int8.params, RATIO, [round(k / max(count, 1), 6) for k in range(count + 1)])
 
 
 def _assigned(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:
-    base = best_calibration(session)
-    int8 = session.measure(base, "all-int8")
-    problem, limit = _problem(session, base), session.goal.max_latency_ms
+    int8 = best_calibration(session) or floor
+    if _met_by_calibration(session, int8):
+        return
+    problem, limit = _problem(session, int8.params), session.goal.max_latency_ms
     assign(
         session.measure,
-        {**base, RATIO: 0.0},
+        {**int8.params, RATIO: 0.0},
         problem,
         max_drop=session.goal.max_drop,
-        int8_drop=(int8 or floor).outcome.metrics["accuracy/drop"],
+        int8_drop=int8.outcome.metrics["accuracy/drop"],
         int16_drop=ceiling.outcome.metrics["accuracy/drop"],
         max_ms=None if limit is None else limit - floor.outcome.metrics["cost/latency_ms"],
     )
@@ -201,13 +210,8 @@ def raise_float16(session: Session) -> FinishedTrial | None:
     order = session.bench.precisions.float16_order
     base = baseline_point(session, ALL_INT16)
     with session.console.stage("fp16") as say:
-        try:
-            ladder(session.measure, base, FLOAT16, list(range(len(order) + 1)), patience=0)
-        except BudgetSpent as spent:
-            session.console.say(f"{'budget':<12} {spent}")
-        able = [t for t in session.trials if FLOAT16 in t.params and t.params[RATIO] == 1.0]
-        met = [t for t in able if t.outcome.constraints[CONSTRAINT] <= 0.0]
-        best = min(met, key=lambda t: int(t.params[FLOAT16] or 0), default=None)
+        with session.pass_or_fail():
+            best = ladder(session.measure, base, FLOAT16, list(range(len(order) + 1)), patience=0)
         chosen = order[: int(best.params[FLOAT16] or 0)] if best else ()
         say(
             f"{len(chosen)} of {len(order)} operators that gain from fp16 suffice: {', '.join(chosen)}"

@@ -8,56 +8,79 @@ give back   int16 operators of the trained mix to int8, trained alike, where the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from qflow import config as conf
 from qflow.core.dtype import QDtype
-from qflow.search.objective import meets, nearest_miss
+from qflow.search.objective import best_trial, nearest_miss
 from qflow.search.outcome import FinishedTrial
-from qflow.search.strategies import ASSIGNMENT, BudgetSpent, give_back, halving
+from qflow.search.strategies import ASSIGNMENT, RATIO, BudgetSpent, give_back, halving
 from qflow.session import Session
-from qflow.stages import RATIO
 
 RUNGS = 3  # a quarter, half, and all of the steps
+
+
+def leave_for_training(session: Session) -> None:
+    """Say when trials are trained; where that is after the search, keep training out of it and trials for it."""
+    qat, search = session.config.qat, session.config.search
+    if qat.steps and qat.apply == "after_search":
+        alive, trainings = 2 * len(search.weight_decays), len(search.rates)
+        for _ in _rungs(qat.steps):
+            trainings, alive = trainings + alive, max(alive // 2, 1)
+        session.kept["qat.steps"], session.reserved = 0, trainings
+        session.console.say(f"{'training':<12} after the search, {qat.steps} steps (qat.apply=after_search)")
+    elif qat.steps:
+        session.console.say(
+            f"{'training':<12} each trial is trained after its calibration: {qat.steps} steps (qat.steps)"
+        )
 
 
 def train_nearest(session: Session) -> None:
     """Training as a stage of its own, where it was left to one and nothing meets the goal yet."""
     if session.untrained_best is not None or session.kept.get("qat.steps") != 0:
         return
-    calibrated = [t for t in session.trials if not t.outcome.metrics.get("qat/steps")]
-    nearest = nearest_miss(calibrated, session.goal.ranking)
-    assert nearest is not None
+    nearest = nearest_miss([t for t in session.trials if not _is_trained(t)], session.goal.ranking)
+    if nearest is None:
+        return
     del session.kept["qat.steps"]
+    session.reserved = 0
     session.decide("training", f"from trial {nearest.number} {nearest.label}".rstrip() + ", the nearest to the goal")
     train(session, nearest)
 
 
-def train(session: Session, start: FinishedTrial) -> FinishedTrial | None:
-    """Train the mix of `start`; the best trained trial that meets the goal, or None."""
+def train(session: Session, start: FinishedTrial) -> None:
+    """Train the mix of `start`; where a trained trial meets the goal, give int16 back."""
     with session.console.stage("training") as say:
+        ended = ""
         try:
-            found = _trained(session, dict(start.params))
-            if found is not None and meets(found):
-                _give_back(session, found)
+            met = _trained(session, dict(start.params))
+            if met is not None:
+                _give_back(session, met)
         except BudgetSpent as spent:
-            session.console.say(f"{'budget':<12} {spent}")
-        done = [t for t in session.trials if t.outcome.metrics.get("qat/steps")]
+            ended = f"; {spent}"
+        done = [t for t in session.trials if _is_trained(t)]
         best = max(done, key=_score, default=None)
-        say(
-            f"{len(done)} trainings, best {best.outcome.metrics[session.accuracy]:.4f} at rate "
-            f"{best.params['qat.learning_rate']:g}"
-            if best
-            else "every training failed"
-        )
-    return session.best if session.best and session.best.outcome.metrics.get("qat/steps") else None
+        if best is not None:
+            rate = best.params["qat.learning_rate"]
+            say(f"{len(done)} trainings, best {best.outcome.metrics[session.accuracy]:.4f} at rate {rate:g}{ended}")
+        else:
+            say(f"none was started{ended}" if ended else "every training failed")
 
 
 def _trained(session: Session, point: dict[str, Any]) -> FinishedTrial | None:
+    """The rate, then scales and weight decay; the best trial on the way that meets the goal, however long it was."""
+    done: list[FinishedTrial] = []
+
+    def measure(point: Mapping[str, Any], label: str) -> FinishedTrial | None:
+        trial = session.measure(point, label)
+        done.extend([trial] if trial is not None else [])
+        return trial
+
     qat, search = session.config.qat, session.config.search
     probe = max(round(qat.steps * search.probe_share), 1)
     fixed = {**point, "qat.steps": probe, "qat.scheduled": False}
-    trials = {r: session.measure({**fixed, "qat.learning_rate": r}, f"QAT rate {r:g}") for r in search.rates}
+    trials = {r: measure({**fixed, "qat.learning_rate": r}, f"QAT rate {r:g}") for r in search.rates}
     known = {rate: t for rate, t in trials.items() if t is not None}
     if not known:
         session.decide("learning rate", f"every rate of {list(search.rates)} fails; add lower ones to search.rates")
@@ -71,18 +94,22 @@ def _trained(session: Session, point: dict[str, Any]) -> FinishedTrial | None:
         for decay in search.weight_decays
         for moving in (False, True)
     ]
-    rungs = sorted({max(qat.steps // 2**k, 1) for k in range(RUNGS)})
-    halving(session.measure, candidates, rungs)
-    final = [t for t in session.trials if t.params.get("qat.steps") == qat.steps and _same(t, point)]
-    best = max(final, key=_score, default=None)
-    if best is not None:
-        scales = "moving" if best.params["qat.moving"] else "fixed"
+    final = next(iter(halving(measure, candidates, _rungs(qat.steps))), None)
+    if final is not None:
+        scales = "moving" if final.params["qat.moving"] else "fixed"
         session.decide(
             "training",
-            f"{scales} activation scales, weight decay {best.params['qat.weight_decay']:g}: drop "
-            f"{best.outcome.metrics['accuracy/drop']:+.4f} after {best.outcome.metrics['qat/steps']:.0f} steps",
+            f"{scales} activation scales, weight decay {final.params['qat.weight_decay']:g}: drop "
+            f"{final.outcome.metrics['accuracy/drop']:+.4f} after {final.outcome.metrics['qat/steps']:.0f} steps",
         )
-    return best
+    else:
+        session.decide("training", f"at rate {rate:g} with the scheduler every training fails; add lower ones")
+    return best_trial(done, session.goal.ranking)
+
+
+def _rungs(steps: int) -> list[int]:
+    """Steps after which the worse half of the candidates is left behind."""
+    return sorted({max(steps // 2**k, 1) for k in range(RUNGS)})
 
 
 def _give_back(session: Session, trained: FinishedTrial) -> None:
@@ -99,12 +126,13 @@ def _give_back(session: Session, trained: FinishedTrial) -> None:
     def ask(assignment: str, label: str) -> FinishedTrial | None:
         return session.measure({**point, RATIO: 0.0, ASSIGNMENT: assignment}, f"QAT {label}")
 
-    fewer = give_back(ask, precisions.problem(bare), mix, patience=2)
+    with session.pass_or_fail():
+        fewer = give_back(ask, precisions.problem(bare), mix, patience=2)
     session.decide("give back", f"{mix.count('6')} int16 operators before, {fewer.count('6')} after")
 
 
-def _same(trial: FinishedTrial, point: dict[str, Any]) -> bool:
-    return all(trial.params.get(k) == v for k, v in point.items() if not k.startswith("qat."))
+def _is_trained(trial: FinishedTrial) -> bool:
+    return trial.outcome.metrics.get("qat/steps", 0.0) > 0.0
 
 
 def _score(trial: FinishedTrial) -> float:

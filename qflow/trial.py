@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qflow.analysis.tables import ModelCheck
@@ -13,6 +13,16 @@ from qflow.core.record import digest
 from qflow.cost.records import CostReport
 from qflow.cost.table import COST_METRICS
 from qflow.quant.qat import TrainingReport
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one pass over the evaluation data gave."""
+
+    metric: float
+    samples: int
+    overflowed: Mapping[str, int] = field(default_factory=dict)
+    """Values beyond half precision, by operator in fp16."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +38,8 @@ class TrialResult:
     check: ModelCheck
     scales: dict[str, float | list[float]]
     calibration_samples: int
-    shared: bool
-    """True if an earlier trial had the same qconfig and calibration: nothing was run again."""
+    evaluated: bool
+    """False if no pass over the evaluation data ran for it: its figures were in memory or in the cache on disk."""
     training: TrainingReport | None = None
     """What QAT did; None for a trial that only calibrates."""
     weights: dict[str, Any] | None = None

@@ -45,7 +45,7 @@ def outcome(result: TrialResult, goal: Goal, accuracy: str, params: Mapping[str,
             **({"qflow.stopped": f"after {result.samples} of {samples} samples"} if result.samples < samples else {}),
             "qflow.qconfig": result.qconfig.digest,
             "qflow.scales": result.scales_digest,
-            "qflow.shared": str(result.shared).lower(),
+            "qflow.evaluated": str(result.evaluated).lower(),
         },
     )
 

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +31,25 @@ def main() -> None:
 
 
 def tune(config: DictConfig) -> int:
-    """Check everything that needs no model, assemble the parts, and hand over to the workflow."""
+    """Check everything that needs no model, assemble the parts, and run the workflow between beginning and end.
+
+    A budget that is spent ends the workflow, never the study: what is known then is told as usual.
+    """
     workflow = find_workflow(conf.required(config, "workflow"))
     check_config(config)
+    from qflow.finish import finish
+    from qflow.search.strategies import BudgetSpent
+    from qflow.stages import begin
+    from qflow.train_stage import train_nearest
+
     with assemble(config) as session:
-        return int(workflow.run(session))
+        begin(session)
+        try:
+            workflow.run(session)
+        except BudgetSpent as spent:
+            session.console.say(f"{'budget':<12} {spent}")
+        train_nearest(session)
+        return finish(session)
 
 
 def check_config(config: DictConfig) -> None:
@@ -55,6 +70,13 @@ def check_config(config: DictConfig) -> None:
         raise ConfigError(
             "QAT needs a loss, but got none. Set qat.loss._target_ to a function of (outputs, batch), or use qat=none."
         )
+    searched = sorted(key for key in space if key.startswith("qat."))
+    if searched and config.qat.apply == "after_search":
+        raise ConfigError(
+            f"qat.apply=after_search leaves training out of the search, but got {searched[0]} to search. Use "
+            f"qat.apply=every_trial, or take it out: search.space.{searched[0]}=null."
+        )
+    _check_float16(config, space)
     if config.task.batch_size < 1:
         raise ConfigError(f"task.batch_size is at least 1, but got {config.task.batch_size}.")
     if config.search.n_trials < 2:
@@ -63,6 +85,18 @@ def check_config(config: DictConfig) -> None:
         raise ConfigError(f"search.timeout is a number of seconds above 0, but got {config.search.timeout:g}.")
     for point in conf.plain(config.search.enqueue):
         conf.trial_settings(config, point)
+
+
+def _check_float16(config: DictConfig, space: Mapping[str, Any]) -> None:
+    """Refuse to choose fp16 operators by errors that will not be measured. Raises ConfigError."""
+    chosen = "fp16" in config.workflow or config.workflow == "full"
+    if chosen or config.qconfig.float16_count or "qconfig.float16_count" in space:
+        absent = [dtype for dtype in ("qint16", "float16") if dtype not in config.sensitivity.dtypes]
+        if absent:
+            raise ConfigError(
+                f"Operators get fp16 by what they lose at int16 and at fp16, but got sensitivity.dtypes="
+                f"{list(config.sensitivity.dtypes)} without {absent[0]}. Set sensitivity.dtypes=[qint8,qint16,float16]."
+            )
 
 
 def check_search(config: DictConfig) -> None:
@@ -157,7 +191,7 @@ def assemble(config: DictConfig) -> Any:
             n_trials=config.search.n_trials,
         )
         session = Session(config, bench, goal, Console(started=STARTED), tracker, study, root)
-        bench.cache.folder = root / "cache"
+        bench.cache.folder, bench.cache.say = root / "cache", session.console.say
         bench.checkpoints = root / "cache" / "training"
         status = "FAILED"
         try:

@@ -1,5 +1,8 @@
 """A trial pays for what is new in it, and a hit is a miss's twin."""
 
+from dataclasses import fields
+from types import SimpleNamespace
+
 import pytest
 
 from qflow.cache import Cache
@@ -15,8 +18,8 @@ def trial(bench, ratio=0.0, **calibration):
 def test_equal_qconfigs_are_evaluated_once(bench):
     first = trial(bench)
     again = trial(bench)
-    assert not first.shared
-    assert again.shared
+    assert first.evaluated
+    assert not again.evaluated
     assert bench.hits == 1
     assert (again.metric, again.scales) == (first.metric, first.scales)
 
@@ -35,7 +38,6 @@ def test_the_same_settings_give_the_same_numbers(digits_task, nash_m, bench):
 def test_order_of_trials_does_not_matter(bench):
     before = trial(bench, method="kl")
     trial(bench, 1.0, method="mse")
-    bench._done.clear()
     bench.cache = Cache()
     after = trial(bench, method="kl")
     assert before.scales == after.scales
@@ -155,17 +157,112 @@ def test_what_the_device_bars_from_int16_says_so_in_every_trial(nash_m):
     assert rows["1"].reason == "no int16: 2 (max_pool) takes int8 input only"
 
 
-def test_data_that_change_anywhere_change_the_fingerprint_sooner_or_later(bench):
-    """32 samples of each split are hashed; the float metric over all evaluation data stands beside them."""
-    from qflow.tasks.identity import data_digest
+FIELDS = {
+    "method": "kl", "batch_size": 8, "steps": 1, "percentile": 90.0, "averaging_constant": 0.01, "int16_margin": 4.0,
+    "divisor": "plugin", "clip_min": -0.1, "clip_max": 0.1, "std_scale": 0.5, "sampling": 1, "float16_clip": True,
+    "augment": True,
+}  # fmt: skip
 
-    before = data_digest(bench.task)
-    images = bench.task.data.evaluation.tensors[0]
-    step = len(images) // 32
-    kept = images[5 * step].clone()
-    images[5 * step] += 0.5
-    try:
-        assert data_digest(bench.task) != before
-    finally:
-        images[5 * step] = kept
-    assert data_digest(bench.task) == before
+
+METHODS = {
+    "percentile": "percentile", "averaging_constant": "minmax", "clip_min": "clip", "clip_max": "clip",
+    "std_scale": "clip_std",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(CalibrationSettings)])
+def test_whatever_a_calibration_setting_changes_a_shared_bench_sees(field, nash_m):
+    """fp16 that overflows, an input in int16 of an int8 result, and both integer dtypes: all that a scale can be."""
+    import torch
+    from torch import nn
+    from torch.utils.data import TensorDataset
+
+    from qflow.bench import Bench
+    from qflow.core.dtype import QDtype
+    from qflow.core.qconfig import OpQConfig
+    from qflow.cost.model import CostModel
+    from qflow.tasks.task import make_task
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.third(torch.clamp(self.second(self.first(x)) * 3e5, -1e5, 1e5))
+
+    class Score:
+        direction = "maximize"
+
+        def __call__(self, outputs, batch):
+            return outputs.nan_to_num(0.0, 1e6, -1e6).mean(1)
+
+    torch.manual_seed(0)
+    samples = TensorDataset(torch.randn(64, 8), torch.zeros(64))
+    augmented = TensorDataset(samples.tensors[0] * 3.0, samples.tensors[1])
+    data = SimpleNamespace(calibration=samples, evaluation=samples, calibration_augmented=augmented)
+    task = make_task(name="t", model=Net().eval(), data=data, metric=Score())
+
+    def made():
+        found = Bench(task, nash_m, CostModel(), eval_batch=32)
+        found.measure_float()
+        return found
+
+    def figure(bench, calibration):
+        qconfig = bench.template(QDtype.qint8)[1].with_ops(
+            {
+                "[mul]": OpQConfig(QDtype.float16),
+                "[clamp]": OpQConfig(QDtype.qint16),
+                "second": OpQConfig(QDtype.qint8, weight=QDtype.qint8, input=(QDtype.qint16,)),
+            }
+        )
+        return bench.run_qconfig(qconfig, qconfig, TrialSettings(calibration=calibration)).metric
+
+    base = {"method": METHODS.get(field, "mse"), "batch_size": 16, "steps": 4}
+    settings = CalibrationSettings(**base)
+    changed = CalibrationSettings(**{**base, field: FIELDS[field]})
+    shared = made()
+    before = figure(shared, settings)
+    assert figure(shared, changed) == figure(made(), changed)
+    assert before == figure(made(), settings)
+    if field in ("float16_clip", "method", "int16_margin", "divisor", "std_scale", "augment"):
+        assert figure(shared, changed) != before  # the test sees what it is about
+
+
+def test_a_known_trial_says_what_calibrated_it(bench):
+    """Two amounts that lead to the same scales share the evaluation, not the record."""
+    first = trial(bench, method="clip", clip_min=-1e-3, clip_max=1e-3)
+    again = trial(bench, method="clip", clip_min=-1e-3, clip_max=1e-3, steps=8)
+    assert again.scales == first.scales
+    assert (again.evaluated, again.calibration_samples) == (False, 128)
+
+
+def test_calibration_reads_the_augmented_split_where_it_is_asked_to(digits_task, nash_m):
+    """What a data set draws is the same at each reading, so a trial can be rebuilt."""
+    from dataclasses import replace
+
+    import torch
+
+    from qflow.bench import Bench
+    from qflow.cost.model import CostModel
+
+    class Shifted(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(digits_task.data.calibration)
+
+        def __getitem__(self, index):
+            image, label = digits_task.data.calibration[index]
+            return image.roll(int(torch.randint(-1, 2, ())), -1) * 2.0, label
+
+    data = SimpleNamespace(**vars(digits_task.data), calibration_augmented=Shifted())
+    found = []
+    for _ in range(2):
+        made = Bench(replace(digits_task, data=data), nash_m, CostModel(), eval_batch=256)
+        made.measure_float()
+        found.append([trial(made, augment=augment).scales for augment in (True, False)])
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1]
+    plain = Bench(digits_task, nash_m, CostModel(), eval_batch=256)
+    plain.measure_float()
+    with pytest.raises(ConfigError, match=r"calibration.augment=true reads task.data.calibration_augmented, but"):
+        trial(plain, augment=True)

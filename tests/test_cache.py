@@ -1,25 +1,33 @@
 """What is read is what would have been computed, bit by bit; what no longer fits is not found."""
 
+import dataclasses
+import pickle
+import threading
 from dataclasses import replace
 
 import pytest
+import torch
 
+from qflow.analysis.tables import Finding
 from qflow.bench import Bench
-from qflow.cache import Cache
+from qflow.cache import Cache, read_record, write_record
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.settings import CalibrationSettings, QConfigSettings, SensitivitySettings, TrialSettings
 from qflow.cost.model import CostModel
+from qflow.search.objective import Goal
+from qflow.trial import RUN_METRICS, Evaluation
+from qflow.trial_outcome import outcome
 
 SETTINGS = TrialSettings(
     calibration=CalibrationSettings(batch_size=16, steps=4), qconfig=QConfigSettings(int16_ratio=0.4)
 )
 
 
-def start(task, rules, folder, **changes):
+def start(task, rules, folder, say=print, **changes):
     sensitivity = SensitivitySettings(bad_cases=4, search_samples=32, dtypes=["qint8", "qint16", "float16"])
     bench = Bench(task, rules, CostModel(), sensitivity_settings=sensitivity, eval_batch=256,
-                  default_calibration=SETTINGS.calibration, cache=Cache(folder))  # fmt: skip
+                  default_calibration=SETTINGS.calibration, cache=Cache(folder, say=say))  # fmt: skip
     for name, value in changes.items():
         setattr(bench, name, value)
     bench.measure_float()
@@ -31,7 +39,8 @@ def test_another_start_reads_everything_and_gets_the_same_bits(digits_task, nash
     _, table, trial = start(digits_task, nash_m, tmp_path)
     again, same_table, same = start(digits_task, nash_m, tmp_path)
     assert (sum(again.cache.misses.values()), again.evaluations) == (0, 0)
-    assert (same_table, same) == (table, trial)
+    assert (trial.evaluated, same.evaluated, again.hits) == (True, False, 1)
+    assert (same_table, replace(same, evaluated=True)) == (table, trial)
     _, fresh_table, fresh = start(digits_task, nash_m, None)
     assert (fresh_table, fresh) == (table, trial)
 
@@ -57,9 +66,90 @@ def test_a_file_that_is_cut_is_computed_again(digits_task, nash_m, tmp_path):
     _, _, trial = start(digits_task, nash_m, tmp_path)
     for file in tmp_path.rglob("*.*"):
         file.write_bytes(file.read_bytes()[:20])
-    again, _, same = start(digits_task, nash_m, tmp_path)
+    said = []
+    again, _, same = start(digits_task, nash_m, tmp_path, say=said.append)
     assert same == trial
     assert again.evaluations == 1
+    assert len(said) == 5 and all("cannot be read and is computed again: SafetensorError" in line for line in said)
+
+
+def test_what_is_stored_comes_back_bit_by_bit_and_is_no_pickle(digits_task, nash_m, tmp_path):
+    bench, table, _ = start(digits_task, nash_m, tmp_path)
+    stats = bench.calibrate(SETTINGS.calibration)
+    for content in (stats, table, bench.badcases, Evaluation(0.1 + 0.2, 3, {"tensor": 5}), Evaluation(-0.0, 1)):
+        place = tmp_path / "record.safetensors"
+        write_record(place, content)
+        found = read_record(place, type(content))
+        assert same_bits(plain_parts(found), plain_parts(content))
+    assert {file.suffix for file in tmp_path.rglob("*") if file.is_file()} == {".safetensors"}
+    assert not [file for file in tmp_path.rglob("*.safetensors") if b"cnumpy" in file.read_bytes()[:4096]]
+
+
+def plain_parts(record):
+    return dataclasses.asdict(record)
+
+
+def same_bits(one, other):
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same_bits(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return type(one) is type(other) and len(one) == len(other) and all(map(same_bits, one, other))
+    return type(one) is type(other) and repr(one) == repr(other)
+
+
+def test_a_trial_from_disk_counts_as_no_evaluation(digits_task, nash_m, tmp_path):
+    goal = Goal(max_drop=0.01).aimed("accuracy/accuracy", "maximize", ("accuracy/accuracy", *RUN_METRICS))
+    for expected in ("true", "false"):
+        bench, _, trial = start(digits_task, nash_m, tmp_path)
+        tags = outcome(trial, goal, "accuracy/accuracy", {}, bench.eval_samples).tags
+        assert tags["qflow.evaluated"] == expected
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [b"", b"nonsense", pickle.dumps((0.99, 597)), b"\x02\0\0\0\0\0\0\0{}", "other record", "other tensors"],
+)
+def test_a_foreign_file_is_a_miss_that_is_said(foreign, tmp_path):
+    said = []
+    cache = Cache(tmp_path, say=said.append)
+    cache.get("float", 1, lambda: Evaluation(0.5, 2), Evaluation)
+    (file,) = tmp_path.rglob("*.safetensors")
+    if isinstance(foreign, bytes):
+        file.write_bytes(foreign)
+    else:
+        write_record(file, Finding("a", "b", "c") if foreign == "other record" else {"metric": torch.zeros(1)})
+    again = Cache(tmp_path, say=said.append)
+    assert again.get("float", 1, lambda: Evaluation(0.5, 2), Evaluation) == Evaluation(0.5, 2)
+    assert (again.misses["float"], len(said)) == (1, 1)
+    assert "cannot be read and is computed again" in said[0]
+    assert Cache(tmp_path).get("float", 1, lambda: Evaluation(0.0, 0), Evaluation) == Evaluation(0.5, 2)
+
+
+def test_what_cannot_be_stored_stays_in_memory_and_is_said(tmp_path):
+    said = []
+    cache = Cache(tmp_path, say=said.append)
+    for _ in range(2):
+        assert cache.get("float", 1, lambda: Evaluation(0.5, 2, {"a": float("nan")}), Evaluation).samples == 2
+    assert (cache.misses["float"], cache.hits["float"], list(tmp_path.rglob("*.safetensors"))) == (1, 1, [])
+    (line,) = said
+    assert line.startswith("cache        float is kept in memory only: A record holds finite numbers or infinity")
+    assert line.endswith("NaN for record.overflowed.a.")
+
+
+def test_a_metric_that_nothing_identifies_is_not_kept_on_disk(digits_task, nash_m, tmp_path):
+    class Locked(type(digits_task.metric)):
+        def __init__(self):
+            object.__setattr__(self, "lock", threading.Lock())
+
+    said = []
+    bench, *_ = start(replace(digits_task, metric=Locked()), nash_m, tmp_path, say=said.append)
+    assert said == [
+        "cache        in memory only: nothing tells task.metric.lock (lock) of this start from the next one's"
+    ]
+    assert list(tmp_path.iterdir()) == []
+    assert bench.training_folder("train") is None
 
 
 def test_an_error_share_is_the_cheapest_mix_that_keeps_so_much(digits_task, nash_m):

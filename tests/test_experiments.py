@@ -90,6 +90,106 @@ def test_where_no_mix_is_enough_training_is_and_gives_int16_back(tmp_path):
     assert (best["qat/steps"], best["accuracy/drop"] <= 0.01) == (60.0, True)
 
 
+def test_a_spent_budget_ends_the_tree_with_what_is_known(tmp_path):
+    """Within int16/fp16 here, with a switch that only the baselines speak of."""
+    done = tune(
+        "+experiment=full", "task=exposure", "search.n_trials=6",
+        "search.space.qconfig.modules.dense=choice(qint8,qint16)", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 of 6 trials are run (search.n_trials)" in done.stdout
+    assert re.search(r"^best mix +0\.9", done.stdout, re.MULTILINE)
+    none = door("tune", "+experiment=int8", "task=digits", "search.timeout=1e-6", cwd=tmp_path)
+    assert (none.returncode, none.stderr.count("\n")) == (2, 1), none.stdout + none.stderr
+    assert "search.timeout" in none.stderr
+
+
+def test_what_training_reached_is_not_taken_for_fp16_at_the_next_start(tmp_path):
+    arguments = [
+        "+experiment=int16_fp16", "task=dual", "+debug=tiny", "qat=dual", "qat.apply=after_search", "qat.steps=10",
+        "search.n_trials=30", "search.rates=[1e-5]",
+    ]  # fmt: skip
+    first, second = (tune(*arguments, cwd=tmp_path) for _ in range(2))
+    decisions = [re.findall(r"^decision .*", done.stdout, re.MULTILINE) for done in (first, second)]
+    assert first.returncode == second.returncode == 0, first.stdout
+    assert decisions[0] == decisions[1]
+    assert "and the goal stays missed" in "".join(decisions[0])
+
+
+def test_the_best_training_gives_back_however_long_it_was(tmp_path):
+    """The probe is as long as the training; ten steps meet the goal, twenty do not."""
+    done = tune(
+        "+experiment=full", "task=dual", "qat=dual", "qat.apply=after_search", "qat.steps=20", "search.probe_share=1",
+        "search.rates=[1e-5]", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    met = re.findall(r"^trial \d+ QAT (?!given).* meets ", done.stdout, re.MULTILINE)
+    assert bool(met) == ("decision     give back:" in done.stdout)
+
+
+def test_all_int8_stays_int8_and_leaves_trials_for_training(tmp_path):
+    done = tune(
+        "+experiment=int8", "task=dual", "+debug=tiny", "qconfig.error_share=interval(0,1)", "search.n_trials=10",
+        "qat=dual", "qat.apply=after_search", "qat.steps=4", cwd=tmp_path,
+    )  # fmt: skip
+    lines = re.findall(r"^trial .*", done.stdout, re.MULTILINE)
+    assert len(lines) == 10
+    assert all("int16 0.00" in line for line in lines)
+    assert "6 of 10 trials are run (search.n_trials), 4 are left for training" in done.stdout
+    assert sum("QAT" in line for line in lines) == 4
+
+
+@pytest.mark.parametrize("strategy", ["ratio", "assign"])
+def test_where_another_calibration_meets_the_goal_nothing_is_promoted(strategy, tmp_path):
+    done = tune(
+        "+experiment=int8_int16", "task=digits", f"search={strategy}", "calibration.method=clip",
+        "calibration.clip_min=-0.2", "calibration.clip_max=0.2",
+        "search.space.calibration.method=choice(clip,minmax,mse)", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^decision +all-int8: drop .* under (minmax|mse): no operator needs int16", done.stdout, re.M)
+    assert len(re.findall(r"^trial ", done.stdout, re.MULTILINE)) == 4
+
+
+def test_ending_evaluations_early_changes_no_choice(tmp_path):
+    """Trials that are compared are evaluated whole; those that only pass or fail may end early."""
+    found = {}
+    for early in ("false", "true"):
+        folder = tmp_path / early
+        folder.mkdir()
+        done = tune(
+            "+experiment=full", "task=exposure", "search=ratio", "search.n_trials=24", f"search.early_stop={early}",
+            "task.batch_size=64", cwd=folder,
+        )  # fmt: skip
+        found[early] = done.stdout
+    qconfigs = [re.search(r"^qconfig +(\w+)", text, re.MULTILINE)[1] for text in found.values()]
+    assert qconfigs[0] == qconfigs[1]
+    assert "stopped after" in found["true"]
+    assert "stopped after" not in found["false"]
+
+
+MISTAKES = {
+    "training in the search and after it": (
+        ["+experiment=int8_int16", "task=dual", "qat=dual", "search=qat", "qat.apply=after_search"],
+        "search.space.qat.learning_rate=null",
+    ),
+    "fp16 by errors that are not measured": (
+        ["+experiment=int16_fp16", "task=exposure", "sensitivity.dtypes=[qint8,qint16]"], "without float16",
+    ),
+    "a ratio that is searched beside an assignment": (
+        ["+experiment=int8_int16", "task=dual", "qconfig.assignment=66666"], "search.space.qconfig.int16_ratio=null",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_contradiction_gets_one_line(case, tmp_path):
+    arguments, says = MISTAKES[case]
+    done = door("tune", *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stdout + done.stderr
+    assert says in done.stderr
+
+
 def test_training_runs_in_miniature(tmp_path):
     from safetensors.torch import load_file
 

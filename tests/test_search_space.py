@@ -187,7 +187,7 @@ def test_the_configured_point_of_a_space():
     point = conf.configured(config, conf.search_space(config))
     assert (point["calibration.method"], point["qconfig.ranking"]) == ("mse", "score")
     assert point["calibration.averaging_constant"] is None
-    assert "qconfig.modules.head" not in point
+    assert point["qconfig.modules.head"] == "qint8"
 
 
 def test_objectives_by_name_come_from_the_command_line():

@@ -5,24 +5,20 @@ All int16 misses the goal: a few operators of the vector unit get fp16, those fi
 
 from __future__ import annotations
 
-from qflow.finish import finish
 from qflow.search.objective import accurate
 from qflow.search.outcome import FinishedTrial
+from qflow.search.strategies import FLOAT16
 from qflow.session import Session
-from qflow.stages import FLOAT16, begin, raise_float16
-from qflow.train_stage import train_nearest
+from qflow.stages import raise_float16
 
 from . import int16
 
 
-def run(session: Session) -> int:
-    """All stages; returns the exit code: 0 goal met, 1 not."""
-    begin(session)
+def run(session: Session) -> None:
+    """What is measured, in order."""
     ceiling = int16.branch(session)
     if not accurate(ceiling):
         branch(session)
-    train_nearest(session)
-    return finish(session)
 
 
 def branch(session: Session) -> FinishedTrial | None:

@@ -5,25 +5,18 @@ The cheapest qconfig there is: calibration is searched, nothing is promoted; wha
 
 from __future__ import annotations
 
-from qflow.finish import finish
 from qflow.search.objective import CONSTRAINT, meets, nearest_miss
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import BudgetSpent
 from qflow.session import Session
-from qflow.stages import ALL_INT8, RATIO, baseline, begin, best_calibration
-from qflow.train_stage import train_nearest
+from qflow.stages import ALL_INT8, baseline, baseline_point, best_calibration
 
 
-def run(session: Session) -> int:
-    """All stages; returns the exit code: 0 goal met, 1 not."""
-    begin(session)
+def run(session: Session) -> None:
+    """What is measured, in order."""
     floor = branch(session)
     if not meets(floor):
         tune_calibration(session)
-    train_nearest(session)
-    if session.best is None:
-        session.decide("int8", "calibration and training are not enough: int8/int16 is next (+experiment=int8_int16)")
-    return finish(session)
 
 
 def branch(session: Session) -> FinishedTrial:
@@ -39,16 +32,22 @@ def branch(session: Session) -> FinishedTrial:
 
 def tune_calibration(session: Session) -> None:
     """The guide's basic tuning: other calibration methods, then what else of calibration is searched."""
+    before, ended = dict(session.kept), "every point of the space is tried"
+    session.kept |= {k: v for k, v in baseline_point(session, ALL_INT8).items() if k.startswith("qconfig.")}
     with session.console.stage("calibration") as say:
         try:
-            best = best_calibration(session)
-            session.kept[RATIO] = 0.0
+            best_calibration(session)
             while session.untrained_best is None and session.sample():
                 pass
         except BudgetSpent as spent:
-            session.console.say(f"{'budget':<12} {spent}")
+            ended = str(spent)
         finally:
-            session.kept.pop(RATIO, None)
-        found = nearest_miss(session.trials, session.goal.ranking)
-        best = dict(found.params) if found else best
-        say(f"best calibration {best.get('calibration.method', session.config.calibration.method)}")
+            session.kept = before
+        found = session.untrained_best or nearest_miss(session.trials, session.goal.ranking)
+        assert found is not None  # the floor at least
+        method = found.params.get("calibration.method", session.config.calibration.method)
+        drop = found.outcome.metrics["accuracy/drop"]
+        say(f"best calibration {method}, drop {drop:+.4f}" + ("" if meets(found) else f"; {ended}"))
+    if session.untrained_best is None:
+        training = "training is next" if session.reserved else "train (qat), or give int16 (+experiment=int8_int16)"
+        session.decide("int8", f"calibration is not enough: {training}")

@@ -13,24 +13,19 @@ holds it, and a ceiling that misses is explained by it.
 
 from __future__ import annotations
 
-from qflow.finish import finish
 from qflow.search.objective import accurate, meets, over_budget
 from qflow.search.outcome import FinishedTrial
 from qflow.session import Session
-from qflow.stages import begin, search_mix
-from qflow.train_stage import train_nearest
+from qflow.stages import search_mix
 
 from . import int8, int16
 
 
-def run(session: Session) -> int:
-    """All stages; returns the exit code: 0 goal met, 1 not."""
-    begin(session)
+def run(session: Session) -> None:
+    """What is measured, in order."""
     ceiling, floor = int16.branch(session), int8.branch(session)
     if accurate(ceiling):
         mix(session, floor, ceiling)
-    train_nearest(session)
-    return finish(session)
 
 
 def mix(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:

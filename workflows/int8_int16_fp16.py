@@ -5,23 +5,19 @@ The fp16 set of int16/fp16 is kept, and the share of int16 is searched among all
 
 from __future__ import annotations
 
-from qflow.finish import finish
 from qflow.search.objective import accurate
 from qflow.search.outcome import FinishedTrial
+from qflow.search.strategies import FLOAT16
 from qflow.session import Session
-from qflow.stages import FLOAT16, RATIO, begin
-from qflow.train_stage import train_nearest
+from qflow.stages import ALL_INT8, baseline_point
 
 from . import int8_int16, int16, int16_fp16
 
 
-def run(session: Session) -> int:
-    """All stages; returns the exit code: 0 goal met, 1 not."""
-    begin(session)
+def run(session: Session) -> None:
+    """What is measured, in order."""
     ceiling = int16.branch(session)
     branch(session, ceiling)
-    train_nearest(session)
-    return finish(session)
 
 
 def branch(session: Session, ceiling: FinishedTrial) -> None:
@@ -31,9 +27,9 @@ def branch(session: Session, ceiling: FinishedTrial) -> None:
         return
     if lifted is not ceiling:
         session.kept[FLOAT16] = lifted.params[FLOAT16]
-    base = session.base()
-    floor = session.measure({**base, RATIO: 0.0}, "int8/fp16" if lifted is not ceiling else "all-int8")
+    label = "int8/fp16" if lifted is not ceiling else ALL_INT8
+    floor = session.measure(baseline_point(session, ALL_INT8), label)
     if floor is None:
         return
-    session.baselines["int8/fp16" if lifted is not ceiling else "all-int8"] = floor
+    session.baselines[label] = floor
     int8_int16.mix(session, floor, lifted)

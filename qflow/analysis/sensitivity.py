@@ -239,7 +239,8 @@ class _Measure:
         captured = self.captured(n, inputs)
         if n == 0:
             self.reorders = may_change_order(captured.tape.names)
-        replay = Replay(self.model, self.prepared, captured, self.widened(inputs, captured))
+        replay = Replay(self.model, self.prepared, captured)
+        replay.widths = self.widened(inputs, captured, replay)
         plain, outputs = replay.references(), self._replayed(replay, inputs, variants)
         return plain, self._checked(replay, inputs, variants, outputs) if n == 0 else outputs
 
@@ -259,7 +260,8 @@ class _Measure:
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """`outputs`, a few of them compared with full forwards; nothing quantized first. Raises ReplayError."""
         plain = replay.references()
-        rounding = disagreement(replay.recomputed(), plain, plain, 1.0)
+        again = replay.widths.outputs if replay.widths else None
+        rounding = disagreement(replay.recomputed() if again is None else again, plain, plain, 1.0)
         if rounding > ROUNDING:
             raise ReplayError(f"its float outputs differ from the model's by {rounding:.2g}")
         worst, nothing = 0.0, max(1e-3, 4.0 * rounding / AGREES)
@@ -271,7 +273,7 @@ class _Measure:
                 raise ReplayError(f"its outputs differ from full forwards by {worst:.2g} of what quantization does")
             yield i, got
 
-    def widened(self, inputs: Any, captured: Captured) -> Widths | None:
+    def widened(self, inputs: Any, captured: Captured, replay: Replay) -> Widths | None:
         """How several variants run at once, where samples are few and it works."""
         size = batch_size(inputs)
         if size > FEW_SAMPLES or not captured.complete or self.narrow:
@@ -284,7 +286,8 @@ class _Measure:
             return None
         if self.widths is None:
             try:
-                self.widths = widen(self.model, self.prepared, inputs, captured, size, most)
+                self.widths = widen(self.model, self.prepared, replay.ops, inputs, captured, size, most)
+                return self.widths
             except ReplayError as error:
                 self.narrow = f"one quantizer at a time, though samples are few: {error.reason}"
                 self.findings.append(Finding("sensitivity", "info", self.narrow))

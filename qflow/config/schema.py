@@ -90,6 +90,7 @@ class CalibrationSchema:
     method: str = "mse"
     batch_size: int = 16
     steps: int = 16
+    augment: bool = False
     percentile: float = 99.99
     averaging_constant: float | None = None
     int16_margin: float = 1.25
@@ -148,6 +149,7 @@ class QatSchema:
     steps: int = 0
     apply: str = "every_trial"
     batch_size: int = 64
+    augment: bool = False
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
     rates: dict[str, float] = field(default_factory=dict)
@@ -184,8 +186,8 @@ class SearchSchema:
     max_evaluations: int | None = None
     """Evaluations of the whole study after which no further trial starts; a qconfig evaluated before counts none."""
     early_stop: bool = False
-    """End an evaluation once the goal is out of reach, where the metric states its `bounds`. Its metric is then the
-    worst possible, so the front has less to show."""
+    """End an evaluation once the goal is out of reach, where only that is asked (ladders, giving back); the metric
+    states its `bounds`."""
     rates: list[float] = field(default_factory=lambda: [1e-3, 1e-4, 1e-5, 1e-6])
     """Learning rates that the training stage compares at a fixed rate for `probe_share` of its steps."""
     probe_share: float = 0.2

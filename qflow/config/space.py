@@ -48,9 +48,9 @@ def search_space(config: DictConfig) -> dict[str, Domain]:
 
 
 def configured(config: DictConfig, space: Mapping[str, Domain]) -> dict[str, Scalar]:
-    """The searched keys at what the configuration says of them; names of modules that it does not hold are left out."""
+    """The searched keys at what the configuration says of them; modules that it does not hold at their first value."""
     found = {key: current(config, key) for key in space}
-    return {key: value for key, value in found.items() if value is not None or not owner(key)}
+    return {k: _extremes(space[k])[0] if v is None and owner(k) else v for k, v in found.items()}
 
 
 def module_settings(config: DictConfig, space: Mapping[str, Domain]) -> list[QConfigSettings]:

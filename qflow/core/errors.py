@@ -25,6 +25,9 @@ class DataError(QflowError):
 class TrialError(QflowError):
     """One trial cannot be evaluated; the study goes on and the trial has failed."""
 
+    lasting = False
+    """True where the trial itself is the cause, so that another try ends alike."""
+
 
 class TrackingError(QflowError):
     """The tracking store cannot be reached, belongs to another qflow version, or is in use."""

@@ -23,6 +23,8 @@ class CalibrationSettings:
     method: str = "mse"
     batch_size: int = 16
     steps: int = 16
+    augment: bool = False
+    """Read `task.data.calibration_augmented` (flips and the like) in place of `calibration`."""
     percentile: float = 99.99
     averaging_constant: float | None = None
     """Moving average of batch maxima for minmax (the plugin's 0.01); null takes the largest value of all."""
@@ -97,7 +99,7 @@ class QConfigSettings:
         if (self.int16_ratio > 0) + bool(self.assignment) + (self.error_share is not None) > 1:
             raise ConfigError(
                 "One rule says which operators are int16, but got two of qconfig.int16_ratio, assignment and "
-                "error_share. Leave one."
+                "error_share. Leave one; a searched one goes by search.space.qconfig.int16_ratio=null."
             )
         _one_of("qconfig.sensitive_type", self.sensitive_type, ("activation", "weight", "both"))
         _one_of("qconfig.counting", self.counting, ("operators", "rows"))
@@ -155,6 +157,8 @@ class QatSettings:
     apply: str = "every_trial"
     """`every_trial` trains each after its calibration; `after_search` leaves training to a stage of its own."""
     batch_size: int = 64
+    augment: bool = False
+    """Train on `task.data.train_augmented` in place of `train`; the guide wants less of it than float training had."""
     learning_rate: float = 1e-4
     """Fixed unless there is a scheduler; there is no warm-up."""
     weight_decay: float = 0.0
@@ -185,7 +189,7 @@ class QatSettings:
     """A loss above so many times the median of the first `first_losses` stops the training."""
     first_losses: int = 5
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0 writes one at the end only."""
+    """Steps between checkpoints; 0 writes one at the end only, or where it is interrupted."""
     amp: bool = False
     """bfloat16 autocast; refused with int16 (98 % of its outputs would be wrong)."""
     seed: int = 0

@@ -57,6 +57,13 @@ def exclusive(path: Path, *, owner_of: str = "") -> Iterator[None]:
         yield
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that whoever reads it, whenever this process is killed, finds the old or the new text whole."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
 def build_aside(path: Path, create: Callable[[str], None]) -> None:
     """Make the SQLite database `path` whole or not at all: `create(url)` builds it under another name.
 

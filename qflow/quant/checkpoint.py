@@ -42,8 +42,8 @@ def save_checkpoint(path: Path, state: dict[str, Any], model: nn.Module) -> None
         beside.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
-    """Put `model` into the state of `path` and return the training's. Raises TrialError where it does not fit."""
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The content of a checkpoint and its tensors. Raises TrialError for a file that is none."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -52,7 +52,12 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
         raise TrialError(f"A checkpoint is a safetensors file, but got {path.name}: {error}. Remove it.") from error
     if header.get("schema") != SCHEMA:
         raise TrialError(f"A checkpoint has schema {SCHEMA}, but got {header.get('schema')} in {path.name}. Remove it.")
-    content = json.loads(header["qflow"])
+    return json.loads(header["qflow"]), tensors
+
+
+def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
+    """Put `model` into the state of `path` and return the training's. Raises TrialError where it does not fit."""
+    content, tensors = read_checkpoint(path)
     dtypes = _dtypes(model)
     if content["dtypes"] != dtypes:
         changed = sorted(k for k in {*dtypes, *content["dtypes"]} if dtypes.get(k) != content["dtypes"].get(k))

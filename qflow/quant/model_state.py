@@ -8,7 +8,7 @@ holds a state dict (torch.save, weights_only loading, safetensors) holds it too,
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -96,6 +96,13 @@ def quantizer_states(prepared: QuantizedModel) -> dict[str, Any]:
     }
 
 
+def forward_state(prepared: QuantizedModel) -> dict[str, Any]:
+    """Everything that a quantized forward reads beside the float weights: equal states, equal numbers."""
+    requants = cast("Iterable[FakeQuant]", prepared.requants)
+    scales = [_scales(own) for own in (prepared.outputs.values(), prepared.weights.values(), requants)]
+    return {"states": quantizer_states(prepared), "scales": scales}
+
+
 def restore_quantizers(prepared: QuantizedModel, state: Mapping[str, Any]) -> None:
     """Put every quantizer into the saved state; scales are loaded apart. Raises ModelError for another model's."""
     for kind, own in (("outputs", prepared.outputs), ("weights", prepared.weights)):
@@ -117,6 +124,10 @@ def restore_quantizers(prepared: QuantizedModel, state: Mapping[str, Any]) -> No
             _restore(quantizer, saved)
             made.setdefault(call, {})[int(slot)] = quantizer
     prepared.place_requants(made)
+
+
+def _scales(quantizers: Iterable[FakeQuant]) -> dict[str, list[float]]:
+    return {quantizer.name: quantizer.scale.flatten().tolist() for quantizer in quantizers}
 
 
 def _state(quantizer: FakeQuant) -> dict[str, Any]:

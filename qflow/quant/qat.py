@@ -30,6 +30,7 @@ from qflow.core.settings import CalibrationSettings, QatSettings
 from qflow.quant.calling import call_model
 from qflow.quant.checkpoint import load_checkpoint, random_state, restore_random, save_checkpoint
 from qflow.quant.culprit import first_bad
+from qflow.quant.interrupt import interrupts_held
 from qflow.quant.qat_state import qat_state, train_mode, under
 from qflow.quant.quantized_model import QuantizedModel
 
@@ -54,6 +55,8 @@ class TrainingReport:
 
 class DivergedError(TrialError):
     """The loss or a gradient is not finite, or the loss has run away; the trial has failed."""
+
+    lasting = True
 
     def __init__(self, message: str, step: int, culprit: str, report: TrainingReport) -> None:
         super().__init__(message)
@@ -152,22 +155,21 @@ def run_steps(
     trainer = _Trainer(model, prepared, loss, optimizer, scheduler, settings)
     _refuse_amp(prepared, settings)
     reason = ""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with interrupts_held() as held, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(settings.seed)
         stream = _stream(batches)
         if resume and checkpoint is not None and checkpoint.exists():
             trainer.resume(checkpoint, stream)
-        while trainer.step < steps:
-            pair = next(stream, None)
-            if pair is None:
+        while trainer.step < steps and not held.is_set():
+            if (pair := next(stream, None)) is None:
                 reason = f"the data ended after {trainer.step} of {steps} steps"
                 break
             trainer.take(*pair)
             on_step(trainer.step, trainer.losses[-1])
             if prepared is not None and not prepared.training:  # on_step has evaluated
                 train_mode(prepared, settings)
-            every = settings.checkpoint_every
-            if checkpoint is not None and (trainer.step == steps or (every and trainer.step % every == 0)):
+            every = settings.checkpoint_every or steps
+            if checkpoint is not None and (trainer.step == steps or trainer.step % every == 0 or held.is_set()):
                 trainer.save(checkpoint)
     if steps and not trainer.step:
         raise DataError("QAT needs data, but got no batch. Check task.data.train.")

@@ -2,13 +2,17 @@
 
 A wide pass runs several variants of the same samples at once, one behind the other along the batch axis. Where that
 axis lies in each value (it may be folded into another, [B * heads, ...]) and which integers of a call hold it
-(`view(B, -1)`) is read off two captures, of B and of 2 B samples. That the samples of one variant then stay together
+(`view(B, -1)`) is read off two runs, of B and of 2 B samples. That the samples of one variant then stay together
 everywhere (a transposed axis merged into rows would mix them) is not assumed: the second half is other data, and
-every value of the wide capture must hold those of both separate ones in turn.
+every value of the wide run must hold those of both separate ones in turn.
+
+Calls that hold no batch size run on any, so the captured ones are simply run again, at half the cost of a capture;
+where one fails or gives something else, captures tell what its integers have to be.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from qflow.quant.calling import cut
 from qflow.quant.capture import Captured, ReplayError, capture
 from qflow.quant.quantized_model import QuantizedModel
+from qflow.quant.rerun import Floats, Ops, Values
 from qflow.quant.tape import Op, Ref
 
 TOLERANCE = 1e-3
@@ -36,6 +41,8 @@ class Widths:
     """Names and ranks of the ops: on another path indices mean other ops."""
     scaled: dict[int, dict[int, int | None]]
     """Op -> which leaves of its call grow with the batch: integers (None), or tensors along an axis."""
+    outputs: dict[str, Tensor] | None = None
+    """Float outputs of the captured batch, if its ops were run again to find out."""
     calls: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     def at(self, captured: Captured, most: int) -> Widths | None:
@@ -54,11 +61,57 @@ class Widths:
         return self.calls[key]
 
 
-def widen(model: nn.Module, prepared: QuantizedModel, inputs: Any, captured: Captured, size: int, most: int) -> Widths:
+def widen(
+    model: nn.Module, prepared: QuantizedModel, ops: Ops, inputs: Any, captured: Captured, size: int, most: int
+) -> Widths:
     """Widths of a captured batch of `size` samples, for up to `most` variants. Raises ReplayError with the reason.
 
-    An even batch is the wide one of its two halves; otherwise the batch is joined with other data.
+    An even batch is the wide one of its two halves; otherwise the batch is joined with other data. `ops` are those of
+    `captured`.
     """
+    try:
+        return _by_running(ops, captured, size, most)
+    except Exception:  # whatever an operator raises at another batch size; a reason comes from the captures
+        return _by_capture(model, prepared, inputs, captured, size, most)
+
+
+def _by_running(ops: Ops, captured: Captured, size: int, most: int) -> Widths:
+    """Widths where every call runs as it is at another batch size."""
+    given = captured.inputs
+    if size % 2 == 0:
+        parts = [cut(given, size, 0, size // 2), cut(given, size, size // 2, size)]
+        first, second = (_values(ops, part) for part in parts)
+        wide = captured.values
+    else:
+        first = captured.values
+        second, wide = (_values(ops, tree_map(lambda t: make(t, size), given)) for make in (_other, _joined))  # noqa: B023
+    widths = Widths(most, {}, path_of(captured), {})
+    for op in ops.ops:
+        values = [found.get(op.index) for found in (first, second, wide)]
+        a, c = (op.shape if v is None else tuple(v[0].shape) for v in (values[0], values[2]))
+        axis = _doubled(a, c)
+        if all(v is not None for v in values):
+            widths.axes[op.index] = tuple(_axis(op, *v) for v in zip(*values, strict=True))  # type: ignore[arg-type]
+        elif axis is not None:
+            widths.axes[op.index] = (axis,)
+    widths.outputs = {}
+    for name, ref in captured.outputs:
+        own, axis = [found[ref.op][ref.position] for found in (first, second, wide)], widths.axes[ref.op][ref.position]
+        half = own[0].shape[axis]
+        widths.outputs[name] = torch.cat(own[:2], axis) if size % 2 == 0 else own[2].narrow(axis, 0, half)
+    return widths
+
+
+def _values(ops: Ops, given: dict[int, Tensor]) -> dict[int, Values]:
+    """Every live op's result on other inputs."""
+    floats = Floats(ops, Captured(ops.tape, ops.outputs, given, {}, True))
+    return {op.index: floats.get(op.index) for op in ops.ops}
+
+
+def _by_capture(
+    model: nn.Module, prepared: QuantizedModel, inputs: Any, captured: Captured, size: int, most: int
+) -> Widths:
+    """Widths from captures of both halves, or of other data and both together."""
     if size % 2 == 0:
         parts = [cut(inputs, size, 0, size // 2), cut(inputs, size, size // 2, size)]
         first, second = (capture(model, prepared.plan, part, torch.inf) for part in parts)
@@ -136,14 +189,19 @@ def _axis(op: Op, single: Tensor, second: Tensor, wide: Tensor) -> int:
     half = single.shape[axis]
     for part, begin in ((single, 0), (second, half)):
         found = wide.narrow(axis, begin, half)
-        if part.is_floating_point():
-            a, b = part.double().nan_to_num(), found.double().nan_to_num()
-            close = float((a - b).norm()) <= TOLERANCE * float(a.norm())
-        else:
-            close = bool(torch.equal(part, found))
-        if not close:
+        if not _close(part, found):
             raise ReplayError(f"{op.name} mixes the samples of a batch")
     return axis
+
+
+def _close(part: Tensor, found: Tensor) -> bool:
+    if not part.is_floating_point():
+        return bool(torch.equal(part, found))
+    gap, size = float((part - found).norm()), float(part.norm())
+    if not math.isfinite(gap + size):  # masks: infinite, or too large to be squared
+        a, b = part.double().nan_to_num(), found.double().nan_to_num()
+        gap, size = float((a - b).norm()), float(a.norm())
+    return gap <= TOLERANCE * size
 
 
 def _scaled(op: Op, twice: Op) -> dict[int, int | None]:

@@ -27,9 +27,9 @@ from typing import Any, TypeAlias
 from urllib.parse import quote
 
 from qflow.core.errors import QflowError, TrialError
-from qflow.search.domain import Scalar, Values, all_points, point_key
+from qflow.search.domain import Choice, Scalar, Values, all_points, applies, point_key
 from qflow.search.outcome import FailedTrial, FinishedTrial, Marker, Outcome, Tracker
-from qflow.search.reconcile import INTERRUPTED, LOST, check_invariants, finished, given_up, reconcile
+from qflow.search.reconcile import INTERRUPTED, LASTING, LOST, check_invariants, finished, given_up, reconcile
 from qflow.search.study import Proposal, Study
 
 __all__ = [
@@ -163,11 +163,24 @@ class Driver:
         return self.finished.get(key) or self.failed.get(key)
 
     def measure(self, params: Values, label: str = "") -> FinishedTrial | FailedTrial:
-        """The trial at `params`, evaluated unless the study has it; what an earlier process left queued comes first."""
-        while (found := self.known(params)) is None:
-            self.study.enqueue_once(params, label=label)
+        """The trial at `params`, evaluated unless the study has it; what an earlier process left queued comes first.
+
+        Raises ValueError where `params` leave a key open that applies: the sampler would fill it anew at each asking.
+        """
+        found = self.known(params)
+        if found is not None:
+            return found
+        point = self.study.point(params)
+        absent = [key for key in self.study.space if key not in point]
+        left_open = [key for key in absent if applies(self.study.space, key, point, absent)]
+        if left_open:
+            raise ValueError(f"A point to measure has a value for every key that applies, but lacks {left_open}.")
+        self.study.enqueue_once(params, label=label)
+        for _ in range(sum(trial.state == "waiting" for trial in self.study.trials())):
             self._next()
-        return found
+            if (found := self.known(params)) is not None:
+                return found
+        raise RuntimeError(f"A point that was queued comes to its turn, but {point} did not.")
 
     def sample(self, kept: Values = MappingProxyType({})) -> FinishedTrial | FailedTrial | None:
         """The sampler's next trial, what is queued before it; None where the space is used up.
@@ -212,7 +225,8 @@ class Driver:
 
     def _enqueue_unseen(self, kept: Values) -> bool:
         """Queue a point that is left of a small space; False when none is."""
-        points = all_points(self.study.space, LISTABLE)
+        space = {k: Choice((kept[k],), when=d.when) if k in kept else d for k, d in self.study.space.items()}
+        points = all_points(space, LISTABLE)
         if points is None:
             return True  # too many to list: there may be some
         left = [point for p in points if self.known(point := {**p, **kept}) is None]
@@ -231,9 +245,10 @@ class Driver:
             try:
                 marker = self._measure(proposal, Path(name))
             except QflowError as error:
-                return self._fail(proposal, run_id, str(error))
+                lasting = isinstance(error, TrialError) and error.lasting
+                return self._fail(proposal, run_id, LASTING if lasting else "failed", str(error))
             except Exception as error:
-                self._fail(proposal, run_id, f"{type(error).__name__}: {error}")
+                self._fail(proposal, run_id, "failed", f"{type(error).__name__}: {error}")
                 raise
             self.checkpoint("evaluated")
             return self._commit(proposal, run_id, marker, Path(name))
@@ -262,8 +277,8 @@ class Driver:
         self.checkpoint("ended")
         return done
 
-    def _fail(self, proposal: Proposal, run_id: str, reason: str) -> FailedTrial:
-        self.study.fail(proposal.number, "failed", reason)
+    def _fail(self, proposal: Proposal, run_id: str, ending: str, reason: str) -> FailedTrial:
+        self.study.fail(proposal.number, ending, reason)
         self.checkpoint("failed")
         failed = FailedTrial(proposal.number, run_id, proposal.params, proposal.label, reason)
         self.failed[point_key(proposal.params)] = failed

@@ -16,6 +16,7 @@ from qflow.search.study import Study, StudyTrial
 
 MAX_RETRY = 2
 LOST = "lost"  # the process died; counts as a try
+LASTING = "lasting"  # the point itself is the cause (errors.TrialError.lasting)
 INTERRUPTED = "interrupted"  # the user stopped it; does not count
 _REASONS = {LOST: "the process ended before the trial was committed", INTERRUPTED: "stopped by the user"}
 _log = logging.getLogger(__name__)
@@ -46,8 +47,8 @@ def finished(trial: StudyTrial) -> FinishedTrial:
 
 
 def given_up(trial: StudyTrial) -> bool:
-    """Whether this trial was lost for the last time."""
-    return trial.ending == LOST and trial.attempt >= MAX_RETRY
+    """Whether no other try is due: it was lost for the last time, or would fail alike."""
+    return trial.ending == LASTING or (trial.ending == LOST and trial.attempt >= MAX_RETRY)
 
 
 def _complete(study: Study, trial: StudyTrial, run_id: str, text: str) -> FinishedTrial:

@@ -7,7 +7,7 @@
 The contract: a strategy calls `measure(point, label)` and gets the finished trial, or None where it failed; a point
 that the study has already costs nothing, so a search that was killed runs through its past again and goes on.
 `measure` raises BudgetSpent when no further trial may start. A strategy is a deterministic function of what it
-measured, ends by itself, and returns nothing: the best trial is the study's (objective.best_trial). Optuna's
+measured and ends by itself; the best trial is the study's (objective.best_trial), whatever it returns. Optuna's
 samplers are the fourth strategy: the study's own `sample` (loop.py) until the budget is spent.
 """
 
@@ -23,7 +23,7 @@ from qflow.search.objective import accurate
 from qflow.search.outcome import FinishedTrial
 
 STRATEGIES = ("optuna", "ratio", "assign")
-ASSIGNMENT = "qconfig.assignment"
+RATIO, FLOAT16, ASSIGNMENT = "qconfig.int16_ratio", "qconfig.float16_count", "qconfig.assignment"
 NARROW = 0.02  # a bracket of error budgets that differ by less holds nothing to find
 REFINEMENTS = 8  # most mixes that the bracket of error budgets is narrowed by
 BUDGETS = 64  # error budgets that candidates for the front are solved for
@@ -43,31 +43,34 @@ def meets(trial: FinishedTrial | None) -> bool:
     return trial is not None and accurate(trial)
 
 
-def ladder(measure: Measure, base: Values, key: str, rungs: Sequence[Scalar], patience: int = 2) -> None:
+def ladder(
+    measure: Measure, base: Values, key: str, rungs: Sequence[Scalar], patience: int = 2
+) -> FinishedTrial | None:
     """The lowest rung that meets the goal: 1, 2, 4, ... promotions until one does, then the half between.
 
     `rungs` rise from nothing promoted to everything; the first is known to miss (the floor). Accuracy need not be
     monotone: after the lowest rung with a miss right below, `patience` more below it are tried, nearest first.
     """
-    at: dict[int, bool] = {0: False}
+    at: dict[int, FinishedTrial | None] = {0: None}
 
     def ask(rung: int) -> bool:
         if rung not in at:
-            at[rung] = meets(measure({**base, key: rungs[rung]}, f"{key.split('.')[-1]}={_short(rungs[rung])}"))
-        return at[rung]
+            at[rung] = measure({**base, key: rungs[rung]}, f"{key.split('.')[-1]}={_short(rungs[rung])}")
+        return meets(at[rung])
 
     top, rung = len(rungs) - 1, 1
     while rung < top and not ask(rung):
         rung *= 2
     met = min(rung, top)
     if not ask(met):
-        return
-    missed = max(r for r, ok in at.items() if not ok and r < met)
+        return None
+    missed = max(r for r in at if r < met and not ask(r))
     while met - missed > 1:
         middle = (met + missed) // 2
         met, missed = (middle, missed) if ask(middle) else (met, middle)
     for below in [r for r in range(met - 2, 0, -1) if r not in at][:patience]:
         ask(below)
+    return at[min(r for r in at if ask(r))]
 
 
 def _short(value: Scalar) -> str:
@@ -192,18 +195,20 @@ def _explore(ask: Ask, problem: Problem, seen: Mapping[str, FinishedTrial | None
         ask(first, "for the front")
 
 
-def halving(measure: Measure, candidates: Sequence[Values], rungs: Sequence[int]) -> None:
+def halving(measure: Measure, candidates: Sequence[Values], rungs: Sequence[int]) -> list[FinishedTrial]:
     """Train all `candidates` for `rungs[0]` steps, the half that lost least for `rungs[1]`, and so on.
 
-    Rungs rise, so that checkpoints go on. A candidate that fails (diverges) is out.
+    Returns the trials of the last rung, the best first. Rungs rise, so that checkpoints go on. A candidate that fails
+    (diverges) is out.
     """
-    alive = list(candidates)
+    alive, ranked = list(candidates), []
     for place, steps in enumerate(rungs):
         trials = [(measure({**point, "qat.steps": steps}, _trained(point, steps)), point) for point in alive]
         known = [(t, p) for t, p in trials if t is not None]
         ranked = sorted(known, key=lambda pair: pair[0].outcome.metrics["accuracy/drop"])
         keep = max(len(ranked) // 2, 1) if place + 1 < len(rungs) else len(ranked)
         alive = [point for _, point in ranked[:keep]]
+    return [trial for trial, _ in ranked]
 
 
 def _trained(point: Values, steps: int) -> str:

@@ -2,7 +2,8 @@
 
     model    an nn.Module with its float weights (whatever `task.model._target_` returns)
     data     an object with map-style datasets `calibration` and `evaluation` (and `train` for QAT); samples come
-             out of the user's inference-time preprocessing. Optional: `collate(samples)`, `model_inputs(batch)`.
+             out of the user's inference-time preprocessing. Optional: `collate(samples)`, `model_inputs(batch)`, and
+             `calibration_augmented`, `train_augmented`: what `calibration.augment` and `qat.augment` read instead.
     metric   called with (model outputs, batch) it gives one score a sample; the task's metric is their mean.
              Or an object with update(outputs, batch), compute() and reset(). Either declares `direction`:
              "maximize" or "minimize" (`higher_is_better` of torchmetrics is understood).
@@ -13,10 +14,13 @@ takes, of a dict the keys that are arguments of its forward; `data.model_inputs`
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
@@ -86,6 +90,33 @@ def _split(data: Any, part: str) -> Any:
     except Exception as error:
         text = " ".join(str(error).split())
         raise DataError(f"task.data.{part} must load, but got {type(error).__name__}: {text}.") from error
+
+
+def split_for(task: Task, part: str, augment: bool) -> str:
+    """`part`, or the name of its augmented split. Raises ConfigError where the data has none."""
+    name = f"{part}_augmented"
+    if augment and _split(task.data, name) is None:
+        key = "qat.augment" if part == "train" else f"{part}.augment"
+        raise ConfigError(
+            f"{key}=true reads task.data.{name}, but {type(task.data).__name__} has none. Add that split, or leave "
+            "augment at false."
+        )
+    return name if augment else part
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Random numbers start at one place inside, so that what a data set draws is the same each time it is read."""
+    ours, numpys = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)
+            yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(numpys)
 
 
 def model_inputs(task: Task, batch: Any) -> Any:
@@ -187,6 +218,7 @@ def evaluate(
                         f"A metric gives one score a sample, but got shape {tuple(scores.shape)} for {size} samples. "
                         "Return a vector, or give the metric update() and compute()."
                     )
+                _require_within(task.metric, scores)
                 total += float(scores.double().sum())
             count += size
             on_batch(count)
@@ -196,6 +228,16 @@ def evaluate(
     if value != value:
         raise ModelError("A metric is a number, but got NaN. Check task.metric.")
     return value, count
+
+
+def _require_within(metric: Any, scores: Tensor) -> None:
+    """Refuse scores outside the bounds that the metric states: an evaluation would end on them. Raises ConfigError."""
+    bounds = getattr(metric, "bounds", None)
+    if bounds is not None and len(scores) and not (bounds[0] <= scores.min() and scores.max() <= bounds[1]):
+        raise ConfigError(
+            f"A metric's scores lie within its bounds {tuple(bounds)}, but got {float(scores.min()):g} to "
+            f"{float(scores.max()):g}. Mend task.metric's bounds."
+        )
 
 
 def _out_of_reach(task: Task, total: float, count: int, least: float) -> float | None:

@@ -373,3 +373,39 @@ def test_a_ctrl_c_that_python_drops_is_obeyed_before_the_next_trial(bench):
         bench.run(3, evaluate)
     assert len(bench.evaluated) == 1
     assert bench.problems() == []
+
+
+def test_a_point_that_leaves_a_key_open_is_not_measured(bench):
+    """The sampler would fill it anew each time, and it would never be the point that was asked for."""
+    with driving(bench.study, bench.tracker, bench.evaluate, scratch=bench.store / "scratch") as driver:
+        with pytest.raises(ValueError, match=r"lacks \['method'\]"):
+            driver.measure({"int16_ratio": 0.5})
+        assert bench.study.trials() == []
+
+
+def test_a_space_ends_when_every_point_beside_what_is_kept_was_tried(store):
+    """A continuum that is kept at one value does not hide that the rest can be listed."""
+    bench = Bench(store, {**SPACE, "steps": Range(1, 4)})
+    with driving(bench.study, bench.tracker, bench.evaluate, scratch=store / "scratch") as driver:
+        while driver.sample({"int16_ratio": 0.25}):
+            pass
+        assert len(driver.trials) == 6
+        assert {t.params["int16_ratio"] for t in driver.trials} == {0.25}
+
+
+def test_a_failure_that_another_try_would_repeat_stands(store):
+    """Training that diverges does so again; what failed otherwise is tried again at the next start."""
+
+    class Diverged(TrialError):
+        lasting = True
+
+    def evaluate(params, _folder):
+        tried.append(params["method"])
+        raise (Diverged if params["method"] == "kl" else TrialError)("No.")
+
+    for expected in (["kl", "mse"], ["mse"]):
+        bench, tried = Bench(store), []
+        with driving(bench.study, bench.tracker, evaluate, scratch=store / "scratch") as driver:
+            for method in ("kl", "mse"):
+                assert isinstance(driver.measure({"int16_ratio": 0.5, "method": method}), FailedTrial)
+        assert tried == expected

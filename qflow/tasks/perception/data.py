@@ -128,11 +128,13 @@ def cut(grounds: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class PerceptionData:
-    """The three splits: no item in two of them."""
+    """The three splits: no item in two of them; augmented, half of the items are mirrored and all placed anew."""
 
     train: Pictures
     calibration: Pictures
     evaluation: Pictures
+    train_augmented: Pictures
+    calibration_augmented: Pictures
 
 
 def build_data(*, calibration_size: int = 256, evaluation_size: int = 1536, seed: int = 0) -> PerceptionData:
@@ -149,8 +151,11 @@ def build_data(*, calibration_size: int = 256, evaluation_size: int = 1536, seed
     seen, unseen = photographs[:, :, :GROUND_BORDER], photographs[:, :, GROUND_BORDER:]
     kinds, test_kinds = (torch.tensor(KIND)[part.long()] for part in (labels, test_labels))
     spare, kept, tested = slice(calibration_size), slice(calibration_size, None), slice(evaluation_size)
+    mirrored = torch.where((torch.arange(len(items)) % 2 == 1)[:, None, None], items.flip(2), items)
     return PerceptionData(
         train=Pictures(items[kept], kinds[kept], seen, 3 * seed),
         calibration=Pictures(items[spare], kinds[spare], seen, 3 * seed + 1),
         evaluation=Pictures(test_items[tested], test_kinds[tested], unseen, 3 * seed + 2),
+        train_augmented=Pictures(mirrored[kept], kinds[kept], seen, 3 * seed + 1_000_003),
+        calibration_augmented=Pictures(mirrored[spare], kinds[spare], seen, 3 * seed + 1_000_004),
     )

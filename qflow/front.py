@@ -1,0 +1,34 @@
+"""Best so far and the Pareto set, on disk and on the study's run after every trial: whatever ends the study now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qflow.core.record import to_json
+from qflow.core.store import write_whole
+from qflow.search.objective import Goal, best_trial, meets, pareto_set
+from qflow.search.outcome import FinishedTrial
+from qflow.tracking.mlflow_tracker import MlflowTracker
+
+
+def log_front(
+    tracker: MlflowTracker, study_run: str, study: str, trials: Sequence[FinishedTrial], goal: Goal, root: Path
+) -> None:
+    """Write studies/<study>/best.json and pareto.json under `root`, and log both with the best trial's metrics."""
+    best = best_trial(trials, goal.ranking)
+    front = pareto_set(trials, list(goal.optimize.values()))
+    rows = [
+        [t.number, t.label, *(t.outcome.metrics.get(name) for name in goal.optimize), meets(t), t.run_id]
+        for t in sorted(front, key=lambda t: t.outcome.objectives)
+    ]
+    table = {"columns": ["trial", "label", *goal.optimize, "meets the goal", "run"], "data": rows}
+    metrics = best.outcome.metrics if best else {}
+    state = {"study": study, "trial": best.number if best else None, "run": best.run_id if best else None}
+    folder = root / "studies" / study
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "pareto.json", to_json(table))
+    write_whole(folder / "best.json", to_json({**state, "metrics": metrics}, indent=1))
+    shown = {f"best/{key.split('/', 1)[1]}": value for key, value in metrics.items()}
+    tags = {"qflow.best_so_far": best.run_id if best else ""}
+    tracker.log_study(study_run, folder=folder, metrics=shown, tags=tags)

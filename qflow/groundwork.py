@@ -1,0 +1,281 @@
+"""What all trials of a study share, computed once: float metric, tracing, statistics, bad cases, sensitivities, cost.
+
+They are kept in the cache under what they depend on; a hit gives the same numbers as a miss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from qflow.analysis.badcase import find_badcases
+from qflow.analysis.badcase_files import BadcaseInputs, named_samples
+from qflow.analysis.candidates import Candidate, candidates
+from qflow.analysis.sensitivity import sensitivity
+from qflow.analysis.tables import BadcaseTable, SensitivityTable
+from qflow.cache import Cache
+from qflow.core.device import DeviceRules
+from qflow.core.dtype import QDtype
+from qflow.core.errors import ConfigError, DataError
+from qflow.core.graph import ModelGraph
+from qflow.core.qconfig import QConfig
+from qflow.core.settings import CalibrationSettings, QConfigSettings, SensitivitySettings
+from qflow.cost.latency import Pricer
+from qflow.cost.measured import measure
+from qflow.cost.model import CostModel
+from qflow.cost.records import CostReport
+from qflow.precisions import Precisions
+from qflow.quant.calibrate import CalibrationStats, apply_scales, collect
+from qflow.quant.prepare import prepare
+from qflow.quant.quantized_model import QuantizedModel
+from qflow.quant.retrace import graph_at
+from qflow.tasks.identity import Identity, of_task, split_digest
+from qflow.tasks.task import Task, batches, deploy_inputs, evaluate, model_inputs, seeded, split_for
+from qflow.trial import Evaluation
+
+Progress = Callable[[int], None]
+
+
+def silent(_: int) -> None:
+    """Progress that nobody looks at."""
+
+
+@dataclass
+class Groundwork:
+    """One task on one device. Stages fill it in order; each is computed once."""
+
+    task: Task
+    rules: DeviceRules
+    cost_model: CostModel
+    sensitivity_settings: SensitivitySettings = field(default_factory=SensitivitySettings)
+    default_calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    float_metric: float = float("nan")
+    skip: tuple[str, ...] = ()
+    """Modules or classes that stay in float."""
+    eval_samples: int = 0
+    eval_batch: int = 32
+    cache: Cache = field(default_factory=Cache)
+    """What was computed under the same content before, here or by an earlier start."""
+    profile: str | None = None
+    """A measured report of this model at the deployed shape."""
+    profile_dtype: QDtype = QDtype.qint8
+    """Template that it was built with."""
+    unmatched: tuple[str, ...] = ()
+    """What the report and the model do not share: layers without an operator, operators without a layer."""
+
+    def __post_init__(self) -> None:
+        self._augmented = ""
+        self._precisions: Precisions | None = None
+        self._prepared: QuantizedModel | None = None
+        self._deploy: ModelGraph | None = None
+        self.sensitivities: SensitivityTable | None = None
+        self.badcases: BadcaseTable | None = None
+
+    def measure_float(self, progress: Progress = silent) -> float:
+        """Metric of the float model. Raises ConfigError if the task states another one."""
+        if self.cache.folder and not self.cache.context:
+            self.cache.context = self.identity.content
+            if self.identity.unidentified:
+                self.cache.leave_disk(self.identity.unidentified[0])
+
+        def evaluated() -> Evaluation:
+            return Evaluation(*evaluate(self.task, self.task.model, self.eval_batch, progress))
+
+        found = self.cache.get("float", self.eval_batch, evaluated, Evaluation)
+        metric, self.eval_samples = found.metric, found.samples
+        stated = self.task.stated_metric
+        if stated is not None and abs(metric - stated) > self.task.tolerance:
+            raise ConfigError(
+                f"The float model reaches the metric its task states ({stated:g} within {self.task.tolerance:g}), but "
+                f"got {metric:.4f} on {self.eval_samples} samples. Check weights and data, or set task.float_metric."
+            )
+        self.float_metric = metric
+        return metric
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What all figures depend on beside settings. Every sample is read once for it."""
+        return of_task(self.task, self.skip)
+
+    def prepare(self) -> QuantizedModel:
+        """Trace on the first evaluation batch, prove the float graph, and trace again at the deployed shape."""
+        batch, _ = next(batches(self.task, "evaluation", min(self.eval_batch, 4), limit=1))
+        example = model_inputs(self.task, batch)
+        self._prepared = prepare(self.task.model, example, self.skip)
+        way_out = f"Give the shape it is deployed at: task.deploy_shape is {self.task.deploy_shape}."
+        self._deploy = graph_at(self._prepared, deploy_inputs(self.task, example), way_out)
+        return self._prepared
+
+    @property
+    def prepared(self) -> QuantizedModel:
+        """The prepared model."""
+        if self._prepared is None:
+            self.prepare()
+        assert self._prepared is not None
+        return self._prepared
+
+    @property
+    def graph(self) -> ModelGraph:
+        """The fused graph at the evaluated shape."""
+        return self.prepared.graph
+
+    @property
+    def deploy_graph(self) -> ModelGraph:
+        """The same graph at the deployed shape, for cost."""
+        assert self.prepared is not None
+        assert self._deploy is not None
+        return self._deploy
+
+    def calibrate(self, settings: CalibrationSettings, progress: Progress = silent) -> CalibrationStats:
+        """Statistics of `steps` batches of `batch_size`: one pass serves all methods and dtypes.
+
+        Raises DataError if the calibration set holds fewer samples.
+        """
+        split = split_for(self.task, "calibration", settings.augment)
+
+        def passed() -> CalibrationStats:
+            self.require_samples(settings.batch_size, settings.steps, split)
+            stream = batches(self.task, split, settings.batch_size, settings.steps)
+            inputs = ((model_inputs(self.task, b), size) for b, size in stream)
+            with seeded():
+                return collect(self.prepared, inputs, progress, settings.sampling)
+
+        key: list[Any] = [settings.batch_size, settings.steps, settings.sampling]
+        if settings.augment:
+            key.append(self._augmented_samples())
+        return self.cache.get("calibration", key, passed, CalibrationStats)
+
+    def _augmented_samples(self) -> str:
+        """Fingerprint of the augmented calibration data, which only trials that ask for them pay for."""
+        if not self._augmented:
+            nameless: list[str] = []
+            self._augmented = split_digest(self.task, "calibration_augmented", nameless)
+            for part in nameless:
+                self.cache.leave_disk(part)
+        return self._augmented
+
+    def require_samples(self, batch_size: int, steps: int, split: str = "calibration") -> None:
+        """Refuse calibration amounts that the data cannot give. Raises DataError."""
+        available, wanted = len(getattr(self.task.data, split)), batch_size * steps
+        if 0 < available < wanted:
+            raise DataError(
+                f"Calibration takes batch_size x steps = {wanted} samples, but got {available} in "
+                f"task.data.{split}. Lower calibration.batch_size or calibration.steps, or their search."
+            )
+
+    def peek(self) -> None:
+        """Read one batch of each split, so that data that cannot work are refused before anything long runs."""
+        for split in ("calibration", "evaluation"):
+            for _ in batches(self.task, split, self.default_calibration.batch_size, limit=1):
+                pass
+
+    def find_badcases(
+        self, progress: Progress = silent, inputs: BadcaseInputs | None = None, template: QDtype = QDtype.qint8
+    ) -> BadcaseTable:
+        """The calibration samples on which the model, all at `template`, differs most from float; progress in steps.
+
+        `inputs` keeps the model inputs of the chosen samples.
+        """
+        chosen, calibration = self.sensitivity_settings, self.default_calibration
+
+        def searched() -> BadcaseTable:
+            self.all(template)
+            stream = batches(self.task, "calibration", calibration.batch_size, self.badcase_steps)
+            return find_badcases(
+                self.task.model,
+                self.prepared,
+                ((model_inputs(self.task, b), n) for b, n in stream),
+                metric=chosen.metric,
+                count=chosen.bad_cases,
+                on_step=progress,
+                inputs=inputs,
+            )
+
+        key = [template, calibration, chosen.metric, chosen.bad_cases, chosen.search_samples, self.rules]
+        self.badcases = self.cache.get("badcases", key, searched, BadcaseTable)
+        if inputs is not None and not inputs.samples:  # the table was known, its samples are read again
+            for index in named_samples(self.badcases):
+                ((batch, _),) = batches(self.task, "calibration", 1, indices=[index])
+                inputs.update(model_inputs(self.task, batch), index, 1, [*inputs.samples, index])
+        return self.badcases
+
+    @property
+    def badcase_steps(self) -> int:
+        """Batches that are searched for bad cases."""
+        return -(-self.sensitivity_settings.search_samples // self.default_calibration.batch_size)
+
+    def all(self, dtype: QDtype) -> list[str]:
+        """Set every operator to `dtype` under the default calibration; returns what calibration noticed."""
+        calibration = self.default_calibration
+        return apply_scales(self.prepared, self.calibrate(calibration), self.template(dtype)[1], calibration)
+
+    def cases(self) -> list[Any]:
+        """Model inputs of the bad cases, as one batch."""
+        worst = (self.badcases or self.find_badcases()).chosen
+        return [model_inputs(self.task, b) for b, _ in batches(self.task, "calibration", len(worst), indices=worst)]
+
+    @property
+    def quantizers(self) -> int:
+        """Number of int8 rows of a sensitivity table: outputs and weights, high-precision outputs apart."""
+        return len(self.graph.quantized) - len(self.graph.high_precision) + len(self.graph.weighted)
+
+    def rank(self, progress: Progress = silent, template: QDtype = QDtype.qint8) -> SensitivityTable:
+        """Sensitivity of every quantizer on the bad cases; `progress` counts rows.
+
+        At each of `sensitivity.dtypes`; with another template than qint8 at what that gives each quantizer.
+        """
+        cases, settings = self.cases(), self.sensitivity_settings
+
+        def ranked() -> SensitivityTable:
+            rows: list[Candidate] = []
+            wanted = [QDtype.parse(name, "sensitivity.dtypes") for name in settings.dtypes]
+            for dtype in wanted if template == QDtype.qint8 else []:
+                self.all(QDtype.qint8 if dtype == QDtype.float16 else dtype)
+                rows += candidates(self.prepared, dtype)
+            self.all(template)
+            rows = rows or candidates(self.prepared)
+            return sensitivity(self.task.model, self.prepared, cases, settings=settings, rows=rows, on_row=progress)
+
+        chosen = list((self.badcases or self.find_badcases()).chosen)
+        key = [template, self.default_calibration, settings, chosen, self.rules]
+        self.sensitivities = self.cache.get("sensitivity", key, ranked, SensitivityTable)
+        return self.sensitivities
+
+    # ---- qconfigs
+
+    @property
+    def precisions(self) -> Precisions:
+        """Which operators may have which precision, and which get it; ranked by the present sensitivities."""
+        if self._precisions is None or self._precisions.sensitivities is not self.sensitivities:
+            self._precisions = Precisions(self.graph, self.rules, self.sensitivities, lambda: self.pricer)
+        return self._precisions
+
+    def template(self, dtype: QDtype) -> tuple[QConfig, QConfig]:
+        """(requested, applied) with every operator at `dtype`."""
+        return self.precisions.template(dtype)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Activation sensitivities by operator; empty before the ranking."""
+        return self.precisions.scores
+
+    def resolve(self, settings: QConfigSettings) -> tuple[QConfig, QConfig]:
+        """(requested, applied) qconfig of a trial. A ratio between 0 and 1 needs sensitivities."""
+        return self.precisions.resolve(settings)
+
+    def cost(self, qconfig: QConfig) -> CostReport:
+        """Predicted cost at the deployed shape."""
+        return self.pricer.report(qconfig)
+
+    @cached_property
+    def pricer(self) -> Pricer:
+        """The cost model on the deployed graph, with the measured profile where there is one.
+
+        Raises ConfigError for a profile that cannot be read or that names none of the model's operators.
+        """
+        if self.profile is None:
+            return Pricer(self.deploy_graph, self.cost_model)
+        measured, self.unmatched = measure(self.profile, self.deploy_graph, self.template(self.profile_dtype)[1])
+        return Pricer(self.deploy_graph, self.cost_model, measured)

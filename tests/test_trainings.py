@@ -1,0 +1,161 @@
+"""What is trained is never trained twice, and another loss or other data is never taken for the same training."""
+
+import functools
+import os
+import signal
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from qflow.bench import Bench
+from qflow.core.settings import CalibrationSettings, QatSettings, TrialSettings
+from qflow.cost.model import CostModel
+from qflow.quant.interrupt import interrupts_held
+from qflow.tasks import digits
+from qflow.training import Training
+
+SGD = functools.partial(torch.optim.SGD, momentum=0.9)
+
+
+class Spied:
+    """The loss without the calls in its identity."""
+
+    def __init__(self, calls, factor=1.0, on_call=None):
+        self.calls, self.factor, self.on_call = calls, factor, on_call
+
+    def __getstate__(self):
+        return {"factor": self.factor}
+
+    def __call__(self, outputs, batch):
+        self.calls.append(1)
+        if self.on_call:
+            self.on_call(len(self.calls))
+        return digits.loss(outputs, batch) * self.factor
+
+
+@pytest.fixture
+def made(digits_task, nash_m, tmp_path):
+    def bench(loss, scheduler=None, data=None):
+        task = replace(digits_task, data=data) if data else digits_task
+        found = Bench(task, nash_m, CostModel(), eval_batch=256, training=Training(loss, SGD, scheduler),
+                      checkpoints=tmp_path / "training")  # fmt: skip
+        found.measure_float()
+        return found
+
+    return bench
+
+
+def trained(bench, steps=4, calibration=None, **qat):
+    settings = QatSettings(steps=steps, batch_size=16, learning_rate=0.01, **qat)
+    calibration = calibration or CalibrationSettings(batch_size=16, steps=4)
+    return bench.run_trial(TrialSettings(calibration=calibration, qat=settings))
+
+
+def test_another_loss_is_another_training(made):
+    calls = []
+    trained(made(Spied(calls)))
+    other = trained(made(Spied(calls, factor=3.0)))
+    assert len(calls) == 8
+    assert other.training.losses == trained(made(Spied([], factor=3.0))).training.losses
+
+
+def test_other_training_data_are_another_training(made, digits_task):
+    calls = []
+    trained(made(Spied(calls)))
+    images, labels = digits_task.data.train.tensors
+    labels = labels.clone()
+    labels[1] += 1
+    trained(made(Spied(calls), data=replace(digits_task.data, train=TensorDataset(images, labels))))
+    assert len(calls) == 8
+
+
+def test_a_rate_probe_goes_on_where_there_is_no_scheduler(made):
+    """The probe leaves the scheduler out, the candidate does not: without one that is the same training."""
+    calls = []
+    bench = made(Spied(calls))
+    trained(bench, steps=2, scheduled=False)
+    longer = trained(bench, steps=4, scheduled=True, checkpoint_every=3)
+    assert len(calls) == 4
+    assert longer.evaluated
+    assert not trained(bench, steps=4, scheduled=False).evaluated  # known: not even evaluated again
+
+
+def test_with_a_scheduler_the_probe_is_another_training(made):
+    calls = []
+    bench = made(Spied(calls), functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1))
+    trained(bench, steps=2, scheduled=False)
+    trained(bench, steps=4, scheduled=True)
+    assert len(calls) == 6
+
+
+def test_what_moving_scales_read_of_the_calibration_tells_trainings_apart(made):
+    bench = made(Spied([]))
+    for margin in (1.25, 2.0):
+        trained(bench, calibration=CalibrationSettings(batch_size=16, steps=4, int16_margin=margin))
+    assert bench.hits == 0
+
+
+def test_a_training_has_one_checkpoint_however_often_it_went_on(made, tmp_path):
+    calls = []
+    for steps in (1, 2, 4):
+        trained(made(Spied(calls)), steps=steps)
+    assert len(calls) == 4
+    (file,) = (tmp_path / "training").rglob("*.safetensors")
+    assert file.stem.endswith("-4")
+
+
+def test_a_damaged_checkpoint_is_begun_again_and_said(made, tmp_path, caplog):
+    calls = []
+    first = trained(made(Spied(calls)), steps=2)
+    (file,) = (tmp_path / "training").rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    assert trained(made(Spied(calls)), steps=4).training.losses[:2] == first.training.losses
+    assert len(calls) == 6
+    assert "is damaged: it begins again" in caplog.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_training_goes_on_where_it_stopped(made, number):
+    """Within a step: the step is ended, saved, and then the interrupt is given on."""
+    whole, calls = trained(made(Spied([])), steps=6), []
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    folder = made(Spied([])).checkpoints
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+
+    def interrupt(call):
+        if call == 3:
+            os.kill(os.getpid(), number)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trained(made(Spied(calls, on_call=interrupt)), steps=6)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(calls) == 3
+    again = trained(made(Spied(calls)), steps=6)
+    assert len(calls) == 6
+    assert again.training.losses == whole.training.losses
+    assert all(torch.equal(tensor, whole.weights[name]) for name, tensor in again.weights.items())
+
+
+def test_a_second_interrupt_does_not_wait():
+    with pytest.raises(KeyboardInterrupt), interrupts_held() as held:  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGINT)
+        assert held.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("it waited")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_loss_that_nothing_identifies_leaves_no_checkpoint_and_says_so(made):
+    said = []
+    bench = made(SimpleNamespace(stream=open(os.devnull)))  # noqa: SIM115
+    bench.cache.say = said.append
+    assert bench.training_folder("train") is None
+    assert said == ["training     keeps no checkpoints: nothing identifies qat.loss.stream (TextIOWrapper)"]
+    bench.training.loss.stream.close()
