@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ from qflow.core.settings import QConfigSettings, TrialSettings
 from qflow.cost.model import CostModel
 from qflow.search.assign import Operator, Problem
 from qflow.search.domain import Choice
+from qflow.search.figure import Figure, figure
+from qflow.search.front import dominated_area
 from qflow.search.objective import CONSTRAINT
 from qflow.search.outcome import FinishedTrial, Outcome
-from qflow.search.strategies import ASSIGNMENT, BudgetSpent, assign, dominated_area, ladder
+from qflow.search.strategies import ASSIGNMENT, BudgetSpent, assign, ladder
 from qflow.search.study import Study, _sampler
 
 DATA = Path(__file__).parent / "data"
@@ -50,7 +53,6 @@ class Landscape:
     operators: tuple[str, ...]
     drops: Mapping[str, float]
     ms: Mapping[str, float]
-    int16_ms: tuple[float, ...]
     scores: tuple[tuple[float, ...], ...]
     """By seed, then operator."""
 
@@ -65,13 +67,19 @@ class Landscape:
             operators,
             dict(zip(mixes, drops.tolist(), strict=True)),
             dict(zip(mixes, kept["ms"].astype(float).tolist(), strict=True)),
-            tuple(kept["int16_ms"].astype(float).tolist()),
             tuple(map(tuple, kept["scores"].astype(float).tolist())),
         )
 
     def problem(self, seed: int) -> Problem:
-        rows = zip(self.operators, self.scores[seed % len(self.scores)], self.int16_ms, strict=True)
-        return Problem(tuple(Operator(n, s, s * INT16_STEP, ms) for n, s, ms in rows), self.ms.__getitem__)
+        rows = enumerate(zip(self.operators, self.scores[seed % len(self.scores)], strict=True))
+        operators = tuple(Operator(name, score, score * INT16_STEP, i) for i, (name, score) in rows)
+        return Problem(operators, self.time, len(operators))
+
+    @cached_property
+    def time(self) -> Figure:
+        """The table of times; a residual network's readers share what pairs of operators cost."""
+        count = len(self.operators)
+        return figure(self.ms.__getitem__, "6" * count, itertools.combinations(range(count), 2))
 
     def ratio(self, seed: int, count: int) -> str:
         """The `count` most sensitive operators at int16."""
@@ -99,7 +107,6 @@ def make(number: int, path: Path, *, operators: int | None = None, epochs: int =
     bench.rank()
     names = bench.precisions.promotable[:operators]
     rest = "8" * (len(bench.precisions.promotable) - len(names))
-    problem = bench.precisions.problem(QConfigSettings())
     right, ms = [], []
     for mix in all_mixes(len(names)):
         result = bench.run_trial(TrialSettings(qconfig=QConfigSettings(assignment=mix + rest)))
@@ -112,7 +119,6 @@ def make(number: int, path: Path, *, operators: int | None = None, epochs: int =
         float_right=round(metric * EVALUATION),
         right=np.array(right, dtype=np.uint16),
         ms=np.array(ms, dtype=np.float32),
-        int16_ms=np.array([o.int16_ms for o in problem.operators[: len(names)]], dtype=np.float32),
         scores=np.array([_scores(bench, seed, names) for seed in range(SEEDS)], dtype=np.float32),
     )
 

@@ -20,6 +20,7 @@ from qflow.bench import Bench
 from qflow.core.dtype import QDtype
 from qflow.core.settings import CalibrationSettings, QConfigSettings, SensitivitySettings, TrialSettings
 from qflow.cost.model import CostModel
+from qflow.search.figure import Figure
 from qflow.search.objective import MAXIMIZE, MINIMIZE, Goal, best_trial
 from qflow.search.outcome import FinishedTrial, Outcome
 from qflow.search.strategies import ASSIGNMENT, assign, ladder
@@ -94,6 +95,8 @@ def by_ladder(search: Search) -> None:
 
 def by_assign(search: Search) -> None:
     problem = search.bench.precisions.problem(QConfigSettings())
+    count = Figure(lambda mix: mix.count("6"), 0.0, {(o.place,): 1.0 for o in problem.operators})
+    problem = replace(problem, time=count)  # peers count operators: the least time here is all int16's
     drop8, drop16 = (
         search.measure({ASSIGNMENT: mix}).outcome.metrics["accuracy/drop"]
         for mix in (problem.all_int8, problem.all_int16)

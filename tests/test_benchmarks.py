@@ -126,7 +126,7 @@ def test_the_front_in_miniature(search, capsys):
 
 
 def test_a_hypervolume_is_the_area_below_the_reference():
-    from qflow.search.strategies import dominated_area as volume
+    from qflow.search.front import dominated_area as volume
 
     assert volume([], (1.0, 1.0)) == 0.0
     assert volume([(0.5, 0.5), (0.75, 0.75), (0.25, 0.75)], (1.0, 1.0)) == pytest.approx(0.25 + 0.25 * 0.25)

@@ -1,65 +1,112 @@
-"""Which operators get int16: a 0/1 knapsack over what each one's int8 error is and what its int16 costs.
+"""Which operators get int16: a 0/1 program over what each one's int8 error is and what mixes cost.
 
-    cheapest       min sum of ms_i x_i    subject to  sum of e8_i (1 - x_i) + e16_i x_i <= budget
-    most accurate  min sum of errors      subject to  sum of ms_i x_i <= budget
+    cheapest       min time    subject to  sum of errors <= budget, and the limits
+    most accurate  min errors  subject to  time <= budget, and the limits
 
 Errors of single operators are added up, as if they were independent; what that is worth shows in the measurements
-(strategies.py). Solved exactly by HiGHS (scipy.optimize.milp); a search re-solves for every new budget, because
-scores and prices do not depend on it. An assignment is text, a letter an operator: 8 int8, 6 int16.
+(strategies.py). Costs are sums over groups of operators (figure.py), a variable each, so that what operators share
+is counted once. HiGHS (scipy.optimize.milp) solves it within `GAP` of what int16 adds, or to the best that `NODES`
+nodes find. A cost that is not such a sum is approximated; a limit is held to the exact figure all the same.
+A mix is text, a letter an operator: 8 int8, 6 int16.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
-FEWER_MS = 1e-7  # among equal times the mix with fewer int16 operators
-SLACK = 1e-9  # of the budget, relative: errors that meet it on paper meet it in floating point
+from qflow.search.figure import Figure
+from qflow.search.program import Row, solve
+
+SLACK = 1e-9  # relative: what meets a bound on paper meets it in floating point
+TOLERANCE = 1e-6  # relative: the solver's own, within which it takes a bound as kept
+TIGHTENED = 8  # most times that a limit is drawn in because the exact figure exceeds it
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator that can be int16: its error at both precisions, and what int16 costs it in ms."""
+    """One operator that can be int16: its error at both precisions, and the place of its letter."""
 
     name: str
     int8_error: float
     int16_error: float
-    int16_ms: float
+    place: int
 
     @property
     def gain(self) -> float:
         """Error that int16 takes away."""
         return self.int8_error - self.int16_error
 
+    def known(self, worst: float) -> Operator:
+        """Itself, with `worst` for an int8 error and 0 for an int16 error that is no finite number."""
+        int8 = self.int8_error if math.isfinite(self.int8_error) else worst
+        int16 = self.int16_error if math.isfinite(self.int16_error) else 0.0
+        return replace(self, int8_error=int8, int16_error=int16)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A figure of a mix that may be at most `most`."""
+
+    figure: Figure
+    most: float
+
+    def holds(self, mix: str) -> bool:
+        """Whether the exact figure of `mix` is within the limit."""
+        return round(self.figure.exact(mix) - self.most, 9) <= 0.0
+
 
 @dataclass(frozen=True)
 class Problem:
-    """Operators in graph order, and the predicted time in ms of a whole assignment: parts share what they cost."""
+    """Operators whose precision is free, in graph order, the time in ms of a whole mix, and what bounds a mix.
+
+    A mix has `letters` letters; those of operators that are not free stay 8 and mean nothing. An error that is no
+    number counts as the largest that is one: unknown is not harmless.
+    """
 
     operators: tuple[Operator, ...]
-    price: Callable[[str], float]
+    time: Figure
+    letters: int
+    limits: tuple[Limit, ...] = ()
 
-    def error(self, assignment: str) -> float:
+    def __post_init__(self) -> None:
+        known = [e for o in self.operators for e in (o.int8_error, o.int16_error) if math.isfinite(e)]
+        worst = max(known, default=1.0)
+        object.__setattr__(self, "operators", tuple(o.known(worst) for o in self.operators))
+
+    def bounded(self, *limits: Limit) -> Problem:
+        """The same problem within `limits` too."""
+        return replace(self, limits=(*self.limits, *limits))
+
+    def price(self, mix: str) -> float:
+        """Predicted time in ms, exactly as the cost model has it."""
+        return self.time.exact(mix)
+
+    def error(self, mix: str) -> float:
         """Predicted error: the sum over operators."""
-        return sum(
-            o.int16_error if letter == "6" else o.int8_error
-            for o, letter in zip(self.operators, assignment, strict=True)
-        )
+        return sum(o.int16_error if mix[o.place] == "6" else o.int8_error for o in self.operators)
+
+    def errors(self, mixes: Sequence[str]) -> np.ndarray:
+        """Predicted errors of many mixes."""
+        return self._loss.estimates(mixes)
+
+    def within(self, mix: str) -> bool:
+        """Whether `mix` keeps every limit."""
+        return all(limit.holds(mix) for limit in self.limits)
 
     @property
     def all_int8(self) -> str:
         """Nothing promoted."""
-        return "8" * len(self.operators)
+        return "8" * self.letters
 
-    @property
+    @cached_property
     def all_int16(self) -> str:
         """Everything promoted."""
-        return "6" * len(self.operators)
+        return self._with(o.place for o in self.operators)
 
     def budget(self, share: float) -> float:
         """Error budget that keeps `share` (0..1) of what int16 can take away."""
@@ -67,69 +114,68 @@ class Problem:
         return low + share * max(high - low, 0.0)
 
     def cheapest(self, max_error: float) -> str:
-        """The mix of least time whose predicted error is at most `max_error`; all int16 where none is."""
-        useful = [i for i, o in enumerate(self.operators) if o.gain > 0.0]
-        gains = np.array([self.operators[i].gain for i in useful])
-        needed = self.error(self.all_int8) - max_error
-        if needed <= 0.0:
+        """The mix of least time whose predicted error is at most `max_error`; the most accurate one where none is."""
+        if self.error(self.all_int8) <= max_error and self.within(self.all_int8):
             return self.all_int8
-        if gains.sum() * (1.0 + SLACK) <= needed:
-            return self._with(useful)
-        costs = np.array([max(self.operators[i].int16_ms, 0.0) + FEWER_MS for i in useful])
-        chosen = _solve(costs, gains, at_least=min(needed, gains.sum() * (1.0 - SLACK)))
-        return self._pruned(self._with(useful[k] for k in chosen), max_error)
+        loss = self._loss
+        least = loss.base - sum(max(o.gain, 0.0) for o in self.operators)
+        reach = SLACK * (loss.base - least)  # a budget that all int16 just meets stays one that it meets
+        found = self._solved(self.time, [Row(loss.terms, max(max_error, least + reach) - loss.base)])
+        if found is None or max_error < least - reach:
+            return self.most_accurate()
+        return self._pruned(found, max_error)
 
-    def most_accurate(self, max_ms: float) -> str:
-        """The mix of least predicted error that int16 makes at most `max_ms` slower than all int8."""
-        useful = [i for i, o in enumerate(self.operators) if o.gain > 0.0]
-        gains = np.array([self.operators[i].gain for i in useful])
-        costs = np.array([max(self.operators[i].int16_ms, 0.0) for i in useful])
-        return self._with(useful[k] for k in _solve(-gains, -costs, at_least=-max(max_ms, 0.0)))
+    def most_accurate(self, max_ms: float = math.inf) -> str:
+        """The mix of least predicted error that int16 makes at most `max_ms` slower than all int8; all int8 where the
+        limits leave nothing.
+        """
+        if max_ms < math.inf:
+            return self.bounded(Limit(self.time, self.price(self.all_int8) + max(max_ms, 0.0))).most_accurate()
+        found = self._solved(self._loss, []) or self._raised()
+        return self._pruned(found, self.error(found))
+
+    @cached_property
+    def _loss(self) -> Figure:
+        """The predicted error as terms."""
+        return Figure(self.error, self.error(self.all_int8), {(o.place,): -o.gain for o in self.operators})
+
+    def _solved(self, least: Figure, rows: Sequence[Row]) -> str | None:
+        """The mix of least `least` within `rows` and the limits; None where there is none.
+
+        Where a limit's terms promise less than the exact figure, the limit is drawn in by the difference.
+        """
+        places = [o.place for o in self.operators]
+        rooms = [limit.most - limit.figure.base for limit in self.limits]
+        for _ in range(TIGHTENED):
+            bounds = [Row(limit.figure.terms, room) for limit, room in zip(self.limits, rooms, strict=True)]
+            chosen = solve(least.terms, [*rows, *bounds], places)
+            if chosen is None:
+                return None
+            mix = self._with(chosen)
+            if self.within(mix):
+                return mix
+            over = [max(limit.figure.exact(mix) - limit.most, 0.0) for limit in self.limits]
+            rooms = [r - (by + TOLERANCE * abs(r) if by else 0.0) for r, by in zip(rooms, over, strict=True)]
+        return None
 
     def _with(self, places: Iterable[int]) -> str:
         chosen = set(places)
-        return "".join("6" if i in chosen else "8" for i in range(len(self.operators)))
+        return "".join("6" if i in chosen else "8" for i in range(self.letters))
 
-    def _pruned(self, assignment: str, max_error: float) -> str:
-        """Without operators that the budget can do without (free ones that the solver left in), least gain first."""
-        places = [i for i, letter in enumerate(assignment) if letter == "6"]
-        for i in sorted(places, key=lambda i: self.operators[i].gain):
-            lower = assignment[:i] + "8" + assignment[i + 1 :]
-            if self.error(lower) <= max_error:
-                assignment = lower
-        return assignment
+    def _raised(self) -> str:
+        """All int8 with operators raised, most gain first, while the limits hold: where a limit is no sum of terms."""
+        mix = self.all_int8
+        for o in sorted(self.operators, key=lambda o: -o.gain):
+            higher = mix[: o.place] + "6" + mix[o.place + 1 :]
+            if o.gain > 0.0 and self.within(higher):
+                mix = higher
+        return mix
 
-
-def _solve(costs: np.ndarray, gains: np.ndarray, at_least: float) -> list[int]:
-    """Places x_i = 1 of: minimise costs.x subject to gains.x >= at_least."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    if not len(costs):
-        return []
-    scale = float(np.max(np.abs(gains))) or 1.0
-    unit = float(np.max(np.abs(costs))) or 1.0
-    with _quiet():
-        found = milp(
-            costs / unit,
-            constraints=LinearConstraint(gains[None] / scale, lb=at_least / scale),
-            integrality=np.ones(len(costs)),
-            bounds=Bounds(0, 1),
-            options={"mip_rel_gap": 0.0},
-        )
-    if found.x is None:  # the budget cannot be met
-        return []
-    return [i for i, x in enumerate(found.x) if x > 0.5]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """HiGHS prints some lines whatever it is told; a search's output is for people."""
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    sys.stdout.flush()
-    os.dup2(nowhere, 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
+    def _pruned(self, mix: str, max_error: float) -> str:
+        """Without operators that budget, limits and time can do without (free ones that the solver left in)."""
+        for o in sorted((o for o in self.operators if mix[o.place] == "6"), key=lambda o: o.gain):
+            lower = mix[: o.place] + "8" + mix[o.place + 1 :]
+            fits = self.error(lower) <= max_error and self.time(lower) <= self.time(mix) + SLACK
+            if fits and self.within(lower):
+                mix = lower
+        return mix

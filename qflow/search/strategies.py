@@ -13,13 +13,12 @@ samplers are the fourth strategy: the study's own `sample` (loop.py) until the b
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TypeAlias
 
-import numpy as np
-
-from qflow.search.assign import Problem
+from qflow.search.assign import Limit, Problem
 from qflow.search.domain import Scalar, Values
+from qflow.search.front import Landscape
 from qflow.search.objective import accurate
 from qflow.search.outcome import FinishedTrial
 
@@ -28,8 +27,11 @@ RATIO, FLOAT16, ASSIGNMENT = "qconfig.int16_ratio", "qconfig.float16_count", "qc
 NARROW = 0.02  # a bracket of error budgets that differ by less holds nothing to find
 REFINEMENTS = 8  # most mixes that the bracket of error budgets is narrowed by
 BUDGETS = 64  # error budgets that candidates for the front are solved for
+SAME_MS = 1e-9  # times that differ by less are equal
 
 Measure = Callable[..., FinishedTrial | None]
+Ask: TypeAlias = Callable[[str, str], FinishedTrial | None]
+"""Measure a mix, with a label."""
 
 
 class BudgetSpent(Exception):
@@ -89,159 +91,108 @@ def assign(
 ) -> None:
     """The cheapest assignment that meets the goal, then bits given back, then the front around it.
 
-    `int8_drop` and `int16_drop` are measured: they tie predicted errors to drops. `max_ms` is a time budget over all
-    int8: the most accurate mix within it is measured once. `patience`: as many operators in a row that prove needed,
-    least sensitive first, end the giving back. With `explore` the rest of the budget goes to the front.
+    Nothing is measured that exceeds a limit of the problem. `int8_drop` and `int16_drop` are measured: they tie
+    predicted errors to drops. `max_ms` is a limit on the time over all int8. `patience`: as many operators in a row
+    that prove needed, least sensitive first, end the giving back. With `explore` the rest of the budget goes to the
+    front.
     """
+    if max_ms is not None:
+        problem = problem.bounded(Limit(problem.time, problem.price(problem.all_int8) + max_ms))
+    ends = {problem.all_int8: int8_drop, problem.all_int16: int16_drop}
     seen: dict[str, FinishedTrial | None] = {}
 
-    def ask(assignment: str, label: str) -> FinishedTrial | None:
-        if assignment not in seen:
-            seen[assignment] = measure({**base, ASSIGNMENT: assignment}, label)
-        return seen[assignment]
+    def ask(mix: str, label: str) -> FinishedTrial | None:
+        if mix not in seen:
+            seen[mix] = measure({**base, ASSIGNMENT: mix}, label)
+        return seen[mix]
 
-    found = _bracket(ask, problem, max_drop, int8_drop, int16_drop)
-    if max_ms is not None:
-        ask(problem.most_accurate(max_ms), "within the time budget")
+    found = _bracket(ask, problem, max_drop, ends)
     if found is not None:
-        give_back(ask, problem, found, patience)
+        give_back(ask, problem, found, patience, missed=[problem.all_int8])
     if explore:
-        _explore(ask, problem, seen, {problem.all_int8: int8_drop, problem.all_int16: int16_drop})
+        _explore(ask, problem, seen, ends)
 
 
-def _bracket(
-    ask: Callable[[str, str], FinishedTrial | None], problem: Problem, max_drop: float, drop8: float, drop16: float
-) -> str | None:
+def _bracket(ask: Ask, problem: Problem, max_drop: float, ends: Mapping[str, float]) -> str | None:
     """The cheapest mix found to meet the goal: the error budget is narrowed between one that meets and one that misses.
 
-    The next budget is where the drops measured at both ends say, kept off the ends.
+    The next budget is where the drops measured at both ends say, kept off the ends. Where the limits bar all int16,
+    the most accurate mix within them takes its place.
     """
-    low, high = problem.budget(0.0), problem.budget(1.0)  # met at `low`, missed at `high`
-    low_drop, high_drop, best = drop16, max(drop8, max_drop), None
+    top, best = problem.all_int16, None
+    low_drop, high_drop = ends[top], max(ends[problem.all_int8], max_drop)
+    if not problem.within(top):
+        top = problem.most_accurate()
+        trial = None if top in ends else ask(top, "most accurate within the limits")
+        if trial is None or not meets(trial):
+            return None
+        best, low_drop = top, _drop(trial)
+    low, high = problem.error(top), problem.budget(1.0)  # met at `low`, missed at `high`
+    least = low
     for _ in range(REFINEMENTS):
-        if high - low <= NARROW * (high - problem.budget(0.0)):
+        if high - low <= NARROW * (high - least):
             break
         slope = (max_drop - low_drop) / (high_drop - low_drop) if high_drop > low_drop else 0.5
         budget = low + min(max(slope, 0.02), 0.8) * (high - low)
         mix = problem.cheapest(budget)
-        if mix in (problem.all_int16, best):  # known to meet
+        if mix in (top, best):  # known to meet
             low = budget
             continue
         trial = ask(mix, f"assigned {mix.count('6')}")
-        if meets(trial):
-            assert trial is not None
-            best, low, low_drop = mix, budget, min(trial.outcome.metrics["accuracy/drop"], max_drop)
+        if trial is not None and meets(trial):
+            best, low, low_drop = mix, budget, min(_drop(trial), max_drop)
         else:
             high = max(problem.error(mix), low)
-            high_drop = max(trial.outcome.metrics["accuracy/drop"], max_drop) if trial else high_drop
+            high_drop = max(_drop(trial), max_drop) if trial else high_drop
     return best
 
 
-def give_back(ask: Callable[[str, str], FinishedTrial | None], problem: Problem, mix: str, patience: int) -> str:
-    """`mix` with operators put back to int8 where the goal still holds: halves of those left, least gain first."""
-    left = sorted((i for i, letter in enumerate(mix) if letter == "6"), key=lambda i: problem.operators[i].gain)
-    size, needed = max(len(left) // 2, 1), 0
+def _drop(trial: FinishedTrial) -> float:
+    return trial.outcome.metrics["accuracy/drop"]
+
+
+def give_back(ask: Ask, problem: Problem, mix: str, patience: int, missed: Collection[str] = ()) -> str:
+    """`mix` with operators put back to int8 where the goal still holds: all of them, then halves of those left, least
+    gain first.
+
+    `missed` are mixes that are known to miss: all int8, unless it is to be tried. What would exceed a limit or take
+    longer is not asked for. `patience` operators in a row that prove needed end it.
+    """
+    gains = {o.place: o.gain for o in problem.operators}
+    left = sorted((i for i in gains if mix[i] == "6"), key=gains.__getitem__)
+    size, needed, known = len(left), 0, set(missed)
     while left and needed < patience:
         group = left[:size]
         lower = "".join("8" if i in group else letter for i, letter in enumerate(mix))
-        if lower == problem.all_int8:
-            break
-        if meets(ask(lower, f"given back {len(group)}")):
+        worth = problem.price(lower) <= problem.price(mix) + SAME_MS and problem.within(lower)
+        if worth and lower not in known and meets(ask(lower, f"given back {len(group)}")):
             mix, left, needed = lower, left[len(group) :], 0
-        elif len(group) == 1:
-            left, needed = left[1:], needed + 1
-        else:
+            size = max(min(size, len(left)), 1)
+        elif len(group) > 1:
             size = len(group) // 2
-            continue
-        size = max(min(size, len(left)), 1)
+            known.add(lower)
+        else:
+            left, needed, size = left[1:], needed + int(worth), 1
     return mix
 
 
-def _explore(
-    ask: Callable[[str, str], FinishedTrial | None],
-    problem: Problem,
-    seen: Mapping[str, FinishedTrial | None],
-    ends: Mapping[str, float],
-) -> None:
+def _explore(ask: Ask, problem: Problem, seen: Mapping[str, FinishedTrial | None], ends: Mapping[str, float]) -> None:
     """Mixes for the front, again and again the one that is expected to add most to the area that it dominates.
 
     Candidates are the cheapest mixes over the whole range of error budgets, and single changes of mixes on the front.
-    Drops are expected with optimism: errors of operators rarely add up on the front, where the cheapest of many mixes
-    stand. Prices are guessed operator by operator until a mix comes first: a price takes longer than a guess.
     """
     budgets = [problem.budget((k / BUDGETS) ** 2) for k in range(1, BUDGETS)]
-    solved = dict.fromkeys(problem.cheapest(budget) for budget in budgets)
-    prices: dict[str, float] = {}
+    solved = list(dict.fromkeys(problem.cheapest(budget) for budget in budgets))
     while True:
-        measured = {mix: trial.outcome.metrics["accuracy/drop"] for mix, trial in seen.items() if trial}
-        landscape = _Landscape(problem, {**ends, **measured})
-        expected = {mix: (landscape.drop(mix), landscape.guess(mix, problem.all_int8)) for mix in solved}
-        for mix in landscape.front:
-            for i, letter in enumerate(mix):
-                other = mix[:i] + ("8" if letter == "6" else "6") + mix[i + 1 :]
-                drop = landscape.drop(other, beside=mix)
-                if other not in expected or drop < expected[other][0]:
-                    expected[other] = drop, landscape.guess(other, mix)
-        gains = {
-            mix: landscape.gain(drop, prices.get(mix, guess))
-            for mix, (drop, guess) in sorted(expected.items())
-            if mix not in seen and mix not in ends
-        }
-        if not gains:
+        land = Landscape(problem, {**ends, **{mix: _drop(trial) for mix, trial in seen.items() if trial}})
+        expected = {m: drop for m, drop in sorted(land.expected(solved).items()) if m not in seen and m not in ends}
+        prices = problem.time.estimates(list(expected))
+        gains = {m: land.gain(drop, float(ms)) for (m, drop), ms in zip(expected.items(), prices, strict=True)}
+        promising = (m for m in sorted(gains, key=gains.__getitem__, reverse=True) if problem.within(m))
+        first = next(promising, None)
+        if first is None:
             return
-        while (first := max(gains, key=gains.__getitem__)) not in prices:
-            prices[first] = problem.price(first)
-            gains[first] = landscape.gain(expected[first][0], prices[first])
         ask(first, "for the front")
-
-
-class _Landscape:
-    """What is measured: the front, and drops expected elsewhere from predicted errors, which rise with them."""
-
-    def __init__(self, problem: Problem, drops: Mapping[str, float]) -> None:
-        self.problem, self.drops = problem, drops
-        known = sorted((problem.error(mix), drop) for mix, drop in drops.items())
-        self.errors = [error for error, _ in known]
-        self.levels = list(itertools.accumulate((drop for _, drop in known), max))
-        self.worst = self.levels[-1], max(map(problem.price, (problem.all_int8, problem.all_int16)))
-        self.front: list[str] = []
-        for mix in sorted(self.drops, key=lambda m: (problem.price(m), self.drops[m], m)):
-            if not self.front or self.drops[mix] < self.drops[self.front[-1]]:
-                self.front.append(mix)
-        self.points = [(drops[mix], problem.price(mix)) for mix in self.front]
-        self.area = dominated_area(self.points, self.worst)
-
-    def drop(self, mix: str, beside: str | None = None) -> float:
-        """Expected drop by predicted error alone, or as a change of a measured mix: to int8 none, until measured."""
-        if beside is None:
-            return self._level(mix)
-        return self.drops[beside] + min(self._level(mix) - self._level(beside), 0.0)
-
-    def _level(self, mix: str) -> float:
-        return float(np.interp(self.problem.error(mix), self.errors, self.levels))
-
-    def guess(self, mix: str, beside: str) -> float:
-        """Price of `mix` by that of another one and what each operator that differs costs."""
-        pairs = zip(mix, beside, self.problem.operators, strict=True)
-        changes = (o.int16_ms if one == "6" else -o.int16_ms for one, other, o in pairs if one != other)
-        return self.problem.price(beside) + sum(changes)
-
-    def gain(self, drop: float, price: float) -> tuple[float, float]:
-        """Area that such a mix adds to the front's; among those that add none the nearest to the front."""
-        added = dominated_area([*self.points, (drop, price)], self.worst) - self.area
-        drops, prices = (worst or 1.0 for worst in self.worst)
-        behind = min(max(drop - d, 0.0) / drops + max(price - p, 0.0) / prices for d, p in self.points)
-        return added, -behind
-
-
-def dominated_area(points: Sequence[tuple[float, float]], worst: tuple[float, float]) -> float:
-    """Area that is dominated by points of two costs, up to `worst`."""
-    area, top = 0.0, worst[1]
-    for cost, price in sorted(points):
-        if cost < worst[0] and price < top:
-            area += (worst[0] - cost) * (top - price)
-            top = price
-    return area
 
 
 def halving(measure: Measure, candidates: Sequence[Values], rungs: Sequence[int]) -> list[FinishedTrial]:

@@ -1,0 +1,105 @@
+"""What the assignment's problem says of real networks: its costs, and which letters mean something."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import zoo
+
+from qflow.analysis.tables import SensitivityRow, SensitivityTable
+from qflow.core.dtype import QDtype
+from qflow.core.settings import QConfigSettings
+from qflow.cost.latency import Pricer
+from qflow.cost.model import CostModel
+from qflow.precisions import Precisions
+from qflow.quant.plan import make_plan
+from qflow.quant.trace import trace
+
+NAMES = ("unet", "squeeze_excite", "convnext", "vision_transformer", "detr", "functional", "fpn", "dense", "shared")
+
+
+def table(graph, **scores):
+    """Random sensitivities of every operator, those given apart."""
+    rng = random.Random(0)
+    found = {node.name: rng.lognormvariate(0, 1) for node in graph.quantized} | scores
+    rows = tuple(SensitivityRow(name, "activation", "", score, "qint8", 0) for name, score in found.items())
+    return SensitivityTable("mse", "max", 1, True, rows)
+
+
+def precisions(name, rules, **scores):
+    model, example = zoo.build(name)
+    graph = make_plan(trace(model, example), model).graph
+    pricer = Pricer(graph, CostModel(onchip_mb=0.01))
+    return Precisions(graph, rules, table(graph, **scores), lambda: pricer)
+
+
+def drawn(problem, count=20):
+    rng = random.Random(1)
+    free = {o.place for o in problem.operators}
+    letters = lambda share: (  # noqa: E731
+        "6" if i in free and rng.random() < share else "8" for i in range(problem.letters)
+    )
+    return ["".join(letters(k / count)) for k in range(1, count)]
+
+
+@pytest.fixture(params=NAMES)
+def made(request, nash_m):
+    return precisions(request.param, replace(nash_m, fused_add_int8=False))
+
+
+def test_times_and_mac_shares_are_sums_over_operators_that_are_read_together(made):
+    problem = made.problem(QConfigSettings(), {"max_int16_mac_share": 0.5})
+    share = problem.limits[0].figure
+    for mix in drawn(problem):
+        assert problem.time(mix) == pytest.approx(problem.price(mix), rel=1e-6)
+        assert share(mix) == pytest.approx(share.exact(mix), abs=1e-6)
+
+
+def test_every_letter_of_an_operator_of_the_problem_changes_what_runs(made):
+    problem = made.problem(QConfigSettings())
+    for mix in drawn(problem, 4):
+        runs = made.resolve(QConfigSettings(assignment=mix))[1]
+        outputs = [runs.ops[o.name].output.value for o in problem.operators]
+        assert outputs == ["qint16" if mix[o.place] == "6" else "qint8" for o in problem.operators]
+
+
+def test_operators_that_are_kept_are_no_part_of_the_problem(nash_m):
+    made = precisions("vision_transformer", nash_m)
+    name, other, *_ = made.promotable
+    kept = QConfigSettings(modules={name: "qint16", other: "qint8"})
+    problem = made.problem(kept)
+    assert len(problem.operators) == len(made.problem(QConfigSettings()).operators) - 2
+    assert {name, other}.isdisjoint(o.name for o in problem.operators)
+    assert problem.letters == len(made.promotable)
+    assert problem.all_int16[:2] == "88"
+    assert made.problem(kept) is problem
+
+
+def test_a_score_that_is_no_number_ranks_first(nash_m):
+    plain = precisions("unet", nash_m)
+    name = plain.promotable[1]
+    made = precisions("unet", nash_m, **{name: math.nan})
+    assert made.resolve(QConfigSettings(int16_ratio=1 / len(made.promotable)))[1].ops[name].output == QDtype.qint16
+    problem = made.problem(QConfigSettings())
+    assert max(problem.operators, key=lambda o: o.gain).name == name
+
+
+def test_a_ladder_has_a_rung_for_each_promotion_within_the_budgets(made):
+    settings = QConfigSettings()
+    rungs = made.rungs(settings)
+    wide = [made.resolve(replace(settings, int16_ratio=r))[1].names(QDtype.qint16) for r in rungs]
+    assert len({frozenset(names) for names in wide}) == len(rungs) == len(made.promotable) + 1
+    assert [sum(name in made.promotable for name in names) for names in wide] == list(range(len(rungs)))
+    within = made.rungs(settings, {"max_int16_mac_share": 0.5})
+    shares = {r: made.pricer().report(made.resolve(replace(settings, int16_ratio=r))[1]).int16_mac_share for r in rungs}
+    assert within == [r for r in rungs if shares[r] <= 0.5]
+    assert 0.0 in within
+
+
+def test_a_ladder_has_no_rung_for_an_operator_that_is_kept(nash_m):
+    made = precisions("vision_transformer", nash_m)
+    kept = QConfigSettings(modules={made.promotable[0]: "qint16", made.promotable[1]: "qint8"})
+    assert len(made.rungs(kept)) == len(made.promotable) - 1
