@@ -12,6 +12,7 @@ from qflow.analysis.model_check import check_model
 from qflow.analysis.tables import SensitivityTable
 from qflow.core.dtype import QDtype
 from qflow.core.errors import TrialError
+from qflow.core.settings import QConfigSettings
 from qflow.diagnosis import Diagnosis
 from qflow.search.domain import Choice
 from qflow.search.objective import CONSTRAINT, meets
@@ -187,30 +188,27 @@ def _met_by_calibration(session: Session, int8: FinishedTrial) -> bool:
 def _laddered(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:
     int8 = best_calibration(session) or floor
     if not _met_by_calibration(session, int8):
-        count = sum(op.int8_error > 0.0 for op in _problem(session, int8.params).operators)
+        rungs = session.bench.precisions.rungs(_bare(session, int8.params), session.goal.budgets)
         with session.pass_or_fail():
-            ladder(session.measure, int8.params, RATIO, [round(k / max(count, 1), 6) for k in range(count + 1)])
+            ladder(session.measure, int8.params, RATIO, rungs)
 
 
 def _assigned(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:
     int8 = best_calibration(session) or floor
-    if _met_by_calibration(session, int8):
-        return
-    problem, limit = _problem(session, int8.params), session.goal.max_latency_ms
-    assign(
-        session.measure,
-        {**int8.params, RATIO: 0.0},
-        problem,
-        max_drop=session.goal.max_drop,
-        int8_drop=int8.outcome.metrics["accuracy/drop"],
-        int16_drop=ceiling.outcome.metrics["accuracy/drop"],
-        max_ms=None if limit is None else limit - floor.outcome.metrics["cost/latency_ms"],
-    )
+    if not _met_by_calibration(session, int8):
+        assign(
+            session.measure,
+            {**int8.params, RATIO: 0.0},
+            session.bench.precisions.problem(_bare(session, int8.params), session.goal.budgets),
+            max_drop=session.goal.max_drop,
+            int8_drop=int8.outcome.metrics["accuracy/drop"],
+            int16_drop=ceiling.outcome.metrics["accuracy/drop"],
+        )
 
 
-def _problem(session: Session, point: Mapping[str, Any]) -> Any:
-    settings = conf.trial_settings(conf.with_params(session.config, {**point, RATIO: 0.0}))
-    return session.bench.precisions.problem(settings.qconfig)
+def _bare(session: Session, point: Mapping[str, Any]) -> QConfigSettings:
+    """Settings at `point` with nothing in int16 by ratio."""
+    return conf.trial_settings(conf.with_params(session.config, {**point, RATIO: 0.0})).qconfig
 
 
 def raise_float16(session: Session) -> FinishedTrial | None:

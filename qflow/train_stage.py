@@ -127,7 +127,7 @@ def _give_back(session: Session, trained: FinishedTrial) -> None:
         return session.measure({**point, RATIO: 0.0, ASSIGNMENT: assignment}, f"QAT {label}")
 
     with session.pass_or_fail():
-        fewer = give_back(ask, precisions.problem(bare), mix, patience=2)
+        fewer = give_back(ask, precisions.problem(bare, session.goal.budgets), mix, patience=2)
     session.decide("give back", f"{mix.count('6')} int16 operators before, {fewer.count('6')} after")
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeAlias
 
-from qflow.search.assign import Limit, Problem
+from qflow.search.assign import Problem
 from qflow.search.domain import Scalar, Values
 from qflow.search.front import Landscape
 from qflow.search.objective import accurate
@@ -85,19 +85,15 @@ def assign(
     max_drop: float,
     int8_drop: float,
     int16_drop: float,
-    max_ms: float | None = None,
     patience: int = 3,
     explore: bool = True,
 ) -> None:
     """The cheapest assignment that meets the goal, then bits given back, then the front around it.
 
     Nothing is measured that exceeds a limit of the problem. `int8_drop` and `int16_drop` are measured: they tie
-    predicted errors to drops. `max_ms` is a limit on the time over all int8. `patience`: as many operators in a row
-    that prove needed, least sensitive first, end the giving back. With `explore` the rest of the budget goes to the
-    front.
+    predicted errors to drops. `patience`: as many operators in a row that prove needed, least sensitive first, end
+    the giving back. With `explore` the rest of the budget goes to the front.
     """
-    if max_ms is not None:
-        problem = problem.bounded(Limit(problem.time, problem.price(problem.all_int8) + max_ms))
     ends = {problem.all_int8: int8_drop, problem.all_int16: int16_drop}
     seen: dict[str, FinishedTrial | None] = {}
 
