@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import statistics
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from qflow import config as conf
 from qflow.analysis.model_check import check_model
 from qflow.bench import Bench
+from qflow.budget import Budget
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.record import to_json
@@ -29,8 +28,7 @@ from qflow.manifest import manifest
 from qflow.report.console import Console, duration
 from qflow.report.files import write_study, write_trial
 from qflow.search.loop import Driver, FailedTrial, FinishedTrial, Outcome, driving
-from qflow.search.objective import Goal, aims, best_trial
-from qflow.search.strategies import BudgetSpent
+from qflow.search.objective import Goal, aims, best_trial, meets
 from qflow.search.study import Study
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.tracking.views import save_view, study_url
@@ -54,12 +52,12 @@ class Session:
     """Closed by the door: what must be left in order when the workflow ends, however it ends."""
     study_run: str = ""
     driver: Driver | None = None
+    budget: Budget = field(init=False)
+    """Counts from `drive` on."""
     kept: dict[str, Any] = field(default_factory=dict)
     """Values that every trial gets from here on: an fp16 set that is kept, training left to a stage of its own."""
     baselines: dict[str, FinishedTrial] = field(default_factory=dict)
     """What the others are compared with, by label."""
-    reserved: int = 0
-    """Trials (and evaluations) left for training while nothing meets the goal, at most half of those of the search."""
     decisions: list[tuple[str, str]] = field(default_factory=list)
     """(stage, text): what was decided and why."""
 
@@ -149,7 +147,8 @@ class Session:
                 study_run_id=self.study_run,
             )
         )
-        self._began = time.monotonic()
+        search = self.config.search
+        self.budget = Budget(search.n_trials, search.max_evaluations, search.timeout)
         if self.trials:
             self.console.say(
                 f"{'continued':<12} {len(self.trials)} trials of an earlier start stand and are not repeated"
@@ -189,15 +188,31 @@ class Session:
         assert self.driver is not None
         point = {**self.base(), **point}
         if self.driver.known(point) is None:
-            self._require_budget()
+            self.budget.require(self.trials, self.untrained_best is not None)
         found = self.driver.measure(point, label)
         return found if isinstance(found, FinishedTrial) else None
 
     def sample(self) -> bool:
-        """Evaluate the sampler's next point; False where the space is used up. Raises BudgetSpent."""
+        """Evaluate the sampler's next point; False where the space is used up. Raises BudgetSpent.
+
+        Points that cannot be the best by their cost alone are not evaluated (`screened` counts them): those over a
+        budget, and those that take longer than an all-int16 that meets the goal, where least latency is the aim.
+        """
         assert self.driver is not None
-        self._require_budget()
-        return self.driver.sample(self.kept) is not None
+        self.budget.require(self.trials, self.untrained_best is not None)
+        return self.driver.sample(self.kept, self._hopeless) is not None
+
+    @property
+    def screened(self) -> int:
+        """Points that this start has left out for their cost."""
+        return len(self.driver.screened) if self.driver else 0
+
+    def _hopeless(self, params: Mapping[str, Any]) -> str:
+        budgets, ceiling = self.goal.budgets, self.baselines.get("all-int16")
+        if ceiling is not None and meets(ceiling) and next(iter(self.goal.ranking), "") == "cost/latency_ms":
+            budgets["max_latency_ms"] = ceiling.outcome.metrics["cost/latency_ms"]
+        settings = conf.trial_settings(conf.with_params(self.config, params)).qconfig
+        return "" if not budgets or self.bench.precisions.within(settings, budgets) else "its cost alone rules it out"
 
     @contextmanager
     def pass_or_fail(self) -> Iterator[None]:
@@ -210,43 +225,14 @@ class Session:
         finally:
             self.bench.least = None
 
-    @property
-    def evaluations(self) -> int:
-        """Evaluations that the study's trials took; a qconfig that was evaluated before takes none."""
-        return sum(trial.outcome.tags.get("qflow.evaluated") != "false" for trial in self.trials)
-
-    def _require_budget(self) -> None:
-        search = self.config.search
-        counts = [("trials", len(self.trials), search.n_trials, "search.n_trials")]
-        if search.max_evaluations is not None:
-            counts.append(("evaluations", self.evaluations, search.max_evaluations, "search.max_evaluations"))
-        for what, done, limit, key in counts:
-            held = 0 if self.untrained_best is not None else min(self.reserved, max(limit - 2, 0) // 2)
-            if done >= limit - held:
-                left = f", {limit - done} are left for training" if held else ""
-                raise BudgetSpent(f"{done} of {limit} {what} are run ({key}){left}")
-        if search.timeout is not None and time.monotonic() - self._began >= search.timeout:
-            raise BudgetSpent(f"{search.timeout:g} s have passed (search.timeout)")
-
     def _on_trial(self, trial: FinishedTrial | FailedTrial) -> None:
         self.note_best()
         line = trial_line(trial, self.accuracy)
-        if len(self.trials) > 2 and (seconds := self._seconds_left()) > 0:
+        if len(self.trials) > 2 and (seconds := self.budget.seconds_left(self.trials)) > 0:
             line += f"  {len(self.trials)} of {self.config.search.n_trials}, left {duration(seconds)} at most"
         self.console.say(line)
         if isinstance(trial, FinishedTrial) and self.study_run:
             log_front(self.tracker, self.study_run, self.study.name, self.trials, self.goal, self.root)
-
-    def _seconds_left(self) -> float:
-        """Until the first of the budgets is spent, if the next trials take as long as the last ones."""
-        search, done = self.config.search, self.trials
-        left = search.n_trials - len(done)
-        if search.max_evaluations is not None:
-            left = min(left, search.max_evaluations - self.evaluations)
-        seconds: float = statistics.median(t.seconds for t in done[-8:]) * left
-        if search.timeout is not None:
-            seconds = min(seconds, search.timeout - (time.monotonic() - self._began))
-        return seconds
 
     def decide(self, stage: str, text: str) -> None:
         """Say a decision with its reason; all of them together are the study's document."""

@@ -148,7 +148,9 @@ def search_mix(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -
         except BudgetSpent as spent:
             ended = str(spent)
         searched = len(session.trials) - before
-        say(f"{searched} trials by {session.config.search.strategy}, {session.bench.hits} already evaluated; {ended}")
+        said = [f"{searched} trials by {session.config.search.strategy}", f"{session.bench.hits} already evaluated"]
+        said += [f"{session.screened} left out that cost too much to be the best"] if session.screened else []
+        say(f"{', '.join(said)}; {ended}")
 
 
 def _sampled(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:

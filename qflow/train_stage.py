@@ -28,7 +28,7 @@ def leave_for_training(session: Session) -> None:
         alive, trainings = 2 * len(search.weight_decays), len(search.rates)
         for _ in _rungs(qat.steps):
             trainings, alive = trainings + alive, max(alive // 2, 1)
-        session.kept["qat.steps"], session.reserved = 0, trainings
+        session.kept["qat.steps"], session.budget.reserved = 0, trainings
         session.console.say(f"{'training':<12} after the search, {qat.steps} steps (qat.apply=after_search)")
     elif qat.steps:
         session.console.say(
@@ -44,7 +44,7 @@ def train_nearest(session: Session) -> None:
     if nearest is None:
         return
     del session.kept["qat.steps"]
-    session.reserved = 0
+    session.budget.reserved = 0
     session.decide("training", f"from trial {nearest.number} {nearest.label}".rstrip() + ", the nearest to the goal")
     train(session, nearest)
 

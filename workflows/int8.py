@@ -49,5 +49,7 @@ def tune_calibration(session: Session) -> None:
         drop = found.outcome.metrics["accuracy/drop"]
         say(f"best calibration {method}, drop {drop:+.4f}" + ("" if meets(found) else f"; {ended}"))
     if session.untrained_best is None:
-        training = "training is next" if session.reserved else "train (qat), or give int16 (+experiment=int8_int16)"
+        training = (
+            "training is next" if session.budget.reserved else "train (qat), or give int16 (+experiment=int8_int16)"
+        )
         session.decide("int8", f"calibration is not enough: {training}")

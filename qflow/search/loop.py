@@ -75,6 +75,10 @@ def _nothing(_: object) -> None:
     pass
 
 
+def _nothing_against(_: Values) -> str:
+    return ""
+
+
 @contextmanager
 def driving(
     study: Study, tracker: Tracker, evaluate: Evaluate, *,
@@ -142,6 +146,7 @@ class Driver:
     finished: dict[str, FinishedTrial] = field(default_factory=dict)  # by point
     failed: dict[str, FailedTrial] = field(default_factory=dict)  # in this process, or given up
     failures: int = 0  # in a row
+    screened: set[str] = field(default_factory=set)  # points that were refused unevaluated, in this process
 
     def __post_init__(self) -> None:
         for trial in self.study.trials():
@@ -182,13 +187,16 @@ class Driver:
                 return found
         raise RuntimeError(f"A point that was queued comes to its turn, but {point} did not.")
 
-    def sample(self, kept: Values = MappingProxyType({})) -> FinishedTrial | FailedTrial | None:
+    def sample(
+        self, kept: Values = MappingProxyType({}), screen: Callable[[Values], str] = _nothing_against
+    ) -> FinishedTrial | FailedTrial | None:
         """The sampler's next trial, what is queued before it; None where the space is used up.
 
-        The sampler's own points get the values of `kept`, whatever it proposes for these keys.
+        The sampler's own points get the values of `kept`, whatever it proposes for these keys. A point against which
+        `screen` has a reason is not evaluated: optuna prunes studies of one objective only.
         """
         for turn in range(ASKS):
-            trial = self._next(kept)
+            trial = self._next(kept, screen)
             if trial is not None:
                 return trial
             if turn >= 3 and not self._enqueue_unseen(kept):
@@ -203,8 +211,10 @@ class Driver:
                 self.study.enqueue(params, label=label)
                 settled.add(label)
 
-    def _next(self, kept: Values = MappingProxyType({})) -> FinishedTrial | FailedTrial | None:
-        """Evaluate the next proposal; None where it repeats a point that is known."""
+    def _next(
+        self, kept: Values = MappingProxyType({}), screen: Callable[[Values], str] = _nothing_against
+    ) -> FinishedTrial | FailedTrial | None:
+        """Evaluate the next proposal; None where it repeats a point that is known or is refused by `screen`."""
         if self.asked_to_end.is_set():
             raise Terminated("asked to end")
         proposal = self.study.ask(kept)
@@ -212,6 +222,10 @@ class Driver:
         twin = self.known(proposal.params)
         if twin is not None:
             self.study.fail(proposal.number, "twin", f"the same point as trial {twin.number}")
+            return None
+        if reason := screen(proposal.params):
+            self.study.fail(proposal.number, "screened", reason)
+            self.screened.add(point_key(proposal.params))
             return None
         trial = self._trial(proposal)
         self.on_trial(trial)
@@ -229,7 +243,8 @@ class Driver:
         points = all_points(space, LISTABLE)
         if points is None:
             return True  # too many to list: there may be some
-        left = [point for p in points if self.known(point := {**p, **kept}) is None]
+        rest = (self.study.point({**p, **kept}) for p in points)
+        left = [p for p in rest if self.known(p) is None and point_key(p) not in self.screened]
         if left:
             self.study.enqueue(random.Random(len(self.finished) + len(self.failed)).choice(left))
         return bool(left)

@@ -34,7 +34,7 @@ class StudyTrial:
     run_id: str | None
     marker: str | None
     attempt: int  # how often this point was lost before
-    ending: str  # "" | failed | lasting | lost | interrupted | twin
+    ending: str  # "" | failed | lasting | lost | interrupted | twin | screened
     reason: str
 
 

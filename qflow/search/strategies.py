@@ -58,6 +58,8 @@ def ladder(
             at[rung] = measure({**base, key: rungs[rung]}, f"{key.split('.')[-1]}={_short(rungs[rung])}")
         return meets(at[rung])
 
+    if len(rungs) < 2:
+        return None
     top, rung = len(rungs) - 1, 1
     while rung < top and not ask(rung):
         rung *= 2

@@ -169,7 +169,7 @@ class Study:
         self._asked.pop(number, None)
 
     def fail(self, number: int, ending: str, reason: str) -> None:
-        """End a running trial without values: `ending` is failed, lasting, lost, interrupted or twin."""
+        """End a running trial without values, for a reason; `ending` is one of StudyTrial's."""
         self._trial(number).set_user_attr("end", {"ending": ending, "reason": reason})
         self._study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
         self._asked.pop(number, None)

@@ -409,3 +409,15 @@ def test_a_failure_that_another_try_would_repeat_stands(store):
             for method in ("kl", "mse"):
                 assert isinstance(driver.measure({"int16_ratio": 0.5, "method": method}), FailedTrial)
         assert tried == expected
+
+
+def test_what_is_screened_is_not_evaluated_and_what_is_left_of_a_small_space_is(store):
+    bench = Bench(store, {"method": Choice(("kl", "mse")), "int16_ratio": Range(0.0, 0.9, 0.1)})
+    with driving(bench.study, bench.tracker, bench.evaluate, scratch=store / "scratch") as driver:
+        while driver.sample(screen=lambda params: "too dear" if params["int16_ratio"] > 0.45 else ""):
+            pass
+    assert len(bench.evaluated) == 10
+    assert max(params["int16_ratio"] for params in bench.evaluated) == 0.4
+    ends = {trial.reason for trial in bench.study.trials() if trial.ending == "screened"}
+    assert ends == {"too dear"}
+    assert bench.problems() == []
