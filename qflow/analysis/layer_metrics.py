@@ -103,15 +103,15 @@ def divergence(x: Tensor, y: Tensor) -> float | None:
         return None  # a distribution over infinite scores is none
     total = 0.0
     for p, q in _columns(x, y):
-        weights = (p - p.amax(0)).exp_()
-        weights /= weights.sum(0)
+        weights = (p - p.amax(1, keepdim=True)).exp_()
+        weights /= weights.sum(1, keepdim=True)
         change = q - p
-        mean = (weights * change).sum(0)
+        mean = (weights * change).sum(1, keepdim=True)
         change -= mean
         if float(change.max()) > OVERFLOWS:
-            rows = torch.logsumexp(q.double(), 0) - torch.logsumexp(p.double(), 0) - mean.double()
+            rows = torch.logsumexp(q.double(), 1) - torch.logsumexp(p.double(), 1) - mean.double()[:, 0]
         else:
-            rows = change.expm1_().mul_(weights).sum(0).log1p_()
+            rows = change.expm1_().mul_(weights).sum(1).log1p_()
         total += float(rows.sum(dtype=torch.float64))
     return total / x.numel()
 
@@ -121,14 +121,17 @@ def _all_finite(tensor: Tensor) -> bool:
 
 
 def _columns(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Distributions along axis 0, some columns at a time: over dim 1 of a sample, over the last dim below 3-d."""
+    """Distributions along axis 1 of [k, size, columns], at most PART values at a time: over dim 1 of k samples, or of
+    one and some of its columns; over the last dim below 3-d.
+    """
     if x.ndim > 2:
-        pairs = [(a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)) for a, b in zip(x, y, strict=True)]
+        a, b = (t.reshape(t.shape[0], t.shape[1], -1) for t in (x, y))
     else:
-        pairs = [(x.reshape(-1, x.shape[-1]).t(), y.reshape(-1, y.shape[-1]).t())]
-    for a, b in pairs:
-        size = max(1, PART // a.shape[0])
-        yield from zip(torch.split(a, size, 1), torch.split(b, size, 1), strict=True)
+        a, b = (t.reshape(-1, t.shape[-1]).t()[None] for t in (x, y))
+    sample = a.shape[1] * a.shape[2]
+    samples, columns = max(1, PART // max(sample, 1)), max(1, PART // max(a.shape[1], 1))
+    for p, q in zip(torch.split(a, samples), torch.split(b, samples), strict=True):
+        yield from zip(torch.split(p, columns, 2), torch.split(q, columns, 2), strict=True)
 
 
 def relative_error(x: Tensor, y: Tensor) -> float | None:
