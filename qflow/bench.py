@@ -5,8 +5,10 @@ A trial pays for what is new in it: a qconfig with scales that was evaluated bef
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from qflow.analysis.model_check import check_model
 from qflow.core.qconfig import QConfig
@@ -56,9 +58,9 @@ class Bench(Groundwork):
         stats = self.calibrate(calibration)
         calibrated = apply_scales(self.prepared, stats, applied, calibration)
         # What changes numbers is in dtypes, scales and switches: settings that lead to the same ones are one trial.
-        key = [applied.digest, forward_state(self.prepared), self.eval_batch, self.least]
+        key: list[Any] = [applied.digest, forward_state(self.prepared), self.eval_batch]
         if qat.steps:
-            key.append([qat.steps, training_key(self.prepared, self.training, qat, applied, calibration)])
+            key.append([self.least, qat.steps, training_key(self.prepared, self.training, qat, applied, calibration)])
             if (known := self._trained.get(digest(key))) is not None:
                 self.hits += 1
                 return replace(
@@ -70,7 +72,7 @@ class Bench(Groundwork):
             model, report = train_trial(self.task, self.prepared, self.training, qat, applied, calibration, place)
             found = self._evaluated(model, progress)
         else:
-            found = self.cache.get("evaluation", key, lambda: self._evaluated(model, progress), Evaluation)
+            found = self._evaluation(key, progress)
         self.hits += self.evaluations == ran
         noted = findings_of(model, stats, applied, calibrated, found.overflowed, report)
         result = TrialResult(
@@ -90,6 +92,15 @@ class Bench(Groundwork):
         if qat.steps:
             self._trained[digest(key)] = result
         return result
+
+    def _evaluation(self, key: Sequence[Any], progress: Progress) -> Evaluation:
+        """That of the calibrated model: a whole one if there is any, else one that ended early for the same goal."""
+        for known in (key, [*key, self.least]):
+            if (found := self.cache.known("evaluation", known, Evaluation)) is not None:
+                return found
+        found = self._evaluated(self.prepared, progress)
+        stopped = found.samples < self.eval_samples
+        return self.cache.keep("evaluation", [*key, self.least] if stopped else key, found)
 
     def _evaluated(self, model: QuantizedModel, progress: Progress) -> Evaluation:
         """Metric over the evaluation data, samples, and values that overflowed by operator."""

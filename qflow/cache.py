@@ -55,21 +55,32 @@ class Cache:
 
     def get(self, kind: str, key: Any, compute: Callable[[], T], record: type[T]) -> T:
         """The content of `key`, a `record`, computed where it is not known."""
-        name = digest({"context": self.context, "key": key})
-        if (kind, name) in self._held:
+        found = self.known(kind, key, record)
+        return self.keep(kind, key, compute()) if found is None else found
+
+    def known(self, kind: str, key: Any, record: type[T]) -> T | None:
+        """The content of `key`, if it is known: a hit."""
+        name, place = self._place(kind, key)
+        found: T | None = self._held.get((kind, name))
+        if found is None and place is not None:
+            found = self._read(place, record)
+        if found is not None:
             self.hits[kind] += 1
-            return self._held[kind, name]  # type: ignore[no-any-return]
-        place = self.folder / kind / f"{name}.safetensors" if self.folder else None
-        found = self._read(place, record) if place is not None else None
-        if found is None:
-            self.misses[kind] += 1
-            found = compute()
-            if place is not None:
-                self._write(place, found)
-        else:
-            self.hits[kind] += 1
-        self._held[kind, name] = found
+            self._held[kind, name] = found
         return found
+
+    def keep(self, kind: str, key: Any, content: T) -> T:
+        """Keep what had to be computed: a miss."""
+        name, place = self._place(kind, key)
+        self.misses[kind] += 1
+        if place is not None:
+            self._write(place, content)
+        self._held[kind, name] = content
+        return content
+
+    def _place(self, kind: str, key: Any) -> tuple[str, Path | None]:
+        name = digest({"context": self.context, "key": key})
+        return name, self.folder / kind / f"{name}.safetensors" if self.folder else None
 
     def __str__(self) -> str:
         kinds = sorted({*self.hits, *self.misses})

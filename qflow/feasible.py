@@ -28,17 +28,6 @@ def check_augmented(task: Task, calibration: bool, training: bool) -> None:
     split_for(task, "train", training)
 
 
-def check_bounds(task: Task) -> None:
-    """Refuse to end evaluations early by a metric that cannot tell when a goal is out of reach. Raises ConfigError."""
-    per_sample = not (hasattr(task.metric, "update") and hasattr(task.metric, "compute"))
-    if not per_sample or getattr(task.metric, "bounds", None) is None:
-        what = "no bounds" if per_sample else "one that is computed at the end"
-        raise ConfigError(
-            f"search.early_stop needs a metric with a score a sample and its bounds (lowest, highest), but got "
-            f"{what}. Give the metric bounds, or leave search.early_stop out."
-        )
-
-
 def check_budgets(bench: Bench, goal: Goal) -> None:
     """Refuse a budget on a figure that is a lower bound or outside what the model was validated on: a wrong figure
     must not meet it. Raises ConfigError with the way out.

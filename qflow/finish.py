@@ -18,7 +18,8 @@ from qflow.session import Session
 def finish(session: Session) -> int:
     """Table, document and next steps; the study's run completed; the exit code: 0 goal met, 1 not."""
     trials, bench, best = session.trials, session.bench, session.best
-    shown = best or nearest_miss(trials, session.goal.ranking)
+    whole = [trial for trial in trials if "qflow.stopped" not in trial.outcome.tags]  # others show their worst
+    shown = best or nearest_miss(whole or trials, session.goal.ranking)
     if shown is None:
         raise TrialError(
             "A study needs a trial at least, but got none: a budget was spent before the first, or it failed. Raise "

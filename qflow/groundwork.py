@@ -143,19 +143,17 @@ class Groundwork:
             with seeded():
                 return collect(self.prepared, inputs, progress, settings.sampling)
 
-        key: list[Any] = [settings.batch_size, settings.steps, settings.sampling]
-        if settings.augment:
-            key.append(self._augmented_samples())
+        key = [settings.batch_size, settings.steps, settings.sampling, self.augmented(settings)]
         return self.cache.get("calibration", key, passed, CalibrationStats)
 
-    def _augmented_samples(self) -> str:
-        """Fingerprint of the augmented calibration data, which only trials that ask for them pay for."""
-        if not self._augmented:
+    def augmented(self, settings: CalibrationSettings) -> str:
+        """Fingerprint of the augmented calibration data where `settings` read them; only who asks for them pays."""
+        if settings.augment and not self._augmented:
             nameless: list[str] = []
             self._augmented = split_digest(self.task, "calibration_augmented", nameless)
             for part in nameless:
                 self.cache.leave_disk(part)
-        return self._augmented
+        return self._augmented if settings.augment else ""
 
     def require_samples(self, batch_size: int, steps: int, split: str = "calibration") -> None:
         """Refuse calibration amounts that the data cannot give. Raises DataError."""
@@ -194,7 +192,8 @@ class Groundwork:
                 inputs=inputs,
             )
 
-        key = [template, calibration, chosen.metric, chosen.bad_cases, chosen.search_samples, self.rules]
+        key = [template, calibration, self.augmented(calibration), self.rules]
+        key += [chosen.metric, chosen.bad_cases, chosen.search_samples]
         self.badcases = self.cache.get("badcases", key, searched, BadcaseTable)
         if inputs is not None and not inputs.samples:  # the table was known, its samples are read again
             for index in named_samples(self.badcases):
@@ -240,14 +239,16 @@ class Groundwork:
             return sensitivity(self.task.model, self.prepared, cases, settings=settings, rows=rows, on_row=progress)
 
         chosen = list((self.badcases or self.find_badcases()).chosen)
-        key = [template, self.default_calibration, settings, chosen, self.rules]
+        calibration = self.default_calibration
+        key = [template, calibration, self.augmented(calibration), settings, chosen, self.rules]
         self.sensitivities = self.cache.get("sensitivity", key, ranked, SensitivityTable)
         return self.sensitivities
 
     @property
     def analysis_key(self) -> str:
         """Names all that bad cases, layers, sensitivities and advice depend on; empty where that cannot be told."""
-        settings = [self.default_calibration, self.sensitivity_settings, self.rules]
+        calibration = self.default_calibration
+        settings = [calibration, self.augmented(calibration), self.sensitivity_settings, self.rules]
         return "" if self.identity.unidentified else digest([self.identity.content, settings])
 
     # ---- qconfigs

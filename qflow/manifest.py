@@ -27,7 +27,7 @@ def manifest(bench: Bench) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "weights": bench.identity.content["weights"],
         "graph": digest(bench.graph),
-        "data": digest(bench.identity.content["data"]),
+        "data": digest([bench.identity.content["data"], bench.augmented(bench.default_calibration)]),
         "profile": profile_digest(bench.profile) if bench.profile else "",
         "eval_samples": bench.eval_samples,
         "float_metric": bench.float_metric,

@@ -18,10 +18,10 @@ from qflow.analysis.model_check import check_model
 from qflow.bench import Bench
 from qflow.budget import Budget
 from qflow.core.dtype import QDtype
-from qflow.core.errors import ConfigError, TrackingError
+from qflow.core.errors import ConfigError, QflowError, TrackingError
 from qflow.core.record import to_json
 from qflow.diagnosis import Diagnosis
-from qflow.feasible import check_augmented, check_bounds, check_search
+from qflow.feasible import check_augmented, check_search
 from qflow.fingerprint import changes, fingerprint
 from qflow.front import log_front
 from qflow.manifest import manifest
@@ -30,6 +30,7 @@ from qflow.report.files import write_study, write_trial
 from qflow.search.loop import Driver, FailedTrial, FinishedTrial, Outcome, driving
 from qflow.search.objective import Goal, aims, best_trial, meets
 from qflow.search.study import Study
+from qflow.tasks.early_stop import bounds_of
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.tracking.views import save_view, study_url
 from qflow.trial_outcome import outcome, switches, trial_line, trial_params
@@ -80,7 +81,7 @@ class Session:
         check_search(self.bench, self.goal, conf.module_settings(self.config, self.study.space))
         check_augmented(self.bench.task, self._may_be_true("calibration.augment"), self._may_be_true("qat.augment"))
         if self.config.search.early_stop:
-            check_bounds(self.bench.task)
+            bounds_of(self.bench.task.metric)  # refused now, not in the first trial that asks
         state = fingerprint(self.config, self.manifest)
         found = self.tracker.find_study(self.study.name)
         finished = sum(trial.state == "complete" for trial in self.study.trials())
@@ -211,15 +212,22 @@ class Session:
         budgets, ceiling = self.goal.budgets, self.baselines.get("all-int16")
         if ceiling is not None and meets(ceiling) and next(iter(self.goal.ranking), "") == "cost/latency_ms":
             budgets["max_latency_ms"] = ceiling.outcome.metrics["cost/latency_ms"]
-        settings = conf.trial_settings(conf.with_params(self.config, params)).qconfig
-        return "" if not budgets or self.bench.precisions.within(settings, budgets) else "its cost alone rules it out"
+        if not budgets:
+            return ""
+        try:
+            settings = conf.trial_settings(conf.with_params(self.config, params)).qconfig
+            return "" if self.bench.precisions.within(settings, budgets) else "its cost alone rules it out"
+        except QflowError:
+            return ""  # the trial fails by itself, with the reason
 
     @contextmanager
     def pass_or_fail(self) -> Iterator[None]:
         """Inside, an evaluation may end once the goal is out of reach (search.early_stop): where nothing but that is
-        asked. Figures of such a trial are the worst possible, so trials that are compared are evaluated whole.
+        asked. Figures of such a trial are the worst possible, so trials that are compared are evaluated whole: all
+        of them, where training may have to choose what it begins with.
         """
-        self.bench.least = self.least_metric if self.config.search.early_stop else None
+        early = self.config.search.early_stop and not self.budget.reserved
+        self.bench.least = self.least_metric if early else None
         try:
             yield
         finally:

@@ -77,7 +77,8 @@ def diagnose(session: Session) -> None:
     Bad cases and sensitivities of an earlier start come from the cache; layers and advice lie on the study's run.
     """
     bench, console, diagnosis = session.bench, session.console, Diagnosis(session.bench)
-    known = session.tracker.run_tags(session.study_run).get(ANALYSIS) == (bench.analysis_key or None)
+    key = bench.analysis_key
+    known = bool(key) and session.tracker.run_tags(session.study_run).get(ANALYSIS) == key
     with console.stage("bad cases") as say, console.bar("bad cases", bench.badcase_steps, "steps") as advance:
         table = diagnosis.find_badcases(advance)
         say(f"the {len(table.chosen)} worst of {table.samples} samples by {table.metric}")
@@ -93,7 +94,7 @@ def diagnose(session: Session) -> None:
     with console.stage("advice") as say:
         advice = diagnosis.advise()
         first = f", first {advice[0].op}: {advice[0].cause} ({advice[0].source})" if advice else ""
-        session.log_stage_tables(diagnosis, {ANALYSIS: bench.analysis_key})
+        session.log_stage_tables(diagnosis, {ANALYSIS: key})
         say(f"{len(advice)} operators stand out{first}")
 
 
@@ -140,7 +141,7 @@ def search_mix(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -
         "ratio": _laddered,
         "assign": _assigned,
     }
-    before = len(session.trials)
+    before, hits = len(session.trials), session.bench.hits
     with session.console.stage("search") as say:
         ended = "done"
         try:
@@ -148,7 +149,8 @@ def search_mix(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -
         except BudgetSpent as spent:
             ended = str(spent)
         searched = len(session.trials) - before
-        said = [f"{searched} trials by {session.config.search.strategy}", f"{session.bench.hits} already evaluated"]
+        known = session.bench.hits - hits
+        said = [f"{searched} trials by {session.config.search.strategy}", f"{known} already evaluated"]
         said += [f"{session.screened} left out that cost too much to be the best"] if session.screened else []
         say(f"{', '.join(said)}; {ended}")
 

@@ -13,9 +13,10 @@ from typing import Any
 
 from qflow import config as conf
 from qflow.core.dtype import QDtype
-from qflow.search.objective import best_trial, nearest_miss
+from qflow.quant.qat import capped_steps
+from qflow.search.objective import best_trial, nearest_miss, over_budget
 from qflow.search.outcome import FinishedTrial
-from qflow.search.strategies import ASSIGNMENT, RATIO, BudgetSpent, give_back, halving
+from qflow.search.strategies import ASSIGNMENT, ERROR_SHARE, RATIO, BudgetSpent, give_back, halving
 from qflow.session import Session
 
 RUNGS = 3  # a quarter, half, and all of the steps
@@ -26,10 +27,12 @@ def leave_for_training(session: Session) -> None:
     qat, search = session.config.qat, session.config.search
     if qat.steps and qat.apply == "after_search":
         alive, trainings = 2 * len(search.weight_decays), len(search.rates)
-        for _ in _rungs(qat.steps):
+        for _ in _rungs(_steps(session)):
             trainings, alive = trainings + alive, max(alive // 2, 1)
         session.kept["qat.steps"], session.budget.reserved = 0, trainings
-        session.console.say(f"{'training':<12} after the search, {qat.steps} steps (qat.apply=after_search)")
+        cut = "".join(f"; {text}" for text in capped_steps(conf.trial_settings(session.config).qat)[1])
+        said = f"after the search, {_steps(session)} steps (qat.apply=after_search){cut}"
+        session.console.say(f"{'training':<12} {said}")
     elif qat.steps:
         session.console.say(
             f"{'training':<12} each trial is trained after its calibration: {qat.steps} steps (qat.steps)"
@@ -42,6 +45,9 @@ def train_nearest(session: Session) -> None:
         return
     nearest = nearest_miss([t for t in session.trials if not _is_trained(t)], session.goal.ranking)
     if nearest is None:
+        return
+    if over := over_budget(nearest):  # then nothing that was tried keeps it, and training changes no cost
+        session.decide("training", f"does not help: the nearest, trial {nearest.number}, exceeds {', '.join(over)}")
         return
     del session.kept["qat.steps"]
     session.budget.reserved = 0
@@ -77,8 +83,8 @@ def _trained(session: Session, point: dict[str, Any]) -> FinishedTrial | None:
         done.extend([trial] if trial is not None else [])
         return trial
 
-    qat, search = session.config.qat, session.config.search
-    probe = max(round(qat.steps * search.probe_share), 1)
+    search, steps = session.config.search, _steps(session)
+    probe = max(round(steps * search.probe_share), 1)
     fixed = {**point, "qat.steps": probe, "qat.scheduled": False}
     trials = {r: measure({**fixed, "qat.learning_rate": r}, f"QAT rate {r:g}") for r in search.rates}
     known = {rate: t for rate, t in trials.items() if t is not None}
@@ -94,7 +100,7 @@ def _trained(session: Session, point: dict[str, Any]) -> FinishedTrial | None:
         for decay in search.weight_decays
         for moving in (False, True)
     ]
-    final = next(iter(halving(measure, candidates, _rungs(qat.steps))), None)
+    final = next(iter(halving(measure, candidates, _rungs(steps))), None)
     if final is not None:
         scales = "moving" if final.params["qat.moving"] else "fixed"
         session.decide(
@@ -107,6 +113,11 @@ def _trained(session: Session, point: dict[str, Any]) -> FinishedTrial | None:
     return best_trial(done, session.goal.ranking)
 
 
+def _steps(session: Session) -> int:
+    """Steps of a whole training: those configured, within the share of float steps."""
+    return capped_steps(conf.trial_settings(session.config).qat)[0]
+
+
 def _rungs(steps: int) -> list[int]:
     """Steps after which the worse half of the candidates is left behind."""
     return sorted({max(steps // 2**k, 1) for k in range(RUNGS)})
@@ -114,7 +125,7 @@ def _rungs(steps: int) -> list[int]:
 
 def _give_back(session: Session, trained: FinishedTrial) -> None:
     """Fewer int16 operators under the same training: most of what int16 was for, training may have taught."""
-    point = {k: v for k, v in trained.params.items() if k not in (RATIO, ASSIGNMENT)}
+    point = {k: v for k, v in trained.params.items() if k not in (RATIO, ASSIGNMENT, ERROR_SHARE)}
     precisions = session.bench.precisions
     settings = conf.trial_settings(conf.with_params(session.config, trained.params)).qconfig
     wide = set(precisions.resolve(settings)[1].names(QDtype.qint16))

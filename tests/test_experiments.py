@@ -124,7 +124,8 @@ def test_the_best_training_gives_back_however_long_it_was(tmp_path):
     )  # fmt: skip
     assert done.returncode in (0, 1), done.stdout + done.stderr
     met = re.findall(r"^trial \d+ QAT (?!given).* meets ", done.stdout, re.MULTILINE)
-    assert bool(met) == ("decision     give back:" in done.stdout)
+    assert met
+    assert "decision     give back:" in done.stdout
 
 
 def test_all_int8_stays_int8_and_leaves_trials_for_training(tmp_path):
@@ -179,6 +180,53 @@ def test_what_costs_more_than_all_int16_is_not_evaluated(tmp_path):
     assert len(times) == 12
     assert max(times) == times[0]
     assert re.search(r"\d+ left out that cost too much to be the best", done.stdout), done.stdout
+
+
+def test_where_nothing_meets_ending_early_changes_neither_the_start_of_training_nor_the_nearest(tmp_path):
+    found = {}
+    for early in ("false", "true"):
+        (tmp_path / early).mkdir()
+        done = tune(
+            "+experiment=int8_int16", "task=dual", "+debug=tiny", "search=ratio", "objective.max_drop=0.045",
+            "objective.max_int16_mac_share=0.9", "qat=dual", "qat.apply=after_search", "qat.steps=4",
+            "search.rates=[1e-4]", "task.batch_size=32", "calibration.method=mse", "search.n_trials=20",
+            f"search.early_stop={early}", cwd=tmp_path / early,
+        )  # fmt: skip
+        found[early] = re.findall(r"^(?:nearest|decision     training: from|goal) .*", done.stdout, re.MULTILINE)
+    assert found["false"] == found["true"]
+    assert len(found["true"]) > 1
+
+
+def test_no_training_where_a_budget_is_what_is_missed(tmp_path):
+    done = tune(
+        "+experiment=int8_int16", "task=dual", "+debug=tiny", "objective.max_drop=0.045",
+        "objective.max_traffic_mb=0.001", "device.cost.onchip_mb=4", "qat=dual", "qat.apply=after_search",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert "relax the budget or change the model" in done.stdout
+    assert re.search(r"^decision +training: does not help: .* exceeds max_traffic_mb", done.stdout, re.MULTILINE)
+    assert "QAT rate" not in done.stdout
+
+
+def test_a_mix_of_an_error_share_is_given_back_from(tmp_path):
+    done = tune(
+        "+experiment=int8_int16", "task=dual", "+debug=tiny", "search=error_share", "objective.max_drop=0.045",
+        "objective.max_int16_mac_share=0.9", "search.enqueue=[{qconfig.error_share: 0.3}]", "search.n_trials=24",
+        "qat=dual", "qat.apply=after_search", "qat.steps=60", "search.rates=[1e-4]", cwd=tmp_path,
+    )  # fmt: skip
+    assert "decision     give back:" in done.stdout, done.stdout
+    assert "One rule says" not in done.stdout
+
+
+def test_a_metric_that_nothing_identifies_stays_in_memory_and_is_still_analysed(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import threading\nfrom qflow.tasks.digits import Accuracy\n\n\nclass Metric(Accuracy):\n"
+        "    def __init__(self):\n        self.lock = threading.Lock()\n"
+    )
+    for _ in range(2):
+        done = tune("+experiment=int16", "task=digits", "+debug=tiny", "task.metric._target_=mine.Metric", cwd=tmp_path)
+        assert "in memory only" in done.stdout
+        assert re.search(r"^advice +\d+ operators stand out", done.stdout, re.MULTILINE), done.stdout
 
 
 MISTAKES = {

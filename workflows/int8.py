@@ -5,7 +5,7 @@ The cheapest qconfig there is: calibration is searched, nothing is promoted; wha
 
 from __future__ import annotations
 
-from qflow.search.objective import CONSTRAINT, meets, nearest_miss
+from qflow.search.objective import CONSTRAINT, meets, nearest_miss, over_budget
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import BudgetSpent
 from qflow.session import Session
@@ -15,7 +15,9 @@ from qflow.stages import ALL_INT8, baseline, baseline_point, best_calibration
 def run(session: Session) -> None:
     """What is measured, in order."""
     floor = branch(session)
-    if not meets(floor):
+    if over := over_budget(floor):
+        session.decide("int8", f"all-int8 itself exceeds {', '.join(over)}: relax the budget or change the model")
+    elif not meets(floor):
         tune_calibration(session)
 
 

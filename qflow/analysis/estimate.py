@@ -18,13 +18,15 @@ L1 takes sqrt(2 / pi) of the root mean square, as for normal errors. Atol is a m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qflow.analysis.tables import SensitivityRow
 from qflow.core.settings import SensitivitySettings
 from qflow.quant.calling import batch_size
 from qflow.quant.capture import Captured
@@ -247,3 +249,22 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in asleep:
             parameter.requires_grad_(True)
+
+
+def in_one_unit(
+    made: Sequence[SensitivityRow], guessed: Sequence[tuple[float, float]], found: Mapping[int, SensitivityRow]
+) -> tuple[list[SensitivityRow], str]:
+    """Estimated rows scaled by what the measured ones teach, and how far the estimate was off ("" if none was scaled).
+
+    `guessed` and `found` go by the position of a row in `made`.
+    """
+    ratios = sorted(found[i].score / guessed[i][0] for i in found if guessed[i][0] > 0 and found[i].score > 0)
+    if not ratios:
+        return list(made), ""
+    factor = ratios[len(ratios) // 2]
+    off = sorted(abs(math.log2(r / factor)) for r in ratios)
+    text = (
+        f"estimates, scaled by {factor:.2f}, are off by a factor of {2 ** off[len(off) // 2]:.2f} in the median "
+        f"and {2 ** off[int(0.9 * (len(off) - 1))]:.2f} in one of ten, on the {len(ratios)} measured rows"
+    )
+    return [r if r.exact else replace(r, score=r.score * factor, spread=r.spread * factor) for r in made], text

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from qflow.analysis.candidates import Candidate, candidates
 from qflow.analysis.chunks import chunks_of, mixed_output, sample_bytes
 from qflow.analysis.distances import Distances, disagreement
-from qflow.analysis.estimate import estimable, estimate, passes
+from qflow.analysis.estimate import estimable, estimate, in_one_unit, passes
 from qflow.analysis.health import health
 from qflow.analysis.tables import Finding, SensitivityRow, SensitivityTable
 from qflow.core.errors import DataError
@@ -107,7 +107,9 @@ class _Measure:
             exact = self.in_doubt(guessed, method)
         found = self.exactly(chunks, exact, on_row) if exact else {}
         made = [found[i] if i in found else row.row(*guessed[i], {}, exact=False) for i, row in enumerate(self.rows)]
-        made = self._in_one_unit(made, guessed, found) if guessed and found else made
+        if guessed and found:
+            made, text = in_one_unit(made, guessed, found)
+            self.findings += [Finding("sensitivity", "info", text)] if text else []
         order_of = {node.name: i for i, node in enumerate(self.prepared.graph.nodes)}
         made.sort(key=lambda r: (-r.score, order_of[r.op_name], r.sensitive_type))
         table = SensitivityTable(
@@ -178,22 +180,6 @@ class _Measure:
             "estimate": draws,
         }[method]
 
-    def _in_one_unit(
-        self, made: list[SensitivityRow], guessed: list[tuple[float, float]], found: dict[int, SensitivityRow]
-    ) -> list[SensitivityRow]:
-        """Estimated rows scaled by what the measured ones teach; how far the estimate was off is a finding."""
-        ratios = sorted(found[i].score / guessed[i][0] for i in found if guessed[i][0] > 0 and found[i].score > 0)
-        if not ratios:
-            return made
-        factor = ratios[len(ratios) // 2]
-        off = sorted(abs(math.log2(r / factor)) for r in ratios)
-        text = (
-            f"estimates, scaled by {factor:.2f}, are off by a factor of {2 ** off[len(off) // 2]:.2f} in the median "
-            f"and {2 ** off[int(0.9 * (len(off) - 1))]:.2f} in one of ten, on the {len(ratios)} measured rows"
-        )
-        self.findings.append(Finding("sensitivity", "info", text))
-        return [r if r.exact else replace(r, score=r.score * factor, spread=r.spread * factor) for r in made]
-
     def captured(self, n: int, inputs: Any) -> Captured:
         """The n-th chunk's ops and float values; kept for whoever asks next while all fit into half of the memory."""
         if n not in self.kept:
@@ -210,9 +196,8 @@ class _Measure:
     ) -> dict[int, SensitivityRow]:
         """Rows that are measured, by position: by replay if it proves itself on the first chunk."""
         rows = [self.rows[i] for i in chosen]
-        for replays in (True, False):
+        while True:
             distances = Distances(self.settings.metric, len(rows))
-            self.replays = replays
             try:
                 for n, inputs in enumerate(chunks):
                     plain, outputs = self.outputs(n, inputs, [row.variant for row in rows])
@@ -220,17 +205,25 @@ class _Measure:
                     for done, (position, got) in enumerate(outputs, 1):
                         distances.add(position, got)
                         on_row((n * len(rows) + done) * len(self.rows) // (len(chunks) * len(rows)))
-            except ReplayError as error:
-                text = f"replay was given up: {error.reason}. Full forwards were run."
-                self.findings.append(Finding("sensitivity", "info", text))
-            else:
                 break
+            except ReplayError as error:
+                self._slower(error.reason)
         for name in sorted(distances.left_out):
             text = f"output {name} is not compared: its shape depends on the data"
             self.findings.append(Finding("sensitivity", "check", text))
         return {
             i: row.row(*distances.result(position)) for position, (i, row) in enumerate(zip(chosen, rows, strict=True))
         }
+
+    def _slower(self, reason: str) -> None:
+        """Several variants at once, one at a time, full forwards: the next of these, and why."""
+        if self.widths is not None:
+            self.widths = None
+            self.narrow = text = f"one quantizer at a time, though samples are few: {reason}"
+        else:
+            self.replays = False
+            text = f"replay was given up: {reason}. Full forwards were run."
+        self.findings.append(Finding("sensitivity", "info", text))
 
     def outputs(self, n: int, inputs: Any, variants: Sequence[Variant]) -> tuple[dict[str, Tensor], Any]:
         """Float outputs of the n-th chunk, and each variant's position with its outputs. Raises ReplayError."""

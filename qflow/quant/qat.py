@@ -101,7 +101,6 @@ def capped_steps(settings: QatSettings) -> tuple[int, list[str]]:
         return settings.steps, []
     share = f"{settings.max_share * 100:g} %"
     finding = f"QAT takes at most {share} of {settings.float_steps} float steps: {settings.steps} steps cut to {cap}"
-    log.warning(finding)
     return cap, [finding]
 
 
@@ -152,6 +151,8 @@ def run_steps(
 ) -> TrainingReport:
     """The loop alone, for any model in the mode it is in (the float model's fine-tuning of the debug order)."""
     steps, findings = capped_steps(settings)
+    for finding in findings:
+        log.warning(finding)
     trainer = _Trainer(model, prepared, loss, optimizer, scheduler, settings)
     _refuse_amp(prepared, settings)
     reason = ""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qflow.quant.calling import call_model, named_tensors
-from qflow.quant.capture import Captured
+from qflow.quant.capture import Captured, ReplayError
 from qflow.quant.fake_quant import FakeQuant
 from qflow.quant.fused import FusedOps
 from qflow.quant.quantized_model import QuantizedModel
@@ -117,10 +117,20 @@ class _Pass:
                 self.wide.pop(index, None)
 
     def _again(self, op: Op, count: int) -> Values:
-        """The float op on the first `count` slices."""
+        """The float op on the first `count` slices. Raises ReplayError where it does not give as many."""
         args, kwargs = self._arguments(op, lambda ref: self._first(ref, count), count)
         ordered = self.ops.follows_order(op, lambda: self._repeated(op, count), args, kwargs)
-        return self.ops.run(op, args, kwargs) if ordered is None else ordered
+        if ordered is not None or count == 1:
+            return self.ops.run(op, args, kwargs) if ordered is None else ordered
+        try:
+            values = self.ops.run(op, args, kwargs)
+        except Exception as error:  # whatever a call that holds a size raises at another one
+            text = " ".join(str(error).split())
+            raise ReplayError(f"{op.name} runs for one variant and for {count} does not: {text}") from error
+        axis = self._axis(op.index, 0)
+        if op.single and (len(op.shape) <= axis or values[0].shape[axis] != count * op.shape[axis]):
+            raise ReplayError(f"{op.name} does not grow with the batch: {count} variants give {list(values[0].shape)}")
+        return values
 
     def _joined(
         self, op: Op, values: Values, begun: int, count: int, replaced: dict[int, Values], results: list[int]

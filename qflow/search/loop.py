@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import random
 import shutil
-import signal
 import tempfile
 import threading
 import time
@@ -22,12 +21,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, MappingProxyType
+from types import MappingProxyType
 from typing import Any, TypeAlias
 from urllib.parse import quote
 
 from qflow.core.errors import QflowError, TrialError
 from qflow.search.domain import Choice, Scalar, Values, all_points, applies, point_key
+from qflow.search.interrupts import Terminated, interrupts
 from qflow.search.outcome import FailedTrial, FinishedTrial, Marker, Outcome, Tracker
 from qflow.search.reconcile import INTERRUPTED, LASTING, LOST, check_invariants, finished, given_up, reconcile
 from qflow.search.study import Proposal, Study
@@ -40,35 +40,9 @@ __all__ = [
 Evaluate: TypeAlias = Callable[[Values, Path], Outcome]
 ASKS = 30  # proposals in a row that repeat known trials before the space counts as exhausted
 LISTABLE = 4096  # points; a smaller space is listed to find what is left of it
+SCREENED = 10  # proposals in a row that are left out unevaluated
 FAILURES = 10  # failed trials in a row that end the search: by then the cause is not the point
 _log = logging.getLogger(__name__)
-
-
-class Terminated(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM)."""
-
-
-@contextmanager
-def interrupts() -> Iterator[threading.Event]:
-    """Raise Terminated on SIGTERM while inside, as Ctrl-C raises KeyboardInterrupt; main thread only.
-
-    The event is set on both: Python drops an exception that is raised within a finalizer or a callback from C.
-    """
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def stop(signum: int, _frame: FrameType | None) -> None:
-        asked.set()
-        raise Terminated("SIGTERM") if signum == signal.SIGTERM else KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _nothing(_: object) -> None:
@@ -193,13 +167,15 @@ class Driver:
         """The sampler's next trial, what is queued before it; None where the space is used up.
 
         The sampler's own points get the values of `kept`, whatever it proposes for these keys. A point against which
-        `screen` has a reason is not evaluated: optuna prunes studies of one objective only.
+        `screen` has a reason is not evaluated (optuna prunes studies of one objective only), but at most `SCREENED`
+        in a row: a sampler learns only from what is evaluated.
         """
+        left_out = len(self.screened)
         for turn in range(ASKS):
-            trial = self._next(kept, screen)
+            trial = self._next(kept, screen if len(self.screened) - left_out < SCREENED else _nothing_against)
             if trial is not None:
                 return trial
-            if turn >= 3 and not self._enqueue_unseen(kept):
+            if turn >= 3 and not self._enqueue_unseen(kept, screen):
                 return None
         return None
 
@@ -237,17 +213,21 @@ class Driver:
             )
         return trial
 
-    def _enqueue_unseen(self, kept: Values) -> bool:
-        """Queue a point that is left of a small space; False when none is."""
+    def _enqueue_unseen(self, kept: Values, screen: Callable[[Values], str]) -> bool:
+        """Queue a point that is left of a small space and has nothing against it; False when none is."""
         space = {k: Choice((kept[k],), when=d.when) if k in kept else d for k, d in self.study.space.items()}
         points = all_points(space, LISTABLE)
         if points is None:
             return True  # too many to list: there may be some
         rest = (self.study.point({**p, **kept}) for p in points)
         left = [p for p in rest if self.known(p) is None and point_key(p) not in self.screened]
-        if left:
-            self.study.enqueue(random.Random(len(self.finished) + len(self.failed)).choice(left))
-        return bool(left)
+        random.Random(len(self.finished) + len(self.failed)).shuffle(left)
+        for point in left:
+            if not screen(point):
+                self.study.enqueue(point)
+                return True
+            self.screened.add(point_key(point))
+        return False
 
     def _trial(self, proposal: Proposal) -> FinishedTrial | FailedTrial:
         number = proposal.number

@@ -24,6 +24,7 @@ from qflow.search.outcome import FinishedTrial
 
 STRATEGIES = ("optuna", "ratio", "assign")
 RATIO, FLOAT16, ASSIGNMENT = "qconfig.int16_ratio", "qconfig.float16_count", "qconfig.assignment"
+ERROR_SHARE = "qconfig.error_share"
 NARROW = 0.02  # a bracket of error budgets that differ by less holds nothing to find
 REFINEMENTS = 8  # most mixes that the bracket of error budgets is narrowed by
 BUDGETS = 64  # error budgets that candidates for the front are solved for

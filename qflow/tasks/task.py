@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Subset
 
 from qflow.core.errors import ConfigError, DataError, ModelError, QflowError
 from qflow.core.signature import arguments, keywords, mismatch
+from qflow.tasks.early_stop import bounds_of, out_of_reach, require_within
 
 DIRECTIONS = ("maximize", "minimize")
 
@@ -193,16 +194,17 @@ def evaluate(
 ) -> tuple[float, int]:
     """Metric of `model` over the evaluation data and the number of samples.
 
-    With `least` it ends as soon as no samples to come can bring the metric there, if the metric gives a score a sample
-    and states their `bounds` (lowest, highest). Samples that were not run then count as the worst: the metric is
-    never better than it would have been.
+    With `least` it ends as soon as no samples to come can bring the metric there, by the metric's bounds
+    (early_stop.py). Samples that were not run then count as the worst: the metric is never better than it would have
+    been.
 
     Raises ModelError where an output is not finite or the model cannot take a batch, DataError for bad data.
     """
     stateful = hasattr(task.metric, "update") and hasattr(task.metric, "compute")
     if stateful and hasattr(task.metric, "reset"):
         task.metric.reset()
-    total, count = 0.0, 0
+    total, count, samples = 0.0, 0, len(task.data.evaluation)
+    bounds = bounds_of(task.metric) if least is not None else None
     with torch.no_grad():
         for batch, size in batches(task, "evaluation", batch_size):
             outputs = run(model, model_inputs(task, batch))
@@ -218,37 +220,17 @@ def evaluate(
                         f"A metric gives one score a sample, but got shape {tuple(scores.shape)} for {size} samples. "
                         "Return a vector, or give the metric update() and compute()."
                     )
-                _require_within(task.metric, scores)
                 total += float(scores.double().sum())
             count += size
             on_batch(count)
-            if least is not None and not stateful and (worst := _out_of_reach(task, total, count, least)) is not None:
-                return worst, count
+            if bounds is not None and least is not None:
+                require_within(bounds, scores)
+                if (worst := out_of_reach(bounds, task.direction, total, count, samples, least)) is not None:
+                    return worst, count
     value = float(task.metric.compute()) if stateful else total / count
     if value != value:
         raise ModelError("A metric is a number, but got NaN. Check task.metric.")
     return value, count
-
-
-def _require_within(metric: Any, scores: Tensor) -> None:
-    """Refuse scores outside the bounds that the metric states: an evaluation would end on them. Raises ConfigError."""
-    bounds = getattr(metric, "bounds", None)
-    if bounds is not None and len(scores) and not (bounds[0] <= scores.min() and scores.max() <= bounds[1]):
-        raise ConfigError(
-            f"A metric's scores lie within its bounds {tuple(bounds)}, but got {float(scores.min()):g} to "
-            f"{float(scores.max()):g}. Mend task.metric's bounds."
-        )
-
-
-def _out_of_reach(task: Task, total: float, count: int, least: float) -> float | None:
-    """The metric with the worst of all samples to come, where even the best cannot reach `least`; else None."""
-    bounds, samples = getattr(task.metric, "bounds", None), len(task.data.evaluation)
-    if bounds is None or count >= samples:
-        return None
-    low, high = (float((total + (samples - count) * bound) / samples) for bound in bounds)
-    if task.direction == "maximize":
-        return low if high < least else None
-    return high if low > least else None
 
 
 def _scored(score: Callable[..., Any], outputs: Any, batch: Any) -> Any:

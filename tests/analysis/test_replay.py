@@ -9,7 +9,8 @@ from torch import nn
 from zoo import NAMES, build
 
 from qflow.analysis.candidates import candidates
-from qflow.analysis.distances import disagreement
+from qflow.analysis.distances import Distances, disagreement
+from qflow.analysis.sensitivity import sensitivity
 from qflow.core.dtype import QDtype
 from qflow.core.setter import TemplateSetter, resolve
 from qflow.core.settings import CalibrationSettings
@@ -62,6 +63,47 @@ def test_a_replayed_quantizer_gives_what_a_full_forward_gives(name, memory):
     assert sum(m > 0 for m in moved) > 0.7 * len(moved)  # otherwise nothing was compared
 
 
+HOLD_SIZES = ["vision_transformer", "detr", "bev", "point_pillars", "temporal"]
+
+
+class CutsAtItsBatch(nn.Module):
+    """Each of these gives what it was given up to the size at which it was captured, and no more."""
+
+    def __init__(self, cut):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(6, 6) for _ in range(3))
+        self.cut = cut
+
+    def forward(self, x):
+        return self.c(torch.relu(self.b(self.cut(torch.relu(self.a(x)), x.shape[0]))))
+
+
+CUTS = {
+    "slice": lambda y, n: y[:n],
+    "split": lambda y, n: y.split(n)[0],
+    "narrow": lambda y, n: y.narrow(0, 0, n),
+    "fixed": lambda y, n: y[:9],
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@torch.no_grad()
+def test_calls_that_cut_the_batch_are_run_one_variant_at_a_time(cut):
+    """Halves of a batch do not show it: only more variants than the capture had samples do."""
+    torch.manual_seed(0)
+    model, x = CutsAtItsBatch(CUTS[cut]).eval(), torch.randn(4, 6)
+    prepared = calibrated(model, x)
+    found = sensitivity(model, prepared, [x])
+    distances = Distances("L1", len(found.rows))
+    distances.reference({"0": model(x)}, 4)
+    by_name = {(row.node.name, row.sensitive_type): row.variant for row in candidates(prepared)}
+    for i, row in enumerate(found.rows):
+        distances.add(i, full_forward(prepared, x, by_name[row.op_name, row.sensitive_type]))
+    assert [row.score for row in found.rows] == pytest.approx([distances.result(i)[0] for i in range(len(found.rows))])
+    one_by_one = any("one quantizer at a time" in finding.message for finding in found.findings)
+    assert one_by_one != (cut == "narrow")  # an integer of the call, which captures show to grow with the batch
+
+
 @pytest.mark.parametrize("way", ["running", "capture"])
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
@@ -69,6 +111,8 @@ def test_several_variants_in_one_wide_batch_give_the_same(name, way, monkeypatch
     """Whichever way it is found out how: calls that hold a batch size cannot simply be run at another."""
     if way == "capture":
         monkeypatch.setattr("qflow.quant.widen._by_running", lambda *_: 1 / 0)
+    elif name not in HOLD_SIZES:
+        monkeypatch.setattr("qflow.quant.widen._by_capture", lambda *_: pytest.fail("the calls hold no size"))
     model, inputs = build(name)
     prepared = calibrated(model, inputs)
     variants = [row.variant for row in candidates(prepared)]

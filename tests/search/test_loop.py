@@ -421,3 +421,11 @@ def test_what_is_screened_is_not_evaluated_and_what_is_left_of_a_small_space_is(
     ends = {trial.reason for trial in bench.study.trials() if trial.ending == "screened"}
     assert ends == {"too dear"}
     assert bench.problems() == []
+
+
+def test_a_sampler_that_proposes_what_is_screened_gets_to_learn_where_it_is(bench):
+    """Nearly all of the space costs too much: no more than ten in a row are left out, and the search goes on."""
+    with driving(bench.study, bench.tracker, bench.evaluate, scratch=bench.store / "scratch") as driver:
+        for _ in range(12):
+            assert driver.sample(screen=lambda params: "too dear" if params["int16_ratio"] > 0.01 else "")
+    assert len(bench.evaluated) == 12

@@ -255,3 +255,12 @@ def test_processes_agree_and_see_a_helper_that_changes(tmp_path):
 def test_the_built_in_tasks_are_identified(digits_task):
     assert of_task(digits_task).unidentified == ()
     assert of_task(digits_task) == of_task(replace(digits_task, name="other"))
+    from qflow.tasks import dual, exposure
+    from qflow.tasks.digits import Accuracy
+    from qflow.tasks.perception import data, metric, model
+    from qflow.tasks.task import make_task
+
+    small = data.build_data(calibration_size=8, evaluation_size=8)
+    others = [(t.build_model(epochs=0), t.build_data(calibration_size=8), Accuracy()) for t in (dual, exposure)]
+    for net, splits, score in [*others, (model.build_model(), small, metric.Found())]:
+        assert of_task(make_task(name="t", model=net, data=splits, metric=score)).unidentified == ()

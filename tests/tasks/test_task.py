@@ -178,3 +178,17 @@ def test_an_evaluation_ends_once_the_goal_is_out_of_reach_and_never_flatters(dir
     assert count < 64
     assert metric <= whole if direction == "maximize" else metric >= whole
     assert metric < least if direction == "maximize" else metric > least
+
+
+@pytest.mark.parametrize("bounds", [1.0, (0.0, float("inf")), (1.0, 0.0), (0.0,), None, lambda: (0.0, 1.0)])
+def test_bounds_are_two_finite_numbers_where_they_are_used(bounds):
+    from types import SimpleNamespace
+
+    from qflow.tasks.early_stop import bounds_of, require_within
+
+    with pytest.raises(ConfigError, match="two finite numbers"):
+        bounds_of(SimpleNamespace(bounds=bounds))
+    assert bounds_of(SimpleNamespace(bounds=(0, 1))) == (0.0, 1.0)
+    require_within((0.0, 1.0), torch.tensor([1.0000001]))  # what float32 makes of a sum of ones
+    with pytest.raises(ConfigError, match=r"within its bounds \(0.0, 1.0\), but got 0.5 to 1.01"):
+        require_within((0.0, 1.0), torch.tensor([0.5, 1.01]))
