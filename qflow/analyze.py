@@ -14,6 +14,7 @@ verdict and is no fault.
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 from qflow import config as conf
@@ -105,11 +106,14 @@ def run_stages(diagnosis: Diagnosis, stages: list[str], console: Console) -> Non
             advice = diagnosis.advise()
             say(f"{len(advice)} operators stand out" if advice else "nothing stands out")
         for a in advice[:6]:
-            console.say(f"{'':<12} {a.op}: {a.cause} ({a.source}, {a.gain:.0%})  {a.line or a.text}")
+            what = shlex.quote(a.line) if a.line else a.text
+            console.say(f"{'':<12} {a.op}: {a.cause} ({a.source}, {a.gain:.0%})  {what}")
         if any(a.line for a in advice):
             with console.stage("fidelity") as say:
                 checked = diagnosis.check_advice()
                 say(f"following it moves the outputs from {checked.before:.3g} to {checked.after:.3g} off float")
+            for text in (f"all together: {shlex.quote(checked.line)}", *checked.left_out):
+                console.say(f"{'':<12} {text}")
 
 
 def debug_qat(config: DictConfig) -> int:

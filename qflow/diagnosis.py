@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qflow.analysis.advisor import advise, setting
+from qflow.analysis.advisor import advise, override, setting
 from qflow.analysis.badcase_files import BadcaseInputs
 from qflow.analysis.calibration_check import calibration_findings
 from qflow.analysis.candidates import candidates
@@ -93,8 +93,13 @@ class Diagnosis:
         """Follow the first `most` lines of advice, and measure the operators that they set again."""
         chosen: list[Advice] = []
         modules: dict[str, str] = {}
+        left_out: list[str] = []
         for a in self.advice or self.advise():  # each was tried alone; together two may be too much for the device
-            if a.line and len(chosen) < most and not self.refused(a.target, a.spec, modules):
+            if not a.line or len(chosen) == most:
+                continue
+            if reason := self.refused(a.target, a.spec, modules):
+                left_out.append(f"{a.target} {a.spec} is not allowed beside the rest: {reason}")
+            else:
                 chosen.append(a)
                 modules[a.target] = a.spec
         if not chosen:
@@ -119,7 +124,7 @@ class Diagnosis:
             if (old := before_rows.get((r.op_name, r.sensitive_type))) is not None
         ]
         self._calibrated()
-        self.fidelity = Fidelity(table.metric, tuple(found), before, after)
+        self.fidelity = Fidelity(table.metric, tuple(found), before, after, override(modules), tuple(left_out))
         return self.fidelity
 
     def write(

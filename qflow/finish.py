@@ -9,10 +9,13 @@ from pathlib import Path
 from qflow import config as conf
 from qflow.core.dtype import QDtype
 from qflow.core.errors import TrialError
+from qflow.core.store import write_whole
 from qflow.report.console import SummaryRow, python_command, summary_table
 from qflow.search.objective import CONSTRAINT, accurate, nearest_miss, over_budget
 from qflow.search.outcome import FinishedTrial
 from qflow.session import Session
+
+NAMED = 12  # operators that are named on the console
 
 
 def finish(session: Session) -> int:
@@ -27,13 +30,17 @@ def finish(session: Session) -> int:
         )
     rows = [SummaryRow("float", {session.accuracy: bench.float_metric})]
     rows += [SummaryRow(label, trial.outcome.metrics) for label, trial in session.baselines.items()]
-    rows.append(SummaryRow("best mix" if best else "nearest", shown.outcome.metrics))
+    trained = shown.outcome.metrics.get("qat/steps", 0.0)
+    named = ("best trained" if trained else "best mix") if best else "nearest"
+    rows.append(SummaryRow(named, shown.outcome.metrics))
     table = summary_table(rows, bench.task.metric_name)
     text = verdict(session, best, shown)
     summary = {label.replace("-", "_"): trial.outcome.metrics for label, trial in session.baselines.items()}
     if best:
         summary["best"] = best.outcome.metrics
     note = document(session, table, text, shown)
+    place = session.root / "studies" / session.study.name / "decision.md"
+    write_whole(place, note)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "decision.md").write_text(note)
         session.tracker.log_study(
@@ -49,7 +56,13 @@ def finish(session: Session) -> int:
     say = session.console.say
     say("\n" + table)
     say(text)
-    say(f"{'qconfig':<12}{shown.outcome.tags['qflow.qconfig']} of trial {shown.number}, run {shown.run_id}")
+    rate = shown.params.get("qat.learning_rate", session.config.qat.learning_rate)
+    how = f", after {trained:.0f} QAT steps at rate {rate:g}" if trained else ""
+    say(f"{'qconfig':<12}{shown.outcome.tags['qflow.qconfig']} of trial {shown.number}, run {shown.run_id}{how}")
+    for dtype, names in raised(session, shown).items():
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        say(f"{dtype:<12}{', '.join(names[:NAMED])}{more}")
+    say(f"{'decisions':<12}{place}")
     say(f"{'runs':<12}{session.tracker.uri}")
     say(f"{'study':<12}{session.study.name} in experiment {session.config.tracking.experiment}")
     say(f"{'cache':<12}read instead of computed: {bench.cache}")
@@ -67,7 +80,7 @@ def verdict(session: Session, best: FinishedTrial | None, shown: FinishedTrial) 
     goal, ceiling = str(session.goal), session.baselines.get("all-int16")
     if best is not None:
         m, saved = best.outcome.metrics, ""
-        if ceiling is not None:
+        if ceiling is not None and accurate(ceiling):
             less = round(100.0 * (1.0 - m["cost/latency_ms"] / ceiling.outcome.metrics["cost/latency_ms"]))
             saved = f", {less}% less latency than all-int16" if less > 0 else ", no less latency than all-int16"
         return f"{'goal':<12}{goal}: met{saved}"
@@ -77,7 +90,7 @@ def verdict(session: Session, best: FinishedTrial | None, shown: FinishedTrial) 
         return f"{'goal':<12}{goal}: missed, over {found}; relax that budget, or objective.max_drop"
     miss = shown.outcome.constraints[CONSTRAINT]
     if ceiling is not None and ceiling.outcome.metrics["accuracy/drop"] > session.goal.max_drop:
-        advice = "int16 itself misses: look at the top sensitivities for a known range or a weight that is hard"
+        advice = "int16 itself misses: see the decisions; a known range or a weight that is hard may be behind it"
         if not session.config.qat.steps:
             advice += ", or train: qat=<yours> qat.apply=after_search"
     else:
@@ -87,17 +100,24 @@ def verdict(session: Session, best: FinishedTrial | None, shown: FinishedTrial) 
 
 def document(session: Session, table: str, text: str, shown: FinishedTrial) -> str:
     """The explained decision, in Markdown: goal, figures, each decision with its reason, what is promoted."""
-    settings = conf.trial_settings(conf.with_params(session.config, shown.params)).qconfig
-    qconfig = session.bench.resolve(settings)[1]
     scores = session.bench.scores
     lines = [f"# {session.study.name}", "", "```", table, text, "```", "", "## Decisions", ""]
     lines += [f"{i}. **{stage}**: {words}" for i, (stage, words) in enumerate(session.decisions, 1)]
-    for dtype in (QDtype.float16, QDtype.qint16):
-        names = sorted(qconfig.names(dtype), key=lambda name: -scores.get(name, 0.0))
-        if names:
-            lines += ["", f"## {dtype.value} ({len(names)} of {len(qconfig.ops)} operators)", ""]
-            lines += [f"- `{name}`: int8 sensitivity {scores.get(name, 0.0):.3g}" for name in names]
+    count = len(session.bench.graph.quantized)
+    for dtype, names in raised(session, shown).items():
+        lines += ["", f"## {dtype} ({len(names)} of {count} operators)", ""]
+        lines += [f"- `{name}`: int8 sensitivity {scores.get(name, 0.0):.3g}" for name in names]
     return "\n".join(lines) + "\n"
+
+
+def raised(session: Session, trial: FinishedTrial) -> dict[str, list[str]]:
+    """Operators of a trial's mix by dtype, fp16 and int16, the most sensitive first."""
+    settings = conf.trial_settings(conf.with_params(session.config, trial.params)).qconfig
+    qconfig, scores = session.bench.resolve(settings)[1], session.bench.scores
+    found = {
+        d.value: sorted(qconfig.names(d), key=lambda n: -scores.get(n, 0.0)) for d in (QDtype.float16, QDtype.qint16)
+    }
+    return {dtype: names for dtype, names in found.items() if names}
 
 
 def promote_command(session: Session) -> str:

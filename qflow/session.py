@@ -237,7 +237,7 @@ class Session:
         self.note_best()
         line = trial_line(trial, self.accuracy)
         if len(self.trials) > 2 and (seconds := self.budget.seconds_left(self.trials)) > 0:
-            line += f"  {len(self.trials)} of {self.config.search.n_trials}, left {duration(seconds)} at most"
+            line += f"  {len(self.trials)} of {self.config.search.n_trials}, about {duration(seconds)} left"
         self.console.say(line)
         if isinstance(trial, FinishedTrial) and self.study_run:
             log_front(self.tracker, self.study_run, self.study.name, self.trials, self.goal, self.root)

@@ -9,7 +9,7 @@ from typing import Any
 from qflow import config as conf
 from qflow.analysis.layer_text import layers_line
 from qflow.analysis.model_check import check_model
-from qflow.analysis.tables import SensitivityTable
+from qflow.bench import Bench
 from qflow.core.dtype import QDtype
 from qflow.core.errors import TrialError
 from qflow.core.settings import QConfigSettings
@@ -117,12 +117,20 @@ def baseline_point(session: Session, label: str) -> dict[str, Any]:
     return {**session.base(), **dict.fromkeys(modules, dtype), RATIO: ratio}
 
 
-def ceiling_reason(table: SensitivityTable | None) -> str:
-    """What an all-int16 model loses by: activations too coarse at int16, or weights (dual int16), with figures."""
+def ceiling_reason(bench: Bench) -> str:
+    """What an all-int16 model loses by: operators that the device holds at int8, activations too coarse at int16, or
+    weights (dual int16), with figures.
+    """
+    table = bench.sensitivities
     if table is None:
         return "see the sensitivities"
     weights, at8 = table.weight_scores("qint8"), table.activation_scores("qint8")
     at16 = table.activation_scores("qint16")
+    applied = bench.template(QDtype.qint16)[1].ops.items()
+    held = {name: op.fallback for name, op in applied if op.output == QDtype.qint8 and op.fallback}
+    hard = max(held, key=lambda name: at8.get(name, 0.0), default="")
+    if hard and at8.get(hard, 0.0) >= max([*weights.values(), *at16.values()], default=0.0):
+        return f"{hard} stays int8 (activation {at8.get(hard, 0.0):.3g}): {held[hard]}"
     both = {name: min(score, at8.get(name, 0.0)) for name, score in weights.items()}
     coarse = max(at16, key=lambda name: at16[name], default="")
     heavy = max(both, key=lambda name: both[name], default="")
@@ -226,6 +234,6 @@ def raise_float16(session: Session) -> FinishedTrial | None:
         say(
             f"{len(chosen)} of {len(order)} operators that gain from fp16 suffice: {', '.join(chosen)}"
             if best
-            else f"{len(order)} operators gain from fp16, no number of them meets the goal"
+            else f"operators that gain from fp16: {len(order)}; no number of them meets the goal"
         )
     return best

@@ -19,6 +19,7 @@ from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import ASSIGNMENT, ERROR_SHARE, RATIO, BudgetSpent, give_back, halving
 from qflow.session import Session
 
+GIVEN_BACK = 6  # trials that are left for giving int16 back
 RUNGS = 3  # a quarter, half, and all of the steps
 
 
@@ -26,7 +27,7 @@ def leave_for_training(session: Session) -> None:
     """Say when trials are trained; where that is after the search, keep training out of it and trials for it."""
     qat, search = session.config.qat, session.config.search
     if qat.steps and qat.apply == "after_search":
-        alive, trainings = 2 * len(search.weight_decays), len(search.rates)
+        alive, trainings = 2 * len(search.weight_decays), len(search.rates) + GIVEN_BACK
         for _ in _rungs(_steps(session)):
             trainings, alive = trainings + alive, max(alive // 2, 1)
         session.kept["qat.steps"], session.budget.reserved = 0, trainings

@@ -64,6 +64,7 @@ RUN_METRICS: Mapping[str, Callable[[TrialResult], float | None]] = {
     **{name: _of_cost(read) for name, read in COST_METRICS.items()},
     "qconfig/int16_ratio": lambda trial: trial.qconfig.share(QDtype.qint16),
     "qconfig/n_int16": lambda trial: float(len(trial.qconfig.names(QDtype.qint16))),
+    "qconfig/n_float16": lambda trial: float(len(trial.qconfig.names(QDtype.float16))),
     "qconfig/n_int8": lambda trial: float(len(trial.qconfig.names(QDtype.qint8))),
     "calibration/samples": lambda trial: float(trial.calibration_samples),
     "qat/steps": lambda trial: float(trial.training.steps) if trial.training else None,

@@ -58,7 +58,7 @@ def trial_line(trial: FinishedTrial | FailedTrial, accuracy: str) -> str:
     m, p = trial.outcome.metrics, trial.outcome.params
     verdict = "meets" if meets(trial) else "misses"
     amount = f"{p['calibration.batch_size']}x{p['calibration.steps']}"
-    stopped = f"  stopped {t}" if (t := trial.outcome.tags.get("qflow.stopped")) else ""
+    stopped = f"  stopped {t}: at worst" if (t := trial.outcome.tags.get("qflow.stopped")) else ""
     trained = f"  QAT {m['qat/steps']:.0f} steps" if "qat/steps" in m else ""
     return (
         f"{name:<24} {m[accuracy]:.4f} drop {m['accuracy/drop']:+.4f} {m['cost/latency_ms']:7.3f} ms  int16 "

@@ -113,7 +113,7 @@ def test_what_training_reached_is_not_taken_for_fp16_at_the_next_start(tmp_path)
     decisions = [re.findall(r"^decision .*", done.stdout, re.MULTILINE) for done in (first, second)]
     assert first.returncode == second.returncode == 0, first.stdout
     assert decisions[0] == decisions[1]
-    assert "and the goal stays missed" in "".join(decisions[0])
+    assert "the goal stays missed" in "".join(decisions[0])
 
 
 def test_the_best_training_gives_back_however_long_it_was(tmp_path):
@@ -211,7 +211,7 @@ def test_no_training_where_a_budget_is_what_is_missed(tmp_path):
 def test_a_mix_of_an_error_share_is_given_back_from(tmp_path):
     done = tune(
         "+experiment=int8_int16", "task=dual", "+debug=tiny", "search=error_share", "objective.max_drop=0.045",
-        "objective.max_int16_mac_share=0.9", "search.enqueue=[{qconfig.error_share: 0.3}]", "search.n_trials=24",
+        "objective.max_int16_mac_share=0.9", "search.enqueue=[{qconfig.error_share: 0.3}]", "search.n_trials=32",
         "qat=dual", "qat.apply=after_search", "qat.steps=60", "search.rates=[1e-4]", cwd=tmp_path,
     )  # fmt: skip
     assert "decision     give back:" in done.stdout, done.stdout

@@ -51,7 +51,7 @@ BAD = {
         ["objective.optimize={cost/latency: minimize}"], "got cost/latency. There are: accuracy/error, accuracy/drop",
     ),
     "a budget on a lower bound": (["objective.max_traffic_mb=1"], "needs traffic that can be judged"),
-    "a metric that cannot end early": (["search.early_stop=true"], "bounds (lowest, highest), but got no bounds"),
+    "a metric that cannot end early": (["search.early_stop=true"], "two finite numbers, but got no bounds"),
     "augmented data that are not there": (
         ["calibration.augment=choice(true,false)"], "augment=true reads task.data.calibration_augmented, but",
     ),

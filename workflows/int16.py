@@ -23,7 +23,7 @@ def branch(session: Session) -> FinishedTrial:
     if accurate(ceiling):
         session.decide(ALL_INT16, f"drop {drop:+.4f} meets {goal:g}: int8 comes next (+experiment=int8, int8_int16)")
     else:
-        reason = ceiling_reason(session.bench.sensitivities)
+        reason = ceiling_reason(session.bench)
         miss = ceiling.outcome.constraints[CONSTRAINT]
         session.decide(
             ALL_INT16, f"misses the goal by {miss:.4f}: {reason}; int16/fp16 is next (+experiment=int16_fp16)"

@@ -26,8 +26,8 @@ def branch(session: Session) -> FinishedTrial | None:
     found = raise_float16(session)
     order = session.bench.precisions.float16_order
     if found is None:
-        gain = f"{len(order)} operators gain from fp16" if order else "no operator of the vector unit gains from fp16"
-        session.decide("int16/fp16", f"{gain}, and the goal stays missed: change the float model, or train (qat)")
+        gain = f"with fp16 on all {len(order)} that gain from it" if order else "no operator gains from fp16:"
+        session.decide("int16/fp16", f"{gain} the goal stays missed: change the float model, or train (qat)")
         return None
     count = int(found.params[FLOAT16] or 0)
     session.decide(

@@ -41,9 +41,10 @@ def mix(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:
     best = session.best
     if best is not None:
         m = best.outcome.metrics
+        fp16 = f" beside {m['qconfig/n_float16']:.0f} in fp16" if m.get("qconfig/n_float16") else ""
         session.decide(
             "int8/int16",
-            f"trial {best.number} meets the goal with {m['qconfig/n_int16']:.0f} int16 operators: drop "
+            f"trial {best.number} meets the goal with {m['qconfig/n_int16']:.0f} int16 operators{fp16}: drop "
             f"{m['accuracy/drop']:+.4f}, {m['cost/latency_ms']:.3f} ms against "
             f"{floor.outcome.metrics['cost/latency_ms']:.3f} all-int8 and "
             f"{ceiling.outcome.metrics['cost/latency_ms']:.3f} all-int16",

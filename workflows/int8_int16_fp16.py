@@ -27,6 +27,7 @@ def branch(session: Session, ceiling: FinishedTrial) -> None:
         return
     if lifted is not ceiling:
         session.kept[FLOAT16] = lifted.params[FLOAT16]
+        session.baselines["int16/fp16"] = lifted
     label = "int8/fp16" if lifted is not ceiling else ALL_INT8
     floor = session.measure(baseline_point(session, ALL_INT8), label)
     if floor is None:

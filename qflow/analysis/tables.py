@@ -197,6 +197,10 @@ class Fidelity:
     rows: tuple[FidelityRow, ...]
     before: float
     after: float
+    line: str = ""
+    """The override that follows all that was followed."""
+    left_out: tuple[str, ...] = ()
+    """Advice that the device does not allow beside the rest, with the reason."""
 
 
 @dataclass(frozen=True)

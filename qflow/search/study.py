@@ -1,4 +1,4 @@
-"""The search study: proposals in, values out, kept in a database; the only home of optuna.
+"""The search study: proposals in, values out, kept in a database; optuna lives here and in database.py alone.
 
 The space is asked key by key, parents first (define-by-run), because keys may depend on each other. Of the samplers
 only TPE (with groups) learns about a key that some trials do not have; NSGA-II and GP draw such a key at random.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -27,7 +26,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from qflow.core import record
 from qflow.core.errors import ConfigError, TrackingError
-from qflow.core.store import build_aside, exclusive, sqlite_path, sqlite_url
+from qflow.core.store import exclusive
+from qflow.search.database import LOCK_TIMEOUT, open_storage, place_of
 from qflow.search.domain import (
     Choice,
     Domain,
@@ -44,7 +44,6 @@ from qflow.search.proposal import SAMPLERS, Proposal, StudyTrial, check_argument
 
 __all__ = ["LOCK_TIMEOUT", "SAMPLERS", "Proposal", "Study", "StudyTrial"]
 
-LOCK_TIMEOUT = 60  # seconds a statement waits for another writer of the database
 _STATES = {
     TrialState.RUNNING: "running",
     TrialState.WAITING: "waiting",
@@ -80,10 +79,10 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         # an interrupt within a statement makes SQLAlchemy log a traceback of the connection it then drops
         logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
-        url, lock_folder = _place(storage)
+        url, lock_folder = place_of(storage)
         try:
             study = optuna.create_study(
-                storage=_open_storage(url),
+                storage=open_storage(url),
                 study_name=name,
                 directions=[StudyDirection[direction.upper()] for direction in directions],
                 load_if_exists=True,
@@ -206,29 +205,8 @@ class Study:
         )
 
 
-def _place(storage: str | Path) -> tuple[str, Path]:
-    """The URL of the database and the folder for locks (the temporary one for a database server)."""
-    text = str(storage)
-    if "://" in text:
-        file = sqlite_path(text)
-        return text, file.parent if file else Path(tempfile.gettempdir())
-    path = Path(storage).absolute()
-    file = path if path.suffix else path / "optuna.db"
-    return sqlite_url(file), file.parent
-
-
-def _open_storage(url: str) -> optuna.storages.RDBStorage:
-    file = sqlite_path(url)
-    if file is None:
-        return optuna.storages.RDBStorage(url)
-    build_aside(file, _create)
-    return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_TIMEOUT}})
-
-
-def _create(url: str) -> None:
-    storage = optuna.storages.RDBStorage(url)
-    storage.remove_session()
-    storage.engine.dispose()
+def _tried(study: optuna.Study) -> bool:
+    return bool(study.get_trials(deepcopy=False))
 
 
 def _keep_space(study: optuna.Study, terms: dict[str, Any]) -> None:
@@ -241,12 +219,14 @@ def _keep_space(study: optuna.Study, terms: dict[str, Any]) -> None:
             f"A study is one that qflow started, but got a foreign one for '{study.study_name}'. "
             f"Give the search another study name."
         )
+    elif kept["digest"] != record.digest(terms) and kept["directions"] == terms["directions"] and not _tried(study):
+        study.set_user_attr("qflow.terms", {**terms, "digest": record.digest(terms)})
     elif kept["digest"] != record.digest(terms):
         old, new = kept["space"], terms["space"]
         changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k)) or ["directions"]
         raise ConfigError(
             f"A study keeps the space it was started with, but got another one for '{study.study_name}' "
-            f"(changed: {', '.join(changed)}). Give the search another study name."
+            f"(changed: {', '.join(changed)}). Use another name: study={study.study_name}-2."
         )
 
 

@@ -98,11 +98,19 @@ def test_fixed_points_come_first_with_values_outside_the_space(store):
     ],
 )
 def test_another_space_under_the_same_name_is_refused(store, changes, named):
-    open_study(store)
-    with pytest.raises(ConfigError, match=f"changed: {named}.*another study name") as caught:
+    open_study(store).enqueue({})
+    with pytest.raises(ConfigError, match=f"changed: {named}.*study=.*-2") as caught:
         open_study(store, **changes)
     assert "\n" not in str(caught.value)
     open_study(store, "other", **changes)
+
+
+def test_a_study_without_a_trial_takes_another_space(store):
+    """A start that was refused for its data, say, binds nobody to what it asked for."""
+    open_study(store)
+    space = {"lr": SPACE["lr"]}
+    open_study(store, space=space).enqueue({})
+    assert open_study(store, space=space).space == space
 
 
 @pytest.mark.parametrize(

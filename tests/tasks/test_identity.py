@@ -261,6 +261,6 @@ def test_the_built_in_tasks_are_identified(digits_task):
     from qflow.tasks.task import make_task
 
     small = data.build_data(calibration_size=8, evaluation_size=8)
-    others = [(t.build_model(epochs=0), t.build_data(calibration_size=8), Accuracy()) for t in (dual, exposure)]
+    others = [(t.build_model(epochs=0), exposure.build_data(calibration_size=8), Accuracy()) for t in (dual, exposure)]
     for net, splits, score in [*others, (model.build_model(), small, metric.Found())]:
         assert of_task(make_task(name="t", model=net, data=splits, metric=score)).unidentified == ()

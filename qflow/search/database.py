@@ -1,0 +1,38 @@
+"""Where a study is kept: a database file, a folder, or a server."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import optuna
+
+from qflow.core.store import build_aside, sqlite_path, sqlite_url
+
+LOCK_TIMEOUT = 60  # seconds a statement waits for another writer of the database
+
+
+def place_of(storage: str | Path) -> tuple[str, Path]:
+    """The URL of the database and the folder for locks (the temporary one for a database server)."""
+    text = str(storage)
+    if "://" in text:
+        file = sqlite_path(text)
+        return text, file.parent if file else Path(tempfile.gettempdir())
+    path = Path(storage).absolute()
+    file = path if path.suffix else path / "optuna.db"
+    return sqlite_url(file), file.parent
+
+
+def open_storage(url: str) -> optuna.storages.RDBStorage:
+    """The database at `url`; a SQLite file is built whole or not at all."""
+    file = sqlite_path(url)
+    if file is None:
+        return optuna.storages.RDBStorage(url)
+    build_aside(file, _create)
+    return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_TIMEOUT}})
+
+
+def _create(url: str) -> None:
+    storage = optuna.storages.RDBStorage(url)
+    storage.remove_session()
+    storage.engine.dispose()
