@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qflow.core.store import build_aside
-from qflow.search.study import _create
+from qflow.search.database import _create
 from qflow.tracking.mlflow_tracker import MlflowTracker
 
 
