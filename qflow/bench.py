@@ -5,10 +5,8 @@ A trial pays for what is new in it: a qconfig with scales that was evaluated bef
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from qflow.analysis.model_check import check_model
 from qflow.core.qconfig import QConfig
@@ -58,10 +56,11 @@ class Bench(Groundwork):
         stats = self.calibrate(calibration)
         calibrated = apply_scales(self.prepared, stats, applied, calibration)
         # What changes numbers is in dtypes, scales and switches: settings that lead to the same ones are one trial.
-        key: list[Any] = [applied.digest, forward_state(self.prepared), self.eval_batch]
+        key = digest([applied.digest, forward_state(self.prepared), self.eval_batch])
         if qat.steps:
-            key.append([self.least, qat.steps, training_key(self.prepared, self.training, qat, applied, calibration)])
-            if (known := self._trained.get(digest(key))) is not None:
+            training = training_key(self.prepared, self.training, qat, applied, calibration)
+            key = digest([key, self.least, qat.steps, training])
+            if (known := self._trained.get(key)) is not None:
                 self.hits += 1
                 return replace(
                     known, requested=requested, qconfig=applied, calibration_samples=stats.samples, evaluated=False
@@ -90,17 +89,17 @@ class Bench(Groundwork):
             weights=float_weights(model) if qat.steps else None,
         )
         if qat.steps:
-            self._trained[digest(key)] = result
+            self._trained[key] = result
         return result
 
-    def _evaluation(self, key: Sequence[Any], progress: Progress) -> Evaluation:
+    def _evaluation(self, key: str, progress: Progress) -> Evaluation:
         """That of the calibrated model: a whole one if there is any, else one that ended early for the same goal."""
-        for known in (key, [*key, self.least]):
+        for known in [key] if self.least is None else [key, [key, self.least]]:
             if (found := self.cache.known("evaluation", known, Evaluation)) is not None:
                 return found
         found = self._evaluated(self.prepared, progress)
         stopped = found.samples < self.eval_samples
-        return self.cache.keep("evaluation", [*key, self.least] if stopped else key, found)
+        return self.cache.keep("evaluation", [key, self.least] if stopped else key, found)
 
     def _evaluated(self, model: QuantizedModel, progress: Progress) -> Evaluation:
         """Metric over the evaluation data, samples, and values that overflowed by operator."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,10 +26,16 @@ def log_front(
     table = {"columns": ["trial", "label", *goal.optimize, "meets the goal", "run"], "data": rows}
     metrics = best.outcome.metrics if best else {}
     state = {"study": study, "trial": best.number if best else None, "run": best.run_id if best else None}
+    texts = {"pareto.json": to_json(table), "best.json": to_json({**state, "metrics": metrics}, indent=1)}
     folder = root / "studies" / study
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "pareto.json", to_json(table))
-    write_whole(folder / "best.json", to_json({**state, "metrics": metrics}, indent=1))
+    if all((folder / name).exists() and (folder / name).read_text() == text for name, text in texts.items()):
+        return  # nothing better: what is there stands
     shown = {f"best/{key.split('/', 1)[1]}": value for key, value in metrics.items()}
-    tags = {"qflow.best_so_far": best.run_id if best else ""}
-    tracker.log_study(study_run, folder=folder, metrics=shown, tags=tags)
+    with tempfile.TemporaryDirectory() as beside:
+        for name, text in texts.items():
+            (Path(beside) / name).write_text(text)
+        tags = {"qflow.best_so_far": best.run_id if best else ""}
+        tracker.log_study(study_run, folder=Path(beside), metrics=shown, tags=tags)
+    for name, text in texts.items():  # after the run has them: a kill in between repeats both
+        write_whole(folder / name, text)

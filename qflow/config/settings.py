@@ -21,7 +21,7 @@ MAPPINGS = ("qconfig.modules", "qat.rates")
 
 def trial_settings(config: DictConfig, params: Mapping[str, Scalar] | None = None) -> TrialSettings:
     """Settings of one trial: the configuration with the search's `params` in place. Raises ConfigError."""
-    changed = with_params(config, params or {})
+    changed = with_params(config, params) if params else config
     plain = {k: OmegaConf.to_container(changed[k], resolve=True) for k in ("calibration", "qconfig", "qat")}
     return TrialSettings(
         calibration=CalibrationSettings(**plain["calibration"]),  # type: ignore[arg-type]

@@ -20,11 +20,14 @@ from typing import Any, TypeVar
 from qflow.core.errors import QflowError
 
 T = TypeVar("T")
+_AS_IT_IS = (str, int, bool, type(None))
 DIGEST_CHARS = 16  # 64 bits: enough for the few thousand objects of a study, short enough to read aloud
 
 
 def plain(value: Any, where: str = "value") -> Any:
     """`value` as JSON-ready builtins. Raises QflowError for NaN or a type that has no JSON form."""
+    if type(value) in _AS_IT_IS or (type(value) is float and math.isfinite(value)):  # nearly all: tables of figures
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name), f.name) for f in dataclasses.fields(value)}
     if isinstance(value, enum.Enum):
