@@ -112,7 +112,8 @@ def run_stages(diagnosis: Diagnosis, stages: list[str], console: Console) -> Non
             with console.stage("fidelity") as say:
                 checked = diagnosis.check_advice()
                 say(f"following it moves the outputs from {checked.before:.3g} to {checked.after:.3g} off float")
-            for text in (f"all together: {shlex.quote(checked.line)}", *checked.left_out):
+            together = [f"all together: {shlex.quote(checked.line)}"] if checked.line else []
+            for text in (*together, *checked.left_out):
                 console.say(f"{'':<12} {text}")
 
 

@@ -30,7 +30,7 @@ def finish(session: Session) -> int:
         )
     rows = [SummaryRow("float", {session.accuracy: bench.float_metric})]
     rows += [SummaryRow(label, trial.outcome.metrics) for label, trial in session.baselines.items()]
-    trained = shown.outcome.metrics.get("qat/steps", 0.0)
+    trained = shown.outcome.metrics.get("qat/steps")
     named = ("best trained" if trained else "best mix") if best else "nearest"
     rows.append(SummaryRow(named, shown.outcome.metrics))
     table = summary_table(rows, bench.task.metric_name)
@@ -53,9 +53,16 @@ def finish(session: Session) -> int:
                 "mlflow.note.content": note,
             },
         )
+    session.console.say("\n" + table)
+    _tell(session, text, shown, place)
+    return 0 if best else 1
+
+
+def _tell(session: Session, text: str, shown: FinishedTrial, place: Path) -> None:
+    """The lines below the table: verdict, what the mix is, where everything lies, and what to do next."""
     say = session.console.say
-    say("\n" + table)
     say(text)
+    trained = shown.outcome.metrics.get("qat/steps", 0.0)
     rate = shown.params.get("qat.learning_rate", session.config.qat.learning_rate)
     how = f", after {trained:.0f} QAT steps at rate {rate:g}" if trained else ""
     say(f"{'qconfig':<12}{shown.outcome.tags['qflow.qconfig']} of trial {shown.number}, run {shown.run_id}{how}")
@@ -65,14 +72,13 @@ def finish(session: Session) -> int:
     say(f"{'decisions':<12}{place}")
     say(f"{'runs':<12}{session.tracker.uri}")
     say(f"{'study':<12}{session.study.name} in experiment {session.config.tracking.experiment}")
-    say(f"{'cache':<12}read instead of computed: {bench.cache}")
+    say(f"{'cache':<12}read instead of computed: {session.bench.cache}")
     say(f"{'time':<12}{session.console.seconds:.0f} s, {session.tracker.seconds:.1f} s of it in tracking")
     ui = session.tracker.ui_command()
     say(f"{'next':<12}{f'{python_command()} -m {ui}' if ui.startswith('mlflow') else ui}")
-    if best:
+    if session.best is not None:
         say(f"{'':<12}{promote_command(session)}")
     say(f"{'then open':<12}{session.trials_url()}")
-    return 0 if best else 1
 
 
 def verdict(session: Session, best: FinishedTrial | None, shown: FinishedTrial) -> str:

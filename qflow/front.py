@@ -28,7 +28,6 @@ def log_front(
     state = {"study": study, "trial": best.number if best else None, "run": best.run_id if best else None}
     texts = {"pareto.json": to_json(table), "best.json": to_json({**state, "metrics": metrics}, indent=1)}
     folder = root / "studies" / study
-    folder.mkdir(parents=True, exist_ok=True)
     if all((folder / name).exists() and (folder / name).read_text() == text for name, text in texts.items()):
         return  # nothing better: what is there stands
     shown = {f"best/{key.split('/', 1)[1]}": value for key, value in metrics.items()}

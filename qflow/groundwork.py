@@ -67,7 +67,6 @@ class Groundwork:
     """What the report and the model do not share: layers without an operator, operators without a layer."""
 
     def __post_init__(self) -> None:
-        self._augmented = ""
         self._precisions: Precisions | None = None
         self._prepared: QuantizedModel | None = None
         self._deploy: ModelGraph | None = None
@@ -148,12 +147,15 @@ class Groundwork:
 
     def augmented(self, settings: CalibrationSettings) -> str:
         """Fingerprint of the augmented calibration data where `settings` read them; only who asks for them pays."""
-        if settings.augment and not self._augmented:
-            nameless: list[str] = []
-            self._augmented = split_digest(self.task, "calibration_augmented", nameless)
-            for part in nameless:
-                self.cache.leave_disk(part)
         return self._augmented if settings.augment else ""
+
+    @cached_property
+    def _augmented(self) -> str:
+        nameless: list[str] = []
+        found = split_digest(self.task, "calibration_augmented", nameless)
+        for part in nameless:
+            self.cache.leave_disk(part)
+        return found
 
     def require_samples(self, batch_size: int, steps: int, split: str = "calibration") -> None:
         """Refuse calibration amounts that the data cannot give. Raises DataError."""

@@ -127,6 +127,8 @@ class Precisions:
 
     def within(self, settings: QConfigSettings, budgets: Mapping[str, float]) -> bool:
         """Whether what `settings` ask for keeps `budgets` (Goal.budgets), as far as its cost tells: before it runs."""
+        if not budgets:
+            return True
         costs = cost_metrics(self.pricer().report(self.resolve(settings)[1]))
         return all(round(costs[BUDGETS[name]] - most, 9) <= 0.0 for name, most in budgets.items())
 

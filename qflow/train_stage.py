@@ -13,7 +13,6 @@ from typing import Any
 
 from qflow import config as conf
 from qflow.core.dtype import QDtype
-from qflow.quant.qat import capped_steps
 from qflow.search.objective import best_trial, nearest_miss, over_budget
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import ASSIGNMENT, ERROR_SHARE, RATIO, BudgetSpent, give_back, halving
@@ -28,11 +27,11 @@ def leave_for_training(session: Session) -> None:
     qat, search = session.config.qat, session.config.search
     if qat.steps and qat.apply == "after_search":
         alive, trainings = 2 * len(search.weight_decays), len(search.rates) + GIVEN_BACK
-        for _ in _rungs(_steps(session)):
+        steps, cut = conf.trial_settings(session.config).qat.capped()
+        for _ in _rungs(steps):
             trainings, alive = trainings + alive, max(alive // 2, 1)
         session.kept["qat.steps"], session.budget.reserved = 0, trainings
-        cut = "".join(f"; {text}" for text in capped_steps(conf.trial_settings(session.config).qat)[1])
-        said = f"after the search, {_steps(session)} steps (qat.apply=after_search){cut}"
+        said = "; ".join([f"after the search, {steps} steps (qat.apply=after_search)", *cut])
         session.console.say(f"{'training':<12} {said}")
     elif qat.steps:
         session.console.say(
@@ -84,7 +83,7 @@ def _trained(session: Session, point: dict[str, Any]) -> FinishedTrial | None:
         done.extend([trial] if trial is not None else [])
         return trial
 
-    search, steps = session.config.search, _steps(session)
+    search, (steps, _) = session.config.search, conf.trial_settings(session.config).qat.capped()
     probe = max(round(steps * search.probe_share), 1)
     fixed = {**point, "qat.steps": probe, "qat.scheduled": False}
     trials = {r: measure({**fixed, "qat.learning_rate": r}, f"QAT rate {r:g}") for r in search.rates}
@@ -112,11 +111,6 @@ def _trained(session: Session, point: dict[str, Any]) -> FinishedTrial | None:
     else:
         session.decide("training", f"at rate {rate:g} with the scheduler every training fails; add lower ones")
     return best_trial(done, session.goal.ranking)
-
-
-def _steps(session: Session) -> int:
-    """Steps of a whole training: those configured, within the share of float steps."""
-    return capped_steps(conf.trial_settings(session.config).qat)[0]
 
 
 def _rungs(steps: int) -> list[int]:

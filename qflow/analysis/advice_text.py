@@ -24,5 +24,6 @@ def advice_text(advice: Sequence[Advice], fidelity: Fidelity | None) -> str:
         moved = f"{fidelity.before:.4g} to {fidelity.after:.4g} off float ({fidelity.metric}, all quantizers on)"
         table = text_table(["op_name", "sensitive_type", "dtype", "before", "after"], rows)
         parts.append(f"Followed, the outputs move from {moved}:\n{table}")
-        parts.append("".join(f"{text}\n" for text in (f"All together: '{fidelity.line}'", *fidelity.left_out)))
+        together = [f"All together: '{fidelity.line}'"] if fidelity.line else []
+        parts.append("".join(f"{text}\n" for text in (*together, *fidelity.left_out)))
     return "\n".join(parts)

@@ -213,6 +213,14 @@ class QatSettings:
         if self.clip_gradients is not None:
             _within("qat.clip_gradients", self.clip_gradients, 1e-12, math.inf)
 
+    def capped(self) -> tuple[int, list[str]]:
+        """Steps to take, and the finding where they are cut to the guide's share of the float steps."""
+        cap = self.steps if self.float_steps is None else max(int(self.float_steps * self.max_share), 1)
+        if self.steps <= cap:
+            return self.steps, []
+        share = f"{self.max_share * 100:g} % of {self.float_steps} float steps"
+        return cap, [f"QAT takes at most {share}: {self.steps} steps cut to {cap}"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSettings:

@@ -59,6 +59,7 @@ def exclusive(path: Path, *, owner_of: str = "") -> Iterator[None]:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that whoever reads it, whenever this process is killed, finds the old or the new text whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)

@@ -92,18 +92,6 @@ def parameter_groups(
     ]
 
 
-def capped_steps(settings: QatSettings) -> tuple[int, list[str]]:
-    """Steps to take, and the finding where they are cut to the guide's share of the float steps."""
-    if settings.float_steps is None:
-        return settings.steps, []
-    cap = max(int(settings.float_steps * settings.max_share), 1)
-    if settings.steps <= cap:
-        return settings.steps, []
-    share = f"{settings.max_share * 100:g} %"
-    finding = f"QAT takes at most {share} of {settings.float_steps} float steps: {settings.steps} steps cut to {cap}"
-    return cap, [finding]
-
-
 def train(
     prepared: QuantizedModel,
     batches: Iterable[tuple[Any, Any]],
@@ -124,9 +112,9 @@ def train(
 
     `loss` is called with (outputs, batch). `batches` is gone through again where it ends and can be (a loader);
     with `resume` the steps in `checkpoint` are skipped, so it must give the same order. `model` is what is called,
-    if not `prepared` itself: its compiled form, or its DistributedDataParallel form, made inside `qat_state`, which
-    says what has gradients (scales and statistics are rank 0's then, and its model is the one to keep). `quantized`
-    False trains with all quantizers off (the guide's debug order). Raises DivergedError, and DataError for no data.
+    if not `prepared` itself: its compiled or DistributedDataParallel form, made inside `qat_state`, which says what
+    has gradients (scales and statistics are rank 0's then, and its model is the one to keep). `quantized` False: all
+    quantizers off (the guide's debug order). Raises DivergedError, and DataError for no data.
     """
     settings = settings or QatSettings()
     with qat_state(prepared, settings, qconfig=qconfig, calibration=calibration, quantized=quantized):
@@ -150,7 +138,7 @@ def run_steps(
     resume: bool = False,
 ) -> TrainingReport:
     """The loop alone, for any model in the mode it is in (the float model's fine-tuning of the debug order)."""
-    steps, findings = capped_steps(settings)
+    steps, findings = settings.capped()
     for finding in findings:
         log.warning(finding)
     trainer = _Trainer(model, prepared, loss, optimizer, scheduler, settings)

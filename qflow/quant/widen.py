@@ -84,7 +84,8 @@ def _by_running(ops: Ops, captured: Captured, size: int, most: int) -> Widths:
         wide = captured.values
     else:
         first = captured.values
-        second, wide = (_values(ops, tree_map(lambda t: make(t, size), given)) for make in (_other, _joined))  # noqa: B023
+        second = _values(ops, tree_map(lambda t: _other(t, size), given))
+        wide = _values(ops, tree_map(lambda t: _joined(t, size), given))
     widths = Widths(most, {}, path_of(captured), {})
     for op in ops.ops:
         values = [found.get(op.index) for found in (first, second, wide)]

@@ -205,23 +205,20 @@ class Study:
         )
 
 
-def _tried(study: optuna.Study) -> bool:
-    return bool(study.get_trials(deepcopy=False))
-
-
 def _keep_space(study: optuna.Study, terms: dict[str, Any]) -> None:
-    """Write the space into a new study; refuse another one in an old study."""
-    kept = study.user_attrs.get("qflow.terms")
-    if kept is None and not study.get_trials(deepcopy=False):
-        study.set_user_attr("qflow.terms", {**terms, "digest": record.digest(terms)})
+    """Write the space into a study without a trial; refuse another one in an old study."""
+    kept, named = study.user_attrs.get("qflow.terms"), {**terms, "digest": record.digest(terms)}
+    if kept == named:
+        return
+    untried = not study.get_trials(deepcopy=False)
+    if untried and (kept is None or kept["directions"] == terms["directions"]):  # Optuna's directions are for good
+        study.set_user_attr("qflow.terms", named)
     elif kept is None:
         raise ConfigError(
             f"A study is one that qflow started, but got a foreign one for '{study.study_name}'. "
             f"Give the search another study name."
         )
-    elif kept["digest"] != record.digest(terms) and kept["directions"] == terms["directions"] and not _tried(study):
-        study.set_user_attr("qflow.terms", {**terms, "digest": record.digest(terms)})
-    elif kept["digest"] != record.digest(terms):
+    elif kept["digest"] != named["digest"]:
         old, new = kept["space"], terms["space"]
         changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k)) or ["directions"]
         raise ConfigError(
