@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from qflow.allocator import keep_freed_memory
 from qflow.config.overrides import options_first, own_device, rewrite
 from qflow.config.schema import GROUPS, SCHEMAS, conf_dir, register_schemas
 from qflow.core.errors import ConfigError, QflowError
@@ -32,6 +33,7 @@ def run_door(name: str, act: Callable[[DictConfig], int], argv: Sequence[str] | 
     """
     import hydra
 
+    keep_freed_memory()
     debug = os.environ.get("QFLOW_DEBUG", "") not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of to Hydra's own printer
     warnings.filterwarnings("ignore", message=".*version_base.*")
