@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             keep_freed_memory()
         print(*one(options.only[0]))
         return
-    print("| network, batch, side | left to the C library | kept | time | peak memory |\n| --- | --- | --- | --- | --- |")
+    print("| network, batch, side | left to the C library | kept | time | peak memory |")
+    print("| --- | --- | --- | --- | --- |")
     for case in options.only:
         found: dict[str, list[tuple[float, int]]] = {"left": [], "kept": []}
         for _ in range(options.rounds):
