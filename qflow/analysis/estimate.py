@@ -67,9 +67,10 @@ def estimate(
     for n, inputs in enumerate(chunks):
         generator = torch.Generator().manual_seed(settings.seed * 1009 + n)
         found, size = captured(n, inputs), batch_size(inputs)
+        ops = Ops(model, prepared, found)
         if size not in axes:
-            axes[size] = sample_axes(model, prepared, inputs, found, size)
-        backward = _Backward(model, prepared, variants, found, axes[size], (size, draws))
+            axes[size] = sample_axes(model, prepared, ops, inputs, found, size)
+        backward = _Backward(model, ops, variants, found, axes[size], (size, draws))
         doubtful = backward.doubtful()
         for v, values in enumerate(backward.squares(settings.metric, generator)):
             squares[v].append(torch.full_like(values, math.nan) if v in doubtful or not values.any() else values)
@@ -105,14 +106,14 @@ class _Backward:
     def __init__(
         self,
         model: nn.Module,
-        prepared: QuantizedModel,
+        ops: Ops,
         variants: Sequence[Variant],
         captured: Captured,
         axes: dict[int, int | None],
         amounts: tuple[int, int],
     ) -> None:
         self.model, self.variants = model, variants
-        self.ops, self.given, self.axes = Ops(model, prepared, captured), captured.inputs, axes
+        self.ops, self.given, self.axes = ops, captured.inputs, axes
         self.size, self.draws = amounts
         self.by_index = {op.index: op for op in self.ops.ops}
         self.at: dict[int, list[tuple[int, Any]]] = {}

@@ -253,8 +253,7 @@ class _Measure:
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """`outputs`, a few of them compared with full forwards; nothing quantized first. Raises ReplayError."""
         plain = replay.references()
-        again = replay.widths.outputs if replay.widths else None
-        rounding = disagreement(replay.recomputed() if again is None else again, plain, plain, 1.0)
+        rounding = disagreement(replay.recomputed(), plain, plain, 1.0)
         if rounding > ROUNDING:
             raise ReplayError(f"its float outputs differ from the model's by {rounding:.2g}")
         worst, nothing = 0.0, max(1e-3, 4.0 * rounding / AGREES)

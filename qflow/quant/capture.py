@@ -65,7 +65,7 @@ class Capture(Tracer):
     def __init__(self, model: nn.Module, plan: Plan, memory: float, inner: bool) -> None:
         super().__init__(model)
         self.plan, self.keeps_inner = plan, inner
-        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.paths = {id(module): path for path, module in self.modules.items()}
         self.positions: dict[int, int] = {}
         self.versions: dict[int, int] = {}
         self.values: dict[int, tuple[tuple[Tensor, int], ...]] = {}
@@ -179,10 +179,3 @@ def capture(model: nn.Module, plan: Plan, inputs: Any, memory: float, inner: boo
         if all(t._version == version for t, version in pairs)
     }
     return Captured(tape, tuple(tracer.left), inputs_at, values, tracer.complete)
-
-
-def references(structure: Any) -> list[Ref]:
-    """The `Ref`s of nested arguments, in order."""
-    found: list[Ref] = []
-    tree_map(lambda v: found.append(v) if isinstance(v, Ref) else None, structure)
-    return found

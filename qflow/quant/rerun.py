@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from qflow.core.graph import OpKind
-from qflow.quant.capture import Captured, ReplayError, references
+from qflow.quant.capture import Captured, ReplayError
 from qflow.quant.fake_quant import FakeQuant
 from qflow.quant.ops import function_name
 from qflow.quant.order import ORDER_CHANGING, in_order, indices_of
 from qflow.quant.quantized_model import QuantizedModel
-from qflow.quant.tape import Op, Ref, tensors_in
+from qflow.quant.tape import Op, Ref, references, tensors_in
 from qflow.quant.weighted import WeightedLeaf
 
 Values = tuple[Tensor, ...]
@@ -55,7 +55,9 @@ class Ops:
         self.reads = {op.index: _reads(op) for op in tape.ops}
         live = _live(self.reads, [ref.op for _, ref in captured.outputs])
         self.ops = [op for op in tape.ops if op.index in live and (op.call is not None or op.kind == OpKind.input)]
-        self.last_use = {i: max((r.index for r in self.ops if i in self.reads[r.index]), default=i) for i in live}
+        self.last_use = {i: i for i in live}
+        for op in self.ops:
+            self.last_use.update(dict.fromkeys(self.reads[op.index], op.index))
         for _, ref in captured.outputs:
             self.last_use[ref.op] = len(tape.ops)
         self.patches: dict[tuple[bool, str], list[Patch]] = {}

@@ -99,18 +99,29 @@ _PLAIN = (int, float, bool, str, type(None))
 
 
 def tensors_in(structure: Any) -> list[Tensor]:
-    """The tensors of nested arguments, in order: torch's own walk, without its cost for what nearly all calls hold."""
-    if isinstance(structure, Tensor):
+    """The tensors of nested arguments, in order."""
+    return _parts(structure, Tensor)
+
+
+def references(structure: Any) -> list[Ref]:
+    """The `Ref`s of nested arguments, in order."""
+    return _parts(structure, Ref)
+
+
+def _parts(structure: Any, wanted: type) -> list[Any]:
+    """Those of one type: torch's own walk, without its cost for what nearly all calls hold."""
+    if isinstance(structure, wanted):
         return [structure]
     kind = type(structure)
-    if kind is tuple or kind is list:
-        return [tensor for part in structure for tensor in tensors_in(part)]
-    if kind is dict:
-        return [tensor for part in structure.values() for tensor in tensors_in(part)]
     if kind in _PLAIN:
         return []
-    leaves = tree_flatten(structure)[0]
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if kind is tuple or kind is list:
+        return [found for part in structure for found in _parts(part, wanted)]
+    if kind is dict:
+        return [found for part in structure.values() for found in _parts(part, wanted)]
+    if kind is Ref or isinstance(structure, Tensor):
+        return []
+    return [leaf for leaf in tree_flatten(structure)[0] if isinstance(leaf, wanted)]
 
 
 def function_attrs(kind: OpKind, sources: Sequence[Tensor], args: Any, kwargs: Any) -> dict[str, int]:

@@ -27,6 +27,7 @@ class _Hooks:
     def __init__(self, tracer: Tracer, skip: Collection[str]) -> None:
         self.tracer = tracer
         self.skip = skip
+        self.leaves = {path: module for path, module in tracer.modules.items() if path not in skip and is_leaf(module)}
 
     def wrapped(self, path: str, module: nn.Module) -> Any:
         """The forward of a leaf that puts one op on the tape."""
@@ -35,7 +36,8 @@ class _Hooks:
         def run(*args: Any, **kwargs: Any) -> Any:
             self.enter_leaf(module, args, kwargs)
             try:
-                out = forward(*args, **kwargs)
+                with torch._C.DisableTorchFunction():  # nothing in here is the user's (leaf.py)
+                    out = forward(*args, **kwargs)
                 self.record(path, module, args, kwargs, out)
             finally:
                 self.tracer.leaf_depth -= 1
@@ -79,10 +81,10 @@ class _Hooks:
         self.tracer.scopes.pop()
 
     @contextmanager
-    def on(self, model: nn.Module) -> Iterator[None]:
+    def on(self) -> Iterator[None]:
         handles, leaves = [], []  # with the forward that the user has put on the module itself, if any
-        for path, module in model.named_modules():
-            if path not in self.skip and is_leaf(module):
+        for path, module in self.tracer.modules.items():
+            if path in self.leaves:
                 leaves.append((module, module.__dict__.get("forward")))
                 module.forward = self.wrapped(path, module)
             elif path in self.skip:
@@ -112,7 +114,8 @@ def trace(model: nn.Module, inputs: Any, skip: Collection[str] = (), tracer: Tra
     inputs = copied(inputs)
     for name, tensor in input_tensors(model, inputs):
         tracer.record(tracer.unique(f"quant[{name}]"), OpKind.input, "QuantStub", None, [], [tensor])
-    with torch.no_grad(), _Hooks(tracer, skip).on(model), tracer:
+    hooks = _Hooks(tracer, skip)
+    with torch.no_grad(), hooks.on(), tracer:
         outputs = run_model(model, inputs)
     named = []
     for name, tensor in named_tensors(outputs):
@@ -125,8 +128,8 @@ def trace(model: nn.Module, inputs: Any, skip: Collection[str] = (), tracer: Tra
             tracer.notes.append(f"output {name} does not depend on the inputs as far as tracing can see")
     calls = {
         path: tracer.counts[path]
-        for path, module in model.named_modules()
-        if is_leaf(module) and not any(path == s or path.startswith(f"{s}.") for s in skip)
+        for path in hooks.leaves
+        if not skip or not any(path.startswith(f"{s}.") for s in skip)
     }
     read = Counter(op.weight.name for op in tracer.ops if op.weight is not None)
     for path in [p for p, count in calls.items() if count == 0]:

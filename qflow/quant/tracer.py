@@ -53,7 +53,8 @@ class Tracer(CallNames, TorchFunctionMode):
         self.named_views: list[Tensor] = []  # ids in `state` stay unique while their tensors live
         self.aliases = Aliases()
         self.call: Call | None = None
-        self.attention = {path for path, module in model.named_modules() if type(module) is nn.MultiheadAttention}
+        self.modules = dict(model.named_modules())
+        self.attention = {path for path, module in self.modules.items() if type(module) is nn.MultiheadAttention}
         state = [*model.named_parameters(), *model.named_buffers()]
         self.state = {id(tensor): name for name, tensor in state}
         self.whole = {id(tensor): name for name, tensor in state}

@@ -110,7 +110,7 @@ def test_calls_that_cut_the_batch_are_run_one_variant_at_a_time(cut):
 def test_several_variants_in_one_wide_batch_give_the_same(name, way, monkeypatch):
     """Whichever way it is found out how: calls that hold a batch size cannot simply be run at another."""
     if way == "capture":
-        monkeypatch.setattr("qflow.quant.widen._by_running", lambda *_: 1 / 0)
+        monkeypatch.setattr("qflow.quant.widen.axes_by_running", lambda *_: 1 / 0)
     elif name not in HOLD_SIZES:
         monkeypatch.setattr("qflow.quant.widen._by_capture", lambda *_: pytest.fail("the calls hold no size"))
     model, inputs = build(name)
