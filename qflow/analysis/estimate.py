@@ -18,8 +18,7 @@ L1 takes sqrt(2 / pi) of the root mean square, as for normal errors. Atol is a m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,13 +27,18 @@ from torch import Tensor, nn
 
 from qflow.analysis.tables import SensitivityRow
 from qflow.core.settings import SensitivitySettings
+from qflow.quant.backward import Backward
 from qflow.quant.calling import batch_size
 from qflow.quant.capture import Captured
+from qflow.quant.fused import FoldedOps, Weights
 from qflow.quant.ops import function_name
 from qflow.quant.quantized_model import QuantizedModel
-from qflow.quant.rerun import Ops, Values, Variant
-from qflow.quant.tape import Op
-from qflow.quant.widen import sample_axes
+from qflow.quant.rerun import Patch, Variant
+from qflow.quant.tape import Op, Ref
+from qflow.quant.widen import first_axes
+
+AT_ONCE = 8
+"""Draws that are walked back together: each holds a gradient for what is alive at a time."""
 
 
 def estimable(metric: str) -> bool:
@@ -63,16 +67,17 @@ def estimate(
     samples = sum(batch_size(inputs) for inputs in chunks)
     draws = max(1, math.ceil(settings.draws / samples))
     squares: list[list[Tensor]] = [[] for _ in variants]
+    weights: Weights = {}
     axes: dict[int, dict[int, int | None]] = {}  # by chunk size: the same code has the same axes
     for n, inputs in enumerate(chunks):
         generator = torch.Generator().manual_seed(settings.seed * 1009 + n)
         found, size = captured(n, inputs), batch_size(inputs)
-        ops = Ops(model, prepared, found)
+        ops = FoldedOps(model, prepared, found, weights)
         if size not in axes:
-            axes[size] = sample_axes(model, prepared, ops, inputs, found, size)
-        backward = _Backward(model, ops, variants, found, axes[size], (size, draws))
-        doubtful = backward.doubtful()
-        for v, values in enumerate(backward.squares(settings.metric, generator)):
+            axes[size] = first_axes(model, prepared, ops, inputs, found, size)
+        chunk = _Estimate(ops, variants, found, axes[size], size)
+        doubtful = chunk.doubtful()
+        for v, values in enumerate(chunk.squares(settings.metric, draws, generator)):
             squares[v].append(torch.full_like(values, math.nan) if v in doubtful or not values.any() else values)
     return [_score(settings.metric, torch.cat(values)) for values in squares]
 
@@ -100,28 +105,24 @@ def _steps(op: Op) -> bool:
     return not op.floating or (function is not None and function_name(function) in _STEPS)
 
 
-class _Backward:
-    """One chunk's forward pass with gradients kept, and what each variant would change at its ops."""
+class _Estimate:
+    """One chunk: what each variant changes at its ops, times the gradients there."""
 
     def __init__(
         self,
-        model: nn.Module,
-        ops: Ops,
+        ops: FoldedOps,
         variants: Sequence[Variant],
         captured: Captured,
         axes: dict[int, int | None],
-        amounts: tuple[int, int],
+        size: int,
     ) -> None:
-        self.model, self.variants = model, variants
-        self.ops, self.given, self.axes = ops, captured.inputs, axes
-        self.size, self.draws = amounts
-        self.by_index = {op.index: op for op in self.ops.ops}
-        self.at: dict[int, list[tuple[int, Any]]] = {}
+        self.ops, self.variants, self.captured, self.axes, self.size = ops, variants, captured, axes, size
+        self.by_index = {op.index: op for op in ops.ops}
+        self.at: dict[int, list[tuple[int, Patch]]] = {}
+        """Op whose result changes -> variants and where they act."""
         for v, variant in enumerate(variants):
-            for patch in self.ops.of(variant) if self.ops.reaches(variant) else ():
-                self.at.setdefault(patch.op, []).append((v, patch))
-        self.sums: dict[int, Tensor] = {}
-        self.starts: list[Tensor] = []
+            for patch in ops.of(variant) if ops.reaches(variant) else ():
+                self.at.setdefault(patch.at, []).append((v, patch))
 
     def doubtful(self) -> set[int]:
         """Variants that reach the outputs through an op whose derivative is zero or that gives no float."""
@@ -131,91 +132,47 @@ class _Backward:
                 blind.update(i for i in self.ops.reads[op.index] if self.by_index[i].floating)
             if op.index in blind:
                 blind.update(self.ops.reads[op.index])
-        return {v for index, found in self.at.items() for v, patch in found if patch.at in blind or index in blind}
+        return {v for found in self.at.values() for v, patch in found if patch.at in blind or patch.op in blind}
 
-    def squares(self, metric: str, generator: torch.Generator) -> list[Tensor]:
+    def squares(self, metric: str, draws: int, generator: torch.Generator) -> list[Tensor]:
         """For each variant (g . dx)^2 by draw and sample [draws x B]."""
-        found: list[list[Tensor]] = [[] for _ in self.variants]
-        with frozen(self.model), torch.enable_grad():
-            outputs = [t for t in self._forward() if t.requires_grad]
-            for draw in range(self.draws):
-                self.sums = {}
-                directions = [_direction(metric, y.detach(), self.size, generator) for y in outputs]
-                more = draw + 1 < self.draws
-                torch.autograd.grad(
-                    outputs, self.starts, directions, retain_graph=more, allow_unused=True, materialize_grads=False
-                )
-                for v in range(len(self.variants)):
-                    found[v].append(self.sums.get(v, torch.zeros(self.size)).double().square().cpu())
-        return [torch.cat(parts) for parts in found]
+        sums: dict[int, list[Tensor]] = {}
+        backward = Backward(self.ops, self.captured, self.at)
+        outputs = backward.outputs()
+        for begin in range(0, draws, AT_ONCE):
+            directions = [
+                [(ref, _direction(metric, y, self.size, generator)) for ref, y in outputs]
+                for _ in range(begin, min(begin + AT_ONCE, draws))
+            ]
+            made: dict[int, list[Tensor]] = {}
+            for op, value, gradients in backward.walk(directions):
+                for v, patch in self.at[op.index]:
+                    change = self._change(patch, v, value, backward.value)
+                    parts = [self._by_sample(op.index, gradient * change) for gradient in gradients]
+                    made[v] = [a + b for a, b in zip(made[v], parts, strict=True)] if v in made else parts
+            for v, parts in made.items():
+                sums.setdefault(v, []).extend(parts)
+        none = torch.zeros(draws * self.size, dtype=torch.float64)
+        return [torch.cat(sums[v]).double().square().cpu() if v in sums else none for v in range(len(self.variants))]
 
-    def _forward(self) -> list[Tensor]:
-        values: dict[int, Values] = {}
-        waiting: dict[int, list[tuple[int, Callable[[Tensor], Tensor]]]] = {}
-        for op in self.ops.ops:
-            if op.index in self.given:
-                values[op.index] = (self.given[op.index],)
-                args: Any = ()
-                kwargs: Any = {}
-            else:
-                assert op.call is not None
-                args, kwargs = self.ops.arguments(
-                    (op.call.args, op.call.kwargs), lambda ref: values[ref.op][ref.position]
-                )
-                detached = op.call.function is not None and function_name(op.call.function) in ("detach", "data")
-                values[op.index] = (args[0],) if detached else self.ops.run(op, args, kwargs)
-            for v, patch in self.at.get(op.index, ()):
-                change = self._change(op, patch, v, args, kwargs, values)
-                waiting.setdefault(patch.at, []).append((v, change))
-            if op.index in waiting:
-                values[op.index] = self._tapped(op, values[op.index], waiting.pop(op.index))
-            for index in self.ops.reads[op.index]:
-                if self.ops.last_use[index] <= op.index:
-                    values.pop(index, None)
-        return [values[ref.op][ref.position] for _, ref in self.ops.outputs]
-
-    def _change(
-        self, op: Op, patch: Any, v: int, args: Any, kwargs: Any, values: dict[int, Values]
-    ) -> Callable[[Tensor], Tensor]:
-        """Dx as a function of the op's own float value; kept where several draws ask for it."""
-        quantizer = self.variants[v].quantizer
-        kept: list[Tensor] = []
-
-        def change(value: Tensor) -> Tensor:
-            if kept:
-                return kept[0]
-            with torch.no_grad():
-                if patch.kind == "result":
-                    found = quantizer(value) - value
-                else:
-                    found = self.ops.patched(op, patch, quantizer, args, kwargs)[0] - value
-            found = torch.nan_to_num(found, 0.0, 0.0, 0.0)
-            if self.draws > 1:
-                kept.append(found)
-            return found
-
-        return change
-
-    def _tapped(self, op: Op, values: Values, changes: Sequence[tuple[int, Callable[[Tensor], Tensor]]]) -> Values:
-        """The values with a hook that sums g . dx over each sample as soon as g is there."""
-        first = values[0]
-        if not first.requires_grad:
-            first = first.detach().requires_grad_()
-            self.starts.append(first)
-        held = first.detach()
-
-        def hook(gradient: Tensor) -> None:
-            for v, change in changes:
-                total = self._by_sample(op.index, gradient * change(held))
-                self.sums[v] = self.sums[v] + total if v in self.sums else total
-
-        first.register_hook(hook)  # type: ignore[no-untyped-call]
-        return (first, *values[1:])
+    def _change(self, patch: Patch, v: int, value: Tensor, of: Callable[[Ref], Tensor]) -> Tensor:
+        """What the variant changes about an op's result, float `value`."""
+        quantizer, op = self.variants[v].quantizer, self.by_index[patch.op]
+        if patch.kind == "result":
+            return torch.nan_to_num_(quantizer(value) - value, 0.0, 0.0, 0.0)
+        assert op.call is not None
+        args, kwargs = self.ops.arguments((op.call.args, op.call.kwargs), of)
+        if patch.kind == "weight":
+            return torch.nan_to_num_(self.ops.change(op, quantizer, args, kwargs), 0.0, 0.0, 0.0)
+        return torch.nan_to_num_(self.ops.patched(op, patch, quantizer, args, kwargs)[0] - value, 0.0, 0.0, 0.0)
 
     def _by_sample(self, index: int, product: Tensor) -> Tensor:
         axis = self.axes.get(index)
         if axis is None:  # no sample axis: the whole tensor belongs to all
             return product.sum() / math.sqrt(self.size) * torch.ones(self.size)
+        if product.shape[axis] == self.size:
+            rest = [d for d in range(product.ndim) if d != axis]
+            return product.sum(rest) if rest else product
         return product.movedim(axis, 0).reshape(self.size, -1).sum(1)
 
 
@@ -237,19 +194,6 @@ def _direction(metric: str, y: Tensor, size: int, generator: torch.Generator) ->
         b = b - (a * b).sum(1, keepdim=True) / norm.square() * a
     direction: Tensor = (b / norm).reshape(y.shape)
     return direction
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No gradient for the parameters: only values carry one."""
-    asleep = [p for p in model.parameters() if p.requires_grad]
-    for parameter in asleep:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in asleep:
-            parameter.requires_grad_(True)
 
 
 def in_one_unit(

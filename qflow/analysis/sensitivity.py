@@ -11,6 +11,7 @@ alike (for Cosine and SQNR the badness 1 - cosine and |noise| / |signal|). The r
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -29,11 +30,13 @@ from qflow.analysis.tables import Finding, SensitivityRow, SensitivityTable
 from qflow.core.errors import DataError
 from qflow.core.settings import SensitivitySettings
 from qflow.quant.calling import batch_size, call_model, named_tensors
-from qflow.quant.capture import Captured, ReplayError, capture
+from qflow.quant.capture import Captured, ReplayError, capture, without_inner
+from qflow.quant.fused import FoldedOps
 from qflow.quant.order import may_change_order
 from qflow.quant.quantized_model import QuantizedModel
 from qflow.quant.replay import Replay, full_forward
 from qflow.quant.rerun import Variant
+from qflow.quant.samples import axes_by_running
 from qflow.quant.widen import Widths, widen
 
 MERGE = "sum over outputs of distance / mean |float output|"
@@ -80,6 +83,8 @@ class _Measure:
         self.memory = settings.memory_mb * 1e6
         self.replays = self.reorders = True
         self.kept: dict[int, Captured] = {}
+        self.ahead: Captured | None = None
+        """The first chunk, captured to see whether it may be one."""
         self.widths: Widths | None = None
         self.narrow = ""
 
@@ -91,17 +96,9 @@ class _Measure:
         if reason:
             self.findings.append(Finding("sensitivity", "info", reason))
         guessed: list[tuple[float, float]] = []
-        # half for the values that are kept, half for what variants hold
-        room = self.memory / (2.0 if method == "exact" else GRAPH_HOLDS)
-        cuts = [chunks_of(self.prepared.graph, inputs, room) for inputs in batches]
-        torn = [inputs for inputs, parts in zip(batches, cuts, strict=True) if len(parts) > 1]
-        mixed = next(filter(None, (mixed_output(self.model, inputs) for inputs in torn)), "")
-        if mixed:
-            text = f"output {mixed} is not made sample by sample: the bad cases are one batch and not cut"
-            self.findings.append(Finding("sensitivity", "check", text))
-        chunks = list(batches) if mixed else [part for parts in cuts for part in parts]
+        chunks = self.chunked(batches, method)
         if method != "exact":
-            guessed = self.guesses(chunks)
+            guessed = self.guesses(chunks, method)
         exact = list(range(len(self.rows)))
         if guessed:
             exact = self.in_doubt(guessed, method)
@@ -123,6 +120,34 @@ class _Measure:
         )
         return replace(table, findings=(*self.findings, *health(table)))
 
+    def chunked(self, batches: Sequence[Any], method: str) -> list[Any]:
+        """The batches in parts that fit, where samples keep to themselves."""
+        # half for the values that are kept, half for what variants hold
+        room = self.memory / (2.0 if method == "exact" else GRAPH_HOLDS)
+        cuts = [chunks_of(self.prepared.graph, inputs, room) for inputs in batches]
+        for i, (inputs, parts) in enumerate(zip(batches, cuts, strict=True)):
+            apart = len(parts) == 1 or (i == 0 and self.keeps_apart(parts[0], method))
+            mixed = "" if apart else mixed_output(self.model, inputs)
+            if mixed:
+                text = f"output {mixed} is not made sample by sample: the bad cases are one batch and not cut"
+                self.findings.append(Finding("sensitivity", "check", text))
+                self.kept.clear()
+                self.ahead = None
+                return list(batches)
+        return [part for parts in cuts for part in parts]
+
+    def keeps_apart(self, first: Any, method: str) -> bool:
+        """True where every operator of the first chunk is seen to; its capture is what comes next anyway."""
+        try:
+            if method == "exact":
+                captured = self.captured(0, first)
+            else:
+                captured = self.ahead = self.whole(0, first, method)
+            axes_by_running(FoldedOps(self.model, self.prepared, captured), captured, batch_size(first))
+        except Exception:  # whatever an operator raises at another batch size: the model itself will tell
+            return False
+        return True
+
     def in_doubt(self, guessed: list[tuple[float, float]], method: str) -> list[int]:
         """Rows to measure: those that have no estimate; when screening those that may be of the top fifth as well.
 
@@ -140,11 +165,12 @@ class _Measure:
         doubtful = [i for i in rest if guessed[i][0] >= cut_off]
         return [*blind, *doubtful[: math.ceil(len(rest) * self.settings.screened_share)]]
 
-    def guesses(self, chunks: Sequence[Any]) -> list[tuple[float, float]]:
+    def guesses(self, chunks: Sequence[Any], method: str) -> list[tuple[float, float]]:
         """Estimated (score, standard error) of every row; none where the batch cannot be taken apart."""
         try:
             variants = [row.variant for row in self.rows]
-            return estimate(self.model, self.prepared, variants, chunks, self.settings, self.captured)
+            whole = functools.partial(self.whole, method=method)
+            return estimate(self.model, self.prepared, variants, chunks, self.settings, whole)
         except ReplayError as error:
             self.findings.append(
                 Finding("sensitivity", "info", f"no estimate: {error.reason}. Every row was measured.")
@@ -182,12 +208,24 @@ class _Measure:
 
     def captured(self, n: int, inputs: Any) -> Captured:
         """The n-th chunk's ops and float values; kept for whoever asks next while all fit into half of the memory."""
-        if n not in self.kept:
-            found = capture(self.model, self.prepared.plan, inputs, self.memory / 2)
-            if (n + 1) * batch_size(inputs) * sample_bytes(self.prepared.graph, inputs) > self.memory / 2:
-                return found
-            self.kept[n] = found
-        return self.kept[n]
+        if n in self.kept:
+            return self.kept[n]
+        return self.keep(n, inputs, capture(self.model, self.prepared.plan, inputs, self.memory / 2))
+
+    def keep(self, n: int, inputs: Any, captured: Captured) -> Captured:
+        """`captured`, which whoever asks next gets too, if it fits."""
+        if (n + 1) * batch_size(inputs) * sample_bytes(self.prepared.graph, inputs) <= self.memory / 2:
+            self.kept[n] = captured
+        return captured
+
+    def whole(self, n: int, inputs: Any, method: str) -> Captured:
+        """The n-th chunk with the values inside fused groups, for an estimate; screening needs the others again."""
+        found, self.ahead = self.ahead, None
+        if found is None:
+            found = capture(self.model, self.prepared.plan, inputs, math.inf, inner=True)  # cut so that it fits
+            if method == "screened":
+                self.keep(n, inputs, without_inner(found, self.prepared.plan))
+        return found
 
     # ---- exact rows
 

@@ -9,7 +9,7 @@ values than its own (P21), and a value whose version has moved on since it was r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -141,15 +141,25 @@ class Capture(Tracer):
             self._keep(self.ops[-1], tuple(outputs))
 
     def _keep(self, op: Op, outputs: tuple[Tensor, ...]) -> None:
-        within = op.floating and op.kind not in TRANSPARENT_KINDS and op.name not in self.plan.output_at
-        if within and not self.keeps_inner:
-            return  # inside a fused group: computed again together with the rest of the group
+        if _within(op, self.plan) and not self.keeps_inner:
+            return  # computed again together with the rest of the group
         self.memory -= sum(t.numel() * t.element_size() for t in outputs if t._base is None)
         if self.memory < 0:
             self.values.clear()
             self.complete = False
         if self.complete:
             self.values[op.index] = tuple((t.detach(), t._version) for t in outputs)
+
+
+def _within(op: Op, plan: Plan) -> bool:
+    """Inside a fused group: no quantizer behind it."""
+    return op.floating and op.kind not in TRANSPARENT_KINDS and op.name not in plan.output_at
+
+
+def without_inner(captured: Captured, plan: Plan) -> Captured:
+    """The same batch with only those values that a capture without `inner` keeps."""
+    values = {i: tensors for i, tensors in captured.values.items() if not _within(captured.tape.ops[i], plan)}
+    return replace(captured, values=values)
 
 
 def _mapped(function: Callable[[Any], Any], structure: Any) -> Any:

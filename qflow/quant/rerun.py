@@ -63,10 +63,12 @@ class Ops:
         self.patches: dict[tuple[bool, str], list[Patch]] = {}
         self.folded = {norm: weighted for weighted, norm in plan.folds.items()}
         norms = {op.module: op.index for op in self.ops if op.module in self.folded}
+        self.ends = {op.index: norms[plan.folds[op.module]] for op in self.ops if op.module in plan.folds}
+        """Weighted op -> its batch norm, which gives the result where it is folded."""
         for op in self.ops:
-            self._place(op, prepared, norms)
+            self._place(op, prepared)
 
-    def _place(self, op: Op, prepared: QuantizedModel, norms: dict[str, int]) -> None:
+    def _place(self, op: Op, prepared: QuantizedModel) -> None:
         plan = prepared.plan
         if op.name in plan.output_at:
             self.add(False, plan.output_at[op.name], Patch(op.index, op.index, "result"))
@@ -76,7 +78,7 @@ class Ops:
             weight = plan.weights_at[op.name]
             self.add(True, weight.name, Patch(op.index, op.index, "argument", weight.slot))
         elif op.module in prepared.weights:
-            self.add(True, op.module, Patch(op.index, norms.get(plan.folds.get(op.module, ""), op.index), "weight"))
+            self.add(True, op.module, Patch(op.index, self.ends.get(op.index, op.index), "weight"))
 
     def add(self, weight: bool, name: str, patch: Patch) -> None:
         self.patches.setdefault((weight, name), []).append(patch)

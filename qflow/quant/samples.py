@@ -1,15 +1,17 @@
 """Where the samples of a captured batch lie in each value, found operator by operator.
 
 Convolutions, linear layers, folded batch norms and sums keep the samples of a batch apart by definition. Any other
-operator is run on each half of what it read (where the batch is odd: on other data, and on both joined) and has to
-give the halves of what it gave: one that mixes samples, or holds the batch size in its call, does not. The axis may
-be another than the first, and hold samples folded with something else, [B * heads, ...].
+operator is run on what it read of the first sample, and of the second, and has to give what it gave for them in
+company (where there is one sample: the same with other data behind it). One that mixes samples, or holds the batch
+size in its call, does not. The axis may be another than the first, and hold samples folded with something else,
+[B * heads, ...].
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -78,9 +80,9 @@ def _by_running(ops: Ops, op: Op, floats: Floats, axes: Axes, size: int) -> tupl
     def at(ref: Ref) -> tuple[Tensor, int]:
         return floats.get(ref.op)[ref.position], axes[ref.op][ref.position]
 
-    def half(ref: Ref, which: int) -> Tensor:
+    def sample(ref: Ref, which: int) -> Tensor:
         value, axis = at(ref)
-        length = value.shape[axis] // 2
+        length = value.shape[axis] // size
         return value.narrow(axis, which * length, length)
 
     def other(ref: Ref) -> Tensor:
@@ -91,35 +93,35 @@ def _by_running(ops: Ops, op: Op, floats: Floats, axes: Axes, size: int) -> tupl
         value, axis = at(ref)
         return torch.cat([value, other(ref)], axis)
 
-    if size % 2 == 0:
-        first, second = (ops.run(op, *ops.arguments(call, lambda r, n=n: half(r, n))) for n in (0, 1))  # type: ignore[misc]
-        wide = floats.get(op.index)
-    else:
-        first = floats.get(op.index)
-        second, wide = (ops.run(op, *ops.arguments(call, value)) for value in (other, joined))
-    return doubled_axes(op, first, second, wide)
+    def run(value: Callable[[Ref], Tensor]) -> Values:
+        return ops.run(op, *ops.arguments(call, value))
+
+    if size == 1:
+        return sample_axes(op, floats.get(op.index), run(other), run(joined), 2)
+    first, second = (run(functools.partial(sample, which=n)) for n in (0, 1))
+    return sample_axes(op, first, second, floats.get(op.index), size)
 
 
-def doubled_axes(op: Op, first: Values, second: Values, wide: Values) -> tuple[int, ...]:
-    """Axis of each tensor of `wide` that holds two batches one behind the other. Raises ReplayError without one."""
+def sample_axes(op: Op, first: Values, second: Values, whole: Values, parts: int) -> tuple[int, ...]:
+    """Axis along which each tensor of `whole` is `parts` such ones, these two first. Raises ReplayError without one."""
     found = []
-    for a, b, c in zip(first, second, wide, strict=True):
-        axis = doubled(a.shape, c.shape)
+    for a, b, c in zip(first, second, whole, strict=True):
+        axis = grown(a.shape, c.shape, parts)
         if axis is None or a.shape != b.shape:
             raise ReplayError(f"{op.name} does not grow with the batch")
-        half = a.shape[axis]
-        if not all(_close(part, c.narrow(axis, begin, half)) for part, begin in ((a, 0), (b, half))):
+        length = a.shape[axis]
+        if not all(_close(part, c.narrow(axis, begin, length)) for part, begin in ((a, 0), (b, length))):
             raise ReplayError(f"{op.name} mixes the samples of a batch")
         found.append(axis)
     return tuple(found)
 
 
-def doubled(single: Sequence[int], wide: Sequence[int]) -> int | None:
-    """The one dim whose size doubles; None if no shape is the other with one dim doubled."""
-    if len(single) != len(wide):
+def grown(single: Sequence[int], whole: Sequence[int], parts: int) -> int | None:
+    """The one dim that is `parts` times as large; None if no shape is the other with one dim so many times as large."""
+    if len(single) != len(whole):
         return None
-    differ = [d for d, (a, c) in enumerate(zip(single, wide, strict=True)) if a != c]
-    return differ[0] if len(differ) == 1 and wide[differ[0]] == 2 * single[differ[0]] else None
+    differ = [d for d, (a, c) in enumerate(zip(single, whole, strict=True)) if a != c]
+    return differ[0] if len(differ) == 1 and whole[differ[0]] == parts * single[differ[0]] else None
 
 
 def _close(part: Tensor, found: Tensor) -> bool:

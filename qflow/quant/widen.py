@@ -21,7 +21,7 @@ from qflow.quant.calling import cut
 from qflow.quant.capture import Captured, ReplayError, capture
 from qflow.quant.quantized_model import QuantizedModel
 from qflow.quant.rerun import Ops
-from qflow.quant.samples import axes_by_running, doubled, doubled_axes
+from qflow.quant.samples import axes_by_running, grown, sample_axes
 from qflow.quant.tape import Op, Ref
 
 
@@ -87,9 +87,9 @@ def _by_capture(
     widths = Widths(most, {}, path_of(captured), {})
     for op, twice in zip(first.tape.ops, wide.tape.ops, strict=True):
         values = [found.values.get(op.index) for found in (first, second, wide)]
-        axis = doubled(op.shape, twice.shape)
+        axis = grown(op.shape, twice.shape, 2)
         if all(v is not None for v in values):
-            widths.axes[op.index] = doubled_axes(op, *values)  # type: ignore[arg-type]
+            widths.axes[op.index] = sample_axes(op, values[0], values[1], values[2], 2)  # type: ignore[arg-type]
         elif axis is not None:  # inside a fused group: what leaves the group is compared
             widths.axes[op.index] = (axis,)
         if op.call is not None and twice.call is not None:
@@ -104,7 +104,7 @@ def path_of(captured: Captured) -> list[tuple[str, int]]:
     return [(op.name, len(op.shape)) for op in captured.tape.ops]
 
 
-def sample_axes(
+def first_axes(
     model: nn.Module, prepared: QuantizedModel, ops: Ops, inputs: Any, captured: Captured, size: int
 ) -> dict[int, int | None]:
     """Op -> axis of its first tensor that holds the samples; None where there is none.
@@ -159,7 +159,7 @@ def _scaled(op: Op, twice: Op) -> dict[int, int | None]:
         if isinstance(a, Ref) or a is c:
             continue
         if isinstance(a, Tensor) and isinstance(c, Tensor):
-            axis = None if a.shape == c.shape else doubled(a.shape, c.shape)
+            axis = None if a.shape == c.shape else grown(a.shape, c.shape, 2)
             wanted = a if axis is None else torch.cat([a, a], axis)
             if wanted.shape != c.shape or not torch.equal(wanted, c):
                 raise ReplayError(f"{op.name} reads a constant that depends on the batch size")
