@@ -13,7 +13,7 @@ from qflow.analysis.distances import disagreement
 from qflow.core.graph import ModelGraph, OpKind
 from qflow.quant.calling import batch_size, call_model, cut, named_tensors
 
-CACHE_SAMPLES = 16  # of a chunk on a CPU: larger ones leave its caches and take up to 1.5 times as long
+CACHE_BYTES = 4e6  # of a chunk's average value on a CPU: larger ones leave its caches (docs/log.md)
 AGREES = 1e-3  # of the outputs: other batch sizes run other kernels
 
 
@@ -26,14 +26,21 @@ def sample_bytes(graph: ModelGraph, inputs: Any) -> float:
     return 4.0 * values * given / max(traced, 1.0)
 
 
-def chunks_of(graph: ModelGraph, inputs: Any, memory: float) -> list[Any]:
-    """`inputs` in parts whose kept values take at most `memory` bytes, a sample at least."""
+def chunks_of(graph: ModelGraph, inputs: Any, memory: float, first: int = 0) -> list[Any]:
+    """`inputs` in parts whose kept values take at most `memory` bytes, a sample at least.
+
+    On a CPU the first part has at most `first` samples, if that is asked for and there are twice as many.
+    """
     size = batch_size(inputs)
     most = max(1, min(size, int(memory / sample_bytes(graph, inputs))))
     if all(t.device.type == "cpu" for t in tree_leaves(inputs) if isinstance(t, Tensor)):
-        most = min(most, CACHE_SAMPLES)
-    parts = math.ceil(size / most)
-    bounds = [size * i // parts for i in range(parts + 1)]
+        values = sum(1 for n in graph.nodes if n.shape)
+        most = min(most, max(1, int(CACHE_BYTES * values / sample_bytes(graph, inputs))))
+        first = min(first, most) if size >= 2 * first else 0
+    else:
+        first = 0
+    parts = math.ceil((size - first) / most)
+    bounds = sorted({0, *(first + (size - first) * i // parts for i in range(parts + 1))})
     return [cut(inputs, size, a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
 
 

@@ -44,6 +44,7 @@ WIDE_BYTES = 1e6  # of an average value, all variants together: beyond it a CPU 
 FEW_SAMPLES = 8  # batches up to so many samples run several variants at once
 DOUBT = 1.5  # an estimate may be off by so much
 GRAPH_HOLDS = 5.0  # times the kept values: what a forward pass with its graph and all dx holds
+PROOF = 8  # samples of the first chunk: a replay proves itself on it by full forwards
 CHECKED = 2  # quantizers on which a replay is compared with full forwards before it is believed
 AGREES = 1e-3  # of what quantization does to the outputs: a wide batch runs other kernels
 ROUNDING = 1e-4  # of the float outputs: what folded batch norms and other kernels may move them by
@@ -124,7 +125,8 @@ class _Measure:
         """The batches in parts that fit, where samples keep to themselves."""
         # half for the values that are kept, half for what variants hold
         room = self.memory / (2.0 if method == "exact" else GRAPH_HOLDS)
-        cuts = [chunks_of(self.prepared.graph, inputs, room) for inputs in batches]
+        proof = 0 if method == "estimate" else PROOF
+        cuts = [chunks_of(self.prepared.graph, inputs, room, proof) for inputs in batches]
         for i, (inputs, parts) in enumerate(zip(batches, cuts, strict=True)):
             apart = len(parts) == 1 or (i == 0 and self.keeps_apart(parts[0], method))
             mixed = "" if apart else mixed_output(self.model, inputs)
