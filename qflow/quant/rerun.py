@@ -60,6 +60,8 @@ class Ops:
             self.last_use.update(dict.fromkeys(self.reads[op.index], op.index))
         for _, ref in captured.outputs:
             self.last_use[ref.op] = len(tape.ops)
+        functions = [(op.index, op.call.function) for op in self.ops if op.call is not None]
+        self.ordering = {i for i, f in functions if f is not None and function_name(f) in ORDER_CHANGING}
         self.patches: dict[tuple[bool, str], list[Patch]] = {}
         self.folded = {norm: weighted for weighted, norm in plan.folds.items()}
         norms = {op.module: op.index for op in self.ops if op.module in self.folded}
@@ -86,6 +88,8 @@ class Ops:
     def arguments(self, call: Any, value: Callable[[Ref], Tensor]) -> tuple[Any, Any]:
         """(args, kwargs) of a call with its `Ref`s replaced. Flat calls, nearly all, without walking a tree."""
         args, kwargs = call
+        if len(args) == 1 and type(args[0]) is Ref and not kwargs:
+            return (value(args[0]),), kwargs
         if all(type(v) not in _CONTAINERS for v in args) and not kwargs:
             return tuple([value(v) if type(v) is Ref else v for v in args]), kwargs
         found: tuple[Any, Any] = tree_map(lambda v: value(v) if isinstance(v, Ref) else v, call)
@@ -146,10 +150,10 @@ class Ops:
 
     def follows_order(self, op: Op, values: Callable[[], Values], args: Any, kwargs: Any) -> Values | None:
         """What an order-changing op gives in the order of its float `values`; None for any other op."""
-        assert op.call is not None
-        name = function_name(op.call.function) if op.call.function is not None else ""
-        if name not in ORDER_CHANGING:
+        if op.index not in self.ordering:
             return None
+        assert op.call is not None
+        name = function_name(op.call.function)
         found = values()
         indices = indices_of(name, found if len(found) > 1 else found[0])
         return None if indices is None else tuple(tensors_in(in_order(name, indices, args, kwargs)))
