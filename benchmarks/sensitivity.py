@@ -4,6 +4,7 @@ Each way to rank every quantizer (the naive loop of full forwards, exact by repl
 calibrated network and samples, interleaved, process CPU time, one thread. The unit is one float forward over the same
 samples (FFE), per quantizer; `of naive` is the ratio to the naive loop of the same round. Ranks are compared with the
 naive scores over five seeds: Spearman (median, worst) and whether the exact top 20 % lie in the measured top 40 %.
+Where a peer is installed (peers.py) it ranks the same network on the same samples in the same round, FFE a layer.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import peers
 from benchmarks.engine import calibrated
 from benchmarks.networks import NETWORKS, build, images
 from qflow.allocator import keep_freed_memory
@@ -107,12 +109,16 @@ def row(name: str, batch: int, rounds: int) -> list[str]:
             taken.setdefault(f"{method} of naive", []).append(spent / naive_s)
         spent, _ = seconds(lambda: compare_layers(subject_.model, subject_.prepared, subject_.samples))
         taken.setdefault("layers", []).append(spent / float_s)
+        if peers.installed():
+            spent, layers = peers.modelopt_ranking(subject_.model, subject_.samples)
+            taken.setdefault("peer", []).append(spent / float_s / layers)
     cells = [f"{name} b{batch}", str(count), f"{statistics.median(taken['float']) * 1e3:.0f} ms"]
     cells.append(f"{statistics.median(taken['naive']):.2f}")
     for method in METHODS:
         own, ratio = (statistics.median(taken[k]) for k in (method, f"{method} of naive"))
         cells.append(f"{own:.2f} ({ratio:.2f} of naive)")
-    return [*cells, f"{statistics.median(taken['layers']):.1f}", quality(subject_, exact)]
+    peer = f"{statistics.median(taken['peer']):.2f}" if "peer" in taken else "-"
+    return [*cells, f"{statistics.median(taken['layers']):.1f}", peer, quality(subject_, exact)]
 
 
 def quality(subject_: Subject, exact: Scores) -> str:
@@ -138,12 +144,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     keep_freed_memory()  # as the doors do; otherwise the unit, a plain forward, takes up to 1.7 times as long
-    header = ["network", "quantizers", "FFE", "naive", *METHODS, "layers", "Spearman (worst), top 20 % in top 40 %"]
+    header = [
+        "network",
+        "quantizers",
+        "FFE",
+        "naive",
+        *METHODS,
+        "layers",
+        "ModelOpt",
+        "Spearman (worst), top 20 % in top 40 %",
+    ]
     lines = [header, ["---"] * len(header)]
     for case in options.only:
         name, _, batch = case.partition(":")
         lines.append(row(name, int(batch), options.rounds))
-    print(f"torch {torch.__version__}, one thread, {options.rounds} rounds; FFE a quantizer, layers in FFE.\n")
+    print(
+        f"torch {torch.__version__}, one thread, {options.rounds} rounds; FFE a quantizer, layers in FFE, ModelOpt FFE a layer.\n"
+    )
     print("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
 
 
