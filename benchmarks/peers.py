@@ -1,4 +1,4 @@
-"""What a peer takes to rank layers by sensitivity, where it is installed: `pip install nvidia-modelopt huggingface_hub`.
+"""What a peer takes to rank layers by sensitivity, where installed: `pip install nvidia-modelopt huggingface_hub`.
 
 ModelOpt's gradient method (`auto_quantize`): one forward and one backward pass a batch, a score for each weighted
 layer, weight and input together. It calibrates first, which is measured apart and taken off; that it exchanges modules

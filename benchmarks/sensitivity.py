@@ -158,9 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for case in options.only:
         name, _, batch = case.partition(":")
         lines.append(row(name, int(batch), options.rounds))
-    print(
-        f"torch {torch.__version__}, one thread, {options.rounds} rounds; FFE a quantizer, layers in FFE, ModelOpt FFE a layer.\n"
-    )
+    print(f"torch {torch.__version__}, one thread, {options.rounds} rounds; FFE a quantizer, a layer with ModelOpt.\n")
     print("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
 
 

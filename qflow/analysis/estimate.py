@@ -148,7 +148,8 @@ class _Estimate:
             for op, value, gradients in backward.walk(directions):
                 for v, patch in self.at[op.index]:
                     change = self._change(patch, v, value, backward.value)
-                    parts = [self._by_sample(op.index, gradient * change) for gradient in gradients]
+                    parts = [self._by_sample(op.index, gradient * change) for gradient in gradients[:-1]]
+                    parts.append(self._by_sample(op.index, change.mul_(gradients[-1])))
                     made[v] = [a + b for a, b in zip(made[v], parts, strict=True)] if v in made else parts
             for v, parts in made.items():
                 sums.setdefault(v, []).extend(parts)

@@ -7,6 +7,7 @@ op runs once more, on what it read, for autograd to tell.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -90,9 +91,10 @@ class Backward:
         leaf = self.ops.leaves.get(op.module or "")
         if isinstance(leaf, WeightedLeaf) and op.kind != OpKind.skipped:
             return self._linear(op, leaf) if len(op.call.args) == 1 and not op.call.kwargs else None
-        if name == "relu" or isinstance(leaf, nn.ReLU):
-            result = self.floats.get(op.index)[0]
-            return lambda gradient: [(read[0], torch.ops.aten.threshold_backward(gradient, result, 0))]
+        if name in ("relu", "relu6") or isinstance(leaf, (nn.ReLU, nn.ReLU6)):
+            result, masked = self.floats.get(op.index)[0], torch.ops.aten.hardtanh_backward.default
+            most = 6.0 if name == "relu6" or isinstance(leaf, nn.ReLU6) else math.inf
+            return lambda gradient: [(read[0], masked(gradient, result, 0.0, most))]
         alike = all(ref.position == 0 and self.ops.tape.ops[ref.op].shape == op.shape for ref in read)
         if name == "add" and len(read) == len(op.call.args) == 2 and not op.call.kwargs and alike:
             return lambda gradient: [(ref, gradient) for ref in read if ref.op in self.needed]
