@@ -57,8 +57,9 @@ def layer_histogram(
 ) -> Figure:
     """Float values of a layer (log counts) above its quantization grid, the clipped share shaded on both sides.
 
-    Clipped is what rounds to a code beyond `qmin` or `qmax`; a bin across that edge counts in proportion. With
-    `absolute` the values are |x|, as calibration keeps them: then one side stands for both, at `qmax`.
+    Clipped is what lies beyond the threshold that calibration chose, -`qmin` x scale, as everywhere in the analysis (a
+    value between the last code and that threshold loses a step at most); a bin across it counts in proportion. With
+    `absolute` the values are |x|, as calibration keeps them: then one side stands for both.
     """
     bins, ends = np.asarray(counts, dtype=np.float64), np.asarray(edges, dtype=np.float64)
     figure = Figure(figsize=(10, 5.5), layout="constrained")
@@ -77,7 +78,7 @@ def layer_histogram(
         axes.set_title(f"{dtype_name}: scale {scale:g}, so there is no grid", fontsize=10, color=RED)
         return save(figure, path)
     fewest = 0 if absolute else qmin
-    _range(axes, bins, ends, (fewest * scale, qmax * scale), scale, absolute)
+    _range(axes, bins, ends, (fewest * scale, qmax * scale), -qmin * scale, absolute)
     used, codes = _codes_used(bins, ends, scale, fewest, qmax), qmax - fewest + 1
     label = f"{dtype_name}, scale {scale:.4g}: 99 % of the values lie on {used} of {codes} codes"
     figure.suptitle(f"{title}\n{label}", fontsize=11, parse_math=False)
@@ -85,15 +86,14 @@ def layer_histogram(
     return save(figure, path)
 
 
-def _range(axes: Axes, bins: Floats, ends: Floats, reach: tuple[float, float], scale: float, absolute: bool) -> None:
-    """The representable range as lines; what lies beyond it shaded, with its share."""
+def _range(axes: Axes, bins: Floats, ends: Floats, reach: tuple[float, float], limit: float, absolute: bool) -> None:
+    """The representable range as lines; what lies beyond `limit` shaded, with its share."""
     low, high = min(ends[:-1][bins > 0].min(), reach[0]), max(ends[1:][bins > 0].max(), reach[1])
     left, right = _scale_axis(axes, low, high, max(-reach[0], reach[1]))
-    below, above = reach[0] - scale / 2, reach[1] + scale / 2  # half a step further still rounds to the last code
-    under, total = count_below(bins, ends, below), count_below(bins, ends, math.inf)
-    over = total - count_below(bins, ends, above)
-    sides = [("above", "right", over / total, above, right)]
-    sides += [] if absolute else [("below", "left", under / total, left, below)]
+    under, total = count_below(bins, ends, -limit), count_below(bins, ends, math.inf)
+    over = total - count_below(bins, ends, limit)
+    sides = [("above", "right", over / total, limit, right)]
+    sides += [] if absolute else [("below", "left", under / total, left, -limit)]
     for word, side, share, start, end in sides:
         if end > start:
             axes.axvspan(start, end, color=RED, alpha=0.22, lw=0, zorder=0, label=f"clipped {word}")

@@ -162,12 +162,11 @@ def test_bars_of_odd_scores(path, scores, said):
 def test_histogram_says_the_true_clipped_share(path, dtype, qmin, qmax):
     scale = 3.0 / -qmin
     values = np.random.default_rng(0).normal(0.4, 2.0, 50000)
-    edges = np.sort([*np.linspace(-12, 12, 501), (qmin - 0.5) * scale, (qmax + 0.5) * scale])
+    edges = np.sort([*np.linspace(-12, 12, 501), -3.0, 3.0])
     counts = np.histogram(values, edges)[0]
     figure = layer_histogram(counts, edges, scale, dtype, qmin, qmax, "layer", path)
     axes, strip = figure.axes
-    codes = np.floor(values / scale + 0.5)
-    below, above = 100 * (codes < qmin).mean(), 100 * (codes > qmax).mean()
+    below, above = 100 * (values < -3.0).mean(), 100 * (values > 3.0).mean()
     assert axes.get_title(loc="left") == f"clipped below: {below:.3g} %"
     assert axes.get_title(loc="right") == f"clipped above: {above:.3g} %"
     ends = [one.get_xdata()[0] for one in axes.lines]
@@ -180,25 +179,28 @@ def test_histogram_says_the_true_clipped_share(path, dtype, qmin, qmax):
 
 
 def test_a_bin_across_the_edge_counts_in_proportion(path):
-    figure = layer_histogram([100.0], [0.0, 1.0], 0.5 / 127.5, "qint8", -128, 127, "layer", path)
+    figure = layer_histogram([100.0], [0.0, 1.0], 0.5 / 128, "qint8", -128, 127, "layer", path)
     assert figure.axes[0].get_title(loc="right") == "clipped above: 50 %"
 
 
+def test_values_at_the_threshold_itself_are_not_clipped(path):
+    figure = layer_histogram([90, 10], [0.0, 0.99, 1.0], 1 / 128, "qint8", -128, 127, "layer", path, absolute=True)
+    assert figure.axes[0].get_title(loc="right") == "clipped above: 0 %"
+
+
 def test_histogram_of_absolute_values_has_one_side(path):
-    figure = layer_histogram([50, 50], [0, 1, 2], 1 / 127.5, "qint8", -128, 127, "layer", path, absolute=True)
+    figure = layer_histogram([50, 50], [0, 1, 2], 1 / 128, "qint8", -128, 127, "layer", path, absolute=True)
     axes = figure.axes[0]
     assert axes.get_title(loc="left") == "" and axes.get_title(loc="right") == "clipped above: 50 %"
     assert len(axes.lines) == 1 and figure.axes[1].get_xlabel().startswith("|float value|")
 
 
 def test_far_values_do_not_hide_the_range(path):
-    figure = layer_histogram(
-        [90, 0, 10], [0, 1, 9999, 1e4], 1 / 127.5, "qint8", -128, 127, "layer", path, absolute=True
-    )
+    figure = layer_histogram([90, 0, 10], [0, 1, 9999, 1e4], 1 / 128, "qint8", -128, 127, "layer", path, absolute=True)
     axes, strip = figure.axes
     assert axes.get_xscale() == "symlog" and "logarithmic beyond the range" in strip.get_xlabel()
     assert axes.get_title(loc="right") == "clipped above: 10 %"
-    place = axes.transAxes.inverted().transform(axes.transData.transform((127 / 127.5, 1)))[0]
+    place = axes.transAxes.inverted().transform(axes.transData.transform((127 / 128, 1)))[0]
     assert 0.2 < place < 0.8
 
 
