@@ -121,5 +121,5 @@ def write_analysis(
     if layers is not None and sensitivity is not None:
         pictures |= write_advice(folder, advice, fidelity, histogram)
     write_rows(findings, folder / "findings.json")
-    analysis_page(folder / "analysis.html", title, layers, sensitivity, badcases, advice, pictures, findings)
+    analysis_page(folder / "analysis.html", title, layers, sensitivity, badcases, advice, pictures, findings, fidelity)
     return pictures

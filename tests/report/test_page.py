@@ -3,21 +3,33 @@
 import dataclasses
 import json
 import re
+import shlex
+from html import escape
 
 import pytest
 from plotly.offline import get_plotlyjs
 from synthetic import advice, badcases, layer_row, layers, sensitivity
 
-from qflow.analysis.tables import Advice, BadcaseTable, Finding, LayerTable, SensitivityRow, SensitivityTable
-from qflow.report.page import analysis_page, hover_text, network_chart, sensitivity_chart
+from qflow.analysis.tables import (
+    Advice,
+    BadcaseTable,
+    Fidelity,
+    FidelityRow,
+    Finding,
+    LayerTable,
+    SensitivityRow,
+    SensitivityTable,
+)
+from qflow.report.charts import hover_text, network_chart, sensitivity_chart
+from qflow.report.page import analysis_page
 from qflow.report.pictures import error_along_network
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\"'"
 
 
-def write(tmp_path, title="study", tables=(None, None, None), said=(), pictures=None):
+def write(tmp_path, title="study", tables=(None, None, None), said=(), pictures=None, fidelity=None):
     path = tmp_path / "page.html"
-    analysis_page(path, title, *tables, said, pictures or {})
+    analysis_page(path, title, *tables, said, pictures or {}, fidelity=fidelity)
     return path.read_text(encoding="utf-8")
 
 
@@ -49,8 +61,26 @@ def test_advice_comes_first_with_its_line(full):
     order = [page.index(f"<h2>{h}</h2>") for h in ("What to do", "Findings", "Error along the network", "Sensitivity")]
     assert order == sorted(order)
     for item in advice():
-        assert item.op in page and (f"<code>{item.line}</code>" in page or not item.line)
+        assert item.op in page and (not item.line or f"<code>{escape(shlex.quote(item.line))}</code>" in page)
     assert "clipped 0.031" in page and "40.0%" in page and "change the float model" in page
+
+
+def test_what_following_the_advice_does_stands_behind_it(tmp_path):
+    rows = (FidelityRow("backbone.conv1", "activation", "qint8", "qint16", 0.3, 0.0021),)
+    done = Fidelity("L1", rows, 0.41, 0.052, "qconfig.modules={backbone.conv1: qint16}", ("neck[add]: int16 x int16",))
+    page = own(write(tmp_path, tables=(layers(8), None, None), said=advice(), fidelity=done))
+    assert page.index("What to do") < page.index("What following it does") < page.index("Findings")
+    assert "The outputs go from 0.41 to 0.052 off float (L1, all quantizers on)." in page
+    assert f"<code>{escape(shlex.quote(done.line))}</code>" in page and "neck[add]: int16 x int16" in page
+    assert "qint8 to qint16" in page and "0.0021" in page
+    assert "What following it does" not in write(tmp_path)
+
+
+def test_every_operator_is_in_a_table_that_opens(full):
+    page = own(full)
+    assert "<details><summary>The 77 operators, in order;" in page
+    table = page[page.index("<details>") : page.index("</details>")]
+    assert table.count("<tr>") == 78 and all(f'<td class="name">{r.mod_name}</td>' in table for r in layers(77).rows)
 
 
 def test_findings_and_bad_cases_are_tables(full):
