@@ -57,6 +57,7 @@ def promote(config: DictConfig) -> int:
     with tempfile.TemporaryDirectory() as folder:
         candidate = load(tracker, run_id, Path(folder))
         print(f"{'run':<12}{run_id}, qconfig {candidate.qconfig.digest}, of {candidate.tags.get('qflow.study', '?')}")
+        print(f"{'rebuild':<12}the trial, from what its run keeps and your code", flush=True)
         reasons = compare(candidate)
         if reasons:
             for reason in reasons:

@@ -70,6 +70,10 @@ REFUSED = {
         [BASE, "seed=choice(1,2)"],
         "varies keys of calibration, qconfig or qat, but got seed",
     ),
+    "a range in braces without quotes": (
+        [BASE, "search.space={qconfig.int16_ratio: choice(0.1,0.3)}"],
+        "A range inside braces is text, but got one without quotes. Write key=",
+    ),
     "no search value": ([BASE, "search.space.calibration.steps=7"], "choice(...), interval(...), range(...)"),
     "negative goal": ([BASE, "objective.max_drop=-1"], "objective.max_drop is a number of at least 0, but got -1"),
     "sampler": ([BASE, "search.sampler=grid"], "search.sampler is one of tpe, nsga2, gp, random, but got 'grid'"),

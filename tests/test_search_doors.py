@@ -55,6 +55,11 @@ BAD = {
     "augmented data that are not there": (
         ["calibration.augment=choice(true,false)"], "augment=true reads task.data.calibration_augmented, but",
     ),
+    "every key fixed": (
+        ["calibration.method=mse", "calibration.batch_size=8", "calibration.steps=2", "qconfig.int16_ratio=0.3",
+         "qconfig.modules.quiet=qint8"],
+        "A search needs a key that is open, but got a value for every one. Leave one out",
+    ),
     "a switch of nothing": (["qconfig.modules.nosuch=choice(qint8,qint16)"], "but got nosuch"),
 }  # fmt: skip
 

@@ -133,6 +133,11 @@ def explain(error: Exception, config: str = "tune") -> str:
         return f"A study needs an experiment, but got none. Add +experiment=<name>: {', '.join(names)}."
     if "Missing mandatory value" in text:
         return f"A value is needed for {key}, but got none. Set {key}=..., or add +experiment=<name>."
+    if key == "tags" and "Set[str]" in text:  # Hydra's own object for choice(...) or interval(...)
+        return (
+            "A range inside braces is text, but got one without quotes. "
+            "Write key='{a: \"choice(1,2)\"}', or key.a=choice(1,2)."
+        )
     if "no viable alternative" in text or "mismatched input" in text or "extraneous input" in text:
         return f"An override is key=value with closed brackets and quotes, but got {text.split(' at input ')[-1]}."
     if key and key not in text:

@@ -43,7 +43,10 @@ def check_arguments(name: str, space: Space, directions: tuple[str, ...], sample
     if not re.fullmatch(r"[\w.+=@-]+(/[\w.+=@-]+)*", name):
         raise ConfigError(f"A study name is words, dots, dashes and slashes, but got {name!r}. Rename it.")
     if not space:
-        raise ConfigError("A search needs at least one key in its space, but got none. Add a domain.")
+        raise ConfigError(
+            "A search needs a key that is open, but got a value for every one. Leave one out, or write a range for it: "
+            "qconfig.int16_ratio=interval(0,1), or choice(0.3) for that value alone."
+        )
     parents_first(space)
     for key, domain in space.items():
         if isinstance(domain, Choice) and len(set(domain.values)) < len(domain.values):  # Optuna reads 1 back for True
