@@ -47,7 +47,7 @@ def estimable(metric: str) -> bool:
 
 
 def passes(samples: int, draws: int) -> float:
-    """About how many float forwards an estimate costs: one with its graph and all dx, and the backward passes."""
+    """About how many float forwards an estimate costs: a capture, all dx, and the way back of every draw."""
     return 3.5 + 1.5 * math.ceil(draws / max(samples, 1))
 
 
@@ -170,7 +170,7 @@ class _Estimate:
     def _by_sample(self, index: int, product: Tensor) -> Tensor:
         axis = self.axes.get(index)
         if axis is None:  # no sample axis: the whole tensor belongs to all
-            return product.sum() / math.sqrt(self.size) * torch.ones(self.size)
+            return product.sum() / math.sqrt(self.size) * product.new_ones(self.size)
         if product.shape[axis] == self.size:
             rest = [d for d in range(product.ndim) if d != axis]
             return product.sum(rest) if rest else product

@@ -43,7 +43,7 @@ MERGE = "sum over outputs of distance / mean |float output|"
 WIDE_BYTES = 1e6  # of an average value, all variants together: beyond it a CPU gains nothing (docs/log.md)
 FEW_SAMPLES = 8  # batches up to so many samples run several variants at once
 DOUBT = 1.5  # an estimate may be off by so much
-GRAPH_HOLDS = 5.0  # times the kept values: what a forward pass with its graph and all dx holds
+ESTIMATE_HOLDS = 5.0  # times the kept values: those inside fused groups too, and gradients of several draws
 PROOF = 8  # samples of the first chunk: a replay proves itself on it by full forwards
 CHECKED = 2  # quantizers on which a replay is compared with full forwards before it is believed
 AGREES = 1e-3  # of what quantization does to the outputs: a wide batch runs other kernels
@@ -124,7 +124,7 @@ class _Measure:
     def chunked(self, batches: Sequence[Any], method: str) -> list[Any]:
         """The batches in parts that fit, where samples keep to themselves."""
         # half for the values that are kept, half for what variants hold
-        room = self.memory / (2.0 if method == "exact" else GRAPH_HOLDS)
+        room = self.memory / (2.0 if method == "exact" else ESTIMATE_HOLDS)
         proof = 0 if method == "estimate" else PROOF
         cuts = [chunks_of(self.prepared.graph, inputs, room, proof) for inputs in batches]
         for i, (inputs, parts) in enumerate(zip(batches, cuts, strict=True)):
@@ -186,8 +186,8 @@ class _Measure:
             return asked, ""
         if not estimable(metric):
             return "exact", f"{metric} has no second-order estimate: every row was measured"
-        if GRAPH_HOLDS * sample > self.memory:
-            need = GRAPH_HOLDS * sample / 1e6
+        if ESTIMATE_HOLDS * sample > self.memory:
+            need = ESTIMATE_HOLDS * sample / 1e6
             return "exact", f"an estimate of one sample holds {need:.0f} MB, above memory_mb: every row was measured"
         exact, guess = 0.45 * len(self.rows), passes(samples, self.settings.draws)
         share = self.settings.screened_share if asked == "screened" else 0.0

@@ -29,7 +29,7 @@ Rule = Callable[[Tensor], Sequence[tuple[Ref, Tensor]]]
 
 
 class Backward:
-    """Walks back through the ops of a captured batch, as far as those with an index in `wanted`, and uses it up."""
+    """Walks back through the ops of a captured batch (its inner values too) to those with an index in `wanted`."""
 
     def __init__(self, ops: FoldedOps, captured: Captured, wanted: Collection[int]) -> None:
         self.ops, self.captured, self.wanted = ops, captured, wanted
