@@ -19,9 +19,11 @@ _LARGEST = 32 * 2**20
 def keep_freed_memory() -> bool:
     """Have freed memory stay with the process from here on; False where the user or the platform decides.
 
-    The user: any MALLOC_... variable of glibc that is set. The platform: a C library that is not glibc.
+    The user: any MALLOC_... variable of glibc that is set, or its tunables for malloc. The platform: a C library that
+    is not glibc.
     """
-    if any(name.startswith("MALLOC_") for name in os.environ):
+    tuned = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if tuned or any(name.startswith("MALLOC_") for name in os.environ):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt

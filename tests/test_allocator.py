@@ -38,3 +38,4 @@ def test_memory_that_is_freed_is_not_faulted_in_again() -> None:
 
 def test_the_users_own_settings_stand() -> None:
     assert faults("keep", MALLOC_TOP_PAD_="1000000")[0] == "False"
+    assert faults("keep", GLIBC_TUNABLES="glibc.malloc.top_pad=1000000")[0] == "False"

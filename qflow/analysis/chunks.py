@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,19 +45,18 @@ def chunks_of(graph: ModelGraph, inputs: Any, memory: float, first: int = 0) -> 
     return [cut(inputs, size, a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
-def mixed_output(model: nn.Module, inputs: Any) -> str:
-    """Name of an output that is not made sample by sample, seen on the first two; "" if a batch may be cut."""
-    size = batch_size(inputs)
-    if size < 2:
-        return ""
-    few = [cut(inputs, size, *ends) for ends in ((0, 2), (0, 1), (1, 2))]
-    both, *alone = (dict(named_tensors(call_model(model, part))) for part in few)
+def mixed(model: nn.Module, inputs: Any, parts: Sequence[Any]) -> str:
+    """Why `inputs` may not be cut into `parts`, seen on the first two together and apart; "" if they may."""
+    few = [cut(inputs, batch_size(inputs), 0, batch_size(parts[0]) + batch_size(parts[1])), *parts[:2]]
+    try:
+        both, *alone = (dict(named_tensors(call_model(model, part))) for part in few)
+    except Exception as error:  # whatever the model raises at another batch size
+        return f"the model does not run on {batch_size(parts[0])} samples: {' '.join(str(error).split())}"
     for name, pair in both.items():
-        single = (
-            [part[name] for part in alone if name in part and part[name].shape == pair[:1].shape] if pair.ndim else []
-        )
-        if len(single) != 2 or len(pair) != 2:
-            return name
-        if disagreement({name: torch.cat(single)}, {name: pair}, {name: torch.zeros_like(pair)}) > AGREES:
-            return name
+        apart = [part[name] for part in alone if name in part and part[name].ndim]
+        fits = pair.ndim and len(apart) == 2 and all(t.shape[1:] == pair.shape[1:] for t in apart)
+        joined = torch.cat(apart) if fits else pair.new_zeros(())
+        gap = disagreement({name: joined}, {name: pair}, {name: torch.zeros_like(pair)})
+        if joined.shape != pair.shape or gap > AGREES:
+            return f"output {name} is not made sample by sample"
     return ""

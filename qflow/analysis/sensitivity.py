@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qflow.analysis.candidates import Candidate, candidates
-from qflow.analysis.chunks import chunks_of, mixed_output, sample_bytes
+from qflow.analysis.chunks import chunks_of, mixed, sample_bytes
 from qflow.analysis.distances import Distances, disagreement
 from qflow.analysis.estimate import estimable, estimate, in_one_unit, passes
 from qflow.analysis.health import health
@@ -36,7 +36,7 @@ from qflow.quant.order import may_change_order
 from qflow.quant.quantized_model import QuantizedModel
 from qflow.quant.replay import Replay, full_forward
 from qflow.quant.rerun import Variant
-from qflow.quant.samples import axes_by_running
+from qflow.quant.samples import MixesSamples, axes_by_running
 from qflow.quant.widen import Widths, widen
 
 MERGE = "sum over outputs of distance / mean |float output|"
@@ -85,7 +85,7 @@ class _Measure:
         self.replays = self.reorders = True
         self.kept: dict[int, Captured] = {}
         self.ahead: Captured | None = None
-        """The first chunk, captured to see whether it may be one."""
+        """The first chunk's capture, made to see whether it may be one, for who asks for it first."""
         self.widths: Widths | None = None
         self.narrow = ""
 
@@ -128,27 +128,33 @@ class _Measure:
         proof = 0 if method == "estimate" else PROOF
         cuts = [chunks_of(self.prepared.graph, inputs, room, proof) for inputs in batches]
         for i, (inputs, parts) in enumerate(zip(batches, cuts, strict=True)):
-            apart = len(parts) == 1 or (i == 0 and self.keeps_apart(parts[0], method))
-            mixed = "" if apart else mixed_output(self.model, inputs)
-            if mixed:
-                text = f"output {mixed} is not made sample by sample: the bad cases are one batch and not cut"
-                self.findings.append(Finding("sensitivity", "check", text))
+            reason = self.against(inputs, parts, method if i == 0 else "") if len(parts) > 1 else ""
+            if reason:
+                self.findings.append(
+                    Finding("sensitivity", "check", f"{reason}: the bad cases are one batch and not cut")
+                )
                 self.kept.clear()
                 self.ahead = None
                 return list(batches)
         return [part for parts in cuts for part in parts]
 
-    def keeps_apart(self, first: Any, method: str) -> bool:
-        """True where every operator of the first chunk is seen to; its capture is what comes next anyway."""
-        try:
-            if method == "exact":
-                captured = self.captured(0, first)
-            else:
-                captured = self.ahead = self.whole(0, first, method)
-            axes_by_running(FoldedOps(self.model, self.prepared, captured), captured, batch_size(first))
-        except Exception:  # whatever an operator raises at another batch size: the model itself will tell
-            return False
-        return True
+    def against(self, inputs: Any, parts: Sequence[Any], method: str) -> str:
+        """Why a batch may not be cut into `parts`; "" where every operator keeps samples apart, or the model does.
+
+        With a `method` its first part is the first chunk: captured to look at its operators, it is what comes next.
+        """
+        if method:
+            first = parts[0]
+            try:
+                self.ahead = self.captured(0, first) if method == "exact" else self.whole(0, first, method)
+                if self.ahead.complete:
+                    axes_by_running(FoldedOps(self.model, self.prepared, self.ahead), self.ahead, batch_size(first))
+                    return ""
+            except MixesSamples as error:
+                return error.reason
+            except Exception:  # whatever an operator raises at another batch size: the model itself will tell
+                pass
+        return mixed(self.model, inputs, parts)
 
     def in_doubt(self, guessed: list[tuple[float, float]], method: str) -> list[int]:
         """Rows to measure: those that have no estimate; when screening those that may be of the top fifth as well.
@@ -173,10 +179,10 @@ class _Measure:
             variants = [row.variant for row in self.rows]
             whole = functools.partial(self.whole, method=method)
             return estimate(self.model, self.prepared, variants, chunks, self.settings, whole)
-        except ReplayError as error:
-            self.findings.append(
-                Finding("sensitivity", "info", f"no estimate: {error.reason}. Every row was measured.")
-            )
+        except Exception as error:  # an operator that raises where gradients are asked for, or on fewer samples
+            reason = error.reason if isinstance(error, ReplayError) else f"{type(error).__name__}: {error}"
+            text = f"no estimate: {' '.join(reason.split())}. Every row was measured."
+            self.findings.append(Finding("sensitivity", "check", text))
             return []
 
     def way(self, samples: int, sample: float) -> tuple[str, str]:
@@ -212,7 +218,15 @@ class _Measure:
         """The n-th chunk's ops and float values; kept for whoever asks next while all fit into half of the memory."""
         if n in self.kept:
             return self.kept[n]
-        return self.keep(n, inputs, capture(self.model, self.prepared.plan, inputs, self.memory / 2))
+        found = self.looked_at(n) or capture(self.model, self.prepared.plan, inputs, self.memory / 2)
+        return self.keep(n, inputs, found)
+
+    def looked_at(self, n: int) -> Captured | None:
+        """The first chunk's capture, if it was made to see whether it may be a chunk."""
+        found = self.ahead if n == 0 else None
+        if n == 0:
+            self.ahead = None
+        return found
 
     def keep(self, n: int, inputs: Any, captured: Captured) -> Captured:
         """`captured`, which whoever asks next gets too, if it fits."""
@@ -222,7 +236,7 @@ class _Measure:
 
     def whole(self, n: int, inputs: Any, method: str) -> Captured:
         """The n-th chunk with the values inside fused groups, for an estimate; screening needs the others again."""
-        found, self.ahead = self.ahead, None
+        found = self.looked_at(n)
         if found is None:
             found = capture(self.model, self.prepared.plan, inputs, math.inf, inner=True)  # cut so that it fits
             if method == "screened":
@@ -297,13 +311,21 @@ class _Measure:
         if rounding > ROUNDING:
             raise ReplayError(f"its float outputs differ from the model's by {rounding:.2g}")
         worst, nothing = 0.0, max(1e-3, 4.0 * rounding / AGREES)
-        chosen = random.Random(0).sample(range(len(variants)), min(CHECKED, len(variants)))
+        chosen = self.to_check(replay, variants)
         full = {i: got for i, (_, got) in zip(chosen, self._full(inputs, [variants[i] for i in chosen]), strict=True)}
         for i, got in outputs:
             worst = max(worst, disagreement(got, full[i], plain, nothing) if i in full else 0.0)
             if worst > AGREES:
                 raise ReplayError(f"its outputs differ from full forwards by {worst:.2g} of what quantization does")
             yield i, got
+
+    def to_check(self, replay: Replay, variants: Sequence[Variant]) -> list[int]:
+        """A few at random, one of them not the first of a wide pass, whose slice is always right."""
+        draw, there = random.Random(0), [i for i, variant in enumerate(variants) if replay.ops.reaches(variant)]
+        behind = [there[i] for together in replay.passes([variants[i] for i in there]) for i in together[1:]]
+        chosen = [draw.choice(behind)] if behind else []
+        rest = [i for i in range(len(variants)) if i not in chosen]
+        return [*chosen, *draw.sample(rest, min(CHECKED - len(chosen), len(rest)))]
 
     def widened(self, inputs: Any, captured: Captured, replay: Replay) -> Widths | None:
         """How several variants run at once, where samples are few and it works."""

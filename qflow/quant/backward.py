@@ -72,57 +72,67 @@ class Backward:
         return self.floats.get(ref.op)[ref.position]
 
     def _back(self, op: Op, own: dict[int, Gradients], count: int) -> Iterator[tuple[Ref, int, Tensor]]:
+        assert op.call is not None
+        read = [ref for ref in references((op.call.args, op.call.kwargs)) if ref.op in self.needed]
+        if not read:
+            return
         rule = self._rule(op)
         if rule is None:
             yield from self._by_autograd(op, own, count)
             return
         for d, gradient in enumerate(own.get(0, [])):
             if gradient is not None:
-                yield from ((ref, d, tensor) for ref, tensor in rule(gradient))
+                yield from ((ref, d, tensor) for ref, tensor in rule(gradient) if ref.op in self.needed)
 
     def _rule(self, op: Op) -> Rule | None:
         """How the op takes a gradient back without being run; None where autograd has to tell."""
         assert op.call is not None
+        if op.kind == OpKind.skipped:
+            return None  # the user's own, whatever its class
         name = function_name(op.call.function) if op.call.function is not None else ""
         read = references((op.call.args, op.call.kwargs))
         hands_on = name in ("detach", "data") or isinstance(self.ops.modules.get(op.module or ""), nn.Identity)
         if op.module in self.ops.folded or (hands_on and len(read) == 1):
             return lambda gradient: [(read[0], gradient)]
         leaf = self.ops.leaves.get(op.module or "")
-        if isinstance(leaf, WeightedLeaf) and op.kind != OpKind.skipped:
+        if isinstance(leaf, WeightedLeaf):
             return self._linear(op, leaf) if len(op.call.args) == 1 and not op.call.kwargs else None
         if name in ("relu", "relu6") or isinstance(leaf, (nn.ReLU, nn.ReLU6)):
             result, masked = self.floats.get(op.index)[0], torch.ops.aten.hardtanh_backward.default
             most = 6.0 if name == "relu6" or isinstance(leaf, nn.ReLU6) else math.inf
-            return lambda gradient: [(read[0], masked(gradient, result, 0.0, most))]
+            return lambda gradient: [(read[0], masked(gradient.to(result), result, 0.0, most))]
         alike = all(ref.position == 0 and self.ops.tape.ops[ref.op].shape == op.shape for ref in read)
         if name == "add" and len(read) == len(op.call.args) == 2 and not op.call.kwargs and alike:
-            return lambda gradient: [(ref, gradient) for ref in read if ref.op in self.needed]
+            return lambda gradient: [(ref, gradient) for ref in read]
         return None
 
     def _linear(self, op: Op, leaf: WeightedLeaf) -> Rule | None:
-        """Paddings other than zeros mirror or wrap what is read, and "same" may pad one side more: autograd tells."""
+        """None for what autograd has to tell: paddings that mirror or wrap, "same", which may pad one side more, and
+        inputs without a batch axis.
+        """
         assert op.call is not None
         ref: Ref = op.call.args[0]
         weight, _ = self.ops.weight(op)
         if isinstance(leaf, LinearLeaf):
-            return lambda gradient: [(ref, gradient @ weight)]
+            return lambda gradient: [(ref, gradient.to(weight) @ weight)]
         conv: Any = leaf
-        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        x, backward = self.value(ref), torch.ops.aten.convolution_backward.default
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or x.ndim != weight.ndim:
             return None
         geometry = (conv.stride, conv.padding, conv.dilation, conv.transposed, conv.output_padding, conv.groups)
-        x, backward = self.value(ref), torch.ops.aten.convolution_backward.default
-        return lambda gradient: [(ref, backward(gradient, x, weight, None, *geometry, (True, False, False))[0])]
+        only = (True, False, False)
+        return lambda gradient: [(ref, backward(gradient.to(weight), x, weight, None, *geometry, only)[0])]
 
     def _by_autograd(self, op: Op, own: dict[int, Gradients], count: int) -> Iterator[tuple[Ref, int, Tensor]]:
         assert op.call is not None
         call = (op.call.args, op.call.kwargs)
-        read = dict.fromkeys(ref for ref in references(call) if ref.op in self.needed)
-        leaves = {ref: self.value(ref).detach().requires_grad_() for ref in read}
+        values = {ref: self.value(ref) for ref in references(call) if ref.op in self.needed}
+        leaves = {ref: v.detach().requires_grad_() for ref, v in values.items() if v.is_floating_point()}
         with torch.enable_grad():
             results = self.ops.run(op, *self.ops.arguments(call, lambda r: leaves[r] if r in leaves else self.value(r)))
         for d in range(count):
-            pairs = [(results[i], g[d]) for i, g in own.items() if g[d] is not None and results[i].requires_grad]
+            given = [(results[i], g[d]) for i, g in own.items() if results[i].requires_grad]
+            pairs = [(result, gradient.to(result)) for result, gradient in given if gradient is not None]
             if leaves and pairs:
                 made = torch.autograd.grad(
                     [result for result, _ in pairs],

@@ -35,6 +35,8 @@ METADATA = frozenset(
 
 TAKES_VALUE = frozenset(["item", "bool", "int", "float", "tolist", "numpy", "index"])
 """Functions that make a Python value of a tensor."""
+_CASTS = (Tensor.float, Tensor.int, Tensor.bool)
+"""Those of the same names that make another tensor."""
 
 
 class ReplayError(ModelError):
@@ -84,7 +86,7 @@ class Capture(Tracer):
     def _call(self, function: Any, args: Any, kwargs: Any) -> Call:
         module = self.paths.get(id(function)) if isinstance(function, nn.Module) else None
         name = "" if module is not None else function_name(function)
-        if name in TAKES_VALUE and isinstance(args[0] if args else None, Tensor):
+        if name in TAKES_VALUE and function not in _CASTS and isinstance(args[0] if args else None, Tensor):
             self._frozen(name, args[0])
         first = args[0] if args else None
         if module is not None:

@@ -43,6 +43,7 @@ class FoldedOps(Ops):
         self, model: nn.Module, prepared: QuantizedModel, captured: Captured, weights: Weights | None = None
     ) -> None:
         super().__init__(model, prepared, captured)
+        self.raw = frozenset(self.ends)  # captured before their norms, run with them
         self.weights: Weights = {} if weights is None else weights
 
     def run(self, op: Op, args: Any, kwargs: Any) -> Values:

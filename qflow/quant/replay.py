@@ -56,11 +56,14 @@ class Replay:
 
     def run(self, variants: Sequence[Variant]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Each variant's position in `variants` with its outputs by name, in the order in which they start."""
+        for chosen in self.passes(variants):
+            yield from zip(chosen, _Pass(self, [variants[i] for i in chosen]).outputs(), strict=True)
+
+    def passes(self, variants: Sequence[Variant]) -> list[list[int]]:
+        """Positions in `variants` of those that run together, in the order in which they start."""
         order = sorted(range(len(variants)), key=lambda i: self.start(variants[i]))
         width = self.widths.most if self.widths else 1
-        for begin in range(0, len(order), width):
-            chosen = order[begin : begin + width]
-            yield from zip(chosen, _Pass(self, [variants[i] for i in chosen]).outputs(), strict=True)
+        return [order[begin : begin + width] for begin in range(0, len(order), width)]
 
 
 class _Pass:

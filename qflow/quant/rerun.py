@@ -67,6 +67,8 @@ class Ops:
         norms = {op.module: op.index for op in self.ops if op.module in self.folded}
         self.ends = {op.index: norms[plan.folds[op.module]] for op in self.ops if op.module in plan.folds}
         """Weighted op -> its batch norm, which gives the result where it is folded."""
+        self.raw: frozenset[int] = frozenset()
+        """Ops that give something else when run than they did when captured."""
         for op in self.ops:
             self._place(op, prepared)
 
@@ -196,7 +198,7 @@ class Floats:
         self.ops = ops
         self.by_index = {op.index: op for op in ops.ops}
         self.given = captured.inputs
-        self.kept = dict(captured.values) if captured.complete else {}
+        self.kept = {i: v for i, v in captured.values.items() if i not in ops.raw} if captured.complete else {}
         self.ends: dict[int, Values] = {}
         """What the model gives: small, and asked for by every variant that does not reach it."""
         self.complete = captured.complete

@@ -1,10 +1,11 @@
 """Where the samples of a captured batch lie in each value, found operator by operator.
 
 Convolutions, linear layers, folded batch norms and sums keep the samples of a batch apart by definition. Any other
-operator is run on what it read of the first sample, and of the second, and has to give what it gave for them in
-company (where there is one sample: the same with other data behind it). One that mixes samples, or holds the batch
-size in its call, does not. The axis may be another than the first, and hold samples folded with something else,
-[B * heads, ...].
+operator is run on each half of what it read and has to give the halves of what it gave (where the batch is odd, or
+variants will lie one behind the other: on other data, and on both by turns as often as there will be variants). One
+that mixes samples, or holds the batch size in its call, does not. An index in the code beyond the batch that is
+looked at (`x[100:] = 0`) is not seen. The axis may be another than the first, and hold samples folded with something
+else, [B * heads, ...].
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qflow.core.graph import OpKind
 from qflow.quant.capture import Captured, ReplayError
@@ -29,8 +31,24 @@ Axes = dict[int, tuple[int, ...]]
 """Op -> for each of its tensors the axis that holds the samples."""
 
 
-def axes_by_running(ops: Ops, captured: Captured, size: int) -> Axes:
-    """Axes of all live values of a batch of `size`. Raises ReplayError, or what an op raises at another batch size."""
+class MixesSamples(ReplayError):
+    """An op that gives a sample something else in company than alone."""
+
+
+def as_captured(op: Op, count: int) -> tuple[Any, Any]:
+    """(args, kwargs) of the op whatever the number of batches."""
+    assert op.call is not None
+    return op.call.args, op.call.kwargs
+
+
+def axes_by_running(
+    ops: Ops, captured: Captured, size: int, wide: int = 0, calls: Callable[[Op, int], Any] = as_captured
+) -> Axes:
+    """Axes of all live values of a batch of `size`, proven for `wide` such batches in a row if that is asked for.
+
+    `calls` gives the arguments for so many batches. Raises MixesSamples, ReplayError, or what an op raises at another
+    batch size.
+    """
     floats, axes = Floats(ops, captured), Axes()
     for op in ops.ops:
         if op.call is None:
@@ -40,7 +58,7 @@ def axes_by_running(ops: Ops, captured: Captured, size: int) -> Axes:
             axes[op.index] = (0,)
             continue
         axis = _by_definition(ops, op, axes)
-        axes[op.index] = _by_running(ops, op, floats, axes, size) if axis is None else (axis,)
+        axes[op.index] = _by_running(ops, op, floats, axes, wide or 2 * (size % 2), calls) if axis is None else (axis,)
     return axes
 
 
@@ -49,7 +67,8 @@ def _by_definition(ops: Ops, op: Op, axes: Axes) -> int | None:
     assert op.call is not None
     read = references((op.call.args, op.call.kwargs))
     leaf = ops.leaves.get(op.module or "")
-    if op.module in ops.folded:
+    identity = isinstance(ops.modules.get(op.module or ""), nn.Identity) and op.kind != OpKind.skipped
+    if op.module in ops.folded or identity:
         return axes[read[0].op][read[0].position]
     if isinstance(leaf, WeightedLeaf) and op.kind != OpKind.skipped and len(read) == 1:
         axis, ndim = axes[read[0].op][read[0].position], len(op.shape)
@@ -73,16 +92,17 @@ def _pointwise(ops: Ops, op: Op, read: Sequence[Ref], axes: Axes) -> int | None:
     return axis if len(ends) == len(sizes) == 1 and not held else None
 
 
-def _by_running(ops: Ops, op: Op, floats: Floats, axes: Axes, size: int) -> tuple[int, ...]:
-    assert op.call is not None
-    call = (op.call.args, op.call.kwargs)
+def _by_running(
+    ops: Ops, op: Op, floats: Floats, axes: Axes, wide: int, calls: Callable[[Op, int], Any]
+) -> tuple[int, ...]:
+    """Axes of what the op gives: on the halves of the batch, or on `wide` batches, this one and another in turn."""
 
     def at(ref: Ref) -> tuple[Tensor, int]:
         return floats.get(ref.op)[ref.position], axes[ref.op][ref.position]
 
-    def sample(ref: Ref, which: int) -> Tensor:
+    def half(ref: Ref, which: int) -> Tensor:
         value, axis = at(ref)
-        length = value.shape[axis] // size
+        length = value.shape[axis] // 2
         return value.narrow(axis, which * length, length)
 
     def other(ref: Ref) -> Tensor:
@@ -91,29 +111,37 @@ def _by_running(ops: Ops, op: Op, floats: Floats, axes: Axes, size: int) -> tupl
 
     def joined(ref: Ref) -> Tensor:
         value, axis = at(ref)
-        return torch.cat([value, other(ref)], axis)
+        return torch.cat([(value, other(ref))[_turn(n)] for n in range(wide)], axis)
 
-    def run(value: Callable[[Ref], Tensor]) -> Values:
-        return ops.run(op, *ops.arguments(call, value))
+    def run(value: Callable[[Ref], Tensor], count: int = 1) -> Values:
+        return ops.run(op, *ops.arguments(calls(op, count), value))
 
-    if size == 1:
-        return sample_axes(op, floats.get(op.index), run(other), run(joined), 2)
-    first, second = (run(functools.partial(sample, which=n)) for n in (0, 1))
-    return sample_axes(op, first, second, floats.get(op.index), size)
+    if wide:
+        return sample_axes(op, floats.get(op.index), run(other), run(joined, wide), wide)
+    first, second = (run(functools.partial(half, which=n)) for n in (0, 1))
+    return sample_axes(op, first, second, floats.get(op.index), 2)
 
 
 def sample_axes(op: Op, first: Values, second: Values, whole: Values, parts: int) -> tuple[int, ...]:
-    """Axis along which each tensor of `whole` is `parts` such ones, these two first. Raises ReplayError without one."""
+    """Axis along which each tensor of `whole` is `parts` such ones, `first` and `second` by turns.
+
+    Raises ReplayError without one, MixesSamples where they are others.
+    """
     found = []
     for a, b, c in zip(first, second, whole, strict=True):
         axis = grown(a.shape, c.shape, parts)
         if axis is None or a.shape != b.shape:
             raise ReplayError(f"{op.name} does not grow with the batch")
         length = a.shape[axis]
-        if not all(_close(part, c.narrow(axis, begin, length)) for part, begin in ((a, 0), (b, length))):
-            raise ReplayError(f"{op.name} mixes the samples of a batch")
+        if not all(_close((a, b)[_turn(n)], c.narrow(axis, n * length, length)) for n in range(parts)):
+            raise MixesSamples(f"{op.name} mixes the samples of a batch")
         found.append(axis)
     return tuple(found)
+
+
+def _turn(n: int) -> int:
+    """Which of two the n-th is: 0 1 1 0 1 0 0 1 ... (Thue, Morse) is no shift of itself, as 0 1 0 1 would be."""
+    return bin(n).count("1") % 2
 
 
 def grown(single: Sequence[int], whole: Sequence[int], parts: int) -> int | None:

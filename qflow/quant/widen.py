@@ -3,9 +3,8 @@
 A wide pass runs several variants of the same samples at once, one behind the other along the batch axis. Where that
 axis lies in each value (it may be folded into another, [B * heads, ...]) is found operator by operator (samples.py).
 Calls that hold no batch size run on any. Where one does (`view(B, -1)`), captures of two batches and of both together
-tell what its integers have to be; that the samples of one variant stay together everywhere (a transposed axis merged
-into rows would mix them) is not assumed: the second batch is other data, and every value of the wide capture must hold
-those of both separate ones in turn.
+tell what its integers have to be. That the samples of one variant stay together everywhere (a transposed axis merged
+into rows would mix them) is not assumed: each operator is run as wide as it will be, on this batch and other data.
 """
 
 from __future__ import annotations
@@ -60,13 +59,20 @@ def widen(
 ) -> Widths:
     """Widths of a captured batch of `size` samples, for up to `most` variants. Raises ReplayError with the reason.
 
-    An even batch is the wide one of its two halves; otherwise the batch is joined with other data. `ops` are those of
-    `captured`.
+    `ops` are those of `captured`.
     """
     try:
-        return Widths(most, axes_by_running(ops, captured, size), path_of(captured), {})
-    except Exception:  # whatever an operator raises at another batch size; a reason comes from the captures
-        return _by_capture(model, prepared, inputs, captured, size, most)
+        return Widths(most, axes_by_running(ops, captured, size, most), path_of(captured), {})
+    except Exception:  # whatever an operator raises at another batch size: captures may tell what it needs there
+        pass
+    try:
+        widths = _by_capture(model, prepared, inputs, captured, size, most)
+        widths.axes = axes_by_running(ops, captured, size, most, widths.call)
+    except ReplayError:
+        raise
+    except Exception as error:
+        raise ReplayError(f"batches of other sizes do not run: {' '.join(str(error).split())}") from error
+    return widths
 
 
 def _by_capture(
@@ -129,9 +135,9 @@ def _by_one_sample(
     found: dict[int, int | None] = {}
     for op, single in zip(captured.tape.ops, one.tape.ops, strict=True):
         pairs = list(enumerate(zip(single.shape, op.shape, strict=False)))
-        grown = [d for d, (a, b) in pairs if a != b]
-        fits = len(single.shape) == len(op.shape) and len(grown) == 1
-        found[op.index] = grown[0] if fits and op.shape[grown[0]] == size * single.shape[grown[0]] else None
+        differ = [d for d, (a, b) in pairs if a != b]
+        fits = len(single.shape) == len(op.shape) and len(differ) == 1
+        found[op.index] = differ[0] if fits and op.shape[differ[0]] == size * single.shape[differ[0]] else None
     return found
 
 

@@ -1,0 +1,74 @@
+"""Samples that see each other: found out, said, and never cut or run side by side."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_backward import Made
+from test_replay import calibrated, full
+from torch import nn
+
+from qflow.analysis.candidates import candidates
+from qflow.analysis.distances import Distances
+from qflow.analysis.sensitivity import sensitivity
+from qflow.core.settings import SensitivitySettings
+
+
+def model(between, **modules):
+    layers = {"a": nn.Linear(6, 8), "b": nn.Linear(8, 8), "c": nn.Linear(8, 4)}
+    return Made(lambda m, x: m.c(F.relu(m.b(between(m, F.relu(m.a(x)))))), **layers, **modules).eval()
+
+
+def without(y, begin, end=None):
+    z = y.clone()
+    z[begin:end] = 0
+    return z
+
+
+def with_frames_before(y):
+    z = y.clone()
+    z[2:] = z[2:] + y[:-2]
+    return z
+
+
+def less_the_mean(y):
+    z = y.clone()
+    z[2:] = z[2:] - y.mean(0)
+    return z
+
+
+MIXED = {
+    "rolled along the batch": lambda m, y: y + y.roll(4, 0),
+    "frames of one sequence": lambda m, y: with_frames_before(y),
+    "the mean over the batch": lambda m, y: less_the_mean(y),
+    "statistics of the batch": lambda m, y: m.norm(y),
+    "nothing behind the second": lambda m, y: without(y, 2),
+    "nothing behind the seventh": lambda m, y: without(y, 7),
+    "nothing in the middle": lambda m, y: without(y, 3, 5),
+    "a triangle of samples": lambda m, y: y.triu(-1),
+}
+
+
+@pytest.mark.parametrize("method", ["exact", "screened"])
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 16, 33])
+@pytest.mark.parametrize("case", MIXED)
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+def test_measured_rows_are_those_of_full_forwards(case, size, method):
+    if case == "statistics of the batch" and size == 1:
+        pytest.skip("torch has no statistics of one sample")
+    torch.manual_seed(0)
+    mixing, x = model(MIXED[case], norm=nn.BatchNorm1d(8, track_running_stats=False)), torch.randn(size, 6)
+    prepared = calibrated(mixing, x if size > 1 else torch.randn(2, 6))
+    rows = candidates(prepared)
+    distances = Distances("L1", len(rows))
+    distances.reference({"0": mixing(x)}, size)
+    for i, got in enumerate(full(prepared, x, [row.variant for row in rows])):
+        distances.add(i, got)
+    wanted = {(row.node.name, row.sensitive_type): distances.result(i)[0] for i, row in enumerate(rows)}
+    table = sensitivity(mixing, prepared, [x], settings=SensitivitySettings(method=method, draws=size))
+    measured = [row for row in table.rows if row.exact]
+    assert measured
+    for row in measured:
+        assert row.score == pytest.approx(wanted[row.op_name, row.sensitive_type], rel=5e-3, abs=1e-7), row.op_name
+    if size == 16 and case not in ("nothing in the middle",):
+        assert any("the bad cases are one batch and not cut" in finding.message for finding in table.findings)
