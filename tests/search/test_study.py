@@ -119,7 +119,7 @@ def test_a_study_without_a_trial_takes_another_space(store):
         ({"sampler": "cmaes"}, "one of tpe, nsga2"),
         ({"directions": ()}, "maximize or minimize"),
         ({"directions": ("up",)}, "maximize or minimize"),
-        ({"space": {}}, "at least one key"),
+        ({"space": {}}, "needs a key that is open"),
         ({"space": {"a": Choice((1, True))}}, "true from 1 nor false from 0, but got both for a"),
         ({"name": "it's"}, "study name"),
     ],
