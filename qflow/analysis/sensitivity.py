@@ -45,6 +45,7 @@ FEW_SAMPLES = 8  # batches up to so many samples run several variants at once
 DOUBT = 1.5  # an estimate may be off by so much
 ESTIMATE_HOLDS = 5.0  # times the kept values: those inside fused groups too, and gradients of several draws
 PROOF = 8  # samples of the first chunk: a replay proves itself on it by full forwards
+PROVING = 1.0  # float forwards that this takes, whatever the number of rows
 CHECKED = 2  # quantizers on which a replay is compared with full forwards before it is believed
 AGREES = 1e-3  # of what quantization does to the outputs: a wide batch runs other kernels
 ROUNDING = 1e-4  # of the float outputs: what folded batch norms and other kernels may move them by
@@ -196,9 +197,10 @@ class _Measure:
             need = ESTIMATE_HOLDS * sample / 1e6
             return "exact", f"an estimate of one sample holds {need:.0f} MB, above memory_mb: every row was measured"
         exact, guess = 0.45 * len(self.rows), passes(samples, self.settings.draws)
-        share = self.settings.screened_share if asked == "screened" else 0.0
-        if guess + share * exact >= exact:
-            return "exact", f"an estimate costs {guess:.0f} forwards, all rows exactly {exact:.0f}: all were measured"
+        if asked == "screened":
+            guess += self.settings.screened_share * exact + PROVING
+        if guess >= exact:
+            return "exact", f"{asked} costs {guess:.0f} forwards, all rows exactly {exact:.0f}: all were measured"
         return asked, ""
 
     def said(self, method: str, samples: int) -> str:
