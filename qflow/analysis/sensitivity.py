@@ -11,7 +11,6 @@ alike (for Cosine and SQNR the badness 1 - cosine and |noise| / |signal|). The r
 
 from __future__ import annotations
 
-import functools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from qflow.analysis.candidates import Candidate, candidates
-from qflow.analysis.chunks import chunks_of, mixed, sample_bytes
+from qflow.analysis.captures import Captures
+from qflow.analysis.chunks import sample_bytes
 from qflow.analysis.distances import Distances, disagreement
 from qflow.analysis.estimate import estimable, estimate, in_one_unit, passes
 from qflow.analysis.health import health
@@ -30,13 +30,11 @@ from qflow.analysis.tables import Finding, SensitivityRow, SensitivityTable
 from qflow.core.errors import DataError
 from qflow.core.settings import SensitivitySettings
 from qflow.quant.calling import batch_size, call_model, named_tensors
-from qflow.quant.capture import Captured, ReplayError, capture, without_inner
-from qflow.quant.fused import FoldedOps
+from qflow.quant.capture import Captured, ReplayError
 from qflow.quant.order import may_change_order
 from qflow.quant.quantized_model import QuantizedModel
 from qflow.quant.replay import Replay, full_forward
 from qflow.quant.rerun import Variant
-from qflow.quant.samples import MixesSamples, axes_by_running
 from qflow.quant.widen import Widths, widen
 
 MERGE = "sum over outputs of distance / mean |float output|"
@@ -84,9 +82,7 @@ class _Measure:
         self.findings: list[Finding] = []
         self.memory = settings.memory_mb * 1e6
         self.replays = self.reorders = True
-        self.kept: dict[int, Captured] = {}
-        self.ahead: Captured | None = None
-        """The first chunk's capture, made to see whether it may be one, for who asks for it first."""
+        self.captures: Captures
         self.widths: Widths | None = None
         self.narrow = ""
 
@@ -98,9 +94,15 @@ class _Measure:
         if reason:
             self.findings.append(Finding("sensitivity", "info", reason))
         guessed: list[tuple[float, float]] = []
-        chunks = self.chunked(batches, method)
+        # half for the values that are kept, half for what variants hold
+        room = self.memory / (2.0 if method == "exact" else ESTIMATE_HOLDS)
+        captures = self.captures = Captures(self.model, self.prepared, self.memory, method)
+        chunks = captures.chunks(batches, room, 0 if method == "estimate" else PROOF)
+        if captures.reason:
+            text = f"{captures.reason}: the bad cases are one batch and not cut"
+            self.findings.append(Finding("sensitivity", "check", text))
         if method != "exact":
-            guessed = self.guesses(chunks, method)
+            guessed = self.guesses(chunks)
         exact = list(range(len(self.rows)))
         if guessed:
             exact = self.in_doubt(guessed, method)
@@ -122,41 +124,6 @@ class _Measure:
         )
         return replace(table, findings=(*self.findings, *health(table)))
 
-    def chunked(self, batches: Sequence[Any], method: str) -> list[Any]:
-        """The batches in parts that fit, where samples keep to themselves."""
-        # half for the values that are kept, half for what variants hold
-        room = self.memory / (2.0 if method == "exact" else ESTIMATE_HOLDS)
-        proof = 0 if method == "estimate" else PROOF
-        cuts = [chunks_of(self.prepared.graph, inputs, room, proof) for inputs in batches]
-        for i, (inputs, parts) in enumerate(zip(batches, cuts, strict=True)):
-            reason = self.against(inputs, parts, method if i == 0 else "") if len(parts) > 1 else ""
-            if reason:
-                self.findings.append(
-                    Finding("sensitivity", "check", f"{reason}: the bad cases are one batch and not cut")
-                )
-                self.kept.clear()
-                self.ahead = None
-                return list(batches)
-        return [part for parts in cuts for part in parts]
-
-    def against(self, inputs: Any, parts: Sequence[Any], method: str) -> str:
-        """Why a batch may not be cut into `parts`; "" where every operator keeps samples apart, or the model does.
-
-        With a `method` its first part is the first chunk: captured to look at its operators, it is what comes next.
-        """
-        if method:
-            first = parts[0]
-            try:
-                self.ahead = self.captured(0, first) if method == "exact" else self.whole(0, first, method)
-                if self.ahead.complete:
-                    axes_by_running(FoldedOps(self.model, self.prepared, self.ahead), self.ahead, batch_size(first))
-                    return ""
-            except MixesSamples as error:
-                return error.reason
-            except Exception:  # whatever an operator raises at another batch size: the model itself will tell
-                pass
-        return mixed(self.model, inputs, parts)
-
     def in_doubt(self, guessed: list[tuple[float, float]], method: str) -> list[int]:
         """Rows to measure: those that have no estimate; when screening those that may be of the top fifth as well.
 
@@ -174,12 +141,11 @@ class _Measure:
         doubtful = [i for i in rest if guessed[i][0] >= cut_off]
         return [*blind, *doubtful[: math.ceil(len(rest) * self.settings.screened_share)]]
 
-    def guesses(self, chunks: Sequence[Any], method: str) -> list[tuple[float, float]]:
+    def guesses(self, chunks: Sequence[Any]) -> list[tuple[float, float]]:
         """Estimated (score, standard error) of every row; none where the batch cannot be taken apart."""
         try:
             variants = [row.variant for row in self.rows]
-            whole = functools.partial(self.whole, method=method)
-            return estimate(self.model, self.prepared, variants, chunks, self.settings, whole)
+            return estimate(self.model, self.prepared, variants, chunks, self.settings, self.captures.whole)
         except Exception as error:  # an operator that raises where gradients are asked for, or on fewer samples
             reason = error.reason if isinstance(error, ReplayError) else f"{type(error).__name__}: {error}"
             text = f"no estimate: {' '.join(reason.split())}. Every row was measured."
@@ -215,35 +181,6 @@ class _Measure:
             "screened": f"{draws}; those in doubt, at most {share}, one at a time, {how}",
             "estimate": draws,
         }[method]
-
-    def captured(self, n: int, inputs: Any) -> Captured:
-        """The n-th chunk's ops and float values; kept for whoever asks next while all fit into half of the memory."""
-        if n in self.kept:
-            return self.kept[n]
-        found = self.looked_at(n) or capture(self.model, self.prepared.plan, inputs, self.memory / 2)
-        return self.keep(n, inputs, found)
-
-    def looked_at(self, n: int) -> Captured | None:
-        """The first chunk's capture, if it was made to see whether it may be a chunk."""
-        found = self.ahead if n == 0 else None
-        if n == 0:
-            self.ahead = None
-        return found
-
-    def keep(self, n: int, inputs: Any, captured: Captured) -> Captured:
-        """`captured`, which whoever asks next gets too, if it fits."""
-        if (n + 1) * batch_size(inputs) * sample_bytes(self.prepared.graph, inputs) <= self.memory / 2:
-            self.kept[n] = captured
-        return captured
-
-    def whole(self, n: int, inputs: Any, method: str) -> Captured:
-        """The n-th chunk with the values inside fused groups, for an estimate; screening needs the others again."""
-        found = self.looked_at(n)
-        if found is None:
-            found = capture(self.model, self.prepared.plan, inputs, math.inf, inner=True)  # cut so that it fits
-            if method == "screened":
-                self.keep(n, inputs, without_inner(found, self.prepared.plan))
-        return found
 
     # ---- exact rows
 
@@ -285,7 +222,7 @@ class _Measure:
         """Float outputs of the n-th chunk, and each variant's position with its outputs. Raises ReplayError."""
         if not self.replays:
             return dict(named_tensors(call_model(self.model, inputs))), self._full(inputs, variants)
-        captured = self.captured(n, inputs)
+        captured = self.captures.captured(n, inputs)
         if n == 0:
             self.reorders = may_change_order(captured.tape.names)
         replay = Replay(self.model, self.prepared, captured)
