@@ -153,6 +153,8 @@ def grown(single: Sequence[int], whole: Sequence[int], parts: int) -> int | None
 
 
 def _close(part: Tensor, found: Tensor) -> bool:
+    if part.is_complex():
+        part, found = (torch.view_as_real(t.resolve_conj()) for t in (part, found))
     if not part.is_floating_point():
         return bool(torch.equal(part, found))
     gap, size = float((part - found).norm()), float(part.norm())
