@@ -24,6 +24,7 @@ class Captures:
         self.reason = ""
         """Why batches were not cut."""
         self.kept: dict[int, Captured] = {}
+        self.held = 0.0
         self.ahead: Captured | None = None
         """The first chunk's, for who asks for it first."""
 
@@ -38,11 +39,15 @@ class Captures:
         if not self.reason:
             return [part for parts in cuts for part in parts]
         self.kept.clear()
+        self.held = 0.0
         self.ahead = None
         return list(batches)
 
     def proven(self, first: Any) -> bool:
-        """True where every operator of the first chunk keeps samples apart; one that does not is the reason."""
+        """True where every operator of the first chunk keeps samples apart; one that computes otherwise is the reason.
+
+        One that rearranges them may be put right by another: the outputs tell.
+        """
         try:
             self.ahead = self.captured(0, first) if self.method == "exact" else self.whole(0, first)
             if self.ahead.complete:
@@ -77,6 +82,8 @@ class Captures:
         return found
 
     def _keep(self, n: int, inputs: Any, captured: Captured) -> Captured:
-        if (n + 1) * batch_size(inputs) * sample_bytes(self.prepared.graph, inputs) <= self.memory / 2:
+        size = batch_size(inputs) * sample_bytes(self.prepared.graph, inputs)
+        if self.held + size <= self.memory / 2:
             self.kept[n] = captured
+            self.held += size
         return captured

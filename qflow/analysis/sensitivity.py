@@ -285,7 +285,7 @@ class _Measure:
                 self.narrow = f"one quantizer at a time, though samples are few: {error.reason}"
                 self.findings.append(Finding("sensitivity", "info", self.narrow))
                 return None
-        return self.widths.at(captured, most)
+        return self.widths.at(captured, size, most)
 
     def _full(self, inputs: Any, variants: Sequence[Variant]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Full forwards that keep the float order of topk and its like."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qflow.core.graph import OpKind
 from qflow.quant.capture import Captured, ReplayError
+from qflow.quant.ops import function_name
 from qflow.quant.rerun import Floats, Ops, Values
 from qflow.quant.tape import Op, Ref, references, tensors_in
 from qflow.quant.weighted import LinearLeaf, WeightedLeaf
@@ -27,12 +28,17 @@ from qflow.quant.weighted import LinearLeaf, WeightedLeaf
 TOLERANCE = 1e-3
 """Relative norm within which the values of two batches equal those of both together: kernels differ with the size."""
 
+_REARRANGES = frozenset([OpKind.move, OpKind.concat])
+"""What mixes samples only until another such op puts them back: [B, L] as [L, B], two batches as one."""
+_UNCHECKED = frozenset(["lstm", "gru", "rnn_tanh", "rnn_relu"])
+"""Functions that read beyond their states, without a word, where those are of another batch size than the input."""
+
 Axes = dict[int, tuple[int, ...]]
 """Op -> for each of its tensors the axis that holds the samples."""
 
 
 class MixesSamples(ReplayError):
-    """An op that gives a sample something else in company than alone."""
+    """An op that computes something else of a sample in company than alone."""
 
 
 def as_captured(op: Op, count: int) -> tuple[Any, Any]:
@@ -58,7 +64,8 @@ def axes_by_running(
             axes[op.index] = (0,)
             continue
         axis = _by_definition(ops, op, axes)
-        axes[op.index] = _by_running(ops, op, floats, axes, wide or 2 * (size % 2), calls) if axis is None else (axis,)
+        apart = wide or 2 * (size % 2)
+        axes[op.index] = _by_running(ops, op, floats, axes, size, apart, calls) if axis is None else (axis,)
     return axes
 
 
@@ -93,9 +100,13 @@ def _pointwise(ops: Ops, op: Op, read: Sequence[Ref], axes: Axes) -> int | None:
 
 
 def _by_running(
-    ops: Ops, op: Op, floats: Floats, axes: Axes, wide: int, calls: Callable[[Op, int], Any]
+    ops: Ops, op: Op, floats: Floats, axes: Axes, size: int, wide: int, calls: Callable[[Op, int], Any]
 ) -> tuple[int, ...]:
     """Axes of what the op gives: on the halves of the batch, or on `wide` batches, this one and another in turn."""
+    assert op.call is not None
+    function = op.call.function
+    if calls is as_captured and function is not None and function_name(function) in _UNCHECKED:
+        raise ReplayError(f"{op.name} has states for a batch of {size}")
 
     def at(ref: Ref) -> tuple[Tensor, int]:
         return floats.get(ref.op)[ref.position], axes[ref.op][ref.position]
@@ -107,7 +118,7 @@ def _by_running(
 
     def other(ref: Ref) -> Tensor:
         value, _ = at(ref)
-        return value * 0.75 if value.is_floating_point() else value
+        return value * 0.75 if value.is_floating_point() or value.is_complex() else value
 
     def joined(ref: Ref) -> Tensor:
         value, axis = at(ref)
@@ -125,7 +136,7 @@ def _by_running(
 def sample_axes(op: Op, first: Values, second: Values, whole: Values, parts: int) -> tuple[int, ...]:
     """Axis along which each tensor of `whole` is `parts` such ones, `first` and `second` by turns.
 
-    Raises ReplayError without one, MixesSamples where they are others.
+    Raises ReplayError without one or where a rearrangement gives others, MixesSamples where another op does.
     """
     found = []
     for a, b, c in zip(first, second, whole, strict=True):
@@ -134,7 +145,8 @@ def sample_axes(op: Op, first: Values, second: Values, whole: Values, parts: int
             raise ReplayError(f"{op.name} does not grow with the batch")
         length = a.shape[axis]
         if not all(_close((a, b)[_turn(n)], c.narrow(axis, n * length, length)) for n in range(parts)):
-            raise MixesSamples(f"{op.name} mixes the samples of a batch")
+            kind = ReplayError if op.kind in _REARRANGES else MixesSamples
+            raise kind(f"{op.name} mixes the samples of a batch")
         found.append(axis)
     return tuple(found)
 

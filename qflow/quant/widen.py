@@ -26,9 +26,13 @@ from qflow.quant.tape import Op, Ref
 
 @dataclass
 class Widths:
-    """`most` variants at once; `axes[op]` says for each of its tensors where the samples lie."""
+    """`most` variants at once; `axes[op]` says for each of its tensors where the samples lie.
+
+    `rows` is how many samples in a row, of all variants together, every op was seen to keep apart.
+    """
 
     most: int
+    rows: int
     axes: dict[int, tuple[int, ...]]
     path: list[tuple[str, int]]
     """Names and ranks of the ops: on another path indices mean other ops."""
@@ -36,9 +40,14 @@ class Widths:
     """Op -> which leaves of its call grow with the batch: integers (None), or tensors along an axis."""
     calls: dict[tuple[int, int], Any] = field(default_factory=dict)
 
-    def at(self, captured: Captured, most: int) -> Widths | None:
-        """The same for another batch, up to `most` variants; None where that takes another path through the code."""
-        return Widths(most, self.axes, self.path, self.scaled) if path_of(captured) == self.path else None
+    def at(self, captured: Captured, size: int, most: int) -> Widths | None:
+        """The same for another batch of `size`, up to `most` variants and as many rows as were proven; None where there
+        is room for one, or the batch takes another path through the code.
+        """
+        most = min(most, self.rows // size)
+        if most < 2 or path_of(captured) != self.path:
+            return None
+        return Widths(most, self.rows, self.axes, self.path, self.scaled)
 
     def call(self, op: Op, count: int) -> Any:
         """(args, kwargs) of the op, with `Ref`s, for `count` batches in a row."""
@@ -62,7 +71,7 @@ def widen(
     `ops` are those of `captured`.
     """
     try:
-        return Widths(most, axes_by_running(ops, captured, size, most), path_of(captured), {})
+        return Widths(most, size * most, axes_by_running(ops, captured, size, most), path_of(captured), {})
     except Exception:  # whatever an operator raises at another batch size: captures may tell what it needs there
         pass
     try:
@@ -90,7 +99,7 @@ def _by_capture(
     names = [[op.name for op in found.tape.ops] for found in (first, second, wide)]
     if names[0] != names[1] or names[0] != names[2]:
         raise ReplayError("the model takes another path at another batch size or on other data")
-    widths = Widths(most, {}, path_of(captured), {})
+    widths = Widths(most, size * most, {}, path_of(captured), {})
     for op, twice in zip(first.tape.ops, wide.tape.ops, strict=True):
         values = [found.values.get(op.index) for found in (first, second, wide)]
         axis = grown(op.shape, twice.shape, 2)

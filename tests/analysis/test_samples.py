@@ -83,3 +83,62 @@ def test_spectra_keep_samples_apart():
     x = torch.randn(4, 33, 6)
     table = sensitivity(filtered, calibrated(filtered, x), [x])
     assert not any("mixes the samples" in finding.message for finding in table.findings)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.lstm = nn.Linear(6, 8), nn.Linear(8, 4), nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x):
+        return self.b(self.lstm(self.a(x))[0][:, -1])
+
+
+def sequence_first(m, y):
+    turned = y.transpose(0, 1)
+    return F.relu(turned.flatten(0, 1)).unflatten(0, turned.shape[:2]).transpose(0, 1)
+
+
+APART = {
+    "an LSTM, whose states torch does not check": lambda: (Recurrent().eval(), (5, 6)),
+    "the sequence first, folded with the batch": lambda: (model(sequence_first), (5, 6)),
+    "two views in one batch": lambda: (model(lambda m, y: sum(torch.cat([y, y.flip(-1)]).chunk(2))), (6,)),
+}
+
+
+@pytest.mark.parametrize("method", ["exact", "screened", "estimate"])
+@pytest.mark.parametrize("size", [1, 4, 7, 20])
+@pytest.mark.parametrize("case", APART)
+@torch.no_grad()
+def test_samples_that_do_not_see_each_other_are_cut(case, size, method):
+    torch.manual_seed(0)
+    apart, shape = APART[case]()
+    x = torch.randn(size, *shape)
+    prepared = calibrated(apart, x)
+    table = sensitivity(apart, prepared, [x], settings=SensitivitySettings(method=method, draws=size))
+    assert not any("not cut" in finding.message for finding in table.findings)
+    rows = {(row.node.name, row.sensitive_type): row.variant for row in candidates(prepared)}
+    distances = Distances("L1", len(rows))
+    distances.reference({"0": apart(x)}, size)
+    for i, got in enumerate(full(prepared, x, list(rows.values()))):
+        distances.add(i, got)
+    wanted = {key: distances.result(i)[0] for i, key in enumerate(rows)}
+    for row in [row for row in table.rows if row.exact]:
+        assert row.score == pytest.approx(wanted[row.op_name, row.sensitive_type], rel=5e-3, abs=1e-7), row.op_name
+
+
+@torch.no_grad()
+def test_a_larger_batch_runs_no_wider_than_was_proven():
+    torch.manual_seed(0)
+    tail = model(lambda m, y: without(y, 9))
+    batches = [torch.randn(1, 6), torch.randn(8, 6)]
+    prepared = calibrated(tail, batches[1])
+    rows = candidates(prepared)
+    distances = Distances("L1", len(rows))
+    for x in batches:
+        distances.reference({"0": tail(x)}, len(x))
+        for i, got in enumerate(full(prepared, x, [row.variant for row in rows])):
+            distances.add(i, got)
+    wanted = {(row.node.name, row.sensitive_type): distances.result(i)[0] for i, row in enumerate(rows)}
+    for row in sensitivity(tail, prepared, batches).rows:
+        assert row.score == pytest.approx(wanted[row.op_name, row.sensitive_type], rel=5e-3, abs=1e-7), row.op_name
