@@ -82,7 +82,6 @@ class _Measure:
         self.findings: list[Finding] = []
         self.memory = settings.memory_mb * 1e6
         self.replays = self.reorders = True
-        self.captures: Captures
         self.widths: Widths | None = None
         self.narrow = ""
 
@@ -93,7 +92,6 @@ class _Measure:
         method, reason = self.way(samples, max(sample_bytes(self.prepared.graph, b) for b in batches))
         if reason:
             self.findings.append(Finding("sensitivity", "info", reason))
-        guessed: list[tuple[float, float]] = []
         # half for the values that are kept, half for what variants hold
         room = self.memory / (2.0 if method == "exact" else ESTIMATE_HOLDS)
         captures = self.captures = Captures(self.model, self.prepared, self.memory, method)
@@ -101,11 +99,8 @@ class _Measure:
         if captures.reason:
             text = f"{captures.reason}: the bad cases are one batch and not cut"
             self.findings.append(Finding("sensitivity", "check", text))
-        if method != "exact":
-            guessed = self.guesses(chunks)
-        exact = list(range(len(self.rows)))
-        if guessed:
-            exact = self.in_doubt(guessed, method)
+        guessed = self.guesses(chunks) if method != "exact" else []
+        exact = self.in_doubt(guessed, method) if guessed else list(range(len(self.rows)))
         found = self.exactly(chunks, exact, on_row) if exact else {}
         made = [found[i] if i in found else row.row(*guessed[i], {}, exact=False) for i, row in enumerate(self.rows)]
         if guessed and found:
@@ -142,7 +137,12 @@ class _Measure:
         return [*blind, *doubtful[: math.ceil(len(rest) * self.settings.screened_share)]]
 
     def guesses(self, chunks: Sequence[Any]) -> list[tuple[float, float]]:
-        """Estimated (score, standard error) of every row; none where the batch cannot be taken apart."""
+        """Estimated (score, standard error) of every row; none where that fails, or an uncut batch is too large."""
+        held = ESTIMATE_HOLDS * max(batch_size(c) * sample_bytes(self.prepared.graph, c) for c in chunks)
+        if self.captures.reason and held > self.memory:
+            text = f"no estimate: an uncut batch holds {held / 1e6:.0f} MB, above memory_mb. Every row was measured."
+            self.findings.append(Finding("sensitivity", "check", text))
+            return []
         try:
             variants = [row.variant for row in self.rows]
             return estimate(self.model, self.prepared, variants, chunks, self.settings, self.captures.whole)

@@ -22,6 +22,9 @@ from qflow.config.overrides import options_first, own_device, rewrite
 from qflow.config.schema import GROUPS, SCHEMAS, conf_dir, register_schemas
 from qflow.core.errors import ConfigError, QflowError
 
+UNQUOTED = (
+    "A range inside braces is text, but got one without quotes. Write key='{a: \"choice(1,2)\"}', or key.a=choice(1,2)."
+)
 DEFECT = 3  # exit code of an unforeseen error; 0, 1 and 2 have their meanings
 
 
@@ -134,10 +137,7 @@ def explain(error: Exception, config: str = "tune") -> str:
     if "Missing mandatory value" in text:
         return f"A value is needed for {key}, but got none. Set {key}=..., or add +experiment=<name>."
     if key == "tags" and "Set[str]" in text:  # Hydra's own object for choice(...) or interval(...)
-        return (
-            "A range inside braces is text, but got one without quotes. "
-            "Write key='{a: \"choice(1,2)\"}', or key.a=choice(1,2)."
-        )
+        return UNQUOTED
     if "no viable alternative" in text or "mismatched input" in text or "extraneous input" in text:
         return f"An override is key=value with closed brackets and quotes, but got {text.split(' at input ')[-1]}."
     if key and key not in text:
