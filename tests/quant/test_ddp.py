@@ -1,5 +1,7 @@
 """Two processes train one prepared model under DistributedDataParallel: the gradients are those of one process."""
 
+import gc
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -44,6 +46,7 @@ def worker(rank, store, results):
     prepared, images = trained()
     found = gradients(DistributedDataParallel(prepared), images[4 * rank : 4 * rank + 4], prepared)
     torch.save((found, sorted(prepared.ran)), f"{results}/{rank}.pt")
+    gc.collect()  # a wrapper lies in a reference cycle; one that outlives its group aborts torch at exit, now and then
     dist.destroy_process_group()
 
 

@@ -1,6 +1,7 @@
 """The prepared model as a module: its state is the float model's and more, and it survives what modules survive."""
 
 import copy
+import gc
 import os
 import subprocess
 import sys
@@ -203,6 +204,7 @@ def make():
 def one_process(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield
+    gc.collect()  # as in test_ddp.py: no wrapper outlives the group
     dist.destroy_process_group()
 
 
