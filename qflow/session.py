@@ -29,6 +29,7 @@ from qflow.report.console import Console, duration
 from qflow.report.files import write_study, write_trial
 from qflow.search.loop import Driver, FailedTrial, FinishedTrial, Outcome, driving
 from qflow.search.objective import Goal, aims, best_trial, meets
+from qflow.search.strategies import ERROR_SHARE, RATIO
 from qflow.search.study import Study
 from qflow.tasks.early_stop import bounds_of
 from qflow.tracking.mlflow_tracker import MlflowTracker
@@ -154,6 +155,7 @@ class Session:
             self.console.say(
                 f"{'continued':<12} {len(self.trials)} trials of an earlier start stand and are not repeated"
             )
+            log_front(self.tracker, self.study_run, self.study.name, self.trials, self.goal, self.root)
         self.note_best()
 
     @property
@@ -279,7 +281,8 @@ class Session:
     def trials_url(self) -> str:
         """Where `mlflow ui` shows this study's trials, accuracy against latency, by a view saved with the study."""
         host = self.tracker.uri if self.tracker.uri.startswith("http") else "http://127.0.0.1:5000"
-        key = save_view(self.tracker, self.study.name, params=list(self.study.space))
+        searched = [key for key in self.study.space if key not in (RATIO, ERROR_SHARE)]  # int16's share says it
+        key = save_view(self.tracker, self.study.name, params=searched)
         return study_url(host, self.tracker.experiment_id, self.study.name, key)
 
     def log_stage_tables(self, diagnosis: Diagnosis, tags: Mapping[str, str]) -> None:

@@ -15,8 +15,10 @@ from qflow.trial import TrialResult, run_metrics
 
 
 def trial_params(config: DictConfig) -> dict[str, Any]:
-    """The scalars of a trial that someone will sort or group by."""
+    """The scalars of a trial that someone will sort or group by; no int16_ratio where another rule decides."""
     node = {"calibration": conf.plain(config.calibration), "qconfig": conf.plain(config.qconfig)}
+    if config.qconfig.assignment or config.qconfig.error_share is not None:
+        del node["qconfig"]["int16_ratio"]
     if config.qat.steps:
         node["qat"] = conf.plain(config.qat)
     return {

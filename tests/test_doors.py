@@ -74,7 +74,9 @@ def test_a_run_holds_what_it_is_rebuilt_from(studied):
         assert f'"{table}"' in tags["mlflow.loggedArtifacts"]
     metrics = tracker.run_metrics(best)
     assert {"accuracy/error", "accuracy/drop", "cost/latency_ms", "qconfig/int16_ratio"} <= set(metrics)
-    assert tracker.run_params(best)["calibration.method"] in ("minmax", "mse")
+    params = tracker.run_params(best)
+    assert params["calibration.method"] in ("minmax", "mse")
+    assert bool(params["qconfig.assignment"]) != ("qconfig.int16_ratio" in params)  # one rule, no zero beside it
 
     from qflow.core.qconfig import QConfig
 

@@ -1,5 +1,7 @@
 """A search with conditions, switches by module and objectives by name through the door; and what is refused."""
 
+import shutil
+
 import pytest
 from doors import door
 from test_doors import OWN, STORE, open_tracker
@@ -32,8 +34,12 @@ def test_a_wide_search_tunes_goes_on_and_is_promoted(studied):
         assert metrics["qconfig/int16_ratio"] == ratio
     assert any(params["calibration.method"] == "percentile" for params, _ in runs.values())
     assert tracker.run_tags(tracker.find_study("own/int8_int16"))["mlflow.note.content"].startswith("# own/int8_int16")
+    front = [folder / "qflow_out/studies/own/int8_int16" / name for name in ("best.json", "pareto.json")]
+    texts = [path.read_text() for path in front]
+    shutil.rmtree(folder / "qflow_out/studies")
     again = door("tune", *SEARCH, cwd=folder)
     assert "7 trials of an earlier start stand" in again.stdout, again.stderr
+    assert [path.read_text() for path in front] == texts
     promoted = door("promote", *STORE, cwd=folder)
     assert promoted.returncode == 0, promoted.stdout + promoted.stderr
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qflow.tracking.mlflow_tracker import MlflowTracker
 
 TAG = "mlflow.sharedViewState."
-DROP, LATENCY = "accuracy/drop", "cost/latency_ms"
+DROP, LATENCY, INT16 = "accuracy/drop", "cost/latency_ms", "qconfig/int16_ratio"
 _log = logging.getLogger(__name__)
 
 
@@ -33,7 +33,7 @@ def save_view(
 ) -> str | None:
     """Save the view of a study's trials and return its key, or None when that did not work.
 
-    `x` and `y` are the metrics of the scatter plot; `params` join them in the parallel coordinates.
+    `x` and `y` are the metrics of the scatter plot; `params` and int16's share join them in the parallel coordinates.
     """
     state = view_state(study, params, x, y)
     key = record.digest([study, list(params), x, y])
@@ -73,7 +73,7 @@ def view_state(study: str, params: Sequence[str], x: str, y: str) -> dict[str, A
     }  # fmt: skip
     parallel = {
         **card, "type": "PARALLEL", "uuid": "qflow-parallel", "runsCountToCompare": 100, "showAllRuns": False,
-        "selectedParams": list(params), "selectedMetrics": [x, y],
+        "selectedParams": list(params), "selectedMetrics": [INT16, x, y],
     }  # fmt: skip
     return {
         "searchFilter": _filter(study),
@@ -83,7 +83,7 @@ def view_state(study: str, params: Sequence[str], x: str, y: str) -> dict[str, A
         "lifecycleFilter": "Active",
         "modelVersionFilter": "All Runs",
         "datasetsFilter": [],
-        "selectedColumns": [_metric(y), _metric(x), *(f"params.`{name}`" for name in params)],
+        "selectedColumns": [_metric(y), _metric(x), _metric(INT16), *(f"params.`{name}`" for name in params)],
         "runsHiddenMode": "SHOW_ALL",
         "runsExpanded": {},
         "runsPinned": [],
