@@ -21,6 +21,7 @@ from qflow.allocator import keep_freed_memory
 from qflow.config.overrides import options_first, own_device, rewrite
 from qflow.config.schema import GROUPS, SCHEMAS, conf_dir, register_schemas
 from qflow.core.errors import ConfigError, QflowError
+from qflow.waiting import wait_briefly
 
 UNQUOTED = (
     "A range inside braces is text, but got one without quotes. Write key='{a: \"choice(1,2)\"}', or key.a=choice(1,2)."
@@ -36,6 +37,7 @@ def run_door(name: str, act: Callable[[DictConfig], int], argv: Sequence[str] | 
     """
     import hydra
 
+    wait_briefly()
     keep_freed_memory()
     debug = os.environ.get("QFLOW_DEBUG", "") not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of to Hydra's own printer

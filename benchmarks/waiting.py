@@ -1,0 +1,79 @@
+"""What threads that sleep soon save where cores are shared: `python -m benchmarks.waiting [--rounds 3]`.
+
+Float forward passes in fresh processes with as many threads as cores, alone and two processes at once: threads wait
+as libgomp has it, or as `qflow.waiting.wait_briefly` does. Median wall time of a pass, the slower process of the two.
+Nothing else may run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from qflow.waiting import SPINS
+
+CASES = ("resnet20:64:32", "resnet20:4:32", "mobilenetv2:4:32", "unet:4:64")
+SECONDS = 3.0  # a process passes for so long, so that two are at it together
+
+
+def one(case: str) -> float:
+    """Seconds of a forward pass."""
+    import torch  # here: what libgomp reads is set before
+
+    from benchmarks.networks import build
+
+    name, batch, side = case.split(":")
+    model, images = build(name), torch.randn(int(batch), 3, int(side), int(side))
+    taken: list[float] = []
+    with torch.no_grad():
+        model(images)
+        end = time.perf_counter() + SECONDS
+        while time.perf_counter() < end or len(taken) < 3:
+            start = time.perf_counter()
+            model(images)
+            taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def at_once(case: str, processes: int, environment: dict[str, str]) -> float:
+    """Seconds of a pass in the slowest of so many processes."""
+    command = [sys.executable, "-m", "benchmarks.waiting", "--process", "--only", case]
+    started = [
+        subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(processes)
+    ]
+    return max(float(process.communicate()[0]) for process in started)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=CASES)
+    parser.add_argument("--process", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.process:
+        print(one(options.only[0]))
+        return
+    ways = {"libgomp": {}, "briefly": {"GOMP_SPINCOUNT": SPINS}}
+    print("| network, batch, side | alone: libgomp | briefly | ratio | two at once: libgomp | briefly | ratio |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for case in options.only:
+        found: dict[tuple[int, str], list[float]] = {(count, way): [] for count in (1, 2) for way in ways}
+        for _ in range(options.rounds):
+            for (count, way), values in found.items():
+                values.append(at_once(case, count, ways[way]))
+        cells = [case]
+        for count in (1, 2):
+            left, brief = (statistics.median(found[count, way]) for way in ways)
+            cells += [f"{left * 1e3:.1f} ms", f"{brief * 1e3:.1f} ms", f"{brief / left:.2f}"]
+        print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
