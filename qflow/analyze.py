@@ -6,7 +6,8 @@
     advice       why, what to write, and whether it helps (follows its own advice and measures again)
     qat_debug    when QAT fails: which part is at fault (analysis/qat_debug.py)
 
-All but the last look at the model under `qconfig.template`. Tables, pictures and a page go into a folder and to an
+All but the last look at the model under `qconfig` (a template, modules by name, an int16 ratio ...) and the first
+`calibration`. Tables, pictures and a page go into a folder and to an
 MLflow run. Exit code 0: done; 1: qat_debug found a fault; 2: a mistake in what was asked. In qat_debug a stage may lose
 `objective.max_drop` against float or calibrated (at rate 0 nothing); a goal that sound training misses is named in the
 verdict and is no fault.
@@ -15,6 +16,7 @@ verdict and is no fault.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from qflow import config as conf
@@ -24,6 +26,8 @@ from qflow.tune import check_config
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from qflow.core.qconfig import QConfig
+    from qflow.core.settings import QConfigSettings
     from qflow.diagnosis import Diagnosis
     from qflow.report.console import Console
 
@@ -50,38 +54,68 @@ def analyze(config: DictConfig) -> int:
 
 
 def diagnose(config: DictConfig, stages: list[str]) -> None:
-    """Bad cases, layers, sensitivity and advice of the task's model."""
-    from qflow.core.dtype import QDtype
+    """Bad cases, layers, sensitivity and advice of the task's model under `qconfig`."""
     from qflow.diagnosis import Diagnosis
     from qflow.report.console import Console
     from qflow.tracking.mlflow_tracker import MlflowTracker
     from qflow.tune import make_bench
 
+    settings = conf.trial_settings(config).qconfig
+    check_filters(config, stages)
     root = conf.root_dir(config)
     tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
     bench = make_bench(config)
     bench.peek()
     console = Console()
-    diagnosis = Diagnosis(bench, QDtype.parse(config.qconfig.template, "qconfig.template"))
-    run_stages(diagnosis, stages, console)
-    suffix = "" if config.qconfig.template == "qint8" else f"-{config.qconfig.template}"
+    if needs_ranking(settings):
+        with console.stage("ranking") as say, console.bar("ranking", bench.quantizers, "rows") as advance:
+            say(f"{len(bench.rank(advance).rows)} rows of the all-int8 model: what qconfig chooses by")
+    diagnosis = Diagnosis(bench, settings)
+    what, suffix = named(settings, diagnosis.qconfig({}))
+    run_stages(diagnosis, stages, console, lambda: diagnosis.shown_layers(config.prefixes, config.types))
     folder = root / "analyze" / f"{bench.task.name}{suffix}"
-    title = f"{bench.task.name}: all {config.qconfig.template}"
-    pictures = diagnosis.write(folder, title, list(config.prefixes), list(config.types))
+    pictures = diagnosis.write(folder, f"{bench.task.name}: {what}", list(config.prefixes), list(config.types))
     name = f"{bench.task.name}/analyze{suffix}"
     run = tracker.open_study(
         name,
         tags={"qflow.workflow": "analyze", "qflow.stages": ",".join(stages)},
         params={"task": bench.task.name, "march": config.device.march, "template": config.qconfig.template},
-        description=f"Analysis of {bench.task.name} at {config.qconfig.template}: analysis.html has it all.",
+        description=f"Analysis of {bench.task.name}, {what}: analysis.html has it all.",
     )
+    tracker.clear(run)  # files of an earlier analysis, perhaps of other stages, would pass for this one's
     tracker.log_study(run, folder=folder)
     tracker.close_study(run)
     console.say(f"{'written':<12} {folder / 'analysis.html'} and {len(pictures)} pictures; MLflow run {name}")
 
 
-def run_stages(diagnosis: Diagnosis, stages: list[str], console: Console) -> None:
-    """Each stage with its bar and its line."""
+def check_filters(config: DictConfig, stages: list[str]) -> None:
+    """Refuse what the stages could not use. Raises ConfigError."""
+    if (config.prefixes or config.types) and not {"layers", "advice"} & set(stages):
+        raise ConfigError(
+            f"prefixes and types choose rows of the layer table, but got stages {', '.join(stages)}. Add layers."
+        )
+
+
+def needs_ranking(settings: QConfigSettings) -> bool:
+    """Whether the qconfig chooses operators by sensitivity."""
+    chosen = settings.assignment or settings.error_share is not None or settings.float16_count
+    return bool(chosen) or 0.0 < settings.int16_ratio < 1.0
+
+
+def named(settings: QConfigSettings, applied: QConfig) -> tuple[str, str]:
+    """(what is analysed, in words; the end of its folder's name): a mix is named by its digest, as tune prints it."""
+    if settings == type(settings)(template=settings.template):
+        return f"all {settings.template}", "" if settings.template == "qint8" else f"-{settings.template}"
+    wide = sum(op.output == "qint16" for op in applied.ops.values())
+    half = sum(op.output == "float16" for op in applied.ops.values())
+    mix = f"qconfig {applied.digest} with {wide} outputs int16 and {half} float16 of {len(applied.ops)}"
+    return mix, f"-{applied.digest[:8]}"
+
+
+def run_stages(
+    diagnosis: Diagnosis, stages: list[str], console: Console, on_layers: Callable[[], object] = lambda: None
+) -> None:
+    """Each stage with its bar and its line; `on_layers` may refuse the layer table before anything long runs."""
     from qflow.analysis.layer_text import layers_line
 
     bench = diagnosis.bench
@@ -93,6 +127,7 @@ def run_stages(diagnosis: Diagnosis, stages: list[str], console: Console) -> Non
     if "layers" in stages or "advice" in stages:
         with console.stage("layers") as say:
             say(layers_line(diagnosis.compare_layers()))
+            on_layers()
     if "sensitivity" in stages or "advice" in stages:
         with console.stage("sensitivity") as say, console.bar("sensitivity", bench.quantizers, "rows") as advance:
             ranked = diagnosis.rank(advance)

@@ -1,19 +1,21 @@
 """The guide's accuracy debugging on a bench: bad cases, layer by layer, sensitivity, advice, and whether it helps.
 
-Each step is computed once and takes what it needs of those before it. All look at the model with every operator at
-`template` (qint8, or qint16 as far as the device has it), under the default calibration.
+Each step is computed once and takes what it needs of those before it. All look at one model under the default
+calibration: all int8, or what `settings` ask for: a template, operators by name, an int16 ratio.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qflow.analysis.advisor import advise, override, setting
+from qflow.analysis.advice_line import override, setting
+from qflow.analysis.advisor import advise
 from qflow.analysis.badcase_files import BadcaseInputs
 from qflow.analysis.calibration_check import calibration_findings
 from qflow.analysis.candidates import candidates
@@ -27,16 +29,16 @@ from qflow.analysis.tables import (
     FidelityRow,
     Finding,
     LayerTable,
+    SensitivityRow,
     SensitivityTable,
 )
 from qflow.bench import Bench
-from qflow.core.device import apply_rules
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.qconfig import QConfig
-from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, Setter, TemplateSetter, resolve
+from qflow.core.settings import QConfigSettings
 from qflow.groundwork import Progress, silent
-from qflow.quant.calibrate import apply_scales
+from qflow.precisions import Precisions
 from qflow.quant.calling import batch_size, call_model, named_tensors
 from qflow.quant.capture import ReplayError
 
@@ -46,18 +48,29 @@ class Diagnosis:
     """What is known about why a calibrated model loses accuracy."""
 
     bench: Bench
-    template: QDtype = QDtype.qint8
+    settings: QConfigSettings | None = None
+    """The model's qconfig; None is all int8, as a study ranks it. What needs a ranking has the bench's at the start."""
     badcases: BadcaseTable | None = None
     inputs: BadcaseInputs = field(default_factory=BadcaseInputs)
     layers: LayerTable | None = None
     sensitivity: SensitivityTable | None = None
-    advice: tuple[Advice, ...] = ()
+    advice: tuple[Advice, ...] | None = None
     fidelity: Fidelity | None = None
     findings: tuple[Finding, ...] = ()
 
+    @cached_property
+    def applied(self) -> QConfig | None:
+        """The qconfig under analysis, as the device would run it; None for all int8."""
+        return None if self.settings is None else self._precisions.resolve(self.settings)[1]
+
+    @cached_property
+    def _precisions(self) -> Precisions:
+        """As ranked before the analysis: its own ranking is of another model, and would move a ratio's operators."""
+        return self.bench.precisions
+
     def find_badcases(self, progress: Progress = silent) -> BadcaseTable:
         """The calibration samples on which the quantized model differs most from float."""
-        self.badcases = self.bench.find_badcases(progress, self.inputs, self.template)
+        self.badcases = self.bench.find_badcases(progress, self.inputs, self.applied)
         return self.badcases
 
     def compare_layers(self, progress: Progress = silent) -> LayerTable | None:
@@ -77,7 +90,7 @@ class Diagnosis:
 
     def rank(self, progress: Progress = silent) -> SensitivityTable:
         """Sensitivity of every quantizer on the bad cases; `progress` counts rows."""
-        self.sensitivity = self.bench.rank(progress, self.template)
+        self.sensitivity = self.bench.rank(progress, self.applied)
         return self.sensitivity
 
     def advise(self) -> tuple[Advice, ...]:
@@ -90,42 +103,56 @@ class Diagnosis:
         return self.advice
 
     def check_advice(self, most: int = 8) -> Fidelity:
-        """Follow the first `most` lines of advice, and measure the operators that they set again."""
-        chosen: list[Advice] = []
-        modules: dict[str, str] = {}
-        left_out: list[str] = []
-        for a in self.advice or self.advise():  # each was tried alone; together two may be too much for the device
-            if not a.line or len(chosen) == most:
-                continue
-            if reason := self.refused(a.target, a.spec, modules):
-                left_out.append(f"{a.target} {a.spec} is not allowed beside the rest: {reason}")
-            else:
-                chosen.append(a)
-                modules[a.target] = a.spec
+        """Follow the first `most` lines of advice, and measure the operators that they set again: exactly, both times.
+
+        Raises ConfigError where no advice has a line.
+        """
+        chosen, left_out = self._agreed(most)
         if not chosen:
             raise ConfigError("Advice is checked by its lines, but got none: nothing stands out or nothing is allowed.")
         table, bench = self.sensitivity or self.rank(), self.bench
-        self._calibrated()
-        own = {(c.node.name, c.sensitive_type, str(c.variant.quantizer.dtype)) for c in candidates(bench.prepared)}
-        before_rows = {
-            (r.op_name, r.sensitive_type): r for r in table.rows if (r.op_name, r.sensitive_type, r.quant_dtype) in own
-        }
-        before = self._outputs_off()
-        calibration = bench.default_calibration
-        apply_scales(bench.prepared, bench.calibrate(calibration), self.qconfig(modules), calibration)
-        after = self._outputs_off()
+        modules = {a.target: a.spec for a in chosen}
         touched = {a.op for a in chosen} | set(modules)
-        rows = [c for c in candidates(bench.prepared) if c.node.name in touched]
-        exact = replace(bench.sensitivity_settings, method="exact")
-        again = sensitivity(bench.task.model, bench.prepared, bench.cases(), settings=exact, rows=rows)
-        found = [
-            FidelityRow(r.op_name, r.sensitive_type, old.quant_dtype, r.quant_dtype, old.score, r.score)
-            for r in again.rows
-            if (old := before_rows.get((r.op_name, r.sensitive_type))) is not None
-        ]
         self._calibrated()
-        self.fidelity = Fidelity(table.metric, tuple(found), before, after, override(modules), tuple(left_out))
+        old, before = self._measured(touched, table), self._outputs_off()
+        bench.apply(self.qconfig(modules))
+        new, after = self._measured(touched), self._outputs_off()
+        self._calibrated()
+        rows = [
+            FidelityRow(*key, old[key].quant_dtype, row.quant_dtype, old[key].score, row.score)
+            for key, row in new.items()
+            if key in old
+        ]
+        self.fidelity = Fidelity(table.metric, tuple(rows), before, after, override(modules), tuple(left_out))
         return self.fidelity
+
+    def _agreed(self, most: int) -> tuple[list[Advice], list[str]]:
+        """The first `most` pieces of advice that the device takes together (each was tried alone), and what not."""
+        chosen: list[Advice] = []
+        left_out: list[str] = []
+        for a in self.advise() if self.advice is None else self.advice:
+            if not a.line or len(chosen) == most:
+                continue
+            if reason := self.refused(a.target, a.spec, {c.target: c.spec for c in chosen}):
+                left_out.append(f"{a.target} {a.spec} is not allowed beside the rest: {reason}")
+            else:
+                chosen.append(a)
+        return chosen, left_out
+
+    def _measured(
+        self, operators: set[str], known: SensitivityTable | None = None
+    ) -> dict[tuple[str, str], SensitivityRow]:
+        """Exact rows of `operators` at the dtypes they have now, by operator and type; those of `known` if they are."""
+        bench = self.bench
+        rows = [c for c in candidates(bench.prepared) if c.node.name in operators]
+        own = {(c.node.name, c.sensitive_type, str(c.variant.quantizer.dtype)) for c in rows}
+        found = [
+            r for r in (known.rows if known else ()) if r.exact and (r.op_name, r.sensitive_type, r.quant_dtype) in own
+        ]
+        if len(found) < len(rows):  # estimates are no measure for what an advice did
+            exact = replace(bench.sensitivity_settings, method="exact")
+            found = list(sensitivity(bench.task.model, bench.prepared, bench.cases(), settings=exact, rows=rows).rows)
+        return {(r.op_name, r.sensitive_type): r for r in found}
 
     def write(
         self, folder: Path, title: str, prefixes: Sequence[str] = (), types: Sequence[str] = ()
@@ -136,12 +163,6 @@ class Diagnosis:
         """
         from qflow.report.analysis_files import write_analysis  # draws: matplotlib and plotly load only here
 
-        shown = filtered(self.layers, prefixes, types) if self.layers else None
-        if shown is not None and not shown.rows:
-            raise ConfigError(
-                f"prefixes and types choose operators of the model, but got none with {[*prefixes, *types]}. See "
-                "qflow.check for their names."
-            )
         return write_analysis(
             folder,
             title,
@@ -153,8 +174,18 @@ class Diagnosis:
             fidelity=self.fidelity,
             findings=self.all_findings,
             histogram=lambda operator: histogram_of(self.bench, operator),
-            shown=shown,
+            shown=self.shown_layers(prefixes, types),
         )
+
+    def shown_layers(self, prefixes: Sequence[str], types: Sequence[str]) -> LayerTable | None:
+        """The layer table's rows that the filters choose. Raises ConfigError where they choose none."""
+        shown = filtered(self.layers, prefixes, types) if self.layers else None
+        if shown is not None and not shown.rows:
+            raise ConfigError(
+                f"prefixes and types choose operators of the model, but got none with {[*prefixes, *types]}. See "
+                "qflow.check for their names."
+            )
+        return shown
 
     @property
     def all_findings(self) -> tuple[Finding, ...]:
@@ -162,8 +193,8 @@ class Diagnosis:
         own = [t.findings for t in (self.badcases, self.layers, self.sensitivity) if t is not None]
         return (*(finding for found in own for finding in found), *self.findings)
 
-    def qconfig(self, modules: dict[str, str]) -> QConfig:
-        """The template with some operators set, as the device would run it."""
+    def qconfig(self, modules: Mapping[str, str]) -> QConfig:
+        """The model with some more operators set, as the device would run it."""
         return self._resolved(modules)[1]
 
     def refused(self, operator: str, spec: str, beside: Mapping[str, str] | None = None) -> str:
@@ -178,22 +209,20 @@ class Diagnosis:
                 return kept.fallback or f"{kept.output} remains on {name}"
         return ""
 
-    def _resolved(self, modules: dict[str, str]) -> tuple[QConfig, QConfig]:
-        bench = self.bench
-        setters: list[Setter] = [
-            ModuleNameSetter({name: setting(spec) for name, spec in modules.items()}),
-            HighPrecisionOutput(),
-            TemplateSetter(self.template),
-        ]
-        requested = resolve(bench.graph, setters, bench.rules.march)
-        return requested, apply_rules(bench.graph, requested, bench.rules, bench.scores)
+    def _resolved(self, modules: Mapping[str, str]) -> tuple[QConfig, QConfig]:
+        """(requested, applied) of the model with some more operators set."""
+        base, precisions = (
+            self.settings or QConfigSettings(),
+            self._precisions if self.settings else self.bench.precisions,
+        )
+        own = {name: setting(spec) for name, spec in modules.items()}
+        return precisions.resolve(replace(base, modules={**base.modules, **own}))
 
     def _calibrated(self) -> tuple[Finding, ...]:
-        """The template's scales in force, and what calibration shows."""
-        bench = self.bench
-        extra = bench.all(self.template)
-        stats = bench.calibrate(bench.default_calibration)
-        return calibration_findings(bench.prepared, stats, bench.template(self.template)[1], extra)
+        """The model's scales in force, and what calibration shows."""
+        bench, applied = self.bench, self.qconfig({})
+        extra = bench.apply(applied)
+        return calibration_findings(bench.prepared, bench.calibrate(bench.default_calibration), applied, extra)
 
     def _outputs_off(self) -> float:
         """Merged distance of the outputs from float with all quantizers on."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from qflow.analysis.badcase import find_badcases
 from qflow.analysis.badcase_files import BadcaseInputs, named_samples
-from qflow.analysis.candidates import Candidate, candidates
+from qflow.analysis.candidates import Candidate, candidates, finer
 from qflow.analysis.sensitivity import sensitivity
 from qflow.analysis.tables import BadcaseTable, SensitivityTable
 from qflow.cache import Cache
@@ -173,16 +173,17 @@ class Groundwork:
                 pass
 
     def find_badcases(
-        self, progress: Progress = silent, inputs: BadcaseInputs | None = None, template: QDtype = QDtype.qint8
+        self, progress: Progress = silent, inputs: BadcaseInputs | None = None, applied: QConfig | None = None
     ) -> BadcaseTable:
-        """The calibration samples on which the model, all at `template`, differs most from float; progress in steps.
+        """The calibration samples on which the model under `applied` (all int8) differs most from float.
 
-        `inputs` keeps the model inputs of the chosen samples.
+        `progress` counts steps; `inputs` keeps the model inputs of the chosen samples.
         """
         chosen, calibration = self.sensitivity_settings, self.default_calibration
+        model = applied or self.template(QDtype.qint8)[1]
 
         def searched() -> BadcaseTable:
-            self.all(template)
+            self.apply(model)
             stream = batches(self.task, "calibration", calibration.batch_size, self.badcase_steps)
             return find_badcases(
                 self.task.model,
@@ -194,7 +195,7 @@ class Groundwork:
                 inputs=inputs,
             )
 
-        key = [template, calibration, self.augmented(calibration), self.rules]
+        key = [model.digest, calibration, self.augmented(calibration), self.rules]
         key += [chosen.metric, chosen.bad_cases, chosen.search_samples]
         self.badcases = self.cache.get("badcases", key, searched, BadcaseTable)
         if inputs is not None and not inputs.samples:  # the table was known, its samples are read again
@@ -209,9 +210,13 @@ class Groundwork:
         return -(-self.sensitivity_settings.search_samples // self.default_calibration.batch_size)
 
     def all(self, dtype: QDtype) -> list[str]:
-        """Set every operator to `dtype` under the default calibration; returns what calibration noticed."""
+        """`apply` with every operator at `dtype`."""
+        return self.apply(self.template(dtype)[1])
+
+    def apply(self, applied: QConfig) -> list[str]:
+        """Set dtypes and scales of `applied` under the default calibration; returns what calibration noticed."""
         calibration = self.default_calibration
-        return apply_scales(self.prepared, self.calibrate(calibration), self.template(dtype)[1], calibration)
+        return apply_scales(self.prepared, self.calibrate(calibration), applied, calibration)
 
     def cases(self) -> list[Any]:
         """Model inputs of the bad cases, as one batch."""
@@ -223,28 +228,32 @@ class Groundwork:
         """Number of int8 rows of a sensitivity table: outputs and weights, high-precision outputs apart."""
         return len(self.graph.quantized) - len(self.graph.high_precision) + len(self.graph.weighted)
 
-    def rank(self, progress: Progress = silent, template: QDtype = QDtype.qint8) -> SensitivityTable:
-        """Sensitivity of every quantizer on the bad cases; `progress` counts rows.
+    def rank(self, progress: Progress = silent, applied: QConfig | None = None) -> SensitivityTable:
+        """Sensitivity of every quantizer at each of `sensitivity.dtypes`, on the bad cases; counts rows.
 
-        At each of `sensitivity.dtypes`; with another template than qint8 at what that gives each quantizer.
+        With `applied` that of its model: a row at a quantizer's own dtype, and one at each of those that is finer.
         """
-        cases, settings = self.cases(), self.sensitivity_settings
+        settings, badcases = self.sensitivity_settings, self.badcases or self.find_badcases(applied=applied)
 
         def ranked() -> SensitivityTable:
-            rows: list[Candidate] = []
-            wanted = [QDtype.parse(name, "sensitivity.dtypes") for name in settings.dtypes]
-            for dtype in wanted if template == QDtype.qint8 else []:
-                self.all(QDtype.qint8 if dtype == QDtype.float16 else dtype)
-                rows += candidates(self.prepared, dtype)
-            self.all(template)
-            rows = rows or candidates(self.prepared)
+            rows, cases = self._candidates(applied), self.cases()
             return sensitivity(self.task.model, self.prepared, cases, settings=settings, rows=rows, on_row=progress)
 
-        chosen = list((self.badcases or self.find_badcases()).chosen)
-        calibration = self.default_calibration
-        key = [template, calibration, self.augmented(calibration), settings, chosen, self.rules]
+        calibration, model = self.default_calibration, applied.digest if applied else "templates"
+        key = [model, calibration, self.augmented(calibration), settings, list(badcases.chosen), self.rules]
         self.sensitivities = self.cache.get("sensitivity", key, ranked, SensitivityTable)
         return self.sensitivities
+
+    def _candidates(self, applied: QConfig | None) -> list[Candidate]:
+        """Rows of a ranking; the model that they belong to is in force afterwards."""
+        base = applied or self.template(QDtype.qint8)[1]
+        self.apply(base)
+        rows = own = candidates(self.prepared) if applied else []
+        for dtype in (QDtype.parse(name, "sensitivity.dtypes") for name in self.sensitivity_settings.dtypes):
+            self.all(QDtype.qint8 if dtype == QDtype.float16 else dtype)
+            rows = rows + finer(candidates(self.prepared, dtype), own)
+        self.apply(base)
+        return rows
 
     @property
     def analysis_key(self) -> str:

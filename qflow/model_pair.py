@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from qflow.analysis.advisor import setting
+from qflow.analysis.advice_line import setting
 from qflow.analysis.candidates import Candidate
 from qflow.config.device_file import load_rules
 from qflow.core.device import apply_rules

@@ -70,9 +70,60 @@ def test_stages_and_filters_are_chosen(tmp_path):
     assert ", loud, " in lines[1]
 
 
+def test_the_advised_mix_is_analysed_as_the_next_model(done, tmp_path):
+    """The guide's loop: raise what the advice names, and debug the mixed model."""
+    result = door("analyze", *CUSTOM, *FEW, "qconfig.modules={loud: qint16}", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (out,) = (tmp_path / "qflow_out" / "analyze").glob("own-*")
+    rows = json.loads((out / "sensitivity_record.json").read_text())["rows"]
+    assert [r["quant_dtype"] for r in rows if (r["op_name"], r["sensitive_type"]) == ("loud", "activation")] == [
+        "qint16"
+    ]
+    moved = [float(result.stdout.split("outputs from ")[1].split()[0]) for result in (done[0], result)]
+    assert moved[1] < 0.2 * moved[0]
+
+
+def test_files_of_other_stages_are_gone_from_the_folder_and_the_run(tmp_path):
+    for stages, present, absent in (
+        ("[layers,sensitivity]", {"sensitivity.txt", "compare_per_layer_out.txt"}, {"advice.txt"}),
+        ("[badcase]", {"badcase.txt"}, {"sensitivity.txt", "compare_per_layer_out.txt", "advice.txt"}),
+    ):
+        result = door("analyze", *CUSTOM, *FEW, f"stages={stages}", cwd=tmp_path)
+        assert result.returncode == 0, result.stdout + result.stderr
+        tracker = MlflowTracker.open(None, tmp_path / "qflow_out", "own")
+        run = tracker.find_study("own/analyze")
+        kept = {artifact.path for artifact in tracker.client.list_artifacts(run)}
+        assert kept >= present and not kept & absent
+        tables = {entry["path"] for entry in json.loads(tracker.run_tags(run)["mlflow.loggedArtifacts"])}
+        assert tables <= kept
+
+
+def test_what_int16_cannot_hold_is_advised_fp16(tmp_path):
+    """The energy of a dark picture (tasks/exposure.py) underflows at int16: the guide raises it to fp16."""
+    how = ["+experiment=int16_fp16", "task=exposure", "qconfig.template=qint16", "sensitivity.bad_cases=4"]
+    result = door("analyze", *how, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    advice = json.loads((tmp_path / "qflow_out" / "analyze" / "exposure-qint16" / "advice.json").read_text())
+    assert {(a["op"], a["spec"]) for a in advice} >= {(f"level[{op}]", "float16") for op in ("add", "mean", "square")}
+    before, after = (float(w) for w in result.stdout.split("moves the outputs from ")[1].split()[:3:2])
+    assert after < 0.05 * before
+
+
+def test_following_an_estimate_is_measured_exactly(done, tmp_path):
+    result = door("analyze", *CUSTOM, *FEW, "sensitivity=estimate", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads((done[1] / "qflow_out" / "analyze" / "own" / "sensitivity_record.json").read_text())["rows"]
+    exact = {r["op_name"]: r["score"] for r in rows if r["sensitive_type"] == "activation"}
+    text = (tmp_path / "qflow_out" / "analyze" / "own" / "advice.txt").read_text()
+    (line,) = (line.split() for line in text.splitlines() if line.startswith("loud  ") and "qint16" in line)
+    assert float(line[-2]) == pytest.approx(exact["loud"], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["stages=[badcase]", "prefixes=[loud]"], "choose rows of the layer table, but got stages badcase"),
+        (["qconfig.modules={nosuch: qint16}"], "but got nosuch"),
         (["stages=[everything]"], "stages are of badcase, layers, sensitivity, advice, qat_debug, but got"),
         (["sensitivity.method=fast"], "sensitivity.method is one of exact, screened, estimate, but got 'fast'"),
         (["sensitivity=quick"], "but got"),

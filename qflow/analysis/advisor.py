@@ -12,18 +12,20 @@ It joins the sensitivity table (how much), the layer table (range on the bad cas
     truncation        the squared error beyond the range is larger than the one of rounding, scale^2 / 12
     rounding          otherwise: the resolution is too low
 
-Each advice is tried on the device rules before it is given: where the march would undo it, there is no line, and the
-text says what to change in the float model. Gain is the row's share of all scores.
+int16 mends the last two; where it is there already, or measured to leave the operator above the noise, float16 does if
+the table has it at less than half of that. Each advice is tried on the device rules before it is given: where the march
+would undo it, there is no line, and the text says what to change in the float model. Gain is the row's share of all
+scores.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from qflow.analysis.advice_line import WEIGHT_ONLY, override
 from qflow.analysis.calibration_check import FAR_BELOW, UNLIKE_CALLS, call_reach
 from qflow.analysis.tables import Advice, LayerRow, LayerTable, SensitivityRow, SensitivityTable
 from qflow.core.dtype import QDtype
@@ -37,8 +39,8 @@ from qflow.quant.weighted import WeightedLeaf
 
 NOISE = 0.05  # of the most sensitive row
 MOST = 16  # operators that are advised on
+FLOAT16_BETTER = 0.5  # times what int16 leaves
 FAR = 1.5  # times what calibration saw
-WEIGHT_ONLY = "{weight: qint16}"  # the output stays as it is, high precision included
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ def advise(
     noise = max(NOISE * max(finite, default=0.0), statistics.median(finite) if finite else 0.0)
     weights = {r.op_name: r for r in rows if r.sensitive_type == "weight" and r.score > noise}
     activations = {r.op_name: r for r in rows if r.sensitive_type == "activation" and r.score > noise}
-    maker = _Maker(prepared, stats, layers, refused)
+    scores = {(r.op_name, r.quant_dtype): r.score for r in table.rows if r.sensitive_type == "activation"}
+    maker = _Maker(prepared, stats, layers, refused, scores, noise)
     found = []
     for name in dict.fromkeys([*activations, *weights]):
         activation, weight = activations.get(name), weights.get(name)
@@ -139,6 +142,9 @@ class _Maker:
     stats: CalibrationStats
     layers: LayerTable | None
     refused: Callable[[str, str], str]
+    scores: Mapping[tuple[str, str], float]
+    """Of activations, by operator and dtype."""
+    noise: float
 
     def case(self, node: OpNode, row: SensitivityRow) -> Case:
         quantizer = self.prepared.outputs[node.quantizer or ""]
@@ -156,7 +162,16 @@ class _Maker:
         if cause == "constant":
             readers = self.prepared.graph.consumers[node.name]
             target = readers[0] if readers else node.name
+        if spec == "qint16" and target == node.name and (better := self.float16(node)):
+            text, spec = f"{text}; {better}", "float16"
         return self.made(node.name, cause, source, {**case.figures(), **figures}, text, target, spec, gain)
+
+    def float16(self, node: OpNode) -> str:
+        """What fp16 takes away where int16 does not help; "" where it does, where fp16 is no better or not allowed."""
+        at16, at_float = (self.scores.get((node.name, dtype), math.nan) for dtype in ("qint16", "float16"))
+        if not (at16 > self.noise and at_float < FLOAT16_BETTER * at16) or self.refused(node.name, "float16"):
+            return ""
+        return f"int16 leaves {at16:.3g}, fp16 {at_float:.3g}"
 
     def cause(self, case: Case) -> tuple[str, str, str, dict[str, float]]:
         """(cause, what it means, spec that mends it, figures of its own)."""
@@ -263,30 +278,3 @@ class _Maker:
         if spec and not line:
             text += f"; its name is none for a command line, in a file write modules: {{'{target}': {spec}}}"
         return Advice(op, cause, source, kept, text, line, gain, target if spec else "", spec)
-
-
-def override(modules: Mapping[str, str]) -> str:
-    """`qconfig.modules={head.box: qint16}` with what Hydra's grammar wants escaped; "" where it takes no such key."""
-    if not all(map(_writable, modules)):
-        return ""
-    cells = [f"{name.translate(_ESCAPED)}: {spec}" for name, spec in modules.items()]
-    return f"qconfig.modules={{{', '.join(cells)}}}"
-
-
-def _writable(name: str) -> bool:
-    """True where Hydra reads the name as a text: its letters are in the grammar, and it is no number, null or bool."""
-    if not re.fullmatch(r"[\w.\[\](),:=+*/$ -]+", name, re.ASCII) or name.lower() in ("null", "true", "false"):
-        return False
-    try:
-        float(name)
-    except ValueError:
-        return True
-    return False
-
-
-def setting(spec: str) -> str | dict[str, str]:
-    """An advice's `spec` as a setter takes it."""
-    return {"weight": "qint16"} if spec == WEIGHT_ONLY else spec
-
-
-_ESCAPED = str.maketrans({c: f"\\{c}" for c in "[](){},:=\\ "})

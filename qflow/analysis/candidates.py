@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qflow.analysis.tables import SensitivityRow
@@ -11,6 +12,8 @@ from qflow.core.graph import OpNode
 from qflow.quant.fake_quant import FakeQuant
 from qflow.quant.quantized_model import QuantizedModel
 from qflow.quant.rerun import Variant
+
+FINENESS = {QDtype.qint8: 0, QDtype.qint16: 1, QDtype.float16: 2}
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ class Candidate:
     def sensitive_type(self) -> str:
         """`weight` or `activation`."""
         return "weight" if self.variant.weight else "activation"
+
+    @property
+    def quantizer(self) -> tuple[str, bool]:
+        """Its quantizer: name, and whether it is a weight's."""
+        return self.variant.quantizer.name, self.variant.weight
 
     def row(self, score: float, spread: float, outputs: dict[str, float], exact: bool = True) -> SensitivityRow:
         """The table's row."""
@@ -64,6 +72,16 @@ def candidates(prepared: QuantizedModel, dtype: QDtype | None = None) -> list[Ca
         elif dtype in (None, quantizer.dtype):
             found.append(Candidate(node, Variant(quantizer.name, weight, _copy(quantizer, quantizer.dtype))))
     return found
+
+
+def finer(rows: Sequence[Candidate], own: Sequence[Candidate]) -> list[Candidate]:
+    """Those of `rows` at a finer dtype than their quantizer has in `own`, if it is there."""
+    has = {row.quantizer: _fineness(row) for row in own}
+    return [row for row in rows if _fineness(row) > has.get(row.quantizer, -1)]
+
+
+def _fineness(row: Candidate) -> int:
+    return FINENESS[QDtype(row.variant.quantizer.dtype)]
 
 
 def _copy(quantizer: FakeQuant, dtype: QDtype | None) -> FakeQuant:

@@ -100,13 +100,16 @@ def write_analysis(
     inputs: BadcaseInputs | None,
     layers: LayerTable | None,
     sensitivity: SensitivityTable | None,
-    advice: Sequence[Advice],
+    advice: Sequence[Advice] | None,
     fidelity: Fidelity | None,
     findings: Sequence[Finding],
     histogram: Callable[[str], Mapping[str, Any]],
     shown: LayerTable | None = None,
 ) -> dict[str, Path]:
-    """All files of what was run, and analysis.html; returns the pictures by caption. `shown` filters the layer text."""
+    """All files of what was run (None was not), and analysis.html; returns the pictures by caption.
+
+    `shown` filters the layer text.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in OWN:  # of an earlier analysis, perhaps of other stages: they would pass for this one's
         for path in folder.glob(pattern):
@@ -118,7 +121,7 @@ def write_analysis(
         pictures |= write_layers(folder, layers, shown)
     if sensitivity is not None:
         pictures |= write_sensitivity(folder, sensitivity)
-    if layers is not None and sensitivity is not None:
+    if advice is not None:
         pictures |= write_advice(folder, advice, fidelity, histogram)
     write_rows(findings, folder / "findings.json")
     analysis_page(folder / "analysis.html", title, layers, sensitivity, badcases, advice, pictures, findings, fidelity)

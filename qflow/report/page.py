@@ -44,6 +44,7 @@ figure { margin: 16px 0; } img { max-width: 100%; height: auto; border: 1px soli
 
 
 NO_LAYERS = "The layer comparison was not run."
+NO_ADVICE = "Nothing stands out: no operator is sensitive beyond the others."
 
 
 def analysis_page(
@@ -52,7 +53,7 @@ def analysis_page(
     layers: LayerTable | None,
     sensitivity: SensitivityTable | None,
     badcases: BadcaseTable | None,
-    advice: Sequence[Advice],
+    advice: Sequence[Advice] | None,
     pictures: Mapping[str, Path],
     findings: Sequence[Finding] | None = None,
     fidelity: Fidelity | None = None,
@@ -67,7 +68,7 @@ def analysis_page(
     analysed = layers is not None or sensitivity is not None
     parts = [
         "<h2>What to do</h2>",
-        _advice(advice) if advice else _missing("No advice." if analysed else "The advisor was not run."),
+        _advice(advice) if advice else _missing(NO_ADVICE if advice is not None else "The advisor was not run."),
         *(["<h2>What following it does</h2>", _fidelity(fidelity)] if fidelity else []),
         "<h2>Findings</h2>",
         _findings(findings)
@@ -114,7 +115,7 @@ def _advice(advice: Sequence[Advice]) -> str:
         [
             ("name", escape(item.op)),
             ("", escape(item.text)),
-            ("", _override(item.line) if item.line else "change the float model"),
+            ("", _override(item.line) if item.line else "none"),
             ("", escape(f"{item.cause} ({item.source})")),
             ("figures", "<br>".join(escape(f"{name} {value:.4g}") for name, value in item.figures)),
             ("", f"{item.gain:.1%}"),

@@ -160,3 +160,16 @@ def source_tags() -> dict[str, str]:
     except (OSError, subprocess.TimeoutExpired):
         commit = ""
     return {**tags, "mlflow.source.git.commit": commit} if commit else tags
+
+
+def delete_artifacts(uri: str) -> None:
+    """Remove everything under a run's artifact address. Raises TrackingError where its store does not delete."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    try:
+        get_artifact_repository(uri).delete_artifacts()  # type: ignore[no-untyped-call]
+    except NotImplementedError as error:
+        raise TrackingError(
+            f"An analysis replaces the files of the one before, but got a store that deletes none: {uri}. Delete the "
+            "run, or name another tracking.experiment."
+        ) from error

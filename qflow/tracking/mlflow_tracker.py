@@ -187,6 +187,13 @@ class MlflowTracker:
                 every |= _tables_tag([*kept, *found, *tables])
             self._log(run_id, metrics or {}, self._new_params(run_id, params or {}, every), every)
 
+    def clear(self, run_id: str) -> None:
+        """Remove a run's files: what is written again may be less than before."""
+        with self._call():
+            if self.client.list_artifacts(run_id):
+                connect.delete_artifacts(self._run(run_id).info.artifact_uri)
+                self.client.set_tag(run_id, TABLES, "[]")
+
     def close_study(self, run_id: str, status: str = "FINISHED") -> None:
         """End the study's run."""
         self.end(run_id, status)

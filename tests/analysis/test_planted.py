@@ -7,7 +7,8 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch import nn
 
-from qflow.analysis.advisor import advise, override
+from qflow.analysis.advice_line import override
+from qflow.analysis.advisor import advise
 from qflow.analysis.candidates import candidates
 from qflow.analysis.layers import compare_layers
 from qflow.analysis.sensitivity import sensitivity

@@ -27,7 +27,7 @@ from qflow.report.pictures import error_along_network
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\"'"
 
 
-def write(tmp_path, title="study", tables=(None, None, None), said=(), pictures=None, fidelity=None):
+def write(tmp_path, title="study", tables=(None, None, None), said=None, pictures=None, fidelity=None):
     path = tmp_path / "page.html"
     analysis_page(path, title, *tables, said, pictures or {}, fidelity=fidelity)
     return path.read_text(encoding="utf-8")
@@ -62,7 +62,7 @@ def test_advice_comes_first_with_its_line(full):
     assert order == sorted(order)
     for item in advice():
         assert item.op in page and (not item.line or f"<code>{escape(shlex.quote(item.line))}</code>" in page)
-    assert "clipped 0.031" in page and "40.0%" in page and "change the float model" in page
+    assert "clipped 0.031" in page and "40.0%" in page and '<td class="">none</td>' in page
 
 
 def test_what_following_the_advice_does_stands_behind_it(tmp_path):
@@ -95,7 +95,8 @@ def test_what_was_not_run_is_said(tmp_path):
     for sentence in ("The advisor", "The layer comparison", "Sensitivity", "The search for bad cases"):
         assert f"{sentence} was not run." in page
     assert "Pictures" not in page and len(page) < 5000
-    assert "No advice." in write(tmp_path, tables=(layers(8), None, None))
+    assert "The advisor was not run." in write(tmp_path, tables=(layers(8), sensitivity(8), None))
+    assert "Nothing stands out" in write(tmp_path, tables=(layers(8), sensitivity(8), None), said=())
 
 
 def test_every_name_is_escaped(tmp_path):
