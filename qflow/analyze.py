@@ -67,6 +67,7 @@ def diagnose(config: DictConfig, stages: list[str]) -> None:
     bench = make_bench(config)
     bench.peek()
     console = Console()
+    bench.searches, bench.cache.say = root / "cache" / "searches", console.say
     if needs_ranking(settings):
         with console.stage("ranking") as say, console.bar("ranking", bench.quantizers, "rows") as advance:
             say(f"{len(bench.rank(advance).rows)} rows of the all-int8 model: what qconfig chooses by")
@@ -119,7 +120,7 @@ def run_stages(
     from qflow.analysis.layer_text import layers_line
 
     bench = diagnosis.bench
-    with console.stage("bad cases") as say, console.bar("bad cases", bench.badcase_steps, "steps") as advance:
+    with console.stage("bad cases") as say, console.bar("bad cases", bench.badcase_stage.steps, "steps") as advance:
         table = diagnosis.find_badcases(advance)
         say(f"the {len(table.chosen)} worst of {table.samples} samples by {table.metric}: {list(table.chosen[:6])}")
     for finding in table.findings:

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from qflow.analysis.badcase import find_badcases
-from qflow.analysis.badcase_files import BadcaseInputs, named_samples
+from qflow.analysis.badcase_files import BadcaseInputs
 from qflow.analysis.candidates import Candidate, candidates, finer
+from qflow.analysis.metrics import Custom
 from qflow.analysis.sensitivity import sensitivity
 from qflow.analysis.tables import BadcaseTable, SensitivityTable
+from qflow.badcase_stage import BadcaseStage
 from qflow.cache import Cache
 from qflow.core.device import DeviceRules
 from qflow.core.dtype import QDtype
@@ -63,6 +65,10 @@ class Groundwork:
     """A measured report of this model at the deployed shape."""
     profile_dtype: QDtype = QDtype.qint8
     """Template that it was built with."""
+    own_metric: Custom | None = None
+    """The user's own metric, which chooses the bad cases."""
+    searches: Path | None = None
+    """Where long searches for bad cases leave their state."""
     unmatched: tuple[str, ...] = ()
     """What the report and the model do not share: layers without an operator, operators without a layer."""
 
@@ -179,35 +185,26 @@ class Groundwork:
 
         `progress` counts steps; `inputs` keeps the model inputs of the chosen samples.
         """
-        chosen, calibration = self.sensitivity_settings, self.default_calibration
-        model = applied or self.template(QDtype.qint8)[1]
+        calibration, model = self.default_calibration, applied or self.template(QDtype.qint8)[1]
+        stage = self.badcase_stage
+        key = [model.digest, calibration, self.augmented(calibration), self.rules, *stage.key]
+        for part in stage.unidentified:
+            self.cache.leave_disk(part)
 
         def searched() -> BadcaseTable:
             self.apply(model)
-            stream = batches(self.task, "calibration", calibration.batch_size, self.badcase_steps)
-            return find_badcases(
-                self.task.model,
-                self.prepared,
-                ((model_inputs(self.task, b), n) for b, n in stream),
-                metric=chosen.metric,
-                count=chosen.bad_cases,
-                on_step=progress,
-                inputs=inputs,
-            )
+            state = stage.state(self.searches, lambda: self.identity, key, self.cache.say)
+            return stage.search(self.prepared, progress, inputs, state)
 
-        key = [model.digest, calibration, self.augmented(calibration), self.rules]
-        key += [chosen.metric, chosen.bad_cases, chosen.search_samples]
         self.badcases = self.cache.get("badcases", key, searched, BadcaseTable)
-        if inputs is not None and not inputs.samples:  # the table was known, its samples are read again
-            for index in named_samples(self.badcases):
-                ((batch, _),) = batches(self.task, "calibration", 1, indices=[index])
-                inputs.update(model_inputs(self.task, batch), index, 1, [*inputs.samples, index])
+        if inputs is not None and not inputs.samples:  # the table was known
+            stage.read(self.badcases, inputs)
         return self.badcases
 
-    @property
-    def badcase_steps(self) -> int:
-        """Batches that are searched for bad cases."""
-        return -(-self.sensitivity_settings.search_samples // self.default_calibration.batch_size)
+    @cached_property
+    def badcase_stage(self) -> BadcaseStage:
+        """The search for bad cases; its `steps` are what its progress counts."""
+        return BadcaseStage(self.task, self.sensitivity_settings, self.default_calibration.batch_size, self.own_metric)
 
     def all(self, dtype: QDtype) -> list[str]:
         """`apply` with every operator at `dtype`."""

@@ -79,7 +79,7 @@ def diagnose(session: Session) -> None:
     bench, console, diagnosis = session.bench, session.console, Diagnosis(session.bench)
     key = bench.analysis_key
     known = bool(key) and session.tracker.run_tags(session.study_run).get(ANALYSIS) == key
-    with console.stage("bad cases") as say, console.bar("bad cases", bench.badcase_steps, "steps") as advance:
+    with console.stage("bad cases") as say, console.bar("bad cases", bench.badcase_stage.steps, "steps") as advance:
         table = diagnosis.find_badcases(advance)
         say(f"the {len(table.chosen)} worst of {table.samples} samples by {table.metric}")
     with console.stage("layers") as say:

@@ -19,6 +19,7 @@ from qflow.core.errors import ConfigError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from qflow.analysis.metrics import Custom
     from qflow.bench import Bench
 
 
@@ -158,9 +159,21 @@ def make_bench(config: DictConfig) -> Bench:
         eval_batch=config.task.batch_size,
         skip=tuple(config.quant.skip),
         training=conf.build_training(config),
+        own_metric=own_metric(config),
         profile=config.device.profile,
         profile_dtype=QDtype.parse(config.device.profile_dtype, "device.profile_dtype"),
     )
+
+
+def own_metric(config: DictConfig) -> Custom | None:
+    """The user's metric for bad cases. Raises ConfigError."""
+    from qflow.analysis.metrics import CUSTOM
+    from qflow.analysis_arguments import custom_metric
+
+    node = conf.sensitivity_settings(config).own_metric
+    if not node["_target_"]:
+        return None
+    return custom_metric(CUSTOM, conf.get_function(node["_target_"], "sensitivity.own_metric"), node["order"])
 
 
 def assemble(config: DictConfig) -> Any:
@@ -192,7 +205,7 @@ def assemble(config: DictConfig) -> Any:
         )
         session = Session(config, bench, goal, Console(started=STARTED), tracker, study, root)
         bench.cache.folder, bench.cache.say = root / "cache", session.console.say
-        bench.checkpoints = root / "cache" / "training"
+        bench.checkpoints, bench.searches = root / "cache" / "training", root / "cache" / "searches"
         status = "FAILED"
         try:
             with session.stack:

@@ -83,6 +83,15 @@ def test_the_advised_mix_is_analysed_as_the_next_model(done, tmp_path):
     assert moved[1] < 0.2 * moved[0]
 
 
+def test_the_users_own_metric_chooses_the_bad_cases(tmp_path):
+    own = ["sensitivity.own_metric._target_=user_task.largest", "sensitivity.own_metric.order=descending"]
+    result = door("analyze", *CUSTOM, *FEW, *own, "stages=[badcase]", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    text = (tmp_path / "qflow_out" / "analyze" / "own" / "badcase.txt").read_text()
+    first = next(line.split() for line in text.splitlines() if line.startswith("scores"))
+    assert "by custom" in result.stdout and len(first) == 7
+
+
 def test_files_of_other_stages_are_gone_from_the_folder_and_the_run(tmp_path):
     for stages, present, absent in (
         ("[layers,sensitivity]", {"sensitivity.txt", "compare_per_layer_out.txt"}, {"advice.txt"}),
@@ -124,6 +133,8 @@ def test_following_an_estimate_is_measured_exactly(done, tmp_path):
     [
         (["stages=[badcase]", "prefixes=[loud]"], "choose rows of the layer table, but got stages badcase"),
         (["qconfig.modules={nosuch: qint16}"], "but got nosuch"),
+        (["sensitivity.compare=odd"], "sensitivity.compare is one of fair, raw, but got 'odd'"),
+        (["sensitivity.own_metric._target_=user_task.largest"], "order is one of ascending, descending, but got ''"),
         (["stages=[everything]"], "stages are of badcase, layers, sensitivity, advice, qat_debug, but got"),
         (["sensitivity.method=fast"], "sensitivity.method is one of exact, screened, estimate, but got 'fast'"),
         (["sensitivity=quick"], "but got"),

@@ -132,6 +132,8 @@ class SensitivitySchema:
     """Fields of SensitivitySettings."""
 
     metric: str = "L1"
+    compare: str = "fair"
+    own_metric: dict[str, str] = field(default_factory=lambda: {"_target_": "", "order": ""})
     bad_cases: int = 16
     search_samples: int = 256
     method: str = "exact"

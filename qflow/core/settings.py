@@ -120,6 +120,11 @@ class SensitivitySettings:
     """Which samples are bad cases, and how outputs are compared."""
 
     metric: str = "L1"
+    compare: str = "fair"
+    """How bad cases weigh several outputs: `fair`, each by its own mean, or `raw`, the worst number in any (plugin)."""
+    own_metric: Mapping[str, str] = field(default_factory=lambda: {"_target_": "", "order": ""})
+    """The user's own metric for bad cases: `_target_`, a function of one float and one quantized output `[1, ...]`
+    that gives a number, and its `order` from bad to good, `ascending` or `descending`."""
     bad_cases: int = 16
     search_samples: int = 256
     """How many calibration samples are searched for bad cases."""
@@ -137,6 +142,9 @@ class SensitivitySettings:
 
     def __post_init__(self) -> None:
         _one_of("sensitivity.metric", self.metric, COMPARISONS)
+        _one_of("sensitivity.compare", self.compare, ("fair", "raw"))
+        if self.own_metric["_target_"]:
+            _one_of("sensitivity.own_metric.order", self.own_metric["order"], ("ascending", "descending"))
         _within("sensitivity.bad_cases", self.bad_cases, 1, 4096)
         _within("sensitivity.search_samples", self.search_samples, 1, 1_000_000)
         _one_of("sensitivity.method", self.method, SENSITIVITY_METHODS)
