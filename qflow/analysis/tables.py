@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -135,6 +136,13 @@ class SensitivityTable:
         """Candidate dtypes that were measured, lowest precision first."""
         known = ("qint8", "qint16", "float16")
         return tuple(sorted({r.quant_dtype for r in self.rows}, key=lambda d: known.index(d) if d in known else 9))
+
+    def by_quantizer(self) -> list[SensitivityRow]:
+        """The most sensitive first, each followed by its rows at other dtypes; what is no number last."""
+        groups: dict[tuple[str, str], list[SensitivityRow]] = {}
+        for row in sorted(self.rows, key=lambda r: -r.score if r.score == r.score else math.inf):
+            groups.setdefault((row.op_name, row.sensitive_type), []).append(row)
+        return [row for group in groups.values() for row in group]
 
     @property
     def score_name(self) -> str:

@@ -79,8 +79,8 @@ def _start_line(figure: go.Figure, table: LayerTable) -> None:
 
 
 def sensitivity_chart(table: SensitivityTable) -> go.Figure:
-    """Bars by type and dtype, most sensitive on top; the page scrolls, so that every name can be read."""
-    rows = sorted(table.rows, key=lambda row: -row.score if row.score == row.score else math.inf)
+    """Bars by type and dtype, most sensitive quantizers on top; the page scrolls, so that every name can be read."""
+    rows = table.by_quantizer()
     shown, rest = list(enumerate(rows[:BARS])), rows[BARS:]
     figure = go.Figure()
     for kind, dtype, exact in dict.fromkeys((row.sensitive_type, row.quant_dtype, row.exact) for _, row in shown):

@@ -154,8 +154,10 @@ def _legend(figure: Figure, handles: Sequence[Any], **place: Any) -> None:
 
 
 def sensitivity_bars(table: SensitivityTable, path: Path, top: int = 40) -> Figure:
-    """The `top` most sensitive quantizers as bars, with the spread over bad cases; a note sums up the rest."""
-    rows = sorted(table.rows, key=lambda row: -row.score if row.score == row.score else math.inf)
+    """The most sensitive quantizers, a bar for each dtype, `top` in all, with the spread over bad cases; a note sums
+    up the rest.
+    """
+    rows = table.by_quantizer()
     shown, rest = rows[:top], rows[top:]
     figure = Figure(figsize=(11, 2.2 + 0.24 * max(len(shown), 3)), layout="constrained")
     axes = figure.subplots()

@@ -138,7 +138,7 @@ def test_sensitivity_chart_draws_each_row_once():
     table = sensitivity(300, exact=False)
     chart = sensitivity_chart(table)
     drawn = sorted((y, x) for trace in chart.data for y, x in zip(trace.y, trace.x, strict=True))
-    assert drawn == [(i, row.score) for i, row in enumerate(table.rows[:200])]
+    assert drawn == [(i, row.score) for i, row in enumerate(table.by_quantizer()[:200])]
     assert f"not shown: {len(table.rows) - 200} of {len(table.rows)} rows" in chart.layout.xaxis.title.text
     assert {trace.width for trace in chart.data} == {0.75}  # bars of one trace may be far apart
     assert {trace.name for trace in chart.data} >= {"activation qint8", "weight qint8, estimated"}

@@ -109,14 +109,23 @@ def test_names_are_not_formulas(path):
 def test_bars_are_the_top_rows_in_order(path):
     table = sensitivity(77, exact=False)
     figure = sensitivity_bars(table, path, top=40)
-    axes = figure.axes[0]
+    axes, rows = figure.axes[0], table.by_quantizer()
     assert readable(path) and len(axes.patches) == 40
-    assert [bar.get_width() for bar in axes.patches] == [row.score for row in table.rows[:40]]
-    assert [t.get_text() for t in axes.get_yticklabels()] == [row.op_name for row in table.rows[:40]]
-    for bar, row in zip(axes.patches, table.rows, strict=False):
+    assert [bar.get_width() for bar in axes.patches] == [row.score for row in rows[:40]]
+    assert [t.get_text() for t in axes.get_yticklabels()] == [row.op_name for row in rows[:40]]
+    for bar, row in zip(axes.patches, rows, strict=False):
         assert to_hex(bar.get_facecolor()).lower() == bar_color(row.sensitive_type, row.exact).lower()
-    rest = [row.score for row in table.rows[40:]]
+    rest = [row.score for row in rows[40:]]
     assert f"not shown: {len(rest)} of {len(table.rows)} rows, summing to {sum(rest):.3g}" in axes.get_xlabel()
+
+
+def test_a_quantizer_is_seen_at_all_its_dtypes(path):
+    """Those that int16 mends stand beside what they lose at int8, however small it is by then."""
+    rows = [SensitivityRow(f"op{i}", "activation", "Conv2d", 1.0 / (i + 1), "qint8", 1) for i in range(40)]
+    rows += [SensitivityRow(f"op{i}", "activation", "Conv2d", 1e-4 / (i + 1), "qint16", 1) for i in range(40)]
+    figure = sensitivity_bars(SensitivityTable("L1", "m", 1, True, tuple(rows)), path, top=8)
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == [f"op{i // 2}" for i in range(8)]
+    assert [bar.get_width() for bar in figure.axes[0].patches][:2] == [1.0, 1e-4]
 
 
 def test_bars_tell_type_dtype_estimate_and_spread(path):
