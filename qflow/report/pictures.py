@@ -195,7 +195,8 @@ def _bar(axes: Axes, place: int, row: SensitivityRow) -> None:
         below = min(row.spread, max(row.score, 0.0))  # a distance ends at 0, however much it varies
         axes.errorbar(row.score, place, xerr=[[below], [row.spread]], color="black", capsize=2.5, lw=1.1)
     end = max(row.score, 0.0) + max(row.spread, 0.0)
-    axes.annotate(f"{row.score:.3g}", (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    said = f"{row.score:.3g}  {row.quant_dtype}"
+    axes.annotate(said, (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
 
 
 def _bar_legend(rows: Sequence[SensitivityRow]) -> list[Any]:

@@ -141,7 +141,8 @@ def test_sensitivity_chart_draws_each_row_once():
     assert drawn == [(i, row.score) for i, row in enumerate(table.by_quantizer()[:200])]
     assert f"not shown: {len(table.rows) - 200} of {len(table.rows)} rows" in chart.layout.xaxis.title.text
     assert {trace.width for trace in chart.data} == {0.75}  # bars of one trace may be far apart
-    assert {trace.name for trace in chart.data} >= {"activation qint8", "weight qint8, estimated"}
+    assert {trace.name for trace in chart.data} >= {"activation qint8", "weight qint8"}
+    assert any(trace.name.endswith(", estimated") for trace in chart.data)
 
 
 @pytest.mark.parametrize("scores", [[], [0.0, 0.0], [float("inf"), float("nan"), 1.0]])
