@@ -203,8 +203,10 @@ def test_only_outputs_without_distance_are_refused():
             return y.argmax(1), y.mean()
 
     model, data = Classes().eval(), torch.randn(8, 6)
-    with pytest.raises(DataError, match="float outputs per sample"):
+    with pytest.raises(DataError, match="float outputs per sample, but got none: ") as error:
         find_badcases(model, calibrated(model, data), batches(data))
+    assert "output 0: int64 values have no distance ([argmax] makes it); output 1: its shape []" in str(error.value)
+    assert "Cut the model before [argmax]" in str(error.value) and "\n" not in str(error.value)
 
 
 class Ranked(nn.Module):
@@ -283,8 +285,26 @@ def test_a_sample_without_a_finite_distance_is_the_worst_and_reported(heads):
     assert table.value["0-small"]["Cosine"] == table.value["0-small"]["SQNR"] == -math.inf
     assert [f.op for f in table.findings] == ["0-small", "1-0-large"]
     assert "2 of 100 samples have no finite Cosine, MSE, L1" in table.findings[0].message
+    assert table.findings[0].message.endswith("The input itself is NaN in samples 50, 61: clean the data.")
     assert "first sample 50" in table.findings[0].message
     assert from_dict(BadcaseTable, plain(table)) == table
+
+
+def test_nan_that_the_float_model_makes_is_told_from_overflow():
+    class Log(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(6, 4)
+
+        def forward(self, x):
+            return torch.log(self.lin(x) + 9.0)
+
+    torch.manual_seed(0)
+    model, data = Log().eval(), torch.randn(24, 6)
+    prepared = calibrated(model, data)
+    data[3], data[17] = data[3] * 1000.0, data[17] * -1000.0
+    (found,) = find_badcases(model, prepared, batches(data)).findings
+    assert found.message.endswith("The float output itself is NaN in samples 3, 17: clean the data.")
 
 
 # ---- streams ---------------------------------------------------------------------------------------------------
