@@ -51,7 +51,7 @@ def compare_layers(
     rows = [replace(r, index=i) for i, r in enumerate(rows)]
     table = LayerTable(samples=batch_size(inputs), rows=tuple(rows))
     start = error_start(table, walk.sources)
-    return replace(table, start=start, findings=_findings(rows))
+    return replace(table, start=start, findings=(*walk.findings, *_findings(rows)))
 
 
 class _Walk:
@@ -65,6 +65,7 @@ class _Walk:
         self.single: dict[int, Values] = {}
         """Inside a fused group: the group alone, from float inputs on."""
         self.sources: dict[str, tuple[str, ...]] = {}
+        self.findings: list[Finding] = []
         self.nodes: dict[str, OpNode] = {}
         for node in prepared.graph.nodes:
             self.nodes.update(dict.fromkeys((node.name, *node.fused), node))
@@ -73,6 +74,11 @@ class _Walk:
     def row(self, op: Op, index: int) -> LayerRow:
         """Run one op three times and compare."""
         base, own, alone = self._values(op)
+        if not self.findings and op.floating and bool(base[0].isnan().any()):
+            text = (
+                "the float model itself gives NaN here, first of all operators: look at the bad case and at the model"
+            )
+            self.findings.append(Finding(op.name, "error", text))
         node = self.nodes.get(op.name)
         ends = node is None or op.name in self.prepared.plan.output_at or len(node.fused) == 0
         columns = compare(base[0], own[0]) if ends else dict.fromkeys(EMPTY)
