@@ -64,7 +64,7 @@ class Search:
         if self.worst is None:
             tape = trace(self.model, cut(batch, size, 0, 2), self.prepared.plan.skipped)
             self.makers = {name: tape.ops[index].name for name, index in tape.outputs}
-            self.findings += _jump_findings(tape)
+            self.findings += _jump_findings(self.model, tape)
             names = [n for n, x in reference.items() if not self.refused(n, x, quantized.get(n), size)]
             self.worst = WorstSamples(names, self.custom, self.top, self.pool)
         for name in list(self.worst.outputs):
@@ -253,6 +253,11 @@ def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}  # without extra states
 
 
+def _all_torch(module: nn.Module) -> bool:
+    """True for a module that is made of torch's own, none of which jumps."""
+    return all(type(part).__module__.startswith("torch.nn.modules.") for part in module.modules())
+
+
 def _nan(tensor: Tensor, size: int) -> Tensor:
     """Which of the samples hold NaN [size], on the CPU; all of them where a tensor without a sample axis does."""
     found = tensor.isnan()
@@ -261,15 +266,19 @@ def _nan(tensor: Tensor, size: int) -> Tensor:
     return found.reshape(size, -1).any(1).cpu()
 
 
-def _jump_findings(tape: Tape) -> list[Finding]:
+def _jump_findings(model: nn.Module, tape: Tape) -> list[Finding]:
     """Operators that make outputs incomparable, one finding each."""
     by_op: dict[str, list[Jump]] = {}
     for jump in jumps(tape):
+        if jump.skipped and _all_torch(model.get_submodule(jump.skipped)):
+            continue
         by_op.setdefault(jump.op, []).append(jump)
     found = []
     for op, rows in by_op.items():
         outputs = ", ".join(jump.output for jump in rows)
         kind = rows[0].op_type.rpartition(".")[2]
-        what = "makes small errors jump" if rows[0].known else "is unknown, and incomparable if it is like NMS"
+        what = "makes small errors jump"
+        if not rows[0].known:
+            what = f"is {'skipped' if rows[0].skipped else 'unknown'}, and incomparable if it is like NMS"
         found.append(Finding(op, "check", f"{kind} before output {outputs} {what}: cut the model before it"))
     return found

@@ -274,6 +274,78 @@ def test_an_unknown_operator_before_an_output_is_named():
     assert any("nms_like" in f.message and "incomparable if it is like NMS" in f.message for f in table.findings)
 
 
+class After(nn.Module):
+    def __init__(self, nms):
+        super().__init__()
+        self.lin, self.nms = nn.Linear(6, 6), nms
+
+    def forward(self, x):
+        return self.nms(self.lin(x))
+
+
+class Of(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, y):
+        return self.function(y)
+
+
+class Suppressed(nn.Module):
+    """The best rows that are no neighbours of better ones, padded to 10."""
+
+    def forward(self, y):
+        kept = y * (torch.cdist(y.sort(1).values, y)[:, :1] > 0.5)
+        return nn.functional.pad(kept, (0, 4))
+
+
+@pytest.mark.parametrize(("end", "named"), [(Suppressed(), True), (nn.Sequential(nn.Linear(6, 6), nn.ReLU()), False)])
+def test_a_skipped_module_at_the_end_is_named_unless_it_is_all_torch(end, named):
+    torch.manual_seed(0)
+    model, data = After(end).eval(), torch.randn(16, 6)
+    prepared = prepare(model, data, ["nms"])
+    qconfig = resolve(prepared.graph, [HighPrecisionOutput(), TemplateSetter(QDtype.qint8)], "nash-m")
+    apply_scales(prepared, collect(prepared, batches(data)), qconfig, CalibrationSettings())
+    said = {f.op: f.message for f in find_badcases(model, prepared, batches(data)).findings}
+    assert (
+        said.get("nms", "").endswith("is skipped, and incomparable if it is like NMS: cut the model before it")
+    ) is named
+    assert named or not said
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        nn.functional.logsigmoid,
+        lambda y: nn.functional.cosine_similarity(y[:, None], y[:, :, None], dim=-1),
+        lambda y: torch.cdist(y[:, :, None], y[:, :, None]),
+        lambda y: torch.linalg.inv(y[:, :, None] * y[:, None] + 9.0 * torch.eye(6)),
+        lambda y: torch.fft.rfft(y).abs(),
+        lambda y: nn.functional.lp_pool1d(y, 2.0, 2),
+    ],
+)
+def test_what_is_known_to_be_continuous_is_not_alarmed_about(function):
+    torch.manual_seed(0)
+    model, data = After(Of(function)).eval(), torch.randn(16, 6)
+    assert find_badcases(model, calibrated(model, data), batches(data)).findings == ()
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_ends_are_continuous(kind):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cells = kind(6, 6, batch_first=True)
+
+        def forward(self, x):
+            return self.cells(x)[0]
+
+    torch.manual_seed(0)
+    model, data = Recurrent().eval(), torch.randn(8, 5, 6)
+    assert find_badcases(model, calibrated(model, data), batches(data)).findings == ()
+
+
 def test_a_sample_without_a_finite_distance_is_the_worst_and_reported(heads):
     model, prepared, data = heads
     data = data.clone()
