@@ -117,7 +117,7 @@ def save_badcases(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "badcase.txt").write_text(badcase_text(table))
     torch.save((held[case][0], *held[case][1]), folder / CASE_FILE)
-    samples: dict[int | str, Any] = dict(held)
+    samples: dict[Any, Any] = dict(held)
     samples[CHOSEN] = [i for i in table.chosen if i in held]
     torch.save((rows, dict(table.worst), samples), folder / INFO_FILE)
 
