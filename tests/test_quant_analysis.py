@@ -272,6 +272,14 @@ def test_all_topk_cases_come_back_with_the_files(analysis):
     assert again.sensitivity().samples < wanted.samples
 
 
+def test_a_case_with_nan_is_known_again(analysis):
+    qa, again = analysis(), analysis()
+    analysis.data[0][1] = torch.nan
+    table = qa.auto_find_bad_case(analysis.data, topk=3)
+    assert table.chosen[0] == 1 and "The input itself is NaN in samples 1:" in table.findings[0].message
+    assert again.load_bad_case().chosen == table.chosen
+
+
 def test_raw_comparison_is_by_plain_values(analysis):
     qa = analysis()
     fair, raw = (qa.auto_find_bad_case(analysis.data, topk=2, compare=how) for how in ("fair", "raw"))
