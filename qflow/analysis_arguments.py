@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qflow.analysis.candidates import Candidate
+from qflow.analysis.layers import group_type, is_of
 from qflow.analysis.metrics import CUSTOM, Custom
 from qflow.core.errors import ConfigError
 
@@ -35,12 +38,36 @@ def custom_metric(metric: str, function: Callable[[Tensor, Tensor], Any] | None,
         )
 
     def each(x: Tensor, y: Tensor) -> Tensor:
-        values = [torch.as_tensor(function(a, b)).double() for a, b in zip(x[:, None], y[:, None], strict=True)]
+        values = [_number(function(a, b)) for a, b in zip(x[:, None], y[:, None], strict=True)]
         if any(value.numel() != 1 for value in values):
             raise ConfigError(f"A custom metric gives one number a sample, but got {list(values[0].shape)}. Reduce it.")
         return torch.stack([value.reshape(()) for value in values])
 
     return Custom(each, order)
+
+
+def _number(value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value).double()
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = type(value).__name__
+        raise ConfigError(f"A custom metric gives one number a sample, but got {got}. Return a float.") from error
+
+
+def whole(name: str, value: Any, of: str) -> None:
+    """Raises ConfigError for what is not a whole number from 1 on."""
+    if not isinstance(value, Integral) or int(value) < 1:
+        raise ConfigError(f"{name} is 1 or more {of}, but got {value!r}. Give a whole number.")
+
+
+def folder_at(path: str | Path) -> Path:
+    """`path` as a folder that is there. Raises ConfigError where it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ConfigError(f"out_dir is a folder that can be made, but got {path} ({reason}). Give another.") from error
+    return Path(path)
 
 
 def refuse_cached(*attrs: Any) -> None:
@@ -59,7 +86,7 @@ def chosen_rows(rows: Sequence[Candidate], prefixes: tuple[str, ...], types: tup
     found = [
         row
         for row in rows
-        if row.node.name.startswith(prefixes) or {row.node.op_type, row.node.op_type.rsplit(".", 1)[-1]} & set(types)
+        if row.node.name.startswith(prefixes) or is_of(types, row.node.op_type, group_type(row.node))
     ]
     if not found:
         raise ConfigError(f"A filter leaves rows, but got none of prefixes {prefixes} and types {types}.")

@@ -193,9 +193,13 @@ def on(device: torch.device | str, inputs: Any) -> Any:
 
 
 def same(a: Any, b: Any) -> bool:
-    """True where the tensors of two inputs are equal."""
+    """True where the tensors of two inputs are equal; NaN equals NaN."""
     pairs = zip(tree_leaves(a), tree_leaves(b), strict=False)
-    return all(torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor) and isinstance(y, Tensor))
+    return all(_equal(x, y) for x, y in pairs if isinstance(x, Tensor) and isinstance(y, Tensor))
+
+
+def _equal(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all())
 
 
 def _place(model: nn.Module) -> torch.device:

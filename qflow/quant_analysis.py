@@ -33,8 +33,19 @@ from qflow.analysis.layers import compare_layers, filtered
 from qflow.analysis.metrics import CUSTOM
 from qflow.analysis.sensitive_ops import write_sensitive_ops
 from qflow.analysis.sensitivity import sensitivity
-from qflow.analysis.tables import Advice, BadcaseTable, Finding, LayerTable, SensitivityTable
-from qflow.analysis_arguments import Names, chosen_rows, custom_metric, filters, metric_name, names_of, refuse_cached
+from qflow.analysis.tables import Advice, BadcaseTable, LayerTable, SensitivityTable
+from qflow.analysis_arguments import (
+    Names,
+    chosen_rows,
+    custom_metric,
+    filters,
+    folder_at,
+    metric_name,
+    names_of,
+    refuse_cached,
+    whole,
+)
+from qflow.analysis_cases import Items, kept_cases, not_items, require_fit, require_numbers
 from qflow.core.errors import ConfigError, DataError, ModelError
 from qflow.core.plugin_names import ModuleNameQconfigSetter
 from qflow.core.settings import COMPARISONS, SensitivitySettings
@@ -78,10 +89,8 @@ class QuantAnalysis:
                 f"post_process is a function, but got {type(post_process).__name__}. Give a forward hook."
             )
         self.pair = ModelPair(baseline_model, analysis_model, device_ids)
-        self.post_process, self.out_dir = post_process, Path(out_dir)
-        self.out_dir.mkdir(parents=True, exist_ok=True)
+        self.post_process, self.out_dir = post_process, folder_at(out_dir)
         self._cases: SavedBadcases | None = None
-        self._chosen: tuple[int, ...] = ()
         self._done: dict[str, tuple[str, Any]] = {}
 
     # ---- bad cases
@@ -96,6 +105,7 @@ class QuantAnalysis:
         custom_metric_order_seq: str | None = None,
         cached_attrs: Any = None,
         topk: int = 1,
+        compare: str = "fair",
     ) -> BadcaseTable:
         """Search all items of `data_generator`, or `num_steps` of them, and set the worst sample as the bad case.
 
@@ -103,42 +113,48 @@ class QuantAnalysis:
         did not have, as targets, is left out. `metric` is Cosine, MSE, L1, KL, SQNR or Atol in any case, or `custom`
         with `custom_metric_func(float output, calibrated output)`, a number for one sample `[1, ...]`, and its order
         from bad to good, `ascending` or `descending`. `topk` samples are kept as bad cases; sensitivity runs on all.
+        By `compare="fair"` they are those of the largest sum over outputs of distance / mean distance of the output; by
+        `"raw"`, as in the plugin, those of the worst number in any output.
         Writes badcase.txt, badcase.pt and all_badcase_info.pt. Raises ConfigError or DataError.
         """
         refuse_cached(cached_attrs)
         custom = custom_metric(metric, custom_metric_func, custom_metric_order_seq)
         name = metric_name(metric, (*COMPARISONS, CUSTOM))
-        if topk < 1:
-            raise ConfigError(f"topk is 1 or more bad cases, but got {topk}.")
+        whole("topk", topk, "bad cases")
         if isinstance(data_generator, (Tensor, Mapping)) or not isinstance(data_generator, Iterable):
-            raise DataError(f"Data are items to run through, but got a {type(data_generator).__name__}. Write [item].")
-        inputs, pair = BadcaseInputs(), self.pair
-        with pair.at_work(device, self.post_process) as target:
-            items = (on(target, pair.inputs(item)) for item in data_generator)
+            raise not_items(data_generator)
+        inputs, pair, items = BadcaseInputs(), self.pair, Items(self.pair, data_generator)
+        with items.explained(device), pair.at_work(device, self.post_process) as target:
             table = find_badcases(
                 pair.model,
                 pair.prepared,
-                ((item, batch_size(item)) for item in items),
+                ((item, batch_size(item)) for item in items.on(target)),
                 metric=name,
                 count=max(topk, SPARE),
                 num_steps=num_steps,
                 custom=custom,
+                compare=compare,
                 inputs=inputs,
             )
-        table = _kept(table, inputs, topk)
+        table = kept_cases(table, inputs, topk)
         save_badcases(self.out_dir, table, inputs)
         samples = {i: (x, (None, None)) for i, x in inputs.samples.items()}
-        found = SavedBadcases(inputs.samples[table.chosen[0]], (None, None), table.index, table.worst, samples)
-        self._set(found, table.chosen)
+        first = inputs.samples[table.chosen[0]]
+        self._set(SavedBadcases(first, (None, None), table.index, table.worst, samples, table.chosen))
         return table
 
     def set_bad_case(
         self, data: Any, baseline_model_cached_attr: Any = None, analysis_model_cached_attr: Any = None
     ) -> SavedBadcases:
-        """Take `data`, an item as in `auto_find_bad_case`, as the bad case. Raises DataError if it does not fit."""
+        """Take `data`, an item as in `auto_find_bad_case`, as the bad case.
+
+        Raises DataError if the models do not take it, or if it holds NaN.
+        """
         refuse_cached(baseline_model_cached_attr, analysis_model_cached_attr)
-        self._set(SavedBadcases(copied(on("cpu", self.pair.inputs(data)))))
-        return self._held()
+        inputs = self.pair.inputs(data)
+        require_numbers(self.pair, inputs)
+        require_fit(self.pair, inputs, "a bad case")
+        return self._set(SavedBadcases(copied(on("cpu", inputs))))
 
     def save_bad_case(self) -> Path:
         """Write the bad case to badcase.pt in `out_dir`. Raises DataError for other types than tensors and builtins."""
@@ -151,7 +167,8 @@ class QuantAnalysis:
     def load_bad_case(self, filename: str | Path | None = None) -> SavedBadcases:
         """Take the bad case of `out_dir` or of another folder, with what its search found if that lies beside it.
 
-        Raises DataError if there is none.
+        All `topk` bad cases come back; one in files that do not say what was chosen. Raises DataError if there is none,
+        or if the models do not take it.
         """
         path = self.out_dir if filename is None else Path(filename)
         folder = path.parent if path.name == CASE_FILE else path
@@ -161,11 +178,12 @@ class QuantAnalysis:
         refuse_cached(*saved.attrs, *(a for _, attrs in saved.samples.values() for a in attrs))
         samples = {i: (self.pair.inputs(x), attrs) for i, (x, attrs) in saved.samples.items()}
         saved = dataclasses.replace(saved, inputs=self.pair.inputs(saved.inputs), samples=samples)
-        chosen = tuple(i for i, (x, _) in samples.items() if same(x, saved.inputs))[:1]
-        if not chosen:  # set by hand after the search
-            saved = dataclasses.replace(saved, index={}, worst={})
-        self._set(saved, chosen)
-        return saved
+        require_fit(self.pair, saved.inputs, "a bad case")
+        alike = tuple(i for i, (x, _) in samples.items() if same(x, saved.inputs))
+        if not alike:  # set by hand after the search
+            return self._set(dataclasses.replace(saved, index={}, worst={}, chosen=()))
+        own = saved.chosen[:1] and saved.chosen[0] in alike
+        return self._set(dataclasses.replace(saved, chosen=saved.chosen if own else alike[:1]))
 
     # ---- tables
 
@@ -184,8 +202,8 @@ class QuantAnalysis:
     def compare_per_layer(self, prefixes: Names = None, types: Names = None) -> LayerTable:
         """The comparison of the last `run` (which is run if there is none), its rows filtered.
 
-        Either filter is enough: `prefixes` of names, `types` by class, full name or its last part. Writes
-        compare_per_layer_out.txt and .csv.
+        Either filter is enough: `prefixes` of names, `types` by class, full name or its last part, of the float or the
+        calibrated model (`Conv2dBNReLU`). Writes compare_per_layer_out.txt and .csv.
         """
         table = filtered(self._last("layers") or self.run(), *filters(prefixes, types))
         if not table.rows:
@@ -250,9 +268,10 @@ class QuantAnalysis:
         """Forget what `run` and `sensitivity` found; bad cases and files stay. There are no dumps to delete."""
         self._done.clear()
 
-    def _set(self, cases: SavedBadcases, chosen: tuple[int, ...] = ()) -> None:
-        self._cases, self._chosen = cases, chosen
+    def _set(self, cases: SavedBadcases) -> SavedBadcases:
+        self._cases = cases
         self._done.clear()
+        return cases
 
     def _held(self) -> SavedBadcases:
         if self._cases is None:
@@ -271,23 +290,10 @@ class QuantAnalysis:
     def _worst(self, metric: str, outputs: Sequence[str]) -> list[Any]:
         """Inputs of the bad cases, then of the worst sample of each of `outputs` under `metric`."""
         held = self._held()
-        wanted = [*self._chosen, *(held.index[name].get(metric, -1) for name in outputs if name in held.index)]
+        wanted = [*held.chosen, *(held.index[name].get(metric, -1) for name in outputs if name in held.index)]
         return [held.samples[i][0] for i in dict.fromkeys(wanted) if i in held.samples] or [held.inputs]
 
     def _last(self, what: str) -> Any:
         """The last table of this kind, unless qconfig or scales have changed since."""
         state, table = self._done.get(what, ("", None))
         return table if state == self.pair.state else None
-
-
-def _kept(table: BadcaseTable, inputs: BadcaseInputs, topk: int) -> BadcaseTable:
-    """The table with those of the `topk` bad cases whose inputs are there. Raises DataError without the worst."""
-    lost = [i for i in table.chosen[:topk] if i not in inputs.samples]
-    if table.chosen[0] in lost:
-        why = "it became the worst after they had passed"
-        raise DataError(f"The worst sample's inputs are kept, but got none of {lost[0]}: {why}. Raise topk.")
-    missing = [Finding("", "info", f"sample {i} is as bad, but its inputs had passed: not kept") for i in lost]
-    chosen = tuple(i for i in table.chosen[:topk] if i not in lost)
-    table = dataclasses.replace(table, chosen=chosen, findings=(*table.findings, *missing))
-    inputs.finish(table)
-    return table

@@ -14,8 +14,8 @@ from zoo import build
 import qflow
 from qflow.analysis.badcase_files import BadcaseInputs
 from qflow.analysis.metrics import distance
+from qflow.analysis_cases import kept_cases
 from qflow.core.errors import QflowError
-from qflow.quant_analysis import _kept
 
 GUIDE = """
 from qflow import QuantAnalysis
@@ -259,6 +259,56 @@ def test_bad_cases_are_saved_and_loaded(analysis, tmp_path):
     assert third.run().samples == 4
 
 
+def test_all_topk_cases_come_back_with_the_files(analysis):
+    qa, again = analysis(), analysis()
+    table = qa.auto_find_bad_case(analysis.data, topk=8)
+    wanted = qa.sensitivity()
+    assert again.load_bad_case().chosen == table.chosen and len(table.chosen) == 8
+    assert again.sensitivity() == wanted and wanted.samples >= 8
+    rows, worst, samples = torch.load(analysis.out / "all_badcase_info.pt", weights_only=True)
+    del samples["chosen"]  # a file of before
+    torch.save((rows, worst, samples), analysis.out / "all_badcase_info.pt")
+    assert again.load_bad_case().chosen == table.chosen[:1]
+    assert again.sensitivity().samples < wanted.samples
+
+
+def test_a_case_with_nan_is_known_again(analysis):
+    qa, again = analysis(), analysis()
+    analysis.data[0][1] = torch.nan
+    table = qa.auto_find_bad_case(analysis.data, topk=3)
+    assert table.chosen[0] == 1 and "The input itself is NaN in samples 1:" in table.findings[0].message
+    assert again.load_bad_case().chosen == table.chosen
+
+
+def test_raw_comparison_is_by_plain_values(analysis):
+    qa = analysis()
+    fair, raw = (qa.auto_find_bad_case(analysis.data, topk=2, compare=how) for how in ("fair", "raw"))
+    assert fair.chosen[0] == fair.worst["L1"] and raw.chosen[0] == raw.worst_raw["L1"] == raw.index["box"]["L1"]
+    assert raw.chosen == tuple(i for i, _ in raw.top["box"]["L1"][:2])  # box has the large numbers
+    assert torch.equal(qa.load_bad_case().inputs[0], analysis.data[raw.chosen[0] // 4][raw.chosen[0] % 4][None])
+
+
+def test_shapes_that_the_model_takes_are_taken(analysis):
+    qa, larger = analysis(), torch.randn(2, 3, 12, 10)
+    assert qa.auto_find_bad_case([analysis.data[0], larger]).samples == 6
+    masked = larger.masked_fill(larger > 2.0, torch.inf)
+    assert qa.set_bad_case(masked).inputs[0].isinf().any()
+
+
+def test_errors_of_the_users_own_keep_their_traceback(analysis):
+    def broken():
+        yield analysis.data[0]
+        raise RuntimeError("no such file")
+
+    def metric(x, y):
+        raise KeyError("mine")
+
+    with pytest.raises(RuntimeError, match="no such file"):
+        analysis().auto_find_bad_case(broken())
+    with pytest.raises(KeyError, match="mine"):
+        analysis().auto_find_bad_case(analysis.data, None, "custom", None, metric, "ascending")
+
+
 # ---- tables
 
 
@@ -272,6 +322,19 @@ def test_filters(analysis):
     rows = qa.sensitivity(prefixes=("box",), types=["torch.sigmoid"]).rows
     assert {r.op_name for r in rows} == {"box", "[sigmoid]"}
     assert {r.op_name for r in qa.sensitivity(types=nn.Conv2d).rows} == {"a", "b", "c", "box", "score"}
+
+
+def test_filters_take_types_of_either_model(tmp_path):
+    model, example = build("resnet")
+    qa = qflow.QuantAnalysis(model, calibrated(model, [example]), out_dir=tmp_path)
+    qa.set_bad_case(example)
+    group = next(r.analy_op_type for r in qa.run().rows if r.analy_op_type.startswith("qflow.Conv2d"))
+    short = group.removeprefix("qflow.")
+    for found in (qa.compare_per_layer(types=(name,)).rows for name in (group, short)):
+        assert found and {r.analy_op_type for r in found} == {group}
+    for found in (qa.sensitivity(types=(name,)).rows for name in (group, short)):
+        assert found and {r.op_type for r in found} == {"torch.nn.modules.conv.Conv2d"}
+        assert len(found) < len(qa.sensitivity(types="Conv2d").rows)
 
 
 def test_outputs_that_count(analysis):
@@ -440,6 +503,27 @@ def test_what_is_no_pair(analysis):
         (lambda qa, x: qa.auto_find_bad_case(x, topk=0), r"1 or more bad cases, but got 0"),
         (lambda qa, x: qa.auto_find_bad_case(x, num_steps=0), r"at least one num_steps, but got 0"),
         (lambda qa, x: qa.auto_find_bad_case(x[0]), r"items to run through, but got a Tensor\. Write \[item\]"),
+        (lambda qa, x: qa.auto_find_bad_case(x, topk="3"), r"1 or more bad cases, but got '3'"),
+        (lambda qa, x: qa.auto_find_bad_case(x, num_steps=2.5), r"at least one num_steps, but got 2\.5"),
+        (lambda qa, x: qa.auto_find_bad_case(x, compare="plain"), r"compared fair or raw, but got 'plain'"),
+        (
+            lambda qa, x: qa.auto_find_bad_case(x, None, "custom", None, lambda a, b: "good", "ascending"),
+            r"one number a sample, but got str\. Return a float",
+        ),
+        (
+            lambda qa, x: qa.auto_find_bad_case([x[0], torch.zeros(1, 4, 8, 8)]),
+            r"got item 1 with image float32 \[1, 4, 8, 8\], where the example inputs had image float32 \[1, 3, 8, 8\]",
+        ),
+        (lambda qa, x: qa.auto_find_bad_case([x[0].byte()]), r"got item 0 with image uint8 \[4, 3, 8, 8\]"),
+        (lambda qa, x: qa.auto_find_bad_case([(i, 0) for i in x[0]]), r"image float32 \[3, 8, 8\].*the batch first"),
+        (lambda qa, x: qa.auto_find_bad_case(TensorDataset(x[0])), r"a TensorDataset\. Put a DataLoader around it"),
+        (lambda qa, x: qa.set_bad_case(x[0][:, :2]), r"got a bad case with image float32 \[4, 2, 8, 8\]"),
+        (lambda qa, x: qa.set_bad_case(None), r"got a bad case with no tensor, where"),
+        (lambda qa, x: qa.set_bad_case(x[0] * torch.nan), r"numbers or infinities, but got NaN in image"),
+        (
+            lambda qa, x: qflow.QuantAnalysis(qa.pair.model, qa.pair.prepared, out_dir=__file__),
+            r"but got .*\.py \(File",
+        ),
         (lambda qa, x: qa.auto_find_bad_case([]), r"but got no batch"),
         (lambda qa, x: qa.auto_find_bad_case([{"picture": x[0]}]), r"Data items are inputs of forward"),
         (lambda qa, x: qa.set_bad_case(x[0], analysis_model_cached_attr={"m": 1}), r"Cached attributes"),
@@ -479,8 +563,8 @@ def test_what_cannot_be_run_call_by_call_is_ranked_and_advised_on(tmp_path):
 def test_inputs_that_have_passed_are_told(analysis):
     table = analysis().auto_find_bad_case(analysis.data, topk=2)
     with pytest.raises(QflowError, match=r"inputs are kept, but got none of \d+: .* Raise topk\.$"):
-        _kept(table, BadcaseInputs(), 2)
-    kept = _kept(table, BadcaseInputs({table.chosen[0]: (analysis.data[0],)}), 2)
+        kept_cases(table, BadcaseInputs(), 2)
+    kept = kept_cases(table, BadcaseInputs({table.chosen[0]: (analysis.data[0],)}), 2)
     assert kept.chosen == table.chosen[:1] and f"sample {table.chosen[1]} is as bad" in kept.findings[-1].message
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,8 @@ def _checked(
     if compare not in COMPARE:
         raise ConfigError(f"Outputs are compared {' or '.join(COMPARE)}, but got {compare!r}.")
     for name, value in (("count", count), ("num_steps", num_steps), ("top", top), ("pool", pool)):
-        if value is not None and value < 1:
-            raise ConfigError(f"A bad-case search has at least one {name}, but got {value}.")
+        if value is not None and (not isinstance(value, Integral) or value < 1):
+            raise ConfigError(f"A bad-case search has at least one {name}, but got {value!r}. Give a whole number.")
     if pool < count:
         raise ConfigError(f"A pool holds all bad cases, count {count}, but got {pool}. Raise pool.")
     if state is not None and not identity:

@@ -22,6 +22,7 @@ from qflow.quant.calling import cut
 
 SHOWN = tuple(metric for metric in COMPARISONS if metric != "Atol")  # the guide's columns
 CASE_FILE, INFO_FILE = "badcase.pt", "all_badcase_info.pt"
+CHOSEN = "chosen"  # key beside the samples': the plugin's three things remain, and who reads by sample is not disturbed
 Attrs = tuple[Any, Any]
 """Cached attributes of the float and of the calibrated model; None without."""
 
@@ -68,8 +69,8 @@ def named_samples(table: BadcaseTable) -> Iterable[int]:
 class SavedBadcases:
     """What the files hold: the bad case, and (if `all_badcase_info.pt` is there) where it came from.
 
-    `inputs` and `attrs` are those of the bad case; `index[output][metric]` and `worst[metric]` are samples, and
-    `samples` their (inputs, attrs).
+    `inputs` and `attrs` are those of the bad case; `index[output][metric]` and `worst[metric]` are samples, `samples`
+    their (inputs, attrs), and `chosen` the bad cases, worst first (none in files of before they were written).
     """
 
     inputs: Any
@@ -77,6 +78,7 @@ class SavedBadcases:
     index: dict[str, dict[str, int]] = field(default_factory=dict)
     worst: dict[str, int] = field(default_factory=dict)
     samples: dict[int, tuple[Any, Attrs]] = field(default_factory=dict)
+    chosen: tuple[int, ...] = ()
 
 
 def badcase_text(table: BadcaseTable) -> str:
@@ -115,7 +117,9 @@ def save_badcases(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "badcase.txt").write_text(badcase_text(table))
     torch.save((held[case][0], *held[case][1]), folder / CASE_FILE)
-    torch.save((rows, dict(table.worst), held), folder / INFO_FILE)
+    samples: dict[Any, Any] = dict(held)
+    samples[CHOSEN] = [i for i in table.chosen if i in held]
+    torch.save((rows, dict(table.worst), samples), folder / INFO_FILE)
 
 
 def load_badcases(folder: Path) -> SavedBadcases:
@@ -124,8 +128,9 @@ def load_badcases(folder: Path) -> SavedBadcases:
     if not (folder / INFO_FILE).exists():
         return SavedBadcases(inputs, (attrs[0], attrs[1]))
     rows, worst, samples = _read(folder / INFO_FILE, 3)
+    chosen = samples.pop(CHOSEN, ())
     index = {str(row[0]): dict(zip(SHOWN, row[1:], strict=False)) for row in rows}
-    return SavedBadcases(inputs, (attrs[0], attrs[1]), index, worst, samples)
+    return SavedBadcases(inputs, (attrs[0], attrs[1]), index, worst, samples, tuple(chosen))
 
 
 def _read(path: Path, length: int) -> Any:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from qflow.analysis.layer_metrics import divergence
 from qflow.analysis.metrics import badness, distance
+from qflow.analysis.tables import Finding
+from qflow.core.errors import DataError
 
 
 class Distances:
@@ -19,26 +21,66 @@ class Distances:
         self.values: list[dict[str, list[Tensor]]] = [{} for _ in range(count)]
         self.sizes: dict[str, list[tuple[float, int]]] = {}
         self.float_outputs: dict[str, Tensor] = {}
-        self.left_out: set[str] = set()
-        """Outputs whose shape depends on the data: their distance is none."""
+        self.left_out: dict[str, str] = {}
+        """Output -> why it has no distance."""
+        self.nan: dict[str, int] = {}
+        """Output -> samples in which the float model itself gives NaN: these values are passed over."""
+        self.infinite: set[str] = set()
+        """Outputs that are infinite in the float model already."""
         self.samples = 0
 
     def reference(self, outputs: dict[str, Tensor], samples: int) -> None:
         """Take the float outputs of the next chunk, of so many samples."""
         self.samples = samples
-        self.float_outputs = {name: t for name, t in outputs.items() if t.is_floating_point()}
+        self.float_outputs = {name: t for name, t in outputs.items() if t.is_floating_point() and t.numel()}
+        for name, tensor in outputs.items():
+            if name not in self.float_outputs:
+                kind = str(tensor.dtype).removeprefix("torch.")
+                self.left_out[name] = f"{kind} values have no distance" if tensor.numel() else "it holds no values"
         for name, tensor in self.float_outputs.items():
             finite = tensor.double()[tensor.isfinite()].abs()
             self.sizes.setdefault(name, []).append((float(finite.mean()) if finite.numel() else 0.0, samples))
+            if finite.numel() < tensor.numel():
+                self._not_finite(name, tensor)
+
+    def _not_finite(self, name: str, x: Tensor) -> None:
+        nan = x.isnan()
+        rows = nan.reshape(len(x), -1).any(1) if x.ndim and len(x) == self.samples else nan.any().expand(self.samples)
+        if nan.any():
+            self.nan[name] = self.nan.get(name, 0) + int(rows.sum())
+        if nan.all():
+            self.left_out[name] = "the float model itself gives nothing but NaN: look at the bad cases and at the model"
+        if x.isinf().any():
+            self.infinite.add(name)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What is not compared, and what is not finite without any quantizer. Raises DataError if nothing is left."""
+        told = [f"output {name} is not compared: {why}" for name, why in sorted(self.left_out.items())]
+        found = [Finding("sensitivity", "info", text) for text in told]
+        if not self.sizes.keys() - self.left_out.keys():
+            raise DataError(
+                f"Float outputs are compared, but got none: {'; '.join(told) or 'the model gives no tensor'}. "
+                "Take other bad cases, or cut the model before what makes these outputs."
+            )
+        for name in sorted(self.nan.keys() - self.left_out.keys()):
+            text = f"output {name} is NaN in the float model already, in {self.nan[name]} samples: passed over there"
+            found.append(Finding("sensitivity", "check", text))
+        for name in sorted(self.infinite - self.left_out.keys()):
+            text = (
+                f"output {name} is infinite in the float model already: a mask or an overflow, not a quantizer's doing"
+            )
+            found.append(Finding("sensitivity", "info", text))
+        return found
 
     def add(self, variant: int, outputs: dict[str, Tensor]) -> None:
         """Take a variant's outputs on the same chunk. An output of another shape than in float is left out."""
         for name, x in self.float_outputs.items():
             y = outputs.get(name, x)
             if x.shape != y.shape:
-                self.left_out.add(name)
+                self.left_out[name] = "its shape depends on the data"
                 continue
-            x, y = _without_masks(x, y)
+            x, y = _comparable(x, y)
             self.values[variant].setdefault(name, []).append(self._by_sample(x, y).cpu())
 
     def _by_sample(self, x: Tensor, y: Tensor) -> Tensor:
@@ -76,11 +118,11 @@ class Distances:
         return (size**2 if self.metric == "MSE" else size) or 1.0
 
 
-def _without_masks(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Where both are the same infinity (a mask in the outputs) nothing differs."""
+def _comparable(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Where both are the same infinity (a mask in the outputs), or x is NaN, nothing differs."""
     if math.isfinite(float(x.sum())):
         return x, y
-    same = (x == y) & x.isinf()
+    same = ((x == y) & x.isinf()) | x.isnan()
     return x.masked_fill(same, 0.0), y.masked_fill(same, 0.0)
 
 

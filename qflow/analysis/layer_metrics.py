@@ -25,8 +25,9 @@ EMPTY = (
 def compare(x: Tensor, y: Tensor) -> dict[str, float | None]:
     """All columns for two tensors of one shape; None for each where they are not floating or differ in shape.
 
-    The same infinity in both (a mask) is no difference and enters nothing else; a value that is finite in one only is
-    an infinite one. Rtol is computed in float32, where division by zero gives its largest number, as in the plugin.
+    The same infinity in both (a mask), or NaN in float, is no difference and enters nothing else; a value that is
+    finite in one only is an infinite one. Rtol is computed in float32, where division by zero gives its largest number,
+    as in the plugin.
     """
     if x.shape != y.shape or not x.is_floating_point() or not x.numel():
         return dict.fromkeys(EMPTY)
@@ -72,10 +73,13 @@ def _range(tensor: Tensor) -> dict[str, float | None]:
 
 
 def _finite(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Both without the places where they are the same infinity; another value that is not finite becomes infinite."""
+    """Both without the places where they are the same infinity or p, the float value, is NaN.
+
+    Another value that is not finite becomes infinite.
+    """
     if math.isfinite(float(p.sum())) and math.isfinite(float(q.sum())):
         return p, q
-    kept = ~((p == q) & p.isinf())
+    kept = ~(((p == q) & p.isinf()) | p.isnan())
     p, q = p[kept], q[kept]
     lost = ~(p.isfinite() & q.isfinite())
     return p.masked_fill(lost, torch.inf), q.masked_fill(lost, 0.0)

@@ -9,7 +9,7 @@ as soon as nobody reads them. Operators that change order (topk, sort) follow th
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +51,7 @@ def compare_layers(
     rows = [replace(r, index=i) for i, r in enumerate(rows)]
     table = LayerTable(samples=batch_size(inputs), rows=tuple(rows))
     start = error_start(table, walk.sources)
-    return replace(table, start=start, findings=_findings(rows))
+    return replace(table, start=start, findings=(*walk.findings, *_findings(rows)))
 
 
 class _Walk:
@@ -65,6 +65,7 @@ class _Walk:
         self.single: dict[int, Values] = {}
         """Inside a fused group: the group alone, from float inputs on."""
         self.sources: dict[str, tuple[str, ...]] = {}
+        self.findings: list[Finding] = []
         self.nodes: dict[str, OpNode] = {}
         for node in prepared.graph.nodes:
             self.nodes.update(dict.fromkeys((node.name, *node.fused), node))
@@ -73,6 +74,11 @@ class _Walk:
     def row(self, op: Op, index: int) -> LayerRow:
         """Run one op three times and compare."""
         base, own, alone = self._values(op)
+        if not self.findings and op.floating and bool(base[0].isnan().any()):
+            text = (
+                "the float model itself gives NaN here, first of all operators: look at the bad case and at the model"
+            )
+            self.findings.append(Finding(op.name, "error", text))
         node = self.nodes.get(op.name)
         ends = node is None or op.name in self.prepared.plan.output_at or len(node.fused) == 0
         columns = compare(base[0], own[0]) if ends else dict.fromkeys(EMPTY)
@@ -146,8 +152,18 @@ def _analysis_type(op: Op, node: OpNode | None, ends: bool) -> str:
     """Type in the calibrated model: the whole group at its last member, Identity inside it."""
     if node is None or not node.fused:
         return op.op_type
+    return group_type(node) if ends else "torch.nn.modules.linear.Identity"
+
+
+def group_type(node: OpNode) -> str:
+    """Type of a whole group in the calibrated model; the operator's own where nothing is fused into it."""
     kind = node.op_type.rsplit(".", 1)[-1]
-    return f"qflow.{kind}{''.join(node.fused_types)}" if ends else "torch.nn.modules.linear.Identity"
+    return f"qflow.{kind}{''.join(node.fused_types)}" if node.fused else node.op_type
+
+
+def is_of(types: Collection[str], *kinds: str) -> bool:
+    """True where one of `kinds`, in full or its last part, is among `types`."""
+    return any(name in types for kind in kinds for name in (kind, kind.rsplit(".", 1)[-1]))
 
 
 def error_start(table: LayerTable, sources: dict[str, tuple[str, ...]]) -> str:
@@ -180,16 +196,14 @@ def _findings(rows: Sequence[LayerRow]) -> tuple[Finding, ...]:
 
 
 def filtered(table: LayerTable, prefixes: Sequence[str] = (), types: Sequence[str] = ()) -> LayerTable:
-    """Rows whose name starts with one of `prefixes` or whose type (or its last part) is one of `types`; all if none.
+    """Rows whose name starts with one of `prefixes` or whose type is one of `types`; all if none.
 
-    Either is enough, as in the plugin.
+    A type is that of either model, in full or its last part. Either is enough, as in the plugin.
     """
     if not prefixes and not types:
         return table
-    wanted = set(types)
 
     def chosen(row: LayerRow) -> bool:
-        kinds = {row.base_op_type, row.analy_op_type, row.base_op_type.rsplit(".", 1)[-1]}
-        return row.mod_name.startswith(tuple(prefixes)) or bool(kinds & wanted)
+        return row.mod_name.startswith(tuple(prefixes)) or is_of(types, row.base_op_type, row.analy_op_type)
 
     return replace(table, rows=tuple(row for row in table.rows if chosen(row)))

@@ -82,6 +82,8 @@ class _Measure:
         self.findings: list[Finding] = []
         self.memory = settings.memory_mb * 1e6
         self.replays = self.reorders = True
+        self.infinite = False
+        """An output is infinite in the float model already."""
         self.widths: Widths | None = None
         self.narrow = ""
 
@@ -117,7 +119,7 @@ class _Measure:
             rows=tuple(made),
             method=self.said(method if guessed else "exact", samples),
         )
-        return replace(table, findings=(*self.findings, *health(table)))
+        return replace(table, findings=(*self.findings, *health(table, self.infinite)))
 
     def in_doubt(self, guessed: list[tuple[float, float]], method: str) -> list[int]:
         """Rows to measure: those that have no estimate; when screening those that may be of the top fifth as well.
@@ -201,9 +203,8 @@ class _Measure:
                 break
             except ReplayError as error:
                 self._slower(error.reason)
-        for name in sorted(distances.left_out):
-            text = f"output {name} is not compared: its shape depends on the data"
-            self.findings.append(Finding("sensitivity", "check", text))
+        self.findings += distances.findings
+        self.infinite = bool(distances.infinite)
         return {
             i: row.row(*distances.result(position)) for position, (i, row) in enumerate(zip(chosen, rows, strict=True))
         }

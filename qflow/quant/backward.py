@@ -40,9 +40,13 @@ class Backward:
                 self.needed.add(op.index)
 
     def outputs(self) -> list[tuple[Ref, Tensor]]:
-        """Float outputs that depend on a wanted op."""
+        """Float outputs with values that depend on a wanted op."""
         found = [(ref, self.floats.get(ref.op)[ref.position]) for _, ref in self.ops.outputs]
-        return [(ref, value) for ref, value in found if ref.op in self.needed and value.is_floating_point()]
+        return [
+            (ref, value)
+            for ref, value in found
+            if ref.op in self.needed and value.is_floating_point() and value.numel()
+        ]
 
     def walk(self, directions: Sequence[Sequence[tuple[Ref, Tensor]]]) -> Iterator[tuple[Op, Tensor, list[Tensor]]]:
         """Each wanted op from the last to the first, with its first tensor and the gradient by it for each direction.

@@ -37,7 +37,17 @@ _FUNCTIONAL = re.compile(r"\[(\w+)\](\(\d+\))?$")  # `scope[topk](1)`, the name 
 # A small error makes their result jump by a whole step, or another value come out.
 _JUMPS = frozenset(
     ["round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "frac", "floor_divide", "remainder", "fmod", "heaviside"]
-    + ["bucketize", "searchsorted", "histc", "bernoulli", "multinomial"]
+    + ["bucketize", "searchsorted", "histc", "histogram", "bernoulli", "multinomial", "poisson", "binomial"]
+    + [
+        "hardshrink",
+        "gumbel_softmax",
+        "copysign",
+        "angle",
+        "fake_quantize_per_tensor_affine",
+        "fake_quantize_per_channel_affine",
+    ]
+    # vectors turn round, or change places
+    + ["svd", "linalg_svd", "linalg_eig", "linalg_eigh", "qr", "linalg_qr", "slogdet", "linalg_slogdet"]
 )
 _COMPARISONS = frozenset({"eq", "ne", "gt", "ge", "lt", "le"})
 # They keep some rows and drop others: what follows them holds other rows than in float, however much lies between.
@@ -125,6 +135,8 @@ class Jump:
     op_type: str
     known: bool
     """False where it only may jump: qflow does not know the operator."""
+    skipped: str = ""
+    """Path of the module, where it is one that was skipped."""
 
 
 def jumps(tape: Tape) -> list[Jump]:
@@ -138,7 +150,8 @@ def jumps(tape: Tape) -> list[Jump]:
         for op in _upstream(tape, index):
             known = _jumps(op, [tape.ops[i] for i in op.inputs])
             if known is not None:
-                found.append(Jump(output, op.name, op.op_type, known))
+                skipped = op.module or "" if op.kind == OpKind.skipped else ""
+                found.append(Jump(output, op.name, op.op_type, known, skipped))
     return found
 
 
@@ -173,6 +186,15 @@ def _jumps(op: Op, inputs: list[Op]) -> bool | None:
     values = any(source.floating and not both for source, both in zip(inputs, either, strict=True))
     if name in _JUMPS and (values or op.floating):
         return True
-    if not op.floating and (values or (any(either) and name in _COMPARISONS)):
+    if op.kind == OpKind.skipped:
+        return False
+    if not op.floating and not op.complex and (values or (any(either) and name in _COMPARISONS)):
         return True  # comparisons, casts to integers
-    return False if op.kind == OpKind.other and (op.floating or values) else None
+    unknown = op.kind == OpKind.other and not _of_torch(op)
+    return False if unknown and (op.floating or op.complex or values) else None
+
+
+def _of_torch(op: Op) -> bool:
+    """True for torch's own operators: of these, those that jump are listed above."""
+    spaces = (torch.ops.aten, torch.nn.functional, torch)
+    return op.op_type.startswith("torch.nn.modules.") or any(hasattr(space, _base(op)) for space in spaces)

@@ -75,6 +75,8 @@ class Op:
     operands: tuple[float | None, ...] = ()
     call: Call | None = None
     """Kept by a capture only."""
+    complex: bool = False
+    """Its (first) result is a complex number: not floating, and not a jump either."""
 
 
 @dataclass

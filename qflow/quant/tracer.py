@@ -286,6 +286,7 @@ class Tracer(CallNames, TorchFunctionMode):
             attrs=attrs or {},
             operands=operands,
             call=self.call,
+            complex=outputs[0].is_complex(),
         )
         self.ops.append(op)
         for tensor in outputs:

@@ -203,8 +203,10 @@ def test_only_outputs_without_distance_are_refused():
             return y.argmax(1), y.mean()
 
     model, data = Classes().eval(), torch.randn(8, 6)
-    with pytest.raises(DataError, match="float outputs per sample"):
+    with pytest.raises(DataError, match="float outputs per sample, but got none: ") as error:
         find_badcases(model, calibrated(model, data), batches(data))
+    assert "output 0: int64 values have no distance ([argmax] makes it); output 1: its shape []" in str(error.value)
+    assert "Cut the model before [argmax]" in str(error.value) and "\n" not in str(error.value)
 
 
 class Ranked(nn.Module):
@@ -272,6 +274,78 @@ def test_an_unknown_operator_before_an_output_is_named():
     assert any("nms_like" in f.message and "incomparable if it is like NMS" in f.message for f in table.findings)
 
 
+class After(nn.Module):
+    def __init__(self, nms):
+        super().__init__()
+        self.lin, self.nms = nn.Linear(6, 6), nms
+
+    def forward(self, x):
+        return self.nms(self.lin(x))
+
+
+class Of(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, y):
+        return self.function(y)
+
+
+class Suppressed(nn.Module):
+    """The best rows that are no neighbours of better ones, padded to 10."""
+
+    def forward(self, y):
+        kept = y * (torch.cdist(y.sort(1).values, y)[:, :1] > 0.5)
+        return nn.functional.pad(kept, (0, 4))
+
+
+@pytest.mark.parametrize(("end", "named"), [(Suppressed(), True), (nn.Sequential(nn.Linear(6, 6), nn.ReLU()), False)])
+def test_a_skipped_module_at_the_end_is_named_unless_it_is_all_torch(end, named):
+    torch.manual_seed(0)
+    model, data = After(end).eval(), torch.randn(16, 6)
+    prepared = prepare(model, data, ["nms"])
+    qconfig = resolve(prepared.graph, [HighPrecisionOutput(), TemplateSetter(QDtype.qint8)], "nash-m")
+    apply_scales(prepared, collect(prepared, batches(data)), qconfig, CalibrationSettings())
+    said = {f.op: f.message for f in find_badcases(model, prepared, batches(data)).findings}
+    assert (
+        said.get("nms", "").endswith("is skipped, and incomparable if it is like NMS: cut the model before it")
+    ) is named
+    assert named or not said
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        nn.functional.logsigmoid,
+        lambda y: nn.functional.cosine_similarity(y[:, None], y[:, :, None], dim=-1),
+        lambda y: torch.cdist(y[:, :, None], y[:, :, None]),
+        lambda y: torch.linalg.inv(y[:, :, None] * y[:, None] + 9.0 * torch.eye(6)),
+        lambda y: torch.fft.rfft(y).abs(),
+        lambda y: nn.functional.lp_pool1d(y, 2.0, 2),
+    ],
+)
+def test_what_is_known_to_be_continuous_is_not_alarmed_about(function):
+    torch.manual_seed(0)
+    model, data = After(Of(function)).eval(), torch.randn(16, 6)
+    assert find_badcases(model, calibrated(model, data), batches(data)).findings == ()
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_ends_are_continuous(kind):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cells = kind(6, 6, batch_first=True)
+
+        def forward(self, x):
+            return self.cells(x)[0]
+
+    torch.manual_seed(0)
+    model, data = Recurrent().eval(), torch.randn(8, 5, 6)
+    assert find_badcases(model, calibrated(model, data), batches(data)).findings == ()
+
+
 def test_a_sample_without_a_finite_distance_is_the_worst_and_reported(heads):
     model, prepared, data = heads
     data = data.clone()
@@ -283,8 +357,26 @@ def test_a_sample_without_a_finite_distance_is_the_worst_and_reported(heads):
     assert table.value["0-small"]["Cosine"] == table.value["0-small"]["SQNR"] == -math.inf
     assert [f.op for f in table.findings] == ["0-small", "1-0-large"]
     assert "2 of 100 samples have no finite Cosine, MSE, L1" in table.findings[0].message
+    assert table.findings[0].message.endswith("The input itself is NaN in samples 50, 61: clean the data.")
     assert "first sample 50" in table.findings[0].message
     assert from_dict(BadcaseTable, plain(table)) == table
+
+
+def test_nan_that_the_float_model_makes_is_told_from_overflow():
+    class Log(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(6, 4)
+
+        def forward(self, x):
+            return torch.log(self.lin(x) + 9.0)
+
+    torch.manual_seed(0)
+    model, data = Log().eval(), torch.randn(24, 6)
+    prepared = calibrated(model, data)
+    data[3], data[17] = data[3] * 1000.0, data[17] * -1000.0
+    (found,) = find_badcases(model, prepared, batches(data)).findings
+    assert found.message.endswith("The float output itself is NaN in samples 3, 17: clean the data.")
 
 
 # ---- streams ---------------------------------------------------------------------------------------------------

@@ -164,3 +164,22 @@ def test_kl_keeps_its_digits_from_tiny_to_huge_differences(noise):
     y = x + noise * torch.randn_like(x)
     wanted = F.kl_div(y.double().log_softmax(1), x.double().softmax(1), reduction="sum") / x.numel()
     assert divergence(x, y) == pytest.approx(wanted.item(), rel=1e-3)
+
+
+def test_nan_of_the_float_model_is_named_and_starts_no_error():
+    class Log(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.b(torch.log(self.a(x) + 9.0))
+
+    torch.manual_seed(0)
+    model, inputs = Log().eval(), torch.randn(4, 6)
+    prepared = calibrated(model, inputs)
+    inputs[2] *= 1000.0
+    table = compare_layers(model, prepared, inputs)
+    assert [(f.op, f.level) for f in table.findings] == [("[log]", "error")]
+    assert "the float model itself gives NaN here" in table.findings[0].message and table.start != "[log]"
+    assert math.isfinite(next(r for r in table.rows if r.mod_name == "[log]").error)

@@ -1,5 +1,7 @@
 """The sensitivity table: exact by replay, estimated where that pays, and honest about which is which."""
 
+import math
+
 import pandas as pd
 import pytest
 import torch
@@ -14,7 +16,7 @@ from qflow.analysis.sensitive_ops import write_sensitive_ops
 from qflow.analysis.sensitivity import sensitivity
 from qflow.analysis.tables import SensitivityRow, SensitivityTable
 from qflow.core.dtype import QDtype
-from qflow.core.errors import ConfigError
+from qflow.core.errors import ConfigError, DataError
 from qflow.core.record import from_dict, plain
 from qflow.core.sensitive import table_rows
 from qflow.core.setter import TemplateSetter, resolve
@@ -328,3 +330,82 @@ def test_parts_of_a_batch_leave_what_has_no_batch_axis_whole():
     part = cut({"x": torch.arange(8.0), "grid": grid}, 8, 2, 5)
     assert part["x"].tolist() == [2.0, 3.0, 4.0]
     assert part["grid"] is grid
+
+
+# ---- outputs without a distance
+
+
+class Ends(nn.Module):
+    """Four convolutions in a row, and what `end` makes of the last."""
+
+    def __init__(self, end):
+        super().__init__()
+        torch.manual_seed(3)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        self.head, self.end = nn.Linear(8, 4), end
+
+    def forward(self, x):
+        return self.end(self.head(self.body(x).mean((2, 3))))
+
+
+def ranked(end, change=lambda x: x, **settings):
+    model, images = Ends(end).eval(), torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    prepared = calibrated(model, images)
+    return sensitivity(model, prepared, [change(images)], settings=SensitivitySettings(**settings))
+
+
+@pytest.mark.parametrize("metric", COMPARISONS)
+def test_an_output_without_values_is_left_out_and_said_so(metric):
+    table = ranked(lambda y: (y, y[:, :0]), metric=metric)
+    plain = ranked(lambda y: (y,), metric=metric)
+    assert scores(table).equals(scores(plain)) and all(math.isfinite(r.score) for r in table.rows)
+    assert [f.message for f in table.findings] == ["output 1 is not compared: it holds no values"]
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"), [(lambda y: y[:, :0], "it holds no values"), (lambda y: y.argmax(1), "int64 values have no")]
+)
+@pytest.mark.parametrize("method", ["exact", "estimate"])
+def test_without_an_output_to_compare_the_reason_is_one_line(end, reason, method):
+    with pytest.raises(DataError, match=f"compared, but got none: output 0 is not compared: {reason}") as error:
+        ranked(end, method=method)
+    assert "\n" not in str(error.value)
+
+
+def far(x):
+    x = x.clone()
+    x[1] *= 1000.0
+    return x
+
+
+def test_nan_of_the_float_model_is_not_laid_to_quantizers():
+    table = ranked(lambda y: torch.log(y + 3.0), far)
+    assert all(math.isfinite(r.score) for r in table.rows)
+    assert any("output 0 is NaN in the float model already, in 1 samples" in f.message for f in table.findings)
+    assert not any("mask" in f.message for f in table.findings)
+    with pytest.raises(DataError, match="the float model itself gives nothing but NaN"):
+        ranked(lambda y: torch.log(y + 3.0), lambda x: x * torch.nan)
+
+
+def test_infinities_of_the_float_model_are_told_from_those_of_quantizers():
+    table = ranked(lambda y: y.masked_fill(y > 0.1, -torch.inf))
+    said = [f.message for f in table.findings]
+    assert said[0].startswith("output 0 is infinite in the float model already")
+    assert "infinities of the float outputs become other values" in said[-1]
+    assert not any("look for a mask" in text for text in said)
+
+
+# ---- health of small tables
+
+
+def test_a_small_healthy_network_has_no_large_tail():
+    table = ranked(lambda y: y)
+    assert len(table.rows) < 16 and table.findings == ()
+    assert health(made([1.0, 0.67, 0.55, 0.42, 0.42, 0.29, 0.25, 0.24, 0.2])) == ()  # the digits task
+    assert "large" in health(made([1.0] * 2 + [0.3] * 18))[0].message
+
+
+@pytest.mark.parametrize("step", [1.0, 0.05])
+def test_rounding_at_the_end_is_named(step):
+    said = [f.message for f in ranked(lambda y: (y / step).round() * step).findings]
+    assert any("rounded" in text for text in said), said
