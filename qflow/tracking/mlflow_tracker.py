@@ -180,8 +180,7 @@ class MlflowTracker:
     ) -> None:
         """Add tables, figures and values to a study's run; may be called several times."""
         with self._call():
-            found = self.upload(run_id, folder) if folder else []
-            every = dict(tags or {})
+            found, every = self.upload(run_id, folder) if folder else [], dict(tags or {})
             if found or tables:
                 kept = [entry["path"] for entry in json.loads(self.run_tags(run_id).get(TABLES, "[]"))]
                 every |= _tables_tag([*kept, *found, *tables])
@@ -191,7 +190,7 @@ class MlflowTracker:
         """Remove a run's files: what is written again may be less than before."""
         with self._call():
             if self.client.list_artifacts(run_id):
-                connect.delete_artifacts(self._run(run_id).info.artifact_uri)
+                connect.delete_artifacts(self.client.get_run(run_id).info.artifact_uri)
                 self.client.set_tag(run_id, TABLES, "[]")
 
     def close_study(self, run_id: str, status: str = "FINISHED") -> None:

@@ -157,7 +157,7 @@ def test_bars_tell_type_dtype_estimate_and_spread(path):
     [
         ([], "The table has no rows."),
         ([0.0] * 3, "Every score is 0."),
-        ([0.2], "0.2"),
+        ([0.2], "0.2  qint8"),
         ([1.0, math.inf, math.nan], " inf"),
     ],
 )
