@@ -1,8 +1,9 @@
 """What threads that sleep soon save where cores are shared: `python -m benchmarks.waiting [--rounds 3]`.
 
 Float forward passes in fresh processes with as many threads as cores, alone and two processes at once: threads wait
-as libgomp has it, or as `qflow.waiting.wait_briefly` does. Median wall time of a pass, the slower process of the two.
-Nothing else may run.
+as libgomp has it, or as `qflow.waiting.wait_briefly` does. Median wall time of a pass in the slower process, over the
+rounds its median and the worst: two processes that spin are now in step and now in each other's way. Nothing else may
+run.
 """
 
 from __future__ import annotations
@@ -70,8 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 values.append(at_once(case, count, ways[way]))
         cells = [case]
         for count in (1, 2):
-            left, brief = (statistics.median(found[count, way]) for way in ways)
-            cells += [f"{left * 1e3:.1f} ms", f"{brief * 1e3:.1f} ms", f"{brief / left:.2f}"]
+            left, brief = (found[count, way] for way in ways)
+            cells += [f"{statistics.median(v) * 1e3:.1f} ({max(v) * 1e3:.1f}) ms" for v in (left, brief)]
+            cells.append(f"{statistics.median(brief) / statistics.median(left):.2f}")
         print(f"| {' | '.join(cells)} |")
 
 

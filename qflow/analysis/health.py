@@ -47,8 +47,8 @@ def health(table: SensitivityTable, infinite_in_float: bool = False) -> tuple[Fi
             (
                 "check",
                 f"the tail is large: the median is {statistics.median(finite) / max(finite):.0%} of the worst row. "
-                "Post-processing in the outputs (NMS, argmax, rounding), a single input that spoils all rows, or nothing "
-                "that stands out any more?",
+                "Post-processing in the outputs (NMS, argmax, rounding), a single input that spoils all rows, or "
+                "nothing that stands out any more?",
             )
         )
     noisy = [r for r in rows[: max(1, len(rows) // 10)] if r.exact and r.score > 0 and r.spread > 2.0 * r.score]
