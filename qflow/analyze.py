@@ -68,7 +68,7 @@ def diagnose(config: DictConfig, stages: list[str]) -> None:
     bench.peek()
     console = Console()
     bench.searches, bench.cache.say = root / "cache" / "searches", console.say
-    if needs_ranking(settings):
+    if settings.needs_ranking:
         with console.stage("ranking") as say, console.bar("ranking", bench.quantizers, "rows") as advance:
             say(f"{len(bench.rank(advance).rows)} rows of the all-int8 model: what qconfig chooses by")
     diagnosis = Diagnosis(bench, settings)
@@ -95,12 +95,6 @@ def check_filters(config: DictConfig, stages: list[str]) -> None:
         raise ConfigError(
             f"prefixes and types choose rows of the layer table, but got stages {', '.join(stages)}. Add layers."
         )
-
-
-def needs_ranking(settings: QConfigSettings) -> bool:
-    """Whether the qconfig chooses operators by sensitivity."""
-    chosen = settings.assignment or settings.error_share is not None or settings.float16_count
-    return bool(chosen) or 0.0 < settings.int16_ratio < 1.0
 
 
 def named(settings: QConfigSettings, applied: QConfig) -> tuple[str, str]:

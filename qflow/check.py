@@ -34,7 +34,7 @@ def check(config: DictConfig) -> int:
     settings = conf.trial_settings(config)
     bench = make_bench(config)
     bench.peek()
-    if 0.0 < settings.qconfig.int16_ratio < 1.0:
+    if settings.qconfig.needs_ranking:
         bench.rank()
     requested, applied = bench.resolve(settings.qconfig)
     stats = bench.calibrate(settings.calibration)

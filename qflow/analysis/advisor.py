@@ -198,7 +198,9 @@ class _Maker:
             return "calibration data", text, "", {"calibration max": h.largest}
         share, error = case.clipped()
         if error > case.scale**2 / 12.0:
-            text = f"{share:.3%} of the values are cut off: a range that holds them needs int16"
+            text, wide = f"{share:.3%} of the values are cut off: ", h.largest / -case.qmin if h else math.inf
+            held = wide**2 / 12.0 < error
+            text += f"int16 holds them, at int8 a scale of {wide:.3g} does" if held else "holding them needs int16"
             return "truncation", text, "qint16", {}
         text = "the resolution is too low for what follows"
         if 0 < case.largest < case.reach / 4.0:

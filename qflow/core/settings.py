@@ -114,6 +114,12 @@ class QConfigSettings:
         for name, value in self.modules.items():
             parse_op(value, f"qconfig.modules.{name}")
 
+    @property
+    def needs_ranking(self) -> bool:
+        """Whether sensitivities decide about operators, as they do in the trials of a study."""
+        chosen = self.assignment or self.error_share is not None or self.float16_count
+        return bool(chosen) or 0.0 < self.int16_ratio < 1.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class SensitivitySettings:

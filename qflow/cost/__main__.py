@@ -50,7 +50,7 @@ def report(config: DictConfig) -> int:
     root = conf.root_dir(config)
     tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
     bench = make_bench(config)
-    if 0.0 < settings.qconfig.int16_ratio < 1.0:
+    if settings.qconfig.needs_ranking:
         bench.rank()
     _, applied = bench.resolve(settings.qconfig)
     found, int8, int16 = bench.cost(applied), bench.template(QDtype.qint8)[1], bench.template(QDtype.qint16)[1]
