@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import math
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +36,7 @@ def tune(config: DictConfig) -> int:
     A budget that is spent ends the workflow, never the study: what is known then is told as usual.
     """
     workflow = find_workflow(conf.required(config, "workflow"))
-    check_config(config)
+    check_study(config)
     from qflow.finish import finish
     from qflow.search.strategies import BudgetSpent
     from qflow.stages import begin
@@ -54,50 +53,52 @@ def tune(config: DictConfig) -> int:
 
 
 def check_config(config: DictConfig) -> None:
-    """Refuse what cannot work before anything heavy is imported. Raises ConfigError."""
+    """Refuse what cannot work at any door before anything heavy is imported. Raises ConfigError."""
     from qflow.search.objective import Goal
 
-    conf.trial_settings(config)
+    settings = conf.trial_settings(config)
     conf.sensitivity_settings(config)
-    space = conf.search_space(config)
     Goal(**conf.plain(config.objective))
     check_search(config)
-    if config.search.sampler not in conf.SAMPLERS:
-        known = ", ".join(conf.SAMPLERS)
-        raise ConfigError(f"search.sampler is one of {known}, but got {config.search.sampler!r}.")
     conf.check_executor(config)
-    trains = config.qat.steps or "qat.steps" in space
-    if trains and not conf.plain(config.qat.loss).get("_target_"):
-        raise ConfigError(
-            "QAT needs a loss, but got none. Set qat.loss._target_ to a function of (outputs, batch), or use qat=none."
-        )
+    _check_loss(config, bool(settings.qat.steps))
+    _check_float16(config, bool(settings.qconfig.float16_count))
+    if config.task.batch_size < 1:
+        raise ConfigError(f"task.batch_size is at least 1, but got {config.task.batch_size}.")
+
+
+def check_study(config: DictConfig) -> None:
+    """Refuse a search whose points cannot be trials; other doors have one qconfig and no points. Raises ConfigError."""
+    check_config(config)
+    space = conf.search_space(config)
+    _check_loss(config, "qat.steps" in space)
     searched = sorted(key for key in space if key.startswith("qat."))
     if searched and config.qat.apply == "after_search":
         raise ConfigError(
             f"qat.apply=after_search leaves training out of the search, but got {searched[0]} to search. Use "
             f"qat.apply=every_trial, or take it out: search.space.{searched[0]}=null."
         )
-    _check_float16(config, space)
-    if config.task.batch_size < 1:
-        raise ConfigError(f"task.batch_size is at least 1, but got {config.task.batch_size}.")
-    if config.search.n_trials < 2:
-        raise ConfigError(f"search.n_trials is at least 2 (all-int16 and all-int8), but got {config.search.n_trials}.")
-    if config.search.timeout is not None and not 0 < config.search.timeout < math.inf:
-        raise ConfigError(f"search.timeout is a number of seconds above 0, but got {config.search.timeout:g}.")
+    chosen = "fp16" in config.workflow or config.workflow == "full"
+    _check_float16(config, chosen or "qconfig.float16_count" in space)
     for point in conf.plain(config.search.enqueue):
         conf.trial_settings(config, point)
 
 
-def _check_float16(config: DictConfig, space: Mapping[str, Any]) -> None:
+def _check_loss(config: DictConfig, trains: bool) -> None:
+    if trains and not conf.plain(config.qat.loss).get("_target_"):
+        raise ConfigError(
+            "QAT needs a loss, but got none. Set qat.loss._target_ to a function of (outputs, batch), or use qat=none."
+        )
+
+
+def _check_float16(config: DictConfig, chosen: bool) -> None:
     """Refuse to choose fp16 operators by errors that will not be measured. Raises ConfigError."""
-    chosen = "fp16" in config.workflow or config.workflow == "full"
-    if chosen or config.qconfig.float16_count or "qconfig.float16_count" in space:
-        absent = [dtype for dtype in ("qint16", "float16") if dtype not in config.sensitivity.dtypes]
-        if absent:
-            raise ConfigError(
-                f"Operators get fp16 by what they lose at int16 and at fp16, but got sensitivity.dtypes="
-                f"{list(config.sensitivity.dtypes)} without {absent[0]}. Set sensitivity.dtypes=[qint8,qint16,float16]."
-            )
+    absent = [dtype for dtype in ("qint16", "float16") if dtype not in config.sensitivity.dtypes]
+    if chosen and absent:
+        raise ConfigError(
+            f"Operators get fp16 by what they lose at int16 and at fp16, but got sensitivity.dtypes="
+            f"{list(config.sensitivity.dtypes)} without {absent[0]}. Set sensitivity.dtypes=[qint8,qint16,float16]."
+        )
 
 
 def check_search(config: DictConfig) -> None:
@@ -117,6 +118,13 @@ def check_search(config: DictConfig) -> None:
         raise ConfigError(f"search.weight_decays holds numbers of at least 0, but got {list(search.weight_decays)}.")
     if not 0.0 < search.probe_share <= 1.0:
         raise ConfigError(f"search.probe_share lies above 0 and at most at 1, but got {search.probe_share:g}.")
+    if search.sampler not in conf.SAMPLERS:
+        known = ", ".join(conf.SAMPLERS)
+        raise ConfigError(f"search.sampler is one of {known}, but got {search.sampler!r}.")
+    if search.n_trials < 2:
+        raise ConfigError(f"search.n_trials is at least 2 (all-int16 and all-int8), but got {search.n_trials}.")
+    if search.timeout is not None and not 0 < search.timeout < math.inf:
+        raise ConfigError(f"search.timeout is a number of seconds above 0, but got {search.timeout:g}.")
 
 
 def find_workflow(name: str) -> Any:

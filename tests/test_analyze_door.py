@@ -61,6 +61,9 @@ def test_the_line_that_is_advised_can_be_given_to_a_door(done, tmp_path):
 
 
 def test_stages_and_filters_are_chosen(tmp_path):
+    mix = ["qconfig.error_share=0.5", "+experiment=int8_int16"]  # its search has ratios, which are none of this door's
+    result = door("analyze", *CUSTOM, *FEW, *mix, "stages=[layers]", cwd=tmp_path)
+    assert result.returncode == 0 and "what qconfig chooses by" in result.stdout, result.stdout + result.stderr
     result = door("analyze", *CUSTOM, *FEW, "stages=[layers]", "prefixes=[loud]", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     out = tmp_path / "qflow_out" / "analyze" / "own"

@@ -23,11 +23,11 @@ def compose(*overrides, name="tune"):
 
 def run(capsys, *arguments):
     """Exit code and standard error of the tune door, stopped before it builds anything."""
-    from qflow.tune import check_config, find_workflow
+    from qflow.tune import check_study, find_workflow
 
     def act(config):
         find_workflow(conf.required(config, "workflow"))
-        check_config(config)
+        check_study(config)
         return 0
 
     argv = sys.argv
