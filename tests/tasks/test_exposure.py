@@ -20,7 +20,7 @@ def bench():
 def ranking(bench):
     """Operators that may be fp16 by their int16 sensitivity, the most sensitive first."""
     kinds = {node.name: node.kind for node in bench.graph.quantized}
-    scores = bench.rank(template=QDtype.qint16).activation_scores("qint16")
+    scores = bench.rank(applied=bench.template(QDtype.qint16)[1]).activation_scores("qint16")
     return sorted((n for n in scores if kinds[n] in bench.rules.float16_kinds), key=lambda n: -scores[n])
 
 
