@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING
 
 from qflow import config as conf
 from qflow.core.errors import ConfigError
+from qflow.core.settings import QConfigSettings
 from qflow.tune import check_config
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from qflow.core.qconfig import QConfig
-    from qflow.core.settings import QConfigSettings
     from qflow.diagnosis import Diagnosis
     from qflow.report.console import Console
 
@@ -99,7 +99,7 @@ def check_filters(config: DictConfig, stages: list[str]) -> None:
 
 def named(settings: QConfigSettings, applied: QConfig) -> tuple[str, str]:
     """(what is analysed, in words; the end of its folder's name): a mix is named by its digest, as tune prints it."""
-    if settings == type(settings)(template=settings.template):
+    if settings == QConfigSettings(template=settings.template):
         return f"all {settings.template}", "" if settings.template == "qint8" else f"-{settings.template}"
     wide = sum(op.output == "qint16" for op in applied.ops.values())
     half = sum(op.output == "float16" for op in applied.ops.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,6 @@ class BadcaseStage:
     batch_size: int
     own: Custom | None = None
     """The user's own metric: it chooses the bad cases; rankings and layers keep theirs."""
-    unidentified: list[str] = field(default_factory=list)
-    """Parts of the own metric that nothing identifies."""
 
     @property
     def samples(self) -> int:
@@ -45,13 +43,22 @@ class BadcaseStage:
         return -(-self.samples // self.batch_size)
 
     @cached_property
-    def key(self) -> list[Any]:
-        """What the table depends on beside task and model."""
-        s, anatomy = self.settings, Anatomy()
+    def _own(self) -> Anatomy:
+        anatomy = Anatomy()
         if self.own is not None:
             anatomy.add([self.own.function, self.own.order], "sensitivity.own_metric")
-        self.unidentified.extend(anatomy.unidentified)
-        return [s.metric, s.compare, s.bad_cases, s.search_samples, self.batch_size, anatomy.digest if self.own else ""]
+        return anatomy
+
+    @property
+    def unidentified(self) -> list[str]:
+        """Parts of the own metric that nothing identifies."""
+        return self._own.unidentified
+
+    @property
+    def key(self) -> list[Any]:
+        """What the table depends on beside task and model."""
+        s = self.settings
+        return [s.metric, s.compare, s.bad_cases, s.search_samples, self.batch_size, self._own.digest]
 
     def search(
         self,

@@ -201,7 +201,7 @@ class Groundwork:
             stage.read(self.badcases, inputs)
         return self.badcases
 
-    @cached_property
+    @property
     def badcase_stage(self) -> BadcaseStage:
         """The search for bad cases; its `steps` are what its progress counts."""
         return BadcaseStage(self.task, self.sensitivity_settings, self.default_calibration.batch_size, self.own_metric)

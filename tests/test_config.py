@@ -244,3 +244,18 @@ def test_schemas_mirror_the_records_they_are_checked_into():
     named = ("march", "oe_version")
     assert set(defaults(schema.RulesSchema)) == set(defaults(DeviceRules, named))
     assert set(defaults(schema.CostSchema)) == set(defaults(CostModel, named))
+
+
+def test_a_reader_that_closes_the_pipe_ends_a_door_in_silence(tmp_path):
+    """`--help | head -1`: no traceback, and not the code of a missed goal."""
+    import os
+    import subprocess
+    import sys
+
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "qflow.check", "--help"], cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, check=False
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")

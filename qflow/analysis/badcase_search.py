@@ -254,8 +254,9 @@ def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _all_torch(module: nn.Module) -> bool:
-    """True for a module that is made of torch's own, none of which jumps."""
-    return all(type(part).__module__.startswith("torch.nn.modules.") for part in module.modules())
+    """True for a module that is made of torch's own which do not jump."""
+    jump = (nn.Hardshrink, nn.Threshold)
+    return all(type(p).__module__.startswith("torch.nn.modules.") and not isinstance(p, jump) for p in module.modules())
 
 
 def _nan(tensor: Tensor, size: int) -> Tensor:

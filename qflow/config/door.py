@@ -61,9 +61,10 @@ def run_door(name: str, act: Callable[[DictConfig], int], argv: Sequence[str] | 
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
         if ends and isinstance(ends[0], BaseException):
             raise ends[0]
+        sys.stdout.flush()
     except BrokenPipeError:  # whoever read our lines has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+        raise SystemExit(141) from None  # as the shell has it for SIGPIPE: 1 is a goal that is missed
     except KeyboardInterrupt:
         _fail("Interrupted. What is finished is kept; the same command goes on from there.", 130)
     except QflowError as error:
