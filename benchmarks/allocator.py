@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.networks import build
-from qflow.allocator import keep_freed_memory
+from qflow.process.allocator import keep_freed_memory
 
 CASES = ("mobilenetv2:16:224", "mobilenetv2:4:224", "unet:8:256", "unet:2:256", "resnet56:64:32")
 PASSES = 5

@@ -22,11 +22,11 @@ from qflow.config.device_file import load_cost
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.setter import SensitiveSetter, TemplateSetter, resolve
-from qflow.cost.fit import NEVER, Fit, Prediction, errors_of, fit_networks, predict_network
-from qflow.cost.latency import Pricer
-from qflow.cost.networks import Network, read_networks
-from qflow.quant.plan import make_plan
-from qflow.quant.trace import trace
+from qflow.cost_model.fit import NEVER, Fit, Prediction, errors_of, fit_networks, predict_network
+from qflow.cost_model.latency import Pricer
+from qflow.cost_model.networks import Network, read_networks
+from qflow.quant.model.plan import make_plan
+from qflow.quant.trace.trace import trace
 
 DATA = Path(__file__).parent / "data" / "j6m-networks.csv"
 

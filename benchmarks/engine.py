@@ -25,9 +25,9 @@ from qflow.core.dtype import QDtype
 from qflow.core.qconfig import QConfig
 from qflow.core.setter import TemplateSetter, resolve
 from qflow.core.settings import CalibrationSettings
-from qflow.quant.calibrate import apply_scales, collect
-from qflow.quant.prepare import prepare
-from qflow.quant.quantized_model import QuantizedModel
+from qflow.quant.model.calibrate import apply_scales, collect
+from qflow.quant.model.prepare import prepare
+from qflow.quant.model.quantized_model import QuantizedModel
 
 SAMPLE_S = 0.02  # a timing lasts at least this long: short calls are repeated
 COLUMNS = ("off", "int8", "int8+int16", "QAT step", "calibration")

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from benchmarks.engine import calibrated
 from benchmarks.networks import Residual, revive
-from qflow.analysis.candidates import candidates
-from qflow.analysis.layers import compare_layers
-from qflow.analysis.sensitivity import sensitivity
+from qflow.analysis.layers.compare import compare_layers
+from qflow.analysis.sensitivity.candidates import candidates
+from qflow.analysis.sensitivity.measure import sensitivity
 from qflow.core.settings import SensitivitySettings
 
 STAGES = ("float", "layers", "sensitivity", "estimate")

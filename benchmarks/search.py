@@ -47,7 +47,7 @@ def front(landscapes: Sequence[int], only: Sequence[str], seeds: int, small: boo
 
 
 def overhead(small: bool) -> str:
-    header = ["task", "trials", "a trial", "calibrate, evaluate", "rest of the bench", "loop, study, store", "both"]
+    header = ["task", "trials", "a trial", "calibrate, evaluate", "rest of the evaluator", "loop, study, store", "both"]
     cases = [("digits", 2)] if small else [("perception", 12), ("digits", 12)]
     return table([*header, "share (range)"], [search_overhead.overhead(*case) for case in cases])
 

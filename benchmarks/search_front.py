@@ -22,20 +22,20 @@ import optuna
 import torch
 
 from benchmarks.planted import EVALUATION, NASH_M, TwelveNet, pictures, planted_twelve, task, train
-from qflow.analysis.candidates import candidates
-from qflow.analysis.sensitivity import sensitivity
-from qflow.bench import Bench
+from qflow.analysis.sensitivity.candidates import candidates
+from qflow.analysis.sensitivity.measure import sensitivity
 from qflow.core.dtype import QDtype
 from qflow.core.settings import QConfigSettings, TrialSettings
-from qflow.cost.model import CostModel
+from qflow.cost_model.model import CostModel
 from qflow.search.assign import Operator, Problem
+from qflow.search.cost_terms import CostTerms, cost_terms
 from qflow.search.domain import Choice
-from qflow.search.figure import Figure, figure
-from qflow.search.front import dominated_area
 from qflow.search.objective import CONSTRAINT
 from qflow.search.outcome import FinishedTrial, Outcome
-from qflow.search.strategies import ASSIGNMENT, BudgetSpent, assign, ladder
+from qflow.search.strategies import ASSIGNMENT, BudgetSpent, assign, raise_until_met
 from qflow.search.study import Study, _sampler
+from qflow.search.surrogate import hypervolume
+from qflow.trial.evaluator import Evaluator
 
 DATA = Path(__file__).parent / "data"
 DEPLOYED = (1, 1, 1024, 2048)
@@ -46,7 +46,7 @@ INT16_STEP = 2.0**-8
 
 
 @dataclasses.dataclass(frozen=True)
-class Landscape:
+class Surrogate:
     """What every mix comes to; a mix is text as in qconfig.assignment."""
 
     name: str
@@ -57,7 +57,7 @@ class Landscape:
     """By seed, then operator."""
 
     @classmethod
-    def read(cls, path: Path) -> Landscape:
+    def read(cls, path: Path) -> Surrogate:
         kept = np.load(path)
         operators = tuple(str(name) for name in kept["operators"])
         mixes = all_mixes(len(operators))
@@ -76,10 +76,10 @@ class Landscape:
         return Problem(operators, self.time, len(operators))
 
     @cached_property
-    def time(self) -> Figure:
+    def time(self) -> CostTerms:
         """The table of times; a residual network's readers share what pairs of operators cost."""
         count = len(self.operators)
-        return figure(self.ms.__getitem__, "6" * count, itertools.combinations(range(count), 2))
+        return cost_terms(self.ms.__getitem__, "6" * count, itertools.combinations(range(count), 2))
 
     def ratio(self, seed: int, count: int) -> str:
         """The `count` most sensitive operators at int16."""
@@ -89,7 +89,7 @@ class Landscape:
 
     def volume(self, mixes: Iterable[str]) -> float:
         """Hypervolume against the worst drop and the worst time of all mixes."""
-        return dominated_area(
+        return hypervolume(
             [(self.drops[m], self.ms[m]) for m in mixes], (max(self.drops.values()), max(self.ms.values()))
         )
 
@@ -102,14 +102,14 @@ def make(number: int, path: Path, *, operators: int | None = None, epochs: int =
     """Train, plant, evaluate every mix, and keep the table (about 3 minutes)."""
     data = pictures()
     model = planted_twelve(train(TwelveNet, data, epochs=epochs, rate=1e-2, seed=0), number)  # type: ignore[arg-type]
-    bench = Bench(task("front", model, data, DEPLOYED), NASH_M, CostModel(), eval_batch=EVALUATION)
-    metric = bench.measure_float()
-    bench.rank()
-    names = bench.precisions.promotable[:operators]
-    rest = "8" * (len(bench.precisions.promotable) - len(names))
+    evaluator = Evaluator(task("front", model, data, DEPLOYED), NASH_M, CostModel(), eval_batch=EVALUATION)
+    metric = evaluator.measure_float()
+    evaluator.rank()
+    names = evaluator.precisions.promotable[:operators]
+    rest = "8" * (len(evaluator.precisions.promotable) - len(names))
     right, ms = [], []
     for mix in all_mixes(len(names)):
-        result = bench.run_trial(TrialSettings(qconfig=QConfigSettings(assignment=mix + rest)))
+        result = evaluator.run_trial(TrialSettings(qconfig=QConfigSettings(assignment=mix + rest)))
         right.append(round(result.metric * result.samples))
         ms.append(result.cost.latency_ms)
     np.savez_compressed(
@@ -119,20 +119,22 @@ def make(number: int, path: Path, *, operators: int | None = None, epochs: int =
         float_right=round(metric * EVALUATION),
         right=np.array(right, dtype=np.uint16),
         ms=np.array(ms, dtype=np.float32),
-        scores=np.array([_scores(bench, seed, names) for seed in range(SEEDS)], dtype=np.float32),
+        scores=np.array([_scores(evaluator, seed, names) for seed in range(SEEDS)], dtype=np.float32),
     )
 
 
-def _scores(bench: Bench, seed: int, names: Sequence[str]) -> list[float]:
+def _scores(evaluator: Evaluator, seed: int, names: Sequence[str]) -> list[float]:
     """Sensitivities on the bad cases for seed 0, else on as many calibration samples at random."""
-    assert bench.sensitivities is not None
-    table = bench.sensitivities
+    assert evaluator.sensitivities is not None
+    table = evaluator.sensitivities
     if seed:
-        bench.all(QDtype.qint8)
-        count = bench.sensitivity_settings.bad_cases
-        images = bench.task.data.calibration.tensors[0]
+        evaluator.all(QDtype.qint8)
+        count = evaluator.sensitivity_settings.bad_cases
+        images = evaluator.task.data.calibration.tensors[0]
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
-        table = sensitivity(bench.task.model, bench.prepared, [images[chosen]], rows=candidates(bench.prepared))
+        table = sensitivity(
+            evaluator.task.model, evaluator.prepared, [images[chosen]], rows=candidates(evaluator.prepared)
+        )
     found = table.activation_scores()
     return [found[name] for name in names]
 
@@ -140,7 +142,7 @@ def _scores(bench: Bench, seed: int, names: Sequence[str]) -> list[float]:
 class Measured:
     """The table as a strategy's `measure`: counts distinct mixes, the two baselines first, and stops at the budget."""
 
-    def __init__(self, land: Landscape, seed: int) -> None:
+    def __init__(self, land: Surrogate, seed: int) -> None:
         self.land, self.seed = land, seed
         self.mixes: list[str] = []
         for letter in "68":
@@ -186,7 +188,7 @@ def by_ratio(measure: Measured) -> None:
     """The ladder to the goal, then every rung that is left: all that a ratio can give."""
     count = len(measure.land.operators)
     rungs = [k / count for k in range(count + 1)]
-    ladder(measure, {}, "qconfig.int16_ratio", rungs)
+    raise_until_met(measure, {}, "qconfig.int16_ratio", rungs)
     for rung in rungs:
         measure({"qconfig.int16_ratio": rung})
 
@@ -237,7 +239,7 @@ def front(files: Sequence[Path], seeds: int, only: Sequence[str]) -> list[list[s
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     rows = []
     for path in files:
-        land = Landscape.read(path)
+        land = Surrogate.read(path)
         for name in only:
             runs, spent = [], []
             for seed in range(seeds):
@@ -261,7 +263,7 @@ def front(files: Sequence[Path], seeds: int, only: Sequence[str]) -> list[list[s
 
 def describe(path: Path) -> str:
     """One line on a landscape."""
-    land = Landscape.read(path)
+    land = Surrogate.read(path)
     drops = sorted(land.drops.values())
     int8, int16 = ("8" * len(land.operators), "6" * len(land.operators))
     shares = [sum(d <= limit for d in drops) / len(drops) for limit in (0.01, 0.05, 0.2)]
@@ -274,7 +276,7 @@ def describe(path: Path) -> str:
     )
 
 
-def exhaustive_front(land: Landscape) -> list[str]:
+def exhaustive_front(land: Surrogate) -> list[str]:
     found, best = [], float("inf")
     for mix in sorted(land.drops, key=lambda m: (land.ms[m], land.drops[m])):
         if land.drops[mix] < best:

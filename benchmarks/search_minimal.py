@@ -16,15 +16,15 @@ from torch.utils.data import TensorDataset
 
 from benchmarks.networks import ResNet
 from benchmarks.planted import CALIBRATION, EVALUATION, NASH_M, pictures, planted_resnet, task, train
-from qflow.bench import Bench
 from qflow.core.dtype import QDtype
 from qflow.core.settings import CalibrationSettings, QConfigSettings, SensitivitySettings, TrialSettings
-from qflow.cost.model import CostModel
-from qflow.search.figure import Figure
+from qflow.cost_model.model import CostModel
+from qflow.search.cost_terms import CostTerms
 from qflow.search.objective import MAXIMIZE, MINIMIZE, Goal, best_trial
 from qflow.search.outcome import FinishedTrial, Outcome
-from qflow.search.strategies import ASSIGNMENT, assign, ladder
-from qflow.trial import Evaluation, TrialResult, run_metrics
+from qflow.search.strategies import ASSIGNMENT, assign, raise_until_met
+from qflow.trial.evaluator import Evaluator
+from qflow.trial.record import Evaluation, TrialResult, run_metrics
 
 FEWEST = "qconfig/n_int16"
 GOAL = Goal(max_drop=0.01, optimize={"accuracy/accuracy": MAXIMIZE, FEWEST: MINIMIZE})
@@ -43,8 +43,8 @@ PEERS = (
 """Tool, FFE with everything, evaluations, promoted: peers.md, section 2a, measured on the like of this network."""
 
 
-class Clock(Bench):
-    """A bench that keeps its evaluations' CPU time apart."""
+class Clock(Evaluator):
+    """A evaluator that keeps its evaluations' CPU time apart."""
 
     evaluating = 0.0
 
@@ -58,24 +58,24 @@ class Clock(Bench):
 
 @dataclass
 class Search:
-    """One bench with its trials, and CPU seconds by stage."""
+    """One evaluator with its trials, and CPU seconds by stage."""
 
-    bench: Clock
+    evaluator: Clock
     seconds: dict[str, float] = field(default_factory=dict)
     trials: dict[str, tuple[FinishedTrial, TrialResult]] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Any:
-        start, before = time.process_time(), self.bench.evaluating
+        start, before = time.process_time(), self.evaluator.evaluating
         yield
-        spent = time.process_time() - start - (self.bench.evaluating - before)
+        spent = time.process_time() - start - (self.evaluator.evaluating - before)
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
     def measure(self, point: Any, label: str = "") -> FinishedTrial:
         key = str(sorted(point.items()))
         if key not in self.trials:
             settings = {name.split(".")[1]: value for name, value in point.items()}
-            result = self.bench.run_trial(TrialSettings(qconfig=QConfigSettings(**settings)))
+            result = self.evaluator.run_trial(TrialSettings(qconfig=QConfigSettings(**settings)))
             metrics = run_metrics(result, "accuracy/accuracy")
             outcome = Outcome((result.metric, metrics[FEWEST]), GOAL.constraints(metrics), point, metrics)
             self.trials[key] = FinishedTrial(len(self.trials), "", point, label, outcome, 0.0), result
@@ -88,14 +88,14 @@ class Search:
         return next((result for trial, result in self.trials.values() if trial is best), None)
 
 
-def by_ladder(search: Search) -> None:
-    count = len(search.bench.precisions.promotable)
-    ladder(search.measure, {}, "qconfig.int16_ratio", [k / count for k in range(count + 1)])
+def by_ratio(search: Search) -> None:
+    count = len(search.evaluator.precisions.promotable)
+    raise_until_met(search.measure, {}, "qconfig.int16_ratio", [k / count for k in range(count + 1)])
 
 
 def by_assign(search: Search) -> None:
-    problem = search.bench.precisions.problem(QConfigSettings())
-    count = Figure(lambda mix: mix.count("6"), 0.0, {(o.place,): 1.0 for o in problem.operators})
+    problem = search.evaluator.precisions.problem(QConfigSettings())
+    count = CostTerms(lambda mix: mix.count("6"), 0.0, {(o.place,): 1.0 for o in problem.operators})
     problem = replace(problem, time=count)  # peers count operators: the least time here is all int16's
     drop8, drop16 = (
         search.measure({ASSIGNMENT: mix}).outcome.metrics["accuracy/drop"]
@@ -112,7 +112,7 @@ def by_assign(search: Search) -> None:
     )
 
 
-STRATEGIES: dict[str, Callable[[Search], None]] = {"ladder": by_ladder, "assign": by_assign}
+STRATEGIES: dict[str, Callable[[Search], None]] = {"ratio": by_ratio, "assign": by_assign}
 
 
 def trained(folder: Path, seed: int, data: TensorDataset, epochs: int = EPOCHS) -> nn.Module:
@@ -144,7 +144,7 @@ def search_once(
     made = task("planted", model, data, DEPLOYED, evaluation)
     images = made.data.calibration.tensors[0]
     unit = [float_seconds(model, images) for _ in range(3)]
-    bench = Clock(
+    evaluator = Clock(
         made,
         FREE_ADDS,
         CostModel(),
@@ -152,18 +152,18 @@ def search_once(
         CalibrationSettings(batch_size=16, steps=CALIBRATION // 16),
         eval_batch=64,
     )
-    search = Search(bench)
+    search = Search(evaluator)
     start = time.process_time()
-    bench.measure_float()
+    evaluator.measure_float()
     float_s = time.process_time() - start
     with search.stage("trace"):
-        bench.prepare()
+        evaluator.prepare()
     with search.stage("calibrate"):
-        bench.calibrate(bench.default_calibration)
+        evaluator.calibrate(evaluator.default_calibration)
     with search.stage("bad cases"):
-        bench.find_badcases()
+        evaluator.find_badcases()
     with search.stage("rank"):
-        bench.rank()
+        evaluator.rank()
     with search.stage("search"):
         both = [search.measure({"qconfig.int16_ratio": ratio}) for ratio in (1.0, 0.0)]
         STRATEGIES[name](search)
@@ -179,10 +179,10 @@ def search_once(
         "exact": sorted(promoted) == sorted(planted),
         "ms": [*(t.outcome.metrics["cost/latency_ms"] for t in both), best.cost.latency_ms if best else float("nan")],
         "unit": ffe,
-        "evaluations": bench.evaluations,
+        "evaluations": evaluator.evaluations,
         "stages": {stage: spent / ffe for stage, spent in search.seconds.items()},
         "overhead": sum(search.seconds.values()) / ffe,
-        "evaluating": bench.evaluating / ffe,
+        "evaluating": evaluator.evaluating / ffe,
         "float": float_s / ffe,
     }
 

@@ -12,10 +12,11 @@ from unittest.mock import patch
 
 from hydra import compose, initialize_config_dir
 
-from qflow import config as conf
-from qflow.bench import Bench
-from qflow.stages import ALL_INT8, ALL_INT16, baseline, begin
-from qflow.tune import assemble
+from qflow.config.overrides import rewrite
+from qflow.config.schema import conf_dir, register_schemas
+from qflow.study.stages import ALL_INT8, ALL_INT16, baseline, begin
+from qflow.study.start import open_session
+from qflow.trial.evaluator import Evaluator
 
 SPACE = [
     "search.sampler=random",
@@ -25,18 +26,18 @@ SPACE = [
 
 
 class Clock:
-    """Seconds within calibration passes and evaluations, and within the bench as a whole."""
+    """Seconds within calibration passes and evaluations, and within the evaluator as a whole."""
 
     def __init__(self) -> None:
-        self.inside = self.bench = 0.0
+        self.inside = self.evaluator = 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The bench's own methods, timed while inside."""
+        """The evaluator's own methods, timed while inside."""
         with (
-            patch.object(Bench, "calibrate", self._timed(Bench.calibrate, "inside")),
-            patch.object(Bench, "_evaluated", self._timed(Bench._evaluated, "inside")),
-            patch.object(Bench, "run_trial", self._timed(Bench.run_trial, "bench")),
+            patch.object(Evaluator, "calibrate", self._timed(Evaluator.calibrate, "inside")),
+            patch.object(Evaluator, "_evaluated", self._timed(Evaluator._evaluated, "inside")),
+            patch.object(Evaluator, "run_trial", self._timed(Evaluator.run_trial, "evaluator")),
         ):
             yield
 
@@ -52,20 +53,20 @@ class Clock:
 
 
 def overhead(name: str, n_trials: int) -> list[str]:
-    """Cells: task, trials, median s a trial, of it calibration and evaluation, the bench, loop with study and store."""
-    conf.register_schemas()
+    """Cells: task, trials, median s a trial, of it calibration and evaluation, evaluator, loop with study and store."""
+    register_schemas()
     clock, taken = Clock(), []
-    with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(conf.conf_dir()), version_base="1.3"):
+    with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(conf_dir()), version_base="1.3"):
         arguments = ["+experiment=int8_int16", f"task={name}", f"root={folder}", "executor.threads=1", *SPACE]
-        config = compose("tune", overrides=conf.rewrite([*arguments, f"search.n_trials={n_trials + 2}"]))
-        with assemble(config) as session, clock.running():
+        config = compose("tune", overrides=rewrite([*arguments, f"search.n_trials={n_trials + 2}"]))
+        with open_session(config, time.perf_counter()) as session, clock.running():
             begin(session)
             for label in (ALL_INT16, ALL_INT8):  # the store warms up
                 baseline(session, label)
             for _ in range(n_trials):
-                before = time.perf_counter(), clock.inside, clock.bench
+                before = time.perf_counter(), clock.inside, clock.evaluator
                 session.sample()
-                now = time.perf_counter(), clock.inside, clock.bench
+                now = time.perf_counter(), clock.inside, clock.evaluator
                 taken.append([b - a for a, b in zip(before, now, strict=True)])
     shares = sorted((wall - inside) / wall for wall, inside, _ in taken)
     return [
@@ -73,8 +74,8 @@ def overhead(name: str, n_trials: int) -> list[str]:
         str(len(taken)),
         f"{statistics.median(wall for wall, *_ in taken):.2f} s",
         f"{statistics.median(inside for _, inside, _ in taken):.2f} s",
-        f"{statistics.median(bench - inside for _, inside, bench in taken) * 1e3:.0f} ms",
-        f"{statistics.median(wall - bench for wall, _, bench in taken) * 1e3:.0f} ms",
+        f"{statistics.median(evaluator - inside for _, inside, evaluator in taken) * 1e3:.0f} ms",
+        f"{statistics.median(wall - evaluator for wall, _, evaluator in taken) * 1e3:.0f} ms",
         f"{statistics.median(wall - inside for wall, inside, _ in taken) * 1e3:.0f} ms",
         f"{statistics.median(shares):.1%} ({shares[0]:.1%} to {shares[-1]:.1%})",
     ]

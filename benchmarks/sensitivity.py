@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from benchmarks import peers
 from benchmarks.engine import calibrated
 from benchmarks.networks import NETWORKS, build, images
-from qflow.allocator import keep_freed_memory
-from qflow.analysis.candidates import Candidate, candidates
-from qflow.analysis.distances import Distances
-from qflow.analysis.layers import compare_layers
-from qflow.analysis.sensitivity import sensitivity
-from qflow.analysis.tables import SensitivityTable
+from qflow.analysis.layers.compare import compare_layers
+from qflow.analysis.measures.distances import Distances
+from qflow.analysis.measures.tables import SensitivityTable
+from qflow.analysis.sensitivity.candidates import Candidate, candidates
+from qflow.analysis.sensitivity.measure import sensitivity
 from qflow.core.settings import SensitivitySettings
-from qflow.quant.quantized_model import QuantizedModel
-from qflow.quant.replay import full_forward
+from qflow.process.allocator import keep_freed_memory
+from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.replay.replay import full_forward
 
 CASES = ("resnet20:64", "resnet20:4", "resnet56:64", "mobilenetv2:64", "mobilenetv2:1", "unet:64", "unet:2")
 METHODS = ("exact", "screened", "estimate")

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from qflow.waiting import SPINS
+from qflow.process.waiting import SPINS
 
 CASES = ("resnet20:64:32", "resnet20:4:32", "mobilenetv2:4:32", "unet:4:64")
 SECONDS = 3.0  # a process passes for so long, so that two are at it together

@@ -7,15 +7,15 @@ __version__ = "0.1.0"
 
 # Imported on first use, so that `import qflow` and --help stay fast.
 _PLACES = {
-    "qflow.library": "prepare configure calibrate check cost set_fake_quantize FakeQuantState Prepared",
-    "qflow.quant_analysis": "QuantAnalysis",
-    "qflow.frames": "to_frame",
-    "qflow.analysis.model_check": "check_text",
+    "qflow.api.library": "prepare configure calibrate check cost set_fake_quantize FakeQuantState Prepared",
+    "qflow.api.quant_analysis": "QuantAnalysis",
+    "qflow.api.frames": "to_frame",
+    "qflow.analysis.checks.model_check": "check_text",
     "qflow.core.dtype": "QDtype",
     "qflow.core.qconfig": "OpQConfig QConfig",
     "qflow.core.setter": "HighPrecisionOutput TemplateSetter",
     "qflow.core.settings": "CalibrationSettings",
-    "qflow.quant.quantized_model": "scales",
+    "qflow.quant.model.quantized_model": "scales",
 }
 _HOME = {name: place for place, names in _PLACES.items() for name in names.split()}
 
@@ -23,12 +23,12 @@ _HOME = {name: place for place, names in _PLACES.items() for name in names.split
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
-    plugin = importlib.import_module("qflow.core.plugin_names")
+    plugin = importlib.import_module("qflow.api.plugin_names")
     if name in plugin.__all__:
         return getattr(plugin, name)
     raise AttributeError(f"module 'qflow' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    plugin = importlib.import_module("qflow.core.plugin_names")
+    plugin = importlib.import_module("qflow.api.plugin_names")
     return sorted({"__version__", *_HOME, *plugin.__all__})

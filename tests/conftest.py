@@ -1,4 +1,4 @@
-"""Fixtures that several parts use: the digits task and a bench on it, built once."""
+"""Fixtures that several parts use: the digits task and a evaluator on it, built once."""
 
 import os
 import sys
@@ -39,12 +39,12 @@ def nash_m():
 
 
 @pytest.fixture
-def bench(digits_task, nash_m):
-    from qflow.bench import Bench
+def evaluator(digits_task, nash_m):
     from qflow.core.settings import CalibrationSettings, SensitivitySettings
-    from qflow.cost.model import CostModel
+    from qflow.cost_model.model import CostModel
+    from qflow.trial.evaluator import Evaluator
 
-    made = Bench(
+    made = Evaluator(
         digits_task,
         nash_m,
         CostModel(),

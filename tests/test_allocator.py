@@ -8,7 +8,7 @@ import pytest
 
 FAULTS = """
 import resource, sys
-from qflow.allocator import keep_freed_memory
+from qflow.process.allocator import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "keep" else None
 def touch():
     parts = [bytearray(20_000_000) for _ in range(4)]  # 80 MB at the end of the heap

@@ -7,7 +7,7 @@ import torch
 from doors import door
 from test_check_door import CUSTOM
 
-from qflow.core.sensitive import table_rows
+from qflow.core.table_setter import table_rows
 from qflow.tracking.mlflow_tracker import MlflowTracker
 
 FEW = ["sensitivity.bad_cases=4", "sensitivity.search_samples=32"]

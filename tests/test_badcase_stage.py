@@ -4,18 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from qflow.analysis.metrics import Custom
-from qflow.bench import Bench
-from qflow.cost.model import CostModel
+from qflow.analysis.measures.metrics import Custom
+from qflow.cost_model.model import CostModel
+from qflow.trial.evaluator import Evaluator
 
 
 @pytest.fixture
 def make(digits_task, nash_m, tmp_path):
     def made(**settings):
-        bench = Bench(digits_task, nash_m, CostModel(), eval_batch=256, searches=tmp_path / "searches")
-        bench.sensitivity_settings = replace(bench.sensitivity_settings, **settings)
-        bench.default_calibration = replace(bench.default_calibration, batch_size=8, steps=2)
-        return bench
+        evaluator = Evaluator(digits_task, nash_m, CostModel(), eval_batch=256, searches=tmp_path / "searches")
+        evaluator.sensitivity_settings = replace(evaluator.sensitivity_settings, **settings)
+        evaluator.default_calibration = replace(evaluator.default_calibration, batch_size=8, steps=2)
+        return evaluator
 
     return made
 
@@ -32,7 +32,7 @@ def test_a_search_that_is_killed_goes_on_where_its_state_is(make, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         make(search_samples=160, bad_cases=4).find_badcases(killed_at_18)
 
-    from qflow.analysis.badcase_search import Search
+    from qflow.analysis.badcases.search import Search
 
     compared, add = [], Search.add
     monkeypatch.setattr(Search, "add", lambda self, batch, size: (compared.append(size), add(self, batch, size))[1])
@@ -50,9 +50,11 @@ def test_as_many_samples_are_searched_as_were_asked_for(make):
 
 
 def test_the_users_own_metric_chooses_the_bad_cases(make):
-    bench = make(search_samples=64, bad_cases=4)
-    first = bench.find_badcases()
-    bench.own_metric = Custom(lambda x, y: (x - y).flatten(1).abs().sum(1), "ascending")  # the best ones are the worst
-    own = bench.find_badcases()
+    evaluator = make(search_samples=64, bad_cases=4)
+    first = evaluator.find_badcases()
+    evaluator.own_metric = Custom(
+        lambda x, y: (x - y).flatten(1).abs().sum(1), "ascending"
+    )  # the best ones are the worst
+    own = evaluator.find_badcases()
     assert (own.metric, set(own.chosen) & set(first.chosen)) == ("custom", set())
-    assert bench.rank().metric == "L1"
+    assert evaluator.rank().metric == "L1"

@@ -5,104 +5,104 @@ from types import SimpleNamespace
 
 import pytest
 
-from qflow.cache import Cache
 from qflow.core.errors import ConfigError, DataError
 from qflow.core.settings import CalibrationSettings, QConfigSettings, TrialSettings
+from qflow.trial.cache import Cache
 
 
-def trial(bench, ratio=0.0, **calibration):
+def trial(evaluator, ratio=0.0, **calibration):
     settings = CalibrationSettings(**{"batch_size": 16, "steps": 4, **calibration})
-    return bench.run_trial(TrialSettings(qconfig=QConfigSettings(int16_ratio=ratio), calibration=settings))
+    return evaluator.run_trial(TrialSettings(qconfig=QConfigSettings(int16_ratio=ratio), calibration=settings))
 
 
-def test_equal_qconfigs_are_evaluated_once(bench):
-    first = trial(bench)
-    again = trial(bench)
+def test_equal_qconfigs_are_evaluated_once(evaluator):
+    first = trial(evaluator)
+    again = trial(evaluator)
     assert first.evaluated
     assert not again.evaluated
-    assert bench.hits == 1
+    assert evaluator.hits == 1
     assert (again.metric, again.scales) == (first.metric, first.scales)
 
 
-def test_the_same_settings_give_the_same_numbers(digits_task, nash_m, bench):
-    from qflow.bench import Bench
-    from qflow.cost.model import CostModel
+def test_the_same_settings_give_the_same_numbers(digits_task, nash_m, evaluator):
+    from qflow.cost_model.model import CostModel
+    from qflow.trial.evaluator import Evaluator
 
-    other = Bench(digits_task, nash_m, CostModel(), eval_batch=256)
+    other = Evaluator(digits_task, nash_m, CostModel(), eval_batch=256)
     other.measure_float()
-    a, b = trial(bench, 1.0), trial(other, 1.0)
+    a, b = trial(evaluator, 1.0), trial(other, 1.0)
     assert a.scales_digest == b.scales_digest
     assert (a.metric, a.cost.latency_ms) == (b.metric, b.cost.latency_ms)
 
 
-def test_order_of_trials_does_not_matter(bench):
-    before = trial(bench, method="kl")
-    trial(bench, 1.0, method="mse")
-    bench.cache = Cache()
-    after = trial(bench, method="kl")
+def test_order_of_trials_does_not_matter(evaluator):
+    before = trial(evaluator, method="kl")
+    trial(evaluator, 1.0, method="mse")
+    evaluator.cache = Cache()
+    after = trial(evaluator, method="kl")
     assert before.scales == after.scales
     assert before.metric == after.metric
 
 
-def test_another_method_needs_no_data_again(bench):
-    trial(bench, method="mse")
-    trial(bench, method="kl")
-    assert (bench.cache.misses["calibration"], bench.cache.hits["calibration"]) == (1, 1)
+def test_another_method_needs_no_data_again(evaluator):
+    trial(evaluator, method="mse")
+    trial(evaluator, method="kl")
+    assert (evaluator.cache.misses["calibration"], evaluator.cache.hits["calibration"]) == (1, 1)
 
 
-def test_ratio_one_is_the_int16_template(bench):
+def test_ratio_one_is_the_int16_template(evaluator):
     from qflow.core.dtype import QDtype
 
-    assert trial(bench, 1.0).qconfig.digest == bench.template(QDtype.qint16)[1].digest
+    assert trial(evaluator, 1.0).qconfig.digest == evaluator.template(QDtype.qint16)[1].digest
 
 
-def test_what_gains_most_for_its_time_may_go_first(bench):
+def test_what_gains_most_for_its_time_may_go_first(evaluator):
     from qflow.core.dtype import QDtype
 
-    bench.rank()
+    evaluator.rank()
     settings = QConfigSettings(int16_ratio=0.5, ranking="score_per_ms")
-    chosen = set(bench.resolve(settings)[0].names(QDtype.qint16))
-    costs = bench.pricer.promotions(bench.template(QDtype.qint8)[1])
-    worth = {name: bench.scores.get(name, 0.0) / max(costs[name], 1e-5) for name in bench.precisions.promotable}
+    chosen = set(evaluator.resolve(settings)[0].names(QDtype.qint16))
+    costs = evaluator.pricer.promotions(evaluator.template(QDtype.qint8)[1])
+    worth = {name: evaluator.scores.get(name, 0.0) / max(costs[name], 1e-5) for name in evaluator.precisions.promotable}
     assert chosen == set(sorted(worth, key=lambda name: -worth[name])[: len(chosen)])
     assert 0 < len(chosen) < len(worth)
     with pytest.raises(ConfigError, match="score_per_ms counts operators by activation, but got weight"):
         QConfigSettings(ranking="score_per_ms", sensitive_type="weight")
 
 
-def test_a_ratio_without_sensitivities_is_refused(bench):
+def test_a_ratio_without_sensitivities_is_refused(evaluator):
     with pytest.raises(ConfigError, match="needs sensitivities"):
-        trial(bench, 0.5)
+        trial(evaluator, 0.5)
 
 
-def test_too_few_calibration_samples_are_refused(bench):
+def test_too_few_calibration_samples_are_refused(evaluator):
     with pytest.raises(DataError, match="batch_size x steps = 6400 samples, but got 512"):
-        trial(bench, batch_size=64, steps=100)
+        trial(evaluator, batch_size=64, steps=100)
 
 
-def test_a_float_metric_other_than_stated_is_refused(bench):
+def test_a_float_metric_other_than_stated_is_refused(evaluator):
     from dataclasses import replace
 
-    bench.task = replace(bench.task, stated_metric=0.5)
+    evaluator.task = replace(evaluator.task, stated_metric=0.5)
     with pytest.raises(ConfigError, match=r"its task states \(0.5 within 0.002\), but got 0.99"):
-        bench.measure_float()
+        evaluator.measure_float()
 
 
-def test_scales_do_not_remember_an_earlier_trial(bench):
+def test_scales_do_not_remember_an_earlier_trial(evaluator):
     """An operator in fp16 has no scale, also where it was int8 before: a rebuilt trial must look the same."""
     from qflow.core.dtype import QDtype
     from qflow.core.qconfig import OpQConfig
-    from qflow.quant.calibrate import apply_scales
-    from qflow.quant.quantized_model import scales
+    from qflow.quant.model.calibrate import apply_scales
+    from qflow.quant.model.quantized_model import scales
 
     settings = CalibrationSettings(batch_size=16, steps=4)
-    qconfig = bench.template(QDtype.qint8)[1].with_ops({"[add]": OpQConfig(QDtype.float16)})
-    stats = bench.calibrate(settings)
-    apply_scales(bench.prepared, stats, qconfig, settings)
-    fresh = scales(bench.prepared)
-    trial(bench, 1.0)
-    apply_scales(bench.prepared, stats, qconfig, settings)
-    assert scales(bench.prepared) == fresh
+    qconfig = evaluator.template(QDtype.qint8)[1].with_ops({"[add]": OpQConfig(QDtype.float16)})
+    stats = evaluator.calibrate(settings)
+    apply_scales(evaluator.prepared, stats, qconfig, settings)
+    fresh = scales(evaluator.prepared)
+    trial(evaluator, 1.0)
+    apply_scales(evaluator.prepared, stats, qconfig, settings)
+    assert scales(evaluator.prepared) == fresh
     assert fresh["[add]"] == 0.0
 
 
@@ -111,10 +111,10 @@ def test_an_operator_that_only_some_samples_reach_is_refused(digits_task, nash_m
     import torch
     from torch import nn
 
-    from qflow.bench import Bench
     from qflow.core.errors import ModelError
-    from qflow.cost.model import CostModel
+    from qflow.cost_model.model import CostModel
     from qflow.tasks.task import make_task
+    from qflow.trial.evaluator import Evaluator
 
     class Branch(nn.Module):
         def __init__(self):
@@ -125,10 +125,10 @@ def test_an_operator_that_only_some_samples_reach_is_refused(digits_task, nash_m
             return self.inner(torch.tanh(image) if image[0, 0, 4, 4] > 0.9 else image)
 
     task = make_task(name="branch", model=Branch().eval(), data=digits_task.data, metric=digits_task.metric)
-    bench = Bench(task, nash_m, CostModel(), eval_batch=8)
-    bench.measure_float()
+    evaluator = Evaluator(task, nash_m, CostModel(), eval_batch=8)
+    evaluator.measure_float()
     with pytest.raises(ModelError, match=r"unplanned operators \['\[tanh\] at test_bench.py:\d+'\]"):
-        trial(bench)
+        trial(evaluator)
 
 
 def test_what_the_device_bars_from_int16_says_so_in_every_trial(nash_m):
@@ -136,9 +136,9 @@ def test_what_the_device_bars_from_int16_says_so_in_every_trial(nash_m):
     from torch import nn
     from torch.utils.data import TensorDataset
 
-    from qflow.bench import Bench
-    from qflow.cost.model import CostModel
+    from qflow.cost_model.model import CostModel
     from qflow.tasks.task import make_task
+    from qflow.trial.evaluator import Evaluator
 
     class Data:
         calibration = evaluation = TensorDataset(torch.randn(64, 3, 8, 8), torch.zeros(64))
@@ -150,9 +150,11 @@ def test_what_the_device_bars_from_int16_says_so_in_every_trial(nash_m):
             return outputs.mean(dim=(1, 2, 3))
 
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SiLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 1), nn.Sigmoid()).eval()
-    bench = Bench(make_task(name="t", model=model, data=Data, metric=Score()), nash_m, CostModel(), eval_batch=32)
-    bench.measure_float()
-    rows = {r.op: r for r in trial(bench, 1.0).check.rows}
+    evaluator = Evaluator(
+        make_task(name="t", model=model, data=Data, metric=Score()), nash_m, CostModel(), eval_batch=32
+    )
+    evaluator.measure_float()
+    rows = {r.op: r for r in trial(evaluator, 1.0).check.rows}
     assert rows["1"].applied == "qint8"
     assert rows["1"].reason == "no int16: 2 (max_pool) takes int8 input only"
 
@@ -177,11 +179,11 @@ def test_whatever_a_calibration_setting_changes_a_shared_bench_sees(field, nash_
     from torch import nn
     from torch.utils.data import TensorDataset
 
-    from qflow.bench import Bench
     from qflow.core.dtype import QDtype
     from qflow.core.qconfig import OpQConfig
-    from qflow.cost.model import CostModel
+    from qflow.cost_model.model import CostModel
     from qflow.tasks.task import make_task
+    from qflow.trial.evaluator import Evaluator
 
     class Net(nn.Module):
         def __init__(self):
@@ -204,19 +206,19 @@ def test_whatever_a_calibration_setting_changes_a_shared_bench_sees(field, nash_
     task = make_task(name="t", model=Net().eval(), data=data, metric=Score())
 
     def made():
-        found = Bench(task, nash_m, CostModel(), eval_batch=32)
+        found = Evaluator(task, nash_m, CostModel(), eval_batch=32)
         found.measure_float()
         return found
 
-    def figure(bench, calibration):
-        qconfig = bench.template(QDtype.qint8)[1].with_ops(
+    def figure(evaluator, calibration):
+        qconfig = evaluator.template(QDtype.qint8)[1].with_ops(
             {
                 "[mul]": OpQConfig(QDtype.float16),
                 "[clamp]": OpQConfig(QDtype.qint16),
                 "second": OpQConfig(QDtype.qint8, weight=QDtype.qint8, input=(QDtype.qint16,)),
             }
         )
-        return bench.run_qconfig(qconfig, qconfig, TrialSettings(calibration=calibration)).metric
+        return evaluator.run_qconfig(qconfig, qconfig, TrialSettings(calibration=calibration)).metric
 
     base = {"method": METHODS.get(field, "mse"), "batch_size": 16, "steps": 4}
     settings = CalibrationSettings(**base)
@@ -229,10 +231,10 @@ def test_whatever_a_calibration_setting_changes_a_shared_bench_sees(field, nash_
         assert figure(shared, changed) != before  # the test sees what it is about
 
 
-def test_a_known_trial_says_what_calibrated_it(bench):
+def test_a_known_trial_says_what_calibrated_it(evaluator):
     """Two amounts that lead to the same scales share the evaluation, not the record."""
-    first = trial(bench, method="clip", clip_min=-1e-3, clip_max=1e-3)
-    again = trial(bench, method="clip", clip_min=-1e-3, clip_max=1e-3, steps=8)
+    first = trial(evaluator, method="clip", clip_min=-1e-3, clip_max=1e-3)
+    again = trial(evaluator, method="clip", clip_min=-1e-3, clip_max=1e-3, steps=8)
     assert again.scales == first.scales
     assert (again.evaluated, again.calibration_samples) == (False, 128)
 
@@ -243,8 +245,8 @@ def test_calibration_reads_the_augmented_split_where_it_is_asked_to(digits_task,
 
     import torch
 
-    from qflow.bench import Bench
-    from qflow.cost.model import CostModel
+    from qflow.cost_model.model import CostModel
+    from qflow.trial.evaluator import Evaluator
 
     class Shifted(torch.utils.data.Dataset):
         def __len__(self):
@@ -257,12 +259,12 @@ def test_calibration_reads_the_augmented_split_where_it_is_asked_to(digits_task,
     data = SimpleNamespace(**vars(digits_task.data), calibration_augmented=Shifted())
     found = []
     for _ in range(2):
-        made = Bench(replace(digits_task, data=data), nash_m, CostModel(), eval_batch=256)
+        made = Evaluator(replace(digits_task, data=data), nash_m, CostModel(), eval_batch=256)
         made.measure_float()
         found.append([trial(made, augment=augment).scales for augment in (True, False)])
     assert found[0] == found[1]
     assert found[0][0] != found[0][1]
-    plain = Bench(digits_task, nash_m, CostModel(), eval_batch=256)
+    plain = Evaluator(digits_task, nash_m, CostModel(), eval_batch=256)
     plain.measure_float()
     with pytest.raises(ConfigError, match=r"calibration.augment=true reads task.data.calibration_augmented, but"):
         trial(plain, augment=True)

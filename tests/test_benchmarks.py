@@ -107,7 +107,7 @@ def rows(text, first):
 def test_the_search_for_the_fewest_promotions_in_miniature(search, capsys):
     search.main(["minimal", "--small"])
     found = rows(capsys.readouterr().out, "| 0 ")
-    assert [r[1] for r in found] == ["ladder", "assign"]
+    assert [r[1] for r in found] == ["ratio", "assign"]
     for r in found:
         assert int(r[5]) >= 2
         assert float(r[6].split()[0]) > 0
@@ -126,7 +126,7 @@ def test_the_front_in_miniature(search, capsys):
 
 
 def test_a_hypervolume_is_the_area_below_the_reference():
-    from qflow.search.front import dominated_area as volume
+    from qflow.search.surrogate import hypervolume as volume
 
     assert volume([], (1.0, 1.0)) == 0.0
     assert volume([(0.5, 0.5), (0.75, 0.75), (0.25, 0.75)], (1.0, 1.0)) == pytest.approx(0.25 + 0.25 * 0.25)
@@ -135,7 +135,7 @@ def test_a_hypervolume_is_the_area_below_the_reference():
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
 def test_the_kept_landscapes_hold_every_mix(search, number):
-    land = search.search_front.Landscape.read(search.search_front.DATA / f"front-{number}.npz")
+    land = search.search_front.Surrogate.read(search.search_front.DATA / f"front-{number}.npz")
     assert len(land.drops) == 4096
     assert len(land.scores) == search.search_front.SEEDS
     assert land.drops["8" * 12] > 0.2 > 0.011 > land.drops["6" * 12]

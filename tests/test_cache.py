@@ -8,16 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qflow.analysis.tables import Finding
-from qflow.bench import Bench
-from qflow.cache import Cache, read_record, write_record
+from qflow.analysis.measures.tables import Finding
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.settings import CalibrationSettings, QConfigSettings, SensitivitySettings, TrialSettings
-from qflow.cost.model import CostModel
+from qflow.cost_model.model import CostModel
 from qflow.search.objective import Goal
-from qflow.trial import RUN_METRICS, Evaluation
-from qflow.trial_outcome import outcome
+from qflow.study.outcome import outcome
+from qflow.trial.cache import Cache, read_record, write_record
+from qflow.trial.evaluator import Evaluator
+from qflow.trial.record import RUN_METRICS, Evaluation
 
 SETTINGS = TrialSettings(
     calibration=CalibrationSettings(batch_size=16, steps=4), qconfig=QConfigSettings(int16_ratio=0.4)
@@ -26,13 +26,13 @@ SETTINGS = TrialSettings(
 
 def start(task, rules, folder, say=print, **changes):
     sensitivity = SensitivitySettings(bad_cases=4, search_samples=32, dtypes=["qint8", "qint16", "float16"])
-    bench = Bench(task, rules, CostModel(), sensitivity_settings=sensitivity, eval_batch=256,
+    evaluator = Evaluator(task, rules, CostModel(), sensitivity_settings=sensitivity, eval_batch=256,
                   default_calibration=SETTINGS.calibration, cache=Cache(folder, say=say))  # fmt: skip
     for name, value in changes.items():
-        setattr(bench, name, value)
-    bench.measure_float()
-    table = bench.rank()
-    return bench, table, bench.run_trial(SETTINGS)
+        setattr(evaluator, name, value)
+    evaluator.measure_float()
+    table = evaluator.rank()
+    return evaluator, table, evaluator.run_trial(SETTINGS)
 
 
 def test_another_start_reads_everything_and_gets_the_same_bits(digits_task, nash_m, tmp_path):
@@ -74,9 +74,9 @@ def test_a_file_that_is_cut_is_computed_again(digits_task, nash_m, tmp_path):
 
 
 def test_what_is_stored_comes_back_bit_by_bit_and_is_no_pickle(digits_task, nash_m, tmp_path):
-    bench, table, _ = start(digits_task, nash_m, tmp_path)
-    stats = bench.calibrate(SETTINGS.calibration)
-    for content in (stats, table, bench.badcases, Evaluation(0.1 + 0.2, 3, {"tensor": 5}), Evaluation(-0.0, 1)):
+    evaluator, table, _ = start(digits_task, nash_m, tmp_path)
+    stats = evaluator.calibrate(SETTINGS.calibration)
+    for content in (stats, table, evaluator.badcases, Evaluation(0.1 + 0.2, 3, {"tensor": 5}), Evaluation(-0.0, 1)):
         place = tmp_path / "record.safetensors"
         write_record(place, content)
         found = read_record(place, type(content))
@@ -102,8 +102,8 @@ def same_bits(one, other):
 def test_a_trial_from_disk_counts_as_no_evaluation(digits_task, nash_m, tmp_path):
     goal = Goal(max_drop=0.01).aimed("accuracy/accuracy", "maximize", ("accuracy/accuracy", *RUN_METRICS))
     for expected in ("true", "false"):
-        bench, _, trial = start(digits_task, nash_m, tmp_path)
-        tags = outcome(trial, goal, "accuracy/accuracy", {}, bench.eval_samples).tags
+        evaluator, _, trial = start(digits_task, nash_m, tmp_path)
+        tags = outcome(trial, goal, "accuracy/accuracy", {}, evaluator.eval_samples).tags
         assert tags["qflow.evaluated"] == expected
 
 
@@ -144,41 +144,41 @@ def test_a_metric_that_nothing_identifies_is_not_kept_on_disk(digits_task, nash_
             object.__setattr__(self, "lock", threading.Lock())
 
     said = []
-    bench, *_ = start(replace(digits_task, metric=Locked()), nash_m, tmp_path, say=said.append)
+    evaluator, *_ = start(replace(digits_task, metric=Locked()), nash_m, tmp_path, say=said.append)
     assert said == [
         "cache        in memory only: nothing tells task.metric.lock (lock) of this start from the next one's"
     ]
     assert list(tmp_path.iterdir()) == []
-    assert bench.training_folder("train") is None
+    assert evaluator.training_folder("train") is None
 
 
 def test_an_error_share_is_the_cheapest_mix_that_keeps_so_much(digits_task, nash_m):
-    bench, *_ = start(digits_task, nash_m, None)
+    evaluator, *_ = start(digits_task, nash_m, None)
     counts = []
     for share in (0.0, 0.1, 0.5, 1.0):
         settings = QConfigSettings(error_share=share)
-        problem = bench.precisions.problem(settings)
-        chosen = bench.resolve(settings)[0].names(QDtype.qint16)
-        mix = "".join("6" if name in chosen else "8" for name in bench.precisions.promotable)
+        problem = evaluator.precisions.problem(settings)
+        chosen = evaluator.resolve(settings)[0].names(QDtype.qint16)
+        mix = "".join("6" if name in chosen else "8" for name in evaluator.precisions.promotable)
         assert problem.error(mix) <= problem.budget(share) * (1 + 1e-6)
-        assert bench.resolve(QConfigSettings(assignment=mix))[1].digest == bench.resolve(settings)[1].digest
+        assert evaluator.resolve(QConfigSettings(assignment=mix))[1].digest == evaluator.resolve(settings)[1].digest
         counts.append(mix.count("6"))
     assert counts == sorted(counts, reverse=True)
     assert counts[-1] == 0
 
 
 def test_fp16_goes_where_it_takes_most_error_away_and_the_ratio_counts_the_others(digits_task, nash_m):
-    bench, table, _ = start(digits_task, nash_m, None)
-    order = bench.precisions.float16_order
+    evaluator, table, _ = start(digits_task, nash_m, None)
+    order = evaluator.precisions.float16_order
     gains = [table.activation_scores("qint16")[n] - table.activation_scores("float16")[n] for n in order]
     assert gains == sorted(gains, reverse=True)
     assert all(gain > 0 for gain in gains)
     if order:
-        _, applied = bench.resolve(QConfigSettings(float16_count=1, int16_ratio=1.0))
+        _, applied = evaluator.resolve(QConfigSettings(float16_count=1, int16_ratio=1.0))
         assert applied.ops[order[0]].output == QDtype.float16
-    bench.sensitivities = None
+    evaluator.sensitivities = None
     with pytest.raises(ConfigError, match=r"fp16 count needs sensitivities at int16.*sensitivity.dtypes"):
-        bench.resolve(QConfigSettings(float16_count=1))
+        evaluator.resolve(QConfigSettings(float16_count=1))
 
 
 @pytest.mark.parametrize(
@@ -196,6 +196,6 @@ def test_what_contradicts_itself_is_refused(settings, message):
 
 
 def test_an_assignment_of_another_model_is_refused(digits_task, nash_m):
-    bench, *_ = start(digits_task, nash_m, None)
+    evaluator, *_ = start(digits_task, nash_m, None)
     with pytest.raises(ConfigError, match="a letter for each of the .* operators that can be int16, but got 3"):
-        bench.resolve(QConfigSettings(assignment="868"))
+        evaluator.resolve(QConfigSettings(assignment="868"))

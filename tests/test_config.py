@@ -6,8 +6,11 @@ import sys
 
 import pytest
 
-from qflow import config as conf
-from qflow.config.door import experiments
+from qflow.config.command import experiments, run_command
+from qflow.config.overrides import rewrite
+from qflow.config.schema import GROUPS, conf_dir, register_schemas
+from qflow.config.settings import load_resolved, plain, required, resolved_yaml, trial_settings
+from qflow.config.space import parse_domain, search_space
 from qflow.core.errors import ConfigError
 from qflow.search.domain import Choice, Interval, Range
 
@@ -16,24 +19,25 @@ def compose(*overrides, name="tune"):
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
-    conf.register_schemas()
-    with initialize_config_dir(str(conf.conf_dir()), version_base="1.3"):
-        return hydra_compose(name, overrides=conf.rewrite(overrides))
+    register_schemas()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return hydra_compose(name, overrides=rewrite(overrides))
 
 
 def run(capsys, *arguments):
     """Exit code and standard error of the tune door, stopped before it builds anything."""
-    from qflow.tune import check_study, find_workflow
+    from qflow.commands.tune import find_workflow
+    from qflow.study.checks import check_study
 
     def act(config):
-        find_workflow(conf.required(config, "workflow"))
+        find_workflow(required(config, "workflow"))
         check_study(config)
         return 0
 
     argv = sys.argv
     try:
         with pytest.raises(SystemExit) as stop:
-            conf.run_door("tune", act, [*arguments, "hydra.run.dir=."])
+            run_command("tune", act, [*arguments, "hydra.run.dir=."])
     finally:
         sys.argv = argv
     return stop.value.code, capsys.readouterr().err
@@ -112,7 +116,7 @@ def test_a_device_is_also_a_path(tmp_path, capsys):
     argv = sys.argv
     try:
         with pytest.raises(SystemExit) as stop:
-            conf.run_door("tune", lambda c: seen.append(c.device) or 0, [BASE, f"device={tmp_path}/nash-m.yaml"])
+            run_command("tune", lambda c: seen.append(c.device) or 0, [BASE, f"device={tmp_path}/nash-m.yaml"])
     finally:
         sys.argv = argv
     assert stop.value.code == 0, capsys.readouterr().err
@@ -121,8 +125,8 @@ def test_a_device_is_also_a_path(tmp_path, capsys):
 
 def test_module_names_need_no_plus():
     config = compose(BASE, "qconfig.modules={neck.fuse: qint16}", "qat.rates.backbone=0.1")
-    assert conf.plain(config.qconfig.modules) == {"neck.fuse": "qint16"}
-    assert conf.plain(config.qat.rates) == {"backbone": 0.1}
+    assert plain(config.qconfig.modules) == {"neck.fuse": "qint16"}
+    assert plain(config.qat.rates) == {"backbone": 0.1}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -136,7 +140,7 @@ def test_a_mistake_gets_one_line_and_code_2(case, capsys):
 
 
 def test_the_search_grammar_is_hydras():
-    parse = conf.parse_domain
+    parse = parse_domain
     assert parse("k", "choice(mse, kl)") == Choice(("mse", "kl"))
     assert parse("k", "choice(8,16)") == Choice((8, 16))
     assert parse("k", "interval(0, 1)") == Interval(0.0, 1.0)
@@ -148,31 +152,31 @@ def test_the_search_grammar_is_hydras():
 
 def test_a_sweep_on_the_command_line_becomes_a_search():
     config = compose("experiment=int8_int16", "calibration.batch_size=choice(4,8)", "qconfig.int16_ratio=0.5,0.25")
-    space = conf.search_space(config)
+    space = search_space(config)
     assert space["calibration.batch_size"] == Choice((4, 8))
     assert space["qconfig.int16_ratio"] == Choice((0.5, 0.25))
     assert config.calibration.batch_size == 16
 
 
 def test_one_value_on_the_command_line_fixes_a_key():
-    space = conf.search_space(compose(BASE, "calibration.method=kl", "qconfig.int16_ratio=0.3"))
+    space = search_space(compose(BASE, "calibration.method=kl", "qconfig.int16_ratio=0.3"))
     assert set(space) == {"calibration.batch_size", "calibration.steps"}
-    assert "calibration.method" in conf.search_space(compose(BASE, "calibration=minmax"))
+    assert "calibration.method" in search_space(compose(BASE, "calibration=minmax"))
     both = compose(BASE, "calibration.method=kl", "~search.space.calibration.method")
-    assert "calibration.method" not in conf.search_space(both)
+    assert "calibration.method" not in search_space(both)
 
 
 def test_a_trial_is_the_configuration_with_its_parameters_in_place():
     config = compose(BASE)
-    settings = conf.trial_settings(config, {"calibration.method": "kl", "qconfig.int16_ratio": 0.25})
+    settings = trial_settings(config, {"calibration.method": "kl", "qconfig.int16_ratio": 0.25})
     assert (settings.calibration.method, settings.qconfig.int16_ratio) == ("kl", 0.25)
     assert config.calibration.method != "kl"
 
 
 def test_a_resolved_configuration_comes_back():
     config = compose(BASE, "calibration.steps=7", "root=/nowhere")
-    back = conf.load_resolved(conf.resolved_yaml(config))
-    assert conf.plain(back)["calibration"] == conf.plain(config)["calibration"]
+    back = load_resolved(resolved_yaml(config))
+    assert plain(back)["calibration"] == plain(config)["calibration"]
     assert back.calibration.steps == 7
 
 
@@ -180,18 +184,18 @@ def test_a_resolved_configuration_comes_back():
 def test_device_files_fit_their_records(march):
     from qflow.core.device import DeviceRules
     from qflow.core.graph import OpKind
-    from qflow.cost.model import CostModel
+    from qflow.cost_model.model import CostModel
 
     config = compose(BASE, f"device={march}")
-    rules = DeviceRules(march=march, oe_version="3.0.17", **conf.plain(config.device.rules))
+    rules = DeviceRules(march=march, oe_version="3.0.17", **plain(config.device.rules))
     kinds = {k.value for k in OpKind}
     assert {*rules.int8_inputs, *rules.int8_outputs, *rules.float16_kinds} <= kinds
-    assert CostModel(march=march, **conf.plain(config.device.cost)).clock_ghz == {"nash-m": 1.5, "nash-e": 1.0}[march]
+    assert CostModel(march=march, **plain(config.device.cost)).clock_ghz == {"nash-m": 1.5, "nash-e": 1.0}[march]
 
 
 def test_every_option_composes():
-    for group in conf.GROUPS:
-        for path in (conf.conf_dir() / group).glob("*.yaml"):
+    for group in GROUPS:
+        for path in (conf_dir() / group).glob("*.yaml"):
             if group == "experiment":
                 assert f"+experiment={path.stem}" in path.read_text()  # opens with the command that runs it
                 compose(f"+experiment={path.stem}", name="tune" if path.stem in experiments() else "train_float")
@@ -230,7 +234,7 @@ def test_schemas_mirror_the_records_they_are_checked_into():
     from qflow.config import schema
     from qflow.core import settings
     from qflow.core.device import DeviceRules
-    from qflow.cost.model import CostModel
+    from qflow.cost_model.model import CostModel
 
     def defaults(cls, skip=()):
         return {

@@ -6,7 +6,7 @@ import re
 import pytest
 from doors import door
 
-from qflow.config.door import experiments
+from qflow.config.command import experiments
 
 
 def tune(*arguments, cwd):

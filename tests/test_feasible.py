@@ -3,12 +3,13 @@
 import pytest
 from test_config import BASE, compose
 
-from qflow import config as conf
+from qflow.config.settings import trial_settings
+from qflow.config.space import module_settings, search_space
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.setter import covers
-from qflow.feasible import check_budgets, check_search
 from qflow.search.objective import Goal
+from qflow.study.feasible import check_budgets, check_search
 
 
 @pytest.fixture
@@ -16,19 +17,19 @@ def grouped(digits_task, nash_m):
     """The digits network as a part of another, so that a name stands above several operators."""
     from torch import nn
 
-    from qflow.bench import Bench
-    from qflow.cost.model import CostModel
+    from qflow.cost_model.model import CostModel
     from qflow.tasks.task import make_task
+    from qflow.trial.evaluator import Evaluator
 
     model = nn.Sequential()
     model.add_module("body", digits_task.model)
     model.add_module("head", nn.Linear(10, 10))
     task = make_task(name="grouped", model=model.eval(), data=digits_task.data, metric=digits_task.metric)
-    return Bench(task, nash_m, CostModel(), eval_batch=256)
+    return Evaluator(task, nash_m, CostModel(), eval_batch=256)
 
 
-def applied(bench, config, params):
-    qconfig = bench.resolve(conf.trial_settings(config, params).qconfig)[1]
+def applied(evaluator, config, params):
+    qconfig = evaluator.resolve(trial_settings(config, params).qconfig)[1]
     return {name: op.output for name, op in qconfig.ops.items()}
 
 
@@ -37,8 +38,8 @@ def test_a_switch_covers_the_group_and_a_part_of_it_may_differ(grouped):
         BASE, "qconfig.int16_ratio=0", "qconfig.modules.body=choice(qint8,qint16)",
         "qconfig.modules.body.conv2=choice(qint8,qint16)",
     )  # fmt: skip
-    space = conf.search_space(config)
-    check_search(grouped, Goal(0.01), conf.module_settings(config, space))
+    space = search_space(config)
+    check_search(grouped, Goal(0.01), module_settings(config, space))
     low = applied(grouped, config, {"qconfig.modules.body": "qint8", "qconfig.modules.body.conv2": "qint8"})
     assert QDtype.qint16 not in low.values()
     body = {name for name in low if covers("body", name)}
@@ -50,18 +51,18 @@ def test_a_switch_covers_the_group_and_a_part_of_it_may_differ(grouped):
     assert {name for name in part if part[name] == QDtype.qint16} == {"body.conv2"}
 
 
-def test_switches_on_the_digits_model_decide_their_operators(bench):
+def test_switches_on_the_digits_model_decide_their_operators(evaluator):
     config = compose(BASE, "qconfig.int16_ratio=0", "qconfig.modules.conv2=choice(qint8,qint16)")
-    before = applied(bench, config, {"qconfig.modules.conv2": "qint8"})
-    after = applied(bench, config, {"qconfig.modules.conv2": "qint16"})
+    before = applied(evaluator, config, {"qconfig.modules.conv2": "qint8"})
+    after = applied(evaluator, config, {"qconfig.modules.conv2": "qint16"})
     assert {name for name in after if after[name] != before[name]} == {"conv2"}
     assert after["conv2"] == QDtype.qint16
 
 
-def test_a_switch_that_no_operator_answers_to_is_refused_before_the_first_trial(bench):
+def test_a_switch_that_no_operator_answers_to_is_refused_before_the_first_trial(evaluator):
     config = compose(BASE, "qconfig.modules.conv7=choice(qint8,qint16)")
     with pytest.raises(ConfigError, match="but got conv7"):
-        check_search(bench, Goal(0.01), conf.module_settings(config, conf.search_space(config)))
+        check_search(evaluator, Goal(0.01), module_settings(config, search_space(config)))
 
 
 class Report:
@@ -82,28 +83,28 @@ class Report:
         ({"max_int16_mac_share": 0.5}, Report(refusal="no price for x", lower_bound=True), ""),
     ],
 )
-def test_a_figure_that_cannot_be_judged_meets_no_budget(bench, monkeypatch, budget, report, says):
-    monkeypatch.setattr(bench, "cost", lambda qconfig: report)
+def test_a_figure_that_cannot_be_judged_meets_no_budget(evaluator, monkeypatch, budget, report, says):
+    monkeypatch.setattr(evaluator, "cost", lambda qconfig: report)
     if not says:
-        check_budgets(bench, Goal(0.01, **budget))
+        check_budgets(evaluator, Goal(0.01, **budget))
         return
     with pytest.raises(ConfigError) as caught:
-        check_budgets(bench, Goal(0.01, **budget))
+        check_budgets(evaluator, Goal(0.01, **budget))
     assert says in str(caught.value) and "\n" not in str(caught.value)
     assert f"objective.{next(iter(budget))}=null" in str(caught.value)
 
 
-def test_traffic_of_a_device_without_its_memory_is_a_lower_bound(bench):
+def test_traffic_of_a_device_without_its_memory_is_a_lower_bound(evaluator):
     with pytest.raises(ConfigError, match=r"device\.cost\.onchip_mb"):
-        check_budgets(bench, Goal(0.01, max_traffic_mb=9.0))
+        check_budgets(evaluator, Goal(0.01, max_traffic_mb=9.0))
 
 
-def test_the_metrics_that_can_be_optimized_are_those_of_a_run(bench):
+def test_the_metrics_that_can_be_optimized_are_those_of_a_run(evaluator):
     from qflow.core.settings import CalibrationSettings, TrialSettings
-    from qflow.session import outcome
-    from qflow.trial import RUN_METRICS
+    from qflow.study.session import outcome
+    from qflow.trial.record import RUN_METRICS
 
-    result = bench.run_trial(TrialSettings(calibration=CalibrationSettings(batch_size=16, steps=4)))
+    result = evaluator.run_trial(TrialSettings(calibration=CalibrationSettings(batch_size=16, steps=4)))
     goal = Goal(0.01, optimize={"cost/traffic_mb": "minimize"}).aimed("accuracy/accuracy", "maximize", (*RUN_METRICS,))
     found = outcome(result, goal, "accuracy/accuracy", {}, result.samples)
     assert set(found.metrics) == {"accuracy/accuracy", *RUN_METRICS} - {"qat/steps", "qat/loss"}

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SHOW = ["-m", "qflow.tune", "--cfg", "job", "+experiment=int8_int16"]
-FIND = ["-c", "from qflow.tune import find_workflow; print(find_workflow('int8_int16').__file__)"]
+FIND = ["-c", "from qflow.commands.tune import find_workflow; print(find_workflow('int8_int16').__file__)"]
 
 
 def python(*arguments, cwd, **env):

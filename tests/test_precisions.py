@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 import zoo
 
-from qflow.analysis.tables import SensitivityRow, SensitivityTable
+from qflow.analysis.measures.tables import SensitivityRow, SensitivityTable
 from qflow.core.dtype import QDtype
 from qflow.core.settings import QConfigSettings
-from qflow.cost.latency import Pricer
-from qflow.cost.model import CostModel
-from qflow.precisions import Precisions
-from qflow.quant.plan import make_plan
-from qflow.quant.trace import trace
+from qflow.cost_model.latency import Pricer
+from qflow.cost_model.model import CostModel
+from qflow.quant.model.plan import make_plan
+from qflow.quant.trace.trace import trace
+from qflow.trial.precisions import Precisions
 
 NAMES = ("unet", "squeeze_excite", "convnext", "vision_transformer", "detr", "functional", "fpn", "dense", "shared")
 
@@ -52,7 +52,7 @@ def made(request, nash_m):
 
 def test_times_and_mac_shares_are_sums_over_operators_that_are_read_together(made):
     problem = made.problem(QConfigSettings(), {"max_int16_mac_share": 0.5})
-    share = problem.limits[0].figure
+    share = problem.limits[0].cost
     for mix in drawn(problem):
         assert problem.time(mix) == pytest.approx(problem.price(mix), rel=1e-6)
         assert share(mix) == pytest.approx(share.exact(mix), abs=1e-6)

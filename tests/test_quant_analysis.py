@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from zoo import build
 
 import qflow
-from qflow.analysis.badcase_files import BadcaseInputs
-from qflow.analysis.metrics import distance
-from qflow.analysis_cases import kept_cases
+from qflow.analysis.badcases.files import BadcaseInputs
+from qflow.analysis.measures.metrics import distance
+from qflow.api.cases import kept_cases
 from qflow.core.errors import QflowError
 
 GUIDE = """

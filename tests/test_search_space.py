@@ -3,7 +3,8 @@
 import pytest
 from test_config import BASE, compose, run
 
-from qflow import config as conf
+from qflow.config.settings import load_resolved, plain, resolved_yaml, trial_settings, with_params
+from qflow.config.space import configured, module_settings, search_space
 from qflow.core.errors import ConfigError
 from qflow.search.domain import Choice, Condition, Interval, Range
 
@@ -13,7 +14,7 @@ ON_PERCENTILE = (Condition("calibration.method", Choice(("percentile",))),)
 
 
 def space_of(*overrides):
-    return conf.search_space(compose(*overrides))
+    return search_space(compose(*overrides))
 
 
 def test_a_condition_takes_a_value_a_list_or_a_domain():
@@ -99,20 +100,20 @@ def test_a_modules_name_is_one_key_however_it_is_written():
         "qat.rates.layer1.0=tag(log, interval(1e-6,1e-3))",
         "qconfig.modules={layer1.0: qint8, other: qint16}",
     )  # fmt: skip
-    space = conf.search_space(config)
+    space = search_space(config)
     assert space["qconfig.modules.layer1.0.conv"] == Choice(("qint8", "qint16@0..200"))
     assert space["qat.rates.layer1.0"] == Interval(1e-6, 1e-3, log=True)
     point = {"qconfig.modules.layer1": "qint16", "qconfig.modules.layer1.0.conv": "qint8", "qat.rates.layer1.0": 1e-5}
-    changed = conf.with_params(config, point)
-    settings = conf.trial_settings(changed)
+    changed = with_params(config, point)
+    settings = trial_settings(changed)
     assert list(settings.qconfig.modules.items()) == [
         ("layer1.0.conv", "qint8"), ("layer1.0", "qint8"), ("layer1", "qint16"), ("other", "qint16"),
     ]  # fmt: skip
     assert settings.qat.rates == {"layer1.0": 1e-5}
-    again = conf.trial_settings(conf.load_resolved(conf.resolved_yaml(changed)))  # as promote rebuilds it
+    again = trial_settings(load_resolved(resolved_yaml(changed)))  # as promote rebuilds it
     assert list(again.qconfig.modules) == list(settings.qconfig.modules)
-    assert conf.plain(config.qconfig.modules) == {"layer1.0": "qint8", "other": "qint16"}
-    assert len(conf.module_settings(config, space)) == 4
+    assert plain(config.qconfig.modules) == {"layer1.0": "qint8", "other": "qint16"}
+    assert len(module_settings(config, space)) == 4
 
 
 def test_a_switch_that_gets_one_value_is_no_longer_searched(tmp_path):
@@ -125,8 +126,8 @@ def test_a_switch_that_gets_one_value_is_no_longer_searched(tmp_path):
     mine = [BASE, "search=mine", f"hydra.searchpath=[file://{tmp_path}]"]
     assert both <= set(space_of(*mine))
     fixed = compose(*mine, "qconfig.modules.neck.fuse=qint16")
-    assert both & set(conf.search_space(fixed)) == {"qconfig.modules.neck"}
-    assert conf.plain(fixed.qconfig.modules) == {"neck.fuse": "qint16"}
+    assert both & set(search_space(fixed)) == {"qconfig.modules.neck"}
+    assert plain(fixed.qconfig.modules) == {"neck.fuse": "qint16"}
     assert both & set(space_of(*mine, "search.space.qconfig.modules.neck=null")) == {"qconfig.modules.neck.fuse"}
     assert space_of(*mine, "qconfig.modules.neck.fuse=choice(qint16)")["qconfig.modules.neck.fuse"] == Choice(
         ("qint16",)
@@ -152,11 +153,11 @@ KEYS = {
 def test_each_key_parses_and_its_values_reach_the_trial(key):
     text, domain = KEYS[key]
     config = compose(BASE, f"{key}={text}")
-    assert conf.search_space(config)[key] == domain
+    assert search_space(config)[key] == domain
     group, name = key.split(".")
     for value in domain.points() or (domain.low, domain.high):
-        found = getattr(getattr(conf.trial_settings(config, {key: value}), group), name)
-        assert (found, type(found)) == (value, type(getattr(getattr(conf.trial_settings(config), group), name)))
+        found = getattr(getattr(trial_settings(config, {key: value}), group), name)
+        assert (found, type(found)) == (value, type(getattr(getattr(trial_settings(config), group), name)))
 
 
 def test_the_wide_space():
@@ -184,7 +185,7 @@ def test_the_configured_point_of_a_space():
         "calibration.averaging_constant=null,0.01",
         "qconfig.modules.head=choice(qint8,qint16)",
     )
-    point = conf.configured(config, conf.search_space(config))
+    point = configured(config, search_space(config))
     assert (point["calibration.method"], point["qconfig.ranking"]) == ("mse", "score")
     assert point["calibration.averaging_constant"] is None
     assert point["qconfig.modules.head"] == "qint8"
@@ -192,7 +193,7 @@ def test_the_configured_point_of_a_space():
 
 def test_objectives_by_name_come_from_the_command_line():
     config = compose(BASE, "objective.optimize={accuracy/drop: minimize, cost/traffic_mb: minimize}")
-    assert list(conf.plain(config.objective.optimize)) == ["accuracy/drop", "cost/traffic_mb"]
+    assert list(plain(config.objective.optimize)) == ["accuracy/drop", "cost/traffic_mb"]
 
 
 def test_an_unknown_search_value_of_a_condition_is_refused():

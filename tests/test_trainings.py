@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from qflow.bench import Bench
 from qflow.core.settings import CalibrationSettings, QatSettings, TrialSettings
-from qflow.cost.model import CostModel
-from qflow.quant.interrupt import interrupts_held
+from qflow.cost_model.model import CostModel
+from qflow.quant.train.interrupt import interrupts_held
 from qflow.tasks import digits
-from qflow.training import Training
+from qflow.trial.evaluator import Evaluator
+from qflow.trial.training import Training
 
 SGD = functools.partial(torch.optim.SGD, momentum=0.9)
 
@@ -38,20 +38,20 @@ class Spied:
 
 @pytest.fixture
 def made(digits_task, nash_m, tmp_path):
-    def bench(loss, scheduler=None, data=None):
+    def evaluator(loss, scheduler=None, data=None):
         task = replace(digits_task, data=data) if data else digits_task
-        found = Bench(task, nash_m, CostModel(), eval_batch=256, training=Training(loss, SGD, scheduler),
+        found = Evaluator(task, nash_m, CostModel(), eval_batch=256, training=Training(loss, SGD, scheduler),
                       checkpoints=tmp_path / "training")  # fmt: skip
         found.measure_float()
         return found
 
-    return bench
+    return evaluator
 
 
-def trained(bench, steps=4, calibration=None, **qat):
+def trained(evaluator, steps=4, calibration=None, **qat):
     settings = QatSettings(steps=steps, batch_size=16, learning_rate=0.01, **qat)
     calibration = calibration or CalibrationSettings(batch_size=16, steps=4)
-    return bench.run_trial(TrialSettings(calibration=calibration, qat=settings))
+    return evaluator.run_trial(TrialSettings(calibration=calibration, qat=settings))
 
 
 def test_another_loss_is_another_training(made):
@@ -75,27 +75,27 @@ def test_other_training_data_are_another_training(made, digits_task):
 def test_a_rate_probe_goes_on_where_there_is_no_scheduler(made):
     """The probe leaves the scheduler out, the candidate does not: without one that is the same training."""
     calls = []
-    bench = made(Spied(calls))
-    trained(bench, steps=2, scheduled=False)
-    longer = trained(bench, steps=4, scheduled=True, checkpoint_every=3)
+    evaluator = made(Spied(calls))
+    trained(evaluator, steps=2, scheduled=False)
+    longer = trained(evaluator, steps=4, scheduled=True, checkpoint_every=3)
     assert len(calls) == 4
     assert longer.evaluated
-    assert not trained(bench, steps=4, scheduled=False).evaluated  # known: not even evaluated again
+    assert not trained(evaluator, steps=4, scheduled=False).evaluated  # known: not even evaluated again
 
 
 def test_with_a_scheduler_the_probe_is_another_training(made):
     calls = []
-    bench = made(Spied(calls), functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1))
-    trained(bench, steps=2, scheduled=False)
-    trained(bench, steps=4, scheduled=True)
+    evaluator = made(Spied(calls), functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1))
+    trained(evaluator, steps=2, scheduled=False)
+    trained(evaluator, steps=4, scheduled=True)
     assert len(calls) == 6
 
 
 def test_what_moving_scales_read_of_the_calibration_tells_trainings_apart(made):
-    bench = made(Spied([]))
+    evaluator = made(Spied([]))
     for margin in (1.25, 2.0):
-        trained(bench, calibration=CalibrationSettings(batch_size=16, steps=4, int16_margin=margin))
-    assert bench.hits == 0
+        trained(evaluator, calibration=CalibrationSettings(batch_size=16, steps=4, int16_margin=margin))
+    assert evaluator.hits == 0
 
 
 def test_a_training_has_one_checkpoint_however_often_it_went_on(made, tmp_path):
@@ -154,8 +154,8 @@ def test_a_second_interrupt_does_not_wait():
 
 def test_a_loss_that_nothing_identifies_leaves_no_checkpoint_and_says_so(made):
     said = []
-    bench = made(SimpleNamespace(stream=open(os.devnull)))  # noqa: SIM115
-    bench.cache.say = said.append
-    assert bench.training_folder("train") is None
+    evaluator = made(SimpleNamespace(stream=open(os.devnull)))  # noqa: SIM115
+    evaluator.cache.say = said.append
+    assert evaluator.training_folder("train") is None
     assert said == ["training     keeps no checkpoints: nothing identifies qat.loss.stream (TextIOWrapper)"]
-    bench.training.loss.stream.close()
+    evaluator.training.loss.stream.close()

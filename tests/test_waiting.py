@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 LOADED = "import torch"
-BRIEFLY = "from qflow.waiting import wait_briefly; print(wait_briefly()); import torch"
-TOO_LATE = "import torch; from qflow.waiting import wait_briefly; print(wait_briefly())"
+BRIEFLY = "from qflow.process.waiting import wait_briefly; print(wait_briefly()); import torch"
+TOO_LATE = "import torch; from qflow.process.waiting import wait_briefly; print(wait_briefly())"
 OURS = "GOMP_SPINCOUNT = '1000'"
 
 

@@ -7,8 +7,8 @@ from models import ResNet, revive
 from qflow.core.dtype import QDtype
 from qflow.core.setter import HighPrecisionOutput, TemplateSetter, resolve
 from qflow.core.settings import CalibrationSettings
-from qflow.quant.calibrate import apply_scales, collect
-from qflow.quant.prepare import prepare
+from qflow.quant.model.calibrate import apply_scales, collect
+from qflow.quant.model.prepare import prepare
 
 
 def calibrated(model, example, dtype=QDtype.qint8):

@@ -9,7 +9,7 @@ misses:  int16/fp16 -> int8/int16/fp16 with the fp16 set kept
 from __future__ import annotations
 
 from qflow.search.objective import accurate, meets
-from qflow.session import Session
+from qflow.study.session import Session
 
 from . import int8, int8_int16, int8_int16_fp16, int16
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from qflow.search.objective import CONSTRAINT, accurate
 from qflow.search.outcome import FinishedTrial
-from qflow.session import Session
-from qflow.stages import ALL_INT16, baseline, ceiling_reason
+from qflow.study.session import Session
+from qflow.study.stages import ALL_INT16, baseline, ceiling_reason
 
 
 def run(session: Session) -> None:
@@ -23,7 +23,7 @@ def branch(session: Session) -> FinishedTrial:
     if accurate(ceiling):
         session.decide(ALL_INT16, f"drop {drop:+.4f} meets {goal:g}: int8 comes next (+experiment=int8, int8_int16)")
     else:
-        reason = ceiling_reason(session.bench)
+        reason = ceiling_reason(session.evaluator)
         miss = ceiling.outcome.constraints[CONSTRAINT]
         session.decide(
             ALL_INT16, f"misses the goal by {miss:.4f}: {reason}; int16/fp16 is next (+experiment=int16_fp16)"

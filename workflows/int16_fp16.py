@@ -8,8 +8,8 @@ from __future__ import annotations
 from qflow.search.objective import accurate
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import FLOAT16
-from qflow.session import Session
-from qflow.stages import raise_float16
+from qflow.study.session import Session
+from qflow.study.stages import raise_float16
 
 from . import int16
 
@@ -24,7 +24,7 @@ def run(session: Session) -> None:
 def branch(session: Session) -> FinishedTrial | None:
     """The fewest fp16 operators that lift the ceiling over the goal, or None."""
     found = raise_float16(session)
-    order = session.bench.precisions.float16_order
+    order = session.evaluator.precisions.float16_order
     if found is None:
         gain = f"with fp16 on all {len(order)} that gain from it" if order else "no operator gains from fp16:"
         session.decide("int16/fp16", f"{gain} the goal stays missed: change the float model, or train (qat)")

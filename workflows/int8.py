@@ -8,8 +8,8 @@ from __future__ import annotations
 from qflow.search.objective import CONSTRAINT, meets, nearest_miss, over_budget
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import BudgetSpent
-from qflow.session import Session
-from qflow.stages import ALL_INT8, baseline, baseline_point, best_calibration
+from qflow.study.session import Session
+from qflow.study.stages import ALL_INT8, baseline, baseline_point, best_calibration
 
 
 def run(session: Session) -> None:

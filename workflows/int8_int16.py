@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from qflow.search.objective import accurate, meets, over_budget
 from qflow.search.outcome import FinishedTrial
-from qflow.session import Session
-from qflow.stages import search_mix
+from qflow.study.session import Session
+from qflow.study.stages import search_mix
 
 from . import int8, int16
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from qflow.search.objective import accurate
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import FLOAT16
-from qflow.session import Session
-from qflow.stages import ALL_INT8, baseline_point
+from qflow.study.session import Session
+from qflow.study.stages import ALL_INT8, baseline_point
 
 from . import int8_int16, int16, int16_fp16
 

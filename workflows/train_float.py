@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from qflow import config as conf
+from qflow.config.build import build_task, get_function
+from qflow.config.command import run_command
+from qflow.config.settings import check_executor, plain
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -81,14 +83,14 @@ def evaluate(model: nn.Module, samples: Dataset[Any], metric: Callable[[Any, Any
 
 def train_float(config: DictConfig) -> int:
     """Build the task's parts with untrained weights, train, measure, save."""
-    conf.check_executor(config)
+    check_executor(config)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if config.executor.threads:
         torch.set_num_threads(config.executor.threads)
     torch.manual_seed(config.training.seed)
-    task = conf.build_task(config)
-    loss = conf.get_function(config.training.loss, "training.loss")
-    settings = {key: value for key, value in conf.plain(config.training).items() if key not in ("loss", "output")}
+    task = build_task(config)
+    loss = get_function(config.training.loss, "training.loss")
+    settings = {key: value for key, value in plain(config.training).items() if key not in ("loss", "output")}
     train(task.model, task.data, loss, task.metric, **settings)
     output = Path(config.training.output).expanduser().resolve()
     save_file(task.model.state_dict(), output)
@@ -98,7 +100,7 @@ def train_float(config: DictConfig) -> int:
 
 def main() -> None:
     """Entry point."""
-    conf.run_door("train_float", train_float)
+    run_command("train_float", train_float)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from qflow.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from qflow.tasks.task import Task
-    from qflow.training import Training
+    from qflow.trial.training import Training
 
 
 def build_task(config: DictConfig) -> Task:
@@ -48,7 +48,7 @@ def build_training(config: DictConfig) -> Training | None:
     """
     from hydra.utils import get_object
 
-    from qflow.training import Training
+    from qflow.trial.training import Training
 
     node = plain(config.qat)
     if not node["loss"].get("_target_"):

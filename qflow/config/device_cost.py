@@ -15,7 +15,7 @@ from qflow.core.errors import ConfigError
 from qflow.core.record import plain
 
 if TYPE_CHECKING:
-    from qflow.cost.model import CostModel
+    from qflow.cost_model.model import CostModel
 
 
 def write_cost(model: CostModel, path: Path, rules: DeviceRules) -> None:

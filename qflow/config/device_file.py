@@ -17,13 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from qflow.config.door import explain
+from qflow.config.command import explain
 from qflow.config.schema import TuneSchema, conf_dir
 from qflow.core.device import DeviceRules
 from qflow.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qflow.cost.model import CostModel
+    from qflow.cost_model.model import CostModel
 
 
 def device_names() -> list[str]:
@@ -43,7 +43,7 @@ def load_rules(name_or_path: str | Path) -> DeviceRules:
 
 def load_cost(name_or_path: str | Path) -> CostModel:
     """Cost model of a shipped device or of a device file. Raises ConfigError in one line."""
-    from qflow.cost.model import CostModel
+    from qflow.cost_model.model import CostModel
 
     node = _load(name_or_path)
     missing = sorted(key for key in node.cost if OmegaConf.is_missing(node.cost, key))

@@ -46,7 +46,7 @@ class RulesSchema:
 
 @dataclass(kw_only=True)
 class CostSchema:
-    """Fields of qflow.cost.model.CostModel."""
+    """Fields of qflow.cost_model.model.CostModel."""
 
     clock_ghz: float = MISSING
     fixed_ms: float = MISSING
@@ -281,7 +281,7 @@ class AnalyzeSchema(TuneSchema):
 
 
 @dataclass(kw_only=True)
-class CostDoorSchema(TuneSchema):
+class CostCommandSchema(TuneSchema):
     """`python -m qflow.cost`: a qconfig's cost, or `fit` the parameters."""
 
     mode: str = "report"
@@ -328,7 +328,7 @@ SCHEMAS: dict[str, type] = {
     "tune": TuneSchema,
     "check": CheckSchema,
     "analyze": AnalyzeSchema,
-    "cost": CostDoorSchema,
+    "cost": CostCommandSchema,
     "promote": PromoteSchema,
     "train_float": TrainFloatSchema,
 }

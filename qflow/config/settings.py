@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from qflow.config.door import explain
+from qflow.config.command import explain
 from qflow.config.schema import TuneSchema
 from qflow.core.errors import ConfigError
 from qflow.core.settings import CalibrationSettings, QatSettings, QConfigSettings, SensitivitySettings, TrialSettings

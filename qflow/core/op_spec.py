@@ -20,8 +20,7 @@ from typing import Any
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.graph import OpNode
-from qflow.core.qconfig import OpQConfig
-from qflow.core.settings import METHODS
+from qflow.core.qconfig import METHODS, OpQConfig
 
 KEYS = ("output", "weight", "input", "observer", "fixed_scale", "known_range", "frozen", "weight_axis")
 FORMS = "Write qint16, qint8/qint16, qint8@0.05, qint16@0..200, or a mapping with output, weight, input, ..."

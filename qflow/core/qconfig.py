@@ -9,6 +9,9 @@ from functools import cached_property
 from qflow.core.dtype import QDtype
 from qflow.core.record import digest
 
+METHODS = ("minmax", "percentile", "mse", "kl", "mix", "clip", "clip_std")
+"""Calibration methods: what `OpQConfig.observer` and `calibration.method` may name."""
+
 
 @dataclass(frozen=True)
 class OpQConfig:

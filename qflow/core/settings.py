@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qflow.core.errors import ConfigError
+from qflow.core.op_spec import parse_op
+from qflow.core.qconfig import METHODS
 
-METHODS = ("minmax", "percentile", "mse", "kl", "mix", "clip", "clip_std")
 RULES = ("gemm_int8", "gemm_to_layer_norm_int16", "gemm_to_softmax_int16", "gemm_to_grid_int16")
 NORM_MODES = ("fuse_bn", "with_bn", "with_bn_reverse_fold")
 SENSITIVITY_METHODS = ("exact", "screened", "estimate")
@@ -87,8 +88,6 @@ class QConfigSettings:
     """Carry known ranges on to every operator whose range follows from them (core/known_range.py)."""
 
     def __post_init__(self) -> None:
-        from qflow.core.op_spec import parse_op  # it reads METHODS from here
-
         _one_of("qconfig.template", self.template, ("qint8", "qint16"))
         _within("qconfig.int16_ratio", self.int16_ratio, 0.0, 1.0)
         _within("qconfig.float16_count", self.float16_count, 0, 100_000)

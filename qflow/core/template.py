@@ -14,7 +14,6 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.graph import HIGH_PRECISION_KINDS, ModelGraph, OpKind, OpNode
 from qflow.core.qconfig import OpQConfig
-from qflow.core.sensitive import TableRow, TableSetter
 from qflow.core.setter import (
     ChosenSetter,
     HighPrecisionOutput,
@@ -24,6 +23,7 @@ from qflow.core.setter import (
     TemplateSetter,
 )
 from qflow.core.settings import QConfigSettings
+from qflow.core.table_setter import TableRow, TableSetter
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,3 @@
-"""What people read: the files of a trial, the tables and lines of the console."""
+"""What people read: console, files of a trial and of an analysis, pictures, the page."""
+
+__all__ = ["analysis_files", "console", "cost_picture", "files"]

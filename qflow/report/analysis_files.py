@@ -10,24 +10,17 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from qflow.analysis.advice_text import advice_text
-from qflow.analysis.badcase import badcase_text
-from qflow.analysis.badcase_files import BadcaseInputs, save_badcases
-from qflow.analysis.layer_text import layers_csv, layers_text
-from qflow.analysis.sensitive_ops import write_sensitive_ops
-from qflow.analysis.tables import (
-    Advice,
-    BadcaseTable,
-    Fidelity,
-    Finding,
-    LayerTable,
-    SensitivityTable,
-)
+from qflow.analysis.advice.text import advice_text
+from qflow.analysis.badcases.files import BadcaseInputs, badcase_text, save_badcases
+from qflow.analysis.layers.text import layers_csv, layers_text
+from qflow.analysis.measures.tables import Advice, BadcaseTable, Fidelity, LayerTable, SensitivityTable
+from qflow.analysis.sensitivity.sensitive_ops import write_sensitive_ops
 from qflow.core.record import to_json
 from qflow.report.array_pictures import badcase_grid, layer_histogram
 from qflow.report.files import write_rows
 from qflow.report.page import analysis_page
 from qflow.report.pictures import error_along_network, sensitivity_bars
+from qflow.trial.diagnosis import Diagnosis, histogram_of
 
 OWN = (
     *("badcase*", "all_badcase_info.pt", "compare_per_layer*", "error_along_network.png", "sensitivity*"),
@@ -93,36 +86,28 @@ def write_advice(
 
 
 def write_analysis(
-    folder: Path,
-    title: str,
-    *,
-    badcases: BadcaseTable | None,
-    inputs: BadcaseInputs | None,
-    layers: LayerTable | None,
-    sensitivity: SensitivityTable | None,
-    advice: Sequence[Advice] | None,
-    fidelity: Fidelity | None,
-    findings: Sequence[Finding],
-    histogram: Callable[[str], Mapping[str, Any]],
-    shown: LayerTable | None = None,
+    diagnosis: Diagnosis, folder: Path, title: str, prefixes: Sequence[str] = (), types: Sequence[str] = ()
 ) -> dict[str, Path]:
-    """All files of what was run (None was not), and analysis.html; returns the pictures by caption.
+    """All files of the steps that were run, and analysis.html; returns the pictures by caption.
 
-    `shown` filters the layer text.
+    `prefixes` and `types` choose rows of the layer table's text. Raises ConfigError where they choose none.
     """
+    shown = diagnosis.shown_layers(prefixes, types)
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in OWN:  # of an earlier analysis, perhaps of other stages: they would pass for this one's
         for path in folder.glob(pattern):
             path.unlink()
+    badcases, layers, table = diagnosis.badcases, diagnosis.layers, diagnosis.sensitivity
+    advice, fidelity, findings = diagnosis.advice, diagnosis.fidelity, diagnosis.all_findings
     pictures: dict[str, Path] = {}
     if badcases is not None:
-        pictures |= write_badcases(folder, badcases, inputs)
+        pictures |= write_badcases(folder, badcases, diagnosis.inputs)
     if layers is not None:
         pictures |= write_layers(folder, layers, shown)
-    if sensitivity is not None:
-        pictures |= write_sensitivity(folder, sensitivity)
+    if table is not None:
+        pictures |= write_sensitivity(folder, table)
     if advice is not None:
-        pictures |= write_advice(folder, advice, fidelity, histogram)
+        pictures |= write_advice(folder, advice, fidelity, lambda op: histogram_of(diagnosis.evaluator, op))
     write_rows(findings, folder / "findings.json")
-    analysis_page(folder / "analysis.html", title, layers, sensitivity, badcases, advice, pictures, findings, fidelity)
+    analysis_page(folder / "analysis.html", title, layers, table, badcases, advice, pictures, findings, fidelity)
     return pictures

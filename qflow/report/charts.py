@@ -10,7 +10,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from qflow.analysis.tables import LayerRow, LayerTable, SensitivityRow, SensitivityTable
+from qflow.analysis.measures.tables import LayerRow, LayerTable, SensitivityRow, SensitivityTable
 from qflow.report.drawing import (
     BLUE,
     GREEN,

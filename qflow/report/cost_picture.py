@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from qflow.cost.records import CostReport
-from qflow.cost.table import by_time, fixed_ms
+from qflow.cost_model.records import CostReport
+from qflow.cost_model.table import by_time, fixed_ms
 from qflow.report.array_pictures import nothing, save
 from qflow.report.drawing import BLUE, GREEN, GREY, ORANGE, RED, shorten
 

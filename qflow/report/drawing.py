@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from qflow.analysis.tables import LayerTable
+from qflow.analysis.measures.tables import LayerTable
 
 # Okabe and Ito: told apart with any colour vision.
 BLUE, RED, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#E69F00", "#009E73", "#555555"

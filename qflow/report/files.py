@@ -7,13 +7,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from qflow.analysis.badcase import badcase_text
-from qflow.analysis.model_check import check_text
-from qflow.analysis.tables import BadcaseTable, ModelCheck, SensitivityTable
+from qflow.analysis.badcases.files import badcase_text
+from qflow.analysis.checks.model_check import check_text
+from qflow.analysis.measures.tables import BadcaseTable, ModelCheck, SensitivityTable
 from qflow.core.qconfig import QConfig
 from qflow.core.record import to_json
-from qflow.cost.table import cost_json
-from qflow.trial import TrialResult
+from qflow.cost_model.table import cost_json
+from qflow.trial.record import TrialResult
 
 BUNDLE = "qconfig"  # the artifact folder that a registered model version points at: precisions and scales
 

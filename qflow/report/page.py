@@ -15,7 +15,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from qflow.analysis.tables import (
+from qflow.analysis.measures.tables import (
     Advice,
     BadcaseTable,
     Fidelity,

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator
 
-from qflow.analysis.tables import LayerTable, SensitivityRow, SensitivityTable
+from qflow.analysis.measures.tables import LayerTable, SensitivityRow, SensitivityTable
 from qflow.report.array_pictures import badcase_grid, layer_histogram, nothing, save
 from qflow.report.drawing import (
     BLUE,

@@ -4,7 +4,7 @@
     most accurate  min errors  subject to  time <= budget, and the limits
 
 Errors of single operators are added up, as if they were independent; what that is worth shows in the measurements
-(strategies.py). Costs are sums over groups of operators (figure.py), a variable each, so that what operators share
+(strategies.py). Costs are sums over groups of operators (cost_terms.py), a variable each, so that what operators share
 is counted once. HiGHS (scipy.optimize.milp) solves it within `GAP` of what int16 adds, or to the best that `NODES`
 nodes find. A cost that is not such a sum is approximated; a limit is held to the exact figure all the same.
 A mix is text, a letter an operator: 8 int8, 6 int16.
@@ -19,8 +19,8 @@ from functools import cached_property
 
 import numpy as np
 
-from qflow.search.figure import Figure
-from qflow.search.program import Row, solve
+from qflow.search.cost_terms import CostTerms
+from qflow.search.integer_program import Row, solve
 
 SLACK = 1e-9  # relative: what meets a bound on paper meets it in floating point
 TOLERANCE = 1e-6  # relative: the solver's own, within which it takes a bound as kept
@@ -52,12 +52,12 @@ class Operator:
 class Limit:
     """A figure of a mix that may be at most `most`."""
 
-    figure: Figure
+    cost: CostTerms
     most: float
 
     def holds(self, mix: str) -> bool:
         """Whether the exact figure of `mix` is within the limit."""
-        return round(self.figure.exact(mix) - self.most, 9) <= 0.0
+        return round(self.cost.exact(mix) - self.most, 9) <= 0.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Problem:
     """
 
     operators: tuple[Operator, ...]
-    time: Figure
+    time: CostTerms
     letters: int
     limits: tuple[Limit, ...] = ()
 
@@ -135,26 +135,26 @@ class Problem:
         return self._pruned(found, self.error(found))
 
     @cached_property
-    def _loss(self) -> Figure:
+    def _loss(self) -> CostTerms:
         """The predicted error as terms."""
-        return Figure(self.error, self.error(self.all_int8), {(o.place,): -o.gain for o in self.operators})
+        return CostTerms(self.error, self.error(self.all_int8), {(o.place,): -o.gain for o in self.operators})
 
-    def _solved(self, least: Figure, rows: Sequence[Row]) -> str | None:
+    def _solved(self, least: CostTerms, rows: Sequence[Row]) -> str | None:
         """The mix of least `least` within `rows` and the limits; None where there is none.
 
         Where a limit's terms promise less than the exact figure, the limit is drawn in by the difference.
         """
         places = [o.place for o in self.operators]
-        rooms = [limit.most - limit.figure.base for limit in self.limits]
+        rooms = [limit.most - limit.cost.base for limit in self.limits]
         for _ in range(TIGHTENED):
-            bounds = [Row(limit.figure.terms, room) for limit, room in zip(self.limits, rooms, strict=True)]
+            bounds = [Row(limit.cost.terms, room) for limit, room in zip(self.limits, rooms, strict=True)]
             chosen = solve(least.terms, [*rows, *bounds], places)
             if chosen is None:
                 return None
             mix = self._with(chosen)
             if self.within(mix):
                 return mix
-            over = [max(limit.figure.exact(mix) - limit.most, 0.0) for limit in self.limits]
+            over = [max(limit.cost.exact(mix) - limit.most, 0.0) for limit in self.limits]
             rooms = [r - (by + TOLERANCE * abs(r) if by else 0.0) for r, by in zip(rooms, over, strict=True)]
         return None
 

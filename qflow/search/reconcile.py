@@ -35,7 +35,7 @@ def reconcile(study: Study, tracker: Tracker, *, ending: str = LOST) -> list[Fin
             if run_id and text:
                 recovered.append(_complete(study, trial, run_id, text))
             else:
-                _give_back(study, trial, ending)
+                _demote(study, trial, ending)
     _close_runs(study, tracker)
     return recovered
 
@@ -60,7 +60,7 @@ def _complete(study: Study, trial: StudyTrial, run_id: str, text: str) -> Finish
     return FinishedTrial(trial.number, run_id, trial.params, trial.label, marker.outcome, marker.seconds)
 
 
-def _give_back(study: Study, trial: StudyTrial, ending: str) -> None:
+def _demote(study: Study, trial: StudyTrial, ending: str) -> None:
     study.fail(trial.number, ending, _REASONS[ending])
     attempt = trial.attempt + (ending == LOST)
     if attempt > MAX_RETRY:

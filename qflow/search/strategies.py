@@ -18,9 +18,9 @@ from typing import TypeAlias
 
 from qflow.search.assign import Problem
 from qflow.search.domain import Scalar, Values
-from qflow.search.front import Landscape
 from qflow.search.objective import accurate
 from qflow.search.outcome import FinishedTrial
+from qflow.search.surrogate import Surrogate
 
 STRATEGIES = ("optuna", "ratio", "assign")
 RATIO, FLOAT16, ASSIGNMENT = "qconfig.int16_ratio", "qconfig.float16_count", "qconfig.assignment"
@@ -44,7 +44,7 @@ def meets(trial: FinishedTrial | None) -> bool:
     return trial is not None and accurate(trial)
 
 
-def ladder(
+def raise_until_met(
     measure: Measure, base: Values, key: str, rungs: Sequence[Scalar], patience: int = 2
 ) -> FinishedTrial | None:
     """The lowest rung that meets the goal: 1, 2, 4, ... promotions until one does, then the half between.
@@ -107,7 +107,7 @@ def assign(
 
     found = _bracket(ask, problem, max_drop, ends)
     if found is not None:
-        give_back(ask, problem, found, patience, missed=[problem.all_int8])
+        demote(ask, problem, found, patience, missed=[problem.all_int8])
     if explore:
         _explore(ask, problem, seen, ends)
 
@@ -150,7 +150,7 @@ def _drop(trial: FinishedTrial) -> float:
     return trial.outcome.metrics["accuracy/drop"]
 
 
-def give_back(ask: Ask, problem: Problem, mix: str, patience: int, missed: Collection[str] = ()) -> str:
+def demote(ask: Ask, problem: Problem, mix: str, patience: int, missed: Collection[str] = ()) -> str:
     """`mix` with operators put back to int8 where the goal still holds: all of them, then halves of those left, least
     gain first.
 
@@ -183,7 +183,7 @@ def _explore(ask: Ask, problem: Problem, seen: Mapping[str, FinishedTrial | None
     budgets = [problem.budget((k / BUDGETS) ** 2) for k in range(1, BUDGETS)]
     solved = list(dict.fromkeys(problem.cheapest(budget) for budget in budgets))
     while True:
-        land = Landscape(problem, {**ends, **{mix: _drop(trial) for mix, trial in seen.items() if trial}})
+        land = Surrogate(problem, {**ends, **{mix: _drop(trial) for mix, trial in seen.items() if trial}})
         expected = {m: drop for m, drop in sorted(land.expected(solved).items()) if m not in seen and m not in ends}
         prices = problem.time.estimates(list(expected))
         gains = {m: land.gain(drop, float(ms)) for (m, drop), ms in zip(expected.items(), prices, strict=True)}

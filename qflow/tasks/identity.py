@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from qflow.core.record import DIGEST_CHARS
-from qflow.tasks.anatomy import Anatomy, bytes_of
+from qflow.tasks.content_digest import ContentDigest, bytes_of
 from qflow.tasks.sources import loaded_sources, own_sources
 from qflow.tasks.task import Task, loaded, model_inputs, seeded
 
@@ -36,7 +36,7 @@ class Identity:
 
 def of_task(task: Task, skip: Sequence[str] = ()) -> Identity:
     """What everything that is computed on a task depends on: weights, data, all code, versions and threads."""
-    anatomy = Anatomy()
+    anatomy = ContentDigest()
     if hasattr(task.metric, "reset"):
         task.metric.reset()  # what it has summed up is none of its settings
     anatomy.add(task.model, "task.model")
@@ -57,19 +57,19 @@ def of_task(task: Task, skip: Sequence[str] = ()) -> Identity:
 
 def of_training(task: Task, parts: Any, split: str = "train") -> Identity:
     """What a training depends on beside its task and settings: loss, optimizer and scheduler, and all its data."""
-    anatomy = Anatomy()
+    anatomy = ContentDigest()
     anatomy.add(parts, "qat")
     train = split_digest(task, split, anatomy.unidentified)
     content = {"parts": anatomy.digest, "code": loaded_sources(anatomy.packages), "train": train}
     return Identity(content, tuple(anatomy.unidentified))
 
 
-def _beside_samples(task: Task) -> Anatomy:
+def _beside_samples(task: Task) -> ContentDigest:
     """The data object without its splits: how it collates a batch of several may hang on its attributes.
 
     What of it cannot be identified (a file that is open) speaks through the samples, which are all hashed.
     """
-    anatomy, splits = Anatomy(), {*SPLITS, "train", "train_augmented", "calibration_augmented"}
+    anatomy, splits = ContentDigest(), {*SPLITS, "train", "train_augmented", "calibration_augmented"}
     owner = task.data if isinstance(task.data, type) else type(task.data)
     attributes = getattr(task.data, "__dict__", {})
     anatomy.add({name: value for name, value in attributes.items() if name not in splits}, "task.data")
@@ -83,7 +83,7 @@ def split_digest(task: Task, split: str, unidentified: list[str]) -> str:
 
     Random numbers start at one place, so that a split that is augmented has the same fingerprint each time.
     """
-    anatomy, data = Anatomy(), getattr(task.data, split, None)
+    anatomy, data = ContentDigest(), getattr(task.data, split, None)
     if data is None or not len(data):  # whoever needs it says so
         return "0"
     loader = DataLoader(data, batch_size=1, collate_fn=getattr(task.data, "collate", None))

@@ -16,10 +16,9 @@ import sysconfig
 from collections.abc import Collection
 from pathlib import Path
 
-import qflow
 from qflow.core.record import DIGEST_CHARS
 
-OURS = Path(qflow.__file__).parent
+OURS = Path(__file__).parents[1]
 VERSIONED = {*sys.stdlib_module_names, "torch", "numpy", "qflow", "workflows"}
 LIBRARIES = tuple(
     f"{folder}{os.sep}"

@@ -1,5 +1,6 @@
-"""The edge to MLflow: runs, tables, the model registry, and the stores on disk.
+"""MLflow runs, artifacts, the model registry and saved views.
 
-`mlflow_tracker`, `registry` and `views` are the only code that talks to mlflow; importing this package does
-not import it (1.6 s), opening a tracker does.
+The only home of mlflow. Importing this package does not import it (1.6 s); opening a tracker does.
 """
+
+__all__ = ["mlflow_tracker", "registry", "views"]

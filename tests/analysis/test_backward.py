@@ -7,10 +7,10 @@ from test_replay import INF, calibrated
 from torch import nn
 from zoo import NAMES, build
 
-from qflow.quant.backward import Backward
-from qflow.quant.capture import capture
-from qflow.quant.fused import FoldedOps
-from qflow.quant.rerun import Ops
+from qflow.quant.replay.backward import Backward
+from qflow.quant.replay.capture import capture
+from qflow.quant.replay.captured_ops import Ops
+from qflow.quant.replay.fused import FoldedOps
 
 
 class Made(nn.Module):

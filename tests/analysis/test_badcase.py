@@ -10,18 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from qflow.analysis.badcase import badcase_text, find_badcases
-from qflow.analysis.badcase_files import BadcaseInputs, load_badcases, save_badcases
-from qflow.analysis.metrics import Custom, badness, distance, metric_names, worst_first
-from qflow.analysis.tables import BadcaseTable, Finding
-from qflow.analysis.worst_samples import WorstSamples
+from qflow.analysis.badcases.files import BadcaseInputs, load_badcases, save_badcases
+from qflow.analysis.badcases.find import badcase_text, find_badcases
+from qflow.analysis.badcases.worst_samples import WorstSamples
+from qflow.analysis.measures.metrics import Custom, badness, distance, metric_names, worst_first
+from qflow.analysis.measures.tables import BadcaseTable, Finding
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, DataError
 from qflow.core.record import from_dict, plain, to_json
 from qflow.core.setter import HighPrecisionOutput, TemplateSetter, resolve
 from qflow.core.settings import COMPARISONS, CalibrationSettings
-from qflow.quant.calibrate import apply_scales, collect
-from qflow.quant.prepare import prepare
+from qflow.quant.model.calibrate import apply_scales, collect
+from qflow.quant.model.prepare import prepare
 
 PLANTED = 37
 

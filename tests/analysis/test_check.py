@@ -7,7 +7,7 @@ from models import Shared, revive
 from torch import nn
 
 import qflow
-from qflow.analysis.model_check import check_text
+from qflow.analysis.checks.model_check import check_text
 
 
 def findings(model, example, **setters):

@@ -5,21 +5,21 @@ import copy
 import pytest
 from models import Wide
 
-from qflow.analysis.badcase import badcase_text
-from qflow.analysis.model_check import check_text
-from qflow.bench import Bench
+from qflow.analysis.badcases.find import badcase_text
+from qflow.analysis.checks.model_check import check_text
 from qflow.core.dtype import QDtype
 from qflow.core.record import from_dict, plain
 from qflow.core.settings import CalibrationSettings, QConfigSettings, SensitivitySettings, TrialSettings
-from qflow.cost.model import CostModel
+from qflow.cost_model.model import CostModel
 from qflow.tasks.task import make_task
+from qflow.trial.evaluator import Evaluator
 
 
 @pytest.fixture(scope="module")
 def planted(digits_task, nash_m):
     model = Wide(copy.deepcopy(digits_task.model)).eval()
     task = make_task(name="planted", model=model, data=digits_task.data, metric=digits_task.metric)
-    bench = Bench(
+    evaluator = Evaluator(
         task,
         nash_m,
         CostModel(),
@@ -27,9 +27,9 @@ def planted(digits_task, nash_m):
         CalibrationSettings(method="minmax", batch_size=16, steps=8),
         eval_batch=256,
     )
-    bench.measure_float()
-    bench.rank()
-    return bench
+    evaluator.measure_float()
+    evaluator.rank()
+    return evaluator
 
 
 def test_sensitivity_names_the_planted_operator_first(planted):

@@ -9,13 +9,13 @@ from test_replay import calibrated
 from torch import nn
 from zoo import NAMES, build
 
-from qflow.analysis.layer_metrics import compare, divergence
-from qflow.analysis.layer_text import COLUMNS, layers_csv, layers_text
-from qflow.analysis.layers import _Walk, compare_layers, filtered
-from qflow.analysis.tables import LayerTable
+from qflow.analysis.layers.compare import _Walk, compare_layers, filtered
+from qflow.analysis.layers.text import COLUMNS, layers_csv, layers_text
+from qflow.analysis.measures.layer_metrics import compare, divergence
+from qflow.analysis.measures.tables import LayerTable
 from qflow.core.record import from_dict, plain
-from qflow.quant.calling import call_model, named_tensors
-from qflow.quant.capture import capture
+from qflow.quant.replay.capture import capture
+from qflow.quant.trace.calling import call_model, named_tensors
 
 GUIDE = [
     *("mod_name", "base_op_type", "analy_op_type", "shape", "quant_dtype", "qscale"),

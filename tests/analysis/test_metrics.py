@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from qflow.analysis.metrics import (
+from qflow.analysis.measures.metrics import (
     Custom,
     badness,
     distance,

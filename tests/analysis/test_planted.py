@@ -7,17 +7,17 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch import nn
 
-from qflow.analysis.advice_line import override
-from qflow.analysis.advisor import advise
-from qflow.analysis.candidates import candidates
-from qflow.analysis.layers import compare_layers
-from qflow.analysis.sensitivity import sensitivity
+from qflow.analysis.advice.advisor import advise
+from qflow.analysis.advice.override import override
+from qflow.analysis.layers.compare import compare_layers
+from qflow.analysis.sensitivity.candidates import candidates
+from qflow.analysis.sensitivity.measure import sensitivity
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.setter import HighPrecisionOutput, TemplateSetter, resolve
 from qflow.core.settings import CalibrationSettings
-from qflow.quant.calibrate import apply_scales, collect
-from qflow.quant.prepare import prepare
+from qflow.quant.model.calibrate import apply_scales, collect
+from qflow.quant.model.prepare import prepare
 from qflow.tasks.task import batches, model_inputs
 
 ALLOWED = lambda operator, spec: ""  # noqa: E731

@@ -2,9 +2,9 @@ import torch
 from models import ResNet, revive
 from training import calibrated, data, loss, same
 
-from qflow.analysis.qat_debug import qat_debug
+from qflow.analysis.advice.qat_debug import qat_debug
 from qflow.core.settings import QatSettings
-from qflow.quant.calling import call_model
+from qflow.quant.trace.calling import call_model
 
 
 def test_qat_debug_finds_the_stage_at_fault():

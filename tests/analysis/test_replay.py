@@ -8,19 +8,19 @@ from models import WritesThroughView
 from torch import nn
 from zoo import NAMES, build
 
-from qflow.analysis.candidates import candidates
-from qflow.analysis.distances import Distances, disagreement
-from qflow.analysis.sensitivity import sensitivity
+from qflow.analysis.measures.distances import Distances, disagreement
+from qflow.analysis.sensitivity.candidates import candidates
+from qflow.analysis.sensitivity.measure import sensitivity
 from qflow.core.dtype import QDtype
 from qflow.core.setter import TemplateSetter, resolve
 from qflow.core.settings import CalibrationSettings
-from qflow.quant.calibrate import apply_scales, collect
-from qflow.quant.calling import batch_size, call_model, named_tensors
-from qflow.quant.capture import ReplayError, capture
-from qflow.quant.prepare import prepare
-from qflow.quant.replay import Replay, full_forward
-from qflow.quant.samples import axes_by_running
-from qflow.quant.widen import widen
+from qflow.quant.model.calibrate import apply_scales, collect
+from qflow.quant.model.prepare import prepare
+from qflow.quant.replay.capture import ReplayError, capture
+from qflow.quant.replay.replay import Replay, full_forward
+from qflow.quant.replay.samples import axes_by_running
+from qflow.quant.replay.widen import widen
+from qflow.quant.trace.calling import batch_size, call_model, named_tensors
 
 INF = float("inf")
 
@@ -111,9 +111,11 @@ def test_calls_that_cut_the_batch_are_run_one_variant_at_a_time(cut):
 def test_several_variants_in_one_wide_batch_give_the_same(name, way, monkeypatch):
     """Whichever way it is found out how: calls that hold a batch size cannot simply be run at another."""
     if way == "capture":
-        monkeypatch.setattr("qflow.quant.widen.axes_by_running", lambda *a: axes_by_running(*a) if a[4:] else 1 / 0)
+        monkeypatch.setattr(
+            "qflow.quant.replay.widen.axes_by_running", lambda *a: axes_by_running(*a) if a[4:] else 1 / 0
+        )
     elif name not in HOLD_SIZES:
-        monkeypatch.setattr("qflow.quant.widen._by_capture", lambda *_: pytest.fail("the calls hold no size"))
+        monkeypatch.setattr("qflow.quant.replay.widen._by_capture", lambda *_: pytest.fail("the calls hold no size"))
     model, inputs = build(name)
     prepared = calibrated(model, inputs)
     variants = [row.variant for row in candidates(prepared)]

@@ -7,16 +7,16 @@ from test_backward import Made
 from test_replay import calibrated, full
 from torch import nn
 
-from qflow.analysis.candidates import candidates
-from qflow.analysis.distances import Distances
-from qflow.analysis.sensitivity import sensitivity
+from qflow.analysis.measures.distances import Distances
+from qflow.analysis.sensitivity.candidates import candidates
+from qflow.analysis.sensitivity.measure import sensitivity
 from qflow.core.settings import SensitivitySettings
 
 
 @pytest.fixture(autouse=True)
 def estimates_always_pay(monkeypatch):
     """So few rows are measured sooner than estimated."""
-    monkeypatch.setattr("qflow.analysis.sensitivity.passes", lambda samples, draws: 0.0)
+    monkeypatch.setattr("qflow.analysis.sensitivity.measure.passes", lambda samples, draws: 0.0)
 
 
 def model(between, **modules):

@@ -9,22 +9,22 @@ from models import WritesThroughView
 from torch import nn
 from zoo import build
 
-from qflow.analysis.candidates import candidates
-from qflow.analysis.distances import Distances
-from qflow.analysis.health import health
-from qflow.analysis.sensitive_ops import write_sensitive_ops
-from qflow.analysis.sensitivity import sensitivity
-from qflow.analysis.tables import SensitivityRow, SensitivityTable
+from qflow.analysis.measures.distances import Distances
+from qflow.analysis.measures.tables import SensitivityRow, SensitivityTable
+from qflow.analysis.sensitivity.candidates import candidates
+from qflow.analysis.sensitivity.health import health
+from qflow.analysis.sensitivity.measure import sensitivity
+from qflow.analysis.sensitivity.sensitive_ops import write_sensitive_ops
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, DataError
 from qflow.core.record import from_dict, plain
-from qflow.core.sensitive import table_rows
 from qflow.core.setter import TemplateSetter, resolve
 from qflow.core.settings import COMPARISONS, CalibrationSettings, SensitivitySettings
-from qflow.quant.calibrate import apply_scales, collect
-from qflow.quant.calling import batch_size, call_model, cut, named_tensors
-from qflow.quant.prepare import prepare
-from qflow.quant.replay import Replay, full_forward
+from qflow.core.table_setter import table_rows
+from qflow.quant.model.calibrate import apply_scales, collect
+from qflow.quant.model.prepare import prepare
+from qflow.quant.replay.replay import Replay, full_forward
+from qflow.quant.trace.calling import batch_size, call_model, cut, named_tensors
 
 torch.manual_seed(0)
 

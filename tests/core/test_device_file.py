@@ -2,19 +2,21 @@
 
 import pytest
 
-from qflow import config as conf
+from qflow.config.command import run_command
 from qflow.config.device_file import device_names, load_cost, load_rules
+from qflow.config.schema import conf_dir, register_schemas
+from qflow.config.settings import plain
 from qflow.core.errors import ConfigError
-from qflow.cost.model import CostModel
+from qflow.cost_model.model import CostModel
 
 
 @pytest.mark.parametrize("name", device_names())
 def test_every_shipped_file_loads_as_hydra_composes_it(name):
     from hydra import compose, initialize_config_dir
 
-    conf.register_schemas()
-    with initialize_config_dir(str(conf.conf_dir()), version_base="1.3"):
-        node = conf.plain(compose("tune", overrides=["+experiment=int8_int16", f"device={name}"]).device)
+    register_schemas()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        node = plain(compose("tune", overrides=["+experiment=int8_int16", f"device={name}"]).device)
     rules, cost = load_rules(name), load_cost(name)
     assert {"march": rules.march, "oe_version": rules.oe_version} == {k: node[k] for k in ("march", "oe_version")}
     assert all(getattr(rules, key) == value for key, value in node["rules"].items())
@@ -84,6 +86,6 @@ def test_hydra_takes_a_users_device_from_a_folder_of_their_own(tmp_path, capsys)
     seen = []
     argv = ["--config-dir", str(tmp_path), "+experiment=int8_int16", "device=my-board", "hydra.run.dir=."]
     with pytest.raises(SystemExit) as stop:
-        conf.run_door("tune", lambda config: seen.append(config.device) or 0, argv)
+        run_command("tune", lambda config: seen.append(config.device) or 0, argv)
     assert stop.value.code == 0
     assert (seen[0].march, seen[0].rules.matmul_int16_inputs) == ("nash-m", 0)

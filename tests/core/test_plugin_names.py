@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_setter import chain
 
-from qflow.core import plugin_names as plugin
+from qflow.api import plugin_names as plugin
+from qflow.api.plugin_names import ModuleNameQconfigSetter, get_qconfig
 from qflow.core.device import apply_rules
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.graph import OpKind
-from qflow.core.plugin_names import ModuleNameQconfigSetter, get_qconfig
 from qflow.core.setter import HighPrecisionOutput, TemplateSetter, resolve
 
 GRAPH = chain(OpKind.input, OpKind.conv, OpKind.lut, OpKind.conv, OpKind.layer_norm, OpKind.conv)

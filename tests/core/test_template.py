@@ -2,13 +2,13 @@
 
 import pytest
 
+from qflow.api.plugin_names import get_qconfig
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.graph import ModelGraph, OpKind, OpNode
-from qflow.core.plugin_names import get_qconfig
-from qflow.core.sensitive import TableRow
 from qflow.core.setter import HighPrecisionOutput, resolve
 from qflow.core.settings import RULES, QConfigSettings
+from qflow.core.table_setter import TableRow
 from qflow.core.template import (
     GEMM_TO_GRID_INT16,
     GEMM_TO_LAYER_NORM_INT16,

@@ -10,9 +10,9 @@ import pytest
 from qflow.config.device_cost import cost_section, write_cost
 from qflow.config.device_file import load_cost, load_rules
 from qflow.core.errors import ConfigError
-from qflow.cost.fit import fit_networks, predict_network
-from qflow.cost.model import CostModel
-from qflow.cost.networks import COLUMNS, Network, family_of, read_networks
+from qflow.cost_model.fit import fit_networks, predict_network
+from qflow.cost_model.model import CostModel
+from qflow.cost_model.networks import COLUMNS, Network, family_of, read_networks
 
 DATA = Path(__file__).parent.parent.parent / "benchmarks" / "data" / "j6m-networks.csv"
 
@@ -100,7 +100,7 @@ def test_the_network_formula_is_that_of_the_operators():
     from test_latency import all_at, network
 
     from qflow.core.dtype import QDtype
-    from qflow.cost.latency import Pricer
+    from qflow.cost_model.latency import Pricer
 
     pricer = Pricer(network(), CostModel())
     works = pricer.works

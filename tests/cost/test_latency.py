@@ -13,11 +13,11 @@ from qflow.core.errors import ConfigError
 from qflow.core.graph import ModelGraph, OpKind, OpNode
 from qflow.core.qconfig import OpQConfig, QConfig
 from qflow.core.setter import HighPrecisionOutput, TemplateSetter, resolve
-from qflow.cost.features import features
-from qflow.cost.latency import Pricer, predict
-from qflow.cost.model import AMOUNTS, RATES, CostModel
-from qflow.quant.plan import make_plan
-from qflow.quant.trace import trace
+from qflow.cost_model.features import features
+from qflow.cost_model.latency import Pricer, predict
+from qflow.cost_model.model import AMOUNTS, RATES, CostModel
+from qflow.quant.model.plan import make_plan
+from qflow.quant.trace.trace import trace
 
 GRAPHS = {name: make_plan(trace(*pair), pair[0]).graph for name, pair in zoo().items()}
 MODEL = CostModel()

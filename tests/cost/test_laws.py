@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_map
 from qflow.core.device import apply_rules
 from qflow.core.dtype import QDtype
 from qflow.core.setter import SensitiveSetter, TemplateSetter, resolve
-from qflow.cost.features import features
-from qflow.cost.latency import Pricer, predict
-from qflow.quant.plan import make_plan
-from qflow.quant.trace import trace
+from qflow.cost_model.features import features
+from qflow.cost_model.latency import Pricer, predict
+from qflow.quant.model.plan import make_plan
+from qflow.quant.trace.trace import trace
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -103,7 +103,7 @@ def test_a_larger_batch_never_costs_less(name):
 @pytest.mark.parametrize("name", GRAPHS)
 def test_fusing_saves_only_what_is_held_between_the_fused(name, monkeypatch):
     """Batch norm, add and ReLU fused or apart: they are free in integers, so the same time comes out."""
-    monkeypatch.setattr("qflow.quant.plan._Fuser.join", lambda *_: None)
+    monkeypatch.setattr("qflow.quant.model.plan._Fuser.join", lambda *_: None)
     model, x = zoo()[name]
     apart = make_plan(trace(model, x), model).graph
     assert (len(apart.nodes) > len(GRAPHS[name].nodes)) == any(n.fused for n in GRAPHS[name].nodes)

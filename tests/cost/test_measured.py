@@ -8,16 +8,16 @@ from types import SimpleNamespace
 import pytest
 from test_latency import MODEL, all_at, network
 
+from qflow.commands.promote import identity
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.graph import ModelGraph, OpKind, OpNode
 from qflow.core.qconfig import OpQConfig
-from qflow.cost.latency import Pricer
-from qflow.cost.measured import measure
-from qflow.cost.records import Measured
-from qflow.cost.table import cost_text
-from qflow.manifest import profile_digest
-from qflow.promote import identity
+from qflow.cost_model.latency import Pricer
+from qflow.cost_model.measured import measure
+from qflow.cost_model.records import Measured
+from qflow.cost_model.table import cost_text
+from qflow.study.manifest import profile_digest
 
 
 def test_measured_times_replace_the_formula_and_its_ratios_carry_them_on():
@@ -139,7 +139,7 @@ def test_a_report_that_is_gone_is_named(tmp_path):
 
 def test_a_rebuild_asks_for_the_report_of_the_run(monkeypatch):
     same = {"weights": "w", "data": "d"}
-    monkeypatch.setattr("qflow.manifest.manifest", lambda _: {**same, "profile": "abc"})
+    monkeypatch.setattr("qflow.study.manifest.manifest", lambda _: {**same, "profile": "abc"})
 
     def reasons(logged):
         return identity(None, SimpleNamespace(manifest=logged))

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from qflow.core.errors import ConfigError
 from qflow.core.graph import ModelGraph, OpKind, OpNode
-from qflow.cost.measured import join
-from qflow.cost.profile import NO_LAYER, LayerTime, MeasuredProfile, read_profile
+from qflow.cost_model.measured import join
+from qflow.cost_model.profile import NO_LAYER, LayerTime, MeasuredProfile, read_profile
 
 
 def instruction(unit, layers, start, working):

@@ -8,8 +8,8 @@ import pytest
 from test_latency import MODEL, all_at, network
 
 from qflow.core.dtype import QDtype
-from qflow.cost.latency import predict
-from qflow.cost.table import cost_csv, cost_json, cost_text, promotions_json
+from qflow.cost_model.latency import predict
+from qflow.cost_model.table import cost_csv, cost_json, cost_text, promotions_json
 
 
 def headings(report):

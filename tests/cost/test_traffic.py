@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from qflow.core.dtype import QDtype
 from qflow.core.graph import ModelGraph, OpKind, OpNode
 from qflow.core.setter import TemplateSetter, resolve
-from qflow.cost.features import features
-from qflow.cost.traffic import traffic
+from qflow.cost_model.features import features
+from qflow.cost_model.traffic import traffic
 
 SIZE = 8 * 8 * 8
 

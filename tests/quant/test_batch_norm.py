@@ -11,11 +11,11 @@ from torch import nn
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.settings import NORM_MODES, QatSettings
-from qflow.quant.calling import named_tensors
-from qflow.quant.fake_quant import FakeQuant
-from qflow.quant.prepare import prepare
-from qflow.quant.qat_state import qat_state
-from qflow.quant.weighted import WeightedLeaf, set_norm_mode
+from qflow.quant.model.prepare import prepare
+from qflow.quant.model.weighted import WeightedLeaf, set_norm_mode
+from qflow.quant.trace.calling import named_tensors
+from qflow.quant.train.qat_state import qat_state
+from qflow.quant.values.fake_quant import FakeQuant
 
 
 class Mixed(nn.Module):

@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 import qflow
 from qflow.core.errors import ModelError
 from qflow.core.settings import QatSettings
-from qflow.quant.qat import train
-from qflow.quant.qat_state import qat_state
-from qflow.quant.sites import call_site
-from qflow.quant.trace import trace
+from qflow.quant.trace.sites import call_site
+from qflow.quant.trace.trace import trace
+from qflow.quant.train.qat import train
+from qflow.quant.train.qat_state import qat_state
 
 
 def image(size=16):

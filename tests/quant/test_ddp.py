@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from qflow.core.dtype import QDtype
 from qflow.core.setter import TemplateSetter, resolve
 from qflow.core.settings import CalibrationSettings
-from qflow.quant.calibrate import apply_scales, collect
-from qflow.quant.prepare import prepare
+from qflow.quant.model.calibrate import apply_scales, collect
+from qflow.quant.model.prepare import prepare
 
 
 class Net(nn.Module):

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ModelError
-from qflow.quant.fake_quant import EPS, FakeQuant, _StraightThrough, quantize_dequantize
+from qflow.quant.values.fake_quant import EPS, FakeQuant, _StraightThrough, quantize_dequantize
 
 
 @pytest.mark.parametrize(("dtype", "qmin", "qmax"), [("qint8", -128, 127), ("qint16", -32768, 32767)])

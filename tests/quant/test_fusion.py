@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from models import revive
 from torch import nn
 
-from qflow.quant.prepare import prepare
+from qflow.quant.model.prepare import prepare
 
 BASES = {
     "conv1d": (lambda: nn.Conv1d(4, 4, 3, padding=1), nn.BatchNorm1d, (2, 4, 6)),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from qflow.quant.half import HALF_MAX, OVERFLOW, overflows, to_half
+from qflow.quant.values.half import HALF_MAX, OVERFLOW, overflows, to_half
 
 
 def test_every_half_stays_what_it_is():

@@ -6,15 +6,15 @@ import torch.nn.functional as F
 from models import revive
 from torch import nn
 
-from qflow.analysis.badcase import find_badcases
-from qflow.analysis.sensitivity import sensitivity
+from qflow.analysis.badcases.find import find_badcases
+from qflow.analysis.sensitivity.measure import sensitivity
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ModelError
 from qflow.core.setter import HighPrecisionOutput, TemplateSetter, resolve
 from qflow.core.settings import CalibrationSettings
-from qflow.quant.calibrate import apply_scales, collect
-from qflow.quant.calling import call_model, named_tensors
-from qflow.quant.prepare import prepare
+from qflow.quant.model.calibrate import apply_scales, collect
+from qflow.quant.model.prepare import prepare
+from qflow.quant.trace.calling import call_model, named_tensors
 
 
 def calibrated(model, example, dtype=QDtype.qint8):

@@ -13,9 +13,9 @@ from qflow.core.dtype import QDtype
 from qflow.core.qconfig import QConfig
 from qflow.core.setter import TemplateSetter, resolve
 from qflow.core.settings import CalibrationSettings
-from qflow.quant.calibrate import apply_scales, collect
-from qflow.quant.fake_quant import quantize_dequantize
-from qflow.quant.prepare import prepare
+from qflow.quant.model.calibrate import apply_scales, collect
+from qflow.quant.model.prepare import prepare
+from qflow.quant.values.fake_quant import quantize_dequantize
 
 BITS = (8, 16)
 VALUES = ("normal", "saturated", "signs", "sparse", "tail")

@@ -9,9 +9,9 @@ from torch import nn
 
 import qflow
 from qflow.core.dtype import QDtype
-from qflow.quant.calibrate import collect
-from qflow.quant.decompose import attention
-from qflow.quant.fake_quant import FakeQuant
+from qflow.quant.model.calibrate import collect
+from qflow.quant.trace.decompose import attention
+from qflow.quant.values.fake_quant import FakeQuant
 
 INF = -math.inf
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, DataError
 from qflow.core.settings import METHODS, CalibrationSettings
-from qflow.quant.observer import BINS, KL_LEVELS, KL_WINDOW, MIX_PERCENTILES, WHOLE, Histogram, _divergences
+from qflow.quant.values.observer import BINS, KL_LEVELS, KL_WINDOW, MIX_PERCENTILES, WHOLE, Histogram, _divergences
 
 CUTTING = ("minmax", "percentile", "mse", "kl", "mix", "clip", "clip_std")
 DTYPES = (QDtype.qint8, QDtype.qint16)

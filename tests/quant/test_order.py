@@ -7,12 +7,12 @@ from torch import nn
 from qflow.core.dtype import QDtype
 from qflow.core.setter import HighPrecisionOutput, TemplateSetter, resolve
 from qflow.core.settings import CalibrationSettings
-from qflow.quant.calibrate import apply_scales, collect
-from qflow.quant.calling import call_model
-from qflow.quant.ops import function_name
-from qflow.quant.order import in_order, indices_of, jumps, may_change_order
-from qflow.quant.prepare import prepare
-from qflow.quant.trace import trace
+from qflow.quant.model.calibrate import apply_scales, collect
+from qflow.quant.model.prepare import prepare
+from qflow.quant.trace.calling import call_model
+from qflow.quant.trace.ops import function_name
+from qflow.quant.trace.order import in_order, indices_of, jumps, may_change_order
+from qflow.quant.trace.trace import trace
 
 CALLS = [
     (torch.topk, (3,), {}),

@@ -14,7 +14,7 @@ from models import Shared, revive
 from torch import nn
 
 import qflow
-from qflow.quant.prepare import prepare
+from qflow.quant.model.prepare import prepare
 
 HERE = Path(__file__).parent
 ELSEWHERE = {

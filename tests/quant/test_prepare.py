@@ -10,10 +10,10 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import DataError, ModelError
 from qflow.core.setter import HighPrecisionOutput, TemplateSetter, resolve
 from qflow.core.settings import CalibrationSettings
-from qflow.quant.calibrate import apply_scales, collect
-from qflow.quant.calling import call_model, named_tensors
-from qflow.quant.prepare import prepare
-from qflow.quant.verify import Observed
+from qflow.quant.model.calibrate import apply_scales, collect
+from qflow.quant.model.prepare import prepare
+from qflow.quant.model.verify import Observed
+from qflow.quant.trace.calling import call_model, named_tensors
 
 NAMES = list(zoo())
 

@@ -12,7 +12,7 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, DataError, ModelError, TrialError
 from qflow.core.setter import HighPrecisionOutput, TemplateSetter, resolve
 from qflow.core.settings import NORM_MODES, QatSettings
-from qflow.quant.qat import DivergedError, parameter_groups, train
+from qflow.quant.train.qat import DivergedError, parameter_groups, train
 
 
 @pytest.mark.parametrize("mode", NORM_MODES)

@@ -11,9 +11,9 @@ from training import calibrated, data, loss, same, sgd, small
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ModelError
 from qflow.core.settings import NORM_MODES, QatSettings
-from qflow.quant.calling import named_tensors
-from qflow.quant.qat import train
-from qflow.quant.qat_state import qat_state
+from qflow.quant.trace.calling import named_tensors
+from qflow.quant.train.qat import train
+from qflow.quant.train.qat_state import qat_state
 
 
 @pytest.mark.parametrize("mode", NORM_MODES)

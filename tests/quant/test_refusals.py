@@ -13,7 +13,7 @@ from torch import nn
 import qflow
 from qflow.core.errors import ConfigError, ModelError
 from qflow.core.settings import QatSettings
-from qflow.quant.qat import train
+from qflow.quant.train.qat import train
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

@@ -10,7 +10,7 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.setter import TemplateSetter
 from qflow.core.settings import QatSettings
-from qflow.quant.qat import train
+from qflow.quant.train.qat import train
 
 INT16 = TemplateSetter(QDtype.qint16)
 

@@ -19,11 +19,11 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import ModelError
 from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, TemplateSetter, resolve
 from qflow.core.settings import CalibrationSettings, QatSettings
-from qflow.quant.calibrate import apply_scales, collect
-from qflow.quant.calling import call_model, named_tensors
-from qflow.quant.prepare import prepare
-from qflow.quant.qat import train
-from qflow.quant.qat_state import qat_state
+from qflow.quant.model.calibrate import apply_scales, collect
+from qflow.quant.model.prepare import prepare
+from qflow.quant.trace.calling import call_model, named_tensors
+from qflow.quant.train.qat import train
+from qflow.quant.train.qat_state import qat_state
 
 NAMES = list(zoo())
 

@@ -3,9 +3,9 @@ import torch
 from models import Shared, zoo
 from torch import nn
 
-from qflow.quant.calling import input_tensors, named_tensors
-from qflow.quant.plan import make_plan
-from qflow.quant.trace import trace
+from qflow.quant.model.plan import make_plan
+from qflow.quant.trace.calling import input_tensors, named_tensors
+from qflow.quant.trace.trace import trace
 
 
 def graph_of(name):

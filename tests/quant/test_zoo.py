@@ -7,19 +7,19 @@ import torch
 from torch.utils._pytree import tree_map
 from zoo import NAMES, Masked, build
 
-from qflow.analysis.calibration_check import calibration_findings
-from qflow.analysis.model_check import check_model
+from qflow.analysis.checks.calibration_check import calibration_findings
+from qflow.analysis.checks.model_check import check_model
 from qflow.config.device_file import load_rules
 from qflow.core.device import apply_rules
 from qflow.core.dtype import QDtype
 from qflow.core.graph import OpKind
 from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, TemplateSetter, covers, resolve
 from qflow.core.settings import CalibrationSettings, QatSettings
-from qflow.quant.calibrate import apply_scales, collect
-from qflow.quant.calling import call_model, named_tensors
-from qflow.quant.prepare import prepare
-from qflow.quant.qat import parameter_groups, train
-from qflow.quant.verify import Observed
+from qflow.quant.model.calibrate import apply_scales, collect
+from qflow.quant.model.prepare import prepare
+from qflow.quant.model.verify import Observed
+from qflow.quant.trace.calling import call_model, named_tensors
+from qflow.quant.train.qat import parameter_groups, train
 
 
 def double(inputs):

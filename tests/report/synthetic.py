@@ -4,7 +4,15 @@ from dataclasses import fields
 
 import numpy as np
 
-from qflow.analysis.tables import Advice, BadcaseTable, Finding, LayerRow, LayerTable, SensitivityRow, SensitivityTable
+from qflow.analysis.measures.tables import (
+    Advice,
+    BadcaseTable,
+    Finding,
+    LayerRow,
+    LayerTable,
+    SensitivityRow,
+    SensitivityTable,
+)
 
 EMPTY = {field.name: None for field in fields(LayerRow)}
 

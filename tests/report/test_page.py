@@ -10,7 +10,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 from synthetic import advice, badcases, layer_row, layers, sensitivity
 
-from qflow.analysis.tables import (
+from qflow.analysis.measures.tables import (
     Advice,
     BadcaseTable,
     Fidelity,

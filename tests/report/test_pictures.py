@@ -10,7 +10,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 from synthetic import layer_row, layers, names, sensitivity
 
-from qflow.analysis.tables import LayerTable, SensitivityRow, SensitivityTable
+from qflow.analysis.measures.tables import LayerTable, SensitivityRow, SensitivityTable
 from qflow.report.array_pictures import as_picture
 from qflow.report.drawing import bar_color, common_prefix, shorten
 from qflow.report.pictures import badcase_grid, error_along_network, layer_histogram, sensitivity_bars

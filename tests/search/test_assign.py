@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qflow.search.assign import Limit, Operator, Problem
-from qflow.search.figure import Figure, figure
+from qflow.search.cost_terms import CostTerms, cost_terms
 from qflow.search.objective import CONSTRAINT
 from qflow.search.outcome import FinishedTrial, Outcome
 from qflow.search.strategies import ASSIGNMENT, BudgetSpent, assign
@@ -36,7 +36,7 @@ def chain(seed, count=COUNT, cast=0.5):
         return sum(m for m, letter in zip(ms, mix, strict=True) if letter == "6") + cast * casts
 
     operators = tuple(Operator(str(i), rng.random(), 0.0, i) for i in range(count))
-    return Problem(operators, figure(price, "6" * count, [(i, i + 1) for i in range(count - 1)]), count)
+    return Problem(operators, cost_terms(price, "6" * count, [(i, i + 1) for i in range(count - 1)]), count)
 
 
 @pytest.mark.parametrize("cast", [0.0, 0.5])
@@ -60,7 +60,7 @@ def test_a_figure_of_pairs_is_exact_and_of_single_operators_is_not():
     problem = chain(3)
     for mix in mixes(COUNT):
         assert problem.time(mix) == pytest.approx(problem.price(mix))
-    alone = figure(problem.price, "6" * COUNT, [])
+    alone = cost_terms(problem.price, "6" * COUNT, [])
     assert max(abs(alone(mix) - problem.price(mix)) for mix in mixes(COUNT)) > 1.0
 
 
@@ -70,7 +70,7 @@ def test_on_the_landscapes_both_answers_are_within_2_percent_of_all_4096_mixes(n
     every = mixes(12)
     ms = dict(zip(every, kept["ms"].astype(float).tolist(), strict=True))
     operators = tuple(Operator(str(i), s, s / 256, i) for i, s in enumerate(kept["scores"][0].astype(float).tolist()))
-    problem = Problem(operators, figure(ms.__getitem__, "6" * 12, itertools.combinations(range(12), 2)), 12)
+    problem = Problem(operators, cost_terms(ms.__getitem__, "6" * 12, itertools.combinations(range(12), 2)), 12)
     errors, times = np.array([problem.error(m) for m in every]), np.array([ms[m] for m in every])
     for k in range(1, 20):
         budget = problem.budget(k / 20)
@@ -92,8 +92,10 @@ def test_a_larger_error_budget_is_never_dearer():
 @pytest.mark.parametrize("seed", range(6))
 def test_every_answer_keeps_every_limit(seed):
     problem = chain(seed)
-    wide = Limit(figure(lambda mix: mix.count("6") / COUNT, problem.all_int16, []), 0.5)
-    spill = Limit(figure(lambda mix: float(mix.count("6") ** 2), problem.all_int16, []), 20.0)  # no sum over operators
+    wide = Limit(cost_terms(lambda mix: mix.count("6") / COUNT, problem.all_int16, []), 0.5)
+    spill = Limit(
+        cost_terms(lambda mix: float(mix.count("6") ** 2), problem.all_int16, []), 20.0
+    )  # no sum over operators
     slow = Limit(problem.time, 0.6 * problem.price(problem.all_int16))
     bounded = problem.bounded(wide, spill, slow)
     answers = [bounded.most_accurate(), *(bounded.cheapest(problem.budget(k / 10)) for k in range(11))]
@@ -110,14 +112,14 @@ def test_where_no_mix_keeps_the_limits_nothing_is_promoted():
 
 def test_letters_of_operators_that_are_not_free_stay_int8():
     operators = (Operator("a", 1.0, 0.0, 1), Operator("b", 1.0, 0.0, 3))
-    problem = Problem(operators, figure(lambda mix: float(mix.count("6")), "8686", []), 5)
+    problem = Problem(operators, cost_terms(lambda mix: float(mix.count("6")), "8686", []), 5)
     assert problem.all_int16 == "86868"[:3] + "68" == problem.most_accurate()
     assert problem.cheapest(1.0) in ("86888", "88868")
 
 
 def test_an_error_that_is_no_number_counts_as_the_largest():
     operators = (Operator("a", 0.1, 0.0, 0), Operator("b", math.nan, math.nan, 1), Operator("c", 2.0, 0.0, 2))
-    problem = Problem(operators, figure(lambda mix: float(mix.count("6")), "666", []), 3)
+    problem = Problem(operators, cost_terms(lambda mix: float(mix.count("6")), "666", []), 3)
     assert problem.error("888") == pytest.approx(4.1)
     assert problem.cheapest(0.1) == "866"
     infinite = replace(problem, operators=(replace(operators[0], int8_error=math.inf), *operators[1:]))
@@ -125,7 +127,7 @@ def test_an_error_that_is_no_number_counts_as_the_largest():
 
 
 def test_no_operator_is_a_problem_too():
-    problem = Problem((), Figure(lambda mix: 1.0, 1.0, {}), 0)
+    problem = Problem((), CostTerms(lambda mix: 1.0, 1.0, {}), 0)
     assert problem.cheapest(0.0) == problem.most_accurate() == problem.most_accurate(0.0) == ""
 
 

@@ -130,14 +130,14 @@ def test_points_that_differ_only_where_a_key_does_not_apply_are_one(store):
 
 def test_a_small_space_ends_when_every_point_that_differs_was_tried(store):
     """The loop counts a point once, whatever was said of keys that do not apply to it."""
-    from test_loop import Bench, outcome
+    from test_loop import Harness, outcome
 
     margin = Choice((1, 2), when=(Condition("method", Choice(("percentile",))),))
-    bench = Bench(store, {"margin": margin, "method": Choice(("mse", "percentile"))})
+    harness = Harness(store, {"margin": margin, "method": Choice(("mse", "percentile"))})
     fixed = [(f"mse {i}", {"method": "mse", "margin": i}) for i in (1, 2)]
-    trials = bench.run(50, evaluate=lambda params, folder: outcome({**params, "int16_ratio": 0.0}), fixed=fixed)
+    trials = harness.run(50, evaluate=lambda params, folder: outcome({**params, "int16_ratio": 0.0}), fixed=fixed)
     assert sorted(point_key(t.params) for t in trials) == sorted(
         point_key(p)
         for p in ({"method": "mse"}, {"method": "percentile", "margin": 1}, {"method": "percentile", "margin": 2})
     )
-    assert bench.problems() == []
+    assert harness.problems() == []

@@ -44,7 +44,7 @@ def outcome(params, **changes) -> Outcome:
     return Outcome(**{**values, **changes})
 
 
-class Bench:
+class Harness:
     """One study on one store, with a count of the evaluations."""
 
     def __init__(self, store: Path, space=SPACE, name: str = "task/stage") -> None:
@@ -73,50 +73,50 @@ class Bench:
 
 
 @pytest.fixture
-def bench(store) -> Bench:
-    return Bench(store)
+def harness(store) -> Harness:
+    return Harness(store)
 
 
-def test_fixed_trials_come_first_and_everything_reaches_the_tracker(bench):
-    trials = bench.run(4)
+def test_fixed_trials_come_first_and_everything_reaches_the_tracker(harness):
+    trials = harness.run(4)
     assert [t.label for t in trials] == ["all-int8", "all-int16", "", ""]
     assert [t.number for t in trials] == [0, 1, 2, 3]
-    assert bench.seen == trials
-    assert bench.problems() == []
+    assert harness.seen == trials
+    assert harness.problems() == []
     first = trials[1]
     assert first.outcome == outcome(first.params)
-    assert bench.tracker.run_metrics(first.run_id)["cost/latency_ms"] == 2.0
-    assert bench.tracker.run_params(first.run_id)["int16_ratio"] == "1.0"
-    tags = bench.tracker.run_tags(first.run_id)
+    assert harness.tracker.run_metrics(first.run_id)["cost/latency_ms"] == 2.0
+    assert harness.tracker.run_params(first.run_id)["int16_ratio"] == "1.0"
+    tags = harness.tracker.run_tags(first.run_id)
     assert (tags["qflow.label"], tags["qflow.trial"]) == ("all-int16", "1")
-    assert bench.tracker.download(first.run_id, "qconfig.json", bench.store / "d").read_text() == "{}"
-    assert not any((bench.store / "scratch" / "task%2Fstage").iterdir())
+    assert harness.tracker.download(first.run_id, "qconfig.json", harness.store / "d").read_text() == "{}"
+    assert not any((harness.store / "scratch" / "task%2Fstage").iterdir())
 
 
 def test_running_again_continues_and_repeats_nothing(store):
-    first = Bench(store)
+    first = Harness(store)
     before = first.run(3)
-    second = Bench(store)
+    second = Harness(store)
     after = second.run(6)
     assert after[:3] == before
     assert len(second.evaluated) == 3
     assert second.seen == after[3:]
-    assert Bench(store).run(6) == after
-    assert Bench(store).run(2) == after
+    assert Harness(store).run(6) == after
+    assert Harness(store).run(2) == after
     keys = [tuple(sorted(t.params.items())) for t in after]
     assert len(set(keys)) == 6
     assert second.problems() == []
 
 
-def test_the_same_fixed_label_is_evaluated_once(bench):
-    bench.run(2, fixed=[("all-int8", {"int16_ratio": 0.0}), ("all-int8", {"int16_ratio": 0.1})])
-    bench.run(3, fixed=[("all-int8", {"int16_ratio": 0.3})])
-    assert sum(t.label == "all-int8" for t in bench.run(3)) == 1
-    assert len(bench.evaluated) == 3
+def test_the_same_fixed_label_is_evaluated_once(harness):
+    harness.run(2, fixed=[("all-int8", {"int16_ratio": 0.0}), ("all-int8", {"int16_ratio": 0.1})])
+    harness.run(3, fixed=[("all-int8", {"int16_ratio": 0.3})])
+    assert sum(t.label == "all-int8" for t in harness.run(3)) == 1
+    assert len(harness.evaluated) == 3
 
 
 def test_the_same_point_is_evaluated_once_and_a_small_space_ends(store):
-    bench = Bench(store, {"method": Choice(("kl", "mse")), "bits": Range(4, 16, 4)})
+    harness = Harness(store, {"method": Choice(("kl", "mse")), "bits": Range(4, 16, 4)})
     evaluated = []
 
     def evaluate(params, _folder):
@@ -124,30 +124,30 @@ def test_the_same_point_is_evaluated_once_and_a_small_space_ends(store):
         return outcome({"int16_ratio": len(evaluated) / 10})
 
     fixed = [("a", {"method": "kl", "bits": 8}), ("b", {"method": "kl", "bits": 8})]
-    trials = bench.run(50, evaluate, fixed=fixed)
+    trials = harness.run(50, evaluate, fixed=fixed)
     assert len(trials) == len(set(evaluated)) == len(evaluated) == 6
     assert [t.label for t in trials if t.label] == ["a"]
-    assert bench.problems() == []
-    assert len(bench.run(50, evaluate, fixed=fixed)) == 6
+    assert harness.problems() == []
+    assert len(harness.run(50, evaluate, fixed=fixed)) == 6
     assert len(evaluated) == 6
 
 
-def test_a_failing_trial_has_failed_and_the_study_goes_on(bench):
+def test_a_failing_trial_has_failed_and_the_study_goes_on(harness):
     def evaluate(params, folder):
         if params["int16_ratio"] == 0.0:
             raise TrialError("The dtype pair is not legal.")
-        return bench.evaluate(params, folder)
+        return harness.evaluate(params, folder)
 
-    trials = bench.run(3, evaluate)
+    trials = harness.run(3, evaluate)
     assert [t.label for t in trials] == ["all-int16", "", ""]
-    failed = bench.seen[0]
+    failed = harness.seen[0]
     assert isinstance(failed, FailedTrial)
     assert (failed.label, failed.reason) == ("all-int8", "The dtype pair is not legal.")
-    assert bench.tracker.run_tags(failed.run_id)["qflow.end_reason"] == failed.reason
-    assert bench.run_status(0) == "FAILED"
-    assert bench.problems() == []
-    bench.run(4)  # mended: the fixed trial gets another try
-    assert [t.label for t in bench.run(4)] == ["all-int16", "", "", "all-int8"]
+    assert harness.tracker.run_tags(failed.run_id)["qflow.end_reason"] == failed.reason
+    assert harness.run_status(0) == "FAILED"
+    assert harness.problems() == []
+    harness.run(4)  # mended: the fixed trial gets another try
+    assert [t.label for t in harness.run(4)] == ["all-int16", "", "", "all-int8"]
 
 
 @pytest.mark.parametrize(
@@ -162,12 +162,12 @@ def test_a_failing_trial_has_failed_and_the_study_goes_on(bench):
         ({"tags": {"long": "x" * MARKER_LIMIT}}, "characters of JSON"),
     ],
 )
-def test_what_is_absent_or_not_a_number_never_wins(bench, changes, reason):
-    trials = bench.run(1, lambda params, _: outcome(params, **(changes if params["int16_ratio"] == 0 else {})))
+def test_what_is_absent_or_not_a_number_never_wins(harness, changes, reason):
+    trials = harness.run(1, lambda params, _: outcome(params, **(changes if params["int16_ratio"] == 0 else {})))
     assert [t.label for t in trials] == ["all-int16"]
-    assert reason in bench.seen[0].reason
-    assert bench.run_status(0) == "FAILED"
-    assert bench.problems() == []
+    assert reason in harness.seen[0].reason
+    assert harness.run_status(0) == "FAILED"
+    assert harness.problems() == []
 
 
 def test_infinite_constraints_and_metrics_survive_the_marker():
@@ -175,77 +175,77 @@ def test_infinite_constraints_and_metrics_survive_the_marker():
     assert Marker.from_json(before.to_json()) == before
 
 
-def test_failures_in_a_row_end_the_search(bench):
+def test_failures_in_a_row_end_the_search(harness):
     def evaluate(_params, _folder):
         raise TrialError("No data.")
 
     with pytest.raises(TrialError, match=f"{FAILURES} failures in a row, the last: No data"):
-        bench.run(20, evaluate)
-    assert len(bench.seen) == FAILURES
-    assert bench.problems() == []
+        harness.run(20, evaluate)
+    assert len(harness.seen) == FAILURES
+    assert harness.problems() == []
 
 
-def test_a_defect_fails_the_trial_and_is_raised(bench):
+def test_a_defect_fails_the_trial_and_is_raised(harness):
     def evaluate(_params, _folder):
         raise ZeroDivisionError("oops")
 
     with pytest.raises(ZeroDivisionError):
-        bench.run(3, evaluate)
-    assert bench.run_status(0) == "FAILED"
-    trial = bench.study.trials()[0]
+        harness.run(3, evaluate)
+    assert harness.run_status(0) == "FAILED"
+    trial = harness.study.trials()[0]
     assert (trial.ending, trial.reason) == ("failed", "ZeroDivisionError: oops")
-    assert bench.problems() == []
+    assert harness.problems() == []
 
 
-def test_a_store_that_breaks_in_the_commit_loses_no_point(bench, monkeypatch):
+def test_a_store_that_breaks_in_the_commit_loses_no_point(harness, monkeypatch):
     def broken(*_args, **_options):
         raise TrackingError("The server is gone.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench.tracker, "commit", broken)
+        patch.setattr(harness.tracker, "commit", broken)
         with pytest.raises(TrackingError, match="gone"):
-            bench.run(2)
-    assert bench.run_status(0) == "KILLED"
-    assert [t.label for t in bench.run(2)] == ["all-int16", "all-int8"]
-    assert bench.problems() == []
+            harness.run(2)
+    assert harness.run_status(0) == "KILLED"
+    assert [t.label for t in harness.run(2)] == ["all-int16", "all-int8"]
+    assert harness.problems() == []
 
 
-def test_timeout_stops_before_the_next_trial(bench):
+def test_timeout_stops_before_the_next_trial(harness):
     def evaluate(params, folder):
         time.sleep(0.05)
-        return bench.evaluate(params, folder)
+        return harness.evaluate(params, folder)
 
-    assert len(bench.run(100, evaluate, timeout=0.01)) == 1
-    assert bench.problems() == []
+    assert len(harness.run(100, evaluate, timeout=0.01)) == 1
+    assert harness.problems() == []
 
 
-def test_an_interrupted_trial_is_put_back(bench):
+def test_an_interrupted_trial_is_put_back(harness):
     def evaluate(params, folder):
-        if len(bench.evaluated) == 1 and not bench.study.trials()[-1].attempt:
+        if len(harness.evaluated) == 1 and not harness.study.trials()[-1].attempt:
             raise KeyboardInterrupt
-        return bench.evaluate(params, folder)
+        return harness.evaluate(params, folder)
 
     for _ in range(MAX_RETRY + 2):  # an interrupt is nobody's fault and uses up no try
         with pytest.raises(KeyboardInterrupt):
-            bench.run(3, evaluate)
-        assert bench.problems() == []
-    assert bench.run_status(1) == "KILLED"
-    assert [t.label for t in bench.run(3)] == ["all-int8", "all-int16", ""]
+            harness.run(3, evaluate)
+        assert harness.problems() == []
+    assert harness.run_status(1) == "KILLED"
+    assert [t.label for t in harness.run(3)] == ["all-int8", "all-int16", ""]
 
 
-def test_an_interrupt_after_the_commit_keeps_the_trial(bench):
+def test_an_interrupt_after_the_commit_keeps_the_trial(harness):
     def stop(step: str) -> None:
         if step == "committed":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        bench.run(1, checkpoint=stop)
-    assert bench.problems() == []
-    bench.run(1)
-    assert len(bench.evaluated) == 1
+        harness.run(1, checkpoint=stop)
+    assert harness.problems() == []
+    harness.run(1)
+    assert len(harness.evaluated) == 1
 
 
-def test_sigterm_ends_cleanly(bench):
+def test_sigterm_ends_cleanly(harness):
     before = signal.getsignal(signal.SIGTERM)
 
     def evaluate(_params, _folder):
@@ -253,37 +253,37 @@ def test_sigterm_ends_cleanly(bench):
         time.sleep(5)
 
     with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
-        bench.run(3, evaluate)
+        harness.run(3, evaluate)
     assert signal.getsignal(signal.SIGTERM) == before
-    assert bench.run_status(0) == "KILLED"
-    assert "stopped" in bench.study.trials()[0].reason
-    assert bench.problems() == []
+    assert harness.run_status(0) == "KILLED"
+    assert "stopped" in harness.study.trials()[0].reason
+    assert harness.problems() == []
     with interrupts() as asked:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
         assert asked.is_set()
 
 
-def test_a_sigterm_that_python_drops_is_obeyed_before_the_next_trial(bench):
+def test_a_sigterm_that_python_drops_is_obeyed_before_the_next_trial(harness):
     def evaluate(params, folder):
         with contextlib.suppress(KeyboardInterrupt):  # as in a finalizer
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
-        return bench.evaluate(params, folder)
+        return harness.evaluate(params, folder)
 
     with pytest.raises(KeyboardInterrupt):
-        bench.run(3, evaluate)
-    assert len(bench.evaluated) == 1
-    assert bench.problems() == []
+        harness.run(3, evaluate)
+    assert len(harness.evaluated) == 1
+    assert harness.problems() == []
 
 
-def test_a_second_driver_is_refused(bench):
+def test_a_second_driver_is_refused(harness):
     def evaluate(params, folder):
         with pytest.raises(TrackingError, match=f"process {os.getpid()} does"):
-            Bench(bench.store).run(1)
-        return bench.evaluate(params, folder)
+            Harness(harness.store).run(1)
+        return harness.evaluate(params, folder)
 
-    assert len(bench.run(1, evaluate)) == 1
+    assert len(harness.run(1, evaluate)) == 1
 
 
 def run_and_die(store: Path, step: str = "", trial: int = 0, evaluate=None) -> int:
@@ -298,7 +298,7 @@ def run_and_die(store: Path, step: str = "", trial: int = 0, evaluate=None) -> i
                 if left[0] < 0:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-            Bench(store).run(4, evaluate, checkpoint=checkpoint)
+            Harness(store).run(4, evaluate, checkpoint=checkpoint)
         finally:
             os._exit(1)
     return os.WTERMSIG(os.waitpid(child, 0)[1])
@@ -307,22 +307,22 @@ def run_and_die(store: Path, step: str = "", trial: int = 0, evaluate=None) -> i
 @pytest.mark.parametrize("step", STEPS)
 def test_kill_at_every_step_loses_nothing(store, step):
     assert run_and_die(store, step, trial=1) == signal.SIGKILL
-    bench = Bench(store)
-    trials = bench.run(4)
-    assert bench.problems() == []
+    harness = Harness(store)
+    trials = harness.run(4)
+    assert harness.problems() == []
     assert [t.label for t in sorted(trials, key=lambda t: t.label)][2:] == ["all-int16", "all-int8"]
     assert len(trials) == 4
     done_before = 2 if step in ("committed", "told", "ended") else 1
-    assert len(bench.evaluated) == 4 - done_before  # nothing is computed twice that was committed
+    assert len(harness.evaluated) == 4 - done_before  # nothing is computed twice that was committed
     assert not any((store / "scratch" / "task%2Fstage").iterdir())
 
 
 def test_kills_in_a_row_with_a_kill_in_the_recovery(store):
     for step in ("linked", "committed", "asked", "told"):
         assert run_and_die(store, step, trial=0) == signal.SIGKILL
-    bench = Bench(store)
-    assert len(bench.run(4)) == 4
-    assert bench.problems() == []
+    harness = Harness(store)
+    assert len(harness.run(4)) == 4
+    assert harness.problems() == []
 
 
 def test_a_point_that_kills_its_process_is_given_up(store):
@@ -333,23 +333,23 @@ def test_a_point_that_kills_its_process_is_given_up(store):
 
     for _ in range(MAX_RETRY + 1):
         assert run_and_die(store, evaluate=evaluate) == signal.SIGKILL
-    bench = Bench(store)
-    assert all(t.label != "all-int8" for t in bench.run(4))
-    assert all(params["int16_ratio"] != 0.0 for params in bench.evaluated)
-    assert bench.problems() == []
+    harness = Harness(store)
+    assert all(t.label != "all-int8" for t in harness.run(4))
+    assert all(params["int16_ratio"] != 0.0 for params in harness.evaluated)
+    assert harness.problems() == []
 
 
 def test_the_check_sees_what_is_wrong(store):
     assert run_and_die(store, "told", trial=0) == signal.SIGKILL
     assert run_and_die(store, "linked", trial=1) == signal.SIGKILL
-    bench = Bench(store)
-    text = " ".join(bench.problems())
+    harness = Harness(store)
+    text = " ".join(harness.problems())
     assert "is RUNNING" in text
     assert "Trial 2 is running" in text
 
 
 def test_a_point_is_measured_once_whoever_asks(store):
-    first, second = Bench(store), Bench(store)
+    first, second = Harness(store), Harness(store)
     options = {"scratch": store / "scratch", "on_trial": first.seen.append}
     with driving(first.study, first.tracker, first.evaluate, **options) as driver:
         trial = driver.measure({"int16_ratio": 0.25, "method": "kl"}, "a quarter")
@@ -363,30 +363,30 @@ def test_a_point_is_measured_once_whoever_asks(store):
     assert second.problems() == []
 
 
-def test_a_ctrl_c_that_python_drops_is_obeyed_before_the_next_trial(bench):
+def test_a_ctrl_c_that_python_drops_is_obeyed_before_the_next_trial(harness):
     def evaluate(params, folder):
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        return bench.evaluate(params, folder)
+        return harness.evaluate(params, folder)
 
     with pytest.raises(KeyboardInterrupt):
-        bench.run(3, evaluate)
-    assert len(bench.evaluated) == 1
-    assert bench.problems() == []
+        harness.run(3, evaluate)
+    assert len(harness.evaluated) == 1
+    assert harness.problems() == []
 
 
-def test_a_point_that_leaves_a_key_open_is_not_measured(bench):
+def test_a_point_that_leaves_a_key_open_is_not_measured(harness):
     """The sampler would fill it anew each time, and it would never be the point that was asked for."""
-    with driving(bench.study, bench.tracker, bench.evaluate, scratch=bench.store / "scratch") as driver:
+    with driving(harness.study, harness.tracker, harness.evaluate, scratch=harness.store / "scratch") as driver:
         with pytest.raises(ValueError, match=r"lacks \['method'\]"):
             driver.measure({"int16_ratio": 0.5})
-        assert bench.study.trials() == []
+        assert harness.study.trials() == []
 
 
 def test_a_space_ends_when_every_point_beside_what_is_kept_was_tried(store):
     """A continuum that is kept at one value does not hide that the rest can be listed."""
-    bench = Bench(store, {**SPACE, "steps": Range(1, 4)})
-    with driving(bench.study, bench.tracker, bench.evaluate, scratch=store / "scratch") as driver:
+    harness = Harness(store, {**SPACE, "steps": Range(1, 4)})
+    with driving(harness.study, harness.tracker, harness.evaluate, scratch=store / "scratch") as driver:
         while driver.sample({"int16_ratio": 0.25}):
             pass
         assert len(driver.trials) == 6
@@ -404,28 +404,28 @@ def test_a_failure_that_another_try_would_repeat_stands(store):
         raise (Diverged if params["method"] == "kl" else TrialError)("No.")
 
     for expected in (["kl", "mse"], ["mse"]):
-        bench, tried = Bench(store), []
-        with driving(bench.study, bench.tracker, evaluate, scratch=store / "scratch") as driver:
+        harness, tried = Harness(store), []
+        with driving(harness.study, harness.tracker, evaluate, scratch=store / "scratch") as driver:
             for method in ("kl", "mse"):
                 assert isinstance(driver.measure({"int16_ratio": 0.5, "method": method}), FailedTrial)
         assert tried == expected
 
 
 def test_what_is_screened_is_not_evaluated_and_what_is_left_of_a_small_space_is(store):
-    bench = Bench(store, {"method": Choice(("kl", "mse")), "int16_ratio": Range(0.0, 0.9, 0.1)})
-    with driving(bench.study, bench.tracker, bench.evaluate, scratch=store / "scratch") as driver:
+    harness = Harness(store, {"method": Choice(("kl", "mse")), "int16_ratio": Range(0.0, 0.9, 0.1)})
+    with driving(harness.study, harness.tracker, harness.evaluate, scratch=store / "scratch") as driver:
         while driver.sample(screen=lambda params: "too dear" if params["int16_ratio"] > 0.45 else ""):
             pass
-    assert len(bench.evaluated) == 10
-    assert max(params["int16_ratio"] for params in bench.evaluated) == 0.4
-    ends = {trial.reason for trial in bench.study.trials() if trial.ending == "screened"}
+    assert len(harness.evaluated) == 10
+    assert max(params["int16_ratio"] for params in harness.evaluated) == 0.4
+    ends = {trial.reason for trial in harness.study.trials() if trial.ending == "screened"}
     assert ends == {"too dear"}
-    assert bench.problems() == []
+    assert harness.problems() == []
 
 
-def test_a_sampler_that_proposes_what_is_screened_gets_to_learn_where_it_is(bench):
+def test_a_sampler_that_proposes_what_is_screened_gets_to_learn_where_it_is(harness):
     """Nearly all of the space costs too much: no more than ten in a row are left out, and the search goes on."""
-    with driving(bench.study, bench.tracker, bench.evaluate, scratch=bench.store / "scratch") as driver:
+    with driving(harness.study, harness.tracker, harness.evaluate, scratch=harness.store / "scratch") as driver:
         for _ in range(12):
             assert driver.sample(screen=lambda params: "too dear" if params["int16_ratio"] > 0.01 else "")
-    assert len(bench.evaluated) == 12
+    assert len(harness.evaluated) == 12

@@ -13,19 +13,19 @@ import pytest
 
 from qflow.core.errors import TrialError
 from qflow.search.assign import Operator, Problem
+from qflow.search.cost_terms import cost_terms
 from qflow.search.domain import Choice
-from qflow.search.figure import figure
 from qflow.search.loop import Driver
 from qflow.search.objective import CONSTRAINT, best_trial
 from qflow.search.outcome import FinishedTrial, Outcome
-from qflow.search.strategies import ASSIGNMENT, BudgetSpent, assign, give_back, halving, ladder
+from qflow.search.strategies import ASSIGNMENT, BudgetSpent, assign, demote, halving, raise_until_met
 from qflow.search.study import Study, _sampler
 
 RATIO = "qconfig.int16_ratio"
 N, GOAL = 20, 0.01
 
 
-class Landscape:
+class Surrogate:
     """Operators with a loss each and a price; drops add up, with a wobble that scores do not know."""
 
     def __init__(self, seed=0, culprits=3, wobble=0.0, count=N, cast=0.0):
@@ -86,7 +86,7 @@ class Landscape:
     def problem(self):
         operators = tuple(Operator(str(i), score, score / 256, i) for i, score in enumerate(self.scores))
         neighbours = [(i, i + 1) for i in range(self.count - 1)]
-        return Problem(operators, figure(lambda mix: self.price(mix), self.all_int16, neighbours), self.count)
+        return Problem(operators, cost_terms(lambda mix: self.price(mix), self.all_int16, neighbours), self.count)
 
     def best(self):
         return best_trial(list(self.trials.values()))
@@ -96,7 +96,7 @@ class Landscape:
 
 
 def run_ladder(land):
-    ladder(land.measure, {}, RATIO, [k / (land.count or 1) for k in range(land.count + 1)])
+    raise_until_met(land.measure, {}, RATIO, [k / (land.count or 1) for k in range(land.count + 1)])
 
 
 def run_assign(land):
@@ -152,7 +152,7 @@ directed = pytest.mark.parametrize("run", DIRECTED.values(), ids=DIRECTED)
 @pytest.mark.parametrize("cast", [0.0, 0.03], ids=["additive", "casts"])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_culprits_are_promoted(run, seed, cast):
-    land = Landscape(seed, cast=cast)
+    land = Surrogate(seed, cast=cast)
     run(land)
     assert set(land.culprits) <= set(land.promoted())
     assert len(land.trials) <= N + 1
@@ -161,7 +161,7 @@ def test_the_culprits_are_promoted(run, seed, cast):
 @directed
 @pytest.mark.parametrize("seed", range(8))
 def test_nothing_but_the_culprits_is_promoted_in_few_trials(run, seed):
-    land = Landscape(seed)
+    land = Surrogate(seed)
     run(land)
     assert land.promoted() == land.culprits
     assert len(land.trials) <= 8
@@ -170,7 +170,7 @@ def test_nothing_but_the_culprits_is_promoted_in_few_trials(run, seed):
 @contract
 @pytest.mark.parametrize("seed", range(8))
 def test_scores_that_are_wrong_by_half_still_lead_to_the_goal(run, seed):
-    land = Landscape(seed, culprits=6, wobble=0.5)
+    land = Surrogate(seed, culprits=6, wobble=0.5)
     run(land)
     assert set(land.culprits) <= set(land.promoted())
 
@@ -178,7 +178,7 @@ def test_scores_that_are_wrong_by_half_still_lead_to_the_goal(run, seed):
 @contract
 @pytest.mark.parametrize("cut", [0, 1, 3])
 def test_a_search_that_is_cut_goes_on_as_if_it_had_not_been(run, cut):
-    whole, land = Landscape(3, culprits=5), Landscape(3, culprits=5)
+    whole, land = Surrogate(3, culprits=5), Surrogate(3, culprits=5)
     run(whole)
     land.budget = cut
     with pytest.raises(BudgetSpent):
@@ -191,7 +191,7 @@ def test_a_search_that_is_cut_goes_on_as_if_it_had_not_been(run, cut):
 
 @contract
 def test_where_nothing_meets_the_goal_it_ends(run):
-    land = Landscape(1)
+    land = Surrogate(1)
     land.drop = lambda mix: 0.5
     run(land)
     assert land.best() is None
@@ -200,7 +200,7 @@ def test_where_nothing_meets_the_goal_it_ends(run):
 
 @contract
 def test_a_trial_that_fails_is_a_miss(run):
-    land = Landscape(2)
+    land = Surrogate(2)
     measure, failed = land.measure, []
 
     def fails_once(point, label=""):
@@ -231,11 +231,11 @@ def as_it_is(land):
 
 
 CASES = {
-    "one operator": (Landscape, {"count": 1, "culprits": 1}, as_it_is),
-    "no operator": (Landscape, {"count": 0}, as_it_is),
-    "equal scores": (Landscape, {}, equal_scores),
-    "a NaN score": (Landscape, {}, nan_score),
-    "met by all int8": (Landscape, {}, met_by_all_int8),
+    "one operator": (Surrogate, {"count": 1, "culprits": 1}, as_it_is),
+    "no operator": (Surrogate, {"count": 0}, as_it_is),
+    "equal scores": (Surrogate, {}, equal_scores),
+    "a NaN score": (Surrogate, {}, nan_score),
+    "met by all int8": (Surrogate, {}, met_by_all_int8),
 }
 
 
@@ -265,7 +265,7 @@ def explored(land, budget):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_exploring_leaves_no_mix_of_the_solver_better_than_the_front(seed):
-    land = Landscape(seed, culprits=6)
+    land = Surrogate(seed, culprits=6)
     mixes = explored(land, 40)
     assert len(set(mixes)) == 40
     ends = {"8" * N, "6" * N}
@@ -278,7 +278,7 @@ def test_exploring_leaves_no_mix_of_the_solver_better_than_the_front(seed):
 
 
 def test_exploring_does_not_pay_more_than_all_int16():
-    land = Landscape(0, culprits=6, cast=0.3)  # most mixes do not pay
+    land = Surrogate(0, culprits=6, cast=0.3)  # most mixes do not pay
     goal = len(explored(land, 12))
     mixes = explored(land, 40)
     dear = [m for m in mixes[goal:] if land.price(m) > land.price("6" * N)]
@@ -286,14 +286,14 @@ def test_exploring_does_not_pay_more_than_all_int16():
 
 
 def test_a_search_that_explores_goes_on_where_it_was_cut():
-    whole, land = Landscape(3, culprits=5), Landscape(3, culprits=5)
+    whole, land = Surrogate(3, culprits=5), Surrogate(3, culprits=5)
     mixes = explored(whole, 30)
     explored(land, 17)
     assert explored(land, 30) == mixes
 
 
 def test_accuracy_that_is_not_monotone_does_not_hide_a_lower_rung():
-    land = Landscape(0)
+    land = Surrogate(0)
     meeting = {2, 5, 6, 7, 8, 16, 20}
     land.drop = lambda mix: 0.0 if mix.count("6") in meeting else 0.1
     run_ladder(land)
@@ -306,14 +306,14 @@ def asked_back(mix, meets_, missed=(), price=None, gains=None):
     price = price or (lambda m: float(m.count("6")))
     gains = gains or range(1, len(mix) + 1)
     operators = tuple(Operator(str(i), float(gain), 0.0, i) for i, gain in enumerate(gains))
-    problem = Problem(operators, figure(price, "6" * len(mix), []), len(mix))
+    problem = Problem(operators, cost_terms(price, "6" * len(mix), []), len(mix))
 
     def ask(lower, label):
         asked.append(lower)
         drop = 0.0 if meets_(lower) else 1.0
         return FinishedTrial(0, "", {}, label, Outcome((drop,), {CONSTRAINT: drop}, {}, {}), 0.0)
 
-    return give_back(ask, problem, mix, patience=2, missed=missed), asked
+    return demote(ask, problem, mix, patience=2, missed=missed), asked
 
 
 def test_all_int8_is_given_back_to_first_unless_it_is_known_to_miss():

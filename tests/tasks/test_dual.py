@@ -4,22 +4,22 @@ import copy
 
 import pytest
 import torch
-from small_tasks import GOAL, MISSED, bench_of, drop
+from small_tasks import GOAL, MISSED, drop, evaluator_of
 
-from qflow.config import conf_dir
+from qflow.config.schema import conf_dir
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.settings import QatSettings, QConfigSettings
 from qflow.tasks import digits
 from qflow.tasks.dual import build_model, spread
-from qflow.training import Training
+from qflow.trial.training import Training
 
 MIX = 0.6  # the input and one more operator stay int8
 
 
 @pytest.fixture(scope="module")
-def bench():
-    made = bench_of("dual", build_model(), digits.build_data(calibration_size=512))
+def evaluator():
+    made = evaluator_of("dual", build_model(), digits.build_data(calibration_size=512))
     made.training = Training(digits.loss, torch.optim.AdamW)
     made.rank()
     return made
@@ -44,38 +44,38 @@ def test_spreading_channels_keeps_the_function_bit_for_bit() -> None:
         assert torch.equal(plain(images), wide(images))
 
 
-def test_int8_and_int16_miss_and_fp16_does_not_help(bench) -> None:
-    assert bench.float_metric > 0.97
-    assert drop(bench) > 0.3
-    assert drop(bench, template="qint16") > MISSED + 0.005
-    vector = {n.name: "float16" for n in bench.graph.quantized if n.kind in bench.rules.float16_kinds}
+def test_int8_and_int16_miss_and_fp16_does_not_help(evaluator) -> None:
+    assert evaluator.float_metric > 0.97
+    assert drop(evaluator) > 0.3
+    assert drop(evaluator, template="qint16") > MISSED + 0.005
+    vector = {n.name: "float16" for n in evaluator.graph.quantized if n.kind in evaluator.rules.float16_kinds}
     assert vector
-    assert drop(bench, template="qint16", modules=vector) > MISSED + 0.005
+    assert drop(evaluator, template="qint16", modules=vector) > MISSED + 0.005
 
 
 @pytest.mark.parametrize(("sensitive", "most"), [("activation", 1.0), ("weight", 1.0), ("both", 0.2)])
-def test_no_mix_is_enough(bench, sensitive, most) -> None:
+def test_no_mix_is_enough(evaluator, sensitive, most) -> None:
     ratios = [share for share in (0.2, 0.4, 0.6, 0.8, 1.0) if share <= most]  # of five operators
-    assert len(bench.precisions.promotable) == 5
-    assert min(drop(bench, int16_ratio=ratio, sensitive_type=sensitive) for ratio in ratios) > MISSED
+    assert len(evaluator.precisions.promotable) == 5
+    assert min(drop(evaluator, int16_ratio=ratio, sensitive_type=sensitive) for ratio in ratios) > MISSED
 
 
-def test_more_of_both_would_be_int16_by_int16(bench) -> None:
+def test_more_of_both_would_be_int16_by_int16(evaluator) -> None:
     with pytest.raises(ConfigError, match="no int16 x int16"):
-        drop(bench, int16_ratio=0.4, sensitive_type="both")
+        drop(evaluator, int16_ratio=0.4, sensitive_type="both")
 
 
-def test_a_fifth_of_the_float_steps_brings_it_back(bench, shipped) -> None:
+def test_a_fifth_of_the_float_steps_brings_it_back(evaluator, shipped) -> None:
     per_epoch = -(-len(digits.build_data().train) // digits.TRAIN_BATCH)
     assert shipped["float_steps"] == build_model.__kwdefaults__["epochs"] * per_epoch
     assert shipped["steps"] <= 0.2 * shipped["float_steps"]
     settings = QatSettings(**shipped)
-    assert drop(bench, settings, int16_ratio=MIX) < GOAL - 0.004
-    _, applied = bench.resolve(QConfigSettings(int16_ratio=MIX))
-    assert sum(applied.ops[name].output == QDtype.qint8 for name in bench.precisions.promotable) >= 2
+    assert drop(evaluator, settings, int16_ratio=MIX) < GOAL - 0.004
+    _, applied = evaluator.resolve(QConfigSettings(int16_ratio=MIX))
+    assert sum(applied.ops[name].output == QDtype.qint8 for name in evaluator.precisions.promotable) >= 2
 
 
 @pytest.mark.parametrize("rate", [1e-7, 1e-3])
-def test_a_bad_rate_fails(bench, shipped, rate) -> None:
+def test_a_bad_rate_fails(evaluator, shipped, rate) -> None:
     settings = QatSettings(**{**shipped, "learning_rate": rate})
-    assert drop(bench, settings, int16_ratio=MIX) > MISSED
+    assert drop(evaluator, settings, int16_ratio=MIX) > MISSED

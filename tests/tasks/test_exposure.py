@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_tasks import GOAL, MISSED, bench_of, drop
+from small_tasks import GOAL, MISSED, drop, evaluator_of
 
 from qflow.core.dtype import QDtype
 from qflow.core.settings import QConfigSettings
@@ -12,16 +12,16 @@ NEEDED = ("level[square]", "level[mean]", "level[add]")
 
 
 @pytest.fixture(scope="module")
-def bench():
-    return bench_of("exposure", build_model(), build_data(calibration_size=512))
+def evaluator():
+    return evaluator_of("exposure", build_model(), build_data(calibration_size=512))
 
 
 @pytest.fixture(scope="module")
-def ranking(bench):
+def ranking(evaluator):
     """Operators that may be fp16 by their int16 sensitivity, the most sensitive first."""
-    kinds = {node.name: node.kind for node in bench.graph.quantized}
-    scores = bench.rank(applied=bench.template(QDtype.qint16)[1]).activation_scores("qint16")
-    return sorted((n for n in scores if kinds[n] in bench.rules.float16_kinds), key=lambda n: -scores[n])
+    kinds = {node.name: node.kind for node in evaluator.graph.quantized}
+    scores = evaluator.rank(applied=evaluator.template(QDtype.qint16)[1]).activation_scores("qint16")
+    return sorted((n for n in scores if kinds[n] in evaluator.rules.float16_kinds), key=lambda n: -scores[n])
 
 
 def in_float16(names):
@@ -46,32 +46,32 @@ def test_level_divides_the_gain_out_and_its_bound_changes_nothing() -> None:
     assert torch.isfinite(Level()(torch.zeros(1, 16, 2, 2))).all()
 
 
-def test_model_is_repeatable_and_good(bench) -> None:
+def test_model_is_repeatable_and_good(evaluator) -> None:
     state = torch.get_rng_state()
     model = build_model()
     assert torch.equal(torch.get_rng_state(), state)
-    mine, theirs = model.state_dict(), bench.task.model.state_dict()
+    mine, theirs = model.state_dict(), evaluator.task.model.state_dict()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    assert bench.float_metric > 0.97
+    assert evaluator.float_metric > 0.97
 
 
-def test_all_int8_and_all_int16_miss(bench) -> None:
-    assert drop(bench) > 0.2
-    assert MISSED + 0.005 < drop(bench, template="qint16") < 0.2
+def test_all_int8_and_all_int16_miss(evaluator) -> None:
+    assert drop(evaluator) > 0.2
+    assert MISSED + 0.005 < drop(evaluator, template="qint16") < 0.2
 
 
-def test_the_first_three_of_the_int16_ranking_meet_and_fewer_do_not(bench, ranking) -> None:
+def test_the_first_three_of_the_int16_ranking_meet_and_fewer_do_not(evaluator, ranking) -> None:
     assert set(ranking[:3]) == set(NEEDED)
-    drops = [drop(bench, template="qint16", modules=in_float16(ranking[:n])) for n in (1, 2, 3)]
+    drops = [drop(evaluator, template="qint16", modules=in_float16(ranking[:n])) for n in (1, 2, 3)]
     assert min(drops[:2]) > MISSED
     assert drops[2] < GOAL - 0.005
 
 
-def test_a_third_of_the_operators_stays_int8_beside_them(bench, ranking) -> None:
-    bench.rank()
+def test_a_third_of_the_operators_stays_int8_beside_them(evaluator, ranking) -> None:
+    evaluator.rank()
     settings = {"int16_ratio": 0.6, "modules": in_float16(ranking[:3])}
-    assert drop(bench, **settings) < GOAL - 0.005
-    _, applied = bench.resolve(QConfigSettings(**settings))
-    low = [name for name in bench.precisions.promotable if applied.ops[name].output == QDtype.qint8]
-    assert len(low) > len(bench.precisions.promotable) / 3
-    assert drop(bench, int16_ratio=0.6) > MISSED  # the same mix without fp16
+    assert drop(evaluator, **settings) < GOAL - 0.005
+    _, applied = evaluator.resolve(QConfigSettings(**settings))
+    low = [name for name in evaluator.precisions.promotable if applied.ops[name].output == QDtype.qint8]
+    assert len(low) > len(evaluator.precisions.promotable) / 3
+    assert drop(evaluator, int16_ratio=0.6) > MISSED  # the same mix without fp16

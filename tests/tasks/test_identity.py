@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from qflow.tasks.anatomy import Anatomy
+from qflow.tasks.content_digest import ContentDigest
 from qflow.tasks.identity import of_task, of_training
 from qflow.tasks.task import make_task
-from qflow.training import Training
+from qflow.trial.training import Training
 
 COUNT = 597
 
@@ -199,7 +199,7 @@ Pair = namedtuple("Pair", "first second")
 )  # fmt: skip
 def test_values_are_told_apart(one, other):
     def of(value):
-        anatomy = Anatomy()
+        anatomy = ContentDigest()
         anatomy.add(value, "value")
         assert not anatomy.unidentified
         return anatomy.digest
@@ -213,7 +213,7 @@ def test_a_ring_and_a_chain_end():
     ring.append(ring)
     for _ in range(1000):
         chain = [chain]
-    anatomy = Anatomy()
+    anatomy = ContentDigest()
     anatomy.add(ring, "ring")
     assert not anatomy.unidentified
     anatomy.add(chain, "chain")

@@ -1,0 +1,285 @@
+"""One search for bad cases: both models on batch after batch, what can be compared, and what must be told."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from qflow.analysis.badcases.worst_samples import WorstSamples
+from qflow.analysis.measures.metrics import Custom, distances, smallest_is_worst
+from qflow.analysis.measures.tables import BadcaseTable, Finding
+from qflow.core.errors import DataError
+from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.trace.calling import call_model, cut, named_tensors
+from qflow.quant.trace.order import Jump, Order, jumps, may_change_order
+from qflow.quant.trace.tape import Tape
+from qflow.quant.trace.trace import trace
+
+NAMED = 4  # samples or outputs that a line names
+
+
+@dataclass
+class Search:
+    """A search under way: `pool` and `top` are those of `WorstSamples`."""
+
+    model: nn.Module
+    prepared: QuantizedModel
+    custom: Custom | None
+    top: int
+    pool: int
+    worst: WorstSamples | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Output -> why it is not compared."""
+    findings: list[Finding] = field(default_factory=list)
+    """About the model."""
+    order: Order = field(default_factory=Order)
+    nan: dict[str, list[int]] = field(default_factory=dict)
+    """What is NaN without any quantizer ("the input", "output 0") -> the number of samples, then the first of them."""
+    makers: dict[str, str] = field(default_factory=dict)
+    """Output -> the operator that gives it."""
+    floating: QuantizedModel | None = None
+    """What gives the float outputs and their order, where operators change it."""
+
+    def __post_init__(self) -> None:
+        if may_change_order(self.prepared.plan.known):
+            self.floating = _same_weights(self.model, self.prepared)
+            if self.floating is None:
+                message = "topk, sort and the like do not follow the float order: the float model is another one"
+                self.findings.append(Finding("", "check", message))
+
+    @property
+    def samples(self) -> int:
+        return 0 if self.worst is None else self.worst.samples
+
+    def add(self, batch: Any, size: int) -> None:
+        """Run both models on one batch and take in the distances of its samples."""
+        reference, quantized = self.outputs(batch)
+        if self.worst is None:
+            tape = trace(self.model, cut(batch, size, 0, 2), self.prepared.plan.skipped)
+            self.makers = {name: tape.ops[index].name for name, index in tape.outputs}
+            self.findings += _jump_findings(self.model, tape)
+            names = [n for n, x in reference.items() if not self.refused(n, x, quantized.get(n), size)]
+            self.worst = WorstSamples(names, self.custom, self.top, self.pool)
+        for name in list(self.worst.outputs):
+            if self.refused(name, reference.get(name), quantized.get(name), size):
+                self.worst.leave_out(name)
+        for name in reference.keys() - self.left_out.keys() - set(self.worst.outputs):
+            self.left_out[name] = "it is not in the first batch"
+        if not self.worst.outputs:
+            raise self.nothing_left()
+        self.note_nan(batch, reference, size)
+        rows = [distances(reference[name], quantized[name], self.custom).cpu() for name in self.worst.outputs]
+        self.worst.update(torch.stack(rows))
+
+    def outputs(self, batch: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Float and quantized outputs by name; order-changing operators of the second follow the first."""
+        if self.floating is None:
+            reference = dict(named_tensors(call_model(self.model, batch)))
+            return reference, dict(named_tensors(call_model(self.prepared, batch)))
+        with self.floating.recording_order() as order:
+            reference = dict(named_tensors(call_model(self.floating, batch)))
+        with self.prepared.following(order):
+            quantized = dict(named_tensors(call_model(self.prepared, batch)))
+        self.order.followed |= order.followed
+        self.order.strayed |= order.strayed
+        return reference, quantized
+
+    def refused(self, name: str, x: Tensor | None, y: Tensor | None, size: int) -> bool:
+        """True if the output cannot be laid to the samples of this batch; the reason is kept."""
+        if name in self.left_out:
+            return True
+        why = None
+        if x is not None and y is not None and not (x.is_floating_point() and y.is_floating_point()):
+            why = f"{str(x.dtype).removeprefix('torch.')} values have no distance"
+        elif x is None or y is None or x.shape != y.shape:
+            shapes = [None if t is None else list(t.shape) for t in (x, y)]
+            why = f"float gives the shape {shapes[0]}, quantized {shapes[1]}"
+        elif not x.numel():
+            why = "it holds no values"
+        elif not x.ndim or len(x) != size:
+            why = f"its shape {list(x.shape)} does not hold one row for each of the {size} samples of the batch"
+        if why is not None:
+            self.left_out[name] = f"{why} ({self.makers[name]} makes it)" if name in self.makers else why
+        return why is not None
+
+    def nothing_left(self) -> DataError:
+        """Why no output can be compared."""
+        told = [f"output {name}: {why}" for name, why in self.left_out.items()]
+        more = f"; and {len(told) - NAMED} more" if len(told) > NAMED else ""
+        first = next((self.makers[name] for name in self.left_out if name in self.makers), "what makes them")
+        return DataError(
+            "Bad cases are found by comparing float outputs per sample, but got none: "
+            f"{'; '.join(told[:NAMED]) or 'the model gives no tensor'}{more}. Cut the model before {first}, or give "
+            "float outputs with one row a sample."
+        )
+
+    def note_nan(self, batch: Any, reference: Mapping[str, Tensor], size: int) -> None:
+        """Samples of this batch whose inputs are NaN, and others whose float outputs are."""
+        assert self.worst is not None
+        given = [_nan(t, size) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.is_floating_point()]
+        rows = torch.stack(given).any(0) if given else torch.zeros(size, dtype=torch.bool)
+        made = {f"output {name}": _nan(reference[name], size) & ~rows for name in self.worst.outputs}
+        for what, where in {"the input": rows, **made}.items():
+            for i in where.nonzero().flatten().tolist():
+                known = self.nan.setdefault(what, [0])
+                known[0] += 1
+                if len(known) <= NAMED:
+                    known.append(self.samples + i)
+
+    def wanted(self, metric: str, count: int, compare: str) -> set[int]:
+        """Samples whose inputs may be asked for: all that are worst now, and twice as many as will be chosen."""
+        worst = self.worst
+        if worst is None:
+            return set()
+        found = {worst.tops(name, m)[0][0] for name in worst.outputs for m in worst.metrics}
+        found |= {i for m in worst.metrics for i in (*worst.fair(m, 1)[0], *worst.raw(m, 1))}
+        return found | set(worst.raw(metric, count) if compare == "raw" else worst.fair(metric, 2 * count)[0])
+
+    def table(self, metric: str, count: int, compare: str, top: int) -> BadcaseTable:
+        """The record. Raises DataError without data."""
+        worst = self.worst
+        if worst is None:
+            raise DataError("Bad cases are found by comparing outputs on data, but got no batch. Check the data.")
+        chosen, certain = worst.fair(metric, count)
+        if compare == "raw":
+            chosen = worst.raw(metric, count)
+            certain = len(chosen)
+        tops = {
+            n: {m: tuple((i, self.shown(m, v)) for i, v in worst.tops(n, m)[:top]) for m in worst.metrics}
+            for n in worst.outputs
+        }
+        return BadcaseTable(
+            samples=worst.samples,
+            index={n: {m: rows[0][0] for m, rows in row.items()} for n, row in tops.items()},
+            value={n: {m: rows[0][1] for m, rows in row.items()} for n, row in tops.items()},
+            worst={m: worst.fair(m, 1)[0][0] for m in worst.metrics},
+            metric=metric,
+            chosen=tuple(chosen),
+            top=tops,
+            worst_raw={m: worst.raw(m, 1)[0] for m in worst.metrics},
+            findings=tuple([*self.findings, *self.data_findings(certain, len(chosen))]),
+        )
+
+    def shown(self, metric: str, value: float) -> float:
+        """A record holds no NaN: it is the worst infinity."""
+        if not math.isnan(value):
+            return value
+        return -math.inf if smallest_is_worst(metric, self.custom) else math.inf
+
+    def data_findings(self, certain: int, chosen: int) -> list[Finding]:
+        """What the batches showed."""
+        assert self.worst is not None
+        found = [Finding(n, "info", f"output {n} is not compared: {why}") for n, why in self.left_out.items()]
+        found += [
+            Finding(c, "info", f"{c} changes the order of values: compared in the order of the float model")
+            for c in sorted(self.order.followed)
+        ]
+        found += [
+            Finding(c, "check", f"{c} cannot follow the float order: it got values of another shape. Cut before it.")
+            for c in sorted(self.order.strayed)
+        ]
+        for name in self.worst.outputs:
+            missing = self.worst.not_finite(name)
+            if missing:
+                most = max(number for number, _ in missing.values())
+                message = (
+                    f"output {name}: {most} of {self.worst.samples} samples have no finite {', '.join(missing)}, first "
+                    f"sample {min(i for _, i in missing.values())}: they count as worst. {self.causes(name, most)}"
+                )
+                found.append(Finding(name, "check", message))
+        if certain < chosen:
+            message = f"{certain} of the {chosen} chosen samples are certain, the others near. Raise pool."
+            found.append(Finding("", "info", message))
+        return found
+
+    def causes(self, name: str, most: int) -> str:
+        """Why `most` samples have no finite distance: NaN before any quantizer, or something else."""
+        own = {"The input itself": self.nan.get("the input"), "The float output itself": self.nan.get(f"output {name}")}
+        there = {what: known for what, known in own.items() if known}
+        told = []
+        for what, (count, *first) in there.items():
+            more = f" and {count - len(first)} more" if count > len(first) else ""
+            told.append(f"{what} is NaN in samples {', '.join(map(str, first))}{more}: clean the data.")
+        if most > sum(known[0] for known in there.values()):
+            told.append("Look for overflow or masks.")
+        return " ".join(told)
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """Everything that the next steps need."""
+        assert self.worst is not None
+        return {
+            "step": step,
+            "worst": self.worst.state_dict(),
+            "left_out": dict(self.left_out),
+            "nan": {what: list(known) for what, known in self.nan.items()},
+            "findings": [(f.op, f.level, f.message) for f in self.findings],
+            "followed": sorted(self.order.followed),
+            "strayed": sorted(self.order.strayed),
+        }
+
+    def resume(self, state: dict[str, Any] | None) -> int:
+        """Go on from `state`; gives the number of finished steps."""
+        if state is None:
+            return 0
+        self.worst = WorstSamples([], self.custom, self.top, self.pool)
+        self.worst.load_state_dict(state["worst"])
+        self.left_out = dict(state["left_out"])
+        self.nan = {what: list(known) for what, known in state.get("nan", {}).items()}
+        self.findings = [Finding(*row) for row in state["findings"]]
+        self.order = Order(followed=set(state["followed"]), strayed=set(state["strayed"]))
+        return int(state["step"])
+
+
+def _same_weights(model: nn.Module, prepared: QuantizedModel) -> QuantizedModel | None:
+    """A prepared model with the weights of `model`; None if that is another one. Trained weights need a copy."""
+    wanted, own = _tensors(model.state_dict()), _tensors(prepared.float_state_dict())
+    if wanted.keys() != own.keys() or any(wanted[k].shape != own[k].shape for k in own):
+        return None
+    if all(torch.equal(wanted[k], own[k]) for k in own):
+        return prepared
+    twin = copy.deepcopy(prepared)
+    twin.load_float_state_dict(model.state_dict())
+    return twin
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}  # without extra states
+
+
+def _all_torch(module: nn.Module) -> bool:
+    """True for a module that is made of torch's own which do not jump."""
+    jump = (nn.Hardshrink, nn.Threshold)
+    return all(type(p).__module__.startswith("torch.nn.modules.") and not isinstance(p, jump) for p in module.modules())
+
+
+def _nan(tensor: Tensor, size: int) -> Tensor:
+    """Which of the samples hold NaN [size], on the CPU; all of them where a tensor without a sample axis does."""
+    found = tensor.isnan()
+    if not found.ndim or len(found) != size:
+        return found.any().cpu().expand(size)
+    return found.reshape(size, -1).any(1).cpu()
+
+
+def _jump_findings(model: nn.Module, tape: Tape) -> list[Finding]:
+    """Operators that make outputs incomparable, one finding each."""
+    by_op: dict[str, list[Jump]] = {}
+    for jump in jumps(tape):
+        if jump.skipped and _all_torch(model.get_submodule(jump.skipped)):
+            continue
+        by_op.setdefault(jump.op, []).append(jump)
+    found = []
+    for op, rows in by_op.items():
+        outputs = ", ".join(jump.output for jump in rows)
+        kind = rows[0].op_type.rpartition(".")[2]
+        what = "makes small errors jump"
+        if not rows[0].known:
+            what = f"is {'skipped' if rows[0].skipped else 'unknown'}, and incomparable if it is like NMS"
+        found.append(Finding(op, "check", f"{kind} before output {outputs} {what}: cut the model before it"))
+    return found

@@ -1,0 +1,170 @@
+"""What calibration shows beyond the structure: ranges, shared modules, overflow, channels that do nothing.
+
+The guide's model check looks at names and dtypes. With statistics at hand it can say more:
+
+    shared module    case B (its calls see similar values: harmless) or case C (one scale for unlike calls: copy it),
+                     by the ratio of the calls' 99.9 % thresholds, C above 2
+    range            int8 with |x| up to more than 10 (the manual's rule of thumb)
+    infinities       -inf that masks no softmax (quant/masks.py): it saturates at the smallest code
+    finite masks     a value far below all scores that reaches a softmax: it takes the range from them
+    fp16             |x| beyond 65504
+    accumulator      sum |w_q| x largest input code of an output channel beyond int32, or its bias
+    dead channels    all weights of an output channel are zero
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qflow.analysis.measures.tables import Finding
+from qflow.core.device import input_dtypes
+from qflow.core.dtype import QDtype
+from qflow.core.graph import OpNode
+from qflow.core.qconfig import QConfig
+from qflow.quant.model.calibrate import CalibrationStats
+from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.model.weighted import WeightedLeaf
+
+UNLIKE_CALLS = 2.0
+INT8_RANGE = 10.0
+FAR_BELOW = 1000.0  # exp of such a difference is 0 in float32: no score, a mask
+INT32 = 2**31 - 1
+HALF_RANGE = 65504.0
+UNSEEN = (
+    "on the calibration data but not while the model was traced (a branch on the data?): left in float. Skip the "
+    "module that branches, or give an example that takes this path"
+)
+
+
+def calibration_findings(
+    prepared: QuantizedModel, stats: CalibrationStats, qconfig: QConfig, extra: list[str]
+) -> tuple[Finding, ...]:
+    """Findings on a calibrated model; `extra` are those of `apply_scales`."""
+    found = [
+        Finding(text.split(" ")[0], "error" if "not reached" in text else "check", text.partition(" ")[2])
+        for text in extra
+    ]
+    for node in prepared.graph.quantized:
+        found += _range(node, stats, qconfig, node.quantizer in prepared.plan.masks)
+    for name in stats.unseen:
+        op, at, line = name.partition(" at ")  # a functional comes with the user's line
+        found.append(Finding(op, "check", f"ran{at}{line} {UNSEEN}"))
+    found += _precision()
+    found += _shared(stats)
+    found += _weights(prepared, qconfig)
+    return tuple(found)
+
+
+def _range(node: OpNode, stats: CalibrationStats, qconfig: QConfig, masks: bool) -> list[Finding]:
+    """`masks`: what it gives only reaches a softmax, so that -inf in it is a mask and kept."""
+    histogram = stats.histograms.get(node.quantizer or "")
+    if histogram is None:
+        return []
+    found = []
+    if histogram.infinite and not masks:
+        text = (
+            f"{histogram.infinite} infinite values saturate at the end of the codes: a mask is masked_fill(mask, "
+            "float('-inf')) right before a softmax, elsewhere take a finite value near the others"
+        )
+        found.append(Finding(node.name, "check", text))
+    low = min(histogram.batch_min, default=0.0)
+    if masks and low < -FAR_BELOW:
+        text = (
+            f"values down to {low:.4g} before a softmax: such a mask takes the range from the scores in every integer "
+            "dtype. Write masked_fill(mask, float('-inf')) right before the softmax: that is kept apart"
+        )
+        found.append(Finding(node.name, "check", text))
+        return found
+    if qconfig.ops[node.name].output == QDtype.float16 and histogram.largest > HALF_RANGE:
+        text = f"|x| up to {histogram.largest:.4g} in float16, which ends at {HALF_RANGE:g}: try qint16"
+        found.append(Finding(node.name, "check", text))
+    pinned = qconfig.ops[node.name].pinned_scale()
+    output = qconfig.ops[node.name].output
+    if output == QDtype.qint8 and histogram.largest > INT8_RANGE and pinned is None:
+        text = f"|x| up to {histogram.largest:.4g} in qint8: above {INT8_RANGE:g} int8 is not advised, try qint16"
+        found.append(Finding(node.name, "check", text))
+    if pinned is not None and output is not None and pinned * -output.qmin < 0.5 * histogram.largest:
+        text = f"fixed scale covers {pinned * -output.qmin:.4g}, but values reach {histogram.largest:.4g}"
+        found.append(Finding(node.name, "check", text))
+    return found
+
+
+def _precision() -> list[Finding]:
+    """What makes float results coarser than float32 while this process runs."""
+    found = []
+    if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
+        text = "autocast is on: operators compute in half precision, which is not what the device does. Leave it"
+        found.append(Finding("model", "check", text))
+    if torch.cuda.is_available() and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32):
+        text = "TF32 is on: off inside prepared models, on in the float model that they are compared with"
+        found.append(Finding("model", "info", text))
+    return found
+
+
+def call_reach(stats: CalibrationStats, quantizer: str) -> dict[str, float]:
+    """Call of a shared module -> how far its values reach (99.9 % of |x|); empty where it is not shared."""
+    calls = stats.calls.get(quantizer, {})
+    return {name: h.percentile(99.9) if h.largest else 0.0 for name, h in calls.items()}
+
+
+def _shared(stats: CalibrationStats) -> list[Finding]:
+    found = []
+    for quantizer, calls in stats.calls.items():
+        reach = call_reach(stats, quantizer)
+        low, high = min(reach, key=lambda n: reach[n]), max(reach, key=lambda n: reach[n])
+        if reach[high] > UNLIKE_CALLS * reach[low]:
+            text = (
+                f"shared module, case C: {high} reaches {reach[high]:.4g} and {low} {reach[low]:.4g} under one scale: "
+                "give each call a module of its own"
+            )
+            found.append(Finding(quantizer, "check", text))
+        else:
+            found.append(Finding(quantizer, "info", f"shared module, case B: its {len(calls)} calls see like values"))
+    return found
+
+
+def _weights(prepared: QuantizedModel, qconfig: QConfig) -> list[Finding]:
+    found = []
+    modules = dict(prepared.model.named_modules())
+    for node in prepared.graph.weighted:
+        leaf = modules.get(node.weight or "")
+        if not isinstance(leaf, WeightedLeaf):
+            continue
+        quantizer = prepared.weights[node.weight or ""]
+        with torch.no_grad():
+            weight, bias = leaf.folded()
+            axis = prepared.weight_shapes[quantizer.name][1]
+            others = [d for d in range(weight.ndim) if d != axis]
+            dead = int((weight.abs().amax(dim=others) == 0).sum())
+            if dead:
+                text = f"{dead} of {weight.shape[axis]} output channels have no weight other than zero"
+                found.append(Finding(node.name, "info", text))
+            found += _overflow(prepared, node, qconfig, weight, bias, others)
+    return found
+
+
+def _overflow(
+    prepared: QuantizedModel, node: OpNode, qconfig: QConfig, weight: Tensor, bias: Tensor | None, others: list[int]
+) -> list[Finding]:
+    """Output channels whose sum of products, or bias at scale s_in s_w, leaves int32."""
+    quantizer = prepared.weights[node.weight or ""]
+    dtypes = [d for d in input_dtypes(prepared.graph, qconfig, node.name)[:1] if d.is_integer]
+    sources = prepared.graph.source(node.inputs[0]) if node.inputs else ()
+    if quantizer.dtype is None or not quantizer.dtype.is_integer or not dtypes or not sources:
+        return []
+    codes = (weight / quantizer.scale).round().abs().sum(dim=others).double()
+    found = []
+    reach = codes * -dtypes[0].qmin
+    if bool((reach > INT32).any()):
+        wide = dtypes[0] == QDtype.qint16  # its codes rarely reach their end all at once: a bound, not a verdict
+        text = f"{int((reach > INT32).sum())} channels can leave the int32 accumulator"
+        text += " if all qint16 inputs are at their end" if wide else ""
+        found.append(Finding(node.name, "check" if wide else "error", text))
+    scale = float(prepared.outputs[prepared.graph.by_name[sources[0]].quantizer or ""].scale)
+    if bias is not None and scale > 0.0 and bias.numel() == quantizer.scale.numel():
+        steps = (bias.double() / (scale * quantizer.scale.flatten().double())).abs()
+        if bool((steps > INT32).any()):
+            text = f"the bias of {int((steps > INT32).sum())} channels leaves int32 at scale s_in x s_w"
+            found.append(Finding(node.name, "error", text))
+    return found

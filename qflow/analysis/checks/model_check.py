@@ -1,0 +1,176 @@
+"""The model check: fusion, call counts, requested against applied precision, and what deserves a second look."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from qflow.analysis.measures.tables import CheckRow, Finding, ModelCheck, text_table
+from qflow.core.device import input_dtypes
+from qflow.core.dtype import QDtype
+from qflow.core.graph import GEMM_KINDS, ModelGraph, OpKind, OpNode
+from qflow.core.known_range import bounded
+from qflow.core.qconfig import OpQConfig, QConfig
+
+
+def check_model(
+    graph: ModelGraph, requested: QConfig, applied: QConfig, extra: Sequence[Finding] = (), method: str = "minmax"
+) -> ModelCheck:
+    """Join the graph with what was asked and what the device will run.
+
+    `extra` are findings of calibration, `method` is the observer of operators without one of their own.
+    """
+    owners = {node.quantizer: node.name for node in graph.quantized}
+    rows, findings = [], []
+    for node in graph.quantized:
+        ask, op = requested.ops[node.name], applied.ops[node.name]
+        inputs = " ".join(dict.fromkeys(str(d) for d in input_dtypes(graph, applied, node.name))) or "float32"
+        rows.append(
+            CheckRow(
+                op=node.name,
+                op_type=fused_type(node),
+                input_dtype=inputs,
+                requested=str(ask.output or "float32"),
+                applied=str(op.output or "float32"),
+                weight_dtype=str(op.weight or ""),
+                weight_axis=int(node.kind == OpKind.conv_transpose) if op.weight_axis is None else op.weight_axis,
+                observer=_observer(op, method),
+                rule=op.rule,
+                reason=op.fallback,
+            )
+        )
+        if op.fallback:
+            asked = f"{op.output}" if ask.output == op.output else f"{ask.output} asked, {op.output}"
+            findings.append(Finding(node.name, "info", f"{asked}: {op.fallback}"))
+        findings.extend(_suspicious(node, op))
+    owning = {name for node in graph.nodes for name in (node.quantizer, node.weight) if name}
+    findings += [
+        Finding(path, "check", f"shared module, called {count} times with one set of scales: compare its calls")
+        for path, count in graph.calls.items()
+        if count > 1 and path in owning
+    ]
+    met = {finding.op.partition("(")[0] for finding in extra}  # calibration found a way that tracing had not
+    findings += [
+        Finding(path, "info", "never called: not quantized")
+        for path, count in graph.calls.items()
+        if count == 0 and path not in met
+    ]
+    findings += [Finding(a, "check", f"could fuse with {b} but does not: {why}") for a, b, why in graph.unfused]
+    findings += [Finding(note.split(": ")[0], "check", note.partition(": ")[2] or note) for note in graph.notes]
+    findings += _float_inputs(graph)
+    findings += extra
+    findings += _bounded(graph, applied)
+    leaving = [graph.by_name[owners[graph.by_name[s].quantizer]] for _, p in graph.outputs for s in graph.source(p)]
+    findings += [
+        Finding(node.name, "info", "a GEMM before an output, but not a high-precision output: read elsewhere or moved")
+        for node in {n.name: n for n in leaving}.values()
+        if node.kind in GEMM_KINDS and applied.ops[node.name].output is not None
+    ]
+    return ModelCheck(applied.march, len(graph.nodes), tuple(rows), dict(graph.calls), graph.unfused, tuple(findings))
+
+
+def _float_inputs(graph: ModelGraph) -> list[Finding]:
+    """Operators that read values which no quantizer has seen (an integer tensor cast to float)."""
+    return [
+        Finding(
+            node.name, "check", f"float32 input: no quantizer stands behind {producer}. Give the model float inputs"
+        )
+        for node in graph.quantized
+        for producer in node.inputs
+        if not graph.source(producer)
+    ]
+
+
+def _bounded(graph: ModelGraph, applied: QConfig) -> list[Finding]:
+    """Operators whose function bounds their result, without a fixed scale yet."""
+    free = {n for n, op in applied.ops.items() if op.output is not None and op.pinned_scale() is None}
+    return [
+        Finding(name, "info", f"its function bounds it to {low:g}..{high:g}: a fixed scale would fit exactly")
+        for name, (low, high) in bounded(graph).items()
+        if name in free
+    ]
+
+
+def _observer(op: OpQConfig, method: str) -> str:
+    """What sets the output scale. int16 takes the largest value with a margin unless it asks for more."""
+    if op.output is None or not op.output.is_integer:
+        return ""
+    if op.pinned_scale() is not None:
+        return "fixed scale"
+    return "minmax" if op.output == QDtype.qint16 and not op.own_observer else op.observer or method
+
+
+def fused_type(node: OpNode) -> str:
+    """Short type with what was fused, after the plugin's class names: `ConvBNAddReLU2d`; `SiLU` as it is."""
+    base = node.op_type.rsplit(".", 1)[-1]
+    digits = base[-2:] if base.endswith(("1d", "2d", "3d")) else ""
+    return base.removesuffix(digits) + "".join(node.fused_types) + digits
+
+
+def _suspicious(node: OpNode, op: OpQConfig) -> list[Finding]:
+    found = []
+    if op.weight == QDtype.qint16:
+        found.append(Finding(node.name, "check", "qint16 weight!!!"))
+    if node.kind == OpKind.conv_transpose and node.attrs.get("groups", 1) > 1:
+        found.append(Finding(node.name, "info", f"its {node.attrs['groups']} groups share the weight scales"))
+    if op.fixed_scale is not None:
+        found.append(Finding(node.name, "check", f"Fixed scale {op.fixed_scale:.6g}"))
+    elif op.known_range is not None:
+        low, high = op.known_range
+        found.append(
+            Finding(node.name, "info", f"Fixed scale {op.pinned_scale() or 0.0:.6g} of range {low:g}..{high:g}")
+        )
+    if op.input and any(op.input):
+        asked = ", ".join(f"input {i} {d}" for i, d in enumerate(op.input) if d)
+        found.append(Finding(node.name, "check", f"requantized at {asked}"))
+    return found
+
+
+def check_text(check: ModelCheck) -> str:
+    """`model_check_result.txt`: the guide's sections in its order, with what was asked and why it was not given."""
+    lines = ["Fusable modules are listed below:" if check.unfused else "All fusable modules are fused in model!"]
+    types = {row.op: row.op_type for row in check.rows}
+    for first, second, why in check.unfused:
+        lines.append(
+            text_table(["name", "type"], [[n, types.get(n, "")] for n in (first, second)]) + f"because {why}\n"
+        )
+    odd = [[path, str(count)] for path, count in check.calls.items() if count != 1]
+    lines.append("\nEach module called times:" if odd else "\nAll modules in the model run exactly once.")
+    if odd:
+        lines.append(text_table(["name", "called times"], odd))
+    lines += ["\nDtype statistics:", _dtype_statistics(check)]
+    lines.append("\nEach layer out qconfig:")
+    header = ["Module Name", "Module Type", "Input dtype", "out dtype", "ch_axis", "observer"]
+    out = [
+        [r.op, r.op_type, r.input_dtype, r.applied, "-1" if r.observer else "qconfig = None", r.observer]
+        for r in check.rows
+    ]
+    lines.append(text_table(header, out))
+    lines.append("\nRequested and applied:")
+    asked = [[r.op, r.requested, r.applied, r.rule, r.reason] for r in check.rows]
+    lines.append(text_table(["Module Name", "requested", "applied", "rule", "reason"], asked))
+    lines.append("\nWeight qconfig:")
+    weights = [[r.op, r.op_type, r.weight_dtype, str(r.weight_axis), "minmax"] for r in check.rows if r.weight_dtype]
+    lines.append(text_table(["Module Name", "Module Type", "weight dtype", "ch_axis", "observer"], weights))
+    lines.append("\nPlease check if these OPs qconfigs are expected..")
+    notable = [[f.op, types.get(f.op, ""), f.level, f.message] for f in check.findings]
+    header = ["Module Name", "Module Type", "level", "Msg"]
+    lines.append(text_table(header, notable) if notable else "nothing to check\n")
+    return "\n".join(lines)
+
+
+def _dtype_statistics(check: ModelCheck) -> str:
+    """How many operators of each type read and give each dtype, with a total."""
+    dtypes = [str(d) for d in QDtype]
+    counts: dict[str, Counter[str]] = {}
+    for row in check.rows:
+        for kind in (row.op_type, "total"):
+            counter = counts.setdefault(kind, Counter())
+            counter.update(f"in {dtype}" for dtype in row.input_dtype.split())
+            counter[f"out {row.applied}"] += 1
+    columns = [f"{way} {dtype}" for way in ("in", "out") for dtype in dtypes]
+    total = counts.pop("total", Counter())
+    rows = [
+        [kind, *(str(counter[c]) for c in columns)] for kind, counter in [*sorted(counts.items()), ("total", total)]
+    ]
+    return text_table(["Module Type", *columns], rows)

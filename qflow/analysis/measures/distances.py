@@ -1,0 +1,144 @@
+"""Distances of many variants' outputs to the float outputs, gathered over chunks of samples and merged at the end."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from qflow.analysis.measures.layer_metrics import divergence
+from qflow.analysis.measures.metrics import badness, distance
+from qflow.analysis.measures.tables import Finding
+from qflow.core.errors import DataError
+
+
+class Distances:
+    """For each of `count` variants the distance of every output and sample, in `metric`."""
+
+    def __init__(self, metric: str, count: int) -> None:
+        self.metric = metric
+        self.values: list[dict[str, list[Tensor]]] = [{} for _ in range(count)]
+        self.sizes: dict[str, list[tuple[float, int]]] = {}
+        self.float_outputs: dict[str, Tensor] = {}
+        self.left_out: dict[str, str] = {}
+        """Output -> why it has no distance."""
+        self.nan: dict[str, int] = {}
+        """Output -> samples in which the float model itself gives NaN: these values are passed over."""
+        self.infinite: set[str] = set()
+        """Outputs that are infinite in the float model already."""
+        self.samples = 0
+
+    def reference(self, outputs: dict[str, Tensor], samples: int) -> None:
+        """Take the float outputs of the next chunk, of so many samples."""
+        self.samples = samples
+        self.float_outputs = {name: t for name, t in outputs.items() if t.is_floating_point() and t.numel()}
+        for name, tensor in outputs.items():
+            if name not in self.float_outputs:
+                kind = str(tensor.dtype).removeprefix("torch.")
+                self.left_out[name] = f"{kind} values have no distance" if tensor.numel() else "it holds no values"
+        for name, tensor in self.float_outputs.items():
+            finite = tensor.double()[tensor.isfinite()].abs()
+            self.sizes.setdefault(name, []).append((float(finite.mean()) if finite.numel() else 0.0, samples))
+            if finite.numel() < tensor.numel():
+                self._not_finite(name, tensor)
+
+    def _not_finite(self, name: str, x: Tensor) -> None:
+        nan = x.isnan()
+        rows = nan.reshape(len(x), -1).any(1) if x.ndim and len(x) == self.samples else nan.any().expand(self.samples)
+        if nan.any():
+            self.nan[name] = self.nan.get(name, 0) + int(rows.sum())
+        if nan.all():
+            self.left_out[name] = "the float model itself gives nothing but NaN: look at the bad cases and at the model"
+        if x.isinf().any():
+            self.infinite.add(name)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What is not compared, and what is not finite without any quantizer. Raises DataError if nothing is left."""
+        told = [f"output {name} is not compared: {why}" for name, why in sorted(self.left_out.items())]
+        found = [Finding("sensitivity", "info", text) for text in told]
+        if not self.sizes.keys() - self.left_out.keys():
+            raise DataError(
+                f"Float outputs are compared, but got none: {'; '.join(told) or 'the model gives no tensor'}. "
+                "Take other bad cases, or cut the model before what makes these outputs."
+            )
+        for name in sorted(self.nan.keys() - self.left_out.keys()):
+            text = f"output {name} is NaN in the float model already, in {self.nan[name]} samples: passed over there"
+            found.append(Finding("sensitivity", "check", text))
+        for name in sorted(self.infinite - self.left_out.keys()):
+            text = (
+                f"output {name} is infinite in the float model already: a mask or an overflow, not a quantizer's doing"
+            )
+            found.append(Finding("sensitivity", "info", text))
+        return found
+
+    def add(self, variant: int, outputs: dict[str, Tensor]) -> None:
+        """Take a variant's outputs on the same chunk. An output of another shape than in float is left out."""
+        for name, x in self.float_outputs.items():
+            y = outputs.get(name, x)
+            if x.shape != y.shape:
+                self.left_out[name] = "its shape depends on the data"
+                continue
+            x, y = _comparable(x, y)
+            self.values[variant].setdefault(name, []).append(self._by_sample(x, y).cpu())
+
+    def _by_sample(self, x: Tensor, y: Tensor) -> Tensor:
+        """One distance a sample; that of the whole tensor for each where it has no sample axis."""
+        if x.ndim and len(x) == self.samples:
+            return distance(self.metric, *((x, y) if x.ndim > 1 else (x[:, None], y[:, None])))
+        if self.metric == "KL":  # over the plugin's axis, which an axis put in front would shift
+            value = divergence(x, y)
+            return torch.full((self.samples,), math.nan if value is None else value, dtype=torch.float64)
+        return distance(self.metric, x[None], y[None]).mean().expand(self.samples)
+
+    def result(self, variant: int) -> tuple[float, float, dict[str, float]]:
+        """Merged score, its standard deviation over the samples, and the plain metric of each output."""
+        merged = torch.zeros(())
+        plain = {}
+        for name, parts in self.values[variant].items():
+            if name in self.left_out:
+                continue
+            values = torch.cat(parts)
+            plain[name] = float(values.mean())
+            merged = merged + badness(self.metric, values) / self._unit(name)
+        if merged.ndim == 0:
+            return 0.0, 0.0, plain
+        score = float(merged.mean())
+        if math.isnan(score):  # a difference that is no number is the worst there is
+            return math.inf, 0.0, {n: math.inf if math.isnan(v) else v for n, v in plain.items()}
+        spread = float(merged.std()) if len(merged) > 1 else 0.0
+        return score, spread if math.isfinite(spread) else 0.0, plain
+
+    def _unit(self, name: str) -> float:
+        if self.metric in ("Cosine", "SQNR", "KL"):
+            return 1.0
+        total = sum(n for _, n in self.sizes[name])
+        size = sum(s * n for s, n in self.sizes[name]) / max(total, 1)
+        return (size**2 if self.metric == "MSE" else size) or 1.0
+
+
+def _comparable(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Where both are the same infinity (a mask in the outputs), or x is NaN, nothing differs."""
+    if math.isfinite(float(x.sum())):
+        return x, y
+    same = ((x == y) & x.isinf()) | x.isnan()
+    return x.masked_fill(same, 0.0), y.masked_fill(same, 0.0)
+
+
+def disagreement(
+    got: dict[str, Tensor], wanted: dict[str, Tensor], plain: dict[str, Tensor], nothing: float = 1e-3
+) -> float:
+    """Largest |got - wanted| over |wanted - plain| of the outputs (norms), `nothing` |plain| being the least of those.
+
+    `plain` are the float outputs: what two ways to compute differ by is held against what quantization does.
+    """
+    worst = 0.0
+    for name, tensor in got.items():
+        if not tensor.is_floating_point() or name not in wanted or wanted[name].shape != tensor.shape:
+            continue
+        if plain[name].shape != tensor.shape:
+            continue
+        a, b, c = (t.double().nan_to_num() for t in (tensor, wanted[name], plain[name]))
+        worst = max(worst, float((a - b).norm()) / max(float((b - c).norm()), nothing * float(c.norm()), 1e-30))
+    return worst

@@ -1,0 +1,89 @@
+"""The bad cases of one ranking in chunks, and their captures: each made once where they fit into memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from qflow.analysis.sensitivity.chunks import chunks_of, mixed, sample_bytes
+from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.replay.capture import Captured, capture, without_inner
+from qflow.quant.replay.fused import FoldedOps
+from qflow.quant.replay.samples import MixesSamples, axes_by_running
+from qflow.quant.trace.calling import batch_size
+
+
+class Captures:
+    """For a ranking by `method`; captures that are asked for again are kept within half of `memory` bytes."""
+
+    def __init__(self, model: nn.Module, prepared: QuantizedModel, memory: float, method: str) -> None:
+        self.model, self.prepared, self.memory, self.method = model, prepared, memory, method
+        self.reason = ""
+        """Why batches were not cut."""
+        self.kept: dict[int, Captured] = {}
+        self.held = 0.0
+        self.ahead: Captured | None = None
+        """The first chunk's, for who asks for it first."""
+
+    def chunks(self, batches: Sequence[Any], room: float, first: int) -> list[Any]:
+        """The batches in parts of `room` bytes at most, the first of at most `first` samples; whole where samples see
+        each other.
+        """
+        cuts = [chunks_of(self.prepared.graph, inputs, room, first) for inputs in batches]
+        for i, (inputs, parts) in enumerate(zip(batches, cuts, strict=True)):
+            if len(parts) > 1 and not (i == 0 and self.proven(parts[0])):
+                self.reason = self.reason or mixed(self.model, inputs, parts)
+        if not self.reason:
+            return [part for parts in cuts for part in parts]
+        self.kept.clear()
+        self.held = 0.0
+        self.ahead = None
+        return list(batches)
+
+    def proven(self, first: Any) -> bool:
+        """True where every operator of the first chunk keeps samples apart; one that computes otherwise is the reason.
+
+        One that rearranges them may be put right by another: the outputs tell.
+        """
+        try:
+            self.ahead = self.captured(0, first) if self.method == "exact" else self.whole(0, first)
+            if self.ahead.complete:
+                ops = FoldedOps(self.model, self.prepared, self.ahead)
+                axes_by_running(ops, self.ahead, batch_size(first))
+                return True
+        except MixesSamples as error:
+            self.reason = error.reason
+        except Exception:  # whatever an operator raises at another batch size: the model itself will tell
+            return False
+        return False
+
+    def captured(self, n: int, inputs: Any) -> Captured:
+        """The n-th chunk's ops and float values."""
+        if n in self.kept:
+            return self.kept[n]
+        return self._keep(n, inputs, self._ahead(n) or capture(self.model, self.prepared.plan, inputs, self.memory / 2))
+
+    def whole(self, n: int, inputs: Any) -> Captured:
+        """The n-th chunk with the values inside fused groups, for an estimate."""
+        found = self._ahead(n)
+        if found is None:
+            found = capture(self.model, self.prepared.plan, inputs, math.inf, inner=True)  # cut so that it fits
+            if self.method == "screened":  # rows are measured afterwards
+                self._keep(n, inputs, without_inner(found, self.prepared.plan))
+        return found
+
+    def _ahead(self, n: int) -> Captured | None:
+        if n:
+            return None
+        found, self.ahead = self.ahead, None
+        return found
+
+    def _keep(self, n: int, inputs: Any, captured: Captured) -> Captured:
+        size = batch_size(inputs) * sample_bytes(self.prepared.graph, inputs)
+        if self.held + size <= self.memory / 2:
+            self.kept[n] = captured
+            self.held += size
+        return captured

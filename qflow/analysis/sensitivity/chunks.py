@@ -1,0 +1,62 @@
+"""Bad cases in parts that fit into memory and caches, where a sample gives in parts what it gives in company."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from qflow.analysis.measures.distances import disagreement
+from qflow.core.graph import ModelGraph, OpKind
+from qflow.quant.trace.calling import batch_size, call_model, cut, named_tensors
+
+CACHE_BYTES = 4e6  # of a chunk's average value on a CPU: larger ones leave its caches (docs/log.md)
+AGREES = 1e-3  # of the outputs: other batch sizes run other kernels
+
+
+def sample_bytes(graph: ModelGraph, inputs: Any) -> float:
+    """Float values of one of these samples, as far as a replay keeps them; `graph` was traced at another size."""
+    traced = sum(n.elements / max(n.shape[0], 1) for n in graph.nodes if n.kind == OpKind.input and n.shape)
+    size = batch_size(inputs)
+    given = sum(t.numel() / size for t in tree_leaves(inputs) if isinstance(t, Tensor))
+    values = sum(n.elements / max(n.shape[0], 1) for n in graph.nodes if n.shape)
+    return 4.0 * values * given / max(traced, 1.0)
+
+
+def chunks_of(graph: ModelGraph, inputs: Any, memory: float, first: int = 0) -> list[Any]:
+    """`inputs` in parts whose kept values take at most `memory` bytes, a sample at least.
+
+    On a CPU the first part has at most `first` samples, if that is asked for and there are twice as many.
+    """
+    size = batch_size(inputs)
+    most = max(1, min(size, int(memory / sample_bytes(graph, inputs))))
+    if all(t.device.type == "cpu" for t in tree_leaves(inputs) if isinstance(t, Tensor)):
+        values = sum(1 for n in graph.nodes if n.shape)
+        most = min(most, max(1, int(CACHE_BYTES * values / sample_bytes(graph, inputs))))
+        first = min(first, most) if size >= 2 * first else 0
+    else:
+        first = 0
+    parts = math.ceil((size - first) / most)
+    bounds = sorted({0, *(first + (size - first) * i // parts for i in range(parts + 1))})
+    return [cut(inputs, size, a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def mixed(model: nn.Module, inputs: Any, parts: Sequence[Any]) -> str:
+    """Why `inputs` may not be cut into `parts`, seen on the first two together and apart; "" if they may."""
+    few = [cut(inputs, batch_size(inputs), 0, batch_size(parts[0]) + batch_size(parts[1])), *parts[:2]]
+    try:
+        both, *alone = (dict(named_tensors(call_model(model, part))) for part in few)
+    except Exception as error:  # whatever the model raises at another batch size
+        return f"the model does not run on {batch_size(parts[0])} samples: {' '.join(str(error).split())}"
+    for name, pair in both.items():
+        apart = [part[name] for part in alone if name in part and part[name].ndim]
+        fits = pair.ndim and len(apart) == 2 and all(t.shape[1:] == pair.shape[1:] for t in apart)
+        joined = torch.cat(apart) if fits else pair.new_zeros(())
+        gap = disagreement({name: joined}, {name: pair}, {name: torch.zeros_like(pair)})
+        if joined.shape != pair.shape or gap > AGREES:
+            return f"output {name} is not made sample by sample"
+    return ""

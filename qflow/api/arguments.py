@@ -1,0 +1,73 @@
+"""What `QuantAnalysis` is given in the plugin's words, read as qflow's functions take it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+from qflow.analysis.layers.compare import group_type, is_of
+from qflow.analysis.sensitivity.candidates import Candidate
+from qflow.core.errors import ConfigError
+
+Names = str | type | Sequence[str | type] | None
+"""Names of modules, of types, or classes: one or several."""
+
+
+def metric_name(name: str, known: Sequence[str]) -> str:
+    """A metric's own spelling. Raises ConfigError."""
+    for metric in known:
+        if str(name).casefold() == metric.casefold():
+            return metric
+    raise ConfigError(f"A metric is one of {', '.join(known)}, in any case, but got {name!r}.")
+
+
+def whole(name: str, value: Any, of: str) -> None:
+    """Raises ConfigError for what is not a whole number from 1 on."""
+    if not isinstance(value, Integral) or int(value) < 1:
+        raise ConfigError(f"{name} is 1 or more {of}, but got {value!r}. Give a whole number.")
+
+
+def folder_at(path: str | Path) -> Path:
+    """`path` as a folder that is there. Raises ConfigError where it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ConfigError(f"out_dir is a folder that can be made, but got {path} ({reason}). Give another.") from error
+    return Path(path)
+
+
+def refuse_cached(*attrs: Any) -> None:
+    """Raises ConfigError for any that is not None."""
+    if any(a is not None for a in attrs):
+        raise ConfigError(
+            "Cached attributes are not supported: operators are run one by one, which a state between calls would not "
+            "survive. Make the state an input and an output of forward."
+        )
+
+
+def chosen_rows(rows: Sequence[Candidate], prefixes: tuple[str, ...], types: tuple[str, ...]) -> Sequence[Candidate]:
+    """As `filtered` does for layers. Raises ConfigError if nothing is left."""
+    if not prefixes and not types:
+        return rows
+    found = [
+        row
+        for row in rows
+        if row.node.name.startswith(prefixes) or is_of(types, row.node.op_type, group_type(row.node))
+    ]
+    if not found:
+        raise ConfigError(f"A filter leaves rows, but got none of prefixes {prefixes} and types {types}.")
+    return found
+
+
+def filters(prefixes: Names, types: Names) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Both as names."""
+    return names_of(prefixes), names_of(types)
+
+
+def names_of(given: Names) -> tuple[str, ...]:
+    """One name or several as a tuple; a class by its full name."""
+    several = (given,) if isinstance(given, (str, type)) else tuple(given or ())
+    return tuple(f"{v.__module__}.{v.__qualname__}" if isinstance(v, type) else v for v in several)

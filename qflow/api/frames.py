@@ -1,0 +1,57 @@
+"""Records as pandas frames."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from qflow.analysis.badcases.files import SavedBadcases
+from qflow.analysis.measures.tables import BadcaseTable
+from qflow.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pandas
+
+
+def to_frame(record: Any) -> pandas.DataFrame:
+    """A record of an analysis, or a sequence of records, as a frame: one row each, one column a field.
+
+    Fields that hold pairs (name, value) become a column a name: `outputs.0`, `figures.scale`. Of bad cases a row is
+    one of the worst samples of an output under a metric, rank 0 the worst. Raises ConfigError for what is no record.
+    """
+    import pandas  # takes a second to load
+
+    return pandas.DataFrame(_rows(record))
+
+
+def _rows(record: Any) -> list[dict[str, Any]]:
+    if isinstance(record, BadcaseTable):
+        return [
+            {"output": output, "metric": metric, "rank": rank, "sample": sample, "value": value}
+            for output, row in record.top.items()
+            for metric, worst in row.items()
+            for rank, (sample, value) in enumerate(worst)
+        ]
+    if isinstance(record, SavedBadcases):
+        return [
+            {"output": output, "metric": metric, "rank": 0, "sample": sample}
+            for output, row in record.index.items()
+            for metric, sample in row.items()
+        ]
+    rows = getattr(record, "rows", record)
+    if not isinstance(rows, (list, tuple)) or not all(map(dataclasses.is_dataclass, rows)):
+        raise ConfigError(
+            f"A frame is made of what QuantAnalysis or qflow.check returns, but got {type(record).__name__}."
+        )
+    return [_flat(row) for row in rows]
+
+
+def _flat(row: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(row):
+        value = getattr(row, field.name)
+        if str(field.type).startswith("tuple[tuple["):
+            found |= {f"{field.name}.{name}": number for name, number in value}
+        else:
+            found[field.name] = value
+    return found

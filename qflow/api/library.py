@@ -1,0 +1,233 @@
+"""qflow without configuration files: prepare, calibrate, check and cost of any nn.Module in a few lines.
+
+    prepared = qflow.prepare(model, images, qconfig_setter=qflow.default_calibration_qconfig_setter, march="nash-m")
+    findings = qflow.calibrate(prepared, loader)
+    print(qflow.check_text(qflow.check(prepared)))
+    print(qflow.cost(prepared).latency_ms)
+    outputs = prepared(images)          # as the device computes them
+
+The calls and states carry the plugin's names; `docs/library.md` sets them side by side.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from qflow.analysis.checks.calibration_check import calibration_findings
+from qflow.analysis.checks.model_check import check_model
+from qflow.analysis.measures.tables import Finding, ModelCheck
+from qflow.api.plugin_names import plugin_ranking
+from qflow.config.device_file import load_cost, load_rules
+from qflow.core.device import apply_rules
+from qflow.core.dtype import QDtype
+from qflow.core.errors import ConfigError, ModelError
+from qflow.core.qconfig import QConfig
+from qflow.core.record import from_dict, plain
+from qflow.core.setter import HighPrecisionOutput, Setter, TemplateSetter, resolve
+from qflow.core.settings import CalibrationSettings
+from qflow.cost_model.latency import predict
+from qflow.cost_model.records import CostReport
+from qflow.quant.model import prepare as engine
+from qflow.quant.model.calibrate import CalibrationStats, apply_scales, collect, gathered
+from qflow.quant.model.graph_at_shape import graph_at
+from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.model.run import Collected
+from qflow.quant.trace.binding import inputs_of
+
+
+class FakeQuantState(str, Enum):
+    """The plugin's states: what the quantizers of a prepared model do."""
+
+    CALIBRATION = "calibration"
+    """Float values pass, statistics are gathered."""
+    VALIDATION = "validation"
+    """Values are quantized with the calibrated scales."""
+    FLOAT = "_float"
+    """Exactly the float model."""
+
+
+class Prepared(QuantizedModel):
+    """A prepared model that knows its qconfig: what was asked, and what the device will run.
+
+    Its state dict holds all of it but the statistics: loaded into a model that was prepared alike, whatever setters
+    that had, it computes and is checked as the saved one. For scales of another qconfig it is calibrated anew.
+    """
+
+    requested: QConfig
+    applied: QConfig
+    march: str
+    sample: Any
+    """The first sample of the example inputs: cost is computed at its shape."""
+    settings: CalibrationSettings = CalibrationSettings()
+    stats: CalibrationStats | None = None
+    findings: tuple[Finding, ...] = ()
+    _warned = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As every prepared model; warns once where operators ran that tracing did not see."""
+        out = super().forward(*args, **kwargs)
+        quiet = self._warned or torch.compiler.is_compiling() or self.training or self._collect is not None
+        if not quiet and self.unseen:  # while calibrating it is a finding
+            self._warned = True
+            first = min(self.unseen)
+            warnings.warn(
+                f"{len(self.unseen)} operators ran that the example inputs did not reach and stay float, {first} "
+                "first. Prepare with inputs of this kind.",
+                stacklevel=4,  # beyond nn.Module's own frames
+            )
+        return out
+
+    def settings_state(self) -> dict[str, Any]:
+        """The extra state as plain values."""
+        kept = ("requested", "applied", "march", "settings", "findings")
+        return {**super().settings_state(), "library": {name: plain(getattr(self, name)) for name in kept}}
+
+    def restore_settings(self, state: Mapping[str, Any]) -> None:
+        """Take what `settings_state` gave. Raises ModelError for a state without a qconfig."""
+        if "library" not in state:
+            raise ModelError("A state of qflow.prepare holds its qconfig, but got none. Save that of the same kind.")
+        super().restore_settings(state)
+        saved = state["library"]
+        self.requested, self.applied = (from_dict(QConfig, saved[name]) for name in ("requested", "applied"))
+        self.settings = from_dict(CalibrationSettings, saved["settings"])
+        self.march, self.stats = saved["march"], None
+        self.findings = tuple(from_dict(Finding, finding) for finding in saved["findings"])
+
+
+def prepare(
+    model: nn.Module,
+    example_inputs: Any,
+    qconfig_setter: Setter | Sequence[Setter] = (),
+    march: str = "nash-m",
+    skip: engine.Skip = (),
+) -> Prepared:
+    """Trace, fuse and configure `model` (in eval mode), which is left as it is. The first setter that answers wins.
+
+    `example_inputs` is a tensor, a tuple to splat or a dict of keywords, batch first; `march` a name (nash-m, nash-e,
+    nash-m-oe32, ...) or a rules file; `skip` modules (one or several) that stay float. Operators that no setter
+    answers for are int8, outputs of GEMMs that leave the model are high-precision. Raises ModelError or ConfigError.
+    """
+    given = setters_of(qconfig_setter)
+    prepared = engine.prepare(model, example_inputs, skip)
+    prepared.__class__ = Prepared
+    assert isinstance(prepared, Prepared)
+    prepared.march, prepared.sample = march, tree_map(_first, example_inputs)
+    configure(prepared, (*given, HighPrecisionOutput(), TemplateSetter(QDtype.qint8)))
+    return prepared
+
+
+def setters_of(given: Any) -> tuple[Setter, ...]:
+    """One setter or several as a tuple. Raises ConfigError for what is none."""
+    found = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+    for setter in found:
+        if not callable(setter) or isinstance(setter, type):
+            raise ConfigError(
+                f"A qconfig_setter is called with (node, graph), but got {type(setter).__name__}. For names write "
+                "qflow.ModuleNameQconfigSetter({name: qconfig}), for all qflow.TemplateSetter('qint16')."
+            )
+    return found
+
+
+def configure(prepared: Prepared, setters: Setter | Sequence[Setter]) -> QConfig:
+    """Give a prepared model another qconfig; statistics stay, scales follow anew. Returns what the device will run.
+
+    Without statistics (before calibration, after load_state_dict) the scale of every changed dtype is forgotten.
+    """
+    rules, setters = load_rules(prepared.march), setters_of(setters)
+    prepared.requested = resolve(prepared.graph, setters, rules.march)
+    prepared.applied = apply_rules(
+        prepared.graph, prepared.requested, rules, ranking=plugin_ranking(setters, prepared.graph)
+    )
+    prepared.configure(prepared.applied)
+    if prepared.stats is not None:
+        _set_scales(prepared)
+    return prepared.applied
+
+
+def calibrate(
+    prepared: Prepared, data: Iterable[Any], settings: CalibrationSettings | None = None, steps: int | None = None
+) -> tuple[Finding, ...]:
+    """One pass over `data`, scales by `settings`, quantizers on. Returns what calibration found.
+
+    Items of `data` are model inputs, or (inputs, target) pairs as data loaders give them: what the example inputs did
+    not have (more positional items, other keys of a dict) is left out. At most `steps` batches are read. Raises
+    DataError for empty data, NaN, or items that do not fit.
+    """
+    prepared.settings = settings or prepared.settings
+
+    def batches() -> Iterable[tuple[Any, int]]:
+        for step, batch in enumerate(data):
+            if steps is not None and step >= steps:
+                return
+            inputs = inputs_of(prepared.model, prepared.sample, batch)
+            yield inputs, _size(inputs)
+
+    set_fake_quantize(prepared, FakeQuantState.FLOAT)
+    prepared.stats = collect(prepared, batches(), sampling=prepared.settings.sampling)
+    _set_scales(prepared)
+    set_fake_quantize(prepared, FakeQuantState.VALIDATION)
+    return prepared.findings
+
+
+def set_fake_quantize(prepared: Prepared, state: FakeQuantState) -> None:
+    """Switch all quantizers; forward passes between CALIBRATION and VALIDATION are what calibrates."""
+    if not isinstance(state, FakeQuantState):
+        states = ", ".join(f"FakeQuantState.{s.name}" for s in FakeQuantState)
+        raise ConfigError(f"A state is one of {states}, but got {state!r}. Write qflow.FakeQuantState.<name>.")
+    found, prepared._collect = prepared._collect, None
+    if found is not None and found.histograms:
+        prepared.stats = gathered(prepared, found)
+        _set_scales(prepared)
+    if state == FakeQuantState.CALIBRATION:
+        prepared._collect, prepared.unseen = Collected(prepared.settings.sampling), set()
+    elif state == FakeQuantState.VALIDATION and prepared.uncalibrated:
+        raise ModelError(
+            f"Quantizers need scales, but got an uncalibrated model ({prepared.uncalibrated[0]} first). Call "
+            "qflow.calibrate first."
+        )
+    for quantizer in prepared._keys().values():
+        quantizer.enabled = state == FakeQuantState.VALIDATION
+
+
+def check(prepared: Prepared) -> ModelCheck:
+    """The model check: structure and qconfig, what calibration showed if there was one, and what ran since."""
+    known = set(prepared.stats.unseen) if prepared.stats else set()
+    since = [
+        Finding(op, "check", f"ran{at}{line} but not while the model was traced: left in float")
+        for op, at, line in (name.partition(" at ") for name in sorted(prepared.unseen - known))
+    ]
+    found = (*prepared.findings, *since)
+    return check_model(prepared.graph, prepared.requested, prepared.applied, found, prepared.settings.method)
+
+
+def cost(prepared: Prepared, inputs: Any = None) -> CostReport:
+    """Predicted cost at batch 1, with its interval or the reason for a refusal; `shapes` in it says at what shapes.
+
+    `inputs` (in the form of the example inputs) asks for another shape; without them it is that of the example's
+    first sample. Raises ModelError where the model does not run there.
+    """
+    graph = graph_at(prepared, prepared.sample if inputs is None else inputs)
+    return predict(graph, prepared.applied, load_cost(prepared.march))
+
+
+def _set_scales(prepared: Prepared) -> None:
+    assert prepared.stats is not None
+    extra = apply_scales(prepared, prepared.stats, prepared.applied, prepared.settings)
+    prepared.findings = calibration_findings(prepared, prepared.stats, prepared.applied, extra)
+
+
+def _first(value: Any) -> Any:
+    """The first sample of a batch; batch first, as `prepare` asks for it."""
+    return value[:1].clone() if isinstance(value, Tensor) and value.ndim else value
+
+
+def _size(inputs: Any) -> int:
+    values = inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
+    return next((len(v) for v in values if isinstance(v, Tensor) and v.ndim), 1)

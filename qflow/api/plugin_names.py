@@ -1,0 +1,294 @@
+"""The plugin's setters, templates and qconfigs under its own names (3.0.x; reference, sections 2.2 to 2.7).
+
+Thin aliases over qflow's rules: a setter tuple that was written for the plugin works in `resolve`, mixed with qflow's
+own. Calibration setters carry the observer mse, QAT setters minmax, fixed_act ones keep the scale (`frozen`). What
+differs from the plugin, on purpose:
+
+    constants    follow the operator that reads them under every setter (the plugin: only with its const template)
+    names        one that no operator answers to is refused; trailing parts are cut first, as the plugin does
+    int16        is calibrated with minmax times a margin whatever the observer says (it clips before it rounds badly)
+    all fp16     is refused by apply_rules on a march whose GEMMs have no float path (nash-e, nash-m)
+
+Sensitivity setters count table rows as the plugin does; pass counting="operators" for qflow's count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qflow.core.dtype import QDtype
+from qflow.core.graph import ModelGraph, OpNode
+from qflow.core.op_spec import check_op, parse_observer
+from qflow.core.qconfig import OpQConfig
+from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, Setter, TemplateSetter, covers
+from qflow.core.table_setter import TableSetter, table_rows
+from qflow.core.template import (
+    GEMM_TO_GRID_INT16,
+    GEMM_TO_LAYER_NORM_INT16,
+    GEMM_TO_SOFTMAX_INT16,
+    GemmInt8,
+    TemplateQconfigSetter,
+    UpToGemm,
+)
+
+__all__ = [
+    "AllInt8Template",
+    "AllInt16Template",
+    "ConstTensorQuantTemplate",
+    "DefaultTemplate",
+    "GEMMInt8Template",
+    "GEMMToGridSampleGridInt16Template",
+    "GEMMToLayerNormInt16Template",
+    "GEMMToSoftmaxInt16Template",
+    "HighPrecisionOutputTemplate",
+    "ModuleNameQconfigSetter",
+    "TemplateQconfigSetter",
+    "all_fp16_qconfig_setter",
+    "calibration_8bit_weight_16bit_act_qconfig_setter",
+    "default_calib_8bit_fake_quant_qconfig",
+    "default_calib_8bit_weight_16bit_act_fake_quant_qconfig",
+    "default_calib_8bit_weight_32bit_out_fake_quant_qconfig",
+    "default_calibration_qconfig_setter",
+    "default_qat_8bit_fake_quant_qconfig",
+    "default_qat_8bit_fixed_act_fake_quant_qconfig",
+    "default_qat_8bit_weight_16bit_act_fake_quant_qconfig",
+    "default_qat_8bit_weight_16bit_fixed_act_fake_quant_qconfig",
+    "default_qat_8bit_weight_32bit_out_fake_quant_qconfig",
+    "default_qat_fixed_act_qconfig_setter",
+    "default_qat_qconfig_setter",
+    "gemm_int8_calibration_qconfig_setter",
+    "gemm_int8_qat_qconfig_setter",
+    "get_qconfig",
+    "get_sensitive_op_qconfig_setter",
+    "plugin_ranking",
+    "qat_8bit_weight_16bit_act_qconfig_setter",
+    "qat_8bit_weight_16bit_fixed_act_qconfig_setter",
+    "qint8",
+    "qint16",
+    "sensitive_op_8bit_weight_16bit_act_calibration_setter",
+    "sensitive_op_8bit_weight_16bit_act_qat_setter",
+    "sensitive_op_calibration_8bit_weight_16bit_act_qconfig_setter",
+    "sensitive_op_qat_8bit_weight_16bit_act_qconfig_setter",
+    "sensitive_op_qat_8bit_weight_16bit_fixed_act_qconfig_setter",
+]
+
+
+def get_qconfig(
+    observer: object = "minmax",
+    in_dtype: object = None,
+    weight_dtype: object = "qint8",
+    out_dtype: object = "qint8",
+    fix_scale: bool = False,
+) -> OpQConfig:
+    """The plugin's get_qconfig (2.2). Dtypes by name or as torch dtypes; a list of in_dtypes goes by position.
+
+    `out_dtype=None` asks for a high-precision output, `fix_scale` keeps the calibrated scale in QAT (it is no fixed
+    scale). Weights are observed with minmax per output channel whatever `observer` is. Raises ConfigError.
+    """
+    inputs = in_dtype if isinstance(in_dtype, (list, tuple)) else [in_dtype]
+    asked = tuple(None if d is None else QDtype.parse(d, "in_dtype") for d in inputs)
+    made = OpQConfig(
+        output=None if out_dtype is None else QDtype.parse(out_dtype, "out_dtype"),
+        weight=None if weight_dtype is None else QDtype.parse(weight_dtype, "weight_dtype"),
+        input=asked if any(asked) else None,
+        observer=None if observer is None else parse_observer(observer, "observer"),
+        frozen=bool(fix_scale),
+    )
+    check_op({"output": made.output, "observer": made.observer}, "get_qconfig")
+    return made
+
+
+qint8, qint16, float16 = QDtype.qint8, QDtype.qint16, QDtype.float16
+
+# 2.3: default qconfigs
+default_calib_8bit_fake_quant_qconfig = get_qconfig("mse")
+default_qat_8bit_fake_quant_qconfig = get_qconfig("minmax")
+default_qat_8bit_fixed_act_fake_quant_qconfig = get_qconfig("minmax", fix_scale=True)
+default_calib_8bit_weight_16bit_act_fake_quant_qconfig = get_qconfig("mse", out_dtype=qint16)
+default_qat_8bit_weight_16bit_act_fake_quant_qconfig = get_qconfig("minmax", out_dtype=qint16)
+default_qat_8bit_weight_16bit_fixed_act_fake_quant_qconfig = get_qconfig("minmax", out_dtype=qint16, fix_scale=True)
+default_calib_8bit_weight_32bit_out_fake_quant_qconfig = get_qconfig("mse", out_dtype=None)
+default_qat_8bit_weight_32bit_out_fake_quant_qconfig = get_qconfig("minmax", out_dtype=None)
+
+
+# 2.5: templates
+@dataclass(frozen=True)
+class DefaultTemplate:
+    """Answers with nothing: TemplateQconfigSetter ends with its default qconfig anyway."""
+
+    def __call__(self, node: OpNode, graph: ModelGraph) -> OpQConfig | None:
+        return None
+
+
+class ConstTensorQuantTemplate(DefaultTemplate):
+    """Answers with nothing: `resolve` lets every constant follow the operator that reads it."""
+
+
+def AllInt8Template() -> TemplateSetter:
+    """Every output int8."""
+    return TemplateSetter(qint8)
+
+
+def AllInt16Template() -> TemplateSetter:
+    """Every output int16."""
+    return TemplateSetter(qint16)
+
+
+def GEMMToLayerNormInt16Template() -> UpToGemm:
+    """Upstream of every layer norm to the first GEMM: int16."""
+    return GEMM_TO_LAYER_NORM_INT16
+
+
+def GEMMToSoftmaxInt16Template() -> UpToGemm:
+    """Upstream of every softmax to the first GEMM: int16."""
+    return GEMM_TO_SOFTMAX_INT16
+
+
+def GEMMToGridSampleGridInt16Template() -> UpToGemm:
+    """Upstream of the grid of every grid_sample to the first GEMM: int16."""
+    return GEMM_TO_GRID_INT16
+
+
+HighPrecisionOutputTemplate = HighPrecisionOutput
+GEMMInt8Template = GemmInt8
+
+
+# 2.4: setters
+def _default(qconfig: OpQConfig) -> TemplateQconfigSetter:
+    return TemplateQconfigSetter(qconfig, (HighPrecisionOutput(), GEMM_TO_GRID_INT16, ConstTensorQuantTemplate()))
+
+
+def _all_int16(qconfig: OpQConfig) -> TemplateQconfigSetter:
+    return TemplateQconfigSetter(qconfig, (HighPrecisionOutput(), ConstTensorQuantTemplate()))
+
+
+def _gemm_int8(qconfig: OpQConfig) -> TemplateQconfigSetter:
+    return TemplateQconfigSetter(qconfig, (HighPrecisionOutput(), GemmInt8()))
+
+
+default_calibration_qconfig_setter = _default(default_calib_8bit_fake_quant_qconfig)
+default_qat_qconfig_setter = _default(default_qat_8bit_fake_quant_qconfig)
+default_qat_fixed_act_qconfig_setter = _default(default_qat_8bit_fixed_act_fake_quant_qconfig)
+calibration_8bit_weight_16bit_act_qconfig_setter = _all_int16(default_calib_8bit_weight_16bit_act_fake_quant_qconfig)
+qat_8bit_weight_16bit_act_qconfig_setter = _all_int16(default_qat_8bit_weight_16bit_act_fake_quant_qconfig)
+qat_8bit_weight_16bit_fixed_act_qconfig_setter = _all_int16(default_qat_8bit_weight_16bit_fixed_act_fake_quant_qconfig)
+gemm_int8_calibration_qconfig_setter = _gemm_int8(default_calib_8bit_weight_16bit_act_fake_quant_qconfig)
+gemm_int8_qat_qconfig_setter = _gemm_int8(default_qat_8bit_weight_16bit_act_fake_quant_qconfig)
+all_fp16_qconfig_setter = TemplateQconfigSetter(get_qconfig(None, float16, float16, float16))
+
+
+class ModuleNameQconfigSetter(ModuleNameSetter):
+    """Explicit names -> get_qconfig(...), or any form of ModuleNameSetter.
+
+    A name inside a composite operator (`norm3.var_mean.pre_mean`) means the whole of it: trailing parts are cut until
+    an operator answers. A name that is left with none is refused.
+    """
+
+    def __init__(self, module_name_to_qconfig: Mapping[str, str | Mapping[str, Any] | OpQConfig]) -> None:
+        super().__init__(module_name_to_qconfig)
+
+    def __call__(self, node: OpNode, graph: ModelGraph) -> Any:
+        return self._cut(graph).__call__(node, graph)
+
+    def check(self, graph: ModelGraph) -> None:
+        """Refuse a name that no operator answers to, whatever is cut off."""
+        self._cut(graph).check(graph)
+
+    def _cut(self, graph: ModelGraph) -> ModuleNameSetter:
+        """The same settings by the operators' own names; kept for the graph that was asked last."""
+        graph_before, setter = self.__dict__.get("last", (None, self))
+        if graph_before is graph:
+            return setter  # type: ignore[no-any-return]
+        names = [node.name for node in graph.quantized]
+        found: dict[str, str | Mapping[str, Any] | OpQConfig] = {}
+        for name, value in self.dtypes.items():
+            found.setdefault(_shortened(name, names), value)
+        setter = ModuleNameSetter(found)
+        self.__dict__["last"] = graph, setter
+        return setter
+
+
+def _shortened(name: str, operators: Sequence[str]) -> str:
+    """`name`, or what is left of it when trailing parts are cut until it is an operator; `name` where none is."""
+    if any(covers(name, op) for op in operators):
+        return name
+    part = name
+    while "." in part:
+        part = part.rpartition(".")[0]
+        if part in operators:
+            return part
+    return name
+
+
+def get_sensitive_op_qconfig_setter(
+    sensitive_type: str,
+    origin_dtype: object,
+    default_qconfig: OpQConfig,
+    sensitive_table: Any,
+    topk: int | None = None,
+    ratio: float | None = None,
+    counting: str = "rows",
+) -> TableSetter:
+    """The top rows of a sensitivity table, of `sensitive_type` and `origin_dtype`, get `default_qconfig`.
+
+    `sensitive_type` is activation, weight, or both. Exactly one of `topk` and `ratio`. Raises ConfigError.
+    """
+    return TableSetter(
+        table_rows(sensitive_table),
+        topk=topk,
+        ratio=ratio,
+        sensitive_type=sensitive_type,
+        counting=counting,
+        origin=QDtype.parse(origin_dtype, "origin_dtype"),
+        qconfig=default_qconfig,
+    )
+
+
+def sensitive_op_calibration_8bit_weight_16bit_act_qconfig_setter(
+    table: Any, topk: int | None = None, ratio: float | None = None, counting: str = "rows"
+) -> TableSetter:
+    """Top activation rows to int16, for calibration."""
+    qconfig = default_calib_8bit_weight_16bit_act_fake_quant_qconfig
+    return get_sensitive_op_qconfig_setter("activation", qint8, qconfig, table, topk, ratio, counting)
+
+
+def sensitive_op_qat_8bit_weight_16bit_act_qconfig_setter(
+    table: Any, topk: int | None = None, ratio: float | None = None, counting: str = "rows"
+) -> TableSetter:
+    """Top activation rows to int16, for QAT."""
+    qconfig = default_qat_8bit_weight_16bit_act_fake_quant_qconfig
+    return get_sensitive_op_qconfig_setter("activation", qint8, qconfig, table, topk, ratio, counting)
+
+
+def sensitive_op_qat_8bit_weight_16bit_fixed_act_qconfig_setter(
+    table: Any, topk: int | None = None, ratio: float | None = None, counting: str = "rows"
+) -> TableSetter:
+    """Top activation rows to int16, for QAT with the calibrated activation scales."""
+    qconfig = default_qat_8bit_weight_16bit_fixed_act_fake_quant_qconfig
+    return get_sensitive_op_qconfig_setter("activation", qint8, qconfig, table, topk, ratio, counting)
+
+
+# As the manual's last example spells them.
+sensitive_op_8bit_weight_16bit_act_calibration_setter = sensitive_op_calibration_8bit_weight_16bit_act_qconfig_setter
+sensitive_op_8bit_weight_16bit_act_qat_setter = sensitive_op_qat_8bit_weight_16bit_act_qconfig_setter
+
+
+def plugin_ranking(setters: Setter | Sequence[Setter], graph: ModelGraph) -> list[str] | None:
+    """What the plugin's canonicaliser ranks the inputs of a matmul by (2.8), for `apply_rules(ranking=...)`.
+
+    Operators in the order of the keys of all name setters, sensitivity setters included; None where the tuple holds
+    no such setter: then the producer that comes first keeps int16.
+    """
+    rules = setters if isinstance(setters, Sequence) else (setters,)
+    keys: list[str] = []
+    for setter in rules:
+        if isinstance(setter, ModuleNameSetter):
+            keys += setter.dtypes
+        elif isinstance(setter, TableSetter):
+            keys += [row.op_name for row in setter.chosen]
+    if not any(isinstance(setter, (ModuleNameSetter, TableSetter)) for setter in rules):
+        return None
+    names = [node.name for node in graph.quantized]
+    return list(dict.fromkeys(op for key in keys for op in names if covers(_shortened(key, names), op)))

@@ -1,0 +1,298 @@
+"""The guide's accuracy debugging as a library, under the names of the plugin's `QuantAnalysis`.
+
+    qa = qflow.QuantAnalysis(float_net, calibration_model, "fake_quant")
+    qa.auto_find_bad_case(dataloader)
+    qa.run()
+    qa.compare_per_layer()
+    table = qa.sensitivity()
+    qflow.to_frame(table)               # any record as a pandas frame
+
+What differs from the plugin, on purpose: a bad case is one sample, not one item of the loader; the worst over all
+outputs compares each with its own mean, so that an output of large numbers does not always win; `.pt` files hold
+builtin types only. Cached attributes (state from call to call) and several devices are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from qflow.analysis.advice.advisor import advise
+from qflow.analysis.advice.text import advice_text
+from qflow.analysis.badcases.files import CASE_FILE, BadcaseInputs, SavedBadcases, load_badcases, save_badcases
+from qflow.analysis.badcases.find import find_badcases
+from qflow.analysis.layers.compare import compare_layers, filtered
+from qflow.analysis.layers.text import layers_csv, layers_text
+from qflow.analysis.measures.metrics import CUSTOM, custom_metric
+from qflow.analysis.measures.tables import Advice, BadcaseTable, LayerTable, SensitivityTable
+from qflow.analysis.sensitivity.candidates import candidates
+from qflow.analysis.sensitivity.measure import sensitivity
+from qflow.analysis.sensitivity.sensitive_ops import write_sensitive_ops
+from qflow.api.arguments import (
+    Names,
+    chosen_rows,
+    filters,
+    folder_at,
+    metric_name,
+    names_of,
+    refuse_cached,
+    whole,
+)
+from qflow.api.cases import Items, kept_cases, not_items, require_fit, require_numbers
+from qflow.api.library import Prepared
+from qflow.api.model_pair import ModelPair, on, only, same
+from qflow.api.plugin_names import ModuleNameQconfigSetter
+from qflow.core.errors import ConfigError, DataError, ModelError
+from qflow.core.settings import COMPARISONS, SensitivitySettings
+from qflow.quant.replay.capture import ReplayError
+from qflow.quant.trace.calling import batch_size, copied
+
+SPARE = 4  # samples whose inputs are kept at least: means shift during the search, and with them who is worst
+
+
+class QuantAnalysis:
+    """Why a calibrated model differs from float: bad cases, layer by layer, sensitivity, advice.
+
+    Every method returns its record (`qflow.to_frame` makes a pandas frame of it) and writes the plugin's files into
+    `out_dir`. Models are used in eval mode on one device, and left as they were.
+    """
+
+    def __init__(
+        self,
+        baseline_model: nn.Module,
+        analysis_model: Prepared,
+        analysis_model_type: str = "fake_quant",
+        device_ids: Any = None,
+        post_process: Callable[..., Any] | None = None,
+        out_dir: str | Path = "./horizon_quant_analysis",
+    ) -> None:
+        """`analysis_model` is what `qflow.prepare` made of `baseline_model`, calibrated.
+
+        `post_process(module, inputs, outputs)` is a forward hook of both models while outputs are compared: what it
+        gives is compared. `device_ids` is the one device to work on (an int is a CUDA device); None is where the
+        analysis model is. Raises ConfigError or ModelError.
+        """
+        if analysis_model_type != "fake_quant":
+            raise ConfigError(
+                f"analysis_model_type is fake_quant here, but got {analysis_model_type!r}. The plugin's others "
+                "(quantized, hbir, pre_export, export, convert) compare what it exports: take its own QuantAnalysis."
+            )
+        if post_process is not None and not callable(post_process):
+            raise ConfigError(
+                f"post_process is a function, but got {type(post_process).__name__}. Give a forward hook."
+            )
+        self.pair = ModelPair(baseline_model, analysis_model, device_ids)
+        self.post_process, self.out_dir = post_process, folder_at(out_dir)
+        self._cases: SavedBadcases | None = None
+        self._done: dict[str, tuple[str, Any]] = {}
+
+    # ---- bad cases
+
+    def auto_find_bad_case(
+        self,
+        data_generator: Iterable[Any],
+        num_steps: int | None = None,
+        metric: str = "L1",
+        device: Any = None,
+        custom_metric_func: Callable[[Tensor, Tensor], Any] | None = None,
+        custom_metric_order_seq: str | None = None,
+        cached_attrs: Any = None,
+        topk: int = 1,
+        compare: str = "fair",
+    ) -> BadcaseTable:
+        """Search all items of `data_generator`, or `num_steps` of them, and set the worst sample as the bad case.
+
+        An item is what the model takes (a tuple or list is splatted, a dict becomes keywords); what the example inputs
+        did not have, as targets, is left out. `metric` is Cosine, MSE, L1, KL, SQNR or Atol in any case, or `custom`
+        with `custom_metric_func(float output, calibrated output)`, a number for one sample `[1, ...]`, and its order
+        from bad to good, `ascending` or `descending`. `topk` samples are kept as bad cases; sensitivity runs on all.
+        By `compare="fair"` they are those of the largest sum over outputs of distance / mean distance of the output; by
+        `"raw"`, as in the plugin, those of the worst number in any output.
+        Writes badcase.txt, badcase.pt and all_badcase_info.pt. Raises ConfigError or DataError.
+        """
+        refuse_cached(cached_attrs)
+        custom = custom_metric(metric, custom_metric_func, custom_metric_order_seq)
+        name = metric_name(metric, (*COMPARISONS, CUSTOM))
+        whole("topk", topk, "bad cases")
+        if isinstance(data_generator, (Tensor, Mapping)) or not isinstance(data_generator, Iterable):
+            raise not_items(data_generator)
+        inputs, pair, items = BadcaseInputs(), self.pair, Items(self.pair, data_generator)
+        with items.explained(device), pair.at_work(device, self.post_process) as target:
+            table = find_badcases(
+                pair.model,
+                pair.prepared,
+                ((item, batch_size(item)) for item in items.on(target)),
+                metric=name,
+                count=max(topk, SPARE),
+                num_steps=num_steps,
+                custom=custom,
+                compare=compare,
+                inputs=inputs,
+            )
+        table = kept_cases(table, inputs, topk)
+        save_badcases(self.out_dir, table, inputs)
+        samples = {i: (x, (None, None)) for i, x in inputs.samples.items()}
+        first = inputs.samples[table.chosen[0]]
+        self._set(SavedBadcases(first, (None, None), table.index, table.worst, samples, table.chosen))
+        return table
+
+    def set_bad_case(
+        self, data: Any, baseline_model_cached_attr: Any = None, analysis_model_cached_attr: Any = None
+    ) -> SavedBadcases:
+        """Take `data`, an item as in `auto_find_bad_case`, as the bad case.
+
+        Raises DataError if the models do not take it, or if it holds NaN.
+        """
+        refuse_cached(baseline_model_cached_attr, analysis_model_cached_attr)
+        inputs = self.pair.inputs(data)
+        require_numbers(self.pair, inputs)
+        require_fit(self.pair, inputs, "a bad case")
+        return self._set(SavedBadcases(copied(on("cpu", inputs))))
+
+    def save_bad_case(self) -> Path:
+        """Write the bad case to badcase.pt in `out_dir`. Raises DataError for other types than tensors and builtins."""
+        inputs = self._held().inputs
+        table = BadcaseTable(1, {}, {}, dict.fromkeys(COMPARISONS, 0), "L1", (0,))
+        with tempfile.TemporaryDirectory(dir=self.out_dir) as folder:  # what a search has left there stays
+            save_badcases(Path(folder), table, BadcaseInputs({0: inputs}))
+            return (Path(folder) / CASE_FILE).replace(self.out_dir / CASE_FILE)
+
+    def load_bad_case(self, filename: str | Path | None = None) -> SavedBadcases:
+        """Take the bad case of `out_dir` or of another folder, with what its search found if that lies beside it.
+
+        All `topk` bad cases come back; one in files that do not say what was chosen. Raises DataError if there is none,
+        or if the models do not take it.
+        """
+        path = self.out_dir if filename is None else Path(filename)
+        folder = path.parent if path.name == CASE_FILE else path
+        if folder.is_file():
+            raise DataError(f"A bad case is read from {CASE_FILE}, but got {path.name}. Rename it, or give its folder.")
+        saved = load_badcases(folder)
+        refuse_cached(*saved.attrs, *(a for _, attrs in saved.samples.values() for a in attrs))
+        samples = {i: (self.pair.inputs(x), attrs) for i, (x, attrs) in saved.samples.items()}
+        saved = dataclasses.replace(saved, inputs=self.pair.inputs(saved.inputs), samples=samples)
+        require_fit(self.pair, saved.inputs, "a bad case")
+        alike = tuple(i for i, (x, _) in samples.items() if same(x, saved.inputs))
+        if not alike:  # set by hand after the search
+            return self._set(dataclasses.replace(saved, index={}, worst={}, chosen=()))
+        own = saved.chosen[:1] and saved.chosen[0] in alike
+        return self._set(dataclasses.replace(saved, chosen=saved.chosen if own else alike[:1]))
+
+    # ---- tables
+
+    def run(self, device: Any = None, index: int | None = None) -> LayerTable:
+        """Run both models on the bad case, or on searched sample `index`, and compare every operator.
+
+        Nothing is dumped: values are compared on the way. Raises ConfigError without a bad case or for another index,
+        ReplayError where the model's calls cannot be run one by one.
+        """
+        case = self._case(index)
+        with self.pair.at_work(device) as target:
+            table = compare_layers(self.pair.model, self.pair.prepared, on(target, case))
+        self._done["layers"] = self.pair.state, table
+        return table
+
+    def compare_per_layer(self, prefixes: Names = None, types: Names = None) -> LayerTable:
+        """The comparison of the last `run` (which is run if there is none), its rows filtered.
+
+        Either filter is enough: `prefixes` of names, `types` by class, full name or its last part, of the float or the
+        calibrated model (`Conv2dBNReLU`). Writes compare_per_layer_out.txt and .csv.
+        """
+        table = filtered(self._last("layers") or self.run(), *filters(prefixes, types))
+        if not table.rows:
+            raise ConfigError(f"A filter leaves rows, but got none of prefixes {prefixes} and types {types}.")
+        for ending, text in (("txt", layers_text(table)), ("csv", layers_csv(table))):
+            (self.out_dir / f"compare_per_layer_out.{ending}").write_text(text)
+        return table
+
+    def sensitivity(
+        self,
+        device: Any = None,
+        metric: str = "L1",
+        reverse: bool = False,
+        output_names: Sequence[str] | str | None = None,
+        prefixes: Names = None,
+        types: Names = None,
+        method: str = "exact",
+    ) -> SensitivityTable:
+        """Each quantizer alone, on the bad cases and the worst sample of each output under `metric`.
+
+        `output_names` are the outputs that count, `prefixes` and `types` the rows that are measured (as in
+        `compare_per_layer`). `reverse` lists the least sensitive first; the files, which setters read, keep the most
+        sensitive first: output_<name>_<metric>_sensitive_ops.txt and .pt, and one `merged`. `method` is exact,
+        screened or estimate. Raises ConfigError.
+        """
+        settings = SensitivitySettings(metric=metric_name(metric, COMPARISONS), method=method)
+        names = None if output_names is None else names_of(output_names)
+        case, pair = self._case(None), self.pair
+        with pair.at_work(device, self.post_process) as target:
+            outputs = pair.outputs(on(target, case), names)
+            cases = [on(target, case) for case in self._worst(settings.metric, outputs)]
+            rows = chosen_rows(candidates(pair.prepared), *filters(prefixes, types))
+            with pair.hooked(None if names is None else only(outputs)):
+                rows = rows if names is None else pair.live(rows, cases[0])
+                table = sensitivity(pair.model, pair.prepared, cases, settings=settings, rows=rows)
+        self._done["sensitivity"] = pair.state, table
+        write_sensitive_ops(table, self.out_dir)
+        return dataclasses.replace(table, rows=table.rows[::-1]) if reverse else table
+
+    def advise(self) -> tuple[Advice, ...]:
+        """What to change, by expected gain, from the last sensitivity and comparison (which are run if there is none).
+
+        Where layers cannot be compared, from sensitivity and calibration alone. `setter` applies it. Writes
+        abnormal_layer_advisor.txt. Raises ModelError without calibration statistics.
+        """
+        stats = self.pair.prepared.stats
+        if stats is None:
+            where = "a state dict does not hold them. Call qflow.calibrate."
+            raise ModelError(f"Advice rests on calibration statistics, but got none: {where}")
+        table, layers = self._last("sensitivity") or self.sensitivity(), self._last("layers")
+        with suppress(ReplayError):
+            layers = layers or self.run()
+        found = advise(self.pair.prepared, stats, table, layers, self.pair.refused)
+        (self.out_dir / "abnormal_layer_advisor.txt").write_text(advice_text(found, None))
+        return found
+
+    def setter(self, advice: Sequence[Advice]) -> ModuleNameQconfigSetter:
+        """What `advice` asks for, to stand before other setters; without what the device bars beside earlier advice."""
+        return ModuleNameQconfigSetter(self.pair.agreed([(a.target, a.spec) for a in advice if a.spec]))
+
+    def clean(self) -> None:
+        """Forget what `run` and `sensitivity` found; bad cases and files stay. There are no dumps to delete."""
+        self._done.clear()
+
+    def _set(self, cases: SavedBadcases) -> SavedBadcases:
+        self._cases = cases
+        self._done.clear()
+        return cases
+
+    def _held(self) -> SavedBadcases:
+        if self._cases is None:
+            way = "Call auto_find_bad_case, set_bad_case or load_bad_case."
+            raise ConfigError(f"A bad case comes first, but got none. {way}")
+        return self._cases
+
+    def _case(self, index: int | None) -> Any:
+        """Inputs of the bad case, or of a sample that the search kept."""
+        held = self._held()
+        if index is not None and index not in held.samples:
+            kept = f"index is a sample whose inputs the search kept ({', '.join(map(str, held.samples)) or 'none'})"
+            raise ConfigError(f"{kept}, but got {index}. Raise topk, or call set_bad_case.")
+        return held.inputs if index is None else held.samples[index][0]
+
+    def _worst(self, metric: str, outputs: Sequence[str]) -> list[Any]:
+        """Inputs of the bad cases, then of the worst sample of each of `outputs` under `metric`."""
+        held = self._held()
+        wanted = [*held.chosen, *(held.index[name].get(metric, -1) for name in outputs if name in held.index)]
+        return [held.samples[i][0] for i in dict.fromkeys(wanted) if i in held.samples] or [held.inputs]
+
+    def _last(self, what: str) -> Any:
+        """The last table of this kind, unless qconfig or scales have changed since."""
+        state, table = self._done.get(what, ("", None))
+        return table if state == self.pair.state else None

@@ -1,0 +1,204 @@
+"""python -m qflow.analyze [stages=[badcase,layers,sensitivity,advice]]: where does the accuracy go?
+
+    badcase      the samples on which the quantized model differs most from float
+    layers       every operator on them, float against calibrated: where the error starts
+    sensitivity  every quantizer alone: what the outputs suffer from it
+    advice       why, what to write, and whether it helps (follows its own advice and measures again)
+    qat_debug    when QAT fails: which part is at fault (analysis/qat_debug.py)
+
+All but the last look at the model under `qconfig` (a template, modules by name, an int16 ratio ...) and the first
+`calibration`. Tables, pictures and a page go into a folder and to an
+MLflow run. Exit code 0: done; 1: qat_debug found a fault; 2: a mistake in what was asked. In qat_debug a stage may lose
+`objective.max_drop` against float or calibrated (at rate 0 nothing); a goal that sound training misses is named in the
+verdict and is no fault.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from qflow.config.command import run_command
+from qflow.config.settings import root_dir, trial_settings
+from qflow.core.errors import ConfigError
+from qflow.core.settings import QConfigSettings
+from qflow.study.checks import check_config
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from qflow.core.qconfig import QConfig
+    from qflow.report.console import Console
+    from qflow.trial.diagnosis import Diagnosis
+
+STAGES = ("badcase", "layers", "sensitivity", "advice", "qat_debug")
+
+
+def main() -> None:
+    """Entry point."""
+    run_command("analyze", analyze)
+
+
+def analyze(config: DictConfig) -> int:
+    """Run the stages that were asked for. Returns 1 where qat_debug finds a fault."""
+    unknown = [stage for stage in config.stages if stage not in STAGES]
+    if unknown or not config.stages:
+        raise ConfigError(f"stages are of {', '.join(STAGES)}, but got {list(config.stages)}. Name one.")
+    check_config(config)
+    stages = [stage for stage in STAGES if stage in config.stages]
+    code = debug_qat(config) if "qat_debug" in stages else 0
+    rest = [stage for stage in stages if stage != "qat_debug"]
+    if rest:
+        diagnose(config, rest)
+    return code
+
+
+def diagnose(config: DictConfig, stages: list[str]) -> None:
+    """Bad cases, layers, sensitivity and advice of the task's model under `qconfig`."""
+    from qflow.report.analysis_files import write_analysis
+    from qflow.report.console import Console
+    from qflow.study.assemble import make_evaluator
+    from qflow.tracking.mlflow_tracker import MlflowTracker
+    from qflow.trial.diagnosis import Diagnosis
+
+    settings = trial_settings(config).qconfig
+    check_filters(config, stages)
+    root = root_dir(config)
+    tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
+    evaluator = make_evaluator(config)
+    evaluator.check_data()
+    console = Console()
+    evaluator.searches, evaluator.cache.say = root / "cache" / "searches", console.say
+    if settings.needs_ranking:
+        with console.stage("ranking") as say, console.bar("ranking", evaluator.quantizers, "rows") as advance:
+            say(f"{len(evaluator.rank(advance).rows)} rows of the all-int8 model: what qconfig chooses by")
+    diagnosis = Diagnosis(evaluator, settings)
+    what, suffix = named(settings, diagnosis.qconfig({}))
+    run_stages(diagnosis, stages, console, lambda: diagnosis.shown_layers(config.prefixes, config.types))
+    folder = root / "analyze" / f"{evaluator.task.name}{suffix}"
+    pictures = write_analysis(
+        diagnosis, folder, f"{evaluator.task.name}: {what}", list(config.prefixes), list(config.types)
+    )
+    name = f"{evaluator.task.name}/analyze{suffix}"
+    run = tracker.open_study(
+        name,
+        tags={"qflow.workflow": "analyze", "qflow.stages": ",".join(stages)},
+        params={"task": evaluator.task.name, "march": config.device.march, "template": config.qconfig.template},
+        description=f"Analysis of {evaluator.task.name}, {what}: analysis.html has it all.",
+    )
+    tracker.clear(run)  # files of an earlier analysis, perhaps of other stages, would pass for this one's
+    tracker.log_study(run, folder=folder)
+    tracker.close_study(run)
+    console.say(f"{'written':<12} {folder / 'analysis.html'} and {len(pictures)} pictures; MLflow run {name}")
+
+
+def check_filters(config: DictConfig, stages: list[str]) -> None:
+    """Refuse what the stages could not use. Raises ConfigError."""
+    if (config.prefixes or config.types) and not {"layers", "advice"} & set(stages):
+        raise ConfigError(
+            f"prefixes and types choose rows of the layer table, but got stages {', '.join(stages)}. Add layers."
+        )
+
+
+def named(settings: QConfigSettings, applied: QConfig) -> tuple[str, str]:
+    """(what is analysed, in words; the end of its folder's name): a mix is named by its digest, as tune prints it."""
+    if settings == QConfigSettings(template=settings.template):
+        return f"all {settings.template}", "" if settings.template == "qint8" else f"-{settings.template}"
+    wide = sum(op.output == "qint16" for op in applied.ops.values())
+    half = sum(op.output == "float16" for op in applied.ops.values())
+    mix = f"qconfig {applied.digest} with {wide} outputs int16 and {half} float16 of {len(applied.ops)}"
+    return mix, f"-{applied.digest[:8]}"
+
+
+def run_stages(
+    diagnosis: Diagnosis, stages: list[str], console: Console, on_layers: Callable[[], object] = lambda: None
+) -> None:
+    """Each stage with its bar and its line; `on_layers` may refuse the layer table before anything long runs."""
+    from qflow.analysis.layers.text import layers_line
+
+    evaluator = diagnosis.evaluator
+    with console.stage("bad cases") as say, console.bar("bad cases", evaluator.badcase_stage.steps, "steps") as advance:
+        table = diagnosis.find_badcases(advance)
+        say(f"the {len(table.chosen)} worst of {table.samples} samples by {table.metric}: {list(table.chosen[:6])}")
+    for finding in table.findings:
+        console.say(f"{'':<12} {finding.op}: {finding.message}")
+    if "layers" in stages or "advice" in stages:
+        with console.stage("layers") as say:
+            say(layers_line(diagnosis.compare_layers()))
+            on_layers()
+    if "sensitivity" in stages or "advice" in stages:
+        with console.stage("sensitivity") as say, console.bar("sensitivity", evaluator.quantizers, "rows") as advance:
+            ranked = diagnosis.rank(advance)
+            top = ranked.rows[0]
+            say(f"{len(ranked.rows)} rows, most sensitive: {top.op_name} ({top.sensitive_type} {top.score:.3g})")
+        console.say(f"{'':<12} {ranked.method}")
+        for finding in ranked.findings:
+            console.say(f"{'':<12} {finding.message}")
+    if "advice" in stages:
+        with console.stage("advice") as say:
+            advice = diagnosis.advise()
+            say(f"{len(advice)} operators stand out" if advice else "nothing stands out")
+        for a in advice[:6]:
+            what = shlex.quote(a.line) if a.line else a.text
+            console.say(f"{'':<12} {a.op}: {a.cause} ({a.source}, {a.gain:.0%})  {what}")
+        if any(a.line for a in advice):
+            with console.stage("fidelity") as say:
+                checked = diagnosis.check_advice()
+                say(f"following it moves the outputs from {checked.before:.3g} to {checked.after:.3g} off float")
+            together = [f"all together: {shlex.quote(checked.line)}"] if checked.line else []
+            for text in (*together, *checked.left_out):
+                console.say(f"{'':<12} {text}")
+
+
+def debug_qat(config: DictConfig) -> int:
+    """The debug order of QAT on the task, under `qconfig`, `calibration` and `qat`."""
+    from torch import nn
+
+    from qflow.analysis.advice.qat_debug import qat_debug
+    from qflow.core.record import to_json
+    from qflow.quant.model.calibrate import apply_scales
+    from qflow.study.assemble import make_evaluator
+    from qflow.tasks.task import evaluate
+    from qflow.trial.training import TrainBatches
+
+    settings = trial_settings(config)
+    evaluator = make_evaluator(config)
+    if evaluator.training is None or not settings.qat.steps:
+        raise ConfigError(
+            "qat_debug needs a training, but got none. Choose a qat=<name> with steps and a loss._target_."
+        )
+    training, task = evaluator.training, evaluator.task
+    _, applied = evaluator.resolve(settings.qconfig)
+    apply_scales(evaluator.prepared, evaluator.calibrate(settings.calibration), applied, settings.calibration)
+
+    def metric(model: nn.Module) -> float:
+        return evaluate(task, model, evaluator.eval_batch)[0]
+
+    found = qat_debug(
+        task.model,
+        evaluator.prepared,
+        lambda: TrainBatches(task, settings.qat),
+        training.loss,
+        lambda groups: training.optimizer(groups, lr=settings.qat.learning_rate),
+        metric,
+        settings.qat,
+        qconfig=applied,
+        calibration=settings.calibration,
+        tolerance=config.objective.max_drop,
+        goal=config.objective.max_drop,
+        maximize=task.direction == "maximize",
+    )
+    folder = root_dir(config) / "analyze" / task.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "qat_debug.json").write_text(to_json(found, indent=1))
+    print(f"{'float':<18}{found.float_metric:.4f}")
+    print(f"{'calibrated':<18}{found.calibrated_metric:.4f}")
+    for stage in found.stages:
+        value = "stopped" if stage.metric is None else f"{stage.metric:.4f}"
+        verdict = "passes" if stage.passed else "at fault"
+        print(f"{stage.name:<18}{value:<9} against {stage.reference:.4f}  {verdict}  {stage.note}".rstrip())
+    print(f"{'tolerance':<18}{found.tolerance:g} a stage (objective.max_drop), at rate 0 none")
+    print(f"{'verdict':<18}{found.verdict}")
+    print(f"{'written':<18}{folder / 'qat_debug.json'}")
+    return int(not all(stage.passed for stage in found.stages))

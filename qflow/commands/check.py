@@ -1,0 +1,58 @@
+"""python -m qflow.check: what the device will make of a model under a qconfig, before anything is tuned.
+
+Traces, calibrates and checks; writes model_check_result.txt with the guide's sections, the same as records, and
+prints what deserves a look. Exit code 0: nothing wrong; 1: an error-level finding; 2: a mistake in what was asked.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qflow.config.command import run_command
+from qflow.config.settings import root_dir, trial_settings
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+SHOWN = 12  # findings on the console; the file has all
+
+
+def main() -> None:
+    """Entry point."""
+    run_command("check", check)
+
+
+def check(config: DictConfig) -> int:
+    """Check the task's model under `qconfig` and `calibration`. Returns 1 where a finding is an error."""
+    from qflow.analysis.checks.calibration_check import calibration_findings
+    from qflow.analysis.checks.model_check import check_model, check_text
+    from qflow.core.record import to_json
+    from qflow.quant.model.calibrate import apply_scales
+    from qflow.study.assemble import make_evaluator
+    from qflow.study.checks import check_config
+
+    check_config(config)
+    settings = trial_settings(config)
+    evaluator = make_evaluator(config)
+    evaluator.check_data()
+    if settings.qconfig.needs_ranking:
+        evaluator.rank()
+    requested, applied = evaluator.resolve(settings.qconfig)
+    stats = evaluator.calibrate(settings.calibration)
+    silent = apply_scales(evaluator.prepared, stats, applied, settings.calibration)
+    found = calibration_findings(evaluator.prepared, stats, applied, silent)
+    result = check_model(evaluator.graph, requested, applied, found, settings.calibration.method)
+    folder = root_dir(config) / "check" / evaluator.task.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model_check_result.txt").write_text(check_text(result))
+    (folder / "model_check.json").write_text(to_json(result, indent=1))
+    lowered = sum(row.applied != row.requested for row in result.rows)
+    print(f"{'model':<12}{len(evaluator.graph.nodes)} operators, float graph proven equal; march {applied.march}")
+    print(f"{'qconfig':<12}{len(result.rows)} rows, {lowered} not as asked; digest {applied.digest}")
+    notable = [f for f in result.findings if f.level != "info"]
+    for finding in notable[:SHOWN]:
+        print(f"{finding.level:<12}{finding.op}: {finding.message}")
+    more = f", {len(notable) - SHOWN} more" if len(notable) > SHOWN else ""
+    print(f"{'findings':<12}{len(notable)} to look at{more}, {len(result.findings) - len(notable)} notes")
+    print(f"{'written':<12}{folder / 'model_check_result.txt'}")
+    return int(any(f.level == "error" for f in result.findings))

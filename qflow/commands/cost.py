@@ -1,0 +1,145 @@
+"""python -m qflow.cost [+experiment=<name>]: what a qconfig costs on the device; `fit data=...` fits the parameters.
+
+Without `fit` the task's model is traced at its deployed shape and priced under `qconfig`: a table an operator, traffic,
+and what raising each operator to int16 would cost; printed, written to a folder and logged to an MLflow run. Exit code
+0: done; 1: outside what the model was validated on (the reason is printed); 2: a mistake in what was asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qflow.config.command import run_command
+from qflow.config.settings import plain, resolved_yaml, root_dir, trial_settings
+from qflow.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from qflow.cost_model.records import CostReport
+
+SHOWN = 12  # operators on the console; the file has all
+
+
+def main() -> None:
+    """Entry point."""
+    run_command("cost", cost)
+
+
+def cost(config: DictConfig) -> int:
+    """Report or fit. Returns 1 where the figures should not be published."""
+    if config.mode == "fit":
+        return fit(config)
+    if config.mode != "report":
+        raise ConfigError(f"mode is report or fit, but got {config.mode}. Write `qflow.cost fit data=...`.")
+    if config.fps is not None and not config.fps > 0:
+        raise ConfigError(f"fps is a number of frames a second above 0, but got {config.fps:g}.")
+    return report(config)
+
+
+def report(config: DictConfig) -> int:
+    """Price the task's model under `qconfig`."""
+    from qflow.core.dtype import QDtype
+    from qflow.cost_model.table import cost_metrics, cost_text
+    from qflow.study.assemble import make_evaluator
+    from qflow.study.checks import check_config
+    from qflow.tracking.mlflow_tracker import MlflowTracker
+
+    check_config(config)
+    settings = trial_settings(config)
+    root = root_dir(config)
+    tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
+    evaluator = make_evaluator(config)
+    if settings.qconfig.needs_ranking:
+        evaluator.rank()
+    _, applied = evaluator.resolve(settings.qconfig)
+    found, int8, int16 = (
+        evaluator.cost(applied),
+        evaluator.template(QDtype.qint8)[1],
+        evaluator.template(QDtype.qint16)[1],
+    )
+    promotions = evaluator.pricer.promotions(applied)
+    folder = root / "cost" / evaluator.task.name
+    write(folder, found, promotions, config)
+    print(cost_text(found, SHOWN, config.fps), end="")
+    change = evaluator.pricer.change(int8, applied)
+    if applied.digest != int8.digest:
+        print(f"{'to all-int8':<12}{change.ratio:.3f} of its BPU time [{change.low:.3f}, {change.high:.3f}]")
+    for layer in evaluator.unmatched:
+        print(f"{'unmatched':<12}{layer}")
+    dearest = sorted(promotions.items(), key=lambda item: -item[1])[:3]
+    if dearest:
+        more = evaluator.pricer.bpu_ms(int16) - found.bpu_ms
+        alone = ", ".join(f"{name} {ms * 1e3:+.1f} us" for name, ms in dearest)
+        print(f"{'int16 costs':<12}{more:+.3f} ms for all that the device runs in it; most for one alone: {alone}")
+    name = f"{evaluator.task.name}/cost-{applied.digest[:8]}"  # a run a qconfig, so that the UI compares them
+    run = tracker.open_study(
+        name,
+        tags={"qflow.workflow": "cost", **({"qflow.cost_refusal": found.refusal} if found.refusal else {})},
+        params={
+            "task": evaluator.task.name,
+            "march": config.device.march,
+            "qconfig": applied.digest,
+            "qconfig.template": config.qconfig.template,
+            "qconfig.int16_ratio": config.qconfig.int16_ratio,
+        },
+        description=f"Cost of {evaluator.task.name} on {config.device.march}: cost.png and cost.json for people, "
+        "cost.csv has it all, promotions.json what int16 costs an operator.",
+    )
+    tracker.log_study(run, folder=folder, metrics=cost_metrics(found))
+    tracker.close_study(run)
+    print(f"{'written':<12}{folder / 'cost.csv'}; MLflow run {name}")
+    return int(bool(found.refusal))
+
+
+def write(folder: Path, found: CostReport, promotions: Mapping[str, float], config: DictConfig) -> None:
+    """The report's files: text, picture and tables for people, CSV and record with everything, the configuration."""
+    from qflow.core.record import to_json
+    from qflow.cost_model.table import cost_csv, cost_json, cost_text, promotions_csv, promotions_json
+    from qflow.report.cost_picture import cost_bars
+
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "config.yaml": resolved_yaml(config),
+        "cost.txt": cost_text(found, fps=config.fps),
+        "cost.csv": cost_csv(found),
+        "cost.json": cost_json(found),
+        "cost_record.json": to_json(found, indent=1),
+        "promotions.csv": promotions_csv(promotions, "qint16"),
+        "promotions.json": promotions_json(promotions, "qint16"),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    cost_bars(found, folder / "cost.png")
+
+
+def fit(config: DictConfig) -> int:
+    """Fit the parameters to `data`, print the validation, and write `out`."""
+    from qflow.config.device_cost import cost_section, write_cost
+    from qflow.core.device import DeviceRules
+    from qflow.cost_model.fit import fit_networks
+    from qflow.cost_model.model import CostModel
+    from qflow.cost_model.networks import CLOCKS, read_networks
+
+    march = config.device.march
+    if config.data is None:
+        raise ConfigError("A fit needs measured networks, but got none. Give data=<file.csv>.")
+    if march not in CLOCKS:
+        raise ConfigError(f"A fit is for {', '.join(CLOCKS)}, but got {march}. Choose device=nash-m.")
+    networks, skipped = read_networks(config.data)
+    found = fit_networks(networks)
+    print(f"{'rows':<24}{found.rows} times of {len(found.families)} families: {', '.join(found.families)}")
+    for line in skipped:
+        print(f"{'not taken':<24}{line}")
+    for how in found.left_out:
+        name = how if how not in ("family", "network") else f"{how} left out"
+        print(f"{name:<24}{found.errors(how)}")
+    fitted = found.apply(CostModel(march=march, **plain(config.device.cost)))
+    print(cost_section(fitted), end="")
+    if config.out is not None:
+        rules = DeviceRules(march=march, oe_version=config.device.oe_version, **plain(config.device.rules))
+        write_cost(fitted, Path(config.out).expanduser(), rules)
+        print(f"{'written':<24}{config.out}")
+    return 0

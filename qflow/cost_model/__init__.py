@@ -1,0 +1,6 @@
+"""What a choice of precisions costs on the device: latency with its interval, traffic, weight bytes.
+
+It is not called `cost`: `qflow.cost` is a function of the library, and `python -m qflow.cost` a command.
+"""
+
+__all__ = ["fit", "latency", "measured", "model", "networks", "records", "table"]

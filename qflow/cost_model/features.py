@@ -1,0 +1,94 @@
+"""Work under a qconfig: the dtypes that each operator computes in, the casts between them, the bytes that it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from qflow.core.dtype import QDtype
+from qflow.core.graph import GEMM_KINDS, ModelGraph, OpKind
+from qflow.core.qconfig import OpQConfig, QConfig
+from qflow.cost_model.work import OpWork, work_of
+
+Ops = Mapping[str, OpQConfig]
+
+
+@dataclass(frozen=True)
+class OpFeatures:
+    """One operator's work with the dtypes that its engine computes in."""
+
+    work: OpWork
+    input_dtype: QDtype
+    weight_dtype: QDtype | None
+    """Dtype of what a GEMM multiplies its (widest) input with; None for what is no GEMM."""
+    output_dtype: QDtype | None
+    cast: int
+    """Elements of inputs whose dtype must change first."""
+    weight_bytes: int
+    """Bytes that are part of the model: weights, and constants at the dtype that they are read in."""
+
+
+def features(graph: ModelGraph, qconfig: QConfig) -> tuple[OpFeatures, ...]:
+    """One row an operator of `graph`, traced at the deployed shape, under `qconfig`."""
+    return tuple(under(work_of(graph), qconfig.ops))
+
+
+def under(works: Sequence[OpWork], ops: Ops) -> Iterator[OpFeatures]:
+    """The rows of `works` under `ops`: all that a search has to do again for another choice of dtypes."""
+    for work in works:
+        op = ops[work.owner] if work.owner is not None else None
+        arriving = _arriving(work, op, ops)
+        known = [d for at in arriving for d in at if d != QDtype.float32]
+        computed = max(known, key=_rank) if known else (op.output if op and op.output else QDtype.qint8)
+        if op is not None and op.output == QDtype.float16:
+            computed = QDtype.float16
+        yield OpFeatures(
+            work=work,
+            input_dtype=computed,
+            weight_dtype=_weight_dtype(work, op, known),
+            output_dtype=op.output if op else None,
+            cast=0 if work.transparent else _casts(work, op, ops, computed),
+            weight_bytes=_stored_bytes(work, op) if work.weights else 0,
+        )
+
+
+_RANK = {dtype: dtype.rank for dtype in QDtype}
+_rank = _RANK.__getitem__
+
+
+def _arriving(work: OpWork, op: OpQConfig | None, ops: Ops) -> list[list[QDtype]]:
+    """Dtypes at each input position as the operator computes with them; an asked one counts, not the producer's."""
+    asked = op.input if op and op.input else ()
+    return [
+        [asked[i]] if i < len(asked) and asked[i] is not None else [ops[o].output or QDtype.float32 for o in owners]  # type: ignore[list-item]
+        for i, owners in enumerate(work.inputs)
+    ]
+
+
+def _weight_dtype(work: OpWork, op: OpQConfig | None, inputs: Sequence[QDtype]) -> QDtype | None:
+    if work.kind == OpKind.matmul:
+        return min(inputs, key=_rank) if len(inputs) > 1 else QDtype.qint8
+    if work.kind in GEMM_KINDS:
+        return (op.weight if op else None) or QDtype.qint8  # a functional's weight is a constant
+    return None
+
+
+def _stored_bytes(work: OpWork, op: OpQConfig | None) -> int:
+    dtype = (op.output if work.kind == OpKind.constant else op.weight) if op else None
+    return work.weights * dtype.bits // 8 if dtype else 0
+
+
+def _casts(work: OpWork, op: OpQConfig | None, ops: Ops, to: QDtype) -> int:
+    """Elements that must change dtype: because another input is wider, because the operator asks for it, or at the
+    border between integers and fp16.
+    """
+    several = len(work.inputs) > 1 and work.kind != OpKind.matmul
+    total = 0
+    for i, owners in enumerate(work.inputs):
+        held = [ops[owner].output for owner in owners]
+        asked = op.input[i] if op and op.input and i < len(op.input) else None
+        wider = several and any(d is not None and d != to for d in held)
+        border = any(d is not None and (d == QDtype.float16) != (to == QDtype.float16) for d in held)
+        if wider or border or (asked is not None and any(d != asked for d in held)):
+            total += work.input_elements[i]
+    return total

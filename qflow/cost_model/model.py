@@ -1,0 +1,143 @@
+"""The additive operator model of one march: its parameters, and the time of one operator.
+
+    T_op  = [tau*gemm + k_mac*(MAC/M + large*MAC/L + ATT/A) + k_soft*SOFT/S + k_vec*(LUT+CAST+FP16)/V] / f  +  bytes / B
+    T_bpu = T0 + sum of T_op + float outputs / F;      latency (1 thread) = T_bpu + H
+
+MAC has padded channels and no depthwise convolution (its rate cannot be told from the rows: GEMM call and weights
+only), ATT are the matmuls and SOFT the softmax of attention, LUT the elements of SiLU, GELU, sigmoid and their like,
+FP16 those of any other element-wise operator that runs in fp16 on the vector unit (in integers its time is not known).
+`large`, of the network, is the share of its MACs beyond t = `large_gemm_gmac` a GEMM: max(0, 1 - t*GEMMs/MAC).
+Networks of large GEMMs run slower than their MACs say, weights and look-ups taken into account; that their tensors
+leave the on-chip memory is inferred. Parameters are fitted to published board measurements (fit.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from qflow.core.dtype import QDtype
+from qflow.core.errors import ConfigError
+from qflow.cost_model.features import OpFeatures
+from qflow.cost_model.work import OpWork
+
+Range = tuple[float, float, float]
+"""Lowest, likely and highest value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """Parameters of one march; defaults are those of nash-m (S100P as its stand-in)."""
+
+    march: str = "nash-m"
+    clock_ghz: float = 1.5
+    fixed_ms: float = 0.0549
+    gemm_us_ghz: float = 1.718
+    gmac_per_ms_ghz: float = 19.2
+    large_gemm_gmac: float = 0.5
+    large_gmac_per_ms_ghz: float = 30.3
+    attention_gmac_per_ms_ghz: float = 1.062
+    lut_melem_per_ms_ghz: float = 22.7
+    softmax_melem_per_ms_ghz: float = 15.7
+    weight_mb_per_ms: float = 61.2
+    host_ms: float = 0.32
+    float_melem_per_ms: float = 1.56
+    host_dequantize: bool = False
+    """True if float outputs are converted on the host; builds usually strip the dequantize nodes."""
+    nominal_mac_per_cycle: float = 42700.0
+    """Headline int8 TOPS / 2 / clock: what utilisation is measured against."""
+    onchip_mb: float | None = None
+    """On-chip memory that activations may live in; its size is not published."""
+    mac_factors: Mapping[str, Sequence[float]] = field(
+        default_factory=lambda: {
+            "qint8/qint8": (1.0, 1.0, 1.0),
+            "qint16/qint8": (1.8, 2.0, 2.9),
+            "qint8/qint16": (1.8, 2.0, 2.9),
+            "qint16/qint16": (2.0, 4.0, 4.0),
+        }
+    )
+    """Input / weight dtype -> lowest, likely and highest cost of a MAC relative to int8."""
+    vector_factors: Mapping[str, Sequence[float]] = field(
+        default_factory=lambda: {"qint8": (1.0, 1.0, 1.0), "qint16": (1.0, 2.0, 3.0), "float16": (4.0, 8.0, 16.0)}
+    )
+    softmax_factors: Mapping[str, Sequence[float]] = field(
+        default_factory=lambda: {"qint8": (1.0, 1.0, 1.0), "qint16": (1.0, 2.0, 2.0), "float16": (4.0, 8.0, 16.0)}
+    )
+    provenance: str = ""
+    """What the parameters were fitted to, and how well they do on what they were not fitted to."""
+
+    def __post_init__(self) -> None:
+        """Refuse rates that no operator could run at, amounts that no device has, and factors that are no range."""
+        for name in RATES:
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"cost.{name} is a number above 0, but got {getattr(self, name):g}.")
+        for name in AMOUNTS:
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"cost.{name} is a number of at least 0, but got {getattr(self, name):g}.")
+        if self.onchip_mb is not None and not 0.0 < self.onchip_mb < math.inf:
+            raise ConfigError(f"cost.onchip_mb is a number above 0, or null for unknown, but got {self.onchip_mb:g}.")
+        for name in ("mac_factors", "vector_factors", "softmax_factors"):
+            table = getattr(self, name)
+            object.__setattr__(self, name, {key: _range(value, f"cost.{name}.{key}") for key, value in table.items()})
+
+    def large_share(self, works: Sequence[OpWork]) -> float:
+        """Share of a network's MACs beyond `large_gemm_gmac` a GEMM."""
+        gemms, gmacs = sum(w.gemm for w in works), sum(w.padded_macs for w in works) * 1e-9
+        return max(0.0, 1.0 - self.large_gemm_gmac * gemms / gmacs) if gmacs else 0.0
+
+    def compute_ms(self, row: OpFeatures, large: float) -> Range:
+        """Time of one operator without its weights, by the lowest, likely and highest factors of its dtypes.
+
+        Raises ConfigError for a dtype (pair) that has no factor.
+        """
+        work, weight = row.work, (row.weight_dtype or QDtype.qint8).value
+        fixed = self.gemm_us_ghz * 1e-3 * work.gemm
+        mac = work.padded_macs * 1e-9 * (1.0 / self.gmac_per_ms_ghz + large / self.large_gmac_per_ms_ghz)
+        mac += work.attention_macs * 1e-9 / self.attention_gmac_per_ms_ghz
+        elements = work.lut + row.cast
+        if row.input_dtype == QDtype.float16:
+            elements += work.elementwise + work.layer_norm + work.reduce
+        vector = elements * 1e-6 / self.lut_melem_per_ms_ghz
+        soft = work.softmax * 1e-6 / self.softmax_melem_per_ms_ghz
+        parts = [
+            (mac, self.mac_factors, f"{row.input_dtype.value}/{weight}"),
+            (vector, self.vector_factors, row.input_dtype.value),
+            (soft, self.softmax_factors, row.input_dtype.value),
+        ]
+        total = [fixed, fixed, fixed]
+        for amount, table, key in parts:
+            if amount:
+                total = [t + amount * k for t, k in zip(total, _factor(table, key, row), strict=True)]
+        low, likely, high = (t / self.clock_ghz for t in total)
+        return low, likely, high
+
+    def stream_ms(self, row: OpFeatures) -> float:
+        """Time to read the operator's weights."""
+        return row.weight_bytes * 1e-6 / self.weight_mb_per_ms
+
+
+RATES = (
+    *("clock_ghz", "gmac_per_ms_ghz", "large_gmac_per_ms_ghz", "attention_gmac_per_ms_ghz", "lut_melem_per_ms_ghz"),
+    *("softmax_melem_per_ms_ghz", "weight_mb_per_ms", "float_melem_per_ms", "nominal_mac_per_cycle"),
+)
+AMOUNTS = ("fixed_ms", "gemm_us_ghz", "large_gemm_gmac", "host_ms")
+
+
+def _range(value: Sequence[float] | float, where: str) -> Range:
+    """A factor as a range; a single number stands for itself. Raises ConfigError."""
+    try:
+        given = [float(value)] * 3 if isinstance(value, (int, float, str)) else [float(v) for v in value]
+    except (TypeError, ValueError):
+        given = []
+    if len(given) != 3 or not 0.0 < given[0] <= given[1] <= given[2] < math.inf:
+        raise ConfigError(f"{where} is a number above 0 or [lowest, likely, highest], but got {value}.")
+    return given[0], given[1], given[2]
+
+
+def _factor(table: Mapping[str, Sequence[float]], key: str, row: OpFeatures) -> Sequence[float]:
+    if key not in table:
+        raise ConfigError(
+            f"The device file prices {', '.join(table)}, but got {key} for {row.work.name}. Add a factor."
+        )
+    return table[key]

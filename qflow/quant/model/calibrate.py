@@ -1,0 +1,197 @@
+"""Calibration: one pass over the data gives statistics; scales for any method and dtype follow without data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qflow.core.dtype import QDtype
+from qflow.core.errors import DataError, QflowError
+from qflow.core.graph import OpKind
+from qflow.core.qconfig import QConfig
+from qflow.core.settings import CalibrationSettings
+from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.model.run import Collected
+from qflow.quant.model.weighted import WeightedLeaf
+from qflow.quant.trace.calling import call_model
+from qflow.quant.values.observer import Histogram
+
+
+@dataclass(frozen=True)
+class CalibrationStats:
+    """What one pass saw: a histogram a quantizer, over `samples` samples in `steps` batches."""
+
+    histograms: dict[str, Histogram]
+    samples: int
+    steps: int
+    calls: dict[str, dict[str, Histogram]] = field(default_factory=dict)
+    """Where calls share a quantizer: each call apart."""
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """Weights of functionals, by quantizer name."""
+    unseen: tuple[str, ...] = ()
+    """Operators that the pass met and tracing did not: they ran in float."""
+
+
+def collect(
+    prepared: QuantizedModel,
+    batches: Iterable[tuple[Any, int]],
+    on_step: Callable[[int], None] = lambda step: None,
+    sampling: int = CalibrationSettings.sampling,
+) -> CalibrationStats:
+    """Run the float model over `batches` of (model inputs, batch size) and gather all statistics in one pass.
+
+    The model is in eval mode meanwhile: dropout would be measured, and batch norms would learn. Raises DataError for
+    an empty calibration set, NaN, or data that the model does not take.
+    """
+    samples = steps = 0
+    with torch.no_grad(), _evaluating(prepared), prepared.collecting(sampling) as found:
+        for inputs, size in batches:
+            _run(prepared, inputs)
+            samples, steps = samples + size, steps + 1
+            on_step(steps)
+    if not steps:
+        raise DataError("Calibration needs data, but got an empty calibration set. Check task.data.")
+    return gathered(prepared, found, samples, steps)
+
+
+@contextmanager
+def _evaluating(prepared: QuantizedModel) -> Iterator[None]:
+    training = [module for module in prepared.modules() if module.training]
+    prepared.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _run(prepared: QuantizedModel, inputs: Any) -> None:
+    try:
+        call_model(prepared, inputs)
+    except (QflowError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:  # the user's forward may raise anything
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"The model must run on the calibration data, but got: {text.rstrip('.')}. Check task.data, or the items "
+            "given to calibrate."
+        ) from error
+
+
+def gathered(prepared: QuantizedModel, found: Collected, samples: int = 0, steps: int = 0) -> CalibrationStats:
+    """The statistics of the forward passes that filled `found`, the last ones of `prepared`."""
+    unseen = tuple(sorted(prepared.unseen))
+    return CalibrationStats(found.histograms, samples, steps, found.calls, found.weights, unseen)
+
+
+def apply_scales(
+    prepared: QuantizedModel, stats: CalibrationStats, qconfig: QConfig, settings: CalibrationSettings
+) -> list[str]:
+    """Set dtypes from `qconfig` and scales from `stats`; returns findings (never reached, always zero).
+
+    A quantizer without a range stays at float32, because any scale would clip what comes later to about 0.
+    Weights take minmax per output channel of the folded weight whatever the method, as in the plugin.
+    """
+    prepared.configure(qconfig)
+    findings = []
+    for node in prepared.graph.quantized:
+        quantizer = prepared.outputs[node.quantizer]  # type: ignore[index]
+        quantizer.clear_scale()
+        quantizer.clip = settings.float16_clip
+        if quantizer.dtype is None or not quantizer.dtype.is_integer:
+            continue
+        op = qconfig.ops[node.name]
+        fixed = op.pinned_scale()
+        histogram = stats.histograms.get(quantizer.name)
+        if fixed is not None:
+            quantizer.set_scale(fixed)
+        elif histogram is None or histogram.largest == 0.0:
+            quantizer.dtype = QDtype.float32
+            exact = node.kind == OpKind.constant or quantizer.keeps_mask  # zero is exact on every grid, so is a mask
+            if not exact or histogram is None:
+                why = "was not reached by" if histogram is None else "was always zero on"
+                findings.append(f"{node.name} {why} the calibration data: left unquantized, give it a fixed scale")
+        else:
+            # int16 takes the largest value with a margin, whatever observer a template brings for int8
+            method = op.observer if quantizer.dtype == QDtype.qint8 or op.own_observer else None
+            quantizer.set_scale(histogram.scale(quantizer.dtype, settings, method))
+    findings += _set_requant_scales(prepared, stats, qconfig, settings)
+    set_weight_scales(prepared, stats, settings)
+    return findings
+
+
+def _set_requant_scales(
+    prepared: QuantizedModel, stats: CalibrationStats, qconfig: QConfig, settings: CalibrationSettings
+) -> list[str]:
+    """Scales of inputs that ask for another dtype than they are given in: they cover whatever arrives there.
+
+    Of all sources (a write merges several) and of all calls of a shared module; fixed scales and known ranges count.
+    """
+    findings = []
+    quantizers: dict[str, Any] = {str(q.name): q for q in prepared.requants}
+    for name, op in qconfig.ops.items():
+        for position, dtype in enumerate(op.input or ()):
+            if dtype is None or not dtype.is_integer:
+                continue
+            quantizer = quantizers[f"{name}:{position}"]
+            reach = max(
+                _reach(prepared, stats, qconfig, settings, s, dtype) for s in _sources(prepared, name, position)
+            )
+            if reach == 0.0:
+                quantizer.dtype = QDtype.float32  # type: ignore[assignment]
+                findings.append(f"{name} input {position} has no range: left as its producer gives it")
+            else:
+                quantizer.set_scale(reach / _divisor(dtype, settings))
+    return findings
+
+
+def _sources(prepared: QuantizedModel, name: str, position: int) -> list[str]:
+    """Operators whose quantized results arrive at an input of `name`, over all calls that share its quantizer."""
+    graph = prepared.graph
+    calls = [n for n in graph.nodes if n.quantizer == graph.by_name[name].quantizer and position < len(n.inputs)]
+    return [source for call in calls for source in graph.source(call.inputs[position])]
+
+
+def _reach(
+    prepared: QuantizedModel,
+    stats: CalibrationStats,
+    qconfig: QConfig,
+    settings: CalibrationSettings,
+    source: str,
+    dtype: QDtype,
+) -> float:
+    """The largest |x| that `source` gives: by its fixed scale or known range, else as calibration saw it; 0 unknown."""
+    quantizer = prepared.graph.by_name[source].quantizer
+    op = next(qconfig.ops[n.name] for n in prepared.graph.quantized if n.quantizer == quantizer)
+    if op.known_range is not None and op.fixed_scale is None:
+        return max(abs(bound) for bound in op.known_range)
+    if op.fixed_scale is not None and op.output is not None and op.output.is_integer:
+        return op.fixed_scale * -op.output.qmin
+    histogram = stats.histograms.get(quantizer or "")
+    return 0.0 if histogram is None else histogram.threshold(dtype, settings)
+
+
+def _divisor(dtype: QDtype, settings: CalibrationSettings) -> float:
+    return -dtype.qmin - (0.5 if settings.divisor == "plugin" else 0.0)
+
+
+def set_weight_scales(prepared: QuantizedModel, stats: CalibrationStats, settings: CalibrationSettings) -> None:
+    """Scales of all weights: largest |w| of each output channel (or along the asked axis), batch norm folded in."""
+    modules = dict(prepared.model.named_modules())
+    with torch.no_grad():
+        for name, quantizer in prepared.weights.items():
+            quantizer.clear_scale()
+            if quantizer.dtype is None or not quantizer.dtype.is_integer:
+                continue
+            leaf = modules.get(name)
+            weight = leaf.folded()[0] if isinstance(leaf, WeightedLeaf) else stats.weights.get(name)
+            if weight is None:
+                quantizer.dtype = QDtype.float32  # its operator was not reached: reported with its output
+                continue
+            others = [d for d in range(weight.ndim) if d != quantizer.axis]
+            quantizer.set_scale(weight.abs().amax(dim=others) / _divisor(quantizer.dtype, settings))

@@ -1,0 +1,43 @@
+"""A prepared model traced again at another shape: its graph there, for cost."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from qflow.core.errors import ModelError
+from qflow.core.graph import ModelGraph
+from qflow.quant.model.leaf import Leaf
+from qflow.quant.model.plan import make_plan
+from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.trace.trace import trace
+from qflow.quant.trace.tracer import Tracer
+
+
+def graph_at(prepared: QuantizedModel, inputs: Any, way_out: str = "Give inputs=....") -> ModelGraph:
+    """The fused graph of `prepared` on `inputs`. Raises ModelError where it does not run or has other operators."""
+    model, skipped = _unswapped(prepared.model), prepared.plan.skipped
+    try:
+        tracer = Tracer(model)
+        tracer.given = prepared.plan.sites
+        graph = make_plan(trace(model, inputs, skipped, tracer), model, skipped).graph
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"The model must run at the shape that is costed, but got: {text}. {way_out}") from error
+    odd = sorted({n.name for n in graph.nodes} ^ {n.name for n in prepared.graph.nodes})
+    if odd:
+        rule = "The model has the same operators at the shape that is costed"
+        raise ModelError(f"{rule}, but got differences at {odd[:3]}: a branch on the size. {way_out}")
+    return graph
+
+
+def _unswapped(model: nn.Module) -> nn.Module:
+    """A copy of the user's model with its own classes back; it shares the tensors."""
+    shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    twin = copy.deepcopy(model, shared).eval()
+    for module in twin.modules():
+        if isinstance(module, Leaf):
+            module.__class__ = type(module).__bases__[1]
+    return twin

@@ -1,0 +1,172 @@
+"""prepare: a float model in, a `QuantizedModel` with named quantizers out; the float model is left as it was.
+
+Nothing is traced wrongly without a word: the prepared model's float graph is compared with the model on the example
+and on another batch size, bit for bit (within 1e-4 of the norm where attention was written out in parts), and a
+value that reaches an operator by a way that tracing cannot see is found by tracing twice on different inputs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qflow.core.errors import ModelError, QflowError
+from qflow.core.signature import mismatch
+from qflow.quant.model.plan import make_plan
+from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.model.verify import holder, verify_float
+from qflow.quant.trace.calling import map_named
+from qflow.quant.trace.ops import is_leaf
+from qflow.quant.trace.tape import Tape
+from qflow.quant.trace.trace import trace
+
+Skip = str | type[nn.Module] | Sequence[str | type[nn.Module]]
+"""Modules that stay float: by path, class name or class; one, or several."""
+TOLERANCE = 1e-4
+"""Relative norm by which a float graph with decomposed attention may differ from the model in float32."""
+
+
+def prepare(model: nn.Module, example_inputs: Any, skip: Skip = ()) -> QuantizedModel:
+    """Trace `model` (eval mode) on `example_inputs`, fuse, place quantizers, and prove the float graph unchanged.
+
+    `example_inputs` is a tensor, a tuple to splat or a dict of keyword arguments; the batch axis comes first.
+    `skip` are module names, class names or classes that stay in float. Raises ModelError where the model cannot
+    run, has no float output, or the comparison fails.
+    """
+    if model.training:
+        raise ModelError("A model is prepared in eval mode, but got one in train mode. Call model.eval() first.")
+    if is_leaf(model):
+        raise ModelError(f"A model holds modules, but got a single {type(model).__name__}. Wrap it in nn.Sequential.")
+    scripted = next((n or "model" for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    paths = skipped_paths(model, skip)
+    if scripted is not None:
+        raise ModelError(f"A model is plain PyTorch, but got TorchScript at {scripted}. Give the original module.")
+    tape = _trace(model, example_inputs, paths)
+    _refuse_unseen(tape, model, example_inputs, paths)
+    prepared = QuantizedModel(model, make_plan(tape, model, paths)).eval()
+    try:
+        _verify(model, prepared, example_inputs, TOLERANCE if tape.decomposed else 0.0)
+    except ModelError as error:
+        found = holder(model)
+        if not found:
+            raise
+        raise ModelError(
+            "A function that a model keeps must not hold the model itself, because a prepared model is a copy, but got "
+            f"{found}. Make it a method."
+        ) from error
+    return prepared
+
+
+def _verify(model: nn.Module, prepared: QuantizedModel, inputs: Any, tolerance: float) -> None:
+    verify_float(model, prepared, inputs, tolerance)
+    try:
+        verify_float(model, prepared, map_named(_other_batch, inputs), tolerance)
+    except QflowError:
+        raise
+    except Exception as error:  # the user's forward may raise anything
+        raise ModelError(
+            f"The model must run at any batch size, but at one more sample got: {first_line(error)}. "
+            "Take the batch size from the input's shape."
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of somebody else's says, in one line."""
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+
+
+def skipped_paths(model: nn.Module, skip: Skip) -> frozenset[str]:
+    """Paths of the modules that `skip` names, by path, class name or class. Raises ModelError where none answers."""
+    if isinstance(skip, (str, type)):
+        skip = (skip,)
+    found: set[str] = set()
+    for wanted in skip:
+        paths = {
+            path
+            for path, module in model.named_modules()
+            if path and (path == wanted or type(module).__name__ == wanted or type(module) is wanted)
+        }
+        if not paths:
+            raise ModelError(
+                f"quant.skip names modules or classes of the model, but got {_called(wanted)!r}. "
+                f"{_nearest(model, _called(wanted))}"
+            )
+        found |= paths
+    return frozenset(p for p in found if not any(p.startswith(f"{other}.") for other in found))
+
+
+def _called(wanted: str | type[nn.Module]) -> str:
+    return wanted if isinstance(wanted, str) else wanted.__name__
+
+
+def _nearest(model: nn.Module, wanted: str) -> str:
+    """The names that look most like `wanted`, else the first there are."""
+    inside = dict(list(model.named_modules())[1:])
+    names = list(dict.fromkeys([*inside, *(type(m).__name__ for m in inside.values())]))
+    close = difflib.get_close_matches(wanted, names, 3) or [n for n in names if wanted.lower() in n.lower()][:3]
+    if close:
+        return f"Did you mean {', '.join(close)}?"
+    return f"There are: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}."
+
+
+def _trace(model: nn.Module, inputs: Any, skip: Collection[str]) -> Tape:
+    state = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        tape = trace(model, inputs, skip)
+    except QflowError:
+        raise
+    except Exception as error:  # the user's forward may raise anything
+        text = f"{first_line(error)}{mismatch(model.forward, inputs)}"
+        raise ModelError(
+            f"The model must run on a batch of its data, but got: {text}. Check task.model and task.data."
+        ) from error
+    changed = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, state[name])]
+    if changed:
+        raise ModelError(
+            f"A model in eval mode keeps no state between calls, but got {changed[0]} changed by one. "
+            "Reset it in forward."
+        )
+    names = [name for name, _ in tape.outputs]
+    if len(set(names)) < len(names):
+        raise ModelError(f"Outputs have different names, but got {sorted(names)}. Rename the keys.")
+    if not tape.outputs:
+        raise ModelError("A model has outputs computed from its inputs, but tracing found none. Return tensors.")
+    return tape
+
+
+def _refuse_unseen(tape: Tape, model: nn.Module, inputs: Any, skip: Collection[str]) -> None:
+    """Refuse a model in which a "constant" changes with the inputs: its way to the operator was not seen."""
+    if not tape.fingerprints:
+        return
+    try:
+        other = trace(model, map_named(_other_values, inputs), skip).fingerprints
+    except Exception:  # integers that only make sense beside their own sample (lengths)
+        other = trace(model, map_named(_other_floats, inputs), skip).fingerprints
+    for name, (reader, values) in tape.fingerprints.items():
+        if name in other and other[name][1] != values:
+            raise ModelError(
+                f"Tensors reach an operator through PyTorch operators, but got {name}, read by {reader}, computed "
+                "where tracing cannot see it (NumPy, TorchScript) or at random. Write it in torch and make the model "
+                "deterministic in eval mode, or skip the module (quant.skip)."
+            )
+
+
+def _other_values(name: str, value: Tensor) -> Tensor:
+    """The same shapes with other values, integers from another sample: what depends on them changes."""
+    if value.is_floating_point() or not value.ndim:
+        return _other_floats(name, value)
+    return value.roll(1, 0)
+
+
+def _other_floats(name: str, value: Tensor) -> Tensor:
+    return value * 0.97 + 0.003 if value.is_floating_point() else value
+
+
+def _other_batch(name: str, value: Tensor) -> Tensor:
+    """The same data at another batch size: batch n -> n + 1, the first item repeated at the end."""
+    return torch.cat([value, value[:1]]) if value.ndim > 0 else value

@@ -1,0 +1,109 @@
+"""The proof that a prepared model is the model: the same operators run, and with quantizers off the outputs are equal.
+
+Equal outputs alone prove little: a prepared model in which nothing was quantized is equal too. So the run is
+watched: every operator that was traced runs again, on the example and at another batch size, and none beside them
+that would have a quantizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qflow.core.errors import ModelError
+from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.trace.calling import call_model, named_tensors
+
+
+def verify_float(model: nn.Module, prepared: QuantizedModel, inputs: Any, tolerance: float = 0.0) -> None:
+    """Refuse a prepared model whose float graph is not the model's: bit for bit, or within `tolerance` of the norm."""
+    visited: set[str] = set()
+    prepared.watch, prepared.unseen = lambda name, value: visited.add(name), set()
+    try:
+        with torch.no_grad():
+            expected = named_tensors(call_model(model, inputs))
+            got = named_tensors(call_model(Observed(prepared.observed), inputs))
+        _same_operators(prepared, visited)
+    finally:
+        prepared.watch, prepared.unseen = None, set()
+    if [(n, t.shape) for n, t in expected] != [(n, t.shape) for n, t in got]:
+        raise ModelError(
+            f"The traced model must give the outputs {_shapes(expected)}, but got {_shapes(got)}. Keep no tensors "
+            "between calls."
+        )
+    for (name, a), (_, b) in zip(expected, got, strict=True):
+        _same_values(name, a, b, tolerance)
+
+
+def _same_operators(prepared: QuantizedModel, visited: set[str]) -> None:
+    plan = prepared.plan
+    missing, extra = sorted(plan.visited - visited), sorted(prepared.unseen)
+    if not missing and not extra:
+        return
+    places = {name: f" ({key[1]}, line {key[2]} of it)" for key, name in plan.sites.items() if key[1]}
+    what = f"{missing[0]}{places.get(missing[0], '')} left out" if missing else f"{extra[0]} that was not traced"
+    raise ModelError(
+        f"A model runs the same operators at every call and batch size, but got {what}. Fill caches in __init__ or "
+        "call the model once before, compute samples in one batch (or skip what loops over them), and ask "
+        "isinstance(m, nn.Conv2d), not type(m)."
+    )
+
+
+def _same_values(name: str, a: Tensor, b: Tensor, tolerance: float) -> None:
+    if torch.equal(a.isnan(), b.isnan()):
+        if torch.equal(a.nan_to_num(), b.nan_to_num()):
+            return
+        difference = float((a.double() - b.double()).nan_to_num().norm())
+        if difference <= tolerance * float(a.double().nan_to_num().norm()):
+            return
+        what = f"by {difference:.3g}"
+    else:
+        what = f"in {int((a.isnan() != b.isnan()).sum())} NaN"
+    close = f"within {tolerance:g}" if tolerance else "bit for bit"
+    raise ModelError(
+        f"The traced float graph must reproduce the model {close}, but output {name} differs {what}. "
+        "Make the model deterministic in eval mode."
+    )
+
+
+def _shapes(tensors: list[tuple[str, Tensor]]) -> str:
+    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors)
+
+
+def holder(model: nn.Module) -> str:
+    """A function kept by a module (a hook, a replaced forward) whose closure holds a module of `model`; empty if none.
+
+    A copy of the model keeps such a function as it is: what it calls is the original.
+    """
+    inside = {id(m) for m in model.modules()}
+    for path, module in model.named_modules():
+        kept = [*vars(module).items()]
+        for hooks in ("_forward_pre_hooks", "_forward_hooks"):
+            kept += [(hooks.strip("_")[:-1].replace("_", " "), hook) for hook in getattr(module, hooks).values()]
+        for name, function in kept:
+            cells = function.__closure__ or () if isinstance(function, FunctionType) else ()
+            if any(id(_content(cell)) in inside for cell in cells):
+                return f"{function.__qualname__} ({name} of {path or 'the model'})"
+    return ""
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
+
+
+class Observed(nn.Module):
+    """A function called as a module is."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)

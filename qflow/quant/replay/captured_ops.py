@@ -1,0 +1,261 @@
+"""The ops of a captured batch as things that can be run again: who reads whom, where quantizers act, float values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from qflow.core.graph import OpKind
+from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.model.weighted import WeightedLeaf
+from qflow.quant.replay.capture import Captured, ReplayError
+from qflow.quant.trace.ops import function_name
+from qflow.quant.trace.order import ORDER_CHANGING, in_order, indices_of
+from qflow.quant.trace.tape import Op, Ref, references, tensors_in
+from qflow.quant.values.fake_quant import FakeQuant
+
+Values = tuple[Tensor, ...]
+_CONTAINERS = (tuple, list, dict)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One quantizer on: `name` is that of an output quantizer (`weight` False) or of a weight quantizer."""
+
+    name: str
+    weight: bool
+    quantizer: FakeQuant
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Where a quantizer acts: on an op's result, on one of its arguments (`slot`), or as its weight.
+
+    `at` is the op whose result changes: the folded batch norm where the weight is that of the op before it.
+    """
+
+    op: int
+    at: int
+    kind: str
+    slot: int = -1
+
+
+class Ops:
+    """The live ops of a tape with what links them: who reads whom, where quantizers act, how an op is run."""
+
+    def __init__(self, model: nn.Module, prepared: QuantizedModel, captured: Captured) -> None:
+        tape, plan = captured.tape, prepared.plan
+        self.modules = dict(model.named_modules())
+        self.leaves = dict(prepared.model.named_modules())
+        self.tape, self.outputs = tape, captured.outputs
+        self.reads = {op.index: _reads(op) for op in tape.ops}
+        live = _live(self.reads, [ref.op for _, ref in captured.outputs])
+        self.ops = [op for op in tape.ops if op.index in live and (op.call is not None or op.kind == OpKind.input)]
+        self.last_use = {i: i for i in live}
+        for op in self.ops:
+            self.last_use.update(dict.fromkeys(self.reads[op.index], op.index))
+        for _, ref in captured.outputs:
+            self.last_use[ref.op] = len(tape.ops)
+        functions = [(op.index, op.call.function) for op in self.ops if op.call is not None]
+        self.ordering = {i for i, f in functions if f is not None and function_name(f) in ORDER_CHANGING}
+        self.patches: dict[tuple[bool, str], list[Patch]] = {}
+        self.folded = {norm: weighted for weighted, norm in plan.folds.items()}
+        norms = {op.module: op.index for op in self.ops if op.module in self.folded}
+        self.ends = {op.index: norms[plan.folds[op.module]] for op in self.ops if op.module in plan.folds}
+        """Weighted op -> its batch norm, which gives the result where it is folded."""
+        self.raw: frozenset[int] = frozenset()
+        """Ops that give something else when run than they did when captured."""
+        for op in self.ops:
+            self._place(op, prepared)
+
+    def _place(self, op: Op, prepared: QuantizedModel) -> None:
+        plan = prepared.plan
+        if op.name in plan.output_at:
+            self.add(False, plan.output_at[op.name], Patch(op.index, op.index, "result"))
+        for slot, name in plan.constants_at.get(op.name, {}).items():
+            self.add(False, name, Patch(op.index, op.index, "argument", slot))
+        if op.name in plan.weights_at:
+            weight = plan.weights_at[op.name]
+            self.add(True, weight.name, Patch(op.index, op.index, "argument", weight.slot))
+        elif op.module in prepared.weights:
+            self.add(True, op.module, Patch(op.index, self.ends.get(op.index, op.index), "weight"))
+
+    def add(self, weight: bool, name: str, patch: Patch) -> None:
+        self.patches.setdefault((weight, name), []).append(patch)
+
+    def arguments(self, call: Any, value: Callable[[Ref], Tensor]) -> tuple[Any, Any]:
+        """(args, kwargs) of a call with its `Ref`s replaced. Flat calls, nearly all, without walking a tree."""
+        args, kwargs = call
+        if len(args) == 1 and type(args[0]) is Ref and not kwargs:
+            return (value(args[0]),), kwargs
+        if all(type(v) not in _CONTAINERS for v in args) and not kwargs:
+            return tuple([value(v) if type(v) is Ref else v for v in args]), kwargs
+        found: tuple[Any, Any] = tree_map(lambda v: value(v) if isinstance(v, Ref) else v, call)
+        return found
+
+    def reaches(self, variant: Variant) -> bool:
+        """True if `variant` runs on this batch."""
+        return (variant.weight, variant.name) in self.patches
+
+    def of(self, variant: Variant) -> list[Patch]:
+        """Where `variant` acts. Raises ReplayError if nowhere on this batch."""
+        found = self.patches.get((variant.weight, variant.name))
+        if not found:
+            raise ReplayError(f"{variant.name} does not run on this batch")
+        return found
+
+    def run(self, op: Op, args: Any, kwargs: Any) -> Values:
+        """The float op; what it writes into is copied first."""
+        call = op.call
+        assert call is not None
+        if call.in_place:
+            args = (args[0].clone(), *args[1:])
+        if call.module is not None:
+            module = self.modules[call.module]
+            # What hooks on a leaf compute are ops of their own; what a skipped module does is its own affair.
+            forward = module if op.kind == OpKind.skipped else module.forward
+            return tuple(tensors_in(forward(*args, **kwargs)))
+        out = call.function(*args, **kwargs)
+        return (args[0],) if out is None else tuple(tensors_in(out))  # setitem gives nothing
+
+    def patched(self, op: Op, patch: Patch, quantizer: FakeQuant, args: Any, kwargs: Any) -> Values:
+        """The op (with its batch norm) with a quantized weight or argument."""
+        if patch.kind == "argument":
+            return self.run(op, *_with_argument(args, kwargs, patch.slot, quantizer))
+        leaf: Any = self.leaves[op.module or ""]
+        assert isinstance(leaf, WeightedLeaf)
+        weight, bias = leaf.folded()
+        return (leaf.run_with(quantizer(weight), bias, *args, **kwargs),)
+
+    def quantized(self, op: Op, prepared: QuantizedModel, args: Any, kwargs: Any) -> Values:
+        """The op as the prepared model runs it: arguments, weight and result through their quantizers.
+
+        A convolution whose batch norm is folded gives the norm's result; the norm then passes it on.
+        """
+        for slot, quantizer in prepared.arguments_of(op.name).items():
+            args, kwargs = _with_argument(args, kwargs, slot, quantizer)
+        leaf: Any = self.leaves.get(op.module or "")
+        weight = prepared.weights.get(op.module or "")
+        if op.module in self.folded and prepared.weights[self.folded[op.module]].active:
+            values: Values = (args[0] if args else kwargs["input"],)
+        elif weight is not None and weight.active and isinstance(leaf, WeightedLeaf):
+            folded, bias = leaf.folded()
+            values = (leaf.run_with(weight(folded), bias, *args, **kwargs),)
+        else:
+            values = self.run(op, args, kwargs)
+        name = prepared.plan.output_at.get(op.name)
+        return values if name is None else (prepared.outputs[name](values[0]), *values[1:])
+
+    def follows_order(self, op: Op, values: Callable[[], Values], args: Any, kwargs: Any) -> Values | None:
+        """What an order-changing op gives in the order of its float `values`; None for any other op."""
+        if op.index not in self.ordering:
+            return None
+        assert op.call is not None
+        name = function_name(op.call.function)
+        found = values()
+        indices = indices_of(name, found if len(found) > 1 else found[0])
+        return None if indices is None else tuple(tensors_in(in_order(name, indices, args, kwargs)))
+
+
+def _with_argument(args: Any, kwargs: Any, slot: int, quantizer: FakeQuant) -> tuple[Any, Any]:
+    """The arguments with the `slot`-th of their tensors quantized."""
+    position = iter(range(len(tensors_in((args, kwargs)))))
+
+    def quantize(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return quantizer(value) if next(position) == slot else value
+
+    found: tuple[Any, Any] = tree_map(quantize, (args, kwargs))
+    return found
+
+
+def _reads(op: Op) -> frozenset[int]:
+    if op.call is None:
+        return frozenset()
+    return frozenset(ref.op for ref in references((op.call.args, op.call.kwargs)))
+
+
+def _live(reads: dict[int, frozenset[int]], outputs: Sequence[int]) -> set[int]:
+    live: set[int] = set()
+    stack = list(outputs)
+    while stack:
+        index = stack.pop()
+        if index not in live:
+            live.add(index)
+            stack.extend(reads[index])
+    return live
+
+
+class Floats:
+    """Float values by op: those kept at capture; others are computed from their inputs when asked for."""
+
+    def __init__(self, ops: Ops, captured: Captured) -> None:
+        self.ops = ops
+        self.by_index = {op.index: op for op in ops.ops}
+        self.given = captured.inputs
+        self.kept = {i: v for i, v in captured.values.items() if i not in ops.raw} if captured.complete else {}
+        self.ends: dict[int, Values] = {}
+        """What the model gives: small, and asked for by every variant that does not reach it."""
+        self.complete = captured.complete
+        self.position = -1
+
+    def get(self, index: int) -> Values:
+        """The op's tensors."""
+        found = self._there(index)
+        if found is not None:
+            return found
+        values = self._compute(index)
+        if self.complete:
+            self.kept[index] = values
+        elif any(ref.op == index for _, ref in self.ops.outputs):
+            self.ends[index] = values
+        return values
+
+    def _there(self, index: int) -> Values | None:
+        if index in self.given:
+            return (self.given[index],)
+        return self.kept.get(index) or self.ends.get(index)
+
+    def _compute(self, index: int) -> Values:
+        """Run what it takes, in order; a value is let go of after its last reader among those."""
+        wanted, stack = {index}, [index]
+        while stack:
+            for i in self.ops.reads[stack.pop()]:
+                if i not in wanted and self._there(i) is None:
+                    wanted.add(i)
+                    stack.append(i)
+        last = {i: max((j for j in wanted if i in self.ops.reads[j]), default=i) for i in wanted}
+        found: dict[int, Values] = {}
+        for i in sorted(wanted):
+            found[i] = self._run(i, found)
+            for j in self.ops.reads[i]:
+                if last.get(j) == i:
+                    del found[j]
+        return found[index]
+
+    def _run(self, index: int, found: dict[int, Values]) -> Values:
+        def value(ref: Ref) -> Tensor:
+            return (found[ref.op] if ref.op in found else self.get(ref.op))[ref.position]
+
+        op = self.by_index[index]
+        assert op.call is not None
+        args, kwargs = self.ops.arguments((op.call.args, op.call.kwargs), value)
+        return self.ops.run(op, args, kwargs)
+
+    def advance(self, position: int) -> None:
+        """Hold what ops from `position` on read of those before it; only where not everything is kept."""
+        if self.complete:
+            return
+        for op in self.ops.ops:
+            if self.position < op.index < position and op.index not in self.given:
+                self.kept[op.index] = self._run(op.index, {})
+                for i in (op.index, *self.ops.reads[op.index]):
+                    if self.ops.last_use[i] <= op.index:
+                        self.kept.pop(i, None)
+        self.kept = {i: v for i, v in self.kept.items() if self.ops.last_use[i] >= position}
+        self.position = max(self.position, position - 1)

@@ -1,0 +1,224 @@
+"""Replay: run the ops of a captured batch again, only those that a changed quantizer reaches.
+
+A `Variant` is one quantizer switched on alone. From the first op that it touches on, what depends on it is computed
+again from the float values of everything else; the rest is taken as it was. Quantizers are the prepared model's own
+and read what they read there; float ops run folded (fused.py), so that outputs equal full forwards but for last bits.
+
+Several variants run as one wide batch where the batch axis is known to stay intact (widen.py): the samples of
+variant 0, of variant 1, ..., sorted by where they start, so that an op only computes for those that have begun.
+
+Float values are kept while they fit into `memory` bytes. Beyond that they move along with the variants: only what
+is still read later is held, and what a variant needs from elsewhere is computed for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.replay.capture import Captured, ReplayError
+from qflow.quant.replay.captured_ops import Floats, Patch, Values, Variant
+from qflow.quant.replay.fused import FusedOps
+from qflow.quant.replay.widen import Widths
+from qflow.quant.trace.calling import call_model, named_tensors
+from qflow.quant.trace.tape import Op, Ref
+from qflow.quant.values.fake_quant import FakeQuant
+
+
+class Replay:
+    """Variants of one captured batch, `widths` of them at a time. Use inside `torch.no_grad()`."""
+
+    def __init__(
+        self, model: nn.Module, prepared: QuantizedModel, captured: Captured, widths: Widths | None = None
+    ) -> None:
+        self.ops = FusedOps(model, prepared, captured)
+        self.floats = Floats(self.ops, captured)
+        self.widths = widths
+
+    def references(self) -> dict[str, Tensor]:
+        """Float outputs by name."""
+        return {name: self.floats.get(ref.op)[ref.position] for name, ref in self.ops.outputs}
+
+    def recomputed(self) -> dict[str, Tensor]:
+        """The same, run op by op from the inputs."""
+        floats = Floats(self.ops, Captured(self.ops.tape, self.ops.outputs, self.floats.given, {}, False))
+        floats.advance(len(self.ops.tape.ops))
+        return {name: floats.get(ref.op)[ref.position] for name, ref in self.ops.outputs}
+
+    def start(self, variant: Variant) -> int:
+        """Index of the first op that `variant` changes. Raises ReplayError if there is none on this batch."""
+        return min(patch.op for patch in self.ops.of(variant))
+
+    def run(self, variants: Sequence[Variant]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Each variant's position in `variants` with its outputs by name, in the order in which they start."""
+        for chosen in self.passes(variants):
+            yield from zip(chosen, _Pass(self, [variants[i] for i in chosen]).outputs(), strict=True)
+
+    def passes(self, variants: Sequence[Variant]) -> list[list[int]]:
+        """Positions in `variants` of those that run together, in the order in which they start."""
+        order = sorted(range(len(variants)), key=lambda i: self.start(variants[i]))
+        width = self.widths.most if self.widths else 1
+        return [order[begin : begin + width] for begin in range(0, len(order), width)]
+
+
+class _Pass:
+    """One pass over the ops with a few variants; variant v is slice v of every value that has begun to differ.
+
+    `wide` holds such values with how many slices they have: those of variants that start later are not there yet.
+    """
+
+    def __init__(self, replay: Replay, variants: Sequence[Variant]) -> None:
+        self.ops, self.floats, self.widths = replay.ops, replay.floats, replay.widths
+        self.variants = variants
+        self.first = replay.start(variants[0])
+        self.wide: dict[int, tuple[Values, int]] = {}
+        self.patches: dict[int, list[tuple[int, Patch]]] = {}
+        self.results: dict[int, list[int]] = {}
+        for v, variant in enumerate(variants):
+            for patch in self.ops.of(variant):
+                if patch.kind == "result":
+                    self.results.setdefault(patch.at, []).append(v)
+                else:
+                    self.patches.setdefault(patch.op, []).append((v, patch))
+        self.replaced: dict[int, dict[int, Values]] = {}
+        """Op -> variant -> its result there, where a patch has given it."""
+
+    def outputs(self) -> list[dict[str, Tensor]]:
+        """Each variant's outputs."""
+        self.floats.advance(self.first)
+        for op in self.ops.ops:
+            if op.index >= self.first:
+                self._op(op)
+        found: list[dict[str, Tensor]] = [{} for _ in self.variants]
+        for name, ref in self.ops.outputs:
+            for v in range(len(self.variants)):
+                found[v][name] = self._slice(ref, v)
+        return found
+
+    def _op(self, op: Op) -> None:
+        for v, patch in self.patches.get(op.index, ()):
+            args, kwargs = self._arguments(op, lambda ref, v=v: self._slice(ref, v))  # type: ignore[misc]
+            result = self.ops.patched(op, patch, self.variants[v].quantizer, args, kwargs)
+            self.replaced.setdefault(patch.at, {})[v] = result
+        reads = self.ops.reads[op.index]
+        begun = max((self.wide[i][1] for i in reads if i in self.wide), default=0)
+        replaced, results = self.replaced.pop(op.index, {}), self.results.get(op.index, [])
+        count = max([begun, *(v + 1 for v in (*replaced, *results))])
+        if count:
+            if begun and not all(v in replaced for v in range(begun)):
+                values = self._again(op, begun)
+            else:
+                values, begun = (), 0
+            self.wide[op.index] = self._joined(op, values, begun, count, replaced, results), count
+        for index in reads:
+            if self.ops.last_use[index] <= op.index:
+                self.wide.pop(index, None)
+
+    def _again(self, op: Op, count: int) -> Values:
+        """The float op on the first `count` slices. Raises ReplayError where it does not give as many."""
+        args, kwargs = self._arguments(op, lambda ref: self._first(ref, count), count)
+        ordered = self.ops.follows_order(op, lambda: self._repeated(op, count), args, kwargs)
+        if ordered is not None or count == 1:
+            return self.ops.run(op, args, kwargs) if ordered is None else ordered
+        try:
+            values = self.ops.run(op, args, kwargs)
+        except Exception as error:  # whatever a call that holds a size raises at another one
+            text = " ".join(str(error).split())
+            raise ReplayError(f"{op.name} runs for one variant and for {count} does not: {text}") from error
+        axis = self._axis(op.index, 0)
+        if op.single and (len(op.shape) <= axis or values[0].shape[axis] != count * op.shape[axis]):
+            raise ReplayError(f"{op.name} does not grow with the batch: {count} variants give {list(values[0].shape)}")
+        return values
+
+    def _joined(
+        self, op: Op, values: Values, begun: int, count: int, replaced: dict[int, Values], results: list[int]
+    ) -> Values:
+        """`values` of `begun` slices, those that start here behind them, patches in place."""
+        if begun == count and not replaced and not results:
+            return values
+        pieces = [values] if begun else []
+        base = self.floats.get(op.index) if count > begun else ()
+        for v in range(begun, count):
+            pieces.append(self._quantized(v, replaced.get(v, base), v in results))
+        whole = tuple(self._cat(op.index, i, [p[i] for p in pieces]) for i in range(len(pieces[0])))
+        late = [v for v in range(begun) if v in replaced or v in results]
+        if late:  # a module that is called again: its slices are there already
+            whole = tuple(t.clone() for t in whole)
+            for v in late:
+                own = replaced.get(v, tuple(self._part(op.index, i, t, v, count) for i, t in enumerate(whole)))
+                for i, tensor in enumerate(self._quantized(v, own, v in results)):
+                    self._part(op.index, i, whole[i], v, count).copy_(tensor)
+        return whole
+
+    def _quantized(self, v: int, values: Values, result: bool) -> Values:
+        return (self.variants[v].quantizer(values[0]), *values[1:]) if result else values
+
+    # ---- slices
+
+    def _arguments(self, op: Op, value: Callable[[Ref], Tensor], count: int = 1) -> tuple[Any, Any]:
+        assert op.call is not None
+        call = (op.call.args, op.call.kwargs) if count == 1 or self.widths is None else self.widths.call(op, count)
+        return self.ops.arguments(call, value)
+
+    def _axis(self, index: int, position: int) -> int:
+        return self.widths.axes[index][position] if self.widths else 0
+
+    def _cat(self, index: int, position: int, pieces: list[Tensor]) -> Tensor:
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self._axis(index, position))
+
+    def _part(self, index: int, position: int, tensor: Tensor, v: int, count: int) -> Tensor:
+        if count == 1:
+            return tensor
+        axis = self._axis(index, position)
+        size = tensor.shape[axis] // count
+        return tensor.narrow(axis, v * size, size)
+
+    def _slice(self, ref: Ref, v: int) -> Tensor:
+        """What variant v has of a value: its slice, or the float value where it does not differ."""
+        values, count = self.wide.get(ref.op, ((), 0))
+        if v >= count:
+            return self.floats.get(ref.op)[ref.position]
+        return self._part(ref.op, ref.position, values[ref.position], v, count)
+
+    def _first(self, ref: Ref, count: int) -> Tensor:
+        """The first `count` slices of a value."""
+        values, there = self.wide.get(ref.op, ((), 0))
+        if there >= count:
+            whole = values[ref.position]
+            if there == count:
+                return whole
+            axis = self._axis(ref.op, ref.position)
+            return whole.narrow(axis, 0, whole.shape[axis] // there * count)
+        base = self.floats.get(ref.op)[ref.position]
+        return self._cat(ref.op, ref.position, [*([values[ref.position]] if there else []), *[base] * (count - there)])
+
+    def _repeated(self, op: Op, count: int) -> Values:
+        base = self.floats.get(op.index)
+        return tuple(self._cat(op.index, i, [t] * count) for i, t in enumerate(base))
+
+
+def full_forward(prepared: QuantizedModel, inputs: Any, variant: Variant) -> dict[str, Tensor]:
+    """What `Replay.run` gives for one variant, by a forward pass of the prepared model: slow, and always right."""
+    kept = prepared.weights if variant.weight else prepared.outputs
+    own = kept[variant.name]
+    switch = {"weights": [variant.name]} if variant.weight else {"outputs": [variant.name]}
+    with borrowed(own, variant.quantizer), prepared.only(**switch):
+        return dict(named_tensors(call_model(prepared, inputs)))
+
+
+@contextmanager
+def borrowed(own: FakeQuant, other: FakeQuant) -> Iterator[None]:
+    """`own` with the dtype and scale of `other`."""
+    before = (own.dtype, own.clip, own.half_step, own.scale.clone())
+    try:
+        own.dtype, own.clip, own.half_step = other.dtype, other.clip, other.half_step
+        own.scale.copy_(other.scale)
+        yield
+    finally:
+        own.dtype, own.clip, own.half_step = before[:3]
+        own.scale.copy_(before[3])

@@ -1,0 +1,191 @@
+"""Widths: how the calls of a captured batch of B samples change when it becomes n batches in a row.
+
+A wide pass runs several variants of the same samples at once, one behind the other along the batch axis. Where that
+axis lies in each value (it may be folded into another, [B * heads, ...]) is found operator by operator (samples.py).
+Calls that hold no batch size run on any. Where one does (`view(B, -1)`), captures of two batches and of both together
+tell what its integers have to be. That the samples of one variant stay together everywhere (a transposed axis merged
+into rows would mix them) is not assumed: each operator is run as wide as it will be, on this batch and other data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.replay.capture import Captured, ReplayError, capture
+from qflow.quant.replay.captured_ops import Ops
+from qflow.quant.replay.samples import axes_by_running, grown, sample_axes
+from qflow.quant.trace.calling import cut
+from qflow.quant.trace.tape import Op, Ref
+
+
+@dataclass
+class Widths:
+    """`most` variants at once; `axes[op]` says for each of its tensors where the samples lie.
+
+    `rows` is how many samples in a row, of all variants together, every op was seen to keep apart.
+    """
+
+    most: int
+    rows: int
+    axes: dict[int, tuple[int, ...]]
+    path: list[tuple[str, int]]
+    """Names and ranks of the ops: on another path indices mean other ops."""
+    scaled: dict[int, dict[int, int | None]]
+    """Op -> which leaves of its call grow with the batch: integers (None), or tensors along an axis."""
+    calls: dict[tuple[int, int], Any] = field(default_factory=dict)
+
+    def at(self, captured: Captured, size: int, most: int) -> Widths | None:
+        """The same for another batch of `size`, up to `most` variants and as many rows as were proven; None where there
+        is room for one, or the batch takes another path through the code.
+        """
+        most = min(most, self.rows // size)
+        if most < 2 or path_of(captured) != self.path:
+            return None
+        return Widths(most, self.rows, self.axes, self.path, self.scaled)
+
+    def call(self, op: Op, count: int) -> Any:
+        """(args, kwargs) of the op, with `Ref`s, for `count` batches in a row."""
+        assert op.call is not None
+        if op.index not in self.scaled:
+            return op.call.args, op.call.kwargs
+        key = (op.index, count)
+        if key not in self.calls:
+            leaves, spec = tree_flatten((op.call.args, op.call.kwargs))
+            for i, axis in self.scaled[op.index].items():
+                leaves[i] = leaves[i] * count if axis is None else torch.cat([leaves[i]] * count, axis)
+            self.calls[key] = tree_unflatten(leaves, spec)
+        return self.calls[key]
+
+
+def widen(
+    model: nn.Module, prepared: QuantizedModel, ops: Ops, inputs: Any, captured: Captured, size: int, most: int
+) -> Widths:
+    """Widths of a captured batch of `size` samples, for up to `most` variants. Raises ReplayError with the reason.
+
+    `ops` are those of `captured`.
+    """
+    try:
+        return Widths(most, size * most, axes_by_running(ops, captured, size, most), path_of(captured), {})
+    except Exception:  # whatever an operator raises at another batch size: captures may tell what it needs there
+        pass
+    try:
+        widths = _by_capture(model, prepared, inputs, captured, size, most)
+        widths.axes = axes_by_running(ops, captured, size, most, widths.call)
+    except ReplayError:
+        raise
+    except Exception as error:
+        raise ReplayError(f"batches of other sizes do not run: {' '.join(str(error).split())}") from error
+    return widths
+
+
+def _by_capture(
+    model: nn.Module, prepared: QuantizedModel, inputs: Any, captured: Captured, size: int, most: int
+) -> Widths:
+    """Widths from captures of both halves, or of other data and both together."""
+    if size % 2 == 0:
+        parts = [cut(inputs, size, 0, size // 2), cut(inputs, size, size // 2, size)]
+        first, second = (capture(model, prepared.plan, part, torch.inf) for part in parts)
+        wide = captured
+    else:
+        parts = [tree_map(lambda t: _other(t, size), inputs), tree_map(lambda t: _joined(t, size), inputs)]
+        second, wide = (capture(model, prepared.plan, part, torch.inf) for part in parts)
+        first = captured
+    names = [[op.name for op in found.tape.ops] for found in (first, second, wide)]
+    if names[0] != names[1] or names[0] != names[2]:
+        raise ReplayError("the model takes another path at another batch size or on other data")
+    widths = Widths(most, size * most, {}, path_of(captured), {})
+    for op, twice in zip(first.tape.ops, wide.tape.ops, strict=True):
+        values = [found.values.get(op.index) for found in (first, second, wide)]
+        axis = grown(op.shape, twice.shape, 2)
+        if all(v is not None for v in values):
+            widths.axes[op.index] = sample_axes(op, values[0], values[1], values[2], 2)  # type: ignore[arg-type]
+        elif axis is not None:  # inside a fused group: what leaves the group is compared
+            widths.axes[op.index] = (axis,)
+        if op.call is not None and twice.call is not None:
+            scaled = _scaled(op, twice)
+            if scaled:
+                widths.scaled[op.index] = scaled
+    return widths
+
+
+def path_of(captured: Captured) -> list[tuple[str, int]]:
+    """Name and rank of every op: two batches that agree in it run the same code."""
+    return [(op.name, len(op.shape)) for op in captured.tape.ops]
+
+
+def first_axes(
+    model: nn.Module, prepared: QuantizedModel, ops: Ops, inputs: Any, captured: Captured, size: int
+) -> dict[int, int | None]:
+    """Op -> axis of its first tensor that holds the samples; None where there is none.
+
+    The samples' share of that axis is its size / `size`: it may hold them folded with others, [B * heads, ...]. Where
+    calls hold the batch size, or an op mixes samples, a capture of one sample tells by the shapes.
+    """
+    if size == 1:
+        return {}
+    try:
+        return {index: axes[0] for index, axes in axes_by_running(ops, captured, size).items()}
+    except Exception:  # whatever an operator raises at another batch size
+        return _by_one_sample(model, prepared, inputs, captured, size)
+
+
+def _by_one_sample(
+    model: nn.Module, prepared: QuantizedModel, inputs: Any, captured: Captured, size: int
+) -> dict[int, int | None]:
+    one = capture(model, prepared.plan, cut(inputs, size, 0, 1), torch.inf)
+    if [op.name for op in one.tape.ops] != [op.name for op in captured.tape.ops]:
+        return {}
+    found: dict[int, int | None] = {}
+    for op, single in zip(captured.tape.ops, one.tape.ops, strict=True):
+        pairs = list(enumerate(zip(single.shape, op.shape, strict=False)))
+        differ = [d for d, (a, b) in pairs if a != b]
+        fits = len(single.shape) == len(op.shape) and len(differ) == 1
+        found[op.index] = differ[0] if fits and op.shape[differ[0]] == size * single.shape[differ[0]] else None
+    return found
+
+
+def _other(value: Any, size: int) -> Any:
+    if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != size:
+        return value
+    return value * 0.75 if value.is_floating_point() else value
+
+
+def _joined(value: Any, size: int) -> Any:
+    if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != size:
+        return value
+    return torch.cat([value, _other(value, size)])
+
+
+def _scaled(op: Op, twice: Op) -> dict[int, int | None]:
+    assert op.call is not None
+    assert twice.call is not None
+    found: dict[int, int | None] = {}
+    leaves = tree_flatten((op.call.args, op.call.kwargs))[0]
+    others = tree_flatten((twice.call.args, twice.call.kwargs))[0]
+    if len(leaves) != len(others):
+        raise ReplayError(f"{op.name} is called otherwise at twice the batch size")
+    for i, (a, c) in enumerate(zip(leaves, others, strict=True)):
+        if isinstance(a, Ref) or a is c:
+            continue
+        if isinstance(a, Tensor) and isinstance(c, Tensor):
+            axis = None if a.shape == c.shape else grown(a.shape, c.shape, 2)
+            wanted = a if axis is None else torch.cat([a, a], axis)
+            if wanted.shape != c.shape or not torch.equal(wanted, c):
+                raise ReplayError(f"{op.name} reads a constant that depends on the batch size")
+            if axis is not None:
+                found[i] = axis
+        elif isinstance(a, int) and not isinstance(a, bool) and a != c:
+            if c != 2 * a:
+                raise ReplayError(f"{op.name} is called with {a} and at twice the batch size with {c}")
+            found[i] = None
+        elif a != c and not (isinstance(a, slice) and isinstance(c, slice)):
+            raise ReplayError(f"{op.name} is called with {a} and at twice the batch size with {c}")
+        elif a != c:
+            raise ReplayError(f"{op.name} cuts along the batch")
+    return found

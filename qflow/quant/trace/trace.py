@@ -1,0 +1,146 @@
+"""`trace`: one forward pass of a model under a `Tracer`, with what shows it leaf modules and scopes.
+
+A leaf's own forward is wrapped, not hooked: the user's hooks on it, and what they compute, lie outside the operator,
+as they do in a prepared model, and `self.conv.forward(x)` is the same operator as `self.conv(x)`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from qflow.core.graph import OpKind
+from qflow.quant.trace.calling import copied, input_tensors, named_tensors, run_model
+from qflow.quant.trace.ops import is_leaf, module_kind
+from qflow.quant.trace.tape import Tape, module_attrs, tensors_in
+from qflow.quant.trace.tracer import Tracer
+
+
+class _Hooks:
+    """Wrapped forwards and hooks of one trace; `skip` are module paths that run as one float operator."""
+
+    def __init__(self, tracer: Tracer, skip: Collection[str]) -> None:
+        self.tracer = tracer
+        self.skip = skip
+        self.leaves = {path: module for path, module in tracer.modules.items() if path not in skip and is_leaf(module)}
+
+    def wrapped(self, path: str, module: nn.Module) -> Any:
+        """The forward of a leaf that puts one op on the tape."""
+        forward = module.forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.enter_leaf(module, args, kwargs)
+            try:
+                with torch._C.DisableTorchFunction():  # nothing in here is the user's (leaf.py)
+                    out = forward(*args, **kwargs)
+                self.record(path, module, args, kwargs, out)
+            finally:
+                self.tracer.leaf_depth -= 1
+            return out
+
+        return run
+
+    def enter_leaf(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self.tracer.leaf_depth:
+            self.tracer.call = self.tracer.calling(module, args, kwargs)
+        self.tracer.leaf_depth += 1
+
+    def record(self, path: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        tracer, outputs = self.tracer, tensors_in(out)
+        if tracer.leaf_depth > 1 or not outputs:
+            return
+        skipped = path in self.skip
+        kind = OpKind.skipped if skipped else module_kind(module) or OpKind.other
+        op_type = f"{type(module).__module__}.{type(module).__qualname__}"
+        sources = list(enumerate(tensors_in((args, kwargs))))
+        attrs = {} if skipped else module_attrs(module, [t for _, t in sources])
+        tracer.record(tracer.unique(path), kind, op_type, path, sources, outputs, attrs=attrs)
+        for tensor in outputs:
+            if any(tensor is t for _, t in sources):  # relu(inplace=True)
+                tracer.spread(tensor)
+
+    def leave_leaf(self, path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            self.record(path, module, args, kwargs, out)
+            self.tracer.leaf_depth -= 1
+
+        return hook
+
+    def enter_scope(self, path: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            self.tracer.scopes.append(path)
+
+        return hook
+
+    def leave_scope(self, module: nn.Module, args: Any, out: Any) -> None:
+        self.tracer.scopes.pop()
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        handles, leaves = [], []  # with the forward that the user has put on the module itself, if any
+        for path, module in self.tracer.modules.items():
+            if path in self.leaves:
+                leaves.append((module, module.__dict__.get("forward")))
+                module.forward = self.wrapped(path, module)
+            elif path in self.skip:
+                handles.append(module.register_forward_pre_hook(self.enter_leaf, with_kwargs=True))
+                handles.append(module.register_forward_hook(self.leave_leaf(path), with_kwargs=True))
+            elif path:
+                handles.append(module.register_forward_pre_hook(self.enter_scope(path)))
+                handles.append(module.register_forward_hook(self.leave_scope, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for leaf, own in leaves:
+                del leaf.forward
+                if own is not None:
+                    leaf.forward = own
+
+
+def trace(model: nn.Module, inputs: Any, skip: Collection[str] = (), tracer: Tracer | None = None) -> Tape:
+    """Record one forward pass of `model` on `inputs` (a tensor, a tuple to splat, or a dict of keywords).
+
+    `skip` are paths of modules that stay float, each one operator on the tape. The model is neither copied nor
+    changed; it runs under no_grad in the mode it is in. `tracer` is a new one where none is given.
+    """
+    tracer = tracer or Tracer(model)
+    inputs = copied(inputs)
+    for name, tensor in input_tensors(model, inputs):
+        tracer.record(tracer.unique(f"quant[{name}]"), OpKind.input, "QuantStub", None, [], [tensor])
+    hooks = _Hooks(tracer, skip)
+    with torch.no_grad(), hooks.on(), tracer:
+        outputs = run_model(model, inputs)
+    named = []
+    for name, tensor in named_tensors(outputs):
+        index = tracer.producer(tensor)
+        if index is not None:
+            named.append((name, index))
+            tracer.leaving(name, tensor)
+        else:
+            tracer.keep_fingerprint(f"output {name}", f"output {name}", tensor)
+            tracer.notes.append(f"output {name} does not depend on the inputs as far as tracing can see")
+    calls = {
+        path: tracer.counts[path]
+        for path in hooks.leaves
+        if not skip or not any(path.startswith(f"{s}.") for s in skip)
+    }
+    read = Counter(op.weight.name for op in tracer.ops if op.weight is not None)
+    for path in [p for p, count in calls.items() if count == 0]:
+        calls[path] = read[f"{path}.weight"]  # used by functionals, as attention does with out_proj
+    return Tape(
+        ops=tracer.ops,
+        outputs=named,
+        calls=calls,
+        notes=tracer.notes,
+        names=frozenset(tracer.names),
+        sites=tracer.sites,
+        decomposed=frozenset(tracer.decomposed),
+        fingerprints=tracer.fingerprints,
+    )

@@ -1,0 +1,3 @@
+"""Quantization-aware training: the loop, its states, checkpoints, and which operator went bad first."""
+
+__all__ = ["checkpoint", "qat"]

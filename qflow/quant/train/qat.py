@@ -1,0 +1,290 @@
+"""Quantization-aware training: the user's loss, optimizer and scheduler on a calibrated model.
+
+The prepared model trains as it was calibrated, with the same qconfig (quant/qat_state.py: what moves, what is
+fixed). Following the guide there is no warm-up, the rate is fixed unless a scheduler is given, and steps end at a
+share of the float steps.
+
+Deterministic given the seed and the order of the batches, which is the caller's: for a resumed training to go on
+bit for bit, a shuffling loader has a generator of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qflow.core.dtype import QDtype
+from qflow.core.errors import ConfigError, DataError, TrialError
+from qflow.core.qconfig import QConfig
+from qflow.core.settings import CalibrationSettings, QatSettings
+from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.trace.calling import call_model
+from qflow.quant.train.checkpoint import load_checkpoint, random_state, restore_random, save_checkpoint
+from qflow.quant.train.first_bad import first_bad
+from qflow.quant.train.interrupt import interrupts_held
+from qflow.quant.train.qat_state import qat_state, train_mode, under
+
+log = logging.getLogger(__name__)
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a training did: losses and rates (of the first parameter group) by step, seconds of this call alone."""
+
+    steps: int
+    losses: tuple[float, ...]
+    learning_rates: tuple[float, ...]
+    seconds: float
+    finished: bool
+    reason: str = ""
+    """Why it ended before its last step; empty if it did not."""
+    findings: tuple[str, ...] = ()
+
+
+class DivergedError(TrialError):
+    """The loss or a gradient is not finite, or the loss has run away; the trial has failed."""
+
+    lasting = True
+
+    def __init__(self, message: str, step: int, culprit: str, report: TrainingReport) -> None:
+        super().__init__(message)
+        self.step = step
+        self.culprit = culprit
+        """The operator, or the parameter whose gradient, went bad first; empty if all are finite and in range."""
+        self.report = report
+
+
+def parameter_groups(
+    prepared: nn.Module, rates: Mapping[str, float], learning_rate: float, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Optimizer groups of the trainable parameters, each with the rate of the longest prefix of its name in `rates`.
+
+    Prefixes are module or parameter paths of the user's model (`backbone`, `head.cls`); parameters under none have
+    `learning_rate`. Raises ConfigError for a prefix under which there is no parameter.
+    """
+    inner = getattr(prepared, "module", prepared)  # DistributedDataParallel
+    inner = inner.model if isinstance(inner, QuantizedModel) else inner
+    named = list(inner.named_parameters())
+    unknown = [prefix for prefix in rates if not any(under(name, prefix) for name, _ in named)]
+    if unknown:
+        known = ", ".join(dict.fromkeys(name.split(".")[0] for name, _ in named))
+        raise ConfigError(f"qat.rates names modules, but got {unknown[0]!r}. At the top there are: {known}.")
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            owner = max((p for p in rates if under(name, p)), key=len, default="")
+            groups.setdefault(owner, []).append(parameter)
+    return [
+        {"params": parameters, "lr": rates.get(owner, learning_rate), "weight_decay": weight_decay, "name": owner}
+        for owner, parameters in groups.items()
+    ]
+
+
+def train(
+    prepared: QuantizedModel,
+    batches: Iterable[tuple[Any, Any]],
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any = None,
+    settings: QatSettings | None = None,
+    *,
+    qconfig: QConfig | None = None,
+    calibration: CalibrationSettings | None = None,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    model: nn.Module | None = None,
+    quantized: bool = True,
+) -> TrainingReport:
+    """Train a calibrated model in place on `batches` of (model inputs, batch); it is left in eval mode.
+
+    `loss` is called with (outputs, batch). `batches` is gone through again where it ends and can be (a loader);
+    with `resume` the steps in `checkpoint` are skipped, so it must give the same order. `model` is what is called,
+    if not `prepared` itself: its compiled or DistributedDataParallel form, made inside `qat_state`, which says what
+    has gradients (scales and statistics are rank 0's then, and its model is the one to keep). `quantized` False: all
+    quantizers off (the guide's debug order). Raises DivergedError, and DataError for no data.
+    """
+    settings = settings or QatSettings()
+    with qat_state(prepared, settings, qconfig=qconfig, calibration=calibration, quantized=quantized):
+        return run_steps(
+            model or prepared, batches, loss, optimizer, scheduler, settings,
+            prepared=prepared, on_step=on_step, checkpoint=checkpoint, resume=resume,
+        )  # fmt: skip
+
+
+def run_steps(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Any]],
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    settings: QatSettings,
+    *,
+    prepared: QuantizedModel | None = None,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+) -> TrainingReport:
+    """The loop alone, for any model in the mode it is in (the float model's fine-tuning of the debug order)."""
+    steps, findings = settings.capped()
+    for finding in findings:
+        log.warning(finding)
+    trainer = _Trainer(model, prepared, loss, optimizer, scheduler, settings)
+    _refuse_amp(prepared, settings)
+    reason = ""
+    with interrupts_held() as held, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(settings.seed)
+        stream = _stream(batches)
+        if resume and checkpoint is not None and checkpoint.exists():
+            trainer.resume(checkpoint, stream)
+        while trainer.step < steps and not held.is_set():
+            if (pair := next(stream, None)) is None:
+                reason = f"the data ended after {trainer.step} of {steps} steps"
+                break
+            trainer.take(*pair)
+            on_step(trainer.step, trainer.losses[-1])
+            if prepared is not None and not prepared.training:  # on_step has evaluated
+                train_mode(prepared, settings)
+            every = settings.checkpoint_every or steps
+            if checkpoint is not None and (trainer.step == steps or trainer.step % every == 0 or held.is_set()):
+                trainer.save(checkpoint)
+    if steps and not trainer.step:
+        raise DataError("QAT needs data, but got no batch. Check task.data.train.")
+    unseen = sorted(prepared.unseen) if prepared is not None else []
+    if unseen:
+        findings.append(f"{len(unseen)} operators run in training only and stay float, {unseen[0]} first")
+    return trainer.report(not reason, reason, findings)
+
+
+def _stream(batches: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+    while True:
+        empty = True
+        for pair in batches:
+            empty = False
+            yield pair
+        if empty or iter(batches) is batches:  # an iterator gives its items once
+            return
+
+
+def _refuse_amp(prepared: QuantizedModel | None, settings: QatSettings) -> None:
+    wide = [n for n, q in prepared.outputs.items() if q.dtype == QDtype.qint16] if prepared is not None else []
+    if settings.amp and wide:
+        raise ConfigError(
+            f"qat.amp is for int8 alone (bfloat16 has 8 bits), but got {len(wide)} int16 operators, {wide[0]} first. "
+            "Set qat.amp=false."
+        )
+
+
+class _Trainer:
+    """One training: its parts, where it stands, and one step of it."""
+
+    def __init__(
+        self, model: nn.Module, prepared: QuantizedModel | None, loss: Loss, optimizer: Any, scheduler: Any,
+        settings: QatSettings,
+    ) -> None:  # fmt: skip
+        self.model, self.prepared, self.loss, self.settings = model, prepared, loss, settings
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.step = 0
+        self.losses: list[float] = []
+        self.rates: list[float] = []
+        self.begun = time.perf_counter()
+        self.calibrated = {q: float(q.scale) for q in prepared.outputs.values()} if prepared is not None else {}
+
+    def take(self, inputs: Any, batch: Any) -> None:
+        """One step. Raises DivergedError."""
+        random = torch.get_rng_state()
+        self.optimizer.zero_grad(set_to_none=True)
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16) if self.settings.amp else nullcontext():
+            value = self.loss(call_model(self.model, inputs), batch)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ConfigError(f"A loss is one number, but got {shape}. Return its mean.")
+        if not value.requires_grad:
+            raise ConfigError("QAT trains parameters, but got a loss that depends on none. Unfreeze some of the model.")
+        number = float(value.detach())
+        self._refuse_runaway(number, inputs, random)
+        value.backward()  # type: ignore[no-untyped-call]
+        self._refuse_bad_gradients(number)
+        self.rates.append(float(self.optimizer.param_groups[0]["lr"]))
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.losses.append(number)
+        self.step += 1
+
+    def _refuse_runaway(self, number: float, inputs: Any, random: Tensor) -> None:
+        first = self.losses[: self.settings.first_losses]
+        usual = statistics.median(first) if len(first) == self.settings.first_losses else 0.0
+        runaway = usual > 0 and number > self.settings.divergence * usual
+        if math.isfinite(number) and not runaway:
+            return
+        culprit = what = ""
+        if self.prepared is not None:
+            torch.set_rng_state(random)
+            culprit, what = first_bad(self.prepared, inputs, self.calibrated, self.settings.divergence)
+        rule = "A loss is finite"
+        if runaway:
+            rule = f"A loss stays below {self.settings.divergence:g} times its first values (about {usual:g})"
+        where = f"the first operator that went bad is {culprit} ({what})" if culprit else "no operator left its range"
+        self._stop(f"{rule}, but got {number:g} at step {self.step + 1}; {where}.", culprit)
+
+    def _refuse_bad_gradients(self, number: float) -> None:
+        named = [(n, p) for n, p in self.model.named_parameters() if p.grad is not None]
+        limit = self.settings.clip_gradients
+        total = torch.nn.utils.clip_grad_norm_([p for _, p in named], math.inf if limit is None else limit)
+        if not bool(torch.isfinite(total)):
+            bad = next((n for n, p in named if not bool(torch.isfinite(p.grad).all())), "")  # type: ignore[arg-type]
+            bad = bad.removeprefix("module.").removeprefix("model.") if self.prepared is not None else bad
+            where = f"the first is that of {bad}" if bad else "their norm overflows"
+            self._stop(
+                f"Gradients are finite, but got NaN or inf at step {self.step + 1} (loss {number:g}); {where}.", bad
+            )
+
+    def _stop(self, message: str, culprit: str) -> None:
+        report = self.report(False, message)
+        raise DivergedError(f"{message} Lower qat.learning_rate, or see qat_debug.", self.step + 1, culprit, report)
+
+    def report(self, finished: bool, reason: str = "", findings: Iterable[str] = ()) -> TrainingReport:
+        """What has been done so far."""
+        seconds = time.perf_counter() - self.begun
+        return TrainingReport(
+            self.step, tuple(self.losses), tuple(self.rates), seconds, finished, reason, tuple(findings)
+        )
+
+    def save(self, path: Path) -> None:
+        """Write everything that the rest of the training depends on."""
+        save_checkpoint(path, self._state(), self.prepared or self.model)
+
+    def resume(self, path: Path, stream: Iterator[Any]) -> None:
+        """Go on where `path` stands: tensors, counters, the data (as many batches are skipped), random numbers."""
+        state = load_checkpoint(path, self.prepared or self.model)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.step, self.losses, self.rates = state["step"], state["losses"], state["rates"]
+        for _ in range(self.step):
+            next(stream, None)
+        restore_random(state["random"])  # after the skipped batches have drawn theirs
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "losses": self.losses,
+            "rates": self.rates,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
+            "random": random_state(),
+        }

@@ -1,0 +1,138 @@
+"""The state in which a calibrated model trains: what moves, what is fixed, and everything put back afterwards.
+
+activations  scales move with the data (quant/fake_quant.py), but not those that are fixed, known or frozen by
+the qconfig, below a frozen module, or kept as a whole (`moving` false: the plugin's fixed_act)
+weights      scales are those of the present weights, unless `moving_weights` is false
+batch norms  one of three modes (quant/weighted.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+from qflow.core.dtype import QDtype
+from qflow.core.errors import ConfigError, ModelError
+from qflow.core.qconfig import QConfig
+from qflow.core.settings import CalibrationSettings, QatSettings
+from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.model.weighted import WeightedLeaf, set_norm_mode
+from qflow.quant.values.fake_quant import FakeQuant
+
+
+@contextmanager
+def qat_state(
+    prepared: QuantizedModel,
+    settings: QatSettings,
+    *,
+    qconfig: QConfig | None = None,
+    calibration: CalibrationSettings | None = None,
+    quantized: bool = True,
+) -> Iterator[QuantizedModel]:
+    """The plugin's QAT state: quantizers on, scales moving as asked, batch norms in their mode, train mode.
+
+    Everything but weights, statistics and scales is put back on leaving, in eval mode; weight scales are those of
+    the last weights. `qconfig` is by default that of `qflow.prepare` (`prepared.applied`): what it pins or freezes
+    does not move. Raises ModelError where the model is not calibrated with `qconfig`.
+    """
+    qconfig = qconfig if qconfig is not None else getattr(prepared, "applied", None)
+    _check_same(prepared, qconfig)
+    still = _still(prepared, settings, qconfig)
+    frozen = [m for n, m in prepared.model.named_modules() if any(under(n, prefix) for prefix in settings.freeze)]
+    asleep = [p for m in frozen for p in m.parameters(recurse=False) if p.requires_grad]
+    quantizers = _quantizers(prepared)
+    before = {q: (q.margin, q.half_step, q.averaging_constant) for q in quantizers}
+    mode = next((m.qflow_mode for m in prepared.model.modules() if isinstance(m, WeightedLeaf)), settings.mode)
+    try:
+        set_norm_mode(prepared.model, settings.mode)
+        for quantizer, role in quantizers.items():
+            _set_moving(quantizer, role, settings, calibration or CalibrationSettings(), quantizer in still)
+        for parameter in asleep:
+            parameter.requires_grad_(False)
+        with prepared.quantized() if quantized else nullcontext():
+            train_mode(prepared, settings)
+            yield prepared
+    finally:
+        for parameter in asleep:
+            parameter.requires_grad_(True)
+        set_norm_mode(prepared.model, mode)
+        prepared.eval()
+        _settle_weights(prepared)
+        for quantizer, kept in before.items():
+            quantizer.margin, quantizer.half_step, quantizer.averaging_constant = kept
+
+
+def _quantizers(prepared: QuantizedModel) -> dict[FakeQuant, str]:
+    requants = [q for q in getattr(prepared, "requants", ()) if isinstance(q, FakeQuant)]
+    outputs = dict.fromkeys([*prepared.outputs.values(), *requants], "output")
+    return {**outputs, **dict.fromkeys(prepared.weights.values(), "weight")}
+
+
+def train_mode(prepared: QuantizedModel, settings: QatSettings) -> None:
+    """Train mode, but eval mode for what `settings.freeze` names."""
+    prepared.train()
+    for name, module in prepared.model.named_modules():
+        if any(under(name, prefix) for prefix in settings.freeze):
+            module.eval()
+
+
+def _check_same(prepared: QuantizedModel, qconfig: QConfig | None) -> None:
+    if qconfig is None:
+        return
+    for node in prepared.graph.quantized:
+        assert node.quantizer is not None
+        op = qconfig.ops.get(node.name)
+        has = prepared.outputs[node.quantizer].dtype
+        if op is None or (op.output != has and has != QDtype.float32):  # float32: calibration found no range
+            wanted = op.output if op else "nothing"
+            raise ModelError(
+                f"QAT goes on from a calibration with the same qconfig, but got {has} at {node.name} where the "
+                f"qconfig says {wanted}. Calibrate with this qconfig first."
+            )
+
+
+def _still(prepared: QuantizedModel, settings: QatSettings, qconfig: QConfig | None) -> set[FakeQuant]:
+    """Quantizers that keep their scale: by the qconfig, or below a frozen module."""
+    unknown = [p for p in settings.freeze if not any(under(n, p) for n, _ in prepared.model.named_modules())]
+    if unknown:
+        raise ConfigError(f"qat.freeze names modules, but got {unknown[0]!r}. See the model check for their names.")
+    found = set()
+    for node in prepared.graph.quantized:
+        assert node.quantizer is not None
+        op = qconfig.ops.get(node.name) if qconfig is not None else None
+        pinned = op is not None and (op.frozen or op.pinned_scale() is not None)
+        place = node.name.partition("[")[0].partition("(")[0]
+        if pinned or any(under(place, prefix) for prefix in settings.freeze):
+            found.add(prepared.outputs[node.quantizer])
+    frozen = (w for w in prepared.weights if any(under(w, prefix) for prefix in settings.freeze))
+    return found | {prepared.weights[w] for w in frozen}
+
+
+def _set_moving(
+    quantizer: FakeQuant, role: str, settings: QatSettings, calibration: CalibrationSettings, still: bool
+) -> None:
+    integer = quantizer.dtype is not None and quantizer.dtype.is_integer
+    wide = role == "output" and quantizer.dtype == QDtype.qint16
+    quantizer.margin = calibration.int16_margin if wide else 1.0
+    quantizer.half_step = 0.5 if calibration.divisor == "plugin" else 0.0
+    if role == "weight":
+        constant = 1.0 if settings.moving_weights else 0.0
+    else:
+        constant = settings.averaging_constant if settings.moving else 0.0
+    quantizer.averaging_constant = constant if integer and not still else 0.0
+
+
+@torch.no_grad()
+def _settle_weights(prepared: QuantizedModel) -> None:
+    """Weight scales of what the last step left; those of functionals were taken in the last forward pass."""
+    for leaf in (m for m in prepared.model.modules() if isinstance(m, WeightedLeaf)):
+        quantizer = prepared.weights.get(leaf.qflow_path)
+        if quantizer is not None and quantizer.averaging_constant:
+            quantizer.scale.copy_(quantizer.measured(leaf.folded()[0]))
+
+
+def under(name: str, prefix: str) -> bool:
+    """True if the dotted `name` is `prefix` or below it."""
+    return name == prefix or name.startswith(f"{prefix}.")

@@ -1,0 +1,298 @@
+"""Fake quantization: quantize, clamp and dequantize in float, with a straight-through gradient.
+
+    y = clamp(round(x / scale), qmin, qmax) * scale        half to even, zero point 0
+
+Hand-written in four element-wise kernels because torch's builtin is scalar code on CPU (measured 11 times
+slower) and maps NaN to qmin * scale, which hides divergence; here NaN stays NaN. The gradient passes where the
+code of x lies within qmin..qmax (torch's own mask, bit for bit) and is zero outside.
+
+While training a scale may move (plugin 3.2). Activations: the ends of each batch enter a moving average,
+v += c * (v_batch - v) with c = averaging_constant, started from the calibrated range, and
+scale = max(-low, high) * margin / divisor (margin: int16 clips sooner than it rounds badly). Weights have no
+average: their scale is that of the values they have now. c = 0 keeps the scale.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qflow.core.dtype import QDtype
+from qflow.core.errors import ConfigError, ModelError
+from qflow.quant.values.half import overflows, to_half
+
+EPS = float(torch.finfo(torch.float32).eps)  # floor of a scale, as in the plugin
+
+
+def quantize_dequantize(x: Tensor, scale: Tensor | float, qmin: int, qmax: int) -> Tensor:
+    """`x` on the grid of `scale` (a number, or a tensor that broadcasts, for weights per channel)."""
+    inverse = 1.0 / (scale if isinstance(scale, float) else scale.to(x.dtype))
+    return x.mul(inverse).round_().clamp_(qmin, qmax).mul_(scale)
+
+
+def quantize_dequantize_(x: Tensor, scale: Tensor | float, qmin: int, qmax: int) -> Tensor:
+    """`quantize_dequantize` written into `x`, the same numbers."""
+    inverse = 1.0 / (scale if isinstance(scale, float) else scale.to(x.dtype))
+    return x.mul_(inverse).round_().clamp_(qmin, qmax).mul_(scale)
+
+
+@functools.lru_cache(maxsize=4096)
+def gradient_bounds(scale: float, qmin: int, qmax: int, double: bool) -> tuple[float, float]:
+    """Open interval of the x whose code needs no clamp, exact in the arithmetic of the forward pass.
+
+    Nominally ((qmin - 0.5) * scale, (qmax + 0.5) * scale); x * (1 / scale) rounds, so the last ulps are tried out.
+    On the tie half to even decides: qmin - 0.5 goes to qmin and is inside, qmax + 0.5 is outside.
+    """
+    kind = np.float64 if double else np.float32
+    inverse, infinity = kind(1.0 / scale), kind(np.inf)
+    low, high = kind((qmin - 0.5) * scale), kind((qmax + 0.5) * scale)
+    for _ in range(4):  # two ulps are enough: one of the product, one of the bound
+        low = np.nextafter(low, -infinity) if low * inverse >= qmin - 0.5 else low
+        high = np.nextafter(high, infinity) if high * inverse < qmax + 0.5 else high
+    for _ in range(4):
+        above, below = np.nextafter(low, infinity), np.nextafter(high, -infinity)
+        low = above if above * inverse < qmin - 0.5 else low
+        high = below if below * inverse >= qmax + 0.5 else high
+    return float(low), float(high)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The forward keeps x alone: a mask would cost as much memory traffic as the quantization itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor | float, qmin: int, qmax: int) -> Tensor:
+        ctx.limits, ctx.number = (qmin, qmax), None if isinstance(scale, Tensor) else scale
+        ctx.save_for_backward(x, *([scale] if isinstance(scale, Tensor) else []))
+        return quantize_dequantize(x, scale, qmin, qmax)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *scale = ctx.saved_tensors
+        qmin, qmax = ctx.limits
+        if scale:
+            code = x.mul(1.0 / scale[0].to(x.dtype)).round_()
+            return grads[0] * ((code >= qmin) & (code <= qmax)), None, None, None
+        low, high = gradient_bounds(ctx.number, qmin, qmax, x.dtype == torch.float64)
+        return torch.ops.aten.hardtanh_backward(grads[0], x, low, high), None, None, None
+
+
+class _HalfStraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clip: bool) -> Tensor:
+        return to_half(x, clip)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None  # casting the gradient to half would flush small gradients to zero
+
+
+class FakeQuant(nn.Module):
+    """One quantizer: a dtype, a scale, and a switch.
+
+    The scale is a buffer (0-d for an activation; for a weight shaped to broadcast over it), so that it lives in
+    the state dict. A scale of 0 means "never calibrated" and is refused when switched on.
+    """
+
+    scale: Tensor
+    sides: Tensor | None
+
+    def __init__(self, name: str, channels: int | None = None, axis: int = 0, ndim: int = 0) -> None:
+        super().__init__()
+        self.name = name
+        self.dtype: QDtype | None = QDtype.qint8
+        self.axis = axis
+        self.clip = False
+        """float16: saturate at the largest half instead of giving inf."""
+        self.averaging_constant = 0.0
+        """How fast the scale moves in train mode; 0 keeps it (the plugin's word and meaning)."""
+        self.margin = 1.0
+        """Range over the largest value, of a moving activation scale."""
+        self.half_step = 0.0
+        """Subtracted from -qmin to give the divisor: 0 as in the guide, 0.5 as in the plugin."""
+        self.keeps_mask = False
+        """-inf stays -inf: it masks a softmax (masks.py) and is no value."""
+        self._enabled = False
+        self._checked = False  # the scale was seen to be above 0: looked at once, it would be a sync on a GPU
+        self._overflowed: Tensor | int = 0
+        self.cached: Any = None
+        """What `WeightedLeaf` keeps of its quantized weight without gradients."""
+        shape = [1] * ndim
+        if channels is not None:
+            shape[axis] = channels
+        self.register_buffer("scale", torch.zeros(shape))
+        # Moving averages of -low and high in units of the scale; both start at the calibrated one.
+        self.register_buffer("sides", torch.zeros(2) if ndim == 0 else None)
+
+    def set_axis(self, axis: int, shape: Sequence[int]) -> None:
+        """A scale each along `axis` of a weight of `shape`; -1: one for all. Raises ConfigError for another axis."""
+        if axis >= len(shape):
+            raise ConfigError(f"A weight axis is one of 0 to {len(shape) - 1}, or -1, but got {axis} for {self.name}.")
+        scales = [size if i == axis else 1 for i, size in enumerate(shape)]
+        if list(self.scale.shape) != scales:
+            self.scale = torch.zeros(scales, device=self.scale.device)
+            self._checked, self.cached = False, None
+        self.axis = axis
+
+    @property
+    def enabled(self) -> bool:
+        """The switch."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, on: bool) -> None:
+        self._enabled = on
+        self.cached = None  # a switch is where a session of evaluations begins: nothing stale crosses it
+
+    @property
+    def per_channel(self) -> bool:
+        """True for a weight quantizer."""
+        return self.scale.ndim > 0
+
+    @property
+    def active(self) -> bool:
+        """True where the quantizer changes values: switched on and not high precision or float32."""
+        return self._enabled and self.dtype not in (None, QDtype.float32)
+
+    @property
+    def overflowed(self) -> int:
+        """How many values left the range of float16 since `clear_overflow`."""
+        return int(self._overflowed)
+
+    def clear_overflow(self) -> None:
+        """Count from zero."""
+        self._overflowed = 0
+
+    def set_scale(self, scale: Tensor | float) -> None:
+        """Set the scale, floored at float32 epsilon as the plugin does. Raises ModelError unless it is finite."""
+        value = torch.as_tensor(scale, dtype=torch.float32, device=self.scale.device)
+        if not bool(torch.isfinite(value).all()):
+            raise ModelError(f"A scale is finite, but got {value.max().item()} for {self.name}. Check data for inf.")
+        with torch.no_grad():
+            self.scale.copy_(value.clamp_min(EPS).reshape(self.scale.shape))
+            if self.sides is not None:
+                self.sides.copy_(self.scale)
+        self._checked = True
+
+    def clear_scale(self) -> None:
+        """Forget the scale: what a quantizer computes must not depend on what it was before."""
+        self.scale.zero_()
+        if self.sides is not None:
+            self.sides.zero_()
+        self._checked = False
+
+    def retype(self, dtype: QDtype | None) -> None:
+        """Set the dtype. The scale of another one would be read with the wrong codes: it is forgotten."""
+        if dtype != self.dtype:
+            self.dtype = dtype
+            self.clear_scale()
+
+    def settings(self) -> tuple[Any, ...]:
+        """What beside the scale decides the values."""
+        return self.dtype, self.clip, self.averaging_constant, self.half_step
+
+    def divisor(self) -> float:
+        """What a threshold is divided by to give the scale: 128 or 127.5, 32768 or 32767.5."""
+        assert self.dtype is not None
+        return -self.dtype.qmin - self.half_step
+
+    def measured(self, weight: Tensor) -> Tensor:
+        """The scale that `weight` itself gives: largest |w| of each channel over the divisor."""
+        others = [d for d in range(weight.ndim) if self.scale.shape[d] == 1]
+        return (weight.detach().abs().amax(dim=others, keepdim=True) / self.divisor()).clamp_min_(EPS)
+
+    def scale_for(self, x: Tensor) -> Tensor | float:
+        """The scale for this call, moved by `x` first where it moves. Raises ModelError if there is none.
+
+        A number for an activation on CPU, otherwise a tensor that no later call writes into: a shared module
+        moves its scale again before the first call's backward pass.
+        """
+        moves = self.averaging_constant > 0.0 and (self.training or self.per_channel) and x.numel() > 0
+        if not moves and not self._checked and not torch.compiler.is_compiling():
+            self._check()
+        if moves:
+            self._move(x)
+        scale = self.scale
+        if scale.ndim == 0 and scale.device.type == "cpu" and not torch.compiler.is_compiling():
+            return float(scale)
+        return scale.clone() if torch.is_grad_enabled() else scale
+
+    @torch.no_grad()
+    def _move(self, x: Tensor) -> None:
+        if self.sides is None:
+            self.scale.copy_(self.measured(x))
+            return
+        low, high = torch.aminmax(x.masked_fill(torch.isneginf(x), 0.0) if self.keeps_mask else x)
+        batch = torch.stack((-low, high)).to(self.sides.dtype) * (self.margin / self.divisor())
+        # an end that is infinite (a mask of -inf) says nothing about the range: that side stays where it is
+        self.sides.lerp_(torch.where(torch.isfinite(batch), batch, self.sides), self.averaging_constant)
+        self.scale.copy_(self.sides.amax().clamp_min_(EPS))
+
+    @property
+    def calibrated(self) -> bool:
+        """True where there is a scale."""
+        return bool((self.scale > 0).all())
+
+    def _check(self) -> None:
+        if not self.calibrated:
+            raise ModelError(f"A quantizer needs a scale, but {self.name} was never calibrated. Calibrate first.")
+        self._checked = True
+
+    def forward(self, x: Tensor, scale: Tensor | float | None = None) -> Tensor:
+        """`x` as the device would hold it (on the grid of `scale` if given); `x` itself where the quantizer is off."""
+        if not self.active:
+            return x
+        assert self.dtype is not None
+        if self.dtype == QDtype.float16:
+            if not torch.compiler.is_compiling():
+                self._overflowed = self._overflowed + overflows(x)
+            out: Tensor = _HalfStraightThrough.apply(x, self.clip)  # type: ignore[no-untyped-call]
+            return torch.where(torch.isneginf(x), x, out) if self.keeps_mask and self.clip else out
+        if scale is None:
+            scale = self.scale_for(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            out = _StraightThrough.apply(x, scale, self.dtype.qmin, self.dtype.qmax)  # type: ignore[no-untyped-call]
+        else:
+            out = quantize_dequantize(x, scale, self.dtype.qmin, self.dtype.qmax)
+        return torch.where(torch.isneginf(x), x, out) if self.keeps_mask else out
+
+    def write(self, x: Tensor) -> None:
+        """Put `x` on the grid where it lies: for results of in-place operators, without gradients."""
+        plain = self.dtype is not None and self.dtype.is_integer and not self.keeps_mask
+        if plain and not torch.compiler.is_compiling():
+            assert self.dtype is not None
+            quantize_dequantize_(x, self.scale_for(x), self.dtype.qmin, self.dtype.qmax)
+        else:
+            x.copy_(self(x))
+
+    @property
+    def clamps(self) -> bool:
+        """True where `clamped` may stand for a ReLU and this quantizer: integers, and a scale at hand as a number."""
+        integer = self.dtype is not None and self.dtype.is_integer
+        return integer and self.scale.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def clamped(self, x: Tensor, top: float | None, in_place: bool) -> Tensor:
+        """relu(x), or min(relu(x), top), on the grid: rounding keeps order, so codes may be clamped instead of values.
+
+        `x` is float32. The same numbers as clamping first, one pass over the tensor less.
+        """
+        scale = self.scale_for(x)
+        assert self.dtype is not None
+        assert isinstance(scale, float)
+        qmax = self.dtype.qmax
+        if top is not None:
+            qmax = min(qmax, int(np.rint(np.float32(top) * np.float32(1.0 / scale))))
+        return (quantize_dequantize_ if in_place else quantize_dequantize)(x, scale, 0, qmax)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cached": None}
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if self.sides is not None and prefix + "scale" in state_dict:
+            state_dict.setdefault(prefix + "sides", state_dict[prefix + "scale"].expand(2))
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+        self._checked, self.cached = False, None

@@ -1,0 +1,94 @@
+"""The 0/1 program behind an assignment: which places are int16 so that a cost over groups is least, within bounds.
+
+A variable 0 or 1 a place, x_i, and for each group S of several places one that is 1 where any of them is:
+x_i <= y_S for each i in S, and y_S <= sum of x_i over S. Whole x make y whole, so that only x is branched on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from qflow.search.cost_terms import Group
+
+GAP = 1e-4  # of the optimum, relative: closer the solver need not come
+NODES = 5000  # of the search tree: an effort that does not depend on the machine, as seconds would
+
+
+@dataclass(frozen=True)
+class Row:
+    """A bound: the sum of the terms whose group has an int16 operator is at most `most`."""
+
+    terms: Mapping[Group, float]
+    most: float
+
+
+def solve(cost: Mapping[Group, float], rows: Sequence[Row], places: Sequence[int]) -> list[int] | None:
+    """Which of `places` are int16 for the least sum of `cost` within `rows`; None if no choice is within them.
+
+    Groups name no other places.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    shared = dict.fromkeys(g for terms in (cost, *(row.terms for row in rows)) for g in terms if len(g) > 1)
+    column = {group: k for k, group in enumerate([*((i,) for i in places), *shared])}
+    if not column:
+        return [] if all(row.most >= 0.0 for row in rows) else None
+    objective, _ = _scaled(Row(cost, 0.0), column)
+    constraints = [LinearConstraint(values, ub=most) for values, most in (_scaled(row, column) for row in rows)]
+    if shared:
+        constraints.append(LinearConstraint(_links(list(shared), column), ub=0.0))
+    with _quiet():
+        found = milp(
+            objective,
+            constraints=constraints,
+            integrality=[1] * len(places) + [0] * len(shared),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": GAP, "node_limit": NODES},
+        )
+    return None if found.x is None else [i for i, x in zip(places, found.x, strict=False) if x > 0.5]
+
+
+def _scaled(row: Row, column: Mapping[Group, int]) -> tuple[np.ndarray, float]:
+    """The row as numbers by column, the largest 1: the solver's tolerances are absolute."""
+    values = np.zeros(len(column))
+    for group, amount in row.terms.items():
+        values[column[group]] = amount
+    unit = float(np.max(np.abs(values))) or 1.0
+    return values / unit, row.most / unit
+
+
+def _links(groups: Sequence[Group], column: Mapping[Group, int]) -> object:
+    """Rows, at most 0, that tie the variable of each group to those of its places."""
+    from scipy.sparse import csr_array
+
+    entries: list[tuple[int, int, float]] = []
+    height = 0
+    for group in groups:
+        singles, own = [column[i,] for i in group], column[group]
+        for single in singles:
+            entries += [(height, single, 1.0), (height, own, -1.0)]
+            height += 1
+        entries += [(height, own, 1.0), *((height, single, -1.0) for single in singles)]
+        height += 1
+    rows, columns, values = zip(*entries, strict=True)
+    return csr_array((values, (rows, columns)), shape=(height, len(column)))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """HiGHS prints some lines whatever it is told; a search's output is for people."""
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    sys.stdout.flush()
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

@@ -1,0 +1,68 @@
+"""The front of drop against price: what is measured of it, and what a mix that is not measured may add.
+
+Drops are expected from predicted errors, with which they rise; prices are the cost model's. A mix that exceeds a limit
+tells of drops, and is no part of the front.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from qflow.search.assign import Problem
+
+
+class Surrogate:
+    """What is measured: the front, and drops expected elsewhere."""
+
+    def __init__(self, problem: Problem, drops: Mapping[str, float]) -> None:
+        self.problem, self.drops = problem, drops
+        known = sorted((problem.error(mix), drop) for mix, drop in drops.items())
+        self.errors = [error for error, _ in known]
+        self.levels = list(itertools.accumulate((drop for _, drop in known), max))
+        self.worst = self.levels[-1], max(map(problem.price, (problem.all_int8, problem.all_int16)))
+        self.front: list[str] = []
+        for mix in sorted(filter(problem.within, drops), key=lambda m: (problem.price(m), drops[m], m)):
+            if not self.front or drops[mix] < drops[self.front[-1]]:
+                self.front.append(mix)
+        self.points = [(drops[mix], problem.price(mix)) for mix in self.front]
+        self.area = hypervolume(self.points, self.worst)
+
+    def expected(self, mixes: Sequence[str]) -> dict[str, float]:
+        """Drops of `mixes` by predicted error alone, and of single changes of mixes on the front: to int8 none more
+        than where they start, until measured. Optimism: errors of operators rarely add up on the front, where the
+        cheapest of many mixes stand.
+        """
+        found = dict(zip(mixes, self._levels(mixes), strict=True))
+        for mix in self.front:
+            others = [_turned(mix, o.place) for o in self.problem.operators]
+            level, *levels = self._levels([mix, *others])
+            for other, at in zip(others, levels, strict=True):
+                found[other] = min(self.drops[mix] + min(at - level, 0.0), found.get(other, np.inf))
+        return found
+
+    def _levels(self, mixes: Sequence[str]) -> list[float]:
+        return [float(level) for level in np.interp(self.problem.errors(mixes), self.errors, self.levels)]
+
+    def gain(self, drop: float, price: float) -> tuple[float, float]:
+        """Area that such a mix adds to the front's; among those that add none the nearest to the front."""
+        added = hypervolume([*self.points, (drop, price)], self.worst) - self.area
+        drops, prices = (worst or 1.0 for worst in self.worst)
+        behind = min((max(drop - d, 0.0) / drops + max(price - p, 0.0) / prices for d, p in self.points), default=0.0)
+        return added, -behind
+
+
+def _turned(mix: str, place: int) -> str:
+    return mix[:place] + ("8" if mix[place] == "6" else "6") + mix[place + 1 :]
+
+
+def hypervolume(points: Sequence[tuple[float, float]], worst: tuple[float, float]) -> float:
+    """Area that is dominated by points of two costs, up to `worst`."""
+    area, top = 0.0, worst[1]
+    for cost, price in sorted(points):
+        if cost < worst[0] and price < top:
+            area += (worst[0] - cost) * (top - price)
+            top = price
+    return area

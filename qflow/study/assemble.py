@@ -1,0 +1,52 @@
+"""The evaluator of a configuration: its task, device rules and cost model, as every command builds them."""
+
+from __future__ import annotations
+
+import torch
+from omegaconf import DictConfig
+
+from qflow.analysis.measures.metrics import CUSTOM, Custom, custom_metric
+from qflow.config.build import build_task, build_training, get_function
+from qflow.config.settings import plain, sensitivity_settings, trial_settings
+from qflow.core.device import DeviceRules
+from qflow.core.dtype import QDtype
+from qflow.core.errors import ConfigError
+from qflow.cost_model.model import CostModel
+from qflow.trial.evaluator import Evaluator
+
+
+def make_evaluator(config: DictConfig) -> Evaluator:
+    """Task, device rules and cost model as built from the configuration."""
+    device = config.executor.device
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise ConfigError(
+            f"executor.device is cpu or a GPU that torch sees, but got {device}. Use executor.device=cpu."
+        )
+    if config.executor.threads:
+        torch.set_num_threads(config.executor.threads)
+    torch.manual_seed(config.seed)
+    torch.backends.cuda.matmul.allow_tf32 = False  # TF32 ruins int16: 78 to 86 % of the outputs come out wrong
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    march = config.device.march
+    return Evaluator(
+        task=build_task(config),
+        rules=DeviceRules(march=march, oe_version=config.device.oe_version, **plain(config.device.rules)),
+        cost_model=CostModel(march=march, **plain(config.device.cost)),
+        sensitivity_settings=sensitivity_settings(config),
+        default_calibration=trial_settings(config).calibration,
+        eval_batch=config.task.batch_size,
+        skip=tuple(config.quant.skip),
+        training=build_training(config),
+        own_metric=own_metric(config),
+        profile=config.device.profile,
+        profile_dtype=QDtype.parse(config.device.profile_dtype, "device.profile_dtype"),
+    )
+
+
+def own_metric(config: DictConfig) -> Custom | None:
+    """The user's metric for bad cases. Raises ConfigError."""
+    node = sensitivity_settings(config).own_metric
+    if not node["_target_"]:
+        return None
+    return custom_metric(CUSTOM, get_function(node["_target_"], "sensitivity.own_metric"), node["order"])

@@ -1,0 +1,88 @@
+"""What is refused before anything heavy is imported: settings that cannot work, and searches that cannot be run."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from qflow.config.settings import SAMPLERS, check_executor, plain, sensitivity_settings, trial_settings
+from qflow.config.space import search_space
+from qflow.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def check_config(config: DictConfig) -> None:
+    """Refuse what cannot work at any door before anything heavy is imported. Raises ConfigError."""
+    from qflow.search.objective import Goal
+
+    settings = trial_settings(config)
+    sensitivity_settings(config)
+    Goal(**plain(config.objective))
+    check_search(config)
+    check_executor(config)
+    _check_loss(config, bool(settings.qat.steps))
+    _check_float16(config, bool(settings.qconfig.float16_count))
+    if config.task.batch_size < 1:
+        raise ConfigError(f"task.batch_size is at least 1, but got {config.task.batch_size}.")
+
+
+def check_study(config: DictConfig) -> None:
+    """Refuse a search whose points cannot be trials; other doors have one qconfig and no points. Raises ConfigError."""
+    check_config(config)
+    space = search_space(config)
+    _check_loss(config, "qat.steps" in space)
+    searched = sorted(key for key in space if key.startswith("qat."))
+    if searched and config.qat.apply == "after_search":
+        raise ConfigError(
+            f"qat.apply=after_search leaves training out of the search, but got {searched[0]} to search. Use "
+            f"qat.apply=every_trial, or take it out: search.space.{searched[0]}=null."
+        )
+    chosen = "fp16" in config.workflow or config.workflow == "full"
+    _check_float16(config, chosen or "qconfig.float16_count" in space)
+    for point in plain(config.search.enqueue):
+        trial_settings(config, point)
+
+
+def _check_loss(config: DictConfig, trains: bool) -> None:
+    if trains and not plain(config.qat.loss).get("_target_"):
+        raise ConfigError(
+            "QAT needs a loss, but got none. Set qat.loss._target_ to a function of (outputs, batch), or use qat=none."
+        )
+
+
+def _check_float16(config: DictConfig, chosen: bool) -> None:
+    """Refuse to choose fp16 operators by errors that will not be measured. Raises ConfigError."""
+    absent = [dtype for dtype in ("qint16", "float16") if dtype not in config.sensitivity.dtypes]
+    if chosen and absent:
+        raise ConfigError(
+            f"Operators get fp16 by what they lose at int16 and at fp16, but got sensitivity.dtypes="
+            f"{list(config.sensitivity.dtypes)} without {absent[0]}. Set sensitivity.dtypes=[qint8,qint16,float16]."
+        )
+
+
+def check_search(config: DictConfig) -> None:
+    """Refuse a strategy, budgets and rates that cannot be. Raises ConfigError."""
+    from qflow.search.strategies import STRATEGIES
+
+    search = config.search
+    if search.strategy not in STRATEGIES:
+        raise ConfigError(f"search.strategy is one of {', '.join(STRATEGIES)}, but got {search.strategy!r}.")
+    if search.max_evaluations is not None and search.max_evaluations < 1:
+        raise ConfigError(
+            f"search.max_evaluations is at least 1, but got {search.max_evaluations}. null sets no limit."
+        )
+    if not search.rates or not all(0.0 < rate <= 10.0 for rate in search.rates):
+        raise ConfigError(f"search.rates holds learning rates above 0, but got {list(search.rates)}.")
+    if not search.weight_decays or not all(0.0 <= decay <= 10.0 for decay in search.weight_decays):
+        raise ConfigError(f"search.weight_decays holds numbers of at least 0, but got {list(search.weight_decays)}.")
+    if not 0.0 < search.probe_share <= 1.0:
+        raise ConfigError(f"search.probe_share lies above 0 and at most at 1, but got {search.probe_share:g}.")
+    if search.sampler not in SAMPLERS:
+        known = ", ".join(SAMPLERS)
+        raise ConfigError(f"search.sampler is one of {known}, but got {search.sampler!r}.")
+    if search.n_trials < 2:
+        raise ConfigError(f"search.n_trials is at least 2 (all-int16 and all-int8), but got {search.n_trials}.")
+    if search.timeout is not None and not 0 < search.timeout < math.inf:
+        raise ConfigError(f"search.timeout is a number of seconds above 0, but got {search.timeout:g}.")

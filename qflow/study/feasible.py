@@ -1,0 +1,48 @@
+"""What a study asks for that only its model can refuse: checked before the first trial instead of in every one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from qflow.core.dtype import QDtype
+from qflow.core.errors import ConfigError
+from qflow.core.settings import QConfigSettings
+from qflow.search.objective import Goal
+from qflow.tasks.task import Task, split_for
+from qflow.trial.evaluator import Evaluator
+
+
+def check_search(evaluator: Evaluator, goal: Goal, switched: Sequence[QConfigSettings]) -> None:
+    """Refuse budgets that cannot be judged, and `switched` settings, one for each value of each searched module, that
+    no operator answers to or that the device cannot compute. Raises ConfigError.
+    """
+    check_budgets(evaluator, goal)
+    for settings in switched:
+        evaluator.resolve(replace(settings, int16_ratio=0.0))
+
+
+def check_augmented(task: Task, calibration: bool, training: bool) -> None:
+    """Refuse trials that calibrate or train on augmented data where the task has none. Raises ConfigError."""
+    split_for(task, "calibration", calibration)
+    split_for(task, "train", training)
+
+
+def check_budgets(evaluator: Evaluator, goal: Goal) -> None:
+    """Refuse a budget on a figure that is a lower bound or outside what the model was validated on: a wrong figure
+    must not meet it. Raises ConfigError with the way out.
+    """
+    if goal.max_latency_ms is None and goal.max_traffic_mb is None:
+        return
+    report = evaluator.cost(evaluator.template(QDtype.qint8)[1])
+    if goal.max_latency_ms is not None and report.refusal:
+        raise ConfigError(
+            f"objective.max_latency_ms needs a latency that can be judged, but got {report.refusal}. Load a measured "
+            "profile (device.profile=<report>), or drop the budget: objective.max_latency_ms=null."
+        )
+    if goal.max_traffic_mb is not None and report.traffic.lower_bound:
+        raise ConfigError(
+            f"objective.max_traffic_mb needs traffic that can be judged, but got a lower bound "
+            f"({report.traffic.bytes * 1e-6:.3f} MB all-int8): what spills is unknown without device.cost.onchip_mb. "
+            "Set that, or drop the budget: objective.max_traffic_mb=null."
+        )

@@ -1,0 +1,62 @@
+"""What a study's results depend on, so that it goes on only with what it began with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig
+
+from qflow.config.settings import plain
+from qflow.core.record import digest, to_json
+
+# What may change between two starts of one study; everything else must stay as it was.
+FREE = (
+    *("root", "tracking.", "executor.threads", "task.batch_size"),
+    *("search.n_trials", "search.timeout", "search.max_evaluations", "search.enqueue", "search.strategy"),
+    *("search.rates", "search.probe_share", "search.weight_decays"),  # which points are tried, not what they come to
+)
+SINCE = (
+    "search.when",
+    "objective.optimize",
+    "qconfig.float16_count",
+    "qconfig.assignment",
+    "qconfig.error_share",
+)  # empty they say nothing: studies from before there were such keys go on
+LEGIBLE = 40  # characters of a setting that the study's tag holds as they are; longer ones by digest
+
+
+def fingerprint(config: DictConfig, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What results depend on, by dotted key: the configuration, weights, data, graph and versions."""
+    state = {
+        key: text if len(text := to_json(value)) <= LEGIBLE else digest(value)
+        for key, value in flat(plain(config))
+        if not key.startswith(FREE) and (value or key not in SINCE)
+    }
+    named = config.objective.optimize
+    return {
+        **state,
+        **({"objective.optimize": ", ".join(named)} if named else {}),  # their order decides which value is which
+        **{key: str(manifest[key]) for key in ("weights", "data", "graph", "profile", "eval_samples", "qflow")},
+        "float_metric": f"{manifest['float_metric']:.6g}",
+        "torch": manifest["versions"]["torch"],
+    }
+
+
+def flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Leaves of a nested mapping by dotted key."""
+    found: list[tuple[str, Any]] = []
+    for key, value in node.items():
+        found += flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else [(f"{prefix}{key}", value)]
+    return found
+
+
+def changes(before: str, now: Mapping[str, str]) -> list[str]:
+    """`key: old -> new` for what differs from the text that `Session.open` kept."""
+    known: dict[str, str] = json.loads(before or "{}")
+    return [
+        f"{key}: {known.get(key, 'nothing')} -> {now.get(key, 'nothing')}"
+        for key in sorted({*known, *now})
+        if known.get(key) != now.get(key)
+    ]

@@ -1,0 +1,142 @@
+"""The end of a study: its table, its decisions as a document, and what to do next."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from qflow.config.settings import trial_settings, with_params
+from qflow.core.dtype import QDtype
+from qflow.core.errors import TrialError
+from qflow.core.store import write_whole
+from qflow.report.console import SummaryRow, python_command, summary_table
+from qflow.search.objective import CONSTRAINT, accurate, nearest_miss, over_budget
+from qflow.search.outcome import FinishedTrial
+from qflow.study.session import Session
+
+NAMED = 12  # operators that are named on the console
+
+
+def finish(session: Session) -> int:
+    """Table, document and next steps; the study's run completed; the exit code: 0 goal met, 1 not."""
+    trials, evaluator, best = session.trials, session.evaluator, session.best
+    whole = [trial for trial in trials if "qflow.stopped" not in trial.outcome.tags]  # others show their worst
+    shown = best or nearest_miss(whole or trials, session.goal.ranking)
+    if shown is None:
+        raise TrialError(
+            "A study needs a trial at least, but got none: a budget was spent before the first, or it failed. Raise "
+            "search.timeout and search.max_evaluations."
+        )
+    rows = [SummaryRow("float", {session.accuracy: evaluator.float_metric})]
+    rows += [SummaryRow(label, trial.outcome.metrics) for label, trial in session.baselines.items()]
+    trained = shown.outcome.metrics.get("qat/steps")
+    named = ("best trained" if trained else "best mix") if best else "nearest"
+    rows.append(SummaryRow(named, shown.outcome.metrics))
+    table = summary_table(rows, evaluator.task.metric_name)
+    text = verdict(session, best, shown)
+    summary = {label.replace("-", "_"): trial.outcome.metrics for label, trial in session.baselines.items()}
+    if best:
+        summary["best"] = best.outcome.metrics
+    note = document(session, table, text, shown)
+    place = session.root / "studies" / session.study.name / "decision.md"
+    write_whole(place, note)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "decision.md").write_text(note)
+        session.tracker.log_study(
+            session.study_run,
+            folder=Path(folder),
+            metrics={f"{name}/{k.split('/', 1)[1]}": v for name, found in summary.items() for k, v in found.items()},
+            tags={
+                "qflow.best": shown.run_id if best else "",
+                "qflow.goal": "met" if best else "missed",
+                "mlflow.note.content": note,
+            },
+        )
+    session.console.say("\n" + table)
+    _tell(session, text, shown, place)
+    return 0 if best else 1
+
+
+def _tell(session: Session, text: str, shown: FinishedTrial, place: Path) -> None:
+    """The lines below the table: verdict, what the mix is, where everything lies, and what to do next."""
+    say = session.console.say
+    say(text)
+    trained = shown.outcome.metrics.get("qat/steps", 0.0)
+    rate = shown.params.get("qat.learning_rate", session.config.qat.learning_rate)
+    how = f", after {trained:.0f} QAT steps at rate {rate:g}" if trained else ""
+    say(f"{'qconfig':<12}{shown.outcome.tags['qflow.qconfig']} of trial {shown.number}, run {shown.run_id}{how}")
+    for dtype, names in raised(session, shown).items():
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        say(f"{dtype:<12}{', '.join(names[:NAMED])}{more}")
+    say(f"{'decisions':<12}{place}")
+    say(f"{'runs':<12}{session.tracker.uri}")
+    say(f"{'study':<12}{session.study.name} in experiment {session.config.tracking.experiment}")
+    say(f"{'cache':<12}read instead of computed: {session.evaluator.cache}")
+    say(f"{'time':<12}{session.console.seconds:.0f} s, {session.tracker.seconds:.1f} s of it in tracking")
+    ui = session.tracker.ui_command()
+    say(f"{'next':<12}{f'{python_command()} -m {ui}' if ui.startswith('mlflow') else ui}")
+    if session.best is not None:
+        say(f"{'':<12}{promote_command(session)}")
+    say(f"{'then open':<12}{session.trials_url()}")
+
+
+def verdict(session: Session, best: FinishedTrial | None, shown: FinishedTrial) -> str:
+    """Whether the goal is met, and if not by how much and what to relax."""
+    goal, ceiling = str(session.goal), session.baselines.get("all-int16")
+    if best is not None:
+        m, saved = best.outcome.metrics, ""
+        if ceiling is not None and accurate(ceiling):
+            less = round(100.0 * (1.0 - m["cost/latency_ms"] / ceiling.outcome.metrics["cost/latency_ms"]))
+            saved = f", {less}% less latency than all-int16" if less > 0 else ", no less latency than all-int16"
+        return f"{'goal':<12}{goal}: met{saved}"
+    over = over_budget(shown)
+    if over and accurate(shown):
+        found = ", ".join(f"{name} by {by:.4g}" for name, by in over.items())
+        return f"{'goal':<12}{goal}: missed, over {found}; relax that budget, or objective.max_drop"
+    miss = shown.outcome.constraints[CONSTRAINT]
+    if ceiling is not None and ceiling.outcome.metrics["accuracy/drop"] > session.goal.max_drop:
+        advice = "int16 itself misses: see the decisions; a known range or a weight that is hard may be behind it"
+        if not session.config.qat.steps:
+            advice += ", or train: qat=<yours> qat.apply=after_search"
+    else:
+        advice = f"raise objective.max_drop (to {shown.outcome.metrics['accuracy/drop']:.4f}) or search.n_trials"
+    return f"{'goal':<12}{goal}: missed by {miss:.4f}; {advice}"
+
+
+def document(session: Session, table: str, text: str, shown: FinishedTrial) -> str:
+    """The explained decision, in Markdown: goal, figures, each decision with its reason, what is promoted."""
+    scores = session.evaluator.scores
+    lines = [f"# {session.study.name}", "", "```", table, text, "```", "", "## Decisions", ""]
+    lines += [f"{i}. **{stage}**: {words}" for i, (stage, words) in enumerate(session.decisions, 1)]
+    count = len(session.evaluator.graph.quantized)
+    for dtype, names in raised(session, shown).items():
+        lines += ["", f"## {dtype} ({len(names)} of {count} operators)", ""]
+        lines += [f"- `{name}`: int8 sensitivity {scores.get(name, 0.0):.3g}" for name in names]
+    return "\n".join(lines) + "\n"
+
+
+def raised(session: Session, trial: FinishedTrial) -> dict[str, list[str]]:
+    """Operators of a trial's mix by dtype, fp16 and int16, the most sensitive first."""
+    settings = trial_settings(with_params(session.config, trial.params)).qconfig
+    qconfig, scores = session.evaluator.resolve(settings)[1], session.evaluator.scores
+    found = {
+        d.value: sorted(qconfig.names(d), key=lambda n: -scores.get(n, 0.0)) for d in (QDtype.float16, QDtype.qint16)
+    }
+    return {dtype: names for dtype, names in found.items() if names}
+
+
+def promote_command(session: Session) -> str:
+    """The command that promotes this study's best trial, with what differs from promote's defaults."""
+    config = session.config
+    words = [f"{python_command()} -m qflow.promote"]
+    if config.study != "perception/int8_int16":
+        words.append(f"study={config.study}")
+    if session.root != Path("qflow_out").resolve() and "QFLOW_HOME" not in os.environ:
+        words.append(f"root={session.root}")
+    if config.tracking.uri:
+        words.append(f"tracking.uri={config.tracking.uri}")
+    if config.task.name != "perception":
+        words.append(f"tracking.experiment={config.tracking.experiment}")
+        words.append(f"tracking.registered_model={config.tracking.registered_model}")
+    return " ".join(words)

@@ -1,0 +1,44 @@
+"""The manifest: what a study's numbers depend on beside the configuration, so that a trial can be rebuilt."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qflow import __version__
+from qflow.core.errors import ConfigError
+from qflow.core.record import digest
+from qflow.trial.evaluator import Evaluator
+
+PACKAGES = ("torch", "numpy", "mlflow", "optuna", "hydra-core")
+
+
+def manifest(evaluator: Evaluator) -> dict[str, Any]:
+    """Versions, threads, and fingerprints of weights, graph and data."""
+    return {
+        "qflow": __version__,
+        "python": platform.python_version(),
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "device": evaluator.task.device,
+        "threads": torch.get_num_threads(),
+        "weights": evaluator.identity.content["weights"],
+        "graph": digest(evaluator.graph),
+        "data": digest([evaluator.identity.content["data"], evaluator.augmented(evaluator.default_calibration)]),
+        "profile": profile_digest(evaluator.profile) if evaluator.profile else "",
+        "eval_samples": evaluator.eval_samples,
+        "float_metric": evaluator.float_metric,
+    }
+
+
+def profile_digest(path: str) -> str:
+    """Names the content of the measured profile. Raises ConfigError where there is none at `path`."""
+    try:
+        return digest(Path(path).read_bytes().hex())
+    except OSError as error:
+        raise ConfigError(
+            f"A measured profile lies at device.profile, but got {path}: {error.strerror}. Bring it back."
+        ) from error

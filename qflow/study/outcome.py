@@ -1,0 +1,69 @@
+"""One evaluated trial as the search and MLflow see it, and its line on the console."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig
+
+from qflow.config.settings import owner, plain
+from qflow.search.loop import FailedTrial, FinishedTrial, Outcome
+from qflow.search.objective import Goal, meets
+from qflow.trial.record import TrialResult, run_metrics
+
+
+def trial_params(config: DictConfig) -> dict[str, Any]:
+    """The scalars of a trial that someone will sort or group by; no int16_ratio where another rule decides."""
+    node = {"calibration": plain(config.calibration), "qconfig": plain(config.qconfig)}
+    if config.qconfig.assignment or config.qconfig.error_share is not None:
+        del node["qconfig"]["int16_ratio"]
+    if config.qat.steps:
+        node["qat"] = plain(config.qat)
+    return {
+        f"{group}.{key}": value
+        for group, values in node.items()
+        for key, value in values.items()
+        if isinstance(value, (str, int, float, bool))
+    }
+
+
+def switches(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Searched modules under names that MLflow takes: `[add](1)` becomes `_add__1_`."""
+    return {re.sub(r"[^\w.\-/ :]", "_", key): value for key, value in params.items() if owner(key)}
+
+
+def outcome(result: TrialResult, goal: Goal, accuracy: str, params: Mapping[str, Any], samples: int) -> Outcome:
+    """Objectives, constraints, and what MLflow shows of a trial; `samples` are those of a whole evaluation."""
+    cost, metrics = result.cost, run_metrics(result, accuracy)
+    return Outcome(
+        objectives=goal.objectives(metrics),
+        constraints=goal.constraints(metrics),
+        params=params,
+        metrics=metrics,
+        tags={
+            **({"qflow.cost_refusal": cost.refusal} if cost.refusal else {}),
+            **({"qflow.stopped": f"after {result.samples} of {samples} samples"} if result.samples < samples else {}),
+            "qflow.qconfig": result.qconfig.digest,
+            "qflow.scales": result.scales_digest,
+            "qflow.evaluated": str(result.evaluated).lower(),
+        },
+    )
+
+
+def trial_line(trial: FinishedTrial | FailedTrial, accuracy: str) -> str:
+    """One line a trial."""
+    name = f"trial {trial.number} {trial.label}".strip()
+    if isinstance(trial, FailedTrial):
+        return f"{name:<24} failed: {trial.reason}"
+    m, p = trial.outcome.metrics, trial.outcome.params
+    verdict = "meets" if meets(trial) else "misses"
+    amount = f"{p['calibration.batch_size']}x{p['calibration.steps']}"
+    stopped = f"  stopped {t}: at worst" if (t := trial.outcome.tags.get("qflow.stopped")) else ""
+    trained = f"  QAT {m['qat/steps']:.0f} steps" if "qat/steps" in m else ""
+    return (
+        f"{name:<24} {m[accuracy]:.4f} drop {m['accuracy/drop']:+.4f} {m['cost/latency_ms']:7.3f} ms  int16 "
+        f"{m['qconfig/int16_ratio']:.2f}  {p['calibration.method']:<10} {amount:<7} {verdict:<6} {trial.seconds:5.1f} s"
+        f"{trained}{stopped}"
+    )

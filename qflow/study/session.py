@@ -1,0 +1,300 @@
+"""A study at work: the parts that a door has assembled, and what the stages of every workflow have in common."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from qflow.analysis.checks.model_check import check_model
+from qflow.config.settings import resolved_yaml, trial_settings, with_params
+from qflow.config.space import configured, module_settings
+from qflow.core.dtype import QDtype
+from qflow.core.errors import ConfigError, QflowError, TrackingError
+from qflow.core.record import to_json
+from qflow.report.console import Console, duration
+from qflow.report.files import write_study, write_trial
+from qflow.search.loop import Driver, FailedTrial, FinishedTrial, Outcome, driving
+from qflow.search.objective import Goal, aims, best_trial, meets
+from qflow.search.strategies import ERROR_SHARE, RATIO
+from qflow.search.study import Study
+from qflow.study.budget import Budget
+from qflow.study.feasible import check_augmented, check_search
+from qflow.study.fingerprint import changes, fingerprint
+from qflow.study.front import log_front
+from qflow.study.manifest import manifest
+from qflow.study.outcome import outcome, switches, trial_line, trial_params
+from qflow.tasks.early_stop import bounds_of
+from qflow.tracking.mlflow_tracker import MlflowTracker
+from qflow.tracking.views import save_view, study_url
+from qflow.trial.diagnosis import Diagnosis
+from qflow.trial.evaluator import Evaluator
+
+PROFILE = "profile.report"  # the study's copy of a measured report
+
+
+@dataclass
+class Session:
+    """Everything a workflow works with."""
+
+    config: DictConfig
+    evaluator: Evaluator
+    goal: Goal
+    console: Console
+    tracker: MlflowTracker
+    study: Study
+    root: Path
+    stack: ExitStack = field(default_factory=ExitStack)
+    """Closed by the door: what must be left in order when the workflow ends, however it ends."""
+    study_run: str = ""
+    driver: Driver | None = None
+    budget: Budget = field(init=False)
+    """Counts from `drive` on."""
+    kept: dict[str, Any] = field(default_factory=dict)
+    """Values that every trial gets from here on: an fp16 set that is kept, training left to a stage of its own."""
+    baselines: dict[str, FinishedTrial] = field(default_factory=dict)
+    """What the others are compared with, by label."""
+    decisions: list[tuple[str, str]] = field(default_factory=list)
+    """(stage, text): what was decided and why."""
+
+    @property
+    def accuracy(self) -> str:
+        """Name of the task's metric on a run."""
+        return f"accuracy/{self.evaluator.task.metric_name}"
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """Versions and fingerprints; the same for all trials of a start."""
+        return manifest(self.evaluator)
+
+    def open(self) -> None:
+        """Find or make the study's parent run.
+
+        Raises ConfigError if its trials were made with other settings or cannot be judged, TrackingError if its runs
+        are gone.
+        """
+        check_search(self.evaluator, self.goal, module_settings(self.config, self.study.space))
+        check_augmented(self.evaluator.task, self._may_be_true("calibration.augment"), self._may_be_true("qat.augment"))
+        if self.config.search.early_stop:
+            bounds_of(self.evaluator.task.metric)  # refused now, not in the first trial that asks
+        state = fingerprint(self.config, self.manifest)
+        found = self.tracker.find_study(self.study.name)
+        finished = sum(trial.state == "complete" for trial in self.study.trials())
+        if found is None and finished:
+            raise TrackingError(
+                f"A study's runs are in its tracking store, but {self.study.name} has {finished} finished trials and "
+                f"no run in {self.tracker.uri}. Bring the store back, or use another name: study={self.study.name}-2."
+            )
+        if found is not None and finished:
+            changed = changes(self.tracker.run_tags(found).get("qflow.fingerprint", ""), state)
+            if changed:
+                raise ConfigError(
+                    f"A study goes on with what it began with, but got other settings for {self.study.name}: "
+                    f"{', '.join(changed[:4])}. Use another name: study={self.study.name}-2."
+                )
+        config, task = self.config, self.evaluator.task
+        self.study_run = self.tracker.open_study(
+            self.study.name,
+            tags={"qflow.fingerprint": to_json(state), "qflow.workflow": config.workflow},
+            params={
+                "task": config.task.name,
+                "march": config.device.march,
+                "seed": config.seed,
+                "objective.max_drop": self.goal.max_drop,
+                **{f"objective.{name}": limit for name, limit in self.goal.budgets.items()},
+                "metric": task.metric_name,
+                "direction": task.direction,
+                "search.sampler": config.search.sampler,
+            },
+            description=f"{self.study.name}: {self.goal}; {aims(self.goal)}.",
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.yaml").write_text(resolved_yaml(config))
+            metrics = {f"float/{task.metric_name}": self.evaluator.float_metric}
+            if self.evaluator.profile:  # a trial is rebuilt from its run alone, measured times included
+                shutil.copy(self.evaluator.profile, Path(folder) / PROFILE)
+            self.tracker.log_study(self.study_run, folder=Path(folder), metrics=metrics)
+        self.drive()
+
+    def _may_be_true(self, key: str) -> bool:
+        """Whether a switch is on, or may be in a trial."""
+        domain = self.study.space.get(key)
+        return domain.contains(True) if domain else bool(OmegaConf.select(self.config, key))
+
+    def largest_calibration(self) -> tuple[int, int]:
+        """The largest batch size and number of steps that the default or the search can ask for."""
+        sizes = []
+        for key in ("batch_size", "steps"):
+            default = int(getattr(self.evaluator.default_calibration, key))
+            domain = self.study.space.get(f"calibration.{key}")
+            points = [int(p) for p in (domain.points() if domain else ()) if isinstance(p, (int, float))]
+            sizes.append(max([default, *points]))
+        return sizes[0], sizes[1]
+
+    def drive(self) -> None:
+        """Take the right to add trials; what an earlier start left is settled and said."""
+        self.driver = self.stack.enter_context(
+            driving(
+                self.study,
+                self.tracker,
+                self.evaluate,
+                scratch=self.root / "scratch",
+                on_trial=self._on_trial,
+                study_run_id=self.study_run,
+            )
+        )
+        search = self.config.search
+        self.budget = Budget(search.n_trials, search.max_evaluations, search.timeout)
+        if self.trials:
+            self.console.say(
+                f"{'continued':<12} {len(self.trials)} trials of an earlier start stand and are not repeated"
+            )
+            log_front(self.tracker, self.study_run, self.study.name, self.trials, self.goal, self.root)
+        self.note_best()
+
+    @property
+    def trials(self) -> list[FinishedTrial]:
+        """All finished trials of the study, by number."""
+        return self.driver.trials if self.driver else []
+
+    @property
+    def best(self) -> FinishedTrial | None:
+        """The best trial so far that meets the goal."""
+        return best_trial(self.trials, self.goal.ranking)
+
+    @property
+    def least_metric(self) -> float:
+        """The metric that just meets the goal; rounding apart."""
+        worse = self.goal.max_drop + 1e-9
+        return self.evaluator.float_metric + (-worse if self.evaluator.task.direction == "maximize" else worse)
+
+    @property
+    def untrained_best(self) -> FinishedTrial | None:
+        """The best among trials that were calibrated only: what decides whether training is needed."""
+        return best_trial([t for t in self.trials if not t.outcome.metrics.get("qat/steps")], self.goal.ranking)
+
+    def base(self) -> dict[str, Any]:
+        """A whole point: every searched key as configured, and what all trials of this workflow keep (`kept`)."""
+        return {**configured(self.config, self.study.space), **self.kept}
+
+    def measure(self, point: Mapping[str, Any], label: str = "") -> FinishedTrial | None:
+        """The trial at `point`, evaluated unless the study has it; None where it failed. Raises BudgetSpent.
+
+        Searched keys that `point` leaves open are as in `base`.
+        """
+        assert self.driver is not None
+        point = {**self.base(), **point}
+        if self.driver.known(point) is None:
+            self.budget.require(self.trials, self.untrained_best is not None)
+        found = self.driver.measure(point, label)
+        return found if isinstance(found, FinishedTrial) else None
+
+    def sample(self) -> bool:
+        """Evaluate the sampler's next point; False where the space is used up. Raises BudgetSpent.
+
+        Points that cannot be the best by their cost alone are not evaluated (`screened` counts them): those over a
+        budget, and those that take longer than an all-int16 that meets the goal, where least latency is the aim.
+        """
+        assert self.driver is not None
+        self.budget.require(self.trials, self.untrained_best is not None)
+        return self.driver.sample(self.kept, self._hopeless) is not None
+
+    @property
+    def screened(self) -> int:
+        """Points that this start has left out for their cost."""
+        return len(self.driver.screened) if self.driver else 0
+
+    def _hopeless(self, params: Mapping[str, Any]) -> str:
+        budgets, ceiling = self.goal.budgets, self.baselines.get("all-int16")
+        if ceiling is not None and meets(ceiling) and next(iter(self.goal.ranking), "") == "cost/latency_ms":
+            budgets["max_latency_ms"] = ceiling.outcome.metrics["cost/latency_ms"]
+        if not budgets:
+            return ""
+        try:
+            settings = trial_settings(with_params(self.config, params)).qconfig
+            return "" if self.evaluator.precisions.within(settings, budgets) else "its cost alone rules it out"
+        except QflowError:
+            return ""  # the trial fails by itself, with the reason
+
+    @contextmanager
+    def pass_or_fail(self) -> Iterator[None]:
+        """Inside, an evaluation may end once the goal is out of reach (search.early_stop): where nothing but that is
+        asked. Figures of such a trial are the worst possible, so trials that are compared are evaluated whole: all
+        of them, where training may have to choose what it begins with.
+        """
+        early = self.config.search.early_stop and not self.budget.reserved
+        self.evaluator.least = self.least_metric if early else None
+        try:
+            yield
+        finally:
+            self.evaluator.least = None
+
+    def _on_trial(self, trial: FinishedTrial | FailedTrial) -> None:
+        self.note_best()
+        line = trial_line(trial, self.accuracy)
+        if len(self.trials) > 2 and (seconds := self.budget.seconds_left(self.trials)) > 0:
+            line += f"  {len(self.trials)} of {self.config.search.n_trials}, about {duration(seconds)} left"
+        self.console.say(line)
+        if isinstance(trial, FinishedTrial) and self.study_run:
+            log_front(self.tracker, self.study_run, self.study.name, self.trials, self.goal, self.root)
+
+    def decide(self, stage: str, text: str) -> None:
+        """Say a decision with its reason; all of them together are the study's document."""
+        self.decisions.append((stage, text))
+        self.console.say(f"{'decision':<12} {stage}: {text}")
+
+    def evaluate(self, params: Mapping[str, Any], folder: Path) -> Outcome:
+        """One trial as a function of its parameters: files into `folder`, numbers into the outcome."""
+        changed = with_params(self.config, params)
+        settings = trial_settings(changed)
+        with self.console.bar("trial", self.evaluator.eval_samples, "samples") as advance:
+            result = self.evaluator.run_trial(settings, advance)
+        write_trial(
+            folder,
+            result,
+            config_yaml=resolved_yaml(changed),
+            manifest=self.manifest,
+            sensitivities=self.evaluator.sensitivities,
+        )
+        return outcome(
+            result, self.goal, self.accuracy, {**trial_params(changed), **switches(params)}, self.evaluator.eval_samples
+        )
+
+    def note_best(self) -> None:
+        """Keep best-so-far where the bars show it."""
+        best = self.best
+        if best is None:
+            self.console.best = "best: none meets the goal yet"
+            return
+        m = best.outcome.metrics
+        self.console.best = (
+            f"best: {m[self.accuracy]:.4f} drop {m['accuracy/drop']:+.4f} {m['cost/latency_ms']:.3f} ms "
+            f"int16 {m['qconfig/int16_ratio']:.2f}"
+        )
+
+    def trials_url(self) -> str:
+        """Where `mlflow ui` shows this study's trials, accuracy against latency, by a view saved with the study."""
+        host = self.tracker.uri if self.tracker.uri.startswith("http") else "http://127.0.0.1:5000"
+        searched = [key for key in self.study.space if key not in (RATIO, ERROR_SHARE)]  # int16's share says it
+        key = save_view(self.tracker, self.study.name, params=searched)
+        return study_url(host, self.tracker.experiment_id, self.study.name, key)
+
+    def log_stage_tables(self, diagnosis: Diagnosis, tags: Mapping[str, str]) -> None:
+        """Sensitivities, bad cases, the model check of all-int16, and the analysis with its page and pictures; at the
+        end `tags` say that all is there.
+        """
+        from qflow.report.analysis_files import write_analysis  # draws: matplotlib and plotly load only here
+
+        requested, applied = self.evaluator.template(QDtype.qint16)
+        check = check_model(self.evaluator.graph, requested, applied)
+        with tempfile.TemporaryDirectory() as folder:
+            write_study(Path(folder), self.evaluator.sensitivities, self.evaluator.badcases, check)
+            write_analysis(diagnosis, Path(folder) / "analysis", f"{self.study.name}: all-int8 on its bad cases")
+            self.tracker.log_study(self.study_run, folder=Path(folder), tags=tags)

@@ -1,0 +1,239 @@
+"""The guide's stages, as every workflow runs them; a stage whose inputs are as before is read from the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from qflow.analysis.checks.model_check import check_model
+from qflow.analysis.layers.text import layers_line
+from qflow.config.settings import plain, trial_settings, with_params
+from qflow.core.dtype import QDtype
+from qflow.core.errors import TrialError
+from qflow.core.settings import QConfigSettings
+from qflow.search.domain import Choice
+from qflow.search.objective import CONSTRAINT, meets
+from qflow.search.outcome import FinishedTrial
+from qflow.search.strategies import FLOAT16, RATIO, BudgetSpent, assign, raise_until_met
+from qflow.study.session import Session
+from qflow.study.train_stage import leave_for_training
+from qflow.trial.diagnosis import Diagnosis
+from qflow.trial.evaluator import Evaluator
+
+ALL_INT16, ALL_INT8 = "all-int16", "all-int8"
+TOP = 3  # operators that a reason names
+ANALYSIS = "qflow.analysis"  # tag of a study's run: what its layers and advice were made of
+
+
+def begin(session: Session) -> None:
+    """Float metric, model check, the study opened, calibration, and what the all-int8 model loses where."""
+    evaluator, console = session.evaluator, session.console
+    task = evaluator.task
+    evaluator.require_samples(*session.largest_calibration())
+    evaluator.check_data()
+    with console.stage("float") as say, console.bar("float", len(task.data.evaluation), "samples") as advance:
+        metric = evaluator.measure_float(advance)
+        say(f"{task.metric_name} {metric:.4f} on {evaluator.eval_samples} samples of {task.name}")
+    with console.stage("check") as say:
+        say(check(session))
+    session.open()
+    settings = evaluator.default_calibration
+    with console.stage("calibrate") as say, console.bar("calibrate", settings.steps, "steps") as advance:
+        stats = evaluator.calibrate(settings, advance)
+        say(f"{stats.samples} samples in {stats.steps} steps, one pass for every method and dtype")
+    diagnose(session)
+    leave_for_training(session)
+    if session.config.search.early_stop:
+        console.say(f"{'early stop':<12} where only the goal is asked for: ladders and giving back (search.early_stop)")
+
+
+def check(session: Session) -> str:
+    """Trace, prove the float graph unchanged, and say what the model check found."""
+    evaluator = session.evaluator
+    graph = evaluator.graph
+    settings = trial_settings(session.config).qconfig
+    bare = replace(settings, float16_count=0, assignment="", error_share=None)
+    bare = replace(bare, sensitive_type="activation", counting="operators")  # nothing is ranked yet
+    for ratio in (0.0, 1.0):  # what names ask for must be legal before ten trials fail on it
+        evaluator.resolve(replace(bare, int16_ratio=ratio))
+    requested, applied = evaluator.template(QDtype.qint16)
+    found = check_model(graph, requested, applied).findings
+    lowered = sum(op.output != requested.ops[name].output for name, op in applied.ops.items())
+    fused = sum(bool(node.fused) for node in graph.nodes)
+    report = evaluator.cost(applied)
+    if report.refusal:
+        session.console.say(f"{'cost':<12} {report.refusal}")
+    look = sum(f.level == "check" for f in found)
+    return (
+        f"{len(graph.nodes)} operators ({fused} fused), bit-identical to float; {lowered} int8 only on "
+        f"{evaluator.rules.march}, {look} findings"
+    )
+
+
+def diagnose(session: Session) -> None:
+    """Bad cases, layer-by-layer comparison, sensitivity and advice on the all-int8 model, onto the study's run.
+
+    Bad cases and sensitivities of an earlier start come from the cache; layers and advice lie on the study's run.
+    """
+    evaluator, console, diagnosis = session.evaluator, session.console, Diagnosis(session.evaluator)
+    key = evaluator.analysis_key
+    known = bool(key) and session.tracker.run_tags(session.study_run).get(ANALYSIS) == key
+    with console.stage("bad cases") as say, console.bar("bad cases", evaluator.badcase_stage.steps, "steps") as advance:
+        table = diagnosis.find_badcases(advance)
+        say(f"the {len(table.chosen)} worst of {table.samples} samples by {table.metric}")
+    with console.stage("layers") as say:
+        unchanged = "with the advice on the study's run: nothing that they depend on has changed"
+        say(unchanged if known else layers_line(diagnosis.compare_layers()))
+    with console.stage("sensitivity") as say, console.bar("sensitivity", evaluator.quantizers, "quantizers") as advance:
+        ranked = diagnosis.rank(advance)
+        top = ranked.rows[0]
+        say(f"{len(ranked.rows)} rows, most sensitive: {top.op_name} ({top.sensitive_type} {top.score:.3g})")
+    if known:
+        return
+    with console.stage("advice") as say:
+        advice = diagnosis.advise()
+        first = f", first {advice[0].op}: {advice[0].cause} ({advice[0].source})" if advice else ""
+        session.log_stage_tables(diagnosis, {ANALYSIS: key})
+        say(f"{len(advice)} operators stand out{first}")
+
+
+def baseline(session: Session, label: str) -> FinishedTrial:
+    """All int16 or all int8: every other searched key as configured, searched modules at its dtype.
+
+    Raises TrialError where it fails: nothing can be judged without it.
+    """
+    found = session.measure(baseline_point(session, label), label)
+    if found is None:
+        raise TrialError(f"A study needs its baseline {label}, but that trial failed. Its line above says why.")
+    session.baselines[label] = found
+    return found
+
+
+def baseline_point(session: Session, label: str) -> dict[str, Any]:
+    """The point of a baseline."""
+    modules = [key for key in session.study.space if key.startswith("qconfig.modules.")]
+    ratio, dtype = (1.0, "qint16") if label == ALL_INT16 else (0.0, "qint8")
+    return {**session.base(), **dict.fromkeys(modules, dtype), RATIO: ratio}
+
+
+def ceiling_reason(evaluator: Evaluator) -> str:
+    """What an all-int16 model loses by: operators that the device holds at int8, activations too coarse at int16, or
+    weights (dual int16), with figures.
+    """
+    table = evaluator.sensitivities
+    if table is None:
+        return "see the sensitivities"
+    weights, at8 = table.weight_scores("qint8"), table.activation_scores("qint8")
+    at16 = table.activation_scores("qint16")
+    applied = evaluator.template(QDtype.qint16)[1].ops.items()
+    held = {name: op.fallback for name, op in applied if op.output == QDtype.qint8 and op.fallback}
+    hard = max(held, key=lambda name: at8.get(name, 0.0), default="")
+    if hard and at8.get(hard, 0.0) >= max([*weights.values(), *at16.values()], default=0.0):
+        return f"{hard} stays int8 (activation {at8.get(hard, 0.0):.3g}): {held[hard]}"
+    both = {name: min(score, at8.get(name, 0.0)) for name, score in weights.items()}
+    coarse = max(at16, key=lambda name: at16[name], default="")
+    heavy = max(both, key=lambda name: both[name], default="")
+    if coarse and at16[coarse] >= max(weights.values(), default=0.0):
+        top = sorted(at16, key=lambda name: -at16[name])[:TOP]
+        return "int16 itself is too coarse on " + ", ".join(f"{name} ({at16[name]:.3g})" for name in top)
+    if heavy:
+        return f"dual int16 suspected on {heavy}: weight {weights[heavy]:.3g}, activation {at8.get(heavy, 0.0):.3g}"
+    return "see the sensitivities"
+
+
+def search_mix(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:
+    """Search int16 by `search.strategy`, until it is done or the budget is spent."""
+    strategies: Mapping[str, Callable[[Session, FinishedTrial, FinishedTrial], None]] = {
+        "optuna": _sampled,
+        "ratio": _laddered,
+        "assign": _assigned,
+    }
+    before, hits = len(session.trials), session.evaluator.hits
+    with session.console.stage("search") as say:
+        ended = "done"
+        try:
+            strategies[session.config.search.strategy](session, floor, ceiling)
+        except BudgetSpent as spent:
+            ended = str(spent)
+        searched = len(session.trials) - before
+        known = session.evaluator.hits - hits
+        said = [f"{searched} trials by {session.config.search.strategy}", f"{known} already evaluated"]
+        said += [f"{session.screened} left out that cost too much to be the best"] if session.screened else []
+        say(f"{', '.join(said)}; {ended}")
+
+
+def _sampled(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:
+    """The points that the configuration wants first, at the defaults where they say nothing; then the sampler's own."""
+    for point in plain(session.config.search.enqueue):
+        known = {k: v for k, v in point.items() if k in session.study.space and k not in session.kept}
+        if known:  # one that varies only what is fixed is none
+            session.measure(
+                {**baseline_point(session, ALL_INT8), **known},
+                " ".join(f"{k.split('.')[-1]}={v}" for k, v in known.items()),
+            )
+    while session.sample():
+        pass
+
+
+def best_calibration(session: Session) -> FinishedTrial | None:
+    """The all-int8 trial of the searched calibration method that loses least: the guide's basic tuning."""
+    base = baseline_point(session, ALL_INT8)
+    methods = session.study.space.get("calibration.method")
+    points = [{**base, "calibration.method": m} for m in methods.values] if isinstance(methods, Choice) else [base]
+    trials = [t for p in points if (t := session.measure(p, f"all-int8 {_method(session, p)}")) is not None]
+    return min(trials, key=lambda t: t.outcome.constraints[CONSTRAINT], default=None)
+
+
+def _method(session: Session, point: Mapping[str, Any]) -> str:
+    return str(point.get("calibration.method", session.config.calibration.method))
+
+
+def _met_by_calibration(session: Session, int8: FinishedTrial) -> bool:
+    if not meets(int8):
+        return False
+    drop = int8.outcome.metrics["accuracy/drop"]
+    session.decide(ALL_INT8, f"drop {drop:+.4f} under {_method(session, int8.params)}: no operator needs int16")
+    return True
+
+
+def _laddered(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:
+    int8 = best_calibration(session) or floor
+    if not _met_by_calibration(session, int8):
+        rungs = session.evaluator.precisions.rungs(_without_int16(session, int8.params), session.goal.budgets)
+        with session.pass_or_fail():
+            raise_until_met(session.measure, int8.params, RATIO, rungs)
+
+
+def _assigned(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:
+    int8 = best_calibration(session) or floor
+    if not _met_by_calibration(session, int8):
+        assign(
+            session.measure,
+            {**int8.params, RATIO: 0.0},
+            session.evaluator.precisions.problem(_without_int16(session, int8.params), session.goal.budgets),
+            max_drop=session.goal.max_drop,
+            int8_drop=int8.outcome.metrics["accuracy/drop"],
+            int16_drop=ceiling.outcome.metrics["accuracy/drop"],
+        )
+
+
+def _without_int16(session: Session, point: Mapping[str, Any]) -> QConfigSettings:
+    """Settings at `point` with nothing in int16 by ratio."""
+    return trial_settings(with_params(session.config, {**point, RATIO: 0.0})).qconfig
+
+
+def raise_float16(session: Session) -> FinishedTrial | None:
+    """The fewest fp16 operators in all int16 that meet the goal; None where no number of them does."""
+    order = session.evaluator.precisions.float16_order
+    base = baseline_point(session, ALL_INT16)
+    with session.console.stage("fp16") as say:
+        with session.pass_or_fail():
+            best = raise_until_met(session.measure, base, FLOAT16, list(range(len(order) + 1)), patience=0)
+        chosen = order[: int(best.params[FLOAT16] or 0)] if best else ()
+        say(
+            f"{len(chosen)} of {len(order)} operators that gain from fp16 suffice: {', '.join(chosen)}"
+            if best
+            else f"operators that gain from fp16: {len(order)}; no number of them meets the goal"
+        )
+    return best

@@ -1,0 +1,55 @@
+"""The start of a study: its parts, opened in the order in which a mistake costs least."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from omegaconf import DictConfig
+
+from qflow.config.settings import plain, root_dir
+from qflow.config.space import search_space
+from qflow.report.console import Console
+from qflow.search.objective import Goal
+from qflow.search.study import Study
+from qflow.study.assemble import make_evaluator
+from qflow.study.session import Session
+from qflow.tracking.mlflow_tracker import MlflowTracker
+from qflow.trial.record import RUN_METRICS
+
+
+@contextmanager
+def open_session(config: DictConfig, started: float) -> Iterator[Session]:
+    """The session of a study; when it is left, however that is, the study's run is closed.
+
+    The store comes first: a bad one fails in seconds. `started` is the `time.perf_counter()` that the console counts
+    from.
+    """
+    root = root_dir(config)
+    tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
+    evaluator = make_evaluator(config)
+    accuracy = f"accuracy/{evaluator.task.metric_name}"
+    goal = Goal(**plain(config.objective)).aimed(accuracy, evaluator.task.direction, (accuracy, *RUN_METRICS))
+    study = Study.open(
+        root,
+        config.study,
+        space=search_space(config),
+        directions=tuple(goal.optimize.values()),
+        sampler=config.search.sampler,
+        seed=config.seed,
+        n_trials=config.search.n_trials,
+    )
+    session = Session(config, evaluator, goal, Console(started=started), tracker, study, root)
+    evaluator.cache.folder, evaluator.cache.say = root / "cache", session.console.say
+    evaluator.checkpoints, evaluator.searches = root / "cache" / "training", root / "cache" / "searches"
+    status = "FAILED"
+    try:
+        with session.stack:
+            yield session
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        if session.study_run:
+            tracker.close_study(session.study_run, status)

@@ -1,0 +1,103 @@
+"""The search for bad cases on a task: which samples, by which metric, and where a long one goes on after a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qflow.analysis.badcases.files import BadcaseInputs, named_samples
+from qflow.analysis.badcases.find import find_badcases
+from qflow.analysis.measures.metrics import CUSTOM, Custom
+from qflow.analysis.measures.tables import BadcaseTable
+from qflow.core.record import digest
+from qflow.core.settings import SensitivitySettings
+from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.tasks.content_digest import ContentDigest
+from qflow.tasks.identity import Identity
+from qflow.tasks.task import Task, batches, model_inputs
+
+LONG = 16  # steps; a longer search leaves its state
+
+
+@dataclass(frozen=True)
+class BadcaseStage:
+    """The first `search_samples` of the calibration data, `batch_size` a step."""
+
+    task: Task
+    settings: SensitivitySettings
+    batch_size: int
+    own: Custom | None = None
+    """The user's own metric: it chooses the bad cases; rankings and layers keep theirs."""
+
+    @property
+    def samples(self) -> int:
+        """How many samples are searched."""
+        return min(self.settings.search_samples, len(self.task.data.calibration))
+
+    @property
+    def steps(self) -> int:
+        """Batches that are searched."""
+        return -(-self.samples // self.batch_size)
+
+    @cached_property
+    def _own(self) -> ContentDigest:
+        anatomy = ContentDigest()
+        if self.own is not None:
+            anatomy.add([self.own.function, self.own.order], "sensitivity.own_metric")
+        return anatomy
+
+    @property
+    def unidentified(self) -> list[str]:
+        """Parts of the own metric that nothing identifies."""
+        return self._own.unidentified
+
+    @property
+    def key(self) -> list[Any]:
+        """What the table depends on beside task and model."""
+        s = self.settings
+        return [s.metric, s.compare, s.bad_cases, s.search_samples, self.batch_size, self._own.digest]
+
+    def search(
+        self,
+        prepared: QuantizedModel,
+        progress: Callable[[int], None],
+        inputs: BadcaseInputs | None,
+        state: tuple[Path, str] | None,
+    ) -> BadcaseTable:
+        """Search the calibrated model; `state` is a file and the name of what it belongs to."""
+        stream = batches(self.task, "calibration", self.batch_size, indices=range(self.samples))
+        return find_badcases(
+            self.task.model,
+            prepared,
+            ((model_inputs(self.task, batch), size) for batch, size in stream),
+            metric=self.settings.metric if self.own is None else CUSTOM,
+            count=self.settings.bad_cases,
+            on_step=progress,
+            custom=self.own,
+            compare=self.settings.compare,
+            inputs=inputs,
+            state=state[0] if state else None,
+            identity=state[1] if state else "",
+        )
+
+    def state(
+        self, folder: Path | None, identity: Callable[[], Identity], key: Any, say: Callable[[str], None]
+    ) -> tuple[Path, str] | None:
+        """A long search's file in `folder` and its name; None if it is short, or nothing identifies what it reads."""
+        if folder is None or self.steps <= LONG:
+            return None
+        task = identity()
+        if unknown := [*task.unidentified, *self.unidentified]:
+            say(f"{'bad cases':<12} a search that is killed begins anew: nothing identifies {unknown[0]}")
+            return None
+        name = digest([task.content, key])
+        return folder / f"{name}.pt", name
+
+    def read(self, table: BadcaseTable, inputs: BadcaseInputs) -> None:
+        """Read again the inputs of the samples that `table`, known from before, names."""
+        for index in named_samples(table):
+            ((batch, _),) = batches(self.task, "calibration", 1, indices=[index])
+            inputs.update(model_inputs(self.task, batch), index, 1, [*inputs.samples, index])

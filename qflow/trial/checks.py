@@ -1,0 +1,46 @@
+"""What is checked and noted of one evaluated trial."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qflow.analysis.checks.calibration_check import calibration_findings
+from qflow.analysis.measures.tables import Finding
+from qflow.core.dtype import QDtype
+from qflow.core.errors import ModelError
+from qflow.core.qconfig import QConfig
+from qflow.quant.model.calibrate import CalibrationStats
+from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.train.qat import TrainingReport
+
+
+def require_all_ran(model: QuantizedModel) -> None:
+    """What was asked must have been computed: a quantizer that never ran would flatter the metric.
+
+    Raises ModelError.
+    """
+    quantizers = [*model.outputs.values(), *model.weights.values()]
+    wanted = {q.name for q in quantizers if q.dtype not in (None, QDtype.float32)}
+    missing = sorted(wanted - model.ran)
+    if missing or model.unseen:
+        raise ModelError(
+            f"Every planned quantizer runs, but got none for {missing[:3]} and unplanned operators "
+            f"{sorted(model.unseen)[:3]}. The model takes another path on this data than while traced."
+        )
+
+
+def findings_of(
+    model: QuantizedModel,
+    stats: CalibrationStats,
+    applied: QConfig,
+    calibrated: list[str],
+    overflowed: Mapping[str, int],
+    report: TrainingReport | None,
+) -> tuple[Finding, ...]:
+    """Findings of the calibration (`calibrated` are those of `apply_scales`), the evaluation and the training."""
+    found = calibration_findings(model, stats, applied, calibrated)
+    found += tuple(
+        Finding(name, "check", f"{count} values beyond half precision: calibration.float16_clip=true, or qint16")
+        for name, count in overflowed.items()
+    )
+    return found + tuple(Finding("qat", "check", text) for text in (report.findings if report else ()))

@@ -1,0 +1,239 @@
+"""The guide's accuracy debugging on a evaluator: bad cases, layer by layer, sensitivity, advice, and whether it helps.
+
+Each step is computed once and takes what it needs of those before it. All look at one model under the default
+calibration: all int8, or what `settings` ask for: a template, operators by name, an int16 ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from qflow.analysis.advice.advisor import advise
+from qflow.analysis.advice.override import override, setting
+from qflow.analysis.badcases.files import BadcaseInputs
+from qflow.analysis.checks.calibration_check import calibration_findings
+from qflow.analysis.layers.compare import compare_layers, filtered
+from qflow.analysis.measures.distances import Distances
+from qflow.analysis.measures.tables import (
+    Advice,
+    BadcaseTable,
+    Fidelity,
+    FidelityRow,
+    Finding,
+    LayerTable,
+    SensitivityRow,
+    SensitivityTable,
+)
+from qflow.analysis.sensitivity.candidates import candidates
+from qflow.analysis.sensitivity.measure import sensitivity
+from qflow.core.dtype import QDtype
+from qflow.core.errors import ConfigError
+from qflow.core.qconfig import QConfig
+from qflow.core.settings import QConfigSettings
+from qflow.quant.replay.capture import ReplayError
+from qflow.quant.trace.calling import batch_size, call_model, named_tensors
+from qflow.trial.evaluator import Evaluator
+from qflow.trial.precisions import Precisions
+from qflow.trial.shared import Progress, silent
+
+
+@dataclass
+class Diagnosis:
+    """What is known about why a calibrated model loses accuracy."""
+
+    evaluator: Evaluator
+    settings: QConfigSettings | None = None
+    """The model's qconfig; None is all int8, as a study ranks it. What needs a ranking takes the evaluator's."""
+    badcases: BadcaseTable | None = None
+    inputs: BadcaseInputs = field(default_factory=BadcaseInputs)
+    layers: LayerTable | None = None
+    sensitivity: SensitivityTable | None = None
+    advice: tuple[Advice, ...] | None = None
+    fidelity: Fidelity | None = None
+    findings: tuple[Finding, ...] = ()
+
+    @cached_property
+    def applied(self) -> QConfig | None:
+        """The qconfig under analysis, as the device would run it; None for all int8."""
+        return None if self.settings is None else self._precisions.resolve(self.settings)[1]
+
+    @cached_property
+    def _precisions(self) -> Precisions:
+        """As ranked before the analysis: its own ranking is of another model, and would move a ratio's operators."""
+        return self.evaluator.precisions
+
+    def find_badcases(self, progress: Progress = silent) -> BadcaseTable:
+        """The calibration samples on which the quantized model differs most from float."""
+        self.badcases = self.evaluator.find_badcases(progress, self.inputs, self.applied)
+        return self.badcases
+
+    def compare_layers(self, progress: Progress = silent) -> LayerTable | None:
+        """Every operator call on the bad cases, float against calibrated; `progress` counts calls.
+
+        None, with a finding, where the model's calls cannot be run one by one.
+        """
+        evaluator = self.evaluator
+        (cases,) = evaluator.cases()
+        self.findings = self._calibrated()
+        memory = evaluator.sensitivity_settings.memory_mb
+        try:
+            self.layers = compare_layers(
+                evaluator.task.model, evaluator.prepared, cases, memory_mb=memory, on_op=progress
+            )
+        except ReplayError as error:
+            self.findings += (Finding("layers", "check", f"no layer-by-layer comparison: {error.reason}"),)
+        return self.layers
+
+    def rank(self, progress: Progress = silent) -> SensitivityTable:
+        """Sensitivity of every quantizer on the bad cases; `progress` counts rows."""
+        self.sensitivity = self.evaluator.rank(progress, self.applied)
+        return self.sensitivity
+
+    def advise(self) -> tuple[Advice, ...]:
+        """What to change, by expected gain."""
+        table = self.sensitivity or self.rank()
+        layers = self.layers or self.compare_layers()
+        self._calibrated()
+        stats = self.evaluator.calibrate(self.evaluator.default_calibration)
+        self.advice = advise(self.evaluator.prepared, stats, table, layers, self.refused)
+        return self.advice
+
+    def check_advice(self, most: int = 8) -> Fidelity:
+        """Follow the first `most` lines of advice, and measure the operators that they set again: exactly, both times.
+
+        Raises ConfigError where no advice has a line.
+        """
+        chosen, left_out = self._agreed(most)
+        if not chosen:
+            raise ConfigError("Advice is checked by its lines, but got none: nothing stands out or nothing is allowed.")
+        table, evaluator = self.sensitivity or self.rank(), self.evaluator
+        modules = {a.target: a.spec for a in chosen}
+        touched = {a.op for a in chosen} | set(modules)
+        self._calibrated()
+        old, before = self._measured(touched, table), self._outputs_off()
+        evaluator.apply(self.qconfig(modules))
+        new, after = self._measured(touched), self._outputs_off()
+        self._calibrated()
+        rows = [
+            FidelityRow(*key, old[key].quant_dtype, row.quant_dtype, old[key].score, row.score)
+            for key, row in new.items()
+            if key in old
+        ]
+        self.fidelity = Fidelity(table.metric, tuple(rows), before, after, override(modules), tuple(left_out))
+        return self.fidelity
+
+    def _agreed(self, most: int) -> tuple[list[Advice], list[str]]:
+        """The first `most` pieces of advice that the device takes together (each was tried alone), and what not."""
+        chosen: list[Advice] = []
+        left_out: list[str] = []
+        for a in self.advise() if self.advice is None else self.advice:
+            if not a.line or len(chosen) == most:
+                continue
+            if reason := self.refused(a.target, a.spec, {c.target: c.spec for c in chosen}):
+                left_out.append(f"{a.target} {a.spec} is not allowed beside the rest: {reason}")
+            else:
+                chosen.append(a)
+        return chosen, left_out
+
+    def _measured(
+        self, operators: set[str], known: SensitivityTable | None = None
+    ) -> dict[tuple[str, str], SensitivityRow]:
+        """Exact rows of `operators` at the dtypes they have now, by operator and type; those of `known` if they are."""
+        evaluator = self.evaluator
+        rows = [c for c in candidates(evaluator.prepared) if c.node.name in operators]
+        own = {(c.node.name, c.sensitive_type, str(c.variant.quantizer.dtype)) for c in rows}
+        found = [
+            r for r in (known.rows if known else ()) if r.exact and (r.op_name, r.sensitive_type, r.quant_dtype) in own
+        ]
+        if len(found) < len(rows):  # estimates are no measure for what an advice did
+            exact = replace(evaluator.sensitivity_settings, method="exact")
+            found = list(
+                sensitivity(evaluator.task.model, evaluator.prepared, evaluator.cases(), settings=exact, rows=rows).rows
+            )
+        return {(r.op_name, r.sensitive_type): r for r in found}
+
+    def shown_layers(self, prefixes: Sequence[str], types: Sequence[str]) -> LayerTable | None:
+        """The layer table's rows that the filters choose. Raises ConfigError where they choose none."""
+        shown = filtered(self.layers, prefixes, types) if self.layers else None
+        if shown is not None and not shown.rows:
+            raise ConfigError(
+                f"prefixes and types choose operators of the model, but got none with {[*prefixes, *types]}. See "
+                "qflow.check for their names."
+            )
+        return shown
+
+    @property
+    def all_findings(self) -> tuple[Finding, ...]:
+        """What the steps noticed, bad cases first, then layers and sensitivity, then what calibration shows."""
+        own = [t.findings for t in (self.badcases, self.layers, self.sensitivity) if t is not None]
+        return (*(finding for found in own for finding in found), *self.findings)
+
+    def qconfig(self, modules: Mapping[str, str]) -> QConfig:
+        """The model with some more operators set, as the device would run it."""
+        return self._resolved(modules)[1]
+
+    def refused(self, operator: str, spec: str, beside: Mapping[str, str] | None = None) -> str:
+        """Why the device would not keep `spec` on `operator`, and those beside it as they are; "" where it does."""
+        try:
+            requested, applied = self._resolved({**(beside or {}), operator: spec})
+        except ConfigError as error:
+            return str(error)
+        for name in (operator, *(beside or {})):
+            asked, kept = requested.ops[name], applied.ops[name]
+            if (asked.output, asked.weight) != (kept.output, kept.weight):
+                return kept.fallback or f"{kept.output} remains on {name}"
+        return ""
+
+    def _resolved(self, modules: Mapping[str, str]) -> tuple[QConfig, QConfig]:
+        """(requested, applied) of the model with some more operators set."""
+        base, precisions = (
+            self.settings or QConfigSettings(),
+            self._precisions if self.settings else self.evaluator.precisions,
+        )
+        own = {name: setting(spec) for name, spec in modules.items()}
+        return precisions.resolve(replace(base, modules={**base.modules, **own}))
+
+    def _calibrated(self) -> tuple[Finding, ...]:
+        """The model's scales in force, and what calibration shows."""
+        evaluator, applied = self.evaluator, self.qconfig({})
+        extra = evaluator.apply(applied)
+        return calibration_findings(
+            evaluator.prepared, evaluator.calibrate(evaluator.default_calibration), applied, extra
+        )
+
+    def _outputs_off(self) -> float:
+        """Merged distance of the outputs from float with all quantizers on."""
+        evaluator = self.evaluator
+        distances = Distances(evaluator.sensitivity_settings.metric, 1)
+        with torch.no_grad():
+            for inputs in evaluator.cases():
+                with evaluator.prepared.recording_order() as order:
+                    plain = dict(named_tensors(call_model(evaluator.prepared, inputs)))
+                distances.reference(plain, batch_size(inputs))
+                with evaluator.prepared.quantized(), evaluator.prepared.following(order):
+                    distances.add(0, dict(named_tensors(call_model(evaluator.prepared, inputs))))
+        return distances.result(0)[0]
+
+
+def histogram_of(evaluator: Evaluator, operator: str) -> dict[str, Any]:
+    """What a picture of an operator's values needs: counts of |x|, edges, scale, dtype and its codes."""
+    node = evaluator.graph.by_name[operator]
+    histogram = evaluator.calibrate(evaluator.default_calibration).histograms[node.quantizer or ""]
+    quantizer = evaluator.prepared.outputs[node.quantizer or ""]
+    dtype = quantizer.dtype or QDtype.qint8
+    counts = histogram.counts.clone()
+    counts[0] += histogram.zeros
+    return {
+        "counts": counts.numpy(),
+        "edges": torch.linspace(0.0, histogram.limit or 1.0, len(counts) + 1).numpy(),
+        "scale": float(quantizer.scale),
+        "dtype_name": str(dtype),
+        "qmin": dtype.qmin,
+        "qmax": dtype.qmax,
+        "absolute": True,
+    }

@@ -1,0 +1,121 @@
+"""The evaluator: one trial as a plain function of its settings, on what all trials share (groundwork.py).
+
+A trial pays for what is new in it: a qconfig with scales that was evaluated before is not evaluated again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qflow.analysis.checks.model_check import check_model
+from qflow.core.qconfig import QConfig
+from qflow.core.record import digest
+from qflow.core.settings import TrialSettings
+from qflow.quant.model.calibrate import apply_scales
+from qflow.quant.model.model_state import forward_state
+from qflow.quant.model.quantized_model import QuantizedModel, scales
+from qflow.tasks.identity import Identity, of_training
+from qflow.tasks.task import evaluate, split_for
+from qflow.trial.checks import findings_of, require_all_ran
+from qflow.trial.record import Evaluation, TrialResult
+from qflow.trial.shared import Progress, SharedState, silent
+from qflow.trial.training import Training, float_weights, train_trial, training_key
+
+
+@dataclass
+class Evaluator(SharedState):
+    """One task on one device, with what its trials have come to."""
+
+    training: Training | None = None
+    """Loss, optimizer and scheduler for trials with QAT."""
+    hits: int = 0
+    """Trials whose figures were known: nothing was evaluated for them."""
+    evaluations: int = 0
+    """Full evaluations that ran."""
+    least: float | None = None
+    """Metric below (above, if less is better) which an evaluation may end early; None takes every sample."""
+    checkpoints: Path | None = None
+    """Where trainings leave what a longer one goes on from; None trains from the start."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._trained: dict[str, TrialResult] = {}
+        self._trainings: dict[str, Identity] = {}
+
+    def run_trial(self, settings: TrialSettings, progress: Progress = silent) -> TrialResult:
+        """Resolve, calibrate, evaluate and cost one trial. Equal (qconfig, calibration) are run once."""
+        requested, applied = self.resolve(settings.qconfig)
+        return self.run_qconfig(requested, applied, settings, progress)
+
+    def run_qconfig(
+        self, requested: QConfig, applied: QConfig, settings: TrialSettings, progress: Progress = silent
+    ) -> TrialResult:
+        """Evaluate a qconfig that is already resolved, after QAT if the settings ask for steps."""
+        calibration, qat, ran = settings.calibration, settings.qat, self.evaluations
+        stats = self.calibrate(calibration)
+        calibrated = apply_scales(self.prepared, stats, applied, calibration)
+        # What changes numbers is in dtypes, scales and switches: settings that lead to the same ones are one trial.
+        key = digest([applied.digest, forward_state(self.prepared), self.eval_batch])
+        if qat.steps:
+            training = training_key(self.prepared, self.training, qat, applied, calibration)
+            key = digest([key, self.least, qat.steps, training])
+            if (known := self._trained.get(key)) is not None:
+                self.hits += 1
+                return replace(
+                    known, requested=requested, qconfig=applied, calibration_samples=stats.samples, evaluated=False
+                )
+        model, report = self.prepared, None
+        if qat.steps:
+            place = self.training_folder(split_for(self.task, "train", qat.augment))
+            model, report = train_trial(self.task, self.prepared, self.training, qat, applied, calibration, place)
+            found = self._evaluated(model, progress)
+        else:
+            found = self._evaluation(key, progress)
+        self.hits += self.evaluations == ran
+        noted = findings_of(model, stats, applied, calibrated, found.overflowed, report)
+        result = TrialResult(
+            metric=found.metric,
+            drop=self.task.drop(self.float_metric, found.metric),
+            samples=found.samples,
+            qconfig=applied,
+            requested=requested,
+            cost=self.cost(applied),
+            check=check_model(self.graph, requested, applied, noted, calibration.method),
+            scales=scales(model),
+            calibration_samples=stats.samples,
+            evaluated=self.evaluations > ran,
+            training=report,
+            weights=float_weights(model) if qat.steps else None,
+        )
+        if qat.steps:
+            self._trained[key] = result
+        return result
+
+    def _evaluation(self, key: str, progress: Progress) -> Evaluation:
+        """That of the calibrated model: a whole one if there is any, else one that ended early for the same goal."""
+        for known in [key] if self.least is None else [key, [key, self.least]]:
+            if (found := self.cache.known("evaluation", known, Evaluation)) is not None:
+                return found
+        found = self._evaluated(self.prepared, progress)
+        stopped = found.samples < self.eval_samples
+        return self.cache.keep("evaluation", [key, self.least] if stopped else key, found)
+
+    def _evaluated(self, model: QuantizedModel, progress: Progress) -> Evaluation:
+        """Metric over the evaluation data, samples, and values that overflowed by operator."""
+        self.evaluations += 1
+        with model.quantized():
+            metric, samples = evaluate(self.task, model, self.eval_batch, progress, self.least)
+            require_all_ran(model)
+        return Evaluation(metric, samples, dict(model.overflowed))
+
+    def training_folder(self, split: str) -> Path | None:
+        """Where trainings of this task with this loss, optimizer and training split leave their checkpoints."""
+        if self.checkpoints is None or self.identity.unidentified:
+            return None
+        if split not in self._trainings:
+            self._trainings[split] = of_training(self.task, self.training, split)
+            for part in self._trainings[split].unidentified[:1]:
+                self.cache.say(f"{'training':<12} keeps no checkpoints: nothing identifies {part}")
+        found = self._trainings[split]
+        return None if found.unidentified else self.checkpoints / digest([self.identity.content, found.content])

@@ -1,0 +1,79 @@
+"""The record of one evaluated trial, and the metrics that its run shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qflow.analysis.measures.tables import ModelCheck
+from qflow.core.dtype import QDtype
+from qflow.core.qconfig import QConfig
+from qflow.core.record import digest
+from qflow.cost_model.records import CostReport
+from qflow.cost_model.table import COST_METRICS
+from qflow.quant.train.qat import TrainingReport
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one pass over the evaluation data gave."""
+
+    metric: float
+    samples: int
+    overflowed: Mapping[str, int] = field(default_factory=dict)
+    """Values beyond half precision, by operator in fp16."""
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """One evaluated trial: the metric with its drop against float, the cost, and what explains both."""
+
+    metric: float
+    drop: float
+    samples: int
+    qconfig: QConfig
+    requested: QConfig
+    cost: CostReport
+    check: ModelCheck
+    scales: dict[str, float | list[float]]
+    calibration_samples: int
+    evaluated: bool
+    """False if no pass over the evaluation data ran for it: its figures were in memory or in the cache on disk."""
+    training: TrainingReport | None = None
+    """What QAT did; None for a trial that only calibrates."""
+    weights: dict[str, Any] | None = None
+    """Trained tensors by the float model's own names."""
+
+    @property
+    def scales_digest(self) -> str:
+        """Names the calibrated scales: equal digests, equal numbers."""
+        return digest(self.scales)
+
+
+def _of_cost(read: Callable[[CostReport], float]) -> Callable[[TrialResult], float]:
+    return lambda trial: read(trial.cost)
+
+
+def _loss(trial: TrialResult) -> float | None:
+    return trial.training.losses[-1] if trial.training and trial.training.losses else None
+
+
+RUN_METRICS: Mapping[str, Callable[[TrialResult], float | None]] = {
+    "accuracy/drop": lambda trial: trial.drop,
+    **{name: _of_cost(read) for name, read in COST_METRICS.items()},
+    "qconfig/int16_ratio": lambda trial: trial.qconfig.share(QDtype.qint16),
+    "qconfig/n_int16": lambda trial: float(len(trial.qconfig.names(QDtype.qint16))),
+    "qconfig/n_float16": lambda trial: float(len(trial.qconfig.names(QDtype.float16))),
+    "qconfig/n_int8": lambda trial: float(len(trial.qconfig.names(QDtype.qint8))),
+    "calibration/samples": lambda trial: float(trial.calibration_samples),
+    "qat/steps": lambda trial: float(trial.training.steps) if trial.training else None,
+    "qat/loss": _loss,
+}
+"""Metrics of a run beside the task's own, by name: what `objective.optimize` may name; None where a trial has none."""
+
+
+def run_metrics(trial: TrialResult, accuracy: str) -> dict[str, float]:
+    """What MLflow shows of a trial: the task's metric as `accuracy`, and RUN_METRICS."""
+    found = {name: read(trial) for name, read in RUN_METRICS.items()}
+    return {accuracy: trial.metric, **{name: value for name, value in found.items() if value is not None}}

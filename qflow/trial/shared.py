@@ -1,0 +1,297 @@
+"""What all trials of a study share, computed once: float metric, tracing, statistics, bad cases, sensitivities, cost.
+
+They are kept in the cache under what they depend on; a hit gives the same numbers as a miss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qflow.analysis.badcases.files import BadcaseInputs
+from qflow.analysis.measures.metrics import Custom
+from qflow.analysis.measures.tables import BadcaseTable, SensitivityTable
+from qflow.analysis.sensitivity.candidates import Candidate, candidates, finer
+from qflow.analysis.sensitivity.measure import sensitivity
+from qflow.core.device import DeviceRules
+from qflow.core.dtype import QDtype
+from qflow.core.errors import ConfigError, DataError
+from qflow.core.graph import ModelGraph
+from qflow.core.qconfig import QConfig
+from qflow.core.record import digest
+from qflow.core.settings import CalibrationSettings, QConfigSettings, SensitivitySettings
+from qflow.cost_model.latency import Pricer
+from qflow.cost_model.measured import measure
+from qflow.cost_model.model import CostModel
+from qflow.cost_model.records import CostReport
+from qflow.quant.model.calibrate import CalibrationStats, apply_scales, collect
+from qflow.quant.model.graph_at_shape import graph_at
+from qflow.quant.model.prepare import prepare
+from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.tasks.identity import Identity, of_task, split_digest
+from qflow.tasks.task import Task, batches, deploy_inputs, evaluate, model_inputs, seeded, split_for
+from qflow.trial.badcases import BadcaseStage
+from qflow.trial.cache import Cache
+from qflow.trial.precisions import Precisions
+from qflow.trial.record import Evaluation
+
+Progress = Callable[[int], None]
+
+
+def silent(_: int) -> None:
+    """Progress that nobody looks at."""
+
+
+@dataclass
+class SharedState:
+    """One task on one device. Stages fill it in order; each is computed once."""
+
+    task: Task
+    rules: DeviceRules
+    cost_model: CostModel
+    sensitivity_settings: SensitivitySettings = field(default_factory=SensitivitySettings)
+    default_calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    float_metric: float = float("nan")
+    skip: tuple[str, ...] = ()
+    """Modules or classes that stay in float."""
+    eval_samples: int = 0
+    eval_batch: int = 32
+    cache: Cache = field(default_factory=Cache)
+    """What was computed under the same content before, here or by an earlier start."""
+    profile: str | None = None
+    """A measured report of this model at the deployed shape."""
+    profile_dtype: QDtype = QDtype.qint8
+    """Template that it was built with."""
+    own_metric: Custom | None = None
+    """The user's own metric, which chooses the bad cases."""
+    searches: Path | None = None
+    """Where long searches for bad cases leave their state."""
+    unmatched: tuple[str, ...] = ()
+    """What the report and the model do not share: layers without an operator, operators without a layer."""
+
+    def __post_init__(self) -> None:
+        self._precisions: Precisions | None = None
+        self._prepared: QuantizedModel | None = None
+        self._deploy: ModelGraph | None = None
+        self.sensitivities: SensitivityTable | None = None
+        self.badcases: BadcaseTable | None = None
+
+    def measure_float(self, progress: Progress = silent) -> float:
+        """Metric of the float model. Raises ConfigError if the task states another one."""
+        if self.cache.folder and not self.cache.context:
+            self.cache.context = self.identity.content
+            if self.identity.unidentified:
+                self.cache.leave_disk(self.identity.unidentified[0])
+
+        def evaluated() -> Evaluation:
+            return Evaluation(*evaluate(self.task, self.task.model, self.eval_batch, progress))
+
+        found = self.cache.get("float", self.eval_batch, evaluated, Evaluation)
+        metric, self.eval_samples = found.metric, found.samples
+        stated = self.task.stated_metric
+        if stated is not None and abs(metric - stated) > self.task.tolerance:
+            raise ConfigError(
+                f"The float model reaches the metric its task states ({stated:g} within {self.task.tolerance:g}), but "
+                f"got {metric:.4f} on {self.eval_samples} samples. Check weights and data, or set task.float_metric."
+            )
+        self.float_metric = metric
+        return metric
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What all figures depend on beside settings. Every sample is read once for it."""
+        return of_task(self.task, self.skip)
+
+    def prepare(self) -> QuantizedModel:
+        """Trace on the first evaluation batch, prove the float graph, and trace again at the deployed shape."""
+        batch, _ = next(batches(self.task, "evaluation", min(self.eval_batch, 4), limit=1))
+        example = model_inputs(self.task, batch)
+        self._prepared = prepare(self.task.model, example, self.skip)
+        way_out = f"Give the shape it is deployed at: task.deploy_shape is {self.task.deploy_shape}."
+        self._deploy = graph_at(self._prepared, deploy_inputs(self.task, example), way_out)
+        return self._prepared
+
+    @property
+    def prepared(self) -> QuantizedModel:
+        """The prepared model."""
+        if self._prepared is None:
+            self.prepare()
+        assert self._prepared is not None
+        return self._prepared
+
+    @property
+    def graph(self) -> ModelGraph:
+        """The fused graph at the evaluated shape."""
+        return self.prepared.graph
+
+    @property
+    def deploy_graph(self) -> ModelGraph:
+        """The same graph at the deployed shape, for cost."""
+        assert self.prepared is not None
+        assert self._deploy is not None
+        return self._deploy
+
+    def calibrate(self, settings: CalibrationSettings, progress: Progress = silent) -> CalibrationStats:
+        """Statistics of `steps` batches of `batch_size`: one pass serves all methods and dtypes.
+
+        Raises DataError if the calibration set holds fewer samples.
+        """
+        split = split_for(self.task, "calibration", settings.augment)
+
+        def passed() -> CalibrationStats:
+            self.require_samples(settings.batch_size, settings.steps, split)
+            stream = batches(self.task, split, settings.batch_size, settings.steps)
+            inputs = ((model_inputs(self.task, b), size) for b, size in stream)
+            with seeded():
+                return collect(self.prepared, inputs, progress, settings.sampling)
+
+        key = [settings.batch_size, settings.steps, settings.sampling, self.augmented(settings)]
+        return self.cache.get("calibration", key, passed, CalibrationStats)
+
+    def augmented(self, settings: CalibrationSettings) -> str:
+        """Fingerprint of the augmented calibration data where `settings` read them; only who asks for them pays."""
+        return self._augmented if settings.augment else ""
+
+    @cached_property
+    def _augmented(self) -> str:
+        nameless: list[str] = []
+        found = split_digest(self.task, "calibration_augmented", nameless)
+        for part in nameless:
+            self.cache.leave_disk(part)
+        return found
+
+    def require_samples(self, batch_size: int, steps: int, split: str = "calibration") -> None:
+        """Refuse calibration amounts that the data cannot give. Raises DataError."""
+        available, wanted = len(getattr(self.task.data, split)), batch_size * steps
+        if 0 < available < wanted:
+            raise DataError(
+                f"Calibration takes batch_size x steps = {wanted} samples, but got {available} in "
+                f"task.data.{split}. Lower calibration.batch_size or calibration.steps, or their search."
+            )
+
+    def check_data(self) -> None:
+        """Read one batch of each split, so that data that cannot work are refused before anything long runs."""
+        for split in ("calibration", "evaluation"):
+            for _ in batches(self.task, split, self.default_calibration.batch_size, limit=1):
+                pass
+
+    def find_badcases(
+        self, progress: Progress = silent, inputs: BadcaseInputs | None = None, applied: QConfig | None = None
+    ) -> BadcaseTable:
+        """The calibration samples on which the model under `applied` (all int8) differs most from float.
+
+        `progress` counts steps; `inputs` keeps the model inputs of the chosen samples.
+        """
+        calibration, model = self.default_calibration, applied or self.template(QDtype.qint8)[1]
+        stage = self.badcase_stage
+        key = [model.digest, calibration, self.augmented(calibration), self.rules, *stage.key]
+        for part in stage.unidentified:
+            self.cache.leave_disk(part)
+
+        def searched() -> BadcaseTable:
+            self.apply(model)
+            state = stage.state(self.searches, lambda: self.identity, key, self.cache.say)
+            return stage.search(self.prepared, progress, inputs, state)
+
+        self.badcases = self.cache.get("badcases", key, searched, BadcaseTable)
+        if inputs is not None and not inputs.samples:  # the table was known
+            stage.read(self.badcases, inputs)
+        return self.badcases
+
+    @property
+    def badcase_stage(self) -> BadcaseStage:
+        """The search for bad cases; its `steps` are what its progress counts."""
+        return BadcaseStage(self.task, self.sensitivity_settings, self.default_calibration.batch_size, self.own_metric)
+
+    def all(self, dtype: QDtype) -> list[str]:
+        """`apply` with every operator at `dtype`."""
+        return self.apply(self.template(dtype)[1])
+
+    def apply(self, applied: QConfig) -> list[str]:
+        """Set dtypes and scales of `applied` under the default calibration; returns what calibration noticed."""
+        calibration = self.default_calibration
+        return apply_scales(self.prepared, self.calibrate(calibration), applied, calibration)
+
+    def cases(self) -> list[Any]:
+        """Model inputs of the bad cases, as one batch."""
+        worst = (self.badcases or self.find_badcases()).chosen
+        return [model_inputs(self.task, b) for b, _ in batches(self.task, "calibration", len(worst), indices=worst)]
+
+    @property
+    def quantizers(self) -> int:
+        """Number of int8 rows of a sensitivity table: outputs and weights, high-precision outputs apart."""
+        return len(self.graph.quantized) - len(self.graph.high_precision) + len(self.graph.weighted)
+
+    def rank(self, progress: Progress = silent, applied: QConfig | None = None) -> SensitivityTable:
+        """Sensitivity of every quantizer at each of `sensitivity.dtypes`, on the bad cases; counts rows.
+
+        With `applied` that of its model: a row at a quantizer's own dtype, and one at each of those that is finer.
+        """
+        settings, badcases = self.sensitivity_settings, self.badcases or self.find_badcases(applied=applied)
+
+        def ranked() -> SensitivityTable:
+            rows, cases = self._candidates(applied), self.cases()
+            return sensitivity(self.task.model, self.prepared, cases, settings=settings, rows=rows, on_row=progress)
+
+        calibration, model = self.default_calibration, applied.digest if applied else "templates"
+        key = [model, calibration, self.augmented(calibration), settings, list(badcases.chosen), self.rules]
+        self.sensitivities = self.cache.get("sensitivity", key, ranked, SensitivityTable)
+        return self.sensitivities
+
+    def _candidates(self, applied: QConfig | None) -> list[Candidate]:
+        """Rows of a ranking; the model that they belong to is in force afterwards."""
+        base = applied or self.template(QDtype.qint8)[1]
+        self.apply(base)
+        rows = own = candidates(self.prepared) if applied else []
+        for dtype in (QDtype.parse(name, "sensitivity.dtypes") for name in self.sensitivity_settings.dtypes):
+            self.all(QDtype.qint8 if dtype == QDtype.float16 else dtype)
+            rows = rows + finer(candidates(self.prepared, dtype), own)
+        self.apply(base)
+        return rows
+
+    @property
+    def analysis_key(self) -> str:
+        """Names all that bad cases, layers, sensitivities and advice depend on; empty where that cannot be told."""
+        calibration = self.default_calibration
+        settings = [calibration, self.augmented(calibration), self.sensitivity_settings, self.rules]
+        return "" if self.identity.unidentified else digest([self.identity.content, settings])
+
+    # ---- qconfigs
+
+    @property
+    def precisions(self) -> Precisions:
+        """Which operators may have which precision, and which get it; ranked by the present sensitivities."""
+        if self._precisions is None or self._precisions.sensitivities is not self.sensitivities:
+            self._precisions = Precisions(self.graph, self.rules, self.sensitivities, lambda: self.pricer)
+        return self._precisions
+
+    def template(self, dtype: QDtype) -> tuple[QConfig, QConfig]:
+        """(requested, applied) with every operator at `dtype`."""
+        return self.precisions.template(dtype)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Activation sensitivities by operator; empty before the ranking."""
+        return self.precisions.scores
+
+    def resolve(self, settings: QConfigSettings) -> tuple[QConfig, QConfig]:
+        """(requested, applied) qconfig of a trial. A ratio between 0 and 1 needs sensitivities."""
+        return self.precisions.resolve(settings)
+
+    def cost(self, qconfig: QConfig) -> CostReport:
+        """Predicted cost at the deployed shape."""
+        return self.pricer.report(qconfig)
+
+    @cached_property
+    def pricer(self) -> Pricer:
+        """The cost model on the deployed graph, with the measured profile where there is one.
+
+        Raises ConfigError for a profile that cannot be read or that names none of the model's operators.
+        """
+        if self.profile is None:
+            return Pricer(self.deploy_graph, self.cost_model)
+        measured, self.unmatched = measure(self.profile, self.deploy_graph, self.template(self.profile_dtype)[1])
+        return Pricer(self.deploy_graph, self.cost_model, measured)

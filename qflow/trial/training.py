@@ -1,0 +1,139 @@
+"""QAT of one trial: the user's loss, optimizer and scheduler on a copy of the calibrated model.
+
+Batches come from `task.data.train`, shuffled by `qat.seed`, so that a trial can be rebuilt from its run alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
+
+from qflow.core.errors import ConfigError, DataError, TrialError
+from qflow.core.qconfig import QConfig
+from qflow.core.record import digest
+from qflow.core.settings import CalibrationSettings, QatSettings
+from qflow.quant.model.model_state import forward_state
+from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.train.checkpoint import read_checkpoint
+from qflow.quant.train.qat import TrainingReport, parameter_groups, train
+from qflow.tasks.task import Task, loaded, model_inputs, split_for
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the user brings: `loss(outputs, batch)`, and how optimizer and scheduler are made."""
+
+    loss: Callable[[Any, Any], Tensor]
+    optimizer: Callable[..., torch.optim.Optimizer]
+    scheduler: Callable[..., Any] | None = None
+
+
+class TrainBatches:
+    """(model inputs, batch) of the training split, in an order that `seed` decides; gone through again at its end."""
+
+    def __init__(self, task: Task, settings: QatSettings) -> None:
+        self.split, batch_size = split_for(task, "train", settings.augment), settings.batch_size
+        data = getattr(task.data, self.split, None)
+        if data is None or len(data) < batch_size:
+            have = "none" if data is None else f"{len(data)} samples"
+            raise DataError(
+                f"QAT needs task.data.train with at least one batch of {batch_size}, but got {have}. "
+                "Give the data a train split, or lower qat.batch_size."
+            )
+        self.task = task
+        generator = torch.Generator().manual_seed(settings.seed)
+        collate = getattr(task.data, "collate", None)
+        self.loader = DataLoader(
+            data, batch_size, shuffle=True, drop_last=True, generator=generator, collate_fn=collate
+        )
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        device = self.task.device
+        for batch in loaded(self.loader, self.split):
+            moved = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, batch)
+            yield model_inputs(self.task, moved), moved
+
+
+def train_trial(
+    task: Task,
+    prepared: QuantizedModel,
+    training: Training | None,
+    settings: QatSettings,
+    qconfig: QConfig,
+    calibration: CalibrationSettings,
+    checkpoints: Path | None = None,
+) -> tuple[QuantizedModel, TrainingReport]:
+    """Train a copy of `prepared`, calibrated with `qconfig`, for `settings.steps`. Raises DivergedError, DataError.
+
+    With a folder for `checkpoints`, of this task, loss, optimizer and training data, it goes on from the longest
+    training so far that differs in its steps only, also from one that was interrupted: no step is trained twice, and
+    the result is that of a training in one go, bit by bit.
+    """
+    if training is None:
+        raise ConfigError("QAT needs a loss, but got none. Set qat.loss._target_ to a function of (outputs, batch).")
+    trained = copy.deepcopy(prepared)
+    groups = parameter_groups(trained, settings.rates, settings.learning_rate, settings.weight_decay)
+    optimizer = training.optimizer(groups, lr=settings.learning_rate)
+    scheduler = training.scheduler(optimizer) if training.scheduler is not None and settings.scheduled else None
+    batches = TrainBatches(task, settings)
+    place = None
+    if checkpoints is not None:
+        name = digest(training_key(trained, training, settings, qconfig, calibration))
+        place = _checkpoint(checkpoints, name, settings.steps)
+    report = train(
+        trained, batches, training.loss, optimizer, scheduler, settings,
+        qconfig=qconfig, calibration=calibration, checkpoint=place, resume=place is not None,
+    )  # fmt: skip
+    return trained, report
+
+
+def training_key(
+    prepared: QuantizedModel,
+    training: Training | None,
+    settings: QatSettings,
+    qconfig: QConfig,
+    calibration: CalibrationSettings,
+) -> dict[str, Any]:
+    """What decides a training on one task, loss, optimizer and data, apart from its steps.
+
+    `prepared` is calibrated. Without a scheduler none can be left out, and it is one training either way.
+    """
+    scheduled = settings.scheduled and training is not None and training.scheduler is not None
+    decides = replace(settings, steps=0, apply="every_trial", checkpoint_every=0, scheduled=scheduled)
+    moving = [calibration.int16_margin, calibration.divisor]  # what scales that follow the data read of it
+    return {"qat": decides, "qconfig": qconfig.digest, "start": forward_state(prepared), "moving": moving}
+
+
+def _checkpoint(folder: Path, name: str, steps: int) -> Path:
+    """The checkpoint of a training, which takes over that of the longest shorter one: a training has one file."""
+    place = folder / f"{name}-{steps}.safetensors"
+    shorter = {int(p.stem.split("-")[1]): p for p in folder.glob(f"{name}-*.safetensors")}
+    known = [taken for taken in shorter if taken < steps]
+    if not place.exists() and known:
+        with suppress(FileNotFoundError):  # another study in this root was faster
+            shorter[max(known)].rename(place)
+    if place.exists():
+        try:
+            read_checkpoint(place)
+        except TrialError:
+            _log.warning(f"training {place.name} is damaged: it begins again")
+            place.unlink()
+    return place
+
+
+def float_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by the float model's own names, on the CPU and each with memory of its own."""
+    inner = model.model if isinstance(model, QuantizedModel) else model
+    return {name: tensor.detach().cpu().clone() for name, tensor in inner.state_dict().items()}

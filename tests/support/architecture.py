@@ -1,0 +1,163 @@
+"""The packages of qflow, their order, and what each file imports, read from the source.
+
+    python tests/support/architecture.py        draws docs/architecture.svg
+
+tests/test_architecture.py holds the code to this order, and the picture to the code.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import textwrap
+from functools import cache
+from html import escape
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PICTURE = ROOT / "docs" / "architecture.svg"
+
+LAYERS = (
+    ("core", "process"),
+    ("quant", "cost_model", "tasks", "search", "tracking"),
+    ("analysis",),
+    ("trial",),
+    ("config", "report"),
+    ("study", "api"),
+    ("workflows", "commands"),
+)
+"""From the ground up. A package imports from lower layers only, never from its own."""
+
+SUBPACKAGES = {
+    "quant": (("trace", "values"), ("model",), ("replay", "train")),
+    "analysis": (("measures",), ("badcases", "layers", "sensitivity", "checks"), ("advice",)),
+    "tasks": (("perception",),),
+}
+"""The same within a package."""
+
+
+@cache
+def files() -> dict[str, Path]:
+    """Every module of qflow and workflows by its dotted name; workflows as `workflows.<name>`."""
+    found = {}
+    for path in sorted([*(ROOT / "qflow").rglob("*.py"), *(ROOT / "workflows").glob("*.py")]):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def package_of(module: str) -> str:
+    """`qflow.quant.trace.tape` -> `quant`; `workflows.full` -> `workflows`; a file of qflow/ itself -> ``."""
+    parts = module.split(".")
+    if parts[0] == "workflows":
+        return "workflows"
+    return parts[1] if len(parts) > 1 and (ROOT / "qflow" / parts[1]).is_dir() and not is_command(module) else ""
+
+
+def is_command(module: str) -> bool:
+    """True for a file right in qflow/: `python -m qflow.<name>`."""
+    return module.count(".") == 1 and module.startswith("qflow.") and files()[module].name != "__init__.py"
+
+
+def imported(path: Path) -> list[str]:
+    """Dotted names that a file imports anywhere: at the top, in functions, for type checkers. Relative ones too."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([path.parent.name] * bool(node.level) + [node.module] * bool(node.module))
+            found += [f"{base}.{alias.name}" for alias in node.names]
+    return found
+
+
+@cache
+def arrows() -> dict[str, frozenset[str]]:
+    """Module -> modules of qflow and workflows that it imports."""
+    found = {}
+    for name, path in files().items():
+        named = [text.removeprefix("qflow.") if text.startswith("qflow.workflows") else text for text in imported(path)]
+        found[name] = frozenset(filter(None, map(_module, named))) - {name}
+    return found
+
+
+def _module(name: str) -> str | None:
+    """The module that `a.b.c` means: itself, or `a.b` where c is a name in it."""
+    return next((n for n in (name, name.rpartition(".")[0]) if n in files()), None)
+
+
+def package_arrows() -> set[tuple[str, str]]:
+    """Pairs of packages of which the first imports from the second."""
+    pairs = {(package_of(a), package_of(b)) for a, targets in arrows().items() for b in targets}
+    return {(a, b) for a, b in pairs if a and b and a != b}
+
+
+def layer_of(package: str) -> int:
+    """Place of a package in LAYERS, 0 at the ground."""
+    return next(i for i, layer in enumerate(LAYERS) if package in layer)
+
+
+# ---- the picture -----------------------------------------------------------------------------------------------
+
+WIDTH, BOX, HEIGHT, GAP = 1150, 210, 94, 48
+ASIDE = {"analysis": -340, "trial": 110, "process": 340}
+"""Boxes that stand beside their place, so that fewer arrows pass behind a box."""
+
+
+def draw() -> str:
+    """Packages by layer, with what each is for, and the imports between them; what a longer way implies is left out."""
+    places = {}
+    for level, layer in enumerate(reversed(LAYERS)):
+        left = (WIDTH - len(layer) * (BOX + 16) + 16) / 2
+        for i, package in enumerate(layer):
+            places[package] = left + i * (BOX + 16) + ASIDE.get(package, 0), 12 + level * (HEIGHT + GAP)
+    lines = [_line(*places[a], *places[b]) for a, b in sorted(_direct(package_arrows()))]
+    boxes = [_box(package, *place) for package, place in places.items()]
+    height = 24 + len(LAYERS) * (HEIGHT + GAP) - GAP
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
+        'font-family="Helvetica, Arial, sans-serif">\n<rect width="100%" height="100%" fill="white"/>\n'
+        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        '<path d="M0 0 L8 4 L0 8 z" fill="#667"/></marker></defs>'
+    )
+    return "\n".join([head, *lines, *boxes, "</svg>"]) + "\n"
+
+
+def _direct(pairs: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Pairs without those that follow from others."""
+    below: dict[str, set[str]] = {}
+    for layer in LAYERS:
+        for package in layer:
+            near = {b for a, b in pairs if a == package}
+            below[package] = near.union(*(below[b] for b in near))
+    return {(a, b) for a, b in pairs if not any((a, c) in pairs and b in below[c] for c in below)}
+
+
+def _line(x: float, y: float, to_x: float, to_y: float) -> str:
+    start, end = (x + BOX / 2, y + HEIGHT), (to_x + BOX / 2, to_y)
+    bend = (end[1] - start[1]) / 2
+    points = [start, (start[0], start[1] + bend), (end[0], end[1] - bend), end]
+    first, *rest = [f"{left:g} {top:g}" for left, top in points]
+    return f'<path d="M{first} C{" ".join(rest)}" fill="none" stroke="#99a" stroke-width="1.4" marker-end="url(#tip)"/>'
+
+
+def _box(package: str, x: float, y: float) -> str:
+    folder = ROOT / package if package == "workflows" else ROOT / "qflow" / package
+    purpose = re.split(r"\.(?:\s|$)", ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or "")[0]
+    rows = textwrap.wrap(purpose.replace("`", ""), 31)
+    count = sum(path.name != "__init__.py" for path in folder.rglob("*.py"))
+    texts = [
+        f'<text x="{x + 10:g}" y="{y + 20:g}" font-size="14" font-weight="bold">{package}/</text>',
+        f'<text x="{x + BOX - 10:g}" y="{y + 20:g}" font-size="11" fill="#667" text-anchor="end">{count} files</text>',
+    ]
+    texts += [
+        f'<text x="{x + 10:g}" y="{y + 37 + 14 * i:g}" font-size="11" fill="#334">{escape(row)}</text>'
+        for i, row in enumerate(rows)
+    ]
+    frame = f'<rect x="{x:g}" y="{y:g}" width="{BOX}" height="{HEIGHT}" rx="5" fill="#eef3f8" stroke="#456"/>'
+    return "\n".join([frame, *texts])
+
+
+if __name__ == "__main__":
+    PICTURE.write_text(draw())
+    print(f"{len(package_arrows())} arrows between {sum(map(len, LAYERS))} packages in {len(LAYERS)} layers: {PICTURE}")
