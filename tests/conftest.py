@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-# Small networks gain nothing from threads, and on a busy machine they wait for each other: one, here and in doors.
+# Small networks gain nothing from threads, and on a busy machine they wait for each other: one, here and in commands.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest

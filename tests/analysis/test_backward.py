@@ -3,27 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_replay import INF, calibrated
+from support.replays import INF, Made, calibrated
+from support.zoo import NAMES, build
 from torch import nn
-from zoo import NAMES, build
 
 from qflow.quant.replay.backward import Backward
 from qflow.quant.replay.capture import capture
 from qflow.quant.replay.captured_ops import Ops
 from qflow.quant.replay.fused import FoldedOps
-
-
-class Made(nn.Module):
-    """A model of a function and its modules."""
-
-    def __init__(self, function, **modules):
-        super().__init__()
-        self.function = function
-        for name, module in modules.items():
-            setattr(self, name, module)
-
-    def forward(self, x):
-        return self.function(self, x)
 
 
 class Squashed(nn.Identity):

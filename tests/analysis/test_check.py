@@ -3,7 +3,7 @@
 import math
 
 import torch
-from models import Shared, revive
+from support.models import Shared, revive
 from torch import nn
 
 import qflow

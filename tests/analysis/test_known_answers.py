@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from models import Wide
+from support.models import Wide
 
 from qflow.analysis.badcases.find import badcase_text
 from qflow.analysis.checks.model_check import check_text

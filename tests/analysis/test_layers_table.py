@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_replay import calibrated
+from support.replays import calibrated
+from support.zoo import NAMES, build
 from torch import nn
-from zoo import NAMES, build
 
 from qflow.analysis.layers.compare import _Walk, compare_layers, filtered
 from qflow.analysis.layers.text import COLUMNS, layers_csv, layers_text

@@ -1,6 +1,6 @@
 import torch
-from models import ResNet, revive
-from training import calibrated, data, loss, same
+from support.models import ResNet, revive
+from support.training import calibrated, data, loss, same
 
 from qflow.analysis.advice.qat_debug import qat_debug
 from qflow.core.settings import QatSettings

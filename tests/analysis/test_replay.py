@@ -4,40 +4,19 @@ import copy
 
 import pytest
 import torch
-from models import WritesThroughView
+from support.models import WritesThroughView
+from support.replays import INF, calibrated, full
+from support.zoo import NAMES, build
 from torch import nn
-from zoo import NAMES, build
 
 from qflow.analysis.measures.distances import Distances, disagreement
 from qflow.analysis.sensitivity.candidates import candidates
 from qflow.analysis.sensitivity.measure import sensitivity
-from qflow.core.dtype import QDtype
-from qflow.core.setter import TemplateSetter, resolve
-from qflow.core.settings import CalibrationSettings
-from qflow.quant.model.calibrate import apply_scales, collect
-from qflow.quant.model.prepare import prepare
 from qflow.quant.replay.capture import ReplayError, capture
 from qflow.quant.replay.replay import Replay, full_forward
 from qflow.quant.replay.samples import axes_by_running
 from qflow.quant.replay.widen import widen
 from qflow.quant.trace.calling import batch_size, call_model, named_tensors
-
-INF = float("inf")
-
-
-def calibrated(model, inputs, dtype=QDtype.qint8, skip=()):
-    prepared = prepare(model, inputs, skip)
-    qconfig = resolve(prepared.graph, [TemplateSetter(dtype)], "nash-m")
-    apply_scales(prepared, collect(prepared, [(inputs, batch_size(inputs))]), qconfig, CalibrationSettings())
-    return prepared
-
-
-def full(prepared, inputs, variants):
-    """Every variant by a full forward that keeps the float order of topk and its like."""
-    with prepared.recording_order() as order:
-        call_model(prepared, inputs)
-    with prepared.following(order):
-        return [full_forward(prepared, inputs, variant) for variant in variants]
 
 
 @pytest.mark.parametrize("memory", [INF, 10.0], ids=["all values kept", "values move along"])

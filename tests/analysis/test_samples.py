@@ -3,8 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_backward import Made
-from test_replay import calibrated, full
+from support.replays import Made, calibrated, full
 from torch import nn
 
 from qflow.analysis.measures.distances import Distances

@@ -5,9 +5,9 @@ import math
 import pandas as pd
 import pytest
 import torch
-from models import WritesThroughView
+from support.models import WritesThroughView
+from support.zoo import build
 from torch import nn
-from zoo import build
 
 from qflow.analysis.measures.distances import Distances
 from qflow.analysis.measures.tables import SensitivityRow, SensitivityTable

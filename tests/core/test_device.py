@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_setter import chain
+from support.graphs import chain
 
 from qflow.core.device import DeviceRules, apply_rules, input_dtypes
 from qflow.core.dtype import QDtype

@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.graphs import chain
 
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
@@ -14,26 +15,6 @@ from qflow.core.setter import (
     ratio_candidates,
     resolve,
 )
-
-
-def chain(*kinds, outputs=None):
-    """A graph of operators in a row: op0 -> op1 -> ..."""
-    nodes = []
-    for i, kind in enumerate(kinds):
-        weighted = kind in (OpKind.conv, OpKind.linear)
-        nodes.append(
-            OpNode(
-                name=f"op{i}",
-                kind=kind,
-                op_type=kind.value,
-                inputs=(f"op{i - 1}",) if i else (),
-                shape=(1, 8, 4, 4),
-                quantizer=None if kind == OpKind.move else f"op{i}",
-                weight=f"op{i}" if weighted else None,
-            )
-        )
-    return ModelGraph(tuple(nodes), (("0", outputs or nodes[-1].name),))
-
 
 GRAPH = chain(OpKind.input, OpKind.conv, OpKind.lut, OpKind.conv, OpKind.lut, OpKind.conv)
 NAMES = [n.name for n in GRAPH.nodes]

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Block, ResNet, UNet, revive
+from support.models import Block, ResNet, UNet, revive
 from torch import nn
 
 from qflow.core.dtype import QDtype

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import revive
+from support.models import revive
 from torch import nn
 
 from qflow.quant.model.prepare import prepare

@@ -1,12 +1,12 @@
 """Fake quantization in float32 against pure integer arithmetic: within one step, operator by operator."""
 
-import integer
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import integer
 from torch import nn
 
 from qflow.core.dtype import QDtype

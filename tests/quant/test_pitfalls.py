@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Shared, revive
+from support.models import Shared, revive
 from torch import nn
 
 import qflow

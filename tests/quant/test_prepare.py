@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from models import Block, revive, zoo
+from support.models import Block, revive, zoo
 from torch import nn
 
 from qflow.core.device import apply_rules

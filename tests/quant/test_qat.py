@@ -4,8 +4,8 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from models import ResNet, revive
-from training import calibrated, data, loss, same, sgd, small
+from support.models import ResNet, revive
+from support.training import calibrated, data, loss, same, sgd, small
 
 from qflow.config.schema import QatSchema
 from qflow.core.dtype import QDtype

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Block, ResNet, Shared, revive, zoo
+from support.models import Block, ResNet, Shared, revive, zoo
+from support.training import calibrated, data, loss, same, sgd, small
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from training import calibrated, data, loss, same, sgd, small
 
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ModelError

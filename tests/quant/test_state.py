@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from models import ResNet, revive, zoo
 from safetensors.torch import load_file, save_file
+from support.models import ResNet, revive, zoo
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from models import Shared, zoo
+from support.models import Shared, zoo
 from torch import nn
 
 from qflow.quant.model.plan import make_plan

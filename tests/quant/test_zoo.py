@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from support.zoo import NAMES, Masked, build
 from torch.utils._pytree import tree_map
-from zoo import NAMES, Masked, build
 
 from qflow.analysis.checks.calibration_check import calibration_findings
 from qflow.analysis.checks.model_check import check_model

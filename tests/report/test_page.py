@@ -8,7 +8,7 @@ from html import escape
 
 import pytest
 from plotly.offline import get_plotlyjs
-from synthetic import advice, badcases, layer_row, layers, sensitivity
+from support.synthetic import advice, badcases, layer_row, layers, sensitivity
 
 from qflow.analysis.measures.tables import (
     Advice,

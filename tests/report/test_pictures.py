@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
-from synthetic import layer_row, layers, names, sensitivity
+from support.synthetic import layer_row, layers, names, sensitivity
 
 from qflow.analysis.measures.tables import LayerTable, SensitivityRow, SensitivityTable
 from qflow.report.array_pictures import as_picture

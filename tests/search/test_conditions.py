@@ -8,7 +8,7 @@ import optuna
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from spaces import spaces
+from support.spaces import spaces
 
 from qflow.search.domain import Choice, Condition, Interval, Range, applicable, applies, point_key
 from qflow.search.study import SAMPLERS, Study, _sampler
@@ -130,7 +130,7 @@ def test_points_that_differ_only_where_a_key_does_not_apply_are_one(store):
 
 def test_a_small_space_ends_when_every_point_that_differs_was_tried(store):
     """The loop counts a point once, whatever was said of keys that do not apply to it."""
-    from test_loop import Harness, outcome
+    from support.harness import Harness, outcome
 
     margin = Choice((1, 2), when=(Condition("method", Choice(("percentile",))),))
     harness = Harness(store, {"margin": margin, "method": Choice(("mse", "percentile"))})

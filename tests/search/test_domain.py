@@ -9,7 +9,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from spaces import FINITE, spaces
+from support.spaces import FINITE, spaces
 
 from qflow.core.errors import ConfigError
 from qflow.search.domain import (

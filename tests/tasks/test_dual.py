@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from small_tasks import GOAL, MISSED, drop, evaluator_of
+from support.small_tasks import GOAL, MISSED, drop, evaluator_of
 
 from qflow.config.schema import conf_dir
 from qflow.core.dtype import QDtype

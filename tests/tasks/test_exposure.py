@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_tasks import GOAL, MISSED, drop, evaluator_of
+from support.small_tasks import GOAL, MISSED, drop, evaluator_of
 
 from qflow.core.dtype import QDtype
 from qflow.core.settings import QConfigSettings

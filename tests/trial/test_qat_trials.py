@@ -1,10 +1,9 @@
-"""Trials with QAT through the doors: trained, tracked with their weights, rebuilt by promote; and what is refused."""
+"""Trials with QAT through the commands: trained, tracked with their weights, rebuilt by promote; and what is refused."""
 
 import json
 
 import pytest
-from doors import door
-from test_doors import OWN, STORE, measured, open_tracker
+from support.commands import OWN, STORE, measured, open_tracker, run_qflow
 
 QAT = [
     *OWN, "task.data._target_=user_task.TrainData", "qat=default", "qat.steps=6", "qat.batch_size=32",
@@ -15,7 +14,7 @@ QAT = [
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory):
     folder = tmp_path_factory.mktemp("user")
-    return folder, door("tune", *QAT, "qat.float_steps=20", "objective.max_drop=0.5", cwd=folder)
+    return folder, run_qflow("tune", *QAT, "qat.float_steps=20", "objective.max_drop=0.5", cwd=folder)
 
 
 def test_trials_are_trained_and_keep_their_weights(studied, tmp_path):
@@ -35,14 +34,16 @@ def test_trials_are_trained_and_keep_their_weights(studied, tmp_path):
 
 def test_promote_trains_again_and_finds_the_same_numbers(studied):
     folder, _ = studied
-    done = door("promote", *STORE, "tracking.registered_model=own", cwd=folder)
+    done = run_qflow("promote", *STORE, "tracking.registered_model=own", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "alias champion moved" in done.stdout
 
 
 def test_the_debug_order_names_the_stage(tmp_path):
     arguments = [a for a in QAT if not a.startswith(("+experiment", "calibration.method", "search."))]
-    done = door("analyze", "qat_debug", *arguments, "qconfig.template=qint16", "objective.max_drop=0.5", cwd=tmp_path)
+    done = run_qflow(
+        "analyze", "qat_debug", *arguments, "qconfig.template=qint16", "objective.max_drop=0.5", cwd=tmp_path
+    )
     assert done.returncode in (0, 1), done.stdout + done.stderr
     record = json.loads((tmp_path / "qflow_out" / "analyze" / "own" / "qat_debug.json").read_text())
     stages = {stage["name"]: stage for stage in record["stages"]}
@@ -63,7 +64,7 @@ def test_the_debug_order_names_the_stage(tmp_path):
     ],
 )
 def test_what_cannot_train_is_refused_in_one_line(arguments, says, tmp_path):
-    done = door("tune", *QAT, *arguments, cwd=tmp_path)
+    done = run_qflow("tune", *QAT, *arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert says in done.stdout + done.stderr
     assert "Traceback" not in done.stderr

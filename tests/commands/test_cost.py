@@ -6,13 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from doors import door
-from test_check_door import CUSTOM
+from support.commands import CUSTOM, run_qflow
 
 from qflow.config.device_file import load_cost, load_rules
 from qflow.tracking.mlflow_tracker import MlflowTracker
 
-DATA = Path(__file__).parent.parent / "benchmarks" / "data" / "j6m-networks.csv"
+DATA = Path(__file__).parents[2] / "benchmarks" / "data" / "j6m-networks.csv"
 
 
 def rows(folder):
@@ -21,7 +20,7 @@ def rows(folder):
 
 
 def test_a_users_model_is_priced(tmp_path):
-    done = door("cost", *CUSTOM, "qconfig.template=qint16", "fps=30", cwd=tmp_path)
+    done = run_qflow("cost", *CUSTOM, "qconfig.template=qint16", "fps=30", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     table = rows(tmp_path)
     total = sum(float(row["Time (ms)"]) for row in table)
@@ -52,10 +51,10 @@ def report_of(tmp_path, layers):
 
 
 def test_a_measured_report_replaces_the_formula(tmp_path):
-    door("cost", *CUSTOM, cwd=tmp_path)
+    run_qflow("cost", *CUSTOM, cwd=tmp_path)
     name = next(row["Name"] for row in rows(tmp_path) if row["Operator"] == "conv")
     path = report_of(tmp_path, {f"{name}/Conv": "59 us (8.2% of model)", "foreign/Conv": "7 us"})
-    done = door("cost", *CUSTOM, f"device.profile={path}", cwd=tmp_path)
+    done = run_qflow("cost", *CUSTOM, f"device.profile={path}", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     row = next(row for row in rows(tmp_path) if row["Name"] == name)
     assert (float(row["Time (ms)"]), row["Source"]) == (pytest.approx(0.059), "measured")
@@ -77,13 +76,13 @@ def test_a_measured_report_replaces_the_formula(tmp_path):
     ],
 )
 def test_bad_requests_get_one_line(arguments, says, tmp_path):
-    done = door("cost", *CUSTOM, *arguments, cwd=tmp_path)
+    done = run_qflow("cost", *CUSTOM, *arguments, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stdout + done.stderr
     assert says in done.stderr
 
 
 def test_a_report_of_another_model_is_refused(tmp_path):
-    done = door("cost", *CUSTOM, f"device.profile={report_of(tmp_path, {'foreign/Conv': '7 us'})}", cwd=tmp_path)
+    done = run_qflow("cost", *CUSTOM, f"device.profile={report_of(tmp_path, {'foreign/Conv': '7 us'})}", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stdout + done.stderr
     assert "A profile's layers carry the names of the model's modules, but got foreign/Conv" in done.stderr
 
@@ -96,13 +95,13 @@ def test_a_fit_renews_a_board_of_one_s_own_that_a_study_takes(tmp_path):
         "defaults: [nash-e, _self_]\nrules: {float16_kinds: []}\n"
         "cost:\n  host_ms: 0.9\n  onchip_mb: 3\n  clock_ghz: 1.2\n"
     )
-    done = door("cost", "fit", "data=mine.csv", "device=mine.yaml", "out=mine.yaml", cwd=tmp_path)
+    done = run_qflow("cost", "fit", "data=mine.csv", "device=mine.yaml", "out=mine.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "family left out" in done.stdout
     found = load_cost(board)
     assert (found.host_ms, found.onchip_mb, found.clock_ghz) == (0.9, 3, 1.2)
     assert found.provenance.startswith("fitted to 109 times")
     assert load_rules(board).float16_kinds == []
-    priced = door("cost", *CUSTOM, "device=mine.yaml", cwd=tmp_path)
+    priced = run_qflow("cost", *CUSTOM, "device=mine.yaml", cwd=tmp_path)
     assert priced.returncode == 0, priced.stdout + priced.stderr
     assert "spilled unknown" not in priced.stdout

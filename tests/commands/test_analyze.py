@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from doors import door
-from test_check_door import CUSTOM
+from support.commands import CUSTOM, run_qflow
 
 from qflow.core.table_setter import table_rows
 from qflow.tracking.mlflow_tracker import MlflowTracker
@@ -22,7 +21,7 @@ WRITTEN = [
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("analyze")
-    return door("analyze", *CUSTOM, *FEW, cwd=folder), folder
+    return run_qflow("analyze", *CUSTOM, *FEW, cwd=folder), folder
 
 
 def test_all_files_are_written_and_mlflow_holds_them(done):
@@ -54,17 +53,17 @@ def test_the_planted_operator_is_found_advised_on_and_mended(done):
 
 def test_the_line_that_is_advised_can_be_given_to_a_door(done, tmp_path):
     advice = json.loads((done[1] / "qflow_out" / "analyze" / "own" / "advice.json").read_text())
-    checked = door("check", *CUSTOM, advice[0]["line"], cwd=tmp_path)
+    checked = run_qflow("check", *CUSTOM, advice[0]["line"], cwd=tmp_path)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     record = json.loads((tmp_path / "qflow_out" / "check" / "own" / "model_check.json").read_text())
     assert {row["op"]: row["applied"] for row in record["rows"]}["loud"] == "qint16"
 
 
 def test_stages_and_filters_are_chosen(tmp_path):
-    mix = ["qconfig.error_share=0.5", "+experiment=int8_int16"]  # its search has ratios, which are none of this door's
-    result = door("analyze", *CUSTOM, *FEW, *mix, "stages=[layers]", cwd=tmp_path)
+    mix = ["qconfig.error_share=0.5", "+experiment=int8_int16"]  # its search has ratios, which this command does not have
+    result = run_qflow("analyze", *CUSTOM, *FEW, *mix, "stages=[layers]", cwd=tmp_path)
     assert result.returncode == 0 and "what qconfig chooses by" in result.stdout, result.stdout + result.stderr
-    result = door("analyze", *CUSTOM, *FEW, "stages=[layers]", "prefixes=[loud]", cwd=tmp_path)
+    result = run_qflow("analyze", *CUSTOM, *FEW, "stages=[layers]", "prefixes=[loud]", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     out = tmp_path / "qflow_out" / "analyze" / "own"
     assert not (out / "sensitivity.txt").exists()
@@ -75,7 +74,7 @@ def test_stages_and_filters_are_chosen(tmp_path):
 
 def test_the_advised_mix_is_analysed_as_the_next_model(done, tmp_path):
     """The guide's loop: raise what the advice names, and debug the mixed model."""
-    result = door("analyze", *CUSTOM, *FEW, "qconfig.modules={loud: qint16}", cwd=tmp_path)
+    result = run_qflow("analyze", *CUSTOM, *FEW, "qconfig.modules={loud: qint16}", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     (out,) = (tmp_path / "qflow_out" / "analyze").glob("own-*")
     rows = json.loads((out / "sensitivity_record.json").read_text())["rows"]
@@ -88,7 +87,7 @@ def test_the_advised_mix_is_analysed_as_the_next_model(done, tmp_path):
 
 def test_the_users_own_metric_chooses_the_bad_cases(tmp_path):
     own = ["sensitivity.own_metric._target_=user_task.largest", "sensitivity.own_metric.order=descending"]
-    result = door("analyze", *CUSTOM, *FEW, *own, "stages=[badcase]", cwd=tmp_path)
+    result = run_qflow("analyze", *CUSTOM, *FEW, *own, "stages=[badcase]", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     text = (tmp_path / "qflow_out" / "analyze" / "own" / "badcase.txt").read_text()
     first = next(line.split() for line in text.splitlines() if line.startswith("scores"))
@@ -100,7 +99,7 @@ def test_files_of_other_stages_are_gone_from_the_folder_and_the_run(tmp_path):
         ("[layers,sensitivity]", {"sensitivity.txt", "compare_per_layer_out.txt"}, {"advice.txt"}),
         ("[badcase]", {"badcase.txt"}, {"sensitivity.txt", "compare_per_layer_out.txt", "advice.txt"}),
     ):
-        result = door("analyze", *CUSTOM, *FEW, f"stages={stages}", cwd=tmp_path)
+        result = run_qflow("analyze", *CUSTOM, *FEW, f"stages={stages}", cwd=tmp_path)
         assert result.returncode == 0, result.stdout + result.stderr
         tracker = MlflowTracker.open(None, tmp_path / "qflow_out", "own")
         run = tracker.find_study("own/analyze")
@@ -113,7 +112,7 @@ def test_files_of_other_stages_are_gone_from_the_folder_and_the_run(tmp_path):
 def test_what_int16_cannot_hold_is_advised_fp16(tmp_path):
     """The energy of a dark picture (tasks/exposure.py) underflows at int16: the guide raises it to fp16."""
     how = ["+experiment=int16_fp16", "task=exposure", "qconfig.template=qint16", "sensitivity.bad_cases=4"]
-    result = door("analyze", *how, cwd=tmp_path)
+    result = run_qflow("analyze", *how, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     advice = json.loads((tmp_path / "qflow_out" / "analyze" / "exposure-qint16" / "advice.json").read_text())
     assert {(a["op"], a["spec"]) for a in advice} >= {(f"level[{op}]", "float16") for op in ("add", "mean", "square")}
@@ -122,7 +121,7 @@ def test_what_int16_cannot_hold_is_advised_fp16(tmp_path):
 
 
 def test_following_an_estimate_is_measured_exactly(done, tmp_path):
-    result = door("analyze", *CUSTOM, *FEW, "sensitivity=estimate", cwd=tmp_path)
+    result = run_qflow("analyze", *CUSTOM, *FEW, "sensitivity=estimate", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = json.loads((done[1] / "qflow_out" / "analyze" / "own" / "sensitivity_record.json").read_text())["rows"]
     exact = {r["op_name"]: r["score"] for r in rows if r["sensitive_type"] == "activation"}
@@ -147,6 +146,6 @@ def test_following_an_estimate_is_measured_exactly(done, tmp_path):
     ],
 )
 def test_mistakes_get_one_line(arguments, says, tmp_path):
-    result = door("analyze", *CUSTOM, *arguments, cwd=tmp_path)
+    result = run_qflow("analyze", *CUSTOM, *arguments, cwd=tmp_path)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stdout + result.stderr
     assert says in result.stderr

@@ -1,7 +1,7 @@
 """The space from its configuration: conditions, switches by module, every searchable key, the shipped files."""
 
 import pytest
-from test_config import BASE, compose, run
+from support.compose import BASE, compose, run
 
 from qflow.config.settings import load_resolved, plain, resolved_yaml, trial_settings, with_params
 from qflow.config.space import configured, module_settings, search_space

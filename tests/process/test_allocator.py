@@ -1,4 +1,4 @@
-"""Freed memory stays with a door's process: a second forward pass faults no pages in again."""
+"""Freed memory stays with the process of a command: a second forward pass faults no pages in again."""
 
 import os
 import subprocess

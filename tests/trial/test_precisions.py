@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 
 import pytest
-import zoo
+from support import zoo
 
 from qflow.analysis.measures.tables import SensitivityRow, SensitivityTable
 from qflow.core.dtype import QDtype

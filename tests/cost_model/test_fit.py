@@ -97,7 +97,7 @@ def test_where_the_rows_say_nothing_the_prior_stands():
 
 def test_the_network_formula_is_that_of_the_operators():
     """Totals through `predict_network` and operators through `compute_ms` give one figure."""
-    from test_latency import all_at, network
+    from support.networks import all_at, network
 
     from qflow.core.dtype import QDtype
     from qflow.cost_model.latency import Pricer

@@ -6,7 +6,7 @@ equality on zero heads or untouched batch norms would say nothing (random weight
 
 import torch
 import torch.nn.functional as F
-from models import ResNet, Shared, TwoInputs, UNet, revive
+from support.models import ResNet, Shared, TwoInputs, UNet, revive
 from torch import nn
 
 

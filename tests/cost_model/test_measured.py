@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from test_latency import MODEL, all_at, network
+from support.networks import MODEL, all_at, network
 
 from qflow.commands.promote import identity
 from qflow.core.dtype import QDtype

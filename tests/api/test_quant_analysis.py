@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.zoo import build
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from zoo import build
 
 import qflow
 from qflow.analysis.badcases.files import BadcaseInputs
@@ -101,7 +101,7 @@ def test_the_guides_lines_run_as_they_are(tmp_path, monkeypatch):
 
 def test_the_library_page_runs_as_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parent.parent / "docs" / "library.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "library.md").read_text()
     code = text.partition("## Accuracy debugging")[2].partition("```python")[2].partition("```")[0]
     model, example = build("resnet")
     names = {"qflow": qflow, "model": model, "prepared": calibrated(model, [example]), "train_loader": [example]}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import zoo
-from test_latency import GRAPHS, MODEL, all_at
+from support.models import zoo
+from support.networks import GRAPHS, MODEL, all_at
 from torch.utils._pytree import tree_map
 
 from qflow.core.device import apply_rules

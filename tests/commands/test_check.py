@@ -3,16 +3,11 @@
 import json
 
 import pytest
-from doors import door
-
-CUSTOM = [
-    "task=custom", "task.name=own", "task.model._target_=user_task.model", "task.data._target_=user_task.Data",
-    "task.metric._target_=user_task.ErrorRate", "calibration.batch_size=16", "calibration.steps=2",
-]  # fmt: skip
+from support.commands import CUSTOM, run_qflow
 
 
 def test_a_users_model_is_checked(tmp_path):
-    done = door("check", *CUSTOM, "qconfig.template=qint16", cwd=tmp_path)
+    done = run_qflow("check", *CUSTOM, "qconfig.template=qint16", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "float graph proven equal; march nash-m" in done.stdout
     folder = tmp_path / "qflow_out" / "check" / "own"
@@ -25,7 +20,7 @@ def test_a_users_model_is_checked(tmp_path):
 
 
 def test_hints_are_not_counted_as_not_as_asked(tmp_path):
-    done = door("check", *CUSTOM, cwd=tmp_path)
+    done = run_qflow("check", *CUSTOM, cwd=tmp_path)
     assert "8 rows, 0 not as asked" in done.stdout, done.stdout + done.stderr
 
 
@@ -47,12 +42,12 @@ def test_hints_are_not_counted_as_not_as_asked(tmp_path):
     ],
 )
 def test_bad_requests_get_one_line(arguments, says, tmp_path):
-    done = door("check", *CUSTOM, *arguments, cwd=tmp_path)
+    done = run_qflow("check", *CUSTOM, *arguments, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stdout + done.stderr
     assert says in done.stderr
 
 
 def test_a_module_is_left_out_by_name(tmp_path):
-    done = door("check", *CUSTOM, "quant.skip=[inner]", cwd=tmp_path)
+    done = run_qflow("check", *CUSTOM, "quant.skip=[inner]", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "inner." not in (tmp_path / "qflow_out" / "check" / "own" / "model_check_result.txt").read_text()

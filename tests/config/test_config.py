@@ -5,45 +5,15 @@ import subprocess
 import sys
 
 import pytest
+from support.compose import BASE, compose, run
 
 from qflow.config.command import experiments, run_command
-from qflow.config.overrides import rewrite
-from qflow.config.schema import GROUPS, conf_dir, register_schemas
-from qflow.config.settings import load_resolved, plain, required, resolved_yaml, trial_settings
+from qflow.config.schema import GROUPS, conf_dir
+from qflow.config.settings import load_resolved, plain, resolved_yaml, trial_settings
 from qflow.config.space import parse_domain, search_space
 from qflow.core.errors import ConfigError
 from qflow.search.domain import Choice, Interval, Range
 
-
-def compose(*overrides, name="tune"):
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-
-    register_schemas()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return hydra_compose(name, overrides=rewrite(overrides))
-
-
-def run(capsys, *arguments):
-    """Exit code and standard error of the tune door, stopped before it builds anything."""
-    from qflow.commands.tune import find_workflow
-    from qflow.study.checks import check_study
-
-    def act(config):
-        find_workflow(required(config, "workflow"))
-        check_study(config)
-        return 0
-
-    argv = sys.argv
-    try:
-        with pytest.raises(SystemExit) as stop:
-            run_command("tune", act, [*arguments, "hydra.run.dir=."])
-    finally:
-        sys.argv = argv
-    return stop.value.code, capsys.readouterr().err
-
-
-BASE = "+experiment=int8_int16"
 REFUSED = {
     "strategy": ([BASE, "search.strategy=magic"], "search.strategy is one of optuna, ratio, assign"),
     "evaluations": (["+experiment=int8_int16", "search.max_evaluations=0"], "search.max_evaluations is at least 1"),

@@ -1,7 +1,7 @@
 """What only the model can refuse: switches that no operator answers to, budgets on figures that cannot be judged."""
 
 import pytest
-from test_config import BASE, compose
+from support.compose import BASE, compose
 
 from qflow.config.settings import trial_settings
 from qflow.config.space import module_settings, search_space

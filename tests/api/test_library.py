@@ -1,4 +1,4 @@
-"""qflow as a library: what the doors do, in lines of Python, on a model from the user's side."""
+"""qflow as a library: what the commands do, in lines of Python, on a model from the user's side."""
 
 import inspect
 import re
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.zoo import build
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from zoo import build
 
 import qflow
 
@@ -109,7 +109,7 @@ def test_importing_qflow_is_light():
 
 
 def test_every_name_that_the_library_page_shows_exists():
-    text = (Path(__file__).parent.parent / "docs" / "library.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "library.md").read_text()
     names = set(re.findall(r"qflow\.([A-Za-z_]\w*)\b(?=[(,)])", text))
     assert {"prepare", "calibrate", "check", "cost", "configure", "check_text", "TemplateSetter"} <= names
     assert all(hasattr(qflow, name) for name in names)

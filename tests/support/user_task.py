@@ -1,7 +1,7 @@
 """A user's own task: digits through a network whose int8 loses, because one channel drowns another."""
 
 import torch
-from models import Wide
+from support.models import Wide
 
 from qflow.tasks import digits
 

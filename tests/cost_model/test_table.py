@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from test_latency import MODEL, all_at, network
+from support.networks import MODEL, all_at, network
 
 from qflow.core.dtype import QDtype
 from qflow.cost_model.latency import predict

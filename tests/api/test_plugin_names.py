@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_setter import chain
+from support.graphs import chain
 
 from qflow.api import plugin_names as plugin
 from qflow.api.plugin_names import ModuleNameQconfigSetter, get_qconfig

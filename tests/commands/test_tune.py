@@ -9,33 +9,13 @@ import sys
 import time
 
 import pytest
-from doors import HERE, door
-
-OWN = [
-    "+experiment=int8_int16", "task=custom", "task.name=own", "task.model._target_=user_task.model",
-    "task.data._target_=user_task.Data", "task.metric._target_=user_task.ErrorRate", "task.batch_size=256",
-    "calibration.batch_size=16", "calibration.steps=4", "sensitivity.bad_cases=4", "sensitivity.search_samples=32",
-    "calibration.method=choice(minmax,mse)",
-]  # fmt: skip
-STORE = ["study=own/int8_int16", "tracking.experiment=own"]
+from support.commands import OWN, OWN_CODE, STORE, TESTS, measured, open_tracker, run_qflow
 
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory):
     folder = tmp_path_factory.mktemp("user")
-    return folder, door("tune", *OWN, "search.n_trials=7", cwd=folder)
-
-
-def open_tracker(folder):
-    from qflow.tracking.mlflow_tracker import MlflowTracker
-
-    return MlflowTracker.open(None, folder / "qflow_out", "own")
-
-
-def measured(tracker):
-    """(metrics, tags) of the finished trials."""
-    runs = [r for r in tracker.trial_runs("own/int8_int16") if r[2] == "FINISHED"]
-    return [(tracker.run_metrics(run), tracker.run_tags(run)) for run, *_ in runs]
+    return folder, run_qflow("tune", *OWN, "search.n_trials=7", cwd=folder)
 
 
 def test_the_mix_meets_the_goal_that_int8_misses_for_less_than_int16(studied):
@@ -86,7 +66,7 @@ def test_a_run_holds_what_it_is_rebuilt_from(studied):
 
 def test_the_same_command_goes_on_and_repeats_nothing(studied):
     folder, _ = studied
-    again = door("tune", *OWN, "search.n_trials=8", cwd=folder)
+    again = run_qflow("tune", *OWN, "search.n_trials=8", cwd=folder)
     assert again.returncode == 0, again.stderr
     assert "7 trials of an earlier start stand" in again.stdout
     assert "with the advice on the study's run: nothing that they depend on has changed" in again.stdout
@@ -95,7 +75,7 @@ def test_the_same_command_goes_on_and_repeats_nothing(studied):
 
 def test_another_configuration_under_the_same_name_is_refused(studied):
     folder, _ = studied
-    other = door("tune", *OWN, "calibration.steps=5", cwd=folder)
+    other = run_qflow("tune", *OWN, "calibration.steps=5", cwd=folder)
     assert other.returncode == 2
     assert (
         "goes on with what it began with, but got other settings for own/int8_int16: calibration.steps: 4 -> 5"
@@ -106,10 +86,10 @@ def test_another_configuration_under_the_same_name_is_refused(studied):
 
 def test_promote_rebuilds_registers_and_moves_the_alias(studied):
     folder, _ = studied
-    done = door("promote", *STORE, cwd=folder)
+    done = run_qflow("promote", *STORE, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "version 1, alias champion moved" in done.stdout
-    assert "is this run already" in door("promote", *STORE, cwd=folder).stdout
+    assert "is this run already" in run_qflow("promote", *STORE, cwd=folder).stdout
 
 
 def test_promote_refuses_with_every_reason(studied):
@@ -117,9 +97,11 @@ def test_promote_refuses_with_every_reason(studied):
     folder, _ = studied
     changed = folder / "changed"
     changed.mkdir(exist_ok=True)
-    source = (HERE / "user_task.py").read_text().replace("digits.build_model()", "digits.build_model(epochs=1)")
+    source = (
+        (TESTS / "support" / "user_task.py").read_text().replace("digits.build_model()", "digits.build_model(epochs=1)")
+    )
     (changed / "user_task.py").write_text(source)
-    done = door("promote", *STORE, f"root={folder}/qflow_out", cwd=folder, PYTHONPATH=f"{changed}:{HERE}")
+    done = run_qflow("promote", *STORE, f"root={folder}/qflow_out", cwd=folder, PYTHONPATH=f"{changed}:{OWN_CODE}")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "weights are not those of the run" in done.stdout
     assert "accuracy/error was logged as" in done.stdout
@@ -128,7 +110,7 @@ def test_promote_refuses_with_every_reason(studied):
 
 def test_promote_names_what_is_missing(studied, tmp_path):
     folder, _ = studied
-    unknown = door("promote", "study=nope", "tracking.experiment=own", cwd=folder)
+    unknown = run_qflow("promote", "study=nope", "tracking.experiment=own", cwd=folder)
     assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)
     assert "unknown in sqlite" in unknown.stderr
 
@@ -152,7 +134,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_a_users_mistake_gets_one_line_and_leaves_nothing_finished(case, tmp_path):
     arguments, message = BAD[case]
-    done = door("tune", *OWN, *arguments, cwd=tmp_path)
+    done = run_qflow("tune", *OWN, *arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
@@ -161,7 +143,7 @@ def test_a_users_mistake_gets_one_line_and_leaves_nothing_finished(case, tmp_pat
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    done = door("tune", *OWN, "qconfig.int16_ratio=7", cwd=tmp_path, QFLOW_DEBUG="1")
+    done = run_qflow("tune", *OWN, "qconfig.int16_ratio=7", cwd=tmp_path, QFLOW_DEBUG="1")
     assert "Traceback" in done.stderr
     assert "lies between 0 and 1" in done.stderr
 
@@ -169,7 +151,7 @@ def test_debug_shows_the_traceback(tmp_path):
 def test_interrupted_or_killed_the_study_goes_on(tmp_path):
     """Ctrl-C after some trials, then SIGKILL, then to the end: nothing is lost, nothing runs twice."""
     command = [sys.executable, "-m", "qflow.tune", *OWN, "search.n_trials=20"]
-    env = {**os.environ, "PYTHONPATH": str(HERE), "QFLOW_HOME": ""}
+    env = {**os.environ, "PYTHONPATH": OWN_CODE, "QFLOW_HOME": ""}
     seen = []
     for number, wait_for in ((signal.SIGINT, "trial 2"), (signal.SIGKILL, "trial 4")):
         process = subprocess.Popen(
@@ -213,7 +195,7 @@ MORE = {
 def test_more_mistakes_get_one_line(case, tmp_path):
     arguments, message = MORE[case]
     (tmp_path / "taken").write_text("")
-    done = door("tune", *OWN, *arguments, cwd=tmp_path)
+    done = run_qflow("tune", *OWN, *arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
@@ -222,15 +204,17 @@ def test_more_mistakes_get_one_line(case, tmp_path):
 def test_options_may_stand_anywhere_and_a_users_conf_folder_is_found(tmp_path):
     (tmp_path / "conf" / "task").mkdir(parents=True)
     (tmp_path / "conf" / "task" / "mine.yaml").write_text("name: mine\nmodel: {_target_: user_task.model}\n")
-    done = door("tune", "+experiment=int8_int16", "--config-dir", "conf", "task=mine", "--cfg", "job", cwd=tmp_path)
+    done = run_qflow(
+        "tune", "+experiment=int8_int16", "--config-dir", "conf", "task=mine", "--cfg", "job", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "name: mine" in done.stdout
 
 
 def test_a_study_without_a_trial_takes_other_settings(tmp_path):
-    refused = door("tune", *OWN, "+qconfig.modules.nosuch=qint16", cwd=tmp_path)
+    refused = run_qflow("tune", *OWN, "+qconfig.modules.nosuch=qint16", cwd=tmp_path)
     assert refused.returncode == 2
-    assert door("tune", *OWN, "calibration.steps=3", "search.n_trials=2", cwd=tmp_path).returncode in (0, 1)
+    assert run_qflow("tune", *OWN, "calibration.steps=3", "search.n_trials=2", cwd=tmp_path).returncode in (0, 1)
 
 
 def test_runs_that_are_gone_are_noticed(studied, tmp_path):
@@ -238,12 +222,12 @@ def test_runs_that_are_gone_are_noticed(studied, tmp_path):
 
     for file in (studied[0] / "qflow_out").glob("optuna.db*"):  # with the log of what SQLite has not put in yet
         shutil.copy(file, tmp_path / file.name)
-    lost = door("tune", *OWN, "search.n_trials=8", f"root={tmp_path}", cwd=tmp_path)
+    lost = run_qflow("tune", *OWN, "search.n_trials=8", f"root={tmp_path}", cwd=tmp_path)
     assert lost.returncode == 2
     assert "finished trials and no run in" in lost.stderr
 
 
 def test_an_unknown_run_is_named(studied):
-    done = door("promote", *STORE, "run=deadbeef", cwd=studied[0])
+    done = run_qflow("promote", *STORE, "run=deadbeef", cwd=studied[0])
     assert done.returncode == 2
     assert "but got deadbeef, unknown in" in done.stderr

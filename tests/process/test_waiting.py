@@ -1,4 +1,4 @@
-"""Threads of a door wait briefly: libgomp says by itself what it was loaded with."""
+"""Threads of a command wait briefly: libgomp says by itself what it was loaded with."""
 
 import os
 import subprocess

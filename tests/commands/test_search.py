@@ -1,10 +1,9 @@
-"""A search with conditions, switches by module and objectives by name through the door; and what is refused."""
+"""A search with conditions, switches by module and objectives by name on the command line; and what is refused."""
 
 import shutil
 
 import pytest
-from doors import door
-from test_doors import OWN, STORE, open_tracker
+from support.commands import OWN, STORE, open_tracker, run_qflow
 
 SEARCH = [
     *OWN, "search=wide", "calibration.batch_size=16", "calibration.steps=4",
@@ -17,7 +16,7 @@ SEARCH = [
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory):
     folder = tmp_path_factory.mktemp("user")
-    return folder, door("tune", *SEARCH, cwd=folder)
+    return folder, run_qflow("tune", *SEARCH, cwd=folder)
 
 
 def test_a_wide_search_tunes_goes_on_and_is_promoted(studied):
@@ -37,17 +36,17 @@ def test_a_wide_search_tunes_goes_on_and_is_promoted(studied):
     front = [folder / "qflow_out/studies/own/int8_int16" / name for name in ("best.json", "pareto.json")]
     texts = [path.read_text() for path in front]
     shutil.rmtree(folder / "qflow_out/studies")
-    again = door("tune", *SEARCH, cwd=folder)
+    again = run_qflow("tune", *SEARCH, cwd=folder)
     assert "7 trials of an earlier start stand" in again.stdout, again.stderr
     assert [path.read_text() for path in front] == texts
-    promoted = door("promote", *STORE, cwd=folder)
+    promoted = run_qflow("promote", *STORE, cwd=folder)
     assert promoted.returncode == 0, promoted.stdout + promoted.stderr
 
 
 def test_other_objectives_under_the_same_name_are_refused(studied):
     folder, _ = studied
     same = "objective.optimize={accuracy/error: minimize, cost/traffic_mb: minimize}"  # in another order
-    done = door("tune", *[same if a.startswith("objective") else a for a in SEARCH], cwd=folder)
+    done = run_qflow("tune", *[same if a.startswith("objective") else a for a in SEARCH], cwd=folder)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "objective.optimize: cost/traffic_mb, accuracy/error -> accuracy/error, cost/traffic_mb" in done.stderr
 
@@ -73,13 +72,13 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_a_mistake_gets_one_line(case, tmp_path):
     arguments, message = BAD[case]
-    done = door("tune", *OWN, *arguments, cwd=tmp_path)
+    done = run_qflow("tune", *OWN, *arguments, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stdout + done.stderr
     assert message in done.stderr
 
 
 def test_training_is_searched_where_there_are_steps(tmp_path):
-    done = door(
+    done = run_qflow(
         "tune", *OWN, "search=qat", "qat=default", "task.data._target_=user_task.TrainData", "qat.batch_size=32",
         "qat.loss._target_=user_task.loss", "qat.steps=0", "search.space.qat.steps=choice(0,4)",
         "search.enqueue=[{qat.steps: 4}]",

@@ -4,13 +4,13 @@ import json
 import re
 
 import pytest
-from doors import door
+from support.commands import run_qflow
 
 from qflow.config.command import experiments
 
 
 def tune(*arguments, cwd):
-    done = door("tune", *arguments, "executor.threads=1", cwd=cwd)
+    done = run_qflow("tune", *arguments, "executor.threads=1", cwd=cwd)
     assert done.returncode in (0, 1), done.stdout + done.stderr
     assert (cwd / "qflow_out" / "mlflow.db").exists()
     return done
@@ -99,7 +99,7 @@ def test_a_spent_budget_ends_the_tree_with_what_is_known(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 of 6 trials are run (search.n_trials)" in done.stdout
     assert re.search(r"^best mix +0\.9", done.stdout, re.MULTILINE)
-    none = door("tune", "+experiment=int8", "task=digits", "search.timeout=1e-6", cwd=tmp_path)
+    none = run_qflow("tune", "+experiment=int8", "task=digits", "search.timeout=1e-6", cwd=tmp_path)
     assert (none.returncode, none.stderr.count("\n")) == (2, 1), none.stdout + none.stderr
     assert "search.timeout" in none.stderr
 
@@ -246,7 +246,7 @@ MISTAKES = {
 @pytest.mark.parametrize("case", MISTAKES)
 def test_a_contradiction_gets_one_line(case, tmp_path):
     arguments, says = MISTAKES[case]
-    done = door("tune", *arguments, cwd=tmp_path)
+    done = run_qflow("tune", *arguments, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stdout + done.stderr
     assert says in done.stderr
 
@@ -254,7 +254,7 @@ def test_a_contradiction_gets_one_line(case, tmp_path):
 def test_training_runs_in_miniature(tmp_path):
     from safetensors.torch import load_file
 
-    done = door(
+    done = run_qflow(
         "workflows.train_float", "+experiment=train_perception", "training.epochs=1",
         "task.data.calibration_size=9872", "+task.data.evaluation_size=64", "training.batch_size=32", cwd=tmp_path,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from models import ResNet, revive
+from support.models import ResNet, revive
 
 from qflow.core.dtype import QDtype
 from qflow.core.setter import HighPrecisionOutput, TemplateSetter, resolve
