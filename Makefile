@@ -1,12 +1,14 @@
 # make tune    install what is needed and run the tuning job
-# make test    install and run the tests
+# make test    install and run all tests
+# make quick   the tests that take less than 10 seconds each
 # make check   install and run linter and type checker
+# make picture draw docs/architecture.svg from the imports
 # make ui      show the runs in the browser
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: tune test check ui clean
+.PHONY: tune test quick check picture ui clean
 
 tune: $(VENV)/.base
 	$(BIN)/python -m qflow.tune +experiment=int8_int16
@@ -14,10 +16,16 @@ tune: $(VENV)/.base
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
+quick: $(VENV)/.dev
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m 'not slow'
+
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+picture: $(VENV)/.dev
+	$(BIN)/python tests/support/architecture.py
 
 ui: $(VENV)/.base
 	$(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///$(CURDIR)/qflow_out/mlflow.db

@@ -21,7 +21,8 @@ from benchmarks.networks import ResNet
 from qflow.config.device_file import load_cost
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
-from qflow.core.setter import SensitiveSetter, TemplateSetter, resolve
+from qflow.core.resolve import resolve
+from qflow.core.setter import SensitiveSetter, TemplateSetter
 from qflow.cost_model.fit import NEVER, Fit, Prediction, errors_of, fit_networks, predict_network
 from qflow.cost_model.latency import Pricer
 from qflow.cost_model.networks import Network, read_networks

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from benchmarks.networks import NETWORKS, build, images
 from qflow.core.dtype import QDtype
 from qflow.core.qconfig import QConfig
-from qflow.core.setter import TemplateSetter, resolve
+from qflow.core.resolve import resolve
+from qflow.core.setter import TemplateSetter
 from qflow.core.settings import CalibrationSettings
 from qflow.quant.model.calibrate import apply_scales, collect
 from qflow.quant.model.prepare import prepare

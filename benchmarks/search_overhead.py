@@ -13,7 +13,7 @@ from unittest.mock import patch
 from hydra import compose, initialize_config_dir
 
 from qflow.config.overrides import rewrite
-from qflow.config.schema import conf_dir, register_schemas
+from qflow.config.command_schema import conf_dir, register_schemas
 from qflow.study.stages import ALL_INT8, ALL_INT16, baseline, begin
 from qflow.study.start import open_session
 from qflow.trial.evaluator import Evaluator

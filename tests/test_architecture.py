@@ -205,12 +205,17 @@ def test_engine_costs_and_analysis_never_reach_a_store_or_a_configuration(packag
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_files_and_functions_stay_small(name):
+def test_files_and_functions_stay_small_or_say_why(name):
     text = files()[name].read_text()
-    assert len(text.splitlines()) <= LONGEST_FILE
+    lines = text.splitlines()
+    assert len(lines) <= LONGEST_FILE
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert node.end_lineno - node.lineno < LONGEST_FUNCTION, f"{node.name}, line {node.lineno}"
+        if (
+            isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+            and node.end_lineno - node.lineno >= LONGEST_FUNCTION
+        ):
+            own = lines[node.lineno : node.end_lineno]
+            assert any(line.strip().startswith("# Long: ") for line in own), f"{node.name}, line {node.lineno}"
 
 
 def test_the_picture_shows_the_imports_as_they_are():

@@ -30,7 +30,8 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, ModelError
 from qflow.core.qconfig import QConfig
 from qflow.core.record import from_dict, plain
-from qflow.core.setter import HighPrecisionOutput, Setter, TemplateSetter, resolve
+from qflow.core.resolve import resolve
+from qflow.core.setter import HighPrecisionOutput, Setter, TemplateSetter
 from qflow.core.settings import CalibrationSettings
 from qflow.cost_model.latency import predict
 from qflow.cost_model.records import CostReport

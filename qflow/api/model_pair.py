@@ -25,7 +25,8 @@ from qflow.core.errors import ConfigError, ModelError
 from qflow.core.graph import ModelGraph, OpNode
 from qflow.core.qconfig import OpQConfig
 from qflow.core.record import digest
-from qflow.core.setter import ModuleNameSetter, resolve
+from qflow.core.resolve import resolve
+from qflow.core.setter import ModuleNameSetter
 from qflow.quant.model.quantized_model import QuantizedModel, scales
 from qflow.quant.replay.capture import ReplayError, capture
 from qflow.quant.replay.captured_ops import Ops

@@ -1,16 +1,17 @@
-"""python -m qflow.analyze [stages=[badcase,layers,sensitivity,advice]]: where does the accuracy go?
+"""python -m qflow.analyze [stages=[badcase,layers,sensitivity,advice]]: where a quantized model loses its accuracy.
 
     badcase      the samples on which the quantized model differs most from float
-    layers       every operator on them, float against calibrated: where the error starts
-    sensitivity  every quantizer alone: what the outputs suffer from it
-    advice       why, what to write, and whether it helps (follows its own advice and measures again)
-    qat_debug    when QAT fails: which part is at fault (analysis/qat_debug.py)
+    layers       every operator on these samples, float against calibrated: where the error starts
+    sensitivity  every quantizer alone: how far it moves the outputs
+    advice       the causes, the settings that mend them, and a second measurement with these settings
+    qat_debug    if QAT fails: which part is at fault (analysis/advice/qat_debug.py)
 
-All but the last look at the model under `qconfig` (a template, modules by name, an int16 ratio ...) and the first
-`calibration`. Tables, pictures and a page go into a folder and to an
-MLflow run. Exit code 0: done; 1: qat_debug found a fault; 2: a mistake in what was asked. In qat_debug a stage may lose
-`objective.max_drop` against float or calibrated (at rate 0 nothing); a goal that sound training misses is named in the
-verdict and is no fault.
+The first four look at the model under `qconfig` (a template, modules by name, an int16 ratio, ...) and `calibration`.
+The command writes tables, pictures and a page into a folder and logs them to an MLflow run.
+
+Exit code 0: done; 1: qat_debug found a fault; 2: a mistake in what was asked. A stage of qat_debug may lose
+`objective.max_drop` against its reference (at rate 0 nothing). If sound training misses the goal, the verdict says so,
+and the exit code is 0.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from qflow.study.checks import check_config
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from qflow.analysis.advice.qat_debug import QatDebug
     from qflow.core.qconfig import QConfig
     from qflow.report.console import Console
     from qflow.trial.diagnosis import Diagnosis
@@ -192,6 +194,13 @@ def debug_qat(config: DictConfig) -> int:
     folder = root_dir(config) / "analyze" / task.name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "qat_debug.json").write_text(to_json(found, indent=1))
+    print_debug(found)
+    print(f"{'written':<18}{folder / 'qat_debug.json'}")
+    return int(not all(stage.passed for stage in found.stages))
+
+
+def print_debug(found: QatDebug) -> None:
+    """Each stage against its reference, and the verdict."""
     print(f"{'float':<18}{found.float_metric:.4f}")
     print(f"{'calibrated':<18}{found.calibrated_metric:.4f}")
     for stage in found.stages:
@@ -200,5 +209,3 @@ def debug_qat(config: DictConfig) -> int:
         print(f"{stage.name:<18}{value:<9} against {stage.reference:.4f}  {verdict}  {stage.note}".rstrip())
     print(f"{'tolerance':<18}{found.tolerance:g} a stage (objective.max_drop), at rate 0 none")
     print(f"{'verdict':<18}{found.verdict}")
-    print(f"{'written':<18}{folder / 'qat_debug.json'}")
-    return int(not all(stage.passed for stage in found.stages))

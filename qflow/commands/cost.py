@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING
 
 from qflow.config.command import run_command
 from qflow.config.settings import plain, resolved_yaml, root_dir, trial_settings
+from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from qflow.core.qconfig import QConfig
     from qflow.cost_model.records import CostReport
+    from qflow.trial.evaluator import Evaluator
 
 SHOWN = 12  # operators on the console; the file has all
 
@@ -29,7 +32,7 @@ def main() -> None:
 
 
 def cost(config: DictConfig) -> int:
-    """Report or fit. Returns 1 where the figures should not be published."""
+    """Report or fit. Returns 1 where the prediction should not be published."""
     if config.mode == "fit":
         return fit(config)
     if config.mode != "report":
@@ -41,7 +44,6 @@ def cost(config: DictConfig) -> int:
 
 def report(config: DictConfig) -> int:
     """Price the task's model under `qconfig`."""
-    from qflow.core.dtype import QDtype
     from qflow.cost_model.table import cost_metrics, cost_text
     from qflow.study.assemble import make_evaluator
     from qflow.study.checks import check_config
@@ -55,25 +57,11 @@ def report(config: DictConfig) -> int:
     if settings.qconfig.needs_ranking:
         evaluator.rank()
     _, applied = evaluator.resolve(settings.qconfig)
-    found, int8, int16 = (
-        evaluator.cost(applied),
-        evaluator.template(QDtype.qint8)[1],
-        evaluator.template(QDtype.qint16)[1],
-    )
-    promotions = evaluator.pricer.promotions(applied)
+    found, promotions = evaluator.cost(applied), evaluator.pricer.promotions(applied)
     folder = root / "cost" / evaluator.task.name
     write(folder, found, promotions, config)
     print(cost_text(found, SHOWN, config.fps), end="")
-    change = evaluator.pricer.change(int8, applied)
-    if applied.digest != int8.digest:
-        print(f"{'to all-int8':<12}{change.ratio:.3f} of its BPU time [{change.low:.3f}, {change.high:.3f}]")
-    for layer in evaluator.unmatched:
-        print(f"{'unmatched':<12}{layer}")
-    dearest = sorted(promotions.items(), key=lambda item: -item[1])[:3]
-    if dearest:
-        more = evaluator.pricer.bpu_ms(int16) - found.bpu_ms
-        alone = ", ".join(f"{name} {ms * 1e3:+.1f} us" for name, ms in dearest)
-        print(f"{'int16 costs':<12}{more:+.3f} ms for all that the device runs in it; most for one alone: {alone}")
+    print_comparisons(evaluator, applied, found, promotions)
     name = f"{evaluator.task.name}/cost-{applied.digest[:8]}"  # a run a qconfig, so that the UI compares them
     run = tracker.open_study(
         name,
@@ -92,6 +80,23 @@ def report(config: DictConfig) -> int:
     tracker.close_study(run)
     print(f"{'written':<12}{folder / 'cost.csv'}; MLflow run {name}")
     return int(bool(found.refusal))
+
+
+def print_comparisons(
+    evaluator: Evaluator, applied: QConfig, found: CostReport, promotions: Mapping[str, float]
+) -> None:
+    """The qconfig against all-int8, and what int16 would cost; layers of a measured report that match no operator."""
+    int8, int16 = (evaluator.template(dtype)[1] for dtype in (QDtype.qint8, QDtype.qint16))
+    if applied.digest != int8.digest:
+        change = evaluator.pricer.change(int8, applied)
+        print(f"{'to all-int8':<12}{change.ratio:.3f} of its BPU time [{change.low:.3f}, {change.high:.3f}]")
+    for layer in evaluator.unmatched:
+        print(f"{'unmatched':<12}{layer}")
+    dearest = sorted(promotions.items(), key=lambda item: -item[1])[:3]
+    if dearest:
+        more = evaluator.pricer.bpu_ms(int16) - found.bpu_ms
+        alone = ", ".join(f"{name} {ms * 1e3:+.1f} us" for name, ms in dearest)
+        print(f"{'int16 costs':<12}{more:+.3f} ms for all that the device runs in it; most for one alone: {alone}")
 
 
 def write(folder: Path, found: CostReport, promotions: Mapping[str, float], config: DictConfig) -> None:

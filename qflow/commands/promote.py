@@ -1,8 +1,8 @@
-"""python -m qflow.promote: rebuild the best trial from its run alone, check every figure, move the alias to it.
+"""python -m qflow.promote: rebuild the best trial from its run alone, verify every number, move the alias to it.
 
-A gate, not a copy. The run's own configuration and qconfig are what is rebuilt: the qconfig must still be legal
-on the device and follow from its configuration, and the metric, the latency and the scales must come out as the
-run says, and meet the goal. Every reason against is printed; then nothing is registered and the exit code is 1.
+The trial is rebuilt from the configuration and qconfig of its run. The qconfig must still be legal on the device and
+follow from the configuration; metric, latency and scales must come out as the run states them, and meet the goal.
+Otherwise the command prints every reason, registers nothing, and ends with exit code 1.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def main() -> None:
 def tune(config: DictConfig) -> int:
     """Check everything that needs no model, open the study, and run the workflow between beginning and end.
 
-    A budget that is spent ends the workflow, never the study: what is known then is told as usual.
+    A budget that is spent ends the workflow, never the study: what is known by then is printed as usual.
     """
     workflow = find_workflow(required(config, "workflow"))
     check_study(config)

@@ -5,4 +5,4 @@ schemas (unknown keys, types), `trial_settings` builds the records of core/setti
 that the search space can propose goes through the same two steps.
 """
 
-__all__ = ["build", "command", "device_cost", "device_file", "overrides", "schema", "settings", "space"]
+__all__ = ["build", "command", "command_schema", "device_cost", "device_file", "overrides", "settings", "space"]

@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from qflow.config.command_schema import GROUPS, SCHEMAS, conf_dir, register_schemas
 from qflow.config.overrides import options_first, own_device, rewrite
-from qflow.config.schema import GROUPS, SCHEMAS, conf_dir, register_schemas
 from qflow.core.errors import ConfigError, QflowError
 from qflow.process.allocator import keep_freed_memory
 from qflow.process.waiting import wait_briefly

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from qflow.config.command import explain
-from qflow.config.schema import TuneSchema, conf_dir
+from qflow.config.command_schema import TuneSchema, conf_dir
 from qflow.core.device import DeviceRules
 from qflow.core.errors import ConfigError
 

@@ -1,13 +1,13 @@
-"""What a configuration may hold: every key with its type. Keyword-only and not frozen, as Hydra needs them."""
+"""What each group of a configuration may hold: every key with its type (command_schema.py: the whole of a command).
+
+The classes are keyword-only and not frozen, as Hydra needs them.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 
@@ -238,125 +238,3 @@ class ExecutorSchema:
     device: str = "cpu"
     threads: int = 0
     """Threads of torch; 0 leaves torch's own choice."""
-
-
-@dataclass(kw_only=True)
-class TuneSchema:
-    """`python -m qflow.tune`."""
-
-    workflow: str = MISSING
-    """File in workflows/ that runs the stages; set by +experiment=<name>."""
-    study: str = "${task.name}/${workflow}"
-    """Name of the study; the same name goes on where it stopped."""
-    seed: int = 0
-    root: str = MISSING
-    task: TaskSchema = field(default_factory=TaskSchema)
-    device: DeviceSchema = field(default_factory=DeviceSchema)
-    calibration: CalibrationSchema = field(default_factory=CalibrationSchema)
-    quant: QuantSchema = field(default_factory=QuantSchema)
-    qconfig: QConfigSchema = field(default_factory=QConfigSchema)
-    sensitivity: SensitivitySchema = field(default_factory=SensitivitySchema)
-    qat: QatSchema = field(default_factory=QatSchema)
-    search: SearchSchema = field(default_factory=SearchSchema)
-    objective: ObjectiveSchema = field(default_factory=ObjectiveSchema)
-    tracking: TrackingSchema = field(default_factory=TrackingSchema)
-    executor: ExecutorSchema = field(default_factory=ExecutorSchema)
-
-
-@dataclass(kw_only=True)
-class CheckSchema(TuneSchema):
-    """`python -m qflow.check`: the keys of a study, those that concern the model, its qconfig and calibration."""
-
-
-@dataclass(kw_only=True)
-class AnalyzeSchema(TuneSchema):
-    """`python -m qflow.analyze`: which analyses."""
-
-    stages: list[str] = field(default_factory=lambda: ["badcase", "layers", "sensitivity", "advice"])
-    """badcase, layers, sensitivity, advice; qat_debug by itself."""
-    prefixes: list[str] = field(default_factory=list)
-    """Operators of the layer table by the start of their name; all where neither prefixes nor types are given."""
-    types: list[str] = field(default_factory=list)
-    """Operators of the layer table by type."""
-
-
-@dataclass(kw_only=True)
-class CostCommandSchema(TuneSchema):
-    """`python -m qflow.cost`: a qconfig's cost, or `fit` the parameters."""
-
-    mode: str = "report"
-    """report or fit."""
-    data: str | None = None
-    """fit: CSV file of networks and their measured times."""
-    out: str | None = None
-    """fit: device file to write, or whose cost to renew."""
-    fps: float | None = None
-    """Frame rate at which bandwidth is stated; null takes the saturated one."""
-
-
-@dataclass(kw_only=True)
-class PromoteSchema(TuneSchema):
-    """`python -m qflow.promote`: which run, or the best of which study."""
-
-    run: str | None = None
-    """MLflow run id of a trial; null takes the best trial of `study`."""
-
-
-@dataclass(kw_only=True)
-class TrainingSchema:
-    """Arguments of workflows/train_float.py::train, the loss, and where the weights go."""
-
-    loss: str = MISSING
-    epochs: int = MISSING
-    learning_rate: float = MISSING
-    weight_decay: float = 0.0
-    batch_size: int = 64
-    seed: int = 0
-    output: str = "${hydra:runtime.cwd}/weights.safetensors"
-
-
-@dataclass(kw_only=True)
-class TrainFloatSchema:
-    """`python -m workflows.train_float`."""
-
-    task: TaskSchema = field(default_factory=TaskSchema)
-    executor: ExecutorSchema = field(default_factory=ExecutorSchema)
-    training: TrainingSchema = field(default_factory=TrainingSchema)
-
-
-SCHEMAS: dict[str, type] = {
-    "tune": TuneSchema,
-    "check": CheckSchema,
-    "analyze": AnalyzeSchema,
-    "cost": CostCommandSchema,
-    "promote": PromoteSchema,
-    "train_float": TrainFloatSchema,
-}
-GROUPS = (
-    "task",
-    "device",
-    "calibration",
-    "sensitivity",
-    "qat",
-    "search",
-    "objective",
-    "tracking",
-    "executor",
-    "experiment",
-    "debug",
-)
-
-
-def conf_dir() -> Path:
-    """The shipped configuration: conf/ of the repository, or qflow/conf in a wheel."""
-    spec = importlib.util.find_spec("qflow.conf")
-    if spec is not None and spec.submodule_search_locations:
-        return Path(next(iter(spec.submodule_search_locations))).resolve()
-    return Path(__file__).resolve().parent.parent / "conf"
-
-
-def register_schemas() -> None:
-    """Make the schemas known to Hydra under the names that conf/*.yaml use."""
-    store = ConfigStore.instance()
-    for name, node in SCHEMAS.items():
-        store.store(name=f"{name}_schema", node=node)

@@ -12,6 +12,7 @@ __all__ = [
     "op_spec",
     "qconfig",
     "record",
+    "resolve",
     "setter",
     "settings",
     "signature",

@@ -1,6 +1,6 @@
-"""The search space, the Optuna study, the loop that survives a kill, the strategies.
+"""The search space, the Optuna study, the trial loop, which survives a kill, and the search strategies.
 
-The only home of optuna. A solver or strategy sees dictionaries and arrays, never a model.
+No other package imports optuna. Solvers and strategies see dictionaries and arrays, never a model.
 """
 
 __all__ = ["assign", "cost_terms", "domain", "loop", "objective", "outcome", "strategies", "study", "surrogate"]

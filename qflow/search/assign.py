@@ -1,13 +1,13 @@
-"""Which operators get int16: a 0/1 program over what each one's int8 error is and what mixes cost.
+"""The choice of int16 operators as a 0/1 program, from the int8 error of each operator and the cost of mixes.
 
     cheapest       min time    subject to  sum of errors <= budget, and the limits
     most accurate  min errors  subject to  time <= budget, and the limits
 
-Errors of single operators are added up, as if they were independent; what that is worth shows in the measurements
-(strategies.py). Costs are sums over groups of operators (cost_terms.py), a variable each, so that what operators share
-is counted once. HiGHS (scipy.optimize.milp) solves it within `GAP` of what int16 adds, or to the best that `NODES`
-nodes find. A cost that is not such a sum is approximated; a limit is held to the exact figure all the same.
-A mix is text, a letter an operator: 8 int8, 6 int16.
+The errors of single operators are added up as if they were independent; strategies.py corrects this by measurements.
+Costs are sums over groups of operators (cost_terms.py), with one variable for each group, so that a cost which several
+operators share is counted once. HiGHS (scipy.optimize.milp) solves the program within `GAP` of what int16 adds, or
+returns the best solution that it finds in `NODES` nodes. A cost that is not such a sum is approximated, but each limit
+is checked against the exact cost. A mix is a string with one letter for each operator: 8 for int8, 6 for int16.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import numpy as np
 from qflow.search.cost_terms import CostTerms
 from qflow.search.integer_program import Row, solve
 
-SLACK = 1e-9  # relative: what meets a bound on paper meets it in floating point
-TOLERANCE = 1e-6  # relative: the solver's own, within which it takes a bound as kept
-TIGHTENED = 8  # most times that a limit is drawn in because the exact figure exceeds it
+SLACK = 1e-9  # relative: keeps a bound that is met exactly from being missed by rounding
+TOLERANCE = 1e-6  # relative: the solver takes a bound as kept within this tolerance
+TIGHTENED = 8  # how often a limit is tightened at most, while the exact cost exceeds it
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator that can be int16: its error at both precisions, and the place of its letter."""
+    """One operator that can be int16: its error at both precisions, and the index of its letter in a mix."""
 
     name: str
     int8_error: float
@@ -38,11 +38,11 @@ class Operator:
 
     @property
     def gain(self) -> float:
-        """Error that int16 takes away."""
+        """By how much int16 lowers the error."""
         return self.int8_error - self.int16_error
 
     def known(self, worst: float) -> Operator:
-        """Itself, with `worst` for an int8 error and 0 for an int16 error that is no finite number."""
+        """Return the operator with non-finite errors replaced: by `worst` at int8, by 0 at int16."""
         int8 = self.int8_error if math.isfinite(self.int8_error) else worst
         int16 = self.int16_error if math.isfinite(self.int16_error) else 0.0
         return replace(self, int8_error=int8, int16_error=int16)
@@ -50,22 +50,22 @@ class Operator:
 
 @dataclass(frozen=True)
 class Limit:
-    """A figure of a mix that may be at most `most`."""
+    """A cost of a mix with its upper bound `most`."""
 
     cost: CostTerms
     most: float
 
     def holds(self, mix: str) -> bool:
-        """Whether the exact figure of `mix` is within the limit."""
+        """Return whether the exact cost of `mix` is within the limit."""
         return round(self.cost.exact(mix) - self.most, 9) <= 0.0
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Operators whose precision is free, in graph order, the time in ms of a whole mix, and what bounds a mix.
+    """The operators whose precision is free, in graph order, the time of a mix in ms, and the limits of a mix.
 
-    A mix has `letters` letters; those of operators that are not free stay 8 and mean nothing. An error that is no
-    number counts as the largest that is one: unknown is not harmless.
+    A mix has `letters` letters. Those of operators that are not free stay 8 and have no effect. An int8 error that is
+    not finite counts as the largest finite error, because an unknown error may be large.
     """
 
     operators: tuple[Operator, ...]
@@ -79,55 +79,56 @@ class Problem:
         object.__setattr__(self, "operators", tuple(o.known(worst) for o in self.operators))
 
     def bounded(self, *limits: Limit) -> Problem:
-        """The same problem within `limits` too."""
+        """Return the same problem with `limits` added to its limits."""
         return replace(self, limits=(*self.limits, *limits))
 
     def price(self, mix: str) -> float:
-        """Predicted time in ms, exactly as the cost model has it."""
+        """Return the time in ms that the cost model predicts for `mix`."""
         return self.time.exact(mix)
 
     def error(self, mix: str) -> float:
-        """Predicted error: the sum over operators."""
+        """Return the predicted error of `mix`: the sum over the operators."""
         return sum(o.int16_error if mix[o.place] == "6" else o.int8_error for o in self.operators)
 
     def errors(self, mixes: Sequence[str]) -> np.ndarray:
-        """Predicted errors of many mixes."""
+        """Return the predicted error of each of `mixes`."""
         return self._loss.estimates(mixes)
 
     def within(self, mix: str) -> bool:
-        """Whether `mix` keeps every limit."""
+        """Return whether `mix` keeps every limit."""
         return all(limit.holds(mix) for limit in self.limits)
 
     @property
     def all_int8(self) -> str:
-        """Nothing promoted."""
+        """The mix with all operators at int8."""
         return "8" * self.letters
 
     @cached_property
     def all_int16(self) -> str:
-        """Everything promoted."""
+        """The mix with all free operators at int16."""
         return self._with(o.place for o in self.operators)
 
     def budget(self, share: float) -> float:
-        """Error budget that keeps `share` (0..1) of what int16 can take away."""
+        """Return the error budget that leaves `share` (0..1) of the error that int16 can remove."""
         low, high = self.error(self.all_int16), self.error(self.all_int8)
         return low + share * max(high - low, 0.0)
 
     def cheapest(self, max_error: float) -> str:
-        """The mix of least time whose predicted error is at most `max_error`; the most accurate one where none is."""
+        """Return the fastest mix with a predicted error of at most `max_error`, or the most accurate if none has that."""
         if self.error(self.all_int8) <= max_error and self.within(self.all_int8):
             return self.all_int8
         loss = self._loss
         least = loss.base - sum(max(o.gain, 0.0) for o in self.operators)
-        reach = SLACK * (loss.base - least)  # a budget that all int16 just meets stays one that it meets
+        reach = SLACK * (loss.base - least)  # rounding must not put a budget that all int16 just meets out of reach
         found = self._solved(self.time, [Row(loss.terms, max(max_error, least + reach) - loss.base)])
         if found is None or max_error < least - reach:
             return self.most_accurate()
         return self._pruned(found, max_error)
 
     def most_accurate(self, max_ms: float = math.inf) -> str:
-        """The mix of least predicted error that int16 makes at most `max_ms` slower than all int8; all int8 where the
-        limits leave nothing.
+        """Return the mix of least predicted error that takes at most `max_ms` longer than all int8.
+
+        If the limits allow no promotion, that is all int8.
         """
         if max_ms < math.inf:
             return self.bounded(Limit(self.time, self.price(self.all_int8) + max(max_ms, 0.0))).most_accurate()
@@ -136,26 +137,26 @@ class Problem:
 
     @cached_property
     def _loss(self) -> CostTerms:
-        """The predicted error as terms."""
+        """The predicted error of a mix as terms."""
         return CostTerms(self.error, self.error(self.all_int8), {(o.place,): -o.gain for o in self.operators})
 
     def _solved(self, least: CostTerms, rows: Sequence[Row]) -> str | None:
-        """The mix of least `least` within `rows` and the limits; None where there is none.
+        """Return the mix with the smallest `least` within `rows` and the limits, or None if there is none.
 
-        Where a limit's terms promise less than the exact figure, the limit is drawn in by the difference.
+        Where the terms of a limit predict less than the exact cost, the limit is tightened by the difference.
         """
         places = [o.place for o in self.operators]
-        rooms = [limit.most - limit.cost.base for limit in self.limits]
+        bounds = [limit.most - limit.cost.base for limit in self.limits]
         for _ in range(TIGHTENED):
-            bounds = [Row(limit.cost.terms, room) for limit, room in zip(self.limits, rooms, strict=True)]
-            chosen = solve(least.terms, [*rows, *bounds], places)
+            limited = [Row(limit.cost.terms, bound) for limit, bound in zip(self.limits, bounds, strict=True)]
+            chosen = solve(least.terms, [*rows, *limited], places)
             if chosen is None:
                 return None
             mix = self._with(chosen)
             if self.within(mix):
                 return mix
             over = [max(limit.cost.exact(mix) - limit.most, 0.0) for limit in self.limits]
-            rooms = [r - (by + TOLERANCE * abs(r) if by else 0.0) for r, by in zip(rooms, over, strict=True)]
+            bounds = [b - (by + TOLERANCE * abs(b) if by else 0.0) for b, by in zip(bounds, over, strict=True)]
         return None
 
     def _with(self, places: Iterable[int]) -> str:
@@ -163,7 +164,10 @@ class Problem:
         return "".join("6" if i in chosen else "8" for i in range(self.letters))
 
     def _raised(self) -> str:
-        """All int8 with operators raised, most gain first, while the limits hold: where a limit is no sum of terms."""
+        """Promote operators of all int8, most gain first, while the limits hold.
+
+        The solver finds no mix where a limit is not a sum of terms; this greedy choice replaces it there.
+        """
         mix = self.all_int8
         for o in sorted(self.operators, key=lambda o: -o.gain):
             higher = mix[: o.place] + "6" + mix[o.place + 1 :]
@@ -172,7 +176,10 @@ class Problem:
         return mix
 
     def _pruned(self, mix: str, max_error: float) -> str:
-        """Without operators that budget, limits and time can do without (free ones that the solver left in)."""
+        """Return `mix` with int16 operators demoted that neither error budget, limits nor time need.
+
+        The solver leaves promotions in that cost nothing.
+        """
         for o in sorted((o for o in self.operators if mix[o.place] == "6"), key=lambda o: o.gain):
             lower = mix[: o.place] + "8" + mix[o.place + 1 :]
             fits = self.error(lower) <= max_error and self.time(lower) <= self.time(mix) + SLACK

@@ -1,4 +1,4 @@
-"""Where a study is kept: a database file, a folder, or a server."""
+"""The Optuna storage of a study: a database file, a folder, or a server."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import optuna
 
 from qflow.core.store import build_aside, sqlite_path, sqlite_url
 
-LOCK_TIMEOUT = 60  # seconds a statement waits for another writer of the database
+LOCK_TIMEOUT = 60  # seconds that a statement waits while another process writes
 
 
 def place_of(storage: str | Path) -> tuple[str, Path]:
-    """The URL of the database and the folder for locks (the temporary one for a database server)."""
+    """Return the URL of the database and the folder for lock files (the temporary folder for a server)."""
     text = str(storage)
     if "://" in text:
         file = sqlite_path(text)
@@ -24,7 +24,7 @@ def place_of(storage: str | Path) -> tuple[str, Path]:
 
 
 def open_storage(url: str) -> optuna.storages.RDBStorage:
-    """The database at `url`; a SQLite file is built whole or not at all."""
+    """Open the database at `url`. A SQLite file that is missing is created completely or not at all."""
     file = sqlite_path(url)
     if file is None:
         return optuna.storages.RDBStorage(url)

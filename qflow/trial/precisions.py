@@ -19,7 +19,8 @@ from qflow.core.errors import ConfigError
 from qflow.core.graph import ModelGraph, OpKind
 from qflow.core.qconfig import QConfig
 from qflow.core.record import to_json
-from qflow.core.setter import HighPrecisionOutput, TemplateSetter, ratio_candidates, resolve
+from qflow.core.resolve import resolve
+from qflow.core.setter import HighPrecisionOutput, TemplateSetter, ratio_candidates
 from qflow.core.settings import QConfigSettings
 from qflow.core.table_setter import table_rows
 from qflow.core.template import trial_setters

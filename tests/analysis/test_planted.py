@@ -14,7 +14,8 @@ from qflow.analysis.sensitivity.candidates import candidates
 from qflow.analysis.sensitivity.measure import sensitivity
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
-from qflow.core.setter import HighPrecisionOutput, TemplateSetter, resolve
+from qflow.core.resolve import resolve
+from qflow.core.setter import HighPrecisionOutput, TemplateSetter
 from qflow.core.settings import CalibrationSettings
 from qflow.quant.model.calibrate import apply_scales, collect
 from qflow.quant.model.prepare import prepare

@@ -18,7 +18,8 @@ from qflow.analysis.sensitivity.sensitive_ops import write_sensitive_ops
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, DataError
 from qflow.core.record import from_dict, plain
-from qflow.core.setter import TemplateSetter, resolve
+from qflow.core.resolve import resolve
+from qflow.core.setter import TemplateSetter
 from qflow.core.settings import COMPARISONS, CalibrationSettings, SensitivitySettings
 from qflow.core.table_setter import table_rows
 from qflow.quant.model.calibrate import apply_scales, collect

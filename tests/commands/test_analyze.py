@@ -60,7 +60,7 @@ def test_the_line_that_is_advised_can_be_given_to_a_door(done, tmp_path):
 
 
 def test_stages_and_filters_are_chosen(tmp_path):
-    mix = ["qconfig.error_share=0.5", "+experiment=int8_int16"]  # its search has ratios, which this command does not have
+    mix = ["qconfig.error_share=0.5", "+experiment=int8_int16"]  # its search is not for this command
     result = run_qflow("analyze", *CUSTOM, *FEW, *mix, "stages=[layers]", cwd=tmp_path)
     assert result.returncode == 0 and "what qconfig chooses by" in result.stdout, result.stdout + result.stderr
     result = run_qflow("analyze", *CUSTOM, *FEW, "stages=[layers]", "prefixes=[loud]", cwd=tmp_path)

@@ -8,7 +8,7 @@ import pytest
 from support.compose import BASE, compose, run
 
 from qflow.config.command import experiments, run_command
-from qflow.config.schema import GROUPS, conf_dir
+from qflow.config.command_schema import GROUPS, conf_dir
 from qflow.config.settings import load_resolved, plain, resolved_yaml, trial_settings
 from qflow.config.space import parse_domain, search_space
 from qflow.core.errors import ConfigError

@@ -3,8 +3,8 @@
 import pytest
 
 from qflow.config.command import run_command
+from qflow.config.command_schema import conf_dir, register_schemas
 from qflow.config.device_file import device_names, load_cost, load_rules
-from qflow.config.schema import conf_dir, register_schemas
 from qflow.config.settings import plain
 from qflow.core.errors import ConfigError
 from qflow.cost_model.model import CostModel

@@ -11,7 +11,8 @@ from qflow.core.device import DeviceRules, apply_rules, input_dtypes
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.graph import TRANSPARENT_KINDS, ModelGraph, OpKind, OpNode
-from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, TemplateSetter, resolve
+from qflow.core.resolve import resolve
+from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, TemplateSetter
 
 NASH_M = DeviceRules(
     march="nash-m",

@@ -10,7 +10,8 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.graph import ModelGraph, OpKind, OpNode
 from qflow.core.known_range import bounded, propagate
-from qflow.core.setter import ModuleNameSetter, TemplateSetter, resolve
+from qflow.core.resolve import resolve
+from qflow.core.setter import ModuleNameSetter, TemplateSetter
 
 
 def op(name, function, *inputs, operands=(), kind=OpKind.arithmetic, **more):

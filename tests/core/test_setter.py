@@ -7,14 +7,8 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.graph import ModelGraph, OpKind, OpNode
 from qflow.core.qconfig import OpQConfig
-from qflow.core.setter import (
-    HighPrecisionOutput,
-    ModuleNameSetter,
-    SensitiveSetter,
-    TemplateSetter,
-    ratio_candidates,
-    resolve,
-)
+from qflow.core.resolve import resolve
+from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, SensitiveSetter, TemplateSetter, ratio_candidates
 
 GRAPH = chain(OpKind.input, OpKind.conv, OpKind.lut, OpKind.conv, OpKind.lut, OpKind.conv)
 NAMES = [n.name for n in GRAPH.nodes]

@@ -6,7 +6,8 @@ from qflow.api.plugin_names import get_qconfig
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.graph import ModelGraph, OpKind, OpNode
-from qflow.core.setter import HighPrecisionOutput, resolve
+from qflow.core.resolve import resolve
+from qflow.core.setter import HighPrecisionOutput
 from qflow.core.settings import RULES, QConfigSettings
 from qflow.core.table_setter import TableRow
 from qflow.core.template import (

@@ -12,7 +12,8 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.graph import ModelGraph, OpKind, OpNode
 from qflow.core.qconfig import OpQConfig, QConfig
-from qflow.core.setter import HighPrecisionOutput, TemplateSetter, resolve
+from qflow.core.resolve import resolve
+from qflow.core.setter import HighPrecisionOutput, TemplateSetter
 from qflow.cost_model.features import features
 from qflow.cost_model.latency import Pricer, predict
 from qflow.cost_model.model import AMOUNTS, RATES, CostModel

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_map
 
 from qflow.core.device import apply_rules
 from qflow.core.dtype import QDtype
-from qflow.core.setter import SensitiveSetter, TemplateSetter, resolve
+from qflow.core.resolve import resolve
+from qflow.core.setter import SensitiveSetter, TemplateSetter
 from qflow.cost_model.features import features
 from qflow.cost_model.latency import Pricer, predict
 from qflow.quant.model.plan import make_plan

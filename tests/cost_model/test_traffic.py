@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from qflow.core.dtype import QDtype
 from qflow.core.graph import ModelGraph, OpKind, OpNode
-from qflow.core.setter import TemplateSetter, resolve
+from qflow.core.resolve import resolve
+from qflow.core.setter import TemplateSetter
 from qflow.cost_model.features import features
 from qflow.cost_model.traffic import traffic
 

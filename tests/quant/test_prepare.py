@@ -8,7 +8,8 @@ from torch import nn
 from qflow.core.device import apply_rules
 from qflow.core.dtype import QDtype
 from qflow.core.errors import DataError, ModelError
-from qflow.core.setter import HighPrecisionOutput, TemplateSetter, resolve
+from qflow.core.resolve import resolve
+from qflow.core.setter import HighPrecisionOutput, TemplateSetter
 from qflow.core.settings import CalibrationSettings
 from qflow.quant.model.calibrate import apply_scales, collect
 from qflow.quant.model.prepare import prepare

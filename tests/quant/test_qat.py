@@ -10,7 +10,8 @@ from support.training import calibrated, data, loss, same, sgd, small
 from qflow.config.schema import QatSchema
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, DataError, ModelError, TrialError
-from qflow.core.setter import HighPrecisionOutput, TemplateSetter, resolve
+from qflow.core.resolve import resolve
+from qflow.core.setter import HighPrecisionOutput, TemplateSetter
 from qflow.core.settings import NORM_MODES, QatSettings
 from qflow.quant.train.qat import DivergedError, parameter_groups, train
 

@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ModelError
-from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, TemplateSetter, resolve
+from qflow.core.resolve import resolve
+from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, TemplateSetter
 from qflow.core.settings import CalibrationSettings, QatSettings
 from qflow.quant.model.calibrate import apply_scales, collect
 from qflow.quant.model.prepare import prepare

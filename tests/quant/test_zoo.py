@@ -13,7 +13,8 @@ from qflow.config.device_file import load_rules
 from qflow.core.device import apply_rules
 from qflow.core.dtype import QDtype
 from qflow.core.graph import OpKind
-from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, TemplateSetter, covers, resolve
+from qflow.core.resolve import resolve
+from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, TemplateSetter, covers
 from qflow.core.settings import CalibrationSettings, QatSettings
 from qflow.quant.model.calibrate import apply_scales, collect
 from qflow.quant.model.prepare import prepare

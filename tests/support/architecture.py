@@ -145,10 +145,8 @@ def _box(package: str, x: float, y: float) -> str:
     folder = ROOT / package if package == "workflows" else ROOT / "qflow" / package
     purpose = re.split(r"\.(?:\s|$)", ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or "")[0]
     rows = textwrap.wrap(purpose.replace("`", ""), 31)
-    count = sum(path.name != "__init__.py" for path in folder.rglob("*.py"))
     texts = [
         f'<text x="{x + 10:g}" y="{y + 20:g}" font-size="14" font-weight="bold">{package}/</text>',
-        f'<text x="{x + BOX - 10:g}" y="{y + 20:g}" font-size="11" fill="#667" text-anchor="end">{count} files</text>',
     ]
     texts += [
         f'<text x="{x + 10:g}" y="{y + 37 + 14 * i:g}" font-size="11" fill="#334">{escape(row)}</text>'

@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from qflow.config.command import run_command
+from qflow.config.command_schema import conf_dir, register_schemas
 from qflow.config.overrides import rewrite
-from qflow.config.schema import conf_dir, register_schemas
 from qflow.config.settings import required
 
 

@@ -3,7 +3,8 @@
 from support.models import zoo
 
 from qflow.core.graph import ModelGraph, OpKind, OpNode
-from qflow.core.setter import TemplateSetter, resolve
+from qflow.core.resolve import resolve
+from qflow.core.setter import TemplateSetter
 from qflow.cost_model.model import CostModel
 from qflow.quant.model.plan import make_plan
 from qflow.quant.trace.trace import trace

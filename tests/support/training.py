@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from support.models import ResNet, revive
 
 from qflow.core.dtype import QDtype
-from qflow.core.setter import HighPrecisionOutput, TemplateSetter, resolve
+from qflow.core.resolve import resolve
+from qflow.core.setter import HighPrecisionOutput, TemplateSetter
 from qflow.core.settings import CalibrationSettings
 from qflow.quant.model.calibrate import apply_scales, collect
 from qflow.quant.model.prepare import prepare

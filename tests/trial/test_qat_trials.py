@@ -1,4 +1,4 @@
-"""Trials with QAT through the commands: trained, tracked with their weights, rebuilt by promote; and what is refused."""
+"""Trials with QAT through the commands: trained, tracked with their weights, rebuilt by promote; refusals."""
 
 import json
 

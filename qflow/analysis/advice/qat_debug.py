@@ -94,12 +94,7 @@ def qat_debug(
     parts = (batches, loss, build, evaluate)
 
     def stage(name: str, run: Callable[[], float], reference: float, allowed: float) -> DebugStage:
-        try:
-            metric = run()
-        except TrialError as error:
-            return DebugStage(name, None, reference, False, str(error))
-        loses = sign * (reference - metric)
-        return DebugStage(name, metric, reference, loses <= allowed, f"loses {loses:.4g}" if loses > 0 else "")
+        return _stage(name, run, reference, allowed, sign)
 
     def quantized(changed: QatSettings, on: bool = True) -> Callable[[], float]:
         return lambda: _train_prepared(copy.deepcopy(prepared), changed, parts, on, qconfig, calibration)
@@ -119,6 +114,16 @@ def qat_debug(
     failed = next((s.name for s in stages if not s.passed), "")
     verdict = f"{FAULTS[failed]}{_goal(stages[-1].metric, float_metric, sign, goal)}"
     return QatDebug(float_metric, calibrated, stages, verdict, tolerance)
+
+
+def _stage(name: str, run: Callable[[], float], reference: float, allowed: float, sign: float) -> DebugStage:
+    """One stage, run: it passes where its metric lies at most `allowed` below `reference` (above, with sign -1)."""
+    try:
+        metric = run()
+    except TrialError as error:
+        return DebugStage(name, None, reference, False, str(error))
+    loses = sign * (reference - metric)
+    return DebugStage(name, metric, reference, loses <= allowed, f"loses {loses:.4g}" if loses > 0 else "")
 
 
 def _goal(metric: float | None, float_metric: float, sign: float, goal: float | None) -> str:

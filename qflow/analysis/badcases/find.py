@@ -63,6 +63,7 @@ def find_badcases(
     Raises DataError if there is no data or no floating output to compare, ConfigError for settings that do not
     exist and for a state of another search.
     """
+    # Long: signature and docstring take half of the lines.
     pool = max(POOL, count) if pool is None else pool
     settings = _checked(metric, count, num_steps, custom, compare, top, pool, state, identity)
     search = Search(model, prepared, custom, max(top, count if compare == "raw" else 1), pool)

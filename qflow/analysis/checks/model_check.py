@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from qflow.analysis.measures.tables import CheckRow, Finding, ModelCheck, text_table
 from qflow.core.device import input_dtypes
@@ -20,53 +20,58 @@ def check_model(
 
     `extra` are findings of calibration, `method` is the observer of operators without one of their own.
     """
-    owners = {node.quantizer: node.name for node in graph.quantized}
-    rows, findings = [], []
+    rows = tuple(_row(node, graph, requested, applied, method) for node in graph.quantized)
+    findings: list[Finding] = []
     for node in graph.quantized:
         ask, op = requested.ops[node.name], applied.ops[node.name]
-        inputs = " ".join(dict.fromkeys(str(d) for d in input_dtypes(graph, applied, node.name))) or "float32"
-        rows.append(
-            CheckRow(
-                op=node.name,
-                op_type=fused_type(node),
-                input_dtype=inputs,
-                requested=str(ask.output or "float32"),
-                applied=str(op.output or "float32"),
-                weight_dtype=str(op.weight or ""),
-                weight_axis=int(node.kind == OpKind.conv_transpose) if op.weight_axis is None else op.weight_axis,
-                observer=_observer(op, method),
-                rule=op.rule,
-                reason=op.fallback,
-            )
-        )
         if op.fallback:
             asked = f"{op.output}" if ask.output == op.output else f"{ask.output} asked, {op.output}"
             findings.append(Finding(node.name, "info", f"{asked}: {op.fallback}"))
-        findings.extend(_suspicious(node, op))
-    owning = {name for node in graph.nodes for name in (node.quantizer, node.weight) if name}
-    findings += [
-        Finding(path, "check", f"shared module, called {count} times with one set of scales: compare its calls")
-        for path, count in graph.calls.items()
-        if count > 1 and path in owning
-    ]
-    met = {finding.op.partition("(")[0] for finding in extra}  # calibration found a way that tracing had not
-    findings += [
-        Finding(path, "info", "never called: not quantized")
-        for path, count in graph.calls.items()
-        if count == 0 and path not in met
-    ]
+        findings += _suspicious(node, op)
+    findings += _calls(graph, {finding.op.partition("(")[0] for finding in extra})
     findings += [Finding(a, "check", f"could fuse with {b} but does not: {why}") for a, b, why in graph.unfused]
     findings += [Finding(note.split(": ")[0], "check", note.partition(": ")[2] or note) for note in graph.notes]
-    findings += _float_inputs(graph)
-    findings += extra
-    findings += _bounded(graph, applied)
+    findings += [*_float_inputs(graph), *extra, *_bounded(graph, applied), *_quantized_outputs(graph, applied)]
+    return ModelCheck(applied.march, len(graph.nodes), rows, dict(graph.calls), graph.unfused, tuple(findings))
+
+
+def _row(node: OpNode, graph: ModelGraph, requested: QConfig, applied: QConfig, method: str) -> CheckRow:
+    """What was asked for an operator, beside what the device will run."""
+    op = applied.ops[node.name]
+    return CheckRow(
+        op=node.name,
+        op_type=fused_type(node),
+        input_dtype=" ".join(dict.fromkeys(str(d) for d in input_dtypes(graph, applied, node.name))) or "float32",
+        requested=str(requested.ops[node.name].output or "float32"),
+        applied=str(op.output or "float32"),
+        weight_dtype=str(op.weight or ""),
+        weight_axis=int(node.kind == OpKind.conv_transpose) if op.weight_axis is None else op.weight_axis,
+        observer=_observer(op, method),
+        rule=op.rule,
+        reason=op.fallback,
+    )
+
+
+def _calls(graph: ModelGraph, seen: set[str]) -> Iterator[Finding]:
+    """Shared modules, and modules that tracing never called; `seen` are those that calibration has met all the same."""
+    owning = {name for node in graph.nodes for name in (node.quantizer, node.weight) if name}
+    for path, count in graph.calls.items():
+        if count > 1 and path in owning:
+            text = f"shared module, called {count} times with one set of scales: compare its calls"
+            yield Finding(path, "check", text)
+    for path, count in graph.calls.items():
+        if count == 0 and path not in seen:
+            yield Finding(path, "info", "never called: not quantized")
+
+
+def _quantized_outputs(graph: ModelGraph, applied: QConfig) -> Iterator[Finding]:
+    """GEMMs that leave the model through a quantizer, where a high-precision output may have been meant."""
+    owners = {node.quantizer: node.name for node in graph.quantized}
     leaving = [graph.by_name[owners[graph.by_name[s].quantizer]] for _, p in graph.outputs for s in graph.source(p)]
-    findings += [
-        Finding(node.name, "info", "a GEMM before an output, but not a high-precision output: read elsewhere or moved")
-        for node in {n.name: n for n in leaving}.values()
-        if node.kind in GEMM_KINDS and applied.ops[node.name].output is not None
-    ]
-    return ModelCheck(applied.march, len(graph.nodes), tuple(rows), dict(graph.calls), graph.unfused, tuple(findings))
+    for node in {n.name: n for n in leaving}.values():
+        if node.kind in GEMM_KINDS and applied.ops[node.name].output is not None:
+            text = "a GEMM before an output, but not a high-precision output: read elsewhere or moved"
+            yield Finding(node.name, "info", text)
 
 
 def _float_inputs(graph: ModelGraph) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""The prepared model: fusion plan, quantizers in place, one run at a time, calibration, its state."""
+"""The prepared model: its fusion plan, its quantizers, how one forward pass runs, its calibration and its state."""
 
 __all__ = [
     "calibrate",

@@ -1,10 +1,11 @@
-"""Activation checkpointing: what is run again in the backward pass meets the same quantizers under the same names.
+"""Activation checkpointing: operators that are recomputed in backward use the same quantizers under the same names.
 
-torch.utils.checkpoint drops activations and calls the function again during backward, outside the prepared model's
-forward (P8). The recomputation gets a run of its own, put back to the operator counts, scopes, scales and batch
-norm factors that the checkpointed part began with. Batch norm statistics are updated twice, as in any model.
-The hook is checkpoint's own `context_fn`, filled in for whoever leaves it open; without a prepared model's
-forward around it checkpoint runs as ever. use_reentrant=True has no such hook and is refused.
+torch.utils.checkpoint drops activations and calls the function again during backward, outside the forward of the
+prepared model. So the recomputation gets a `Run` of its own, which starts from the operator counts and scopes that the
+checkpointed part began with, and takes the scales and batch norm factors of the first pass. Batch norm statistics are
+updated twice, as in any model with checkpointing. The hook is checkpoint's own `context_fn`, wrapped around the one
+that the user passed. Outside the forward of a prepared model, checkpoint runs unchanged. use_reentrant=True has no such
+hook and is refused.
 """
 
 from __future__ import annotations
@@ -26,28 +27,35 @@ Contexts = Callable[[], tuple[contextlib.AbstractContextManager[Any], contextlib
 
 
 def contexts_of(run: Run, inner: Contexts) -> Contexts:
-    """`context_fn` that adds `run`'s bookkeeping to the user's own `inner`."""
+    """A `context_fn` that wraps the user's own `inner` and keeps `run`'s bookkeeping for the recomputation."""
 
     def contexts() -> tuple[Any, Any]:
-        first, again = inner()
+        forward_context, recompute_context = inner()
         begin: dict[str, Any] = {}
 
         @contextmanager
         def forward() -> Iterator[None]:
             run.used = {} if run.used is None else run.used
             begin.update(counts=dict(run.counts), scopes=list(run.scopes), used=run.used)
-            with first:
+            with forward_context:
                 yield
 
         @contextmanager
         def recomputation() -> Iterator[None]:
             counts, scopes = dict(begin["counts"]), list(begin["scopes"])
-            replay = replace(
-                run, collect=None, counts=counts, scopes=scopes, depth=0, folded=set(), used=begin["used"], again=True
+            recomputing = replace(
+                run,
+                collect=None,
+                counts=counts,
+                scopes=scopes,
+                depth=0,
+                folded=set(),
+                used=begin["used"],
+                recomputing=True,
             )
-            before = set_current_run(replay)
+            before = set_current_run(recomputing)
             try:
-                with again, Mode(replay):
+                with recompute_context, Mode(recomputing):
                     yield
             finally:
                 set_current_run(before)
@@ -58,7 +66,7 @@ def contexts_of(run: Run, inner: Contexts) -> Contexts:
 
 
 def follow_checkpoints() -> None:
-    """Fill in checkpoint's `context_fn` from here on; a second call does nothing."""
+    """Wrap the `context_fn` of torch's checkpoint from now on; a second call does nothing."""
     original = checkpoint._checkpoint_without_reentrant_generator
     if getattr(original, "qflow", False):
         return
@@ -71,7 +79,7 @@ def follow_checkpoints() -> None:
             yield from original(fn, preserve, context_fn, *rest, **kw)
             return
         steps = original(fn, preserve, contexts_of(run, context_fn), *rest, **kw)
-        run.depth += 1  # checkpoint's own tensors are not the user's
+        run.depth += 1  # the tensor operators of checkpoint itself do not belong to the user's model
         try:
             next(steps)
         finally:

@@ -1,4 +1,4 @@
-"""Calibration: one pass over the data gives statistics; scales for any method and dtype follow without data."""
+"""Calibration: one pass over the data collects statistics, from which scales for any method and dtype are computed."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from qflow.quant.values.observer import Histogram
 
 @dataclass(frozen=True)
 class CalibrationStats:
-    """What one pass saw: a histogram a quantizer, over `samples` samples in `steps` batches."""
+    """Statistics of one pass: a histogram for each quantizer, over `samples` samples in `steps` batches."""
 
     histograms: dict[str, Histogram]
     samples: int
     steps: int
     calls: dict[str, dict[str, Histogram]] = field(default_factory=dict)
-    """Where calls share a quantizer: each call apart."""
+    """Quantizer that several calls share -> a histogram for each call."""
     weights: dict[str, Tensor] = field(default_factory=dict)
     """Weights of functionals, by quantizer name."""
     unseen: tuple[str, ...] = ()
-    """Operators that the pass met and tracing did not: they ran in float."""
+    """Operators that ran in this pass and not while the model was traced: they ran in float."""
 
 
 def collect(
@@ -45,8 +45,8 @@ def collect(
 ) -> CalibrationStats:
     """Run the float model over `batches` of (model inputs, batch size) and gather all statistics in one pass.
 
-    The model is in eval mode meanwhile: dropout would be measured, and batch norms would learn. Raises DataError for
-    an empty calibration set, NaN, or data that the model does not take.
+    The model is in eval mode meanwhile, because the noise of dropout would enter the statistics and batch norms would
+    update theirs. Raises DataError for an empty calibration set, NaN, or data that the model does not take.
     """
     samples = steps = 0
     with torch.no_grad(), _evaluating(prepared), prepared.collecting(sampling) as found:
@@ -84,7 +84,7 @@ def _run(prepared: QuantizedModel, inputs: Any) -> None:
 
 
 def gathered(prepared: QuantizedModel, found: Collected, samples: int = 0, steps: int = 0) -> CalibrationStats:
-    """The statistics of the forward passes that filled `found`, the last ones of `prepared`."""
+    """The statistics in `found` as a record; `found` comes from the last forward passes of `prepared`."""
     unseen = tuple(sorted(prepared.unseen))
     return CalibrationStats(found.histograms, samples, steps, found.calls, found.weights, unseen)
 
@@ -92,10 +92,11 @@ def gathered(prepared: QuantizedModel, found: Collected, samples: int = 0, steps
 def apply_scales(
     prepared: QuantizedModel, stats: CalibrationStats, qconfig: QConfig, settings: CalibrationSettings
 ) -> list[str]:
-    """Set dtypes from `qconfig` and scales from `stats`; returns findings (never reached, always zero).
+    """Set dtypes from `qconfig` and scales from `stats`.
 
-    A quantizer without a range stays at float32, because any scale would clip what comes later to about 0.
-    Weights take minmax per output channel of the folded weight whatever the method, as in the plugin.
+    Returns findings about operators that the data did not reach or whose values were always zero. Their quantizers stay
+    at float32, because any scale would clip later values to about 0. Weights take minmax per output channel of the
+    folded weight, whatever the method is, as in the plugin.
     """
     prepared.configure(qconfig)
     findings = []
@@ -112,12 +113,12 @@ def apply_scales(
             quantizer.set_scale(fixed)
         elif histogram is None or histogram.largest == 0.0:
             quantizer.dtype = QDtype.float32
-            exact = node.kind == OpKind.constant or quantizer.keeps_mask  # zero is exact on every grid, so is a mask
+            exact = node.kind == OpKind.constant or quantizer.keeps_mask  # zeros and masks are exact on every grid
             if not exact or histogram is None:
                 why = "was not reached by" if histogram is None else "was always zero on"
                 findings.append(f"{node.name} {why} the calibration data: left unquantized, give it a fixed scale")
         else:
-            # int16 takes the largest value with a margin, whatever observer a template brings for int8
+            # int16 takes the largest value with a margin; an observer from a template concerns int8 only
             method = op.observer if quantizer.dtype == QDtype.qint8 or op.own_observer else None
             quantizer.set_scale(histogram.scale(quantizer.dtype, settings, method))
     findings += _set_requant_scales(prepared, stats, qconfig, settings)
@@ -128,9 +129,10 @@ def apply_scales(
 def _set_requant_scales(
     prepared: QuantizedModel, stats: CalibrationStats, qconfig: QConfig, settings: CalibrationSettings
 ) -> list[str]:
-    """Scales of inputs that ask for another dtype than they are given in: they cover whatever arrives there.
+    """Set the scales of inputs that are requantized to another dtype; each covers all values that arrive there.
 
-    Of all sources (a write merges several) and of all calls of a shared module; fixed scales and known ranges count.
+    Those are the values of all sources (an in-place write merges several) over all calls of a shared module. Fixed
+    scales and known ranges of the sources are respected.
     """
     findings = []
     quantizers: dict[str, Any] = {str(q.name): q for q in prepared.requants}
@@ -151,7 +153,7 @@ def _set_requant_scales(
 
 
 def _sources(prepared: QuantizedModel, name: str, position: int) -> list[str]:
-    """Operators whose quantized results arrive at an input of `name`, over all calls that share its quantizer."""
+    """Operators whose quantized results reach this input of `name`, over all calls that share its quantizer."""
     graph = prepared.graph
     calls = [n for n in graph.nodes if n.quantizer == graph.by_name[name].quantizer and position < len(n.inputs)]
     return [source for call in calls for source in graph.source(call.inputs[position])]
@@ -165,7 +167,7 @@ def _reach(
     source: str,
     dtype: QDtype,
 ) -> float:
-    """The largest |x| that `source` gives: by its fixed scale or known range, else as calibration saw it; 0 unknown."""
+    """The largest |x| of `source`: from its fixed scale or known range, else from calibration; 0 if unknown."""
     quantizer = prepared.graph.by_name[source].quantizer
     op = next(qconfig.ops[n.name] for n in prepared.graph.quantized if n.quantizer == quantizer)
     if op.known_range is not None and op.fixed_scale is None:
@@ -181,7 +183,7 @@ def _divisor(dtype: QDtype, settings: CalibrationSettings) -> float:
 
 
 def set_weight_scales(prepared: QuantizedModel, stats: CalibrationStats, settings: CalibrationSettings) -> None:
-    """Scales of all weights: largest |w| of each output channel (or along the asked axis), batch norm folded in."""
+    """Set the scales of all weights: largest |w| per output channel (or `weight_axis`), batch norm folded in."""
     modules = dict(prepared.model.named_modules())
     with torch.no_grad():
         for name, quantizer in prepared.weights.items():
@@ -191,7 +193,7 @@ def set_weight_scales(prepared: QuantizedModel, stats: CalibrationStats, setting
             leaf = modules.get(name)
             weight = leaf.folded()[0] if isinstance(leaf, WeightedLeaf) else stats.weights.get(name)
             if weight is None:
-                quantizer.dtype = QDtype.float32  # its operator was not reached: reported with its output
+                quantizer.dtype = QDtype.float32  # its operator was not reached; the finding about its output reports it
                 continue
             others = [d for d in range(weight.ndim) if d != quantizer.axis]
             quantizer.set_scale(weight.abs().amax(dim=others) / _divisor(quantizer.dtype, settings))

@@ -1,4 +1,4 @@
-"""A prepared model traced again at another shape: its graph there, for cost."""
+"""A prepared model traced again at another input shape: the cost model needs the graph at that shape."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from qflow.quant.trace.tracer import Tracer
 
 
 def graph_at(prepared: QuantizedModel, inputs: Any, way_out: str = "Give inputs=....") -> ModelGraph:
-    """The fused graph of `prepared` on `inputs`. Raises ModelError where it does not run or has other operators."""
+    """The fused graph of `prepared` traced again on `inputs`.
+
+    Raises ModelError if the model does not run there or has other operators; the message ends with `way_out`.
+    """
     model, skipped = _unswapped(prepared.model), prepared.plan.skipped
     try:
         tracer = Tracer(model)
@@ -34,10 +37,10 @@ def graph_at(prepared: QuantizedModel, inputs: Any, way_out: str = "Give inputs=
 
 
 def _unswapped(model: nn.Module) -> nn.Module:
-    """A copy of the user's model with its own classes back; it shares the tensors."""
+    """A copy of the user's model with its original classes; it shares the tensors with the prepared model."""
     shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    twin = copy.deepcopy(model, shared).eval()
-    for module in twin.modules():
+    original = copy.deepcopy(model, shared).eval()
+    for module in original.modules():
         if isinstance(module, Leaf):
             module.__class__ = type(module).__bases__[1]
-    return twin
+    return original

@@ -11,11 +11,11 @@ from qflow.quant.model.run import Run, current_run
 
 
 class Leaf:
-    """Mixed in before a leaf module's own class; `qflow_path` is the module's path in the model."""
+    """Mixin that stands before the own class of a leaf module; `qflow_path` is the module's path in the model."""
 
     qflow_path: str
     inplace = False
-    """For modules that have no such switch: looked up in vain it would cost as much as a small operator."""
+    """Default for modules without this switch: a failing attribute look-up in nn.Module costs as much as a small operator."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward with its quantizers."""
@@ -26,16 +26,16 @@ class Leaf:
         if name in run.arguments:
             args, kwargs = run.quantize_arguments(name, args, kwargs)
         first: Any = args[0] if args else None
-        # Training, relu(inplace=True) keeps its result for the backward pass: it works on a copy, and what the
-        # user's tensor becomes is the quantized result.
+        # With gradients, relu(inplace=True) saves its own result for the backward pass. So it runs on a copy, and the
+        # quantized result is written into the user's tensor.
         inplace = self.inplace and isinstance(first, Tensor)
-        apart = inplace and torch.is_grad_enabled()
+        on_copy = inplace and torch.is_grad_enabled()
         run.depth += 1
         try:
-            # Nothing in here is the user's: the mode would only pass each call on, which at batch 1 costs as much as
-            # the operators themselves.
+            # There is no user code in here: the mode would only pass each call on, and at batch 1 that costs as much
+            # as the operators themselves.
             with torch._C.DisableTorchFunction():
-                if apart:
+                if on_copy:
                     return first.copy_(self.result(run, name, None, first.clone(), *args[1:], **kwargs))
                 return self.result(run, name, first if inplace else None, *args, **kwargs)
         finally:
@@ -50,16 +50,16 @@ class Leaf:
         return run.finish(name, self.compute(run, name, *args, **kwargs), written)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle as "mixin and own class": the class itself is made at run time and no other process has it."""
-        made: Any = super().__reduce_ex__(protocol)
-        if not isinstance(made, tuple) or made[1][:1] != (type(self),):
-            return made  # the user's own class has its own way
+        """Pickle the mixin and the own class: the combined class is created at run time and cannot be imported."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        if not isinstance(reduced, tuple) or reduced[1][:1] != (type(self),):
+            return reduced  # the user's class defines its own pickling
         mixin, own = type(self).__bases__
-        return (_made_again, (mixin, own), *made[2:])
+        return (_rebuild_leaf, (mixin, own), *reduced[2:])
 
 
 class ReluLeaf(Leaf):
-    """ReLU and ReLU6. Without gradients the quantizer behind them clamps for them: one pass less, the same numbers."""
+    """ReLU and ReLU6. Without gradients their quantizer does the clamping: the same numbers with one kernel less."""
 
     def result(self, run: Run, name: str, written: Any, *args: Any, **kwargs: Any) -> Any:
         """The operator through its output quantizer."""
@@ -79,13 +79,12 @@ _LEAF_CLASSES: dict[tuple[type, type], type] = {}
 
 
 def leaf_type(mixin: type, own: type) -> type:
-    """`own` with `mixin` before it; made once a pair, so that `type(a) is type(b)` holds for copies."""
+    """`own` with `mixin` before it. Each pair gets one class, so that `type(a) is type(b)` holds for copies."""
     key = (mixin, own)
     if key not in _LEAF_CLASSES:
         _LEAF_CLASSES[key] = type(f"Q{own.__name__}", key, {"__module__": __name__})
     return _LEAF_CLASSES[key]
 
 
-def _made_again(mixin: type, own: type) -> Any:
-    made = leaf_type(mixin, own)
-    return object.__new__(made)
+def _rebuild_leaf(mixin: type, own: type) -> Any:
+    return object.__new__(leaf_type(mixin, own))

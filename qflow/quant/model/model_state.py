@@ -1,8 +1,9 @@
-"""What a prepared model's state dict holds beside tensors: dtypes, switches, requantized inputs.
+"""The state dict of a prepared model holds more than tensors: dtypes, switches and requantized inputs.
 
-A scale says nothing without its dtype: an int16 scale read with int8 codes clips everything. So the state carries,
-under torch's `_extra_state`, what decides the values of every quantizer. It is JSON in a tensor of bytes: whatever
-holds a state dict (torch.save, weights_only loading, safetensors) holds it too, and nothing is unpickled.
+A scale means nothing without its dtype: an int16 scale that is read with int8 codes clips everything. So the state
+dict holds, under torch's `_extra_state`, all settings that decide the values of every quantizer. They are JSON in a
+tensor of bytes, which every format for state dicts can hold (torch.save, weights_only loading, safetensors), and
+nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -22,32 +23,32 @@ SCHEMA = 1
 
 
 class HasQuantizers(Protocol):
-    """What is read of a prepared model: its quantizers, and where they stand."""
+    """The attributes of a prepared model that are used here: its quantizers and where they act."""
 
     outputs: dict[str, FakeQuant]
     weights: dict[str, FakeQuant]
     weight_shapes: dict[str, tuple[tuple[int, ...], int]]
-    """Shape and output axis by weight."""
+    """Weight -> its shape and the axis of its output channels."""
     requants: nn.ModuleList
     """Quantizers of requantized inputs, each once."""
     requants_at: dict[str, dict[int, FakeQuant]]
-    """The same by operator call and input position."""
+    """Operator call -> slot among its tensors -> the quantizer of that requantized input."""
 
     def place_requants(self, requants: dict[str, dict[int, FakeQuant]]) -> None:
-        """Take other requantized inputs."""
+        """Replace the requantized inputs."""
 
 
 class QuantizerStateMixin(nn.Module):
-    """A model whose state dict holds what its scales mean, and the float model's own state beside it."""
+    """Mixin: the state dict holds dtypes and switches beside scales, and the float model's state is separately there."""
 
     model: nn.Module
 
     def get_extra_state(self) -> Tensor:
-        """Torch's hook: what the state dict holds beside tensors (model_state.py)."""
+        """Torch's hook: dtypes, switches and requantized inputs as a tensor of bytes."""
         return pack(self.settings_state())
 
     def set_extra_state(self, state: Any) -> None:
-        """Torch's hook: dtypes, switches and requantized inputs as they were saved. Raises ModelError."""
+        """Torch's hook: restore dtypes, switches and requantized inputs. Raises ModelError if they do not fit."""
         self.restore_settings(unpack(state))
 
     def settings_state(self) -> dict[str, Any]:
@@ -55,25 +56,25 @@ class QuantizerStateMixin(nn.Module):
         return quantizer_states(cast("HasQuantizers", self))
 
     def restore_settings(self, state: Mapping[str, Any]) -> None:
-        """Take what `settings_state` gave."""
+        """Restore what `settings_state` returned."""
         restore_quantizers(cast("HasQuantizers", self), state)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         if f"{prefix}_extra_state" not in state_dict:
             raise ModelError(
-                "A prepared model's state holds its dtypes, but got none (no _extra_state). Load what "
-                "prepared.state_dict() gave, or float weights with load_float_state_dict."
+                "A prepared model's state holds its dtypes, but got none (no _extra_state). Load a state from "
+                "prepared.state_dict(), or float weights with load_float_state_dict."
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
 
     # ---- the float model's own state ---------------------------------------------------------------------------
 
     def float_state_dict(self) -> dict[str, Any]:
-        """Parameters and buffers under the float model's own keys; what trained there is in it, quantizers are not."""
+        """Parameters and buffers under the float model's own keys, trained weights included, without quantizers."""
         return self.model.state_dict()
 
     def load_float_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Any:
-        """Take the float model's parameters and buffers; scales stay as they are."""
+        """Load parameters and buffers of the float model; scales stay as they are."""
         return self.model.load_state_dict(state, strict)
 
 
@@ -83,7 +84,7 @@ def pack(state: Mapping[str, Any]) -> Tensor:
 
 
 def unpack(packed: Any) -> dict[str, Any]:
-    """What `pack` was given. Raises ModelError for anything else."""
+    """The state that `pack` packed. Raises ModelError for anything else."""
     try:
         state = json.loads(bytes(packed.cpu().tolist()))
         schema = state["schema"]
@@ -98,7 +99,7 @@ def unpack(packed: Any) -> dict[str, Any]:
 
 
 def quantizer_states(prepared: HasQuantizers) -> dict[str, Any]:
-    """What decides the values of every quantizer beside its scale; requantized inputs with where they are."""
+    """The settings of every quantizer beside its scale; requantized inputs come with their call and slot."""
     return {
         "outputs": {name: _state(quantizer) for name, quantizer in prepared.outputs.items()},
         "weights": {name: _state(quantizer) for name, quantizer in prepared.weights.items()},
@@ -110,19 +111,19 @@ def quantizer_states(prepared: HasQuantizers) -> dict[str, Any]:
 
 
 def forward_state(prepared: HasQuantizers) -> dict[str, Any]:
-    """Everything that a quantized forward reads beside the float weights: equal states, equal numbers."""
+    """All that a quantized forward reads beside the float weights: with equal states it gives equal numbers."""
     requants = cast("Iterable[FakeQuant]", prepared.requants)
     scales = [_scales(own) for own in (prepared.outputs.values(), prepared.weights.values(), requants)]
     return {"states": quantizer_states(prepared), "scales": scales}
 
 
 def restore_quantizers(prepared: HasQuantizers, state: Mapping[str, Any]) -> None:
-    """Put every quantizer into the saved state; scales are loaded apart. Raises ModelError for another model's."""
+    """Restore the settings of every quantizer; scales are loaded separately. Raises ModelError for another model."""
     for kind, own in (("outputs", prepared.outputs), ("weights", prepared.weights)):
         odd = sorted(set(state[kind]) ^ set(own))
         if odd:
             raise ModelError(
-                f"A state goes into a model that was prepared alike, but got another quantizer at {odd[0]}. Prepare "
+                f"A state fits a model that was prepared alike, but got another quantizer at {odd[0]}. Prepare "
                 "the same model with the same skip."
             )
         for name, quantizer in own.items():
@@ -130,7 +131,7 @@ def restore_quantizers(prepared: HasQuantizers, state: Mapping[str, Any]) -> Non
     for name, quantizer in prepared.weights.items():
         quantizer.set_axis(int(state["weights"][name]["axis"]), prepared.weight_shapes[name][0])
     made: dict[str, dict[int, FakeQuant]] = {}
-    shared: dict[str, FakeQuant] = {}  # all calls of a shared module read through one
+    shared: dict[str, FakeQuant] = {}  # all calls of a shared module use the same quantizer
     for call, slots in state["requants"].items():
         for slot, saved in slots.items():
             quantizer = shared.setdefault(saved["name"], FakeQuant(saved["name"]))

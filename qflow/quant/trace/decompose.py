@@ -87,6 +87,7 @@ def multi_head_attention(
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Query [L, B, E] (or [L, E]), key and value [S, B, E]; the signature is torch's own."""
+    # Long: the signature takes half of the lines.
     batched = query.dim() == 3
     if not batched:
         same = (key is query, value is key)

@@ -1,0 +1,103 @@
+"""Resolving: the setters are asked in order for every operator, and a whole QConfig results.
+
+Constants follow the operators that read them unless a setter names them. Last, stated ranges are carried on to all
+operators whose range follows from them (known_range.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from qflow.core.dtype import QDtype
+from qflow.core.errors import ConfigError
+from qflow.core.graph import WEIGHTED_KINDS, ModelGraph, OpKind, OpNode
+from qflow.core.known_range import Bounds, KnownRange, follow, shared_ranges
+from qflow.core.op_spec import check_op, inputs_by_position, parse_range
+from qflow.core.qconfig import OpQConfig, QConfig
+from qflow.core.setter import ModuleNameSetter, Setter, first_answer, way_out
+
+
+def resolve(
+    graph: ModelGraph,
+    setters: Setter | Sequence[Setter],
+    march: str,
+    ranges: Mapping[str, Bounds] | None = None,
+    propagate: bool = True,
+) -> QConfig:
+    """Ask the setters in order for every operator that owns a quantizer.
+
+    `ranges` are known ranges (low, high) by operator, beside those that setters give; with `propagate` they are
+    carried on to all operators whose range follows. Raises ConfigError if no setter answers for an operator: end
+    the list with a TemplateSetter.
+    """
+    rules = setters if isinstance(setters, Sequence) else (setters,)
+    for setter in rules:
+        if check := getattr(setter, "check", None):
+            check(graph)
+    ops: dict[str, OpQConfig] = {}
+    for node in sorted(graph.quantized, key=lambda n: n.kind == OpKind.constant):  # readers before what they read
+        answer = first_answer(s(node, graph) for s in rules if node.kind != OpKind.constant or _names(s))
+        if node.kind == OpKind.constant and not isinstance(answer, OpQConfig):
+            base = _constant(node, graph, ops) or first_answer(s(node, graph) for s in rules)
+            answer = answer.over(base) if answer and isinstance(base, OpQConfig) else base
+        if not isinstance(answer, OpQConfig):
+            raise ConfigError(f"Every operator needs a qconfig, but no setter answers for {node.name}. Add a template.")
+        op = replace(answer, input=inputs_by_position(answer, node))
+        check_op({"output": op.output, "observer": op.observer}, node.name)
+        ops[node.name] = op
+    pinned = _pinned(graph, ops, ranges or {}, propagate)
+    return QConfig(march=march, ops={node.name: pinned[node.name] for node in graph.quantized})
+
+
+def _names(setter: Setter) -> bool:
+    return isinstance(setter, ModuleNameSetter)
+
+
+def _constant(node: OpNode, graph: ModelGraph, ops: Mapping[str, OpQConfig]) -> OpQConfig | None:
+    """The widest output dtype of the operators that read a constant (the plugin's ConstTensorQuantTemplate).
+
+    qint8 where it is a weight, or where the reader's output is high precision.
+    """
+    owners = {n.quantizer: n.name for n in graph.quantized}
+    found: list[tuple[QDtype, OpNode]] = []
+    stack, seen = [node], {node.name}
+    while stack:
+        source = stack.pop()
+        for reader in (graph.by_name[name] for name in graph.consumers[source.name]):
+            if reader.quantizer is None and reader.name not in seen:
+                seen.add(reader.name)
+                stack.append(reader)
+            elif reader.quantizer is not None and owners[reader.quantizer] in ops:
+                weight = reader.kind in WEIGHTED_KINDS and source.name not in reader.inputs[:1]
+                dtype = QDtype.qint8 if weight else ops[owners[reader.quantizer]].output or QDtype.qint8
+                found.append((dtype, reader))
+    if not found:
+        return None
+    dtype, reader = max(found, key=lambda pair: pair[0].rank)
+    of = ops[owners[reader.quantizer]]
+    return OpQConfig(output=dtype, observer=of.observer, frozen=of.frozen, rule=f"constant follows {reader.name}")
+
+
+def _pinned(
+    graph: ModelGraph, ops: dict[str, OpQConfig], ranges: Mapping[str, Bounds], propagate: bool
+) -> dict[str, OpQConfig]:
+    """`ops` with the known ranges of `ranges`, and of what follows from these and from the ranges in `ops`."""
+    unknown = [name for name in ranges if name not in ops]
+    if unknown:
+        raise ConfigError(f"A known range is for an operator, but got {unknown[0]}. {way_out(unknown[0], graph)}")
+    stated = {name: parse_range(value, f"ranges[{name}]") for name, value in ranges.items()}
+    stated |= {name: op.known_range for name, op in ops.items() if op.known_range is not None}
+    if not stated:
+        return ops
+    known = {name: KnownRange(*bounds, (name,)) for name, bounds in stated.items()}
+    if propagate:
+        known = shared_ranges(graph, follow(graph, stated))
+    done = dict(ops)
+    for name, found in known.items():
+        op = ops[name]
+        free = op.fixed_scale is None and op.known_range is None
+        if free and found.origins and (found.low or found.high) and op.output and op.output.is_integer:
+            why = "is given" if found.origins == (name,) else f"follows from {', '.join(found.origins)}"
+            done[name] = replace(op, known_range=(found.low, found.high), rule=f"{op.rule}; range {found} {why}")
+    return done
