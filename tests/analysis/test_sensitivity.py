@@ -384,7 +384,7 @@ def test_nan_of_the_float_model_is_not_laid_to_quantizers():
     assert all(math.isfinite(r.score) for r in table.rows)
     assert any("output 0 is NaN in the float model already, in 1 samples" in f.message for f in table.findings)
     assert not any("mask" in f.message for f in table.findings)
-    with pytest.raises(DataError, match="the float model itself gives nothing but NaN"):
+    with pytest.raises(DataError, match="the float model itself gives only NaN"):
         ranked(lambda y: torch.log(y + 3.0), lambda x: x * torch.nan)
 
 

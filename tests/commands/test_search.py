@@ -37,7 +37,7 @@ def test_a_wide_search_tunes_goes_on_and_is_promoted(studied):
     texts = [path.read_text() for path in front]
     shutil.rmtree(folder / "qflow_out/studies")
     again = run_qflow("tune", *SEARCH, cwd=folder)
-    assert "7 trials of an earlier start stand" in again.stdout, again.stderr
+    assert "7 trials of an earlier start are kept" in again.stdout, again.stderr
     assert [path.read_text() for path in front] == texts
     promoted = run_qflow("promote", *STORE, cwd=folder)
     assert promoted.returncode == 0, promoted.stdout + promoted.stderr

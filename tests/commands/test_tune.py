@@ -68,7 +68,7 @@ def test_the_same_command_goes_on_and_repeats_nothing(studied):
     folder, _ = studied
     again = run_qflow("tune", *OWN, "search.n_trials=8", cwd=folder)
     assert again.returncode == 0, again.stderr
-    assert "7 trials of an earlier start stand" in again.stdout
+    assert "7 trials of an earlier start are kept" in again.stdout
     assert "with the advice on the study's run: nothing that they depend on has changed" in again.stdout
     assert len(re.findall(r"^trial \d+", again.stdout, re.MULTILINE)) == 1
 
@@ -78,7 +78,7 @@ def test_another_configuration_under_the_same_name_is_refused(studied):
     other = run_qflow("tune", *OWN, "calibration.steps=5", cwd=folder)
     assert other.returncode == 2
     assert (
-        "goes on with what it began with, but got other settings for own/int8_int16: calibration.steps: 4 -> 5"
+        "keeps the settings that it began with, but got others for own/int8_int16: calibration.steps: 4 -> 5"
         in other.stderr
     )
     assert "study=own/int8_int16-2" in other.stderr

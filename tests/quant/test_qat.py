@@ -135,11 +135,11 @@ def test_nan_names_the_step_and_the_first_operator():
         yield from data(1)
 
     with pytest.raises(
-        DivergedError, match=r"finite, but got nan at step 3; .*went bad is blocks.0.conv2 \(NaN\)"
+        DivergedError, match=r"finite, but got nan at step 3; .*first bad operator is blocks.0.conv2 \(NaN\)"
     ) as caught:
         train(prepared, batches(), loss, sgd(prepared), settings=QatSettings(steps=9))
     assert isinstance(caught.value, TrialError) and "\n" not in str(caught.value)
-    assert (caught.value.step, caught.value.culprit, caught.value.report.steps) == (3, "blocks.0.conv2", 2)
+    assert (caught.value.step, caught.value.first_bad_operator, caught.value.report.steps) == (3, "blocks.0.conv2", 2)
     assert prepared.watch is None and not prepared.training
 
 
@@ -154,10 +154,10 @@ def test_a_loss_that_runs_away_names_the_operator_out_of_range():
         yield from data(3)
 
     with pytest.raises(
-        DivergedError, match="below 10 times its first values .* at step 5; .* went bad is blocks.1.relu"
+        DivergedError, match="below 10 times its first values .* at step 5; .* first bad operator is blocks.1.relu"
     ) as caught:
         train(prepared, batches(), lambda o, b: o.square().mean(), sgd(prepared, 1e-4), settings=settings)
-    assert caught.value.culprit == "blocks.1.relu(1)"
+    assert caught.value.first_bad_operator == "blocks.1.relu(1)"
 
 
 def test_a_gradient_that_is_not_finite_names_its_parameter():

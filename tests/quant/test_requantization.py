@@ -250,7 +250,7 @@ def test_calibration_shows_halves_and_accumulators_that_overflow_and_autocast():
     with torch.autocast("cpu"):
         prepared = calibrated(wide, torch.ones(2, 8192), INT16)
     messages = [f.message for f in prepared.findings]
-    assert "4 channels can leave the int32 accumulator if all qint16 inputs are at their end" in messages
+    assert "4 channels can overflow the int32 accumulator if all qint16 inputs have their largest codes" in messages
     assert any(m.startswith("autocast is on") for m in messages)
 
 

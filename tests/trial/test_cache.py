@@ -145,9 +145,7 @@ def test_a_metric_that_nothing_identifies_is_not_kept_on_disk(digits_task, nash_
 
     said = []
     evaluator, *_ = start(replace(digits_task, metric=Locked()), nash_m, tmp_path, say=said.append)
-    assert said == [
-        "cache        in memory only: nothing tells task.metric.lock (lock) of this start from the next one's"
-    ]
+    assert said == ["cache        in memory only: task.metric.lock (lock) cannot be recognised at the next start"]
     assert list(tmp_path.iterdir()) == []
     assert evaluator.training_folder("train") is None
 

@@ -87,19 +87,20 @@ def test_a_score_that_is_no_number_ranks_first(nash_m):
     assert max(problem.operators, key=lambda o: o.gain).name == name
 
 
-def test_a_ladder_has_a_rung_for_each_promotion_within_the_budgets(made):
+def test_there_is_an_int16_ratio_for_each_promotion_within_the_budgets(made):
     settings = QConfigSettings()
-    rungs = made.rungs(settings)
-    wide = [made.resolve(replace(settings, int16_ratio=r))[1].names(QDtype.qint16) for r in rungs]
-    assert len({frozenset(names) for names in wide}) == len(rungs) == len(made.promotable) + 1
-    assert [sum(name in made.promotable for name in names) for names in wide] == list(range(len(rungs)))
-    within = made.rungs(settings, {"max_int16_mac_share": 0.5})
-    shares = {r: made.pricer().report(made.resolve(replace(settings, int16_ratio=r))[1]).int16_mac_share for r in rungs}
-    assert within == [r for r in rungs if shares[r] <= 0.5]
+    ratios = made.int16_ratios(settings)
+    int16 = [made.resolve(replace(settings, int16_ratio=r))[1].names(QDtype.qint16) for r in ratios]
+    assert len({frozenset(names) for names in int16}) == len(ratios) == len(made.promotable) + 1
+    assert [sum(name in made.promotable for name in names) for names in int16] == list(range(len(ratios)))
+    within = made.int16_ratios(settings, {"max_int16_mac_share": 0.5})
+    qconfigs = {r: made.resolve(replace(settings, int16_ratio=r))[1] for r in ratios}
+    shares = {r: made.pricer().report(qconfig).int16_mac_share for r, qconfig in qconfigs.items()}
+    assert within == [r for r in ratios if shares[r] <= 0.5]
     assert 0.0 in within
 
 
-def test_a_ladder_has_no_rung_for_an_operator_that_is_kept(nash_m):
+def test_there_is_no_int16_ratio_for_an_operator_with_a_fixed_dtype(nash_m):
     made = precisions("vision_transformer", nash_m)
     kept = QConfigSettings(modules={made.promotable[0]: "qint16", made.promotable[1]: "qint8"})
-    assert len(made.rungs(kept)) == len(made.promotable) - 1
+    assert len(made.int16_ratios(kept)) == len(made.promotable) - 1

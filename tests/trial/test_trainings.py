@@ -114,7 +114,7 @@ def test_a_damaged_checkpoint_is_begun_again_and_said(made, tmp_path, caplog):
     file.write_bytes(file.read_bytes()[:100])
     assert trained(made(Spied(calls)), steps=4).training.losses[:2] == first.training.losses
     assert len(calls) == 6
-    assert "is damaged: it begins again" in caplog.text
+    assert "is damaged and starts over" in caplog.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -157,5 +157,6 @@ def test_a_loss_that_nothing_identifies_leaves_no_checkpoint_and_says_so(made):
     evaluator = made(SimpleNamespace(stream=open(os.devnull)))  # noqa: SIM115
     evaluator.cache.say = said.append
     assert evaluator.training_folder("train") is None
-    assert said == ["training     keeps no checkpoints: nothing identifies qat.loss.stream (TextIOWrapper)"]
+    line = "training     keeps no checkpoints: qat.loss.stream (TextIOWrapper) cannot be recognised at the next start"
+    assert said == [line]
     evaluator.training.loss.stream.close()

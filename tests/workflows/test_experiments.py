@@ -61,7 +61,7 @@ def test_where_int16_misses_the_tree_goes_to_fp16_and_keeps_it(tmp_path):
     missed = re.search(r"all-int16: misses the goal by (0\.\d+): int16 itself is too coarse on level\[", done.stdout)
     assert missed is not None, done.stdout
     assert 0.03 < float(missed[1]) < 0.1  # how the network was trained is up to the processor
-    assert "3 operators in fp16 lift the ceiling" in done.stdout
+    assert "3 operators in fp16 reduce the drop of all-int16 to" in done.stdout
     tracker, run_id = study_run(tmp_path, "exposure/full")
     best = tracker.run_tags(run_id)["qflow.best"]
     qconfig = json.loads(tracker.download(best, "qconfig/qconfig.json", tmp_path / "got").read_text())
@@ -71,7 +71,7 @@ def test_where_int16_misses_the_tree_goes_to_fp16_and_keeps_it(tmp_path):
     again = tune(
         *EXPOSURE[:-1], "search.n_trials=16", cwd=tmp_path
     )  # everything before the trials comes from the cache
-    assert "15 trials of an earlier start stand" in again.stdout
+    assert "15 trials of an earlier start are kept" in again.stdout
     assert len(re.findall(r"^trial \d+", again.stdout, re.MULTILINE)) == 1
     assert re.search(r"badcases 1 of 1, calibration (\d+) of \1, .*float 1 of 1, sensitivity 1 of 1", again.stdout)
 
@@ -84,7 +84,7 @@ def test_where_no_mix_is_enough_training_is_and_gives_int16_back(tmp_path):
     assert done.returncode == 0, done.stdout
     assert "dual int16 suspected on conv2: weight 0." in done.stdout
     assert re.search(r"learning rate: 1e-05 is best after 12 steps .*drop by rate 1: ", done.stdout)
-    assert re.search(r"give back: 5 int16 operators before, [34] after", done.stdout)
+    assert re.search(r"demote: 5 int16 operators before, [34] after", done.stdout)
     tracker, run_id = study_run(tmp_path, "dual/full")
     best = tracker.run_metrics(tracker.run_tags(run_id)["qflow.best"])
     assert (best["qat/steps"], best["accuracy/drop"] <= 0.01) == (60.0, True)
@@ -106,26 +106,26 @@ def test_a_spent_budget_ends_the_tree_with_what_is_known(tmp_path):
 
 def test_what_training_reached_is_not_taken_for_fp16_at_the_next_start(tmp_path):
     arguments = [
-        "+experiment=int16_fp16", "task=dual", "+debug=tiny", "qat=dual", "qat.apply=after_search", "qat.steps=10",
+        "+experiment=int16_fp16", "task=dual", "+debug=tiny", "qat=dual", "qat.apply=after_search", "qat.steps=60",
         "search.n_trials=30", "search.rates=[1e-5]",
     ]  # fmt: skip
     first, second = (tune(*arguments, cwd=tmp_path) for _ in range(2))
     decisions = [re.findall(r"^decision .*", done.stdout, re.MULTILINE) for done in (first, second)]
     assert first.returncode == second.returncode == 0, first.stdout
     assert decisions[0] == decisions[1]
-    assert "the goal stays missed" in "".join(decisions[0])
+    assert ": the goal is missed; change the float model" in "".join(decisions[0])
 
 
 def test_the_best_training_gives_back_however_long_it_was(tmp_path):
-    """The probe is as long as the training; ten steps meet the goal, twenty do not."""
+    """The probe is as long as the training, which may end worse than where it was half way."""
     done = tune(
         "+experiment=full", "task=dual", "qat=dual", "qat.apply=after_search", "qat.steps=20", "search.probe_share=1",
-        "search.rates=[1e-5]", cwd=tmp_path,
+        "search.rates=[1e-5]", "objective.max_drop=0.0125", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode in (0, 1), done.stdout + done.stderr
     met = re.findall(r"^trial \d+ QAT (?!given).* meets ", done.stdout, re.MULTILINE)
     assert met
-    assert "decision     give back:" in done.stdout
+    assert "decision     demote:" in done.stdout
 
 
 def test_all_int8_stays_int8_and_leaves_trials_for_training(tmp_path):
@@ -212,9 +212,10 @@ def test_a_mix_of_an_error_share_is_given_back_from(tmp_path):
     done = tune(
         "+experiment=int8_int16", "task=dual", "+debug=tiny", "search=error_share", "objective.max_drop=0.045",
         "objective.max_int16_mac_share=0.9", "search.enqueue=[{qconfig.error_share: 0.3}]", "search.n_trials=32",
-        "qat=dual", "qat.apply=after_search", "qat.steps=60", "search.rates=[1e-4]", cwd=tmp_path,
+        "qat=dual", "qat.apply=after_search", "qat.steps=60", "search.rates=[1e-4]", "calibration.method=mse",
+        cwd=tmp_path,
     )  # fmt: skip
-    assert "decision     give back:" in done.stdout, done.stdout
+    assert "decision     demote:" in done.stdout, done.stdout
     assert "One rule says" not in done.stdout
 
 
