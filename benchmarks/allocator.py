@@ -1,7 +1,8 @@
-"""What keeping freed memory saves: `python -m benchmarks.allocator [--rounds 3]`.
+"""Measures what keeping freed memory saves: `python -m benchmarks.allocator [--rounds 3]`.
 
-Float forward passes of large batches in two fresh processes in turn, one as the C library does it and one with
-`qflow.allocator.keep_freed_memory`: median process CPU time of a pass and the process's peak memory. One thread.
+Two fresh processes in turn run float forward passes of large batches: one with the default of the C library, one with
+`qflow.process.allocator.keep_freed_memory`. The table shows the median process CPU time of a pass and the process's
+peak memory. One thread.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""How good the cost model is, and how fast: `python -m benchmarks.cost [--data FILE] [--plot docs/cost-model.png]`.
+"""Accuracy and speed of the cost model: `python -m benchmarks.cost [--data FILE] [--plot docs/cost-model.png]`.
 
-Fits the published rows and validates by leaving families, then networks out, and by predicting each march from the
-other's rows; the int16 rows by the range of the int16 factor. `--data` takes other rows in the same columns: those are
-predicted by the shipped parameters too. Speed: one qconfig of a network of about 300 operators, after tracing.
+Fits the published rows and validates the fit by leaving out families, then networks, and by predicting each march from
+the rows of the other. Rows of int16 are predicted with the range of the int16 factor. `--data` takes other rows with
+the same columns, which the shipped parameters predict as well. The speed is that of one qconfig of a network of about
+300 operators, after tracing.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ DATA = Path(__file__).parent / "data" / "j6m-networks.csv"
 
 
 def validation(fit: Fit) -> list[str]:
-    """One line a way to leave rows out, then one a family that was left out."""
+    """One line for each way to leave rows out, then one for each family that was left out."""
     lines = ["| left out | rows | median | p90 | worst | inside interval | Spearman |", "|---|---|---|---|---|---|---|"]
     for how, predictions in fit.left_out.items():
         lines.append(_line(how, predictions))
@@ -43,7 +44,7 @@ def validation(fit: Fit) -> list[str]:
 
 
 def coarse(networks: Sequence[Network]) -> list[str]:
-    """The hardest split: the YOLO families, near relatives of each other, from all others and the other way round."""
+    """The hardest split: all YOLO families, which are similar, predicted from the others, and the others from them."""
     two = [replace(n, family="YOLO" if n.family.startswith("yolo") else "others") for n in networks]
     return [_line("YOLO from the others and back", fit_networks(two).left_out["family"])] if _kinds(two) > 1 else []
 
@@ -53,7 +54,7 @@ def _kinds(networks: Sequence[Network]) -> int:
 
 
 def kinks(networks: Sequence[Network]) -> list[str]:
-    """What hangs on where the surcharge on large GEMMs begins: families left out, at other beginnings and without."""
+    """Errors with families left out, for other starts of the surcharge on large GEMMs and without it."""
     lines = ["", "| large GEMMs from (GMAC) | median | p90 | worst |", "|---|---|---|---|"]
     for kink in (0.3, 0.4, 0.5, 0.6, 0.8, NEVER) if _kinds(networks) > 1 else ():
         e = fit_networks(networks, kink=kink).errors("family")
@@ -70,7 +71,7 @@ def _line(name: str, predictions: Sequence[Prediction]) -> str:
 
 
 def shipped(networks: Sequence[Network]) -> list[str]:
-    """Shipped parameters on all int8 rows, and on int16 rows with the lowest, likely and highest factor."""
+    """Errors of the shipped parameters on all int8 rows, and on int16 rows with the lowest, likely, highest factor."""
     lines = []
     models = {march: load_cost(march) for march in ("nash-e", "nash-m")}
     int8 = [
@@ -91,7 +92,7 @@ def shipped(networks: Sequence[Network]) -> list[str]:
 
 
 def _int16(network: Network, march: str, which: int) -> float:
-    """An all-int16 network: MACs, look-ups and softmax slower by their factors, weights in int8."""
+    """Time of an all-int16 network: MACs, look-ups and softmax slower by their factors, weights in int8."""
     model = load_cost(march)
     mac, vector = model.mac_factors["qint16/qint8"][which], model.vector_factors["qint16"][which]
     slower = replace(
@@ -119,7 +120,7 @@ def speed() -> list[str]:
         for _ in range(50)
     ]
     pricer = Pricer(graph, load_cost("nash-m"))
-    taken = {"figure": pricer.bpu_ms, "report": pricer.report, "promotions": pricer.promotions}
+    taken = {"BPU time": pricer.bpu_ms, "report": pricer.report, "promotions": pricer.promotions}
     lines = []
     for name, call in taken.items():
         seconds = []
@@ -132,7 +133,7 @@ def speed() -> list[str]:
 
 
 def plot(fit: Fit, path: Path) -> None:
-    """Measured against predicted with the family left out."""
+    """Plot measured times over those predicted with the family left out."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,9 @@
-"""What fake quantization costs: `python -m benchmarks.engine [--rounds 15] [--only resnet20 unet]`.
+"""Measures what fake quantization costs: `python -m benchmarks.engine [--rounds 15] [--only resnet20 unet]`.
 
-One markdown table: forward passes of a prepared model (quantizers off, all int8, int8 with every third operator int16),
-a QAT step and a calibration pass, each against its float counterpart of the same round. One thread, process CPU time
-(what a busy machine takes away does not count), after one call that is not timed; variants interleaved so that a slow
-phase hits all of them. A cell is the ratio of medians and, in brackets, the quartiles of the ratios round by round.
+Prints one markdown table: forward passes of a prepared model (quantizers off, all int8, int8 with every third operator
+int16), a QAT step and a calibration pass, each over its float counterpart of the same round. It uses one thread and
+process CPU time, so that other processes do not count, and does not time the first call. Variants take turns, so that a
+slow phase affects all of them. A cell is the ratio of medians and, in brackets, the quartiles of the ratios by round.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COLUMNS = ("off", "int8", "int8+int16", "QAT step", "calibration")
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing that is timed; what `state` enters is not."""
+    """A call to time, and the context `state` around it, which is not timed."""
 
     call: Callable[[], object]
     state: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -44,7 +44,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of CPU a call, one value a round."""
+    """CPU seconds per call, one value per round."""
 
     rounds: tuple[float, ...]
 
@@ -60,7 +60,7 @@ class Timing:
 
 
 def measure(variants: Mapping[str, Variant], rounds: int) -> dict[str, Timing]:
-    """Time all variants in turn, `rounds` times, after one call each that warms up and sets the repeats."""
+    """Time all variants in turn, `rounds` times; calls before that warm up and give the number of repeats."""
     repeats, taken = {}, {name: [] for name in variants}
     for name, variant in variants.items():
         _timed(variant, 1)
@@ -73,7 +73,7 @@ def measure(variants: Mapping[str, Variant], rounds: int) -> dict[str, Timing]:
 
 def _timed(variant: Variant, repeats: int) -> float:
     with variant.state():
-        variant.call()  # the first one quantizes the weights, which the others of an evaluation then share
+        variant.call()  # the first call quantizes the weights, which later calls of an evaluation reuse
         start = time.process_time()
         for _ in range(repeats):
             variant.call()
@@ -85,9 +85,9 @@ def calibrated(model: nn.Module, x: Tensor, int16_every: int = 0) -> QuantizedMo
     prepared = prepare(model, x[:2])
     qconfig = resolve(prepared.graph, [TemplateSetter(QDtype.qint8)], "nash-m")
     if int16_every:
-        wide = resolve(prepared.graph, [TemplateSetter(QDtype.qint16)], "nash-m")
+        int16 = resolve(prepared.graph, [TemplateSetter(QDtype.qint16)], "nash-m")
         names = list(qconfig.ops)[::int16_every]
-        qconfig = QConfig(qconfig.march, {**qconfig.ops, **{name: wide.ops[name] for name in names}})
+        qconfig = QConfig(qconfig.march, {**qconfig.ops, **{name: int16.ops[name] for name in names}})
     apply_scales(prepared, collect(prepared, [(x, len(x))]), qconfig, CalibrationSettings())
     return prepared
 
@@ -102,7 +102,7 @@ def _evaluating(prepared: QuantizedModel | None = None) -> Iterator[None]:
 
 
 def forwards(model: nn.Module, x: Tensor) -> dict[str, Variant]:
-    """Float, and the prepared model with its quantizers off, all int8, and mixed."""
+    """Forward passes in float, and of the prepared model with its quantizers off, all int8, and mixed."""
     int8 = calibrated(model, x)
     mixed = calibrated(model, x, int16_every=3)
     return {
@@ -114,7 +114,7 @@ def forwards(model: nn.Module, x: Tensor) -> dict[str, Variant]:
 
 
 def calibration(model: nn.Module, x: Tensor) -> dict[str, Variant]:
-    """The one pass that serves every method."""
+    """The calibration pass, which collects statistics for all calibration methods."""
     prepared = calibrated(model, x)
     return {"calibration": Variant(lambda: collect(prepared, [(x, len(x))]))}
 
@@ -142,7 +142,7 @@ def _stepper(model: nn.Module, x: Tensor) -> Callable[[], None]:
 
 
 def row(name: str, model: nn.Module, x: Tensor, rounds: int, full: bool = True) -> list[str]:
-    """Table cells of one network at one batch size; calibration and the QAT step where `full`."""
+    """Table cells of one network at one batch size; `full` adds calibration and the QAT step."""
     variants = forwards(model, x)
     if full:
         variants |= calibration(model, x)
@@ -157,7 +157,7 @@ def row(name: str, model: nn.Module, x: Tensor, rounds: int, full: bool = True) 
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+    """The table in Markdown."""
     header = ["network", "batch", "float forward", *COLUMNS]
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -1,14 +1,14 @@
-"""Does a search survive anything? Kill it at random moments, again and again, and check what is left.
+"""Kills a search at random moments, many times, and checks that nothing is lost.
 
     python benchmarks/kill_loop.py --kills 60 --trials 150
 
-Each round starts the same search in a new process on the same store and ends it after a random time, with
-SIGKILL or, in a share `--terms` of the rounds, with SIGTERM. The first fifth of the rounds hit the making of
-the databases. A last round runs to the end. Then: study and tracker agree on every trial, no trial is
-missing, no point was evaluated again after its commit; and they agreed after each SIGTERM, too. It also
-prints what tracking and study cost per trial.
+Each round starts the same search in a new process on the same store and ends it after a random time, with SIGKILL or,
+in a share `--terms` of the rounds, with SIGTERM. In the first fifth of the rounds this may happen while the databases
+are created. A last round runs to the end. Then the benchmark checks that study and tracker agree on every trial, that
+no trial is missing, and that no point was evaluated again after its commit. Study and tracker must also agree after
+each SIGTERM. It also prints the time that tracking and study take per trial.
 
-What it leaves out: the death of the machine (fsync), a tracking server, network file systems.
+It does not test a crash of the machine (fsync), a tracking server, or network file systems.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  # here, so that no round spends time on imports
+import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  # imported here, so that no round spends time on it
 
 from qflow.search.domain import Choice, Interval, Space, Values, point_key
 from qflow.search.loop import Outcome, check_invariants, interrupts, run_trials
@@ -51,7 +51,7 @@ def open_search(folder: Path) -> tuple[Study, MlflowTracker]:
 
 
 def evaluator(log: Path, seconds: float) -> Callable[[Values, Path], Outcome]:
-    """An evaluation that takes `seconds`, writes ten files and 30 values, and logs that it began."""
+    """A function that evaluates for `seconds`, writes ten files and 30 values, and logs its start in `log`."""
 
     def evaluate(params: Values, folder: Path) -> Outcome:
         with open(log, "a", encoding="utf-8") as file:
@@ -69,7 +69,7 @@ def evaluator(log: Path, seconds: float) -> Callable[[Values, Path], Outcome]:
 
 
 def round_in_child(folder: Path, trials: int) -> int:
-    """Start the search in a forked process; its process id."""
+    """Start the search in a forked process and return its process id."""
     child = os.fork()
     if child:
         return child
@@ -97,7 +97,7 @@ def round_in_child(folder: Path, trials: int) -> int:
 
 
 def check_in_child(folder: Path) -> int:
-    """Print what is wrong with the store, from a process of its own; how many lines that were."""
+    """Print the problems of the store from a process of its own, and return their number."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -107,11 +107,11 @@ def check_in_child(folder: Path) -> int:
 
 
 def kill_rounds(folder: Path, kills: int, terms: float, trials: int, rng: random.Random) -> collections.Counter[str]:
-    """The rounds that are ended from outside; how each of them ended."""
+    """Run the rounds that are ended by a signal; returns how often each kind of end occurred."""
     ends: collections.Counter[str] = collections.Counter()
     for turn in range(kills):
         if turn == kills // 5:
-            check_in_child(folder)  # makes the databases if none is whole yet
+            check_in_child(folder)  # creates the databases if none is complete yet
         (folder / "began").unlink(missing_ok=True)
         child = round_in_child(folder, trials)
         time.sleep(rng.uniform(0.0, 3.0) if turn < kills // 5 else rng.uniform(0.05, 0.7))
@@ -119,13 +119,13 @@ def kill_rounds(folder: Path, kills: int, terms: float, trials: int, rng: random
         os.kill(child, sign)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         ends["complete" if code == FULL else "SIGTERM in order" if code == CLEAN else f"code {code}"] += 1
-        if code == CLEAN and (folder / "began").exists():  # before, a trial may be left of the last kill
+        if code == CLEAN and (folder / "began").exists():  # earlier, a trial of the last kill may be left
             ends["disagreements after SIGTERM"] += check_in_child(folder)
     return ends
 
 
 def final_checks(folder: Path, trials: int) -> list[str]:
-    """What is wrong after the last round, one sentence each."""
+    """The problems after the last round, one sentence each."""
     study, tracker = open_search(folder)
     problems = check_invariants(study, tracker)
     kept = study.trials()
@@ -144,7 +144,7 @@ def final_checks(folder: Path, trials: int) -> list[str]:
 
 
 def overhead(folder: Path, trials: int) -> dict[str, float]:
-    """Milliseconds per trial of study and tracker together, on a store of its own."""
+    """Milliseconds per trial of study and tracker together, on a separate store."""
     study, tracker = open_search(folder)
     tracker.seconds, wall, cpu = 0.0, time.monotonic(), time.process_time()
     evaluate = evaluator(folder / "evaluations.log", 0.0)
@@ -154,7 +154,7 @@ def overhead(folder: Path, trials: int) -> dict[str, float]:
 
 
 def main() -> int:
-    """Print the report; 1 when something was lost."""
+    """Print the report; returns 1 if something was lost."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--terms", type=float, default=0.2)

@@ -1,8 +1,9 @@
-"""Peak memory of an analysis: `python -m benchmarks.memory [--height 512 --width 960] [--memory-mb 1024]`.
+"""Measures the peak memory of an analysis: `python -m benchmarks.memory [--height 512 --width 960] [--memory-mb 1024]`.
 
-A network of 300 quantizers (75 residual blocks of two convolutions, from stride 2 on) at the guide's input size.
-Bad-case layers and the sensitivity of a few quantizers, early, middle and late, run in a process of their own; printed
-is how far its peak resident memory lies above that of a float forward, against `sensitivity.memory_mb`.
+The network has 300 quantizers (75 residual blocks of two convolutions, after a stem of stride 2) and the guide's input
+size. A float forward pass, the layer comparison, the sensitivity of a few quantizers from the first to the last, and an
+estimate of all each run in a process of their own. The benchmark prints how much the peak resident memory exceeds that
+of the float forward pass, next to the bound `sensitivity.memory_mb`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def peak_mb() -> float:
 
 
 def run(stage: str, height: int, width: int, memory_mb: int) -> None:
-    """One stage; prints the number of quantizers, the bytes of all values, and the peak."""
+    """Run one stage; prints the number of quantizers, and MB of all float values and of the peak."""
     torch.manual_seed(0)
     small = torch.randn(2, 3, 64, 96)
     model = revive(Deep(), small)

@@ -1,7 +1,7 @@
-"""Networks that the benchmarks run: ResNet-20, MobileNetV2 and a U-Net, written plainly, seeds fixed.
+"""Networks for the benchmarks: ResNet-20, ResNet-56, MobileNetV2 and a U-Net, with fixed seeds.
 
-Random weights with live batch norm statistics (`revive`): a zero gamma or an untouched running variance would make
-a comparison of outputs vacuous. Nothing measured on them says anything about accuracy.
+They have random weights and batch norm statistics of real activations (`revive`): with a gamma of zero or the initial
+running variance a comparison of outputs would be meaningless. They are not trained, so they do not measure accuracy.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Residual(nn.Module):
 
 
 class ResNet(nn.Module):
-    """He et al. 2015, section 4.2: three stages of `blocks` blocks, 16-32-64 channels, for 3x32x32; 3: ResNet-20."""
+    """He et al. 2015, section 4.2: three stages of `blocks` blocks (3: ResNet-20), 16-32-64 channels, for 3x32x32."""
 
     def __init__(self, blocks: int = 3, classes: int = 10) -> None:
         super().__init__()
@@ -61,9 +61,9 @@ class Inverted(nn.Module):
 
     def __init__(self, inside: int, outside: int, stride: int, expansion: int) -> None:
         super().__init__()
-        wide = inside * expansion
-        layers = [*conv_bn(inside, wide, 1), nn.ReLU6()] if expansion > 1 else []
-        layers += [*conv_bn(wide, wide, 3, stride, wide), nn.ReLU6(), *conv_bn(wide, outside, 1)]
+        inner = inside * expansion
+        layers = [*conv_bn(inside, inner, 1), nn.ReLU6()] if expansion > 1 else []
+        layers += [*conv_bn(inner, inner, 3, stride, inner), nn.ReLU6(), *conv_bn(inner, outside, 1)]
         self.body = nn.Sequential(*layers)
         self.residual = stride == 1 and inside == outside
 
@@ -91,7 +91,7 @@ class MobileNetV2(nn.Module):
 
 
 class Double(nn.Sequential):
-    """Twice convolution, batch norm, ReLU."""
+    """Convolution, batch norm, ReLU, two times."""
 
     def __init__(self, inside: int, outside: int) -> None:
         super().__init__(*conv_bn(inside, outside, 3), nn.ReLU(), *conv_bn(outside, outside, 3), nn.ReLU())
@@ -136,7 +136,7 @@ def revive(model: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
 
 
 def images(batch: int, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
-    """Noise that is smooth at two scales, unit variance: closer to pictures than white noise is."""
+    """Noise of two scales, smooth and white, with about unit variance: more like images than white noise."""
     generator = torch.Generator().manual_seed(seed)
     channels, height, width = shape
     coarse = torch.randn(batch, channels, height // 8, width // 8, generator=generator)
@@ -150,7 +150,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], int]] =
     "mobilenetv2": (MobileNetV2, (3, 96, 96), 8),
     "unet": (UNet, (3, 64, 64), 8),
 }
-"""Name -> class, image shape, and the batch size that the tables quote."""
+"""Name -> class, image shape, and batch size in the tables."""
 
 
 def build(name: str, seed: int = 0) -> nn.Module:

@@ -1,8 +1,9 @@
-"""What a peer takes to rank layers by sensitivity, where installed: `pip install nvidia-modelopt huggingface_hub`.
+"""Time that another tool takes to rank layers by sensitivity: `pip install nvidia-modelopt huggingface_hub`.
 
-ModelOpt's gradient method (`auto_quantize`): one forward and one backward pass a batch, a score for each weighted
-layer, weight and input together. It calibrates first, which is measured apart and taken off; that it exchanges modules
-and solves for a budget of bits is in, and weighs most where a forward takes milliseconds.
+ModelOpt's gradient method (`auto_quantize`) runs one forward and one backward pass per batch and gives a score for each
+layer with weights, weight and input together. It calibrates first; that time is measured separately and subtracted. The
+time to replace modules and to solve for a budget of bits is included; it matters most where a forward pass takes only
+milliseconds.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def installed() -> bool:
 
 
 def modelopt_ranking(model: nn.Module, samples: Tensor) -> tuple[float, int]:
-    """(CPU seconds of the scores alone, layers that were scored)."""
+    """(CPU seconds for the scores alone, number of layers with a score)."""
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stderr(io.StringIO()),

@@ -1,9 +1,9 @@
 """Networks with planted int8 damage for the search benchmarks: trained on noisy digits, then rescaled per channel.
 
-A channel that leaves a batch norm times f and enters the next convolution divided by f leaves the float function as
-it is. At int8 one scale serves all channels: the others of that tensor are rounded f times more coarsely. The weights
-that are divided lose as much in the reader's int8 weights, which no int16 output repairs; so only one channel of a
-tensor is rescaled.
+If a channel is multiplied by f where it leaves a batch norm and divided by f where it enters the next convolution, the
+float function stays the same. At int8 one scale serves all channels, so the other channels of that tensor are rounded
+f times more coarsely. The divided weights lose as much precision in the int8 weights of that convolution, which an
+int16 output does not repair; therefore only one channel of a tensor is rescaled.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def pictures(side: int = 8, channels: int = 1, noise: float = 0.3) -> TensorData
 
 
 def train(network: Callable[[], nn.Module], data: TensorDataset, *, epochs: int, rate: float, seed: int) -> nn.Module:
-    """Adam with one cycle of the learning rate on all samples after the evaluation's; in eval mode."""
+    """Train with Adam and one learning-rate cycle on all samples but those for evaluation; returned in eval mode."""
     images, labels = (tensor[EVALUATION:] for tensor in data.tensors)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
@@ -68,7 +68,7 @@ def train(network: Callable[[], nn.Module], data: TensorDataset, *, epochs: int,
 def task(
     name: str, model: nn.Module, data: TensorDataset, deploy_shape: tuple[int, ...], evaluation: int = EVALUATION
 ) -> Task:
-    """Calibration on the first training samples, evaluation on samples that training never sees."""
+    """A task that calibrates on the first training samples and evaluates on samples that training never sees."""
 
     def part(start: int, count: int) -> TensorDataset:
         return TensorDataset(*(tensor[start : start + count] for tensor in data.tensors))
@@ -78,7 +78,7 @@ def task(
 
 
 def rescale(norms: Sequence[nn.BatchNorm2d], readers: Sequence[nn.Conv2d], channel: int, factor: float) -> None:
-    """One channel times `factor` as it leaves the batch norms, and divided by it as the convolutions read it."""
+    """Multiply one channel by `factor` where it leaves the batch norms, divide it where the convolutions read it."""
     with torch.no_grad():
         for norm in norms:
             norm.weight[channel] *= factor
@@ -91,10 +91,11 @@ BLOCKS = (1, 4, 7)
 
 
 def planted_resnet(model: ResNet, images: Tensor, seed: int, factor: float = 200.0) -> tuple[ResNet, list[str]]:
-    """ResNet-20 with a channel of bn1/conv2 in three blocks rescaled, and the operators that this damages at int8.
+    """ResNet-20 with one channel of bn1/conv2 in three blocks rescaled, and the operators that this damages at int8.
 
-    The channel is the first, in an order drawn by `seed`, whose range is at least half of the widest and without which
-    the float network answers the same on all `images` but at most two: int8 weights lose it.
+    int8 weights lose the rescaled channel, so it has to be one that the network does not need: the first channel, in an
+    order drawn by `seed`, whose range is at least half of the largest and without which the float network changes its
+    answer on at most two of `images`.
     """
     model = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
@@ -112,15 +113,15 @@ def _spare(model: nn.Module, block: nn.Module, images: Tensor, generator: torch.
         answers = model(images).argmax(1)
         hook.remove()
         order = torch.randperm(len(seen[0]), generator=generator).tolist()
-        wide = [c for c in order if float(seen[0][c]) >= 0.5 * float(seen[0].max())]
-        for channel in wide:
+        large = [c for c in order if float(seen[0][c]) >= 0.5 * float(seen[0].max())]
+        for channel in large:
             weight = block.conv2.weight[:, channel].clone()
             block.conv2.weight[:, channel] = 0.0
             changed = int((model(images).argmax(1) != answers).sum())
             block.conv2.weight[:, channel] = weight
             if changed <= 2:
                 return channel
-    return wide[0]
+    return large[0]
 
 
 class Unit(nn.Module):
@@ -141,13 +142,13 @@ class TwelveNet(nn.Module):
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
-        wide = 2 * width
+        double = 2 * width
         self.stem = nn.Sequential(Unit(1, width), Unit(width, width, 2))
         self.left = nn.Sequential(Unit(width, width), Unit(width, width))
-        self.down = Unit(width, wide, 2)
-        self.right = nn.Sequential(Unit(wide, wide), Unit(wide, wide))
-        self.tail = nn.Sequential(Unit(wide, wide), Unit(wide, wide))
-        self.dense = nn.Linear(wide, 10)
+        self.down = Unit(width, double, 2)
+        self.right = nn.Sequential(Unit(double, double), Unit(double, double))
+        self.tail = nn.Sequential(Unit(double, double), Unit(double, double))
+        self.dense = nn.Linear(double, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -158,7 +159,9 @@ class TwelveNet(nn.Module):
 
 
 def planted_twelve(model: TwelveNet, seed: int) -> TwelveNet:
-    """Diffuse damage: a channel of every stream of both stages by 24 to 64, of every tensor between by 64 to 256."""
+    """Damage everywhere: one channel of both residual streams is rescaled by 24 to 64, one of every tensor between two
+    convolutions by 64 to 256.
+    """
     model = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     groups: list[tuple[list[Unit], list[nn.Conv2d], float, float]] = [

@@ -1,11 +1,11 @@
-"""What a search finds and what it costs: `python -m benchmarks.search [minimal] [front] [overhead] [--small]`.
+"""Measures what a search finds and costs: `python -m benchmarks.search [minimal] [front] [overhead] [--small]`.
 
-minimal    ResNet-20 with damage planted in three blocks: which operators are promoted, at what cost (in FFE: time over
-           that of one float forward over the calibration set)
+minimal    ResNet-20 with damage planted in three blocks: which operators are promoted, and the cost in FFE (time over
+           that of one float forward pass over the calibration set)
 front      40 evaluations of each strategy against the front of all 4096 mixes; `--make 1` makes data/front-1.npz anew
-overhead   what a trial costs beyond its calibration and evaluation, in a study as the door runs it
+overhead   the time of a trial beyond its calibration and evaluation, in a study as the command `qflow.tune` runs it
 
-One thread. `--small` runs everything in miniature: its numbers mean nothing.
+One thread. `--small` runs everything in miniature to test the benchmark; its numbers are meaningless.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def minimal(seeds: Sequence[int], small: bool) -> str:
         return "\n".join(search_minimal.minimal(Path(folder), [0], epochs=0, evaluation=64, side=8))
 
 
-def front(landscapes: Sequence[int], only: Sequence[str], seeds: int, small: bool) -> str:
-    header = ["landscape", "strategy", *(f"{m} evaluations" for m in search_front.MARKS), "most", "CPU s a search"]
+def front(problems: Sequence[int], only: Sequence[str], seeds: int, small: bool) -> str:
+    header = ["test problem", "strategy", *(f"{m} evaluations" for m in search_front.MARKS), "most", "CPU s a search"]
     if not small:
-        files = [search_front.DATA / f"front-{number}.npz" for number in landscapes]
+        files = [search_front.DATA / f"front-{number}.npz" for number in problems]
         rows = search_front.front(files, seeds, only)
         return "\n".join([*map(search_front.describe, files), "", table(header, rows)])
     with tempfile.TemporaryDirectory() as folder:
@@ -56,11 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=list(SECTIONS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)), help="of minimal: one training each")
-    parser.add_argument("--landscapes", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="of front")
-    parser.add_argument("--draws", type=int, default=10, help="seeds of front")
-    parser.add_argument("--only", nargs="+", default=list(search_front.STRATEGIES), help="strategies of front")
-    parser.add_argument("--make", type=int, help="make this landscape of front and end")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)), help="minimal: one training per seed")
+    parser.add_argument("--landscapes", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="front: the test problems")
+    parser.add_argument("--draws", type=int, default=10, help="front: number of seeds")
+    parser.add_argument("--only", nargs="+", default=list(search_front.STRATEGIES), help="front: the strategies")
+    parser.add_argument("--make", type=int, help="front: make the file of this test problem and end")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

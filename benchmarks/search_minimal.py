@@ -1,4 +1,4 @@
-"""The fewest promotions: ResNet-20 with damage planted in three blocks (planted.py), searched for a drop of 1 point."""
+"""Searches for the fewest promotions with a drop of at most 1 point, in ResNet-20 with planted damage (planted.py)."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ PEERS = (
     ("MCT ILP on BOPs", "166", "1", "not counted"),
     ("plain loop on a gradient ranking (no tool)", "5.2 + 10.0 = 15", "4", "3"),
 )
-"""Tool, FFE with everything, evaluations, promoted: peers.md, section 2a, measured on the like of this network."""
+"""Tool, FFE of everything, evaluations, promoted operators; measured earlier on a network made in the same way."""
 
 
 class Clock(Evaluator):
-    """A evaluator that keeps its evaluations' CPU time apart."""
+    """An evaluator that sums up the CPU time of its evaluations."""
 
     evaluating = 0.0
 
@@ -58,7 +58,7 @@ class Clock(Evaluator):
 
 @dataclass
 class Search:
-    """One evaluator with its trials, and CPU seconds by stage."""
+    """A search with its evaluator, its trials, and CPU seconds by stage."""
 
     evaluator: Clock
     seconds: dict[str, float] = field(default_factory=dict)
@@ -83,7 +83,7 @@ class Search:
 
     @property
     def best(self) -> TrialResult | None:
-        """The trial of fewest int16 operators that meets the goal."""
+        """The trial with the fewest int16 operators that meets the goal."""
         best = best_trial([trial for trial, _ in self.trials.values()], GOAL.ranking)
         return next((result for trial, result in self.trials.values() if trial is best), None)
 
@@ -96,7 +96,7 @@ def by_ratio(search: Search) -> None:
 def by_assign(search: Search) -> None:
     problem = search.evaluator.precisions.problem(QConfigSettings())
     count = CostTerms(lambda mix: mix.count("6"), 0.0, {(o.place,): 1.0 for o in problem.operators})
-    problem = replace(problem, time=count)  # peers count operators: the least time here is all int16's
+    problem = replace(problem, time=count)  # as the other tools do; by time, all int16 is the best mix here
     drop8, drop16 = (
         search.measure({ASSIGNMENT: mix}).outcome.metrics["accuracy/drop"]
         for mix in (problem.all_int8, problem.all_int16)
@@ -116,7 +116,7 @@ STRATEGIES: dict[str, Callable[[Search], None]] = {"ratio": by_ratio, "assign": 
 
 
 def trained(folder: Path, seed: int, data: TensorDataset, epochs: int = EPOCHS) -> nn.Module:
-    """ResNet-20 trained once for each seed, about a minute; kept in `folder`."""
+    """ResNet-20, trained once for each seed in about a minute and kept in `folder`."""
     path = folder / f"resnet20-{seed}-{epochs}.pt"
     model = ResNet()
     if path.exists():
@@ -129,7 +129,7 @@ def trained(folder: Path, seed: int, data: TensorDataset, epochs: int = EPOCHS) 
 
 
 def float_seconds(model: nn.Module, images: torch.Tensor) -> float:
-    """CPU time of one float forward over the calibration set: the unit, FFE."""
+    """CPU time of one float forward pass over the calibration set: the unit FFE."""
     with torch.no_grad():
         start = time.process_time()
         for batch in images.split(64):
@@ -140,7 +140,7 @@ def float_seconds(model: nn.Module, images: torch.Tensor) -> float:
 def search_once(
     model: nn.Module, planted: list[str], data: TensorDataset, name: str, evaluation: int
 ) -> dict[str, Any]:
-    """One strategy from nothing to its end, each stage timed; float forwards before and after give the unit."""
+    """Run one strategy from start to end and time each stage; float forward passes before and after give the unit."""
     made = task("planted", model, data, DEPLOYED, evaluation)
     images = made.data.calibration.tensors[0]
     unit = [float_seconds(model, images) for _ in range(3)]
@@ -190,7 +190,7 @@ def search_once(
 def minimal(
     folder: Path, seeds: list[int], *, epochs: int = EPOCHS, evaluation: int = EVALUATION, side: int = 32
 ) -> list[str]:
-    """Lines of the tables: each seed is a training and a draw of the rescaled channels."""
+    """Lines of the tables; each seed stands for a training and a draw of the rescaled channels."""
     data = pictures(side, 3)
     lines = []
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in STRATEGIES}

@@ -1,4 +1,4 @@
-"""What a trial costs beyond its calibration and evaluation: a study as the door runs it, on the built-in tasks."""
+"""Time of a trial beyond its calibration and evaluation, in a study as `qflow.tune` runs it, on the built-in tasks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from unittest.mock import patch
 
 from hydra import compose, initialize_config_dir
 
-from qflow.config.overrides import rewrite
 from qflow.config.command_schema import conf_dir, register_schemas
+from qflow.config.overrides import rewrite
 from qflow.study.stages import ALL_INT8, ALL_INT16, baseline, begin
 from qflow.study.start import open_session
 from qflow.trial.evaluator import Evaluator
@@ -26,14 +26,14 @@ SPACE = [
 
 
 class Clock:
-    """Seconds within calibration passes and evaluations, and within the evaluator as a whole."""
+    """Seconds spent in calibration passes and evaluations, and in the evaluator as a whole."""
 
     def __init__(self) -> None:
         self.inside = self.evaluator = 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The evaluator's own methods, timed while inside."""
+        """Time the evaluator's methods inside the context."""
         with (
             patch.object(Evaluator, "calibrate", self._timed(Evaluator.calibrate, "inside")),
             patch.object(Evaluator, "_evaluated", self._timed(Evaluator._evaluated, "inside")),
@@ -53,7 +53,9 @@ class Clock:
 
 
 def overhead(name: str, n_trials: int) -> list[str]:
-    """Cells: task, trials, median s a trial, of it calibration and evaluation, evaluator, loop with study and store."""
+    """Cells of one task: its name, trials, median time of a trial, of its calibration and evaluation, of the rest of
+    the evaluator, of the loop with study and store, of the last two together, and their share.
+    """
     register_schemas()
     clock, taken = Clock(), []
     with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -61,7 +63,7 @@ def overhead(name: str, n_trials: int) -> list[str]:
         config = compose("tune", overrides=rewrite([*arguments, f"search.n_trials={n_trials + 2}"]))
         with open_session(config, time.perf_counter()) as session, clock.running():
             begin(session)
-            for label in (ALL_INT16, ALL_INT8):  # the store warms up
+            for label in (ALL_INT16, ALL_INT8):  # these also warm up the store
                 baseline(session, label)
             for _ in range(n_trials):
                 before = time.perf_counter(), clock.inside, clock.evaluator

@@ -1,10 +1,11 @@
-"""What a sensitivity table costs: `python -m benchmarks.sensitivity [--rounds 3] [--only resnet20:64 mobilenetv2:1]`.
+"""Cost of a sensitivity table: `python -m benchmarks.sensitivity [--rounds 3] [--only resnet20:64 mobilenetv2:1]`.
 
-Each way to rank every quantizer (the naive loop of full forwards, exact by replay, screened, estimate) on the same
-calibrated network and samples, interleaved, process CPU time, one thread. The unit is one float forward over the same
-samples (FFE), per quantizer; `of naive` is the ratio to the naive loop of the same round. Ranks are compared with the
-naive scores over five seeds: Spearman (median, worst) and whether the exact top 20 % lie in the measured top 40 %.
-Where a peer is installed (peers.py) it ranks the same network on the same samples in the same round, FFE a layer.
+Each method ranks every quantizer of the same calibrated network on the same samples: a naive loop of full forward
+passes, exact by replay, screened, and estimate. They take turns, in process CPU time on one thread. The unit is one
+float forward pass over the same samples (FFE), per quantizer; `of naive` is the ratio to the naive loop of the same
+round. The ranks of the estimates over five seeds are compared with the naive scores: Spearman correlation (median,
+worst), and the share of the exact top 20 % that lies in the estimated top 40 % (worst). If ModelOpt is installed
+(peers.py), it ranks the same network on the same samples in the same round, in FFE per layer.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Subject:
     rows: list[Candidate]
 
     def naive(self) -> Scores:
-        """The definition: one full forward a quantizer."""
+        """Scores by definition: one full forward pass per quantizer."""
         distances = Distances("L1", len(self.rows))
         with torch.no_grad():
             distances.reference({"0": self.model(self.samples)}, len(self.samples))
@@ -58,13 +59,13 @@ class Subject:
         return {(r.node.name, r.sensitive_type): distances.result(i)[0] for i, r in enumerate(self.rows)}
 
     def ranked(self, method: str, seed: int = 0) -> SensitivityTable:
-        """qflow's own."""
+        """qflow's table."""
         settings = SensitivitySettings(method=method, seed=seed)
         return sensitivity(self.model, self.prepared, [self.samples], settings=settings, rows=self.rows)
 
 
 def subject(name: str, batch: int) -> Subject:
-    """Build, calibrate, and draw samples."""
+    """Build a network, draw samples, and calibrate."""
     model = build(name)
     samples = images(batch, NETWORKS[name][1], seed=5)
     prepared = calibrated(model, samples[: min(batch, 16)])
@@ -72,7 +73,7 @@ def subject(name: str, batch: int) -> Subject:
 
 
 def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
-    """CPU time of a call, and what it gave."""
+    """CPU time of a call, and its result."""
     start = time.process_time()
     found = call()
     return time.process_time() - start, found
@@ -122,7 +123,7 @@ def row(name: str, batch: int, rounds: int) -> list[str]:
 
 
 def quality(subject_: Subject, exact: Scores) -> str:
-    """How well estimates rank over the seeds; `-` where the tool measured every row by itself."""
+    """How well estimates rank over the seeds; "all exact" if every row was measured instead."""
     tables = [subject_.ranked("estimate", seed) for seed in SEEDS]
     if any(t.exact for t in tables):
         return "all exact"
@@ -143,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", default=CASES)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    keep_freed_memory()  # as the doors do; otherwise the unit, a plain forward, takes up to 1.7 times as long
+    keep_freed_memory()  # as qflow's commands do; without it the unit, a float forward, takes up to 1.7 times as long
     header = [
         "network",
         "quantizers",

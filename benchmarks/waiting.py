@@ -1,9 +1,9 @@
-"""What threads that sleep soon save where cores are shared: `python -m benchmarks.waiting [--rounds 3]`.
+"""Measures what short spinning of threads saves if processes share cores: `python -m benchmarks.waiting [--rounds 3]`.
 
-Float forward passes in fresh processes with as many threads as cores, alone and two processes at once: threads wait
-as libgomp has it, or as `qflow.waiting.wait_briefly` does. Median wall time of a pass in the slower process, over the
-rounds its median and the worst: two processes that spin are now in step and now in each other's way. Nothing else may
-run.
+Fresh processes with as many threads as cores run float forward passes, one process alone and two at once. Threads wait
+as libgomp does by default, or as after `qflow.process.waiting.wait_briefly`. The table shows the median wall time of a
+pass in the slower process: its median and, in brackets, its largest value over the rounds, because two processes that
+spin hinder each other in some rounds and not in others. No other program may run.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from collections.abc import Sequence
 from qflow.process.waiting import SPINS
 
 CASES = ("resnet20:64:32", "resnet20:4:32", "mobilenetv2:4:32", "unet:4:64")
-SECONDS = 3.0  # a process passes for so long, so that two are at it together
+SECONDS = 3.0  # each process runs for so long, so that two of them overlap
 
 
 def one(case: str) -> float:
     """Seconds of a forward pass."""
-    import torch  # here: what libgomp reads is set before
+    import torch  # not at the top: libgomp reads the environment when it is loaded
 
     from benchmarks.networks import build
 
@@ -42,7 +42,7 @@ def one(case: str) -> float:
 
 
 def at_once(case: str, processes: int, environment: dict[str, str]) -> float:
-    """Seconds of a pass in the slowest of so many processes."""
+    """Seconds of a pass in the slowest of `processes` processes."""
     command = [sys.executable, "-m", "benchmarks.waiting", "--process", "--only", case]
     started = [
         subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True)

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+pytestmark = pytest.mark.slow  # starts commands as processes of their own
+
 
 @pytest.fixture
 def engine(monkeypatch):
@@ -134,12 +136,12 @@ def test_a_hypervolume_is_the_area_below_the_reference():
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
-def test_the_kept_landscapes_hold_every_mix(search, number):
-    land = search.search_front.Surrogate.read(search.search_front.DATA / f"front-{number}.npz")
-    assert len(land.drops) == 4096
-    assert len(land.scores) == search.search_front.SEEDS
-    assert land.drops["8" * 12] > 0.2 > 0.011 > land.drops["6" * 12]
-    assert land.volume(land.drops) > land.volume(["8" * 12, "6" * 12]) > 0
+def test_the_stored_test_problems_hold_every_mix(search, number):
+    problem = search.search_front.EnumeratedProblem.read(search.search_front.DATA / f"front-{number}.npz")
+    assert len(problem.drops) == 4096
+    assert len(problem.scores) == search.search_front.SEEDS
+    assert problem.drops["8" * 12] > 0.2 > 0.011 > problem.drops["6" * 12]
+    assert problem.volume(problem.drops) > problem.volume(["8" * 12, "6" * 12]) > 0
 
 
 def test_what_a_trial_costs_beside_its_evaluation_in_miniature(search, capsys):

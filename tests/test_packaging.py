@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # starts commands as processes of their own
+
 ROOT = Path(__file__).parent.parent
 SHOW = ["-m", "qflow.tune", "--cfg", "job", "+experiment=int8_int16"]
 FIND = ["-c", "from qflow.commands.tune import find_workflow; print(find_workflow('int8_int16').__file__)"]

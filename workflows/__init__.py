@@ -1,1 +1,1 @@
-"""What runs after what: a file for each branch of the guide's decision tree; and train_float."""
+"""The order of the stages: one file for each branch of the tuning guide's decision tree, and train_float."""

@@ -1,9 +1,9 @@
-"""The guide's whole figure: python -m qflow.tune +experiment=full
+"""The whole decision tree of the tuning guide: python -m qflow.tune +experiment=full
 
-check -> all-int16 (ceiling)
-meets:   all-int8 (floor) -> int8/int16 by sensitivity
-misses:  int16/fp16 -> int8/int16/fp16 with the fp16 set kept
--> training where nothing meets the goal (qat.apply=after_search)
+check, then measure the baselines all-int16 and all-int8
+all-int16 meets the goal:    int8/int16, unless all-int8 meets it too
+neither meets the goal:      int16/fp16, then int8/int16/fp16 with these fp16 operators kept
+no mix meets the goal:       training (qat.apply=after_search)
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from . import int8, int8_int16, int8_int16_fp16, int16
 
 
 def run(session: Session) -> None:
-    """What is measured, in order."""
-    ceiling, floor = int16.branch(session), int8.branch(session)
-    if accurate(ceiling):
-        int8_int16.mix(session, floor, ceiling)
-    elif not meets(floor):
-        int8_int16_fp16.branch(session, ceiling)
+    """Measure in this order."""
+    int16_baseline, int8_baseline = int16.branch(session), int8.branch(session)
+    if accurate(int16_baseline):
+        int8_int16.mix(session, int8_baseline, int16_baseline)
+    elif not meets(int8_baseline):
+        int8_int16_fp16.branch(session, int16_baseline)

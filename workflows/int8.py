@@ -1,6 +1,7 @@
 """All int8: python -m qflow.tune +experiment=int8
 
-The cheapest qconfig there is: calibration is searched, nothing is promoted; what misses may be trained (qat).
+This is the cheapest qconfig. Calibration is searched, and no operator is promoted. If the goal is missed, training
+(qat) may follow.
 """
 
 from __future__ import annotations
@@ -13,28 +14,28 @@ from qflow.study.stages import ALL_INT8, baseline, baseline_point, best_calibrat
 
 
 def run(session: Session) -> None:
-    """What is measured, in order."""
-    floor = branch(session)
-    if over := over_budget(floor):
+    """Measure in this order."""
+    int8 = branch(session)
+    if over := over_budget(int8):
         session.decide("int8", f"all-int8 itself exceeds {', '.join(over)}: relax the budget or change the model")
-    elif not meets(floor):
+    elif not meets(int8):
         tune_calibration(session)
 
 
 def branch(session: Session) -> FinishedTrial:
-    """Measure the floor and say what follows from it."""
-    floor = baseline(session, ALL_INT8)
-    drop, miss = floor.outcome.metrics["accuracy/drop"], floor.outcome.constraints[CONSTRAINT]
-    if meets(floor):
+    """Measure all-int8 and record what follows from it."""
+    int8 = baseline(session, ALL_INT8)
+    drop, miss = int8.outcome.metrics["accuracy/drop"], int8.outcome.constraints[CONSTRAINT]
+    if meets(int8):
         session.decide(ALL_INT8, f"drop {drop:+.4f} meets the goal: no operator needs int16")
     else:
         session.decide(ALL_INT8, f"drop {drop:+.4f}, {miss:.4f} beyond the goal" if miss > 0 else "exceeds a budget")
-    return floor
+    return int8
 
 
 def tune_calibration(session: Session) -> None:
-    """The guide's basic tuning: other calibration methods, then what else of calibration is searched."""
-    before, ended = dict(session.kept), "every point of the space is tried"
+    """Try other calibration methods (the guide's basic tuning), then the other searched calibration settings."""
+    before, ended = dict(session.kept), "every point of the space was measured"
     session.kept |= {k: v for k, v in baseline_point(session, ALL_INT8).items() if k.startswith("qconfig.")}
     with session.console.stage("calibration") as say:
         try:
@@ -46,12 +47,12 @@ def tune_calibration(session: Session) -> None:
         finally:
             session.kept = before
         found = session.untrained_best or nearest_miss(session.trials, session.goal.ranking)
-        assert found is not None  # the floor at least
+        assert found is not None  # all-int8 at least
         method = found.params.get("calibration.method", session.config.calibration.method)
         drop = found.outcome.metrics["accuracy/drop"]
         say(f"best calibration {method}, drop {drop:+.4f}" + ("" if meets(found) else f"; {ended}"))
     if session.untrained_best is None:
         training = (
-            "training is next" if session.budget.reserved else "train (qat), or give int16 (+experiment=int8_int16)"
+            "training is next" if session.budget.reserved else "train (qat), or add int16 (+experiment=int8_int16)"
         )
         session.decide("int8", f"calibration is not enough: {training}")

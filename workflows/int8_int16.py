@@ -1,14 +1,14 @@
 """The guide's int8/int16 branch: python -m qflow.tune +experiment=int8_int16
 
     float model -> trace, fuse, check -> calibrate -> bad cases -> layer by layer -> sensitivity -> advice
-        -> all-int16 (ceiling) and all-int8 (floor)
-        all-int16 misses the goal:   stop; int8/int16 cannot do better than its ceiling
-        all-int8 meets the goal:     stop; nothing needs int16
+        -> all-int16 and all-int8 (the baselines)
+        all-int16 misses the goal:   stop; all-int16 is the upper bound of int8/int16 accuracy
+        all-int8 meets the goal:     stop; no operator needs int16
         -> search calibration and int16 for the cheapest mix that meets the goal (search.strategy)
-        -> train what misses, and give int16 back (qat.apply=after_search)
+        -> train if no mix meets it, then demote int16 operators (qat.apply=after_search)
 
-The guide ranks after the floor; here the ranking comes first, because it costs seconds, every trial's run then
-holds it, and a ceiling that misses is explained by it.
+The guide ranks the operators after it has measured all-int8. Here the ranking comes first, because it takes only
+seconds, every trial's run then holds it, and it explains an all-int16 that misses the goal.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from . import int8, int16
 
 
 def run(session: Session) -> None:
-    """What is measured, in order."""
-    ceiling, floor = int16.branch(session), int8.branch(session)
-    if accurate(ceiling):
-        mix(session, floor, ceiling)
+    """Measure in this order."""
+    int16_baseline, int8_baseline = int16.branch(session), int8.branch(session)
+    if accurate(int16_baseline):
+        mix(session, int8_baseline, int16_baseline)
 
 
-def mix(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:
-    """The cheapest mix between floor and ceiling; nothing to do where the floor meets the goal or bursts a budget."""
-    if meets(floor):
+def mix(session: Session, int8_baseline: FinishedTrial, int16_baseline: FinishedTrial) -> None:
+    """Search the cheapest mix that meets the goal, unless all-int8 meets it or exceeds a budget."""
+    if meets(int8_baseline):
         return
-    over = over_budget(floor)
+    over = over_budget(int8_baseline)
     if over:
         found = ", ".join(f"{name} by {by:.4g}" for name, by in over.items())
         session.decide("int8/int16", f"all-int8 itself exceeds {found}: relax the budget or change the model")
         return
-    search_mix(session, floor, ceiling)
+    search_mix(session, int8_baseline, int16_baseline)
     best = session.best
     if best is not None:
         m = best.outcome.metrics
@@ -46,8 +46,8 @@ def mix(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:
             "int8/int16",
             f"trial {best.number} meets the goal with {m['qconfig/n_int16']:.0f} int16 operators{fp16}: drop "
             f"{m['accuracy/drop']:+.4f}, {m['cost/latency_ms']:.3f} ms against "
-            f"{floor.outcome.metrics['cost/latency_ms']:.3f} all-int8 and "
-            f"{ceiling.outcome.metrics['cost/latency_ms']:.3f} all-int16",
+            f"{int8_baseline.outcome.metrics['cost/latency_ms']:.3f} all-int8 and "
+            f"{int16_baseline.outcome.metrics['cost/latency_ms']:.3f} all-int16",
         )
     else:
         session.decide("int8/int16", "no mix that was tried meets the goal")

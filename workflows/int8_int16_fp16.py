@@ -1,6 +1,6 @@
-"""The guide's last branch: python -m qflow.tune +experiment=int8_int16_fp16
+"""The guide's int8/int16/fp16 branch: python -m qflow.tune +experiment=int8_int16_fp16
 
-The fp16 set of int16/fp16 is kept, and the share of int16 is searched among all other operators.
+The fp16 operators that the int16/fp16 branch found are kept, and int16 is searched among all other operators.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from . import int8_int16, int16, int16_fp16
 
 
 def run(session: Session) -> None:
-    """What is measured, in order."""
-    ceiling = int16.branch(session)
-    branch(session, ceiling)
+    """Measure in this order."""
+    branch(session, int16.branch(session))
 
 
-def branch(session: Session, ceiling: FinishedTrial) -> None:
-    """int8/int16 under the fp16 set that the ceiling needs; under none where it needs none."""
-    lifted = ceiling if accurate(ceiling) else int16_fp16.branch(session)
-    if lifted is None:
+def branch(session: Session, int16_baseline: FinishedTrial) -> None:
+    """Search int8/int16 beside the fp16 operators that all-int16 needs to meet the goal, if it needs any."""
+    with_fp16 = not accurate(int16_baseline)
+    high = int16_fp16.branch(session) if with_fp16 else int16_baseline
+    if high is None:
         return
-    if lifted is not ceiling:
-        session.kept[FLOAT16] = lifted.params[FLOAT16]
-        session.baselines["int16/fp16"] = lifted
-    label = "int8/fp16" if lifted is not ceiling else ALL_INT8
-    floor = session.measure(baseline_point(session, ALL_INT8), label)
-    if floor is None:
+    if with_fp16:
+        session.kept[FLOAT16] = high.params[FLOAT16]
+        session.baselines["int16/fp16"] = high
+    label = "int8/fp16" if with_fp16 else ALL_INT8
+    low = session.measure(baseline_point(session, ALL_INT8), label)
+    if low is None:
         return
-    session.baselines[label] = floor
-    int8_int16.mix(session, floor, lifted)
+    session.baselines[label] = low
+    int8_int16.mix(session, low, high)

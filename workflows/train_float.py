@@ -1,7 +1,7 @@
 """Train a task's float model and save its weights: python -m workflows.train_float +experiment=train_perception
 
-Plain supervised training: AdamW, and a learning rate that rises for a tenth of the steps and falls by a
-cosine to nothing. Repeatable for a given seed and thread count. In an installed wheel the same is
+The training is supervised, with AdamW and a learning rate that rises for a tenth of the steps and then falls to zero by
+a cosine. It is repeatable for a given seed and thread count. In an installed wheel the command is
 `python -m qflow.workflows.train_float`.
 """
 
@@ -29,15 +29,15 @@ log = logging.getLogger(__name__)
 
 
 class Data(Protocol):
-    """What training needs of a task's data; a train split with `set_epoch` is told each epoch's number."""
+    """The splits of a task's data that training needs; `set_epoch` of the train split, if it exists, is called."""
 
     @property
     def train(self) -> Dataset[Any]:
-        """What the weights are fitted to."""
+        """The training samples."""
 
     @property
     def evaluation(self) -> Dataset[Any]:
-        """What they are measured on at the end."""
+        """The samples on which the trained model is measured."""
 
 
 def train(
@@ -77,12 +77,12 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, samples: Dataset[Any], metric: Callable[[Any, Any], Tensor]) -> float:
-    """Mean of the metric's per-sample scores."""
+    """Return the mean of the metric's scores per sample."""
     return float(torch.cat([metric(model(batch[0]), batch) for batch in DataLoader(samples, 64)]).mean())
 
 
 def train_float(config: DictConfig) -> int:
-    """Build the task's parts with untrained weights, train, measure, save."""
+    """Build the task with untrained weights, train and measure the model, and save its weights."""
     check_executor(config)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if config.executor.threads:
@@ -99,7 +99,7 @@ def train_float(config: DictConfig) -> int:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command."""
     run_command("train_float", train_float)
 
 

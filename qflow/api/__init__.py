@@ -1,3 +1,3 @@
-"""What `import qflow` gives: prepare, calibrate, check, cost; QuantAnalysis; the plugin's names."""
+"""The Python interface of `import qflow`: prepare, calibrate, check, cost; QuantAnalysis; the plugin's names."""
 
 __all__ = ["frames", "library", "plugin_names", "quant_analysis"]

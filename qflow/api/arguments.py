@@ -1,4 +1,4 @@
-"""What `QuantAnalysis` is given in the plugin's words, read as qflow's functions take it."""
+"""The arguments of `QuantAnalysis`, converted from the plugin's forms to those of qflow's functions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Names = str | type | Sequence[str | type] | None
 
 
 def metric_name(name: str, known: Sequence[str]) -> str:
-    """A metric's own spelling. Raises ConfigError."""
+    """Return the metric in the spelling of `known`. Raises ConfigError."""
     for metric in known:
         if str(name).casefold() == metric.casefold():
             return metric
@@ -24,13 +24,13 @@ def metric_name(name: str, known: Sequence[str]) -> str:
 
 
 def whole(name: str, value: Any, of: str) -> None:
-    """Raises ConfigError for what is not a whole number from 1 on."""
+    """Raise ConfigError unless `value` is a whole number of at least 1."""
     if not isinstance(value, Integral) or int(value) < 1:
         raise ConfigError(f"{name} is 1 or more {of}, but got {value!r}. Give a whole number.")
 
 
 def folder_at(path: str | Path) -> Path:
-    """`path` as a folder that is there. Raises ConfigError where it cannot be."""
+    """Create the folder `path` if it is missing, and return it. Raises ConfigError if that fails."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -40,16 +40,16 @@ def folder_at(path: str | Path) -> Path:
 
 
 def refuse_cached(*attrs: Any) -> None:
-    """Raises ConfigError for any that is not None."""
+    """Raise ConfigError if one of `attrs` is not None."""
     if any(a is not None for a in attrs):
         raise ConfigError(
-            "Cached attributes are not supported: operators are run one by one, which a state between calls would not "
-            "survive. Make the state an input and an output of forward."
+            "Cached attributes are not supported: operators are replayed one by one, so a state between calls would be "
+            "lost. Make the state an input and an output of forward."
         )
 
 
 def chosen_rows(rows: Sequence[Candidate], prefixes: tuple[str, ...], types: tuple[str, ...]) -> Sequence[Candidate]:
-    """As `filtered` does for layers. Raises ConfigError if nothing is left."""
+    """Filter rows as `filtered` does for layers. Raises ConfigError if no row is left."""
     if not prefixes and not types:
         return rows
     found = [
@@ -63,11 +63,11 @@ def chosen_rows(rows: Sequence[Candidate], prefixes: tuple[str, ...], types: tup
 
 
 def filters(prefixes: Names, types: Names) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Both as names."""
+    """Return both as tuples of names."""
     return names_of(prefixes), names_of(types)
 
 
 def names_of(given: Names) -> tuple[str, ...]:
-    """One name or several as a tuple; a class by its full name."""
+    """Return one name or several as a tuple; a class becomes its full name."""
     several = (given,) if isinstance(given, (str, type)) else tuple(given or ())
     return tuple(f"{v.__module__}.{v.__qualname__}" if isinstance(v, type) else v for v in several)

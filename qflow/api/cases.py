@@ -1,4 +1,4 @@
-"""What `QuantAnalysis` is given as data: whether the models take it, and which of the searched samples are kept."""
+"""The data that `QuantAnalysis` is given: the check that the models take it, and the choice of samples to keep."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from qflow.quant.trace.calling import call_model, input_tensors
 
 
 class Items:
-    """The items of `data` as the pair's models take them, on one device after the other."""
+    """Iterates over the items of `data` in the form that the models of the pair take."""
 
     def __init__(self, pair: ModelPair, data: Iterable[Any]) -> None:
         self.pair, self.data = pair, data
         self.count = 0
         self.at_hand: Any = None
-        """The item that is worked on; None while the data make the next one."""
+        """The item in use; None while `data` produces the next one."""
 
     def on(self, device: torch.device) -> Iterator[Any]:
-        """Each in turn."""
+        """Yield each item on `device`."""
         for item in self.data:
             self.at_hand = self.pair.inputs(item)
             self.count += 1
@@ -36,7 +36,7 @@ class Items:
 
     @contextmanager
     def explained(self, device: Any) -> Iterator[None]:
-        """An error inside that comes of the item at hand becomes a DataError which says how that differs."""
+        """Turn an error that the present item causes inside the block into a DataError that explains it."""
         try:
             yield
         except (QflowError, torch.OutOfMemoryError):
@@ -52,14 +52,14 @@ class Items:
 
 
 def not_items(data: Any) -> DataError:
-    """What to do with data that give no items."""
+    """Return the error for data that do not consist of items."""
     whole = isinstance(data, (Tensor, Mapping)) or not hasattr(data, "__getitem__")
     way = "Write [item]." if whole else "Put a DataLoader around it."
     return DataError(f"Data are items to run through, but got a {type(data).__name__}. {way}")
 
 
 def require_fit(pair: ModelPair, inputs: Any, name: str, device: Any = None) -> None:
-    """Raises DataError where one of the models raises on `inputs`, whatever it raises."""
+    """Raise DataError if one of the models raises any exception on `inputs`."""
     with pair.at_work(device) as target, torch.no_grad():
         try:
             for model in (pair.model, pair.prepared):
@@ -71,7 +71,7 @@ def require_fit(pair: ModelPair, inputs: Any, name: str, device: Any = None) -> 
 
 
 def require_numbers(pair: ModelPair, inputs: Any) -> None:
-    """Raises DataError for NaN; infinities are masks."""
+    """Raise DataError for NaN. Infinity is allowed, because masks use it."""
     for name, tensor in input_tensors(pair.model, inputs):
         if tensor.is_floating_point() and bool(tensor.isnan().any()):
             raise DataError(f"Inputs are numbers or infinities, but got NaN in {name}. Clean the data.")
@@ -96,7 +96,7 @@ def _layout(pair: ModelPair, inputs: Any) -> str:
 
 
 def _kinds(pair: ModelPair, inputs: Any) -> list[tuple[torch.dtype, int]]:
-    """What an item has in common with others: sizes may differ."""
+    """Return dtype and rank of each tensor, which all items share; sizes may differ."""
     return [(t.dtype, t.ndim) for _, t in _tensors(pair, inputs)]
 
 
@@ -105,12 +105,12 @@ def _tensors(pair: ModelPair, inputs: Any) -> list[tuple[str, Tensor]]:
 
 
 def kept_cases(table: BadcaseTable, inputs: BadcaseInputs, topk: int) -> BadcaseTable:
-    """The table with those of the `topk` bad cases whose inputs are there. Raises DataError without the worst."""
+    """Return the table with those of the `topk` bad cases whose inputs were kept. The worst must be: DataError."""
     lost = [i for i in table.chosen[:topk] if i not in inputs.samples]
     if table.chosen[0] in lost:
-        why = "it became the worst after they had passed"
+        why = "it became the worst sample only after its inputs were dropped"
         raise DataError(f"The worst sample's inputs are kept, but got none of {lost[0]}: {why}. Raise topk.")
-    missing = [Finding("", "info", f"sample {i} is as bad, but its inputs had passed: not kept") for i in lost]
+    missing = [Finding("", "info", f"sample {i} is a bad case too, but its inputs were not kept") for i in lost]
     chosen = tuple(i for i in table.chosen[:topk] if i not in lost)
     table = dataclasses.replace(table, chosen=chosen, findings=(*table.findings, *missing))
     inputs.finish(table)

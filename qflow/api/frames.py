@@ -1,4 +1,4 @@
-"""Records as pandas frames."""
+"""Conversion of records to pandas frames."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 
 def to_frame(record: Any) -> pandas.DataFrame:
-    """A record of an analysis, or a sequence of records, as a frame: one row each, one column a field.
+    """Return a record of an analysis, or a sequence of records, as a frame with one row each and one column per field.
 
-    Fields that hold pairs (name, value) become a column a name: `outputs.0`, `figures.scale`. Of bad cases a row is
-    one of the worst samples of an output under a metric, rank 0 the worst. Raises ConfigError for what is no record.
+    A field of pairs (name, value) becomes one column per name: `outputs.0`, `figures.scale`. For bad cases, a row is
+    one of the worst samples of an output under a metric, with rank 0 for the worst. Raises ConfigError for anything
+    that is not a record.
     """
     import pandas  # takes a second to load
 

@@ -1,4 +1,4 @@
-"""qflow without configuration files: prepare, calibrate, check and cost of any nn.Module in a few lines.
+"""qflow without configuration files: functions to prepare, calibrate and check any nn.Module and to predict its cost.
 
     prepared = qflow.prepare(model, images, qconfig_setter=qflow.default_calibration_qconfig_setter, march="nash-m")
     findings = qflow.calibrate(prepared, loader)
@@ -6,7 +6,7 @@
     print(qflow.cost(prepared).latency_ms)
     outputs = prepared(images)          # as the device computes them
 
-The calls and states carry the plugin's names; `docs/library.md` sets them side by side.
+Functions and states have the plugin's names; `docs/library.md` compares them.
 """
 
 from __future__ import annotations
@@ -44,54 +44,54 @@ from qflow.quant.trace.binding import inputs_of
 
 
 class FakeQuantState(str, Enum):
-    """The plugin's states: what the quantizers of a prepared model do."""
+    """The plugin's states of the quantizers of a prepared model."""
 
     CALIBRATION = "calibration"
-    """Float values pass, statistics are gathered."""
+    """Quantizers pass float values and collect statistics."""
     VALIDATION = "validation"
-    """Values are quantized with the calibrated scales."""
+    """Quantizers quantize with the calibrated scales."""
     FLOAT = "_float"
-    """Exactly the float model."""
+    """Quantizers are off: the model computes exactly as the float model."""
 
 
 class Prepared(QuantizedModel):
-    """A prepared model that knows its qconfig: what was asked, and what the device will run.
+    """A prepared model with its qconfig, both as requested and as the device will run it.
 
-    Its state dict holds all of it but the statistics: loaded into a model that was prepared alike, whatever setters
-    that had, it computes and is checked as the saved one. For scales of another qconfig it is calibrated anew.
+    The state dict holds everything but the statistics. Loaded into a model that was prepared from the same inputs, with
+    any setters, it makes this model compute and check like the saved one. Another qconfig needs a new calibration.
     """
 
     requested: QConfig
     applied: QConfig
     march: str
     sample: Any
-    """The first sample of the example inputs: cost is computed at its shape."""
+    """The first sample of the example inputs; the cost is predicted at its shape."""
     settings: CalibrationSettings = CalibrationSettings()
     stats: CalibrationStats | None = None
     findings: tuple[Finding, ...] = ()
     _warned = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As every prepared model; warns once where operators ran that tracing did not see."""
+        """Run the model; warn once if operators ran that were not traced."""
         out = super().forward(*args, **kwargs)
         quiet = self._warned or torch.compiler.is_compiling() or self.training or self._collect is not None
-        if not quiet and self.unseen:  # while calibrating it is a finding
+        if not quiet and self.unseen:  # during calibration this becomes a finding
             self._warned = True
             first = min(self.unseen)
             warnings.warn(
                 f"{len(self.unseen)} operators ran that the example inputs did not reach and stay float, {first} "
                 "first. Prepare with inputs of this kind.",
-                stacklevel=4,  # beyond nn.Module's own frames
+                stacklevel=4,  # skips the frames of nn.Module
             )
         return out
 
     def settings_state(self) -> dict[str, Any]:
-        """The extra state as plain values."""
+        """Return the extra state as plain values."""
         kept = ("requested", "applied", "march", "settings", "findings")
         return {**super().settings_state(), "library": {name: plain(getattr(self, name)) for name in kept}}
 
     def restore_settings(self, state: Mapping[str, Any]) -> None:
-        """Take what `settings_state` gave. Raises ModelError for a state without a qconfig."""
+        """Restore the state that `settings_state` returned. Raises ModelError for a state without a qconfig."""
         if "library" not in state:
             raise ModelError("A state of qflow.prepare holds its qconfig, but got none. Save that of the same kind.")
         super().restore_settings(state)
@@ -109,11 +109,11 @@ def prepare(
     march: str = "nash-m",
     skip: engine.Skip = (),
 ) -> Prepared:
-    """Trace, fuse and configure `model` (in eval mode), which is left as it is. The first setter that answers wins.
+    """Return a traced, fused and configured copy of `model` (in eval mode). The first setter that answers decides.
 
-    `example_inputs` is a tensor, a tuple to splat or a dict of keywords, batch first; `march` a name (nash-m, nash-e,
-    nash-m-oe32, ...) or a rules file; `skip` modules (one or several) that stay float. Operators that no setter
-    answers for are int8, outputs of GEMMs that leave the model are high-precision. Raises ModelError or ConfigError.
+    `example_inputs` is a tensor, a tuple to splat or a dict of keywords, batch first. `march` is a name (nash-m,
+    nash-e, nash-m-oe32, ...) or a device file. `skip` names modules (one or several) that stay float. Operators without
+    an answer are int8, and outputs of GEMMs that leave the model high-precision. Raises ModelError or ConfigError.
     """
     given = setters_of(qconfig_setter)
     prepared = engine.prepare(model, example_inputs, skip)
@@ -125,7 +125,7 @@ def prepare(
 
 
 def setters_of(given: Any) -> tuple[Setter, ...]:
-    """One setter or several as a tuple. Raises ConfigError for what is none."""
+    """Return one setter or several as a tuple. Raises ConfigError for anything that is not a setter."""
     found = tuple(given) if isinstance(given, (list, tuple)) else (given,)
     for setter in found:
         if not callable(setter) or isinstance(setter, type):
@@ -137,9 +137,9 @@ def setters_of(given: Any) -> tuple[Setter, ...]:
 
 
 def configure(prepared: Prepared, setters: Setter | Sequence[Setter]) -> QConfig:
-    """Give a prepared model another qconfig; statistics stay, scales follow anew. Returns what the device will run.
+    """Set another qconfig on a prepared model and recompute its scales; return the qconfig that the device will run.
 
-    Without statistics (before calibration, after load_state_dict) the scale of every changed dtype is forgotten.
+    Without statistics (before calibration, after load_state_dict) the scale of every changed dtype is discarded.
     """
     rules, setters = load_rules(prepared.march), setters_of(setters)
     prepared.requested = resolve(prepared.graph, setters, rules.march)
@@ -155,11 +155,11 @@ def configure(prepared: Prepared, setters: Setter | Sequence[Setter]) -> QConfig
 def calibrate(
     prepared: Prepared, data: Iterable[Any], settings: CalibrationSettings | None = None, steps: int | None = None
 ) -> tuple[Finding, ...]:
-    """One pass over `data`, scales by `settings`, quantizers on. Returns what calibration found.
+    """Calibrate in one pass over `data`: set the scales by `settings`, switch the quantizers on, return the findings.
 
-    Items of `data` are model inputs, or (inputs, target) pairs as data loaders give them: what the example inputs did
-    not have (more positional items, other keys of a dict) is left out. At most `steps` batches are read. Raises
-    DataError for empty data, NaN, or items that do not fit.
+    Items of `data` are model inputs, or (inputs, target) pairs as from data loaders: what the example inputs lacked
+    (more positional items, other keys of a dict) is left out. At most `steps` batches are read. Raises DataError for
+    empty data, NaN, or items that do not fit.
     """
     prepared.settings = settings or prepared.settings
 
@@ -178,7 +178,7 @@ def calibrate(
 
 
 def set_fake_quantize(prepared: Prepared, state: FakeQuantState) -> None:
-    """Switch all quantizers; forward passes between CALIBRATION and VALIDATION are what calibrates."""
+    """Switch all quantizers. Forward passes between CALIBRATION and VALIDATION calibrate the model."""
     if not isinstance(state, FakeQuantState):
         states = ", ".join(f"FakeQuantState.{s.name}" for s in FakeQuantState)
         raise ConfigError(f"A state is one of {states}, but got {state!r}. Write qflow.FakeQuantState.<name>.")
@@ -198,7 +198,7 @@ def set_fake_quantize(prepared: Prepared, state: FakeQuantState) -> None:
 
 
 def check(prepared: Prepared) -> ModelCheck:
-    """The model check: structure and qconfig, what calibration showed if there was one, and what ran since."""
+    """Return the model check: structure, qconfig, findings of a calibration, and operators that ran untraced since."""
     known = set(prepared.stats.unseen) if prepared.stats else set()
     since = [
         Finding(op, "check", f"ran{at}{line} but not while the model was traced: left in float")
@@ -209,10 +209,10 @@ def check(prepared: Prepared) -> ModelCheck:
 
 
 def cost(prepared: Prepared, inputs: Any = None) -> CostReport:
-    """Predicted cost at batch 1, with its interval or the reason for a refusal; `shapes` in it says at what shapes.
+    """Predict the cost at batch 1, with its interval or the reason for a refusal; its `shapes` names the input shapes.
 
-    `inputs` (in the form of the example inputs) asks for another shape; without them it is that of the example's
-    first sample. Raises ModelError where the model does not run there.
+    The shapes are those of `inputs` (in the form of the example inputs), or of the first example sample. Raises
+    ModelError if the model does not run at these shapes.
     """
     graph = graph_at(prepared, prepared.sample if inputs is None else inputs)
     return predict(graph, prepared.applied, load_cost(prepared.march))
@@ -225,7 +225,7 @@ def _set_scales(prepared: Prepared) -> None:
 
 
 def _first(value: Any) -> Any:
-    """The first sample of a batch; batch first, as `prepare` asks for it."""
+    """Return the first sample of a batch, whose first dimension is the batch."""
     return value[:1].clone() if isinstance(value, Tensor) and value.ndim else value
 
 

@@ -1,7 +1,7 @@
-"""The float model and the one that was prepared from it, side by side: what an analysis runs on.
+"""The float model and the model that was prepared from it, which an analysis compares.
 
-The pair works in eval mode on one device. Whatever it changes for that (modes, hooks, places, a calibration under way)
-is put back when the work is done, also after an error.
+Both work in eval mode on one device. What is changed for that (modes, hooks, devices, a calibration in progress) is
+restored when the work is done, also after an error.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ Hook = Callable[..., Any]
 
 
 class ModelPair:
-    """`model` and what `qflow.prepare` made of it, to be worked on `device` (None: where `prepared` is).
+    """`model` and the model that `qflow.prepare` made of it, to be run on `device` (None: where `prepared` is).
 
-    Raises ModelError if they are not that, or not calibrated.
+    Raises ModelError for any other pair, or if `prepared` is not calibrated.
     """
 
     def __init__(self, model: nn.Module, prepared: Prepared, device: Any = None) -> None:
@@ -75,14 +75,14 @@ class ModelPair:
 
     @contextmanager
     def at_work(self, device: Any, *hooks: Hook | None) -> Iterator[torch.device]:
-        """Both models in eval mode on `device` (None: their usual one), with forward hooks; then as before."""
+        """Put both models in eval mode on `device` (None: that of the pair) with forward hooks; restore them after."""
         self._require_scales()
         places = {model: _place(model) for model in (self.model, self.prepared)}
         target = one_device(device) or self.device or places[self.prepared]
         modes = [(module, module.training) for model in places for module in model.modules()]
         prepared = self.prepared
         state = prepared._collect, prepared.ran, prepared.unseen
-        prepared._collect = None  # a calibration under way takes in no bad cases
+        prepared._collect = None  # a calibration in progress must not observe bad cases
         try:
             for model, place in places.items():
                 model.eval()
@@ -100,7 +100,7 @@ class ModelPair:
 
     @contextmanager
     def hooked(self, *hooks: Hook | None) -> Iterator[None]:
-        """Forward hooks on both models."""
+        """Register forward hooks on both models inside the block."""
         with ExitStack() as stack:
             for hook in filter(None, hooks):
                 for model in (self.model, self.prepared):
@@ -108,11 +108,11 @@ class ModelPair:
             yield
 
     def inputs(self, item: Any) -> Any:
-        """An item of the data as the model takes it. Raises DataError."""
+        """Return an item of the data in the form that the model takes. Raises DataError."""
         return inputs_of(self.model, self.prepared.sample, item)
 
     def outputs(self, case: Any, names: tuple[str, ...] | None) -> tuple[str, ...]:
-        """Names of the floating outputs on `case`, or those of `names`. Raises ConfigError for one there is not."""
+        """Return the names of the float outputs on `case`, or `names`. Raises ConfigError for a name of no output."""
         with torch.no_grad():
             found = [n for n, t in named_tensors(call_model(self.model, case)) if t.is_floating_point()]
         unknown = [n for n in names or () if n not in found]
@@ -121,7 +121,7 @@ class ModelPair:
         return tuple(found if names is None else names)
 
     def live(self, rows: Sequence[Candidate], case: Any) -> Sequence[Candidate]:
-        """Those of `rows` that reach an output on `case`; all where the model's calls cannot be followed."""
+        """Return those of `rows` that affect an output on `case`; all if the operator calls cannot be captured."""
         try:
             captured = capture(self.model, self.prepared.plan, case, 0.0)
         except ReplayError:
@@ -129,19 +129,19 @@ class ModelPair:
         patches = Ops(self.model, self.prepared, captured).patches
         return [row for row in rows if (row.variant.weight, row.variant.name) in patches]
 
-    # ---- what the prepared model is now
+    # ---- state of the prepared model
 
     @property
     def state(self) -> str:
-        """Changes with qconfig and scales."""
+        """Digest of qconfig and scales."""
         return digest({"qconfig": self.prepared.applied.digest, "scales": scales(self.prepared)})
 
     def refused(self, operator: str, spec: str) -> str:
-        """Why the device would not keep `spec` on `operator` beside the present qconfig; "" where it does."""
+        """Return why the device would not keep `spec` on `operator` beside the present qconfig; "" if it does."""
         return self._refused({operator: setting(spec)})
 
     def agreed(self, wanted: Sequence[tuple[str, str]]) -> dict[str, str | Mapping[str, str]]:
-        """Of (operator, spec) those that the device keeps beside the ones before: each alone may be kept, not all."""
+        """Return the (operator, spec) pairs that the device keeps together; of two that conflict, the earlier."""
         found: dict[str, str | Mapping[str, str]] = {}
         for operator, spec in wanted:
             more = {operator: setting(spec), **found}
@@ -168,12 +168,12 @@ class ModelPair:
 
 
 def only(names: Sequence[str]) -> Hook:
-    """A forward hook that leaves these outputs; it calls no operator, so that a replay does not see it."""
+    """Return a forward hook that returns these outputs only. It calls no operator, so that a replay does not see it."""
     return lambda module, inputs, outputs: {n: t for n, t in named_tensors(outputs) if n in names}
 
 
 def one_device(given: Any) -> torch.device | None:
-    """`device_ids` as one device; an int is a CUDA device. Raises ConfigError for several, or one there is not."""
+    """Return `device_ids` as one device; an int is a CUDA device. Raises ConfigError for several or a missing one."""
     ids = list(given) if isinstance(given, (list, tuple)) else [given]
     if len(ids) != 1:
         raise ConfigError(f"An analysis runs on one device, but got device_ids {ids}. Give one of them.")
@@ -181,7 +181,7 @@ def one_device(given: Any) -> torch.device | None:
         return None
     try:
         probe = torch.zeros(1, device=torch.device("cuda", ids[0]) if isinstance(ids[0], int) else torch.device(ids[0]))
-        probe.cpu()  # what meta refuses: a model that goes there does not come back
+        probe.cpu()  # raises on the meta device, from which a model cannot be moved back
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0].removesuffix(".")
         raise ConfigError(f"A device is one of this machine, but got {ids[0]!r} ({reason}). Leave it out.") from error
@@ -189,12 +189,12 @@ def one_device(given: Any) -> torch.device | None:
 
 
 def on(device: torch.device | str, inputs: Any) -> Any:
-    """The same structure with its tensors there."""
+    """Return the same structure with its tensors on `device`."""
     return tree_map(lambda v: v.detach().to(device) if isinstance(v, Tensor) else v, inputs)
 
 
 def same(a: Any, b: Any) -> bool:
-    """True where the tensors of two inputs are equal; NaN equals NaN."""
+    """Return whether the tensors of two inputs are equal; NaN equals NaN."""
     pairs = zip(tree_leaves(a), tree_leaves(b), strict=False)
     return all(_equal(x, y) for x, y in pairs if isinstance(x, Tensor) and isinstance(y, Tensor))
 

@@ -1,15 +1,16 @@
 """The plugin's setters, templates and qconfigs under its own names (3.0.x; reference, sections 2.2 to 2.7).
 
-Thin aliases over qflow's rules: a setter tuple that was written for the plugin works in `resolve`, mixed with qflow's
-own. Calibration setters carry the observer mse, QAT setters minmax, fixed_act ones keep the scale (`frozen`). What
-differs from the plugin, on purpose:
+The names are thin aliases of qflow's setters: a tuple of setters that was written for the plugin works in `resolve`,
+also together with qflow's own. Calibration setters set the observer mse, QAT setters minmax, and those with fixed_act
+keep the scale (`frozen`). These differences from the plugin are on purpose:
 
-    constants    follow the operator that reads them under every setter (the plugin: only with its const template)
-    names        one that no operator answers to is refused; trailing parts are cut first, as the plugin does
-    int16        is calibrated with minmax times a margin whatever the observer says (it clips before it rounds badly)
+    constants    follow the operator that reads them under every setter (in the plugin only with its const template)
+    names        that match no operator are refused; trailing parts are cut first, as in the plugin
+    int16        is calibrated with minmax times a margin under any observer, because int16 suffers more from clipping
+                 than from rounding
     all fp16     is refused by apply_rules on a march whose GEMMs have no float path (nash-e, nash-m)
 
-Sensitivity setters count table rows as the plugin does; pass counting="operators" for qflow's count.
+Sensitivity setters count table rows as the plugin does; counting="operators" selects qflow's count.
 """
 
 from __future__ import annotations
@@ -82,10 +83,11 @@ def get_qconfig(
     out_dtype: object = "qint8",
     fix_scale: bool = False,
 ) -> OpQConfig:
-    """The plugin's get_qconfig (2.2). Dtypes by name or as torch dtypes; a list of in_dtypes goes by position.
+    """Return a qconfig as the plugin's get_qconfig (2.2) does. Dtypes are names or torch dtypes.
 
-    `out_dtype=None` asks for a high-precision output, `fix_scale` keeps the calibrated scale in QAT (it is no fixed
-    scale). Weights are observed with minmax per output channel whatever `observer` is. Raises ConfigError.
+    A list as `in_dtype` goes by input position. `out_dtype=None` asks for a high-precision output. `fix_scale` keeps
+    the calibrated scale in QAT (it sets no fixed scale). Weights are observed with minmax per output channel whatever
+    `observer` is. Raises ConfigError.
     """
     inputs = in_dtype if isinstance(in_dtype, (list, tuple)) else [in_dtype]
     asked = tuple(None if d is None else QDtype.parse(d, "in_dtype") for d in inputs)
@@ -116,38 +118,38 @@ default_qat_8bit_weight_32bit_out_fake_quant_qconfig = get_qconfig("minmax", out
 # 2.5: templates
 @dataclass(frozen=True)
 class DefaultTemplate:
-    """Answers with nothing: TemplateQconfigSetter ends with its default qconfig anyway."""
+    """Returns None, because TemplateQconfigSetter returns its default qconfig last anyway."""
 
     def __call__(self, node: OpNode, graph: ModelGraph) -> OpQConfig | None:
         return None
 
 
 class ConstTensorQuantTemplate(DefaultTemplate):
-    """Answers with nothing: `resolve` lets every constant follow the operator that reads it."""
+    """Returns None, because `resolve` gives every constant the dtype of the operator that reads it."""
 
 
 def AllInt8Template() -> TemplateSetter:
-    """Every output int8."""
+    """Set every output to int8."""
     return TemplateSetter(qint8)
 
 
 def AllInt16Template() -> TemplateSetter:
-    """Every output int16."""
+    """Set every output to int16."""
     return TemplateSetter(qint16)
 
 
 def GEMMToLayerNormInt16Template() -> UpToGemm:
-    """Upstream of every layer norm to the first GEMM: int16."""
+    """Set all operators upstream of every layer norm, up to the first GEMM, to int16."""
     return GEMM_TO_LAYER_NORM_INT16
 
 
 def GEMMToSoftmaxInt16Template() -> UpToGemm:
-    """Upstream of every softmax to the first GEMM: int16."""
+    """Set all operators upstream of every softmax, up to the first GEMM, to int16."""
     return GEMM_TO_SOFTMAX_INT16
 
 
 def GEMMToGridSampleGridInt16Template() -> UpToGemm:
-    """Upstream of the grid of every grid_sample to the first GEMM: int16."""
+    """Set all operators upstream of the grid of every grid_sample, up to the first GEMM, to int16."""
     return GEMM_TO_GRID_INT16
 
 
@@ -180,10 +182,10 @@ all_fp16_qconfig_setter = TemplateQconfigSetter(get_qconfig(None, float16, float
 
 
 class ModuleNameQconfigSetter(ModuleNameSetter):
-    """Explicit names -> get_qconfig(...), or any form of ModuleNameSetter.
+    """Maps operator or module names to get_qconfig(...), or to any form that ModuleNameSetter takes.
 
-    A name inside a composite operator (`norm3.var_mean.pre_mean`) means the whole of it: trailing parts are cut until
-    an operator answers. A name that is left with none is refused.
+    A name inside a composite operator (`norm3.var_mean.pre_mean`) means the whole operator: trailing parts are cut
+    until the name matches an operator. A name that matches none is refused.
     """
 
     def __init__(self, module_name_to_qconfig: Mapping[str, str | Mapping[str, Any] | OpQConfig]) -> None:
@@ -193,11 +195,11 @@ class ModuleNameQconfigSetter(ModuleNameSetter):
         return self._cut(graph).__call__(node, graph)
 
     def check(self, graph: ModelGraph) -> None:
-        """Refuse a name that no operator answers to, whatever is cut off."""
+        """Raise ConfigError for a name that matches no operator, whatever is cut off."""
         self._cut(graph).check(graph)
 
     def _cut(self, graph: ModelGraph) -> ModuleNameSetter:
-        """The same settings by the operators' own names; kept for the graph that was asked last."""
+        """Return the same settings under the operators' own names; the result for the last graph is cached."""
         graph_before, setter = self.__dict__.get("last", (None, self))
         if graph_before is graph:
             return setter  # type: ignore[no-any-return]
@@ -211,7 +213,7 @@ class ModuleNameQconfigSetter(ModuleNameSetter):
 
 
 def _shortened(name: str, operators: Sequence[str]) -> str:
-    """`name`, or what is left of it when trailing parts are cut until it is an operator; `name` where none is."""
+    """Return `name` with trailing parts cut until it is an operator, or unchanged if that never happens."""
     if any(covers(name, op) for op in operators):
         return name
     part = name
@@ -231,9 +233,9 @@ def get_sensitive_op_qconfig_setter(
     ratio: float | None = None,
     counting: str = "rows",
 ) -> TableSetter:
-    """The top rows of a sensitivity table, of `sensitive_type` and `origin_dtype`, get `default_qconfig`.
+    """Set `default_qconfig` for the top rows of `sensitive_type` and `origin_dtype` in a sensitivity table.
 
-    `sensitive_type` is activation, weight, or both. Exactly one of `topk` and `ratio`. Raises ConfigError.
+    `sensitive_type` is activation, weight or both. Give exactly one of `topk` and `ratio`. Raises ConfigError.
     """
     return TableSetter(
         table_rows(sensitive_table),
@@ -249,7 +251,7 @@ def get_sensitive_op_qconfig_setter(
 def sensitive_op_calibration_8bit_weight_16bit_act_qconfig_setter(
     table: Any, topk: int | None = None, ratio: float | None = None, counting: str = "rows"
 ) -> TableSetter:
-    """Top activation rows to int16, for calibration."""
+    """Set the operators of the top activation rows to int16, for calibration."""
     qconfig = default_calib_8bit_weight_16bit_act_fake_quant_qconfig
     return get_sensitive_op_qconfig_setter("activation", qint8, qconfig, table, topk, ratio, counting)
 
@@ -257,7 +259,7 @@ def sensitive_op_calibration_8bit_weight_16bit_act_qconfig_setter(
 def sensitive_op_qat_8bit_weight_16bit_act_qconfig_setter(
     table: Any, topk: int | None = None, ratio: float | None = None, counting: str = "rows"
 ) -> TableSetter:
-    """Top activation rows to int16, for QAT."""
+    """Set the operators of the top activation rows to int16, for QAT."""
     qconfig = default_qat_8bit_weight_16bit_act_fake_quant_qconfig
     return get_sensitive_op_qconfig_setter("activation", qint8, qconfig, table, topk, ratio, counting)
 
@@ -265,21 +267,21 @@ def sensitive_op_qat_8bit_weight_16bit_act_qconfig_setter(
 def sensitive_op_qat_8bit_weight_16bit_fixed_act_qconfig_setter(
     table: Any, topk: int | None = None, ratio: float | None = None, counting: str = "rows"
 ) -> TableSetter:
-    """Top activation rows to int16, for QAT with the calibrated activation scales."""
+    """Set the operators of the top activation rows to int16, for QAT with the calibrated activation scales."""
     qconfig = default_qat_8bit_weight_16bit_fixed_act_fake_quant_qconfig
     return get_sensitive_op_qconfig_setter("activation", qint8, qconfig, table, topk, ratio, counting)
 
 
-# As the manual's last example spells them.
+# These names are those of the last example in the plugin's manual.
 sensitive_op_8bit_weight_16bit_act_calibration_setter = sensitive_op_calibration_8bit_weight_16bit_act_qconfig_setter
 sensitive_op_8bit_weight_16bit_act_qat_setter = sensitive_op_qat_8bit_weight_16bit_act_qconfig_setter
 
 
 def plugin_ranking(setters: Setter | Sequence[Setter], graph: ModelGraph) -> list[str] | None:
-    """What the plugin's canonicaliser ranks the inputs of a matmul by (2.8), for `apply_rules(ranking=...)`.
+    """Return the order by which the plugin's canonicaliser ranks the inputs of a matmul (2.8), for `apply_rules`.
 
-    Operators in the order of the keys of all name setters, sensitivity setters included; None where the tuple holds
-    no such setter: then the producer that comes first keeps int16.
+    It holds the operators in the order of the keys of all name setters, sensitivity setters included. It is None if
+    `setters` has no such setter; then the producer that comes first keeps int16.
     """
     rules = setters if isinstance(setters, Sequence) else (setters,)
     keys: list[str] = []

@@ -1,4 +1,4 @@
-"""The guide's accuracy debugging as a library, under the names of the plugin's `QuantAnalysis`.
+"""The guide's accuracy debugging in Python, under the names of the plugin's `QuantAnalysis`.
 
     qa = qflow.QuantAnalysis(float_net, calibration_model, "fake_quant")
     qa.auto_find_bad_case(dataloader)
@@ -7,9 +7,9 @@
     table = qa.sensitivity()
     qflow.to_frame(table)               # any record as a pandas frame
 
-What differs from the plugin, on purpose: a bad case is one sample, not one item of the loader; the worst over all
-outputs compares each with its own mean, so that an output of large numbers does not always win; `.pt` files hold
-builtin types only. Cached attributes (state from call to call) and several devices are refused.
+These differences from the plugin are on purpose: a bad case is one sample, not one item of the loader; the worst over
+all outputs compares each output with its own mean, so that an output of large numbers does not always decide; `.pt`
+files hold builtin types only. Cached attributes (state from call to call) and several devices are refused.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ from qflow.core.settings import COMPARISONS, SensitivitySettings
 from qflow.quant.replay.capture import ReplayError
 from qflow.quant.trace.calling import batch_size, copied
 
-SPARE = 4  # samples whose inputs are kept at least: means shift during the search, and with them who is worst
+SPARE = 4  # at least so many inputs are kept, because the means and thus the ranking change during the search
 
 
 class QuantAnalysis:
-    """Why a calibrated model differs from float: bad cases, layer by layer, sensitivity, advice.
+    """Analyses why a calibrated model differs from float: bad cases, layer comparison, sensitivity, advice.
 
     Every method returns its record (`qflow.to_frame` makes a pandas frame of it) and writes the plugin's files into
-    `out_dir`. Models are used in eval mode on one device, and left as they were.
+    `out_dir`. The models run in eval mode on one device, and their state is restored afterwards.
     """
 
     def __init__(
@@ -72,16 +72,16 @@ class QuantAnalysis:
         post_process: Callable[..., Any] | None = None,
         out_dir: str | Path = "./horizon_quant_analysis",
     ) -> None:
-        """`analysis_model` is what `qflow.prepare` made of `baseline_model`, calibrated.
+        """Take the float model and the calibrated model that `qflow.prepare` made of it.
 
-        `post_process(module, inputs, outputs)` is a forward hook of both models while outputs are compared: what it
-        gives is compared. `device_ids` is the one device to work on (an int is a CUDA device); None is where the
-        analysis model is. Raises ConfigError or ModelError.
+        `post_process(module, inputs, outputs)` is a forward hook on both models whose return values are compared as
+        outputs. `device_ids` is the device to run on (an int is a CUDA device); None is the device of the analysis
+        model. Raises ConfigError or ModelError.
         """
         if analysis_model_type != "fake_quant":
             raise ConfigError(
                 f"analysis_model_type is fake_quant here, but got {analysis_model_type!r}. The plugin's others "
-                "(quantized, hbir, pre_export, export, convert) compare what it exports: take its own QuantAnalysis."
+                "(quantized, hbir, pre_export, export, convert) compare what it exports: use its own QuantAnalysis."
             )
         if post_process is not None and not callable(post_process):
             raise ConfigError(
@@ -109,11 +109,11 @@ class QuantAnalysis:
         """Search all items of `data_generator`, or `num_steps` of them, and set the worst sample as the bad case.
 
         An item is what the model takes (a tuple or list is splatted, a dict becomes keywords); what the example inputs
-        did not have, as targets, is left out. `metric` is Cosine, MSE, L1, KL, SQNR or Atol in any case, or `custom`
-        with `custom_metric_func(float output, calibrated output)`, a number for one sample `[1, ...]`, and its order
-        from bad to good, `ascending` or `descending`. `topk` samples are kept as bad cases; sensitivity runs on all.
-        By `compare="fair"` they are those of the largest sum over outputs of distance / mean distance of the output; by
-        `"raw"`, as in the plugin, those of the worst number in any output.
+        lacked, such as targets, is left out. `metric` is Cosine, MSE, L1, KL, SQNR or Atol in upper or lower case, or
+        `custom` with `custom_metric_func(float output, calibrated output)`, which returns a number for one sample
+        `[1, ...]`, and its order from bad to good, `ascending` or `descending`. The `topk` worst samples become bad
+        cases, on all of which sensitivity runs. With `compare="fair"` the worst have the largest sum over outputs of
+        distance / mean distance of the output; with `"raw"`, as in the plugin, the worst number in any output.
         Writes badcase.txt, badcase.pt and all_badcase_info.pt. Raises ConfigError or DataError.
         """
         refuse_cached(cached_attrs)
@@ -145,7 +145,7 @@ class QuantAnalysis:
     def set_bad_case(
         self, data: Any, baseline_model_cached_attr: Any = None, analysis_model_cached_attr: Any = None
     ) -> SavedBadcases:
-        """Take `data`, an item as in `auto_find_bad_case`, as the bad case.
+        """Set `data`, an item as in `auto_find_bad_case`, as the bad case.
 
         Raises DataError if the models do not take it, or if it holds NaN.
         """
@@ -159,15 +159,15 @@ class QuantAnalysis:
         """Write the bad case to badcase.pt in `out_dir`. Raises DataError for other types than tensors and builtins."""
         inputs = self._held().inputs
         table = BadcaseTable(1, {}, {}, dict.fromkeys(COMPARISONS, 0), "L1", (0,))
-        with tempfile.TemporaryDirectory(dir=self.out_dir) as folder:  # what a search has left there stays
+        with tempfile.TemporaryDirectory(dir=self.out_dir) as folder:  # the other files of a search are kept
             save_badcases(Path(folder), table, BadcaseInputs({0: inputs}))
             return (Path(folder) / CASE_FILE).replace(self.out_dir / CASE_FILE)
 
     def load_bad_case(self, filename: str | Path | None = None) -> SavedBadcases:
-        """Take the bad case of `out_dir` or of another folder, with what its search found if that lies beside it.
+        """Set the bad case saved in `out_dir` or another folder, with the result of its search if that is there too.
 
-        All `topk` bad cases come back; one in files that do not say what was chosen. Raises DataError if there is none,
-        or if the models do not take it.
+        All `topk` bad cases are restored, or one if the files do not name the chosen ones. Raises DataError if there
+        is none, or if the models do not take it.
         """
         path = self.out_dir if filename is None else Path(filename)
         folder = path.parent if path.name == CASE_FILE else path
@@ -179,7 +179,7 @@ class QuantAnalysis:
         saved = dataclasses.replace(saved, inputs=self.pair.inputs(saved.inputs), samples=samples)
         require_fit(self.pair, saved.inputs, "a bad case")
         alike = tuple(i for i, (x, _) in samples.items() if same(x, saved.inputs))
-        if not alike:  # set by hand after the search
+        if not alike:  # the bad case was set by hand after the search
             return self._set(dataclasses.replace(saved, index={}, worst={}, chosen=()))
         own = saved.chosen[:1] and saved.chosen[0] in alike
         return self._set(dataclasses.replace(saved, chosen=saved.chosen if own else alike[:1]))
@@ -189,8 +189,8 @@ class QuantAnalysis:
     def run(self, device: Any = None, index: int | None = None) -> LayerTable:
         """Run both models on the bad case, or on searched sample `index`, and compare every operator.
 
-        Nothing is dumped: values are compared on the way. Raises ConfigError without a bad case or for another index,
-        ReplayError where the model's calls cannot be run one by one.
+        Values are compared while the models run, and nothing is dumped. Raises ConfigError without a bad case or for
+        an index that is not kept, ReplayError if the operator calls of the model cannot be replayed.
         """
         case = self._case(index)
         with self.pair.at_work(device) as target:
@@ -199,10 +199,10 @@ class QuantAnalysis:
         return table
 
     def compare_per_layer(self, prefixes: Names = None, types: Names = None) -> LayerTable:
-        """The comparison of the last `run` (which is run if there is none), its rows filtered.
+        """Return the comparison of the last `run` (`run` is called if there is none) with its rows filtered.
 
-        Either filter is enough: `prefixes` of names, `types` by class, full name or its last part, of the float or the
-        calibrated model (`Conv2dBNReLU`). Writes compare_per_layer_out.txt and .csv.
+        A row stays if either filter matches: `prefixes` of names, or `types` (a class, a full name or its last part) of
+        the float or the calibrated model (`Conv2dBNReLU`). Writes compare_per_layer_out.txt and .csv.
         """
         table = filtered(self._last("layers") or self.run(), *filters(prefixes, types))
         if not table.rows:
@@ -221,12 +221,12 @@ class QuantAnalysis:
         types: Names = None,
         method: str = "exact",
     ) -> SensitivityTable:
-        """Each quantizer alone, on the bad cases and the worst sample of each output under `metric`.
+        """Measure each quantizer alone, on the bad cases and the worst sample of each output under `metric`.
 
-        `output_names` are the outputs that count, `prefixes` and `types` the rows that are measured (as in
-        `compare_per_layer`). `reverse` lists the least sensitive first; the files, which setters read, keep the most
-        sensitive first: output_<name>_<metric>_sensitive_ops.txt and .pt, and one `merged`. `method` is exact,
-        screened or estimate. Raises ConfigError.
+        `output_names` are the outputs to compare; `prefixes` and `types` choose the rows to measure (as in
+        `compare_per_layer`). `reverse` returns the least sensitive first. The files, which setters read, always have
+        the most sensitive first: output_<name>_<metric>_sensitive_ops.txt and .pt, and one `merged`. `method` is
+        exact, screened or estimate. Raises ConfigError.
         """
         settings = SensitivitySettings(metric=metric_name(metric, COMPARISONS), method=method)
         names = None if output_names is None else names_of(output_names)
@@ -243,10 +243,10 @@ class QuantAnalysis:
         return dataclasses.replace(table, rows=table.rows[::-1]) if reverse else table
 
     def advise(self) -> tuple[Advice, ...]:
-        """What to change, by expected gain, from the last sensitivity and comparison (which are run if there is none).
+        """Return what to change, by expected gain, from the last sensitivity and comparison (run if there is none).
 
-        Where layers cannot be compared, from sensitivity and calibration alone. `setter` applies it. Writes
-        abnormal_layer_advisor.txt. Raises ModelError without calibration statistics.
+        If layers cannot be compared, the advice follows from sensitivity and calibration alone. `setter` applies it.
+        Writes abnormal_layer_advisor.txt. Raises ModelError without calibration statistics.
         """
         stats = self.pair.prepared.stats
         if stats is None:
@@ -260,11 +260,11 @@ class QuantAnalysis:
         return found
 
     def setter(self, advice: Sequence[Advice]) -> ModuleNameQconfigSetter:
-        """What `advice` asks for, to stand before other setters; without what the device bars beside earlier advice."""
+        """Return a setter for `advice`, to precede others; without advice that the device bars beside earlier one."""
         return ModuleNameQconfigSetter(self.pair.agreed([(a.target, a.spec) for a in advice if a.spec]))
 
     def clean(self) -> None:
-        """Forget what `run` and `sensitivity` found; bad cases and files stay. There are no dumps to delete."""
+        """Forget the tables of `run` and `sensitivity`. Bad cases and files stay; there are no dumps to delete."""
         self._done.clear()
 
     def _set(self, cases: SavedBadcases) -> SavedBadcases:
@@ -279,7 +279,7 @@ class QuantAnalysis:
         return self._cases
 
     def _case(self, index: int | None) -> Any:
-        """Inputs of the bad case, or of a sample that the search kept."""
+        """Return the inputs of the bad case, or of sample `index` that the search kept."""
         held = self._held()
         if index is not None and index not in held.samples:
             kept = f"index is a sample whose inputs the search kept ({', '.join(map(str, held.samples)) or 'none'})"
@@ -287,12 +287,12 @@ class QuantAnalysis:
         return held.inputs if index is None else held.samples[index][0]
 
     def _worst(self, metric: str, outputs: Sequence[str]) -> list[Any]:
-        """Inputs of the bad cases, then of the worst sample of each of `outputs` under `metric`."""
+        """Return the inputs of the bad cases, then of the worst sample of each of `outputs` under `metric`."""
         held = self._held()
         wanted = [*held.chosen, *(held.index[name].get(metric, -1) for name in outputs if name in held.index)]
         return [held.samples[i][0] for i in dict.fromkeys(wanted) if i in held.samples] or [held.inputs]
 
     def _last(self, what: str) -> Any:
-        """The last table of this kind, unless qconfig or scales have changed since."""
+        """Return the last table of this kind, or None if qconfig or scales have changed since."""
         state, table = self._done.get(what, ("", None))
         return table if state == self.pair.state else None

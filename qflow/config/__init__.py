@@ -1,8 +1,8 @@
-"""Hydra: schemas, composition, the search grammar, building a task from `_target_`s.
+"""The configuration: Hydra schemas, composition, the search grammar, and building a task from `_target_`s.
 
-The only home of hydra. A configuration is checked in three steps before any heavy import: Hydra composes it against the
-schemas (unknown keys, types), `trial_settings` builds the records of core/settings.py (illegal values), and every value
-that the search space can propose goes through the same two steps.
+No other package imports hydra. A configuration is checked in three steps before any heavy import: Hydra composes it
+against the schemas (unknown keys, types), `trial_settings` builds the records of core/settings.py (illegal values), and
+every value that the search space can propose goes through the same two steps.
 """
 
 __all__ = ["build", "command", "command_schema", "device_cost", "device_file", "overrides", "settings", "space"]

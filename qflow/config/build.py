@@ -1,4 +1,4 @@
-"""Objects from `_target_`s: the user's model, data, metric and loss."""
+"""Building objects from `_target_`s: the user's model, data, metric and loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def build_task(config: DictConfig) -> Task:
-    """Import and call the `_target_`s of the task. Raises ConfigError where one cannot be found or called."""
+    """Import and call the `_target_`s of the task. Raises ConfigError if one cannot be found or called."""
     from qflow.tasks.task import Task, make_task
 
     node = config.task
@@ -42,9 +42,10 @@ def build_task(config: DictConfig) -> Task:
 
 
 def build_training(config: DictConfig) -> Training | None:
-    """Loss, optimizer and scheduler of `qat`; None without a loss. Raises ConfigError for a `_target_` that fails.
+    """Return loss, optimizer and scheduler of `qat`; None without a loss. Raises ConfigError for a failing `_target_`.
 
-    A function is called with (outputs, batch), a class is made first; optimizer and scheduler get what they work on.
+    A loss function is called with (outputs, batch); a loss class is instantiated first. Optimizer and scheduler are
+    made later, with the parameters and the optimizer as arguments.
     """
     from hydra.utils import get_object
 
@@ -65,7 +66,7 @@ def build_training(config: DictConfig) -> Training | None:
 
 
 def get_function(name: str, where: str) -> Callable[..., Any]:
-    """The function at a dotted name. Raises ConfigError."""
+    """Return the function with this dotted name. Raises ConfigError."""
     from hydra.utils import get_method
 
     try:

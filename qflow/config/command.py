@@ -1,4 +1,4 @@
-"""The way in for every `python -m qflow.<door>`: compose, check, act, and end with one line and a code."""
+"""The frame of every `python -m qflow.<command>`: it composes and checks the configuration, runs, and exits."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from qflow.process.waiting import wait_briefly
 UNQUOTED = (
     "A range inside braces is text, but got one without quotes. Write key='{a: \"choice(1,2)\"}', or key.a=choice(1,2)."
 )
-DEFECT = 3  # exit code of an unforeseen error; 0, 1 and 2 have their meanings
+DEFECT = 3  # exit code of an unforeseen error (docs/commands.md lists all codes)
 
 
 def run_command(name: str, act: Callable[[DictConfig], int], argv: Sequence[str] | None = None) -> NoReturn:
-    """Compose conf/<name>.yaml with the command line and call `act`; exit with its code, or 2 in one line.
+    """Compose conf/<name>.yaml with the command line, call `act` and exit with the code that it returns.
 
-    Hydra's own flags (--help, --cfg job, --shell-completion, --config-dir) work. With QFLOW_DEBUG=1 errors keep
-    their traceback.
+    A QflowError is printed as one line and exits with 2; with QFLOW_DEBUG=1 it keeps its traceback. Hydra's own flags
+    (--help, --cfg job, --shell-completion, --config-dir) work.
     """
     import hydra
 
     wait_briefly()
     keep_freed_memory()
     debug = os.environ.get("QFLOW_DEBUG", "") not in ("", "0")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of to Hydra's own printer
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
     warnings.filterwarnings("ignore", message=".*version_base.*")
-    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it raises, and we print that
-    sys.path.insert(0, os.getcwd())  # the user's own task lies in the folder the user is in
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs errors that it raises too
+    sys.path.insert(0, os.getcwd())  # the user's own task is found from the working folder
     register_schemas()
     arguments = list(sys.argv[1:] if argv is None else argv)
     ends: list[int | BaseException] = []
@@ -52,7 +52,7 @@ def run_command(name: str, act: Callable[[DictConfig], int], argv: Sequence[str]
         try:
             require_known(config, name)
             ends.append(act(config))
-        except (Exception, KeyboardInterrupt) as error:  # raised again below, past Hydra's own printing
+        except (Exception, KeyboardInterrupt) as error:  # raised again below, outside of Hydra
             ends.append(error)
 
     try:
@@ -62,11 +62,11 @@ def run_command(name: str, act: Callable[[DictConfig], int], argv: Sequence[str]
         if ends and isinstance(ends[0], BaseException):
             raise ends[0]
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our lines has enough
+    except BrokenPipeError:  # the reader of our output has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None  # as the shell has it for SIGPIPE: 1 is a goal that is missed
+        raise SystemExit(141) from None  # the shell's code for SIGPIPE; 1 would mean a missed goal
     except KeyboardInterrupt:
-        _fail("Interrupted. What is finished is kept; the same command goes on from there.", 130)
+        _fail("Interrupted. Finished trials are kept; the same command continues from there.", 130)
     except QflowError as error:
         if debug:
             raise
@@ -75,7 +75,7 @@ def run_command(name: str, act: Callable[[DictConfig], int], argv: Sequence[str]
         if debug:
             raise
         _fail(explain(error, name))
-    except Exception:  # a defect of ours, or of code that a task brings: not to be taken for a missed goal
+    except Exception:  # a defect of qflow or of the user's code, which needs a code of its own
         traceback.print_exc()
         raise SystemExit(DEFECT) from None
     raise SystemExit(ends[0] if ends else 0)
@@ -87,23 +87,23 @@ def _fail(message: str, code: int = 2) -> NoReturn:
 
 
 def require_known(config: DictConfig, name: str) -> None:
-    """Refuse keys that no schema has: `+key=value` would add them unseen. Raises ConfigError."""
+    """Raise ConfigError for keys that are not in the schema; `+key=value` would add them without an error."""
     try:
-        unresolved = OmegaConf.create(OmegaConf.to_container(config, resolve=False))  # as text: schemas forgotten
+        unresolved = OmegaConf.create(OmegaConf.to_container(config, resolve=False))  # plain containers, without schema
         OmegaConf.merge(OmegaConf.structured(SCHEMAS[name]), unresolved)
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error, name)) from error
 
 
 def experiments() -> list[str]:
-    """Names of the experiments that run a workflow of qflow.tune."""
+    """Return the names of the experiments that run a workflow of qflow.tune."""
     return sorted(p.stem for p in (conf_dir() / "experiment").glob("*.yaml") if "\nworkflow:" in p.read_text())
 
 
 def explain(error: Exception, config: str = "tune") -> str:
-    """One line for what Hydra or OmegaConf found wrong: the key or value, and those that exist."""
+    """Return one line for an error of Hydra or OmegaConf, with the key or value and those that exist."""
     if isinstance(error, YAMLError):
-        return f"A configuration file is YAML, but got {' '.join(str(error).split())}. Mend that line."
+        return f"A configuration file is YAML, but got {' '.join(str(error).split())}. Correct that line."
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__

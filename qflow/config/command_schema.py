@@ -1,4 +1,4 @@
-"""What the configuration of each command may hold, put together from the groups of schema.py, and where conf/ lies."""
+"""The schema of each command, composed from the groups of schema.py, and the location of conf/."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class TuneSchema:
     """`python -m qflow.tune`."""
 
     workflow: str = MISSING
-    """File in workflows/ that runs the stages; set by +experiment=<name>."""
+    """The file in workflows/ that runs the stages; +experiment=<name> sets it."""
     study: str = "${task.name}/${workflow}"
-    """Name of the study; the same name goes on where it stopped."""
+    """Name of the study; a study with an existing name continues."""
     seed: int = 0
     root: str = MISSING
     task: TaskSchema = field(default_factory=TaskSchema)
@@ -49,38 +49,38 @@ class TuneSchema:
 
 @dataclass(kw_only=True)
 class CheckSchema(TuneSchema):
-    """`python -m qflow.check`: the keys of a study, those that concern the model, its qconfig and calibration."""
+    """`python -m qflow.check`: has the keys of a study, and uses those of the model, its qconfig and calibration."""
 
 
 @dataclass(kw_only=True)
 class AnalyzeSchema(TuneSchema):
-    """`python -m qflow.analyze`: which analyses."""
+    """`python -m qflow.analyze`: the keys of a study, and the analyses to run."""
 
     stages: list[str] = field(default_factory=lambda: ["badcase", "layers", "sensitivity", "advice"])
-    """badcase, layers, sensitivity, advice; qat_debug by itself."""
+    """Any of badcase, layers, sensitivity, advice; or qat_debug alone."""
     prefixes: list[str] = field(default_factory=list)
-    """Operators of the layer table by the start of their name; all where neither prefixes nor types are given."""
+    """Operators of the layer table, by the start of their name; all if neither prefixes nor types are given."""
     types: list[str] = field(default_factory=list)
-    """Operators of the layer table by type."""
+    """Operators of the layer table, by type."""
 
 
 @dataclass(kw_only=True)
 class CostCommandSchema(TuneSchema):
-    """`python -m qflow.cost`: a qconfig's cost, or `fit` the parameters."""
+    """`python -m qflow.cost`: the cost of a qconfig, or `fit`, which fits the parameters of the model."""
 
     mode: str = "report"
     """report or fit."""
     data: str | None = None
-    """fit: CSV file of networks and their measured times."""
+    """For fit: CSV file of networks and their measured times."""
     out: str | None = None
-    """fit: device file to write, or whose cost to renew."""
+    """For fit: device file to write, or whose cost section to replace."""
     fps: float | None = None
-    """Frame rate at which bandwidth is stated; null takes the saturated one."""
+    """Frame rate at which bandwidth is printed; null takes the rate of a fully loaded BPU."""
 
 
 @dataclass(kw_only=True)
 class PromoteSchema(TuneSchema):
-    """`python -m qflow.promote`: which run, or the best of which study."""
+    """`python -m qflow.promote`: the run to promote, or the study whose best run it promotes."""
 
     run: str | None = None
     """MLflow run id of a trial; null takes the best trial of `study`."""
@@ -88,7 +88,7 @@ class PromoteSchema(TuneSchema):
 
 @dataclass(kw_only=True)
 class TrainingSchema:
-    """Arguments of workflows/train_float.py::train, the loss, and where the weights go."""
+    """The arguments of workflows/train_float.py::train, the loss, and the output file of the weights."""
 
     loss: str = MISSING
     epochs: int = MISSING
@@ -132,7 +132,7 @@ GROUPS = (
 
 
 def conf_dir() -> Path:
-    """The shipped configuration: conf/ of the repository, or qflow/conf in a wheel."""
+    """Return the folder of the shipped configuration: conf/ of the repository, or qflow/conf in a wheel."""
     spec = importlib.util.find_spec("qflow.conf")
     if spec is not None and spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations))).resolve()
@@ -140,7 +140,7 @@ def conf_dir() -> Path:
 
 
 def register_schemas() -> None:
-    """Make the schemas known to Hydra under the names that conf/*.yaml use."""
+    """Register the schemas with Hydra under the names that conf/*.yaml use."""
     store = ConfigStore.instance()
     for name, node in SCHEMAS.items():
         store.store(name=f"{name}_schema", node=node)

@@ -1,4 +1,4 @@
-"""The cost section of a device file from a fitted model: written anew, or renewed in a file that is there."""
+"""Writing a fitted cost model to a device file, either to a new one or in place of the cost section."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 
 def write_cost(model: CostModel, path: Path, rules: DeviceRules) -> None:
-    """Write `model` to the device file `path`: in place of its cost section, which must be its last, or as a new
-    file of a device with `rules`. Raises ConfigError, also for a file of another march.
+    """Write `model` to the device file `path`, in place of its cost section, which must be the last section.
+
+    If there is no file, a new one is written for a device with `rules`. Raises ConfigError, also for a file of another
+    march.
     """
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"A fitted device file is a .yaml file, but got {path}. Name it so.")
@@ -33,7 +35,7 @@ def write_cost(model: CostModel, path: Path, rules: DeviceRules) -> None:
 
 
 def _head(path: Path, march: str) -> str:
-    """All that a device file holds before its cost section."""
+    """Return the text of a device file before its cost section."""
     head, found, rest = path.read_text().partition("\ncost:\n")
     if not found or any(line and not line.startswith((" ", "#")) for line in rest.splitlines()):
         raise ConfigError(f"A device file ends with its cost section, but got another order in {path}. Move it.")
@@ -45,7 +47,7 @@ def _head(path: Path, march: str) -> str:
 
 
 def _new_head(rules: DeviceRules) -> str:
-    """The shipped device that has these rules, to start from; without one, the rules themselves."""
+    """Return the head of a new file: a shipped device with these rules as default, else the rules themselves."""
     for name in [rules.march, *device_names()]:
         if load_rules(name) == rules:
             return f"defaults: [{name}, _self_]\n"
@@ -54,7 +56,7 @@ def _new_head(rules: DeviceRules) -> str:
 
 
 def cost_section(model: CostModel) -> str:
-    """`cost:` as YAML, one parameter a line, factors as [lowest, likely, highest]."""
+    """Return `cost:` as YAML with one parameter per line, and factors as [lowest, likely, highest]."""
     lines = ["cost:"]
     for f in fields(model):
         value: Any = getattr(model, f.name)
@@ -69,7 +71,7 @@ def cost_section(model: CostModel) -> str:
         else:
             lines.append(f"  {f.name}: {'null' if value is None else _scalar(value)}")
     text = "\n".join(lines) + "\n"
-    OmegaConf.create(text)  # what is written can be read
+    OmegaConf.create(text)  # raises if the text cannot be read
     return text
 
 

@@ -1,7 +1,7 @@
-"""Device files for library users: conf/device/<name>.yaml by name, or a file of one's own, as checked records.
+"""Device files for the Python interface: conf/device/<name>.yaml by name, or a user's file, read into checked records.
 
-A file holds `march`, `oe_version`, `rules` (DeviceRules) and `cost` (CostModel); it may start from another one beside
-it or from a shipped one, as in Hydra: `defaults: [nash-m, _self_]`. The doors take the same file from any folder:
+A file holds `march`, `oe_version`, `rules` (DeviceRules) and `cost` (CostModel). As in Hydra, it may start from another
+file in its folder or from a shipped one: `defaults: [nash-m, _self_]`. The commands take the same file:
 
     mine/device/my-board.yaml:   defaults: [nash-m, _self_]
                                  rules: {float16_kinds: []}
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 
 def device_names() -> list[str]:
-    """Names of the shipped device files."""
+    """Return the names of the shipped device files."""
     return sorted(path.stem for path in (conf_dir() / "device").glob("*.yaml"))
 
 
 def load_rules(name_or_path: str | Path) -> DeviceRules:
-    """Dtype rules of a shipped device or of a device file. Raises ConfigError in one line."""
+    """Return the dtype rules of a shipped device or of a device file. Raises ConfigError."""
     node = _load(name_or_path)
     return DeviceRules(
         march=_needed(node, "march", name_or_path),
@@ -42,7 +42,7 @@ def load_rules(name_or_path: str | Path) -> DeviceRules:
 
 
 def load_cost(name_or_path: str | Path) -> CostModel:
-    """Cost model of a shipped device or of a device file. Raises ConfigError in one line."""
+    """Return the cost model of a shipped device or of a device file. Raises ConfigError."""
     from qflow.cost_model.model import CostModel
 
     node = _load(name_or_path)
@@ -56,7 +56,7 @@ def load_cost(name_or_path: str | Path) -> CostModel:
 
 
 def _load(name_or_path: str | Path) -> DictConfig:
-    """The device file over its defaults, checked against the schema: unknown keys and wrong types are refused."""
+    """Load a device file over its defaults. Raises ConfigError for unknown keys and wrong types."""
     try:
         merged = OmegaConf.merge(OmegaConf.structured(TuneSchema), {"device": _body(_find(name_or_path), ())})
         device = merged.device
@@ -79,7 +79,7 @@ def _find(name_or_path: str | Path, beside: Path | None = None) -> Path:
 
 
 def _body(path: Path, loading: tuple[Path, ...]) -> Any:
-    """The file's own keys laid over those of its defaults."""
+    """Return the file's own keys merged over those of its defaults."""
     if path in loading:
         raise ConfigError(f"A device file starts from another one, but got a circle of defaults at {path}.")
     try:

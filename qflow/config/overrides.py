@@ -1,4 +1,4 @@
-"""The command line before Hydra reads it: what users write, as Hydra wants it."""
+"""The rewriting of the command line, from the short forms that users may write to those of Hydra."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ VALUED = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp",
 NAMED = re.compile(
     r"((?:search\.space\.)?(?:qconfig\.modules|qat\.rates)|search\.when|objective\.optimize)(?:\.(.+)|$)"
 )
-"""Mappings whose keys are the user's own (modules, searched keys, metrics), and one key of it, dots and all."""
+"""Mappings whose keys the user chooses (modules, searched keys, metrics), and one key, which may contain dots."""
 FIXES = re.compile(r"(calibration|qconfig|qat)\.(?!(modules|rates)$)\w+$|(qconfig\.modules|qat\.rates)\.")
-"""Keys that leave the search space when they get one value."""
+"""Keys that are removed from the search space when they get a single value."""
 
 
 def own_device(arguments: Sequence[str], folders: ExitStack) -> list[str]:
-    """Let `device=<path of a .yaml file>` name a file from any folder: it joins Hydra's search path.
+    """Let `device=<path of a .yaml file>` name a file in any folder, by adding a copy to Hydra's search path.
 
-    It is copied with its neighbours, so that it may start from one of them as well as from a shipped one.
+    The other files of its folder are copied too, so that it may start from one of them or from a shipped one.
     """
     out = []
     for argument in arguments:
@@ -43,7 +43,7 @@ def own_device(arguments: Sequence[str], folders: ExitStack) -> list[str]:
         (root / "device").mkdir()
         shipped = {p.stem for p in (conf_dir() / "device").glob("*.yaml")}
         for other in path.parent.glob("*.y*ml"):
-            if other.stem not in shipped:  # Hydra would take the shipped one
+            if other.stem not in shipped:  # the shipped file of this name must stay available
                 shutil.copyfile(other, root / "device" / f"{other.stem}.yaml")
         name = path.stem if path.stem not in shipped else f"own-{path.stem}"
         shutil.copyfile(path, root / "device" / f"{name}.yaml")
@@ -52,7 +52,7 @@ def own_device(arguments: Sequence[str], folders: ExitStack) -> list[str]:
 
 
 def options_first(arguments: Sequence[str]) -> list[str]:
-    """Hydra takes its options before the overrides only; users write them where they think of them."""
+    """Move options before the overrides, because Hydra accepts them only there."""
     options: list[str] = []
     overrides: list[str] = []
     queue = list(arguments)
@@ -68,9 +68,9 @@ def options_first(arguments: Sequence[str]) -> list[str]:
 
 
 def rewrite(arguments: Sequence[str]) -> list[str]:
-    """Let users write what they mean: `experiment=x` for `+experiment=x`, `key=choice(a,b)` to search a key.
+    """Rewrite short forms: `experiment=x` to `+experiment=x`, and `key=choice(a,b)` to a search of the key.
 
-    A key that gets one value on the command line is fixed: it leaves the search space.
+    A key that gets a single value on the command line is fixed: it is removed from the search space.
     """
     out = []
     for argument in arguments:
@@ -91,7 +91,7 @@ def rewrite(arguments: Sequence[str]) -> list[str]:
                 key = key.removeprefix("search.space.")
                 argument = _assigned(f"search.space.{key}", f"'{value}'" if "'" not in value else f'"{value}"')
             else:
-                if FIXES.match(key) and f"~search.space.{key}" not in arguments:  # Hydra cannot delete what is null
+                if FIXES.match(key) and f"~search.space.{key}" not in arguments:  # Hydra cannot delete null
                     out.append(_assigned(f"search.space.{key}", "null"))
                 if NAMED.match(key):
                     argument = _assigned(key, value)
@@ -100,7 +100,7 @@ def rewrite(arguments: Sequence[str]) -> list[str]:
 
 
 def _assigned(key: str, value: str) -> str:
-    """An override for a key that may be new; what Hydra would take apart at its dots, a module's name, stays whole."""
+    """Return an override for a key that may be new. A module name stays whole; Hydra would split it at its dots."""
     found = NAMED.match(key)
     if found is None or not found[2]:
         return f"++{key}={value}"
@@ -113,4 +113,4 @@ def _parsed(argument: str) -> Override | None:
     try:
         return OverridesParser.create().parse_override(argument)
     except HydraException:
-        return None  # Hydra will say what is wrong with it
+        return None  # Hydra will report the error

@@ -188,8 +188,8 @@ class SearchSchema:
     max_evaluations: int | None = None
     """Evaluations of the whole study after which no further trial starts; a qconfig evaluated before counts none."""
     early_stop: bool = False
-    """End an evaluation once the goal is out of reach, where only that is asked (ladders, giving back); the metric
-    states its `bounds`."""
+    """End an evaluation once the goal is out of reach, where only that matters (ratio strategy, demotion);
+    the metric states its `bounds`."""
     rates: list[float] = field(default_factory=lambda: [1e-3, 1e-4, 1e-5, 1e-6])
     """Learning rates that the training stage compares at a fixed rate for `probe_share` of its steps."""
     probe_share: float = 0.2

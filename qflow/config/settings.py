@@ -1,4 +1,4 @@
-"""From a composed configuration to records: settings of a trial with searched values in place; and back from a run."""
+"""Conversion of a composed configuration to settings, with searched values in place, and of a run's YAML back."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from qflow.core.settings import CalibrationSettings, QatSettings, QConfigSetting
 from qflow.search.domain import Scalar
 
 MAPPINGS = ("qconfig.modules", "qat.rates")
-"""Mappings whose keys name the user's modules: what comes behind them is one key, dots and all."""
+"""Mappings whose keys name the user's modules; the rest of a dotted key is one such name."""
 
 
 def trial_settings(config: DictConfig, params: Mapping[str, Scalar] | None = None) -> TrialSettings:
-    """Settings of one trial: the configuration with the search's `params` in place. Raises ConfigError."""
+    """Return the settings of one trial: the configuration with `params` of the search. Raises ConfigError."""
     changed = with_params(config, params) if params else config
     plain = {k: OmegaConf.to_container(changed[k], resolve=True) for k in ("calibration", "qconfig", "qat")}
     return TrialSettings(
@@ -31,15 +31,15 @@ def trial_settings(config: DictConfig, params: Mapping[str, Scalar] | None = Non
 
 
 def sensitivity_settings(config: DictConfig) -> SensitivitySettings:
-    """Settings of the sensitivity stage."""
+    """Return the settings of the sensitivity stage."""
     return SensitivitySettings(**OmegaConf.to_container(config.sensitivity, resolve=True))  # type: ignore[arg-type]
 
 
 def with_params(config: DictConfig, params: Mapping[str, Scalar]) -> DictConfig:
-    """A copy of the configuration with dotted keys set; types are checked. Raises ConfigError.
+    """Return a copy of the configuration with dotted keys set; types are checked. Raises ConfigError.
 
-    With searched modules among them the longest name comes first in `qconfig.modules`: the first that covers an
-    operator decides, and a part shall be able to differ from the whole.
+    If modules are searched, the longest names come first in `qconfig.modules`, because the first name that covers an
+    operator decides, and a submodule must be able to differ from its parent.
     """
     changed = config.copy()
     for key, value in params.items():
@@ -61,14 +61,14 @@ def with_params(config: DictConfig, params: Mapping[str, Scalar]) -> DictConfig:
 
 
 def owner(key: str) -> str:
-    """The mapping of MAPPINGS that a dotted key lies in; empty where it lies in none."""
+    """Return the mapping of MAPPINGS that contains a dotted key; empty if none does."""
     return next((mapping for mapping in MAPPINGS if key.startswith(f"{mapping}.")), "")
 
 
 def current(config: DictConfig, key: str, where: str = "") -> Any:
-    """The configuration's own value of a key; None for a name that a mapping of modules does not hold.
+    """Return the configuration's value of a key; None for a module name that its mapping does not hold.
 
-    Raises ConfigError that starts with `where` for a key that does not exist.
+    Raises ConfigError, which starts with `where`, for a key that does not exist.
     """
     if mapping := owner(key):
         return plain(OmegaConf.select(config, mapping)).get(key.removeprefix(f"{mapping}."))
@@ -88,7 +88,7 @@ def _exists(config: DictConfig, key: str) -> bool:
 
 
 def check_executor(config: DictConfig) -> None:
-    """Refuse an executor that cannot work. Raises ConfigError."""
+    """Raise ConfigError for an executor that does not exist."""
     if config.executor.kind != "serial":
         raise ConfigError(f"executor.kind is serial, but got {config.executor.kind!r}. Use executor=serial.")
     if config.executor.threads < 0:
@@ -99,9 +99,9 @@ SAMPLERS = ("tpe", "nsga2", "gp", "random")
 
 
 def root_dir(config: DictConfig) -> Path:
-    """Absolute folder of stores and scratch files, made if missing; an empty QFLOW_HOME counts as unset.
+    """Return the absolute folder of stores and scratch files; create it if missing. An empty QFLOW_HOME is ignored.
 
-    Raises ConfigError where it cannot be made.
+    Raises ConfigError if it cannot be created.
     """
     root = Path(config.root or "qflow_out").expanduser().resolve()
     try:
@@ -112,20 +112,20 @@ def root_dir(config: DictConfig) -> Path:
 
 
 def resolved_yaml(config: DictConfig) -> str:
-    """The configuration without interpolations, for the run that is to be rebuilt from it.
+    """Return the configuration without interpolations, from which a run can be rebuilt.
 
-    In its own order: of two names in `qconfig.modules` that cover an operator the first decides.
+    The order of the keys is kept, because the first name in `qconfig.modules` that covers an operator decides.
     """
     return OmegaConf.to_yaml(config, resolve=True)
 
 
 def plain(config: Any) -> Any:
-    """Builtin containers of a configuration node."""
+    """Return a configuration node as builtin containers."""
     return OmegaConf.to_container(config, resolve=True)
 
 
 def load_resolved(text: str) -> DictConfig:
-    """A configuration from what `resolved_yaml` wrote, against the schema. Raises ConfigError."""
+    """Load the text of `resolved_yaml` and check it against the schema. Raises ConfigError."""
     try:
         loaded = OmegaConf.create(text)
         known = set(TuneSchema.__dataclass_fields__)
@@ -138,7 +138,7 @@ def load_resolved(text: str) -> DictConfig:
 
 
 def required(config: DictConfig, key: str) -> Any:
-    """A mandatory value; ConfigError says what to add where it is missing."""
+    """Return a mandatory value. If it is missing, the ConfigError names what to add."""
     try:
         return OmegaConf.select(config, key, throw_on_missing=True)
     except OmegaConfBaseException as error:

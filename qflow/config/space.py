@@ -1,4 +1,4 @@
-"""The search space from its configuration: domains by dotted key, their conditions, and what may be searched.
+"""The search space of a configuration: the domains by dotted key, their conditions, and the keys that may be searched.
 
     search:
       space:
@@ -9,8 +9,8 @@
       when:
         calibration.percentile: {calibration.method: percentile}   # a value, a list, or interval(...), range(...)
 
-A condition on a key that is not searched is decided here, by its value in the configuration: it drops out, or the
-key that depends on it does.
+A condition on a key that is not searched is decided here by the key's value in the configuration. If it holds, the
+condition is removed; otherwise the dependent key is removed from the space.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from qflow.core.settings import QConfigSettings
 from qflow.search.domain import Choice, Condition, Domain, Interval, Range, Scalar, applies, parents_first
 
 SEARCHABLE = ("calibration", "qconfig", "qat")
-NOT_SEARCHED = ("qat.loss", "qat.optimizer", "qat.scheduler")  # built once for all trials
+NOT_SEARCHED = ("qat.loss", "qat.optimizer", "qat.scheduler")  # these are built once for all trials
 Conditions = dict[str, tuple[Condition, ...]]
 
 
 def search_space(config: DictConfig) -> dict[str, Domain]:
-    """`search.space` under `search.when`; every value that it can give is checked. Raises ConfigError."""
+    """Return `search.space` with the conditions of `search.when`. Raises ConfigError for an illegal value."""
     space = {key: parse_domain(key, text) for key, text in _flat(config.search.space)}
     for key in space:
         _require_searchable(key)
@@ -48,19 +48,19 @@ def search_space(config: DictConfig) -> dict[str, Domain]:
 
 
 def configured(config: DictConfig, space: Mapping[str, Domain]) -> dict[str, Scalar]:
-    """The searched keys at what the configuration says of them; modules that it does not hold at their first value."""
+    """Return the searched keys at their configured values; a module without one gets its first searched value."""
     found = {key: current(config, key) for key in space}
     return {k: _extremes(space[k])[0] if v is None and owner(k) else v for k, v in found.items()}
 
 
 def module_settings(config: DictConfig, space: Mapping[str, Domain]) -> list[QConfigSettings]:
-    """Settings with each value of each searched module in place: what the model may still refuse."""
+    """Return settings for each value of each searched module; only with the model can they be checked further."""
     modules = [key for key in space if owner(key) == "qconfig.modules"]
     return [trial_settings(config, {key: value}).qconfig for key in modules for value in _extremes(space[key])]
 
 
 def _require_searchable(key: str) -> None:
-    """Refuse keys that a trial does not read. Raises ConfigError."""
+    """Raise ConfigError for keys that a trial does not read."""
     group = key.split(".")[0]
     if group == "task":
         raise ConfigError(
@@ -77,7 +77,7 @@ def _require_searchable(key: str) -> None:
 
 
 def _when(config: DictConfig, space: Mapping[str, Domain]) -> Conditions:
-    """`search.when` as conditions by key. Raises ConfigError for keys and values that do not exist."""
+    """Return `search.when` as conditions by key. Raises ConfigError for keys and values that do not exist."""
     entries: Any = OmegaConf.to_container(config.search.when, resolve=True)
     found: Conditions = {}
     for key, conditions in entries.items():
@@ -85,10 +85,10 @@ def _when(config: DictConfig, space: Mapping[str, Domain]) -> Conditions:
             continue
         if not isinstance(conditions, Mapping):
             raise ConfigError(
-                f"search.when.{key} is a mapping of a key to its values, but got {conditions!r}. Mend it."
+                f"search.when.{key} is a mapping of a key to its values, but got {conditions!r}. Correct it."
             )
         if key not in space:
-            current(config, key, f"search.when.{key}")  # one that was fixed is fine, an unknown one is not
+            current(config, key, f"search.when.{key}")  # the key may be fixed, but it must exist
             continue
         found[key] = tuple(
             Condition(parent, _allowed(config, space, key, parent, value)) for parent, value in conditions.items()
@@ -97,7 +97,7 @@ def _when(config: DictConfig, space: Mapping[str, Domain]) -> Conditions:
 
 
 def _allowed(config: DictConfig, space: Mapping[str, Domain], key: str, parent: str, value: Any) -> Domain:
-    """The values of `parent` at which `key` is searched; each must be one that `parent` can take."""
+    """Return the values of `parent` at which `key` is searched; `parent` must be able to take each of them."""
     where = f"search.when.{key}"
     if isinstance(value, str) and "(" in value:
         allowed = parse_domain(parent, value)
@@ -108,7 +108,7 @@ def _allowed(config: DictConfig, space: Mapping[str, Domain], key: str, parent: 
         if lost or not _overlap(space[parent], allowed):
             raise ConfigError(
                 f"{where} is on values that {parent} can take, but got {lost[0] if lost else value}, and it is "
-                f"{_text(space[parent])}. Mend it, or take the key out: search.space.{key}=null."
+                f"{_text(space[parent])}. Correct it, or take the key out: search.space.{key}=null."
             )
         return allowed
     _require_known(config, parent, where)
@@ -124,7 +124,7 @@ def _require_known(config: DictConfig, key: str, where: str) -> None:
 
 
 def _decided(config: DictConfig, space: Mapping[str, Domain], when: Conditions) -> dict[str, Domain]:
-    """The space with conditions among its own keys only; those on fixed keys are decided."""
+    """Return the space with the conditions on fixed keys decided, so that only conditions on its own keys remain."""
     fixed = {c.key: current(config, c.key) for conditions in when.values() for c in conditions if c.key not in space}
     whole = {key: replace(domain, when=when.get(key, ())) for key, domain in space.items()}
     known = {**whole, **{key: Choice((value,)) for key, value in fixed.items()}}
@@ -140,7 +140,7 @@ def _decided(config: DictConfig, space: Mapping[str, Domain], when: Conditions) 
 
 
 def _overlap(parent: Domain, allowed: Domain) -> bool:
-    """Whether `parent` can take one of the values; true where neither can be listed and their ends cross."""
+    """Return whether `parent` can take a value of `allowed`; for two continuous intervals, whether they overlap."""
     listed, other = (parent, allowed) if parent.count() is not None else (allowed, parent)
     if listed.count() is not None:
         return any(other.contains(value) for value in listed.points())
@@ -155,13 +155,13 @@ def _overlap(parent: Domain, allowed: Domain) -> bool:
 
 
 def _some(parent: Domain, allowed: Domain) -> Scalar:
-    """A value of `parent` at which the condition holds."""
+    """Return a value of `parent` at which the condition holds."""
     points = parent.points() if isinstance(parent, Choice) else _extremes(parent)
     return next((v for v in points if allowed.contains(v)), parent.normal(_extremes(allowed)[0]))
 
 
 def _extremes(domain: Domain) -> tuple[Scalar, ...]:
-    """What has to be legal for the domain to be: every choice, or both ends."""
+    """Return the values that are checked for the domain: every choice, or both ends."""
     if isinstance(domain, Choice):
         return domain.values
     if isinstance(domain, Interval):
@@ -171,7 +171,7 @@ def _extremes(domain: Domain) -> tuple[Scalar, ...]:
 
 
 def _flat(node: Any) -> list[tuple[str, Any]]:
-    """Leaves by dotted key, whether a key was written dotted or nested; null takes a key out again."""
+    """Return the leaves by dotted key, whether a key was written dotted or nested; null removes a key."""
     found: dict[str, Any] = {}
     for key, value in _leaves(OmegaConf.to_container(node, resolve=True), ""):
         found.pop(key, None)
@@ -188,17 +188,17 @@ def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def parse_domain(key: str, text: Any) -> Domain:
-    """Read `choice(...)`, `interval(...)`, `range(...)`, with `tag(log, ...)` or `int(...)`. Raises ConfigError."""
+    """Parse `choice(...)`, `interval(...)`, `range(...)`, with `tag(log, ...)` or `int(...)`. Raises ConfigError."""
     rule = f"A search value is choice(...), interval(...), range(...) or tag(log, interval(...)), but got {text!r}"
     try:
-        override = OverridesParser.create().parse_override(f"key={text}")  # names of modules are no keys to Hydra
+        override = OverridesParser.create().parse_override(f"key={text}")  # Hydra does not accept module names as keys
     except HydraException:
-        raise ConfigError(f"{rule} for {key}. Mend the brackets.") from None
+        raise ConfigError(f"{rule} for {key}. Correct the brackets.") from None
     value = override.value()
     if isinstance(value, ChoiceSweep):
         return Choice(tuple(_scalar(v) for v in value.list))
     if isinstance(value, IntervalSweep):
-        whole = isinstance(value.start, int) and isinstance(value.end, int)  # after int(...): interval gives floats
+        whole = isinstance(value.start, int) and isinstance(value.end, int)  # only after int(...)
         return Interval(value.start, value.end, log="log" in value.tags, integer=whole)  # type: ignore[arg-type]
     if isinstance(value, RangeSweep):
         return Range(value.start, value.stop, value.step)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
-"""The vocabulary: a model as a graph, a choice of precisions, device rules, records.
+"""The basic records: a model as a graph, a qconfig (the precision of every operator), device rules, settings.
 
-Standard library only: a choice can be built, hashed, compared, costed, searched and logged without importing torch.
+This package uses the standard library only, so that a qconfig can be built, compared and logged without torch.
 """
 
 __all__ = [

@@ -1,16 +1,16 @@
-"""What the device does to a requested qconfig, applied and explained before anything runs.
+"""The device's changes to a requested qconfig, applied and explained before anything runs.
 
-The real tool chain lowers int16 to int8 silently in several places. The same rules are applied here, as data
-(conf/device/*.yaml), and every operator that gets something else than was asked carries the reason.
+The real tool chain lowers int16 to int8 silently in several places. This module applies the same rules, which are data
+(conf/device/*.yaml), and adds the reason to every operator whose precision changes. The rules apply in this order:
 
-In this order:
-    1. operators whose output is int8 only
-    2. inputs that take int8 only: the producer is lowered, unless the operator asks for qint8 at that position
+    1. an operator whose output is int8 only is lowered
+    2. at an input that takes int8 only, the producer is lowered, unless the operator asks for qint8 at that position
     3. fp16 that reaches a GEMM or an int8-only position is cast there; between vector operators it stays
     4. of the int16 inputs of a matmul the most sensitive stays (plugin mode: the order of its name setters)
     5. an int16 x int16 GEMM has no int32 output: it is quantized to int16
-    6. an asked input dtype that the producer gives anyway is dropped (no cast)
-What no fallback cures is refused in one line.
+    6. a requested input dtype that the producer has anyway is removed (no cast)
+
+A qconfig that these fallbacks cannot correct is refused with a ConfigError.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ class DeviceRules:
     int8_outputs: Sequence[str] = ()
     """Operator kinds whose output is int8 only."""
     attention_int8: bool = True
-    """The output of an nn.MultiheadAttention (its last projection) is int8 only."""
+    """The output of an nn.MultiheadAttention (of its last projection) is int8 only."""
     fused_add_int8: bool = True
-    """conv + add fused: both inputs int8 on nash-e/m."""
+    """Both inputs of a fused conv + add are int8 only on nash-e/m."""
     dual_int16: bool = False
-    """int16 weight with int16 input in one GEMM (J6M: from OE 3.2)."""
+    """A GEMM may have an int16 weight and an int16 input (J6M: from OE 3.2)."""
     dual_int16_ops: Sequence[str] = ("conv2d", "linear")
-    """Functions that `dual_int16` holds for; a matmul has `matmul_int16_inputs`."""
+    """Functions for which `dual_int16` holds; for matmul see `matmul_int16_inputs`."""
     dual_high_precision: bool = False
-    """An int16 x int16 GEMM may hand out its accumulator as a high-precision output."""
+    """An int16 x int16 GEMM may have a high-precision output."""
     matmul_int16_inputs: int = 1
     """How many inputs of a matmul may be int16."""
     float16_kinds: Sequence[str] = ()
-    """Operator kinds that can run in fp16 (the vector unit); others are refused."""
+    """Operator kinds that can run in fp16 (on the vector unit); others are refused."""
 
     def __post_init__(self) -> None:
-        """Refuse what no operator would ever match: a rule that silently does nothing."""
+        """Raise ConfigError for a rule that would match no operator and so have no effect."""
         kinds = [kind.value for kind in OpKind]
         for name in ("int8_inputs", "int8_outputs", "float16_kinds"):
             for kind in getattr(self, name):
@@ -72,12 +72,12 @@ def apply_rules(
     scores: Mapping[str, float] | None = None,
     ranking: Sequence[str] | None = None,
 ) -> QConfig:
-    """The qconfig that the device will run, each change with its reason in `OpQConfig.fallback`.
+    """Return the qconfig that the device will run, with the reason for each change in `OpQConfig.fallback`.
 
-    `scores` rank the two producers of a matmul: the more sensitive one keeps int16 (without scores the one that
-    comes first). `ranking` takes the plugin's rule instead: operators in the order of its name setters
-    (plugin_names.plugin_ranking). Raises ConfigError for what no fallback cures: int16 x int16, fp16 where there is no
-    float path, a high-precision output inside the model.
+    `scores` rank the two producers of a matmul: the more sensitive one keeps int16 (without scores the first one).
+    `ranking` selects the plugin's rule instead: operators in the order of its name setters
+    (plugin_names.plugin_ranking). Raises ConfigError where no fallback helps: int16 x int16, fp16 without a float path,
+    a high-precision output inside the model.
     """
     state = _Applied(graph, dict(requested.ops), rules)
     for node in graph.nodes:
@@ -102,9 +102,9 @@ def apply_rules(
 
 
 def input_dtypes(graph: ModelGraph, qconfig: QConfig, name: str) -> tuple[QDtype, ...]:
-    """Dtypes of the tensors that the operator computes with, through transparent operators; float32 where unquantized.
+    """Return the dtypes of the tensors that the operator reads, through transparent operators; float32 if unquantized.
 
-    An input dtype that the operator asks for (a requantization on that edge) counts instead of the producer's.
+    An input dtype that the operator asks for (a requantization on that edge) replaces the producer's.
     """
     arriving = _Applied(graph, dict(qconfig.ops), None).arriving(graph.by_name[name])
     return tuple(dtype for at in arriving for dtype in at)
@@ -112,7 +112,7 @@ def input_dtypes(graph: ModelGraph, qconfig: QConfig, name: str) -> tuple[QDtype
 
 @dataclass
 class _Applied:
-    """A qconfig on its way through the rules."""
+    """The state of a qconfig while the rules are applied."""
 
     graph: ModelGraph
     ops: dict[str, OpQConfig]
@@ -138,12 +138,12 @@ class _Applied:
         return op.input[position] if op and op.input and position < len(op.input) else None
 
     def given(self, producer: str) -> list[QDtype]:
-        """Output dtypes of the quantizers that `producer` brings."""
+        """Return the output dtypes of the quantizers of `producer` or its sources."""
         outputs = [self.ops[self.owner(source)].output for source in self.graph.source(producer)]
         return [dtype if dtype is not None else QDtype.float32 for dtype in outputs]
 
     def arriving(self, node: OpNode) -> list[list[QDtype]]:
-        """Dtypes by input position, as the operator computes with them."""
+        """Return the dtypes by input position, as the operator computes with them."""
         asked = [self.asked(node, i) for i in range(len(node.inputs))]
         return [[a] if a is not None else self.given(p) for a, p in zip(asked, node.inputs, strict=True)]
 
@@ -153,7 +153,7 @@ class _Applied:
         self.ops[self.owner(name)] = replace(op, **changes, fallback=why)  # type: ignore[arg-type]
 
     def lower(self, name: str, reason: str) -> None:
-        """int16 to int8; a fixed scale grows by 2^8, so that its threshold stays."""
+        """Lower int16 to int8; a fixed scale is multiplied by 2^8, so that its threshold stays."""
         op = self.ops[self.owner(name)]
         if op.output != QDtype.qint16:
             return
@@ -162,14 +162,14 @@ class _Applied:
         self.change(name, reason, output=QDtype.qint8, fixed_scale=op.fixed_scale and op.fixed_scale * 256)
 
     def ask(self, node: OpNode, position: int, dtype: QDtype, reason: str) -> None:
-        """Let the operator requantize what it reads at `position`."""
+        """Let the operator requantize its input at `position` to `dtype`."""
         op = self.op(node)
         assert op is not None
         held = (*(op.input or ()), *[None] * len(node.inputs))[: len(node.inputs)]
         self.change(node.name, reason, input=(*held[:position], dtype, *held[position + 1 :]))
 
     def int8_only(self, node: OpNode) -> tuple[frozenset[int], str]:
-        """Input positions of `node` that take int8 only, and how to say it."""
+        """Return the input positions of `node` that take int8 only, and the text of the reason."""
         if node.fused_add and self.device.fused_add_int8:
             return frozenset({0, 1}), f"{node.name} (conv and add fused) takes int8 inputs only"
         return frozenset(
@@ -188,7 +188,7 @@ class _Applied:
                 self.lower(source, reason)
 
     def cast_floats(self, node: OpNode) -> None:
-        """fp16 into a GEMM takes the GEMM's own integer dtype, into an int8-only position qint8."""
+        """Cast fp16 inputs of a GEMM to the GEMM's own integer dtype, and those at int8-only positions to qint8."""
         op, (positions, _) = self.op(node), self.int8_only(node)
         gemm = node.kind in GEMM_KINDS and node.kind.value not in self.device.float16_kinds
         for i, producer in enumerate(node.inputs):
@@ -199,24 +199,24 @@ class _Applied:
                     f"On {self.device.march} {node.name} ({node.kind}) takes int8 input only, but got float16 from "
                     f"{self.graph.source(producer)[0]}. Use qint8 or qint16 there."
                 )
-            narrow = i in positions or (op.weight == QDtype.qint16 and not self.dual(node))
-            dtype = QDtype.qint8 if narrow or op.output == QDtype.qint8 else QDtype.qint16
+            int8 = i in positions or (op.weight == QDtype.qint16 and not self.dual(node))
+            dtype = QDtype.qint8 if int8 or op.output == QDtype.qint8 else QDtype.qint16
             self.ask(node, i, dtype, f"reads fp16 from {self.graph.source(producer)[0]}: cast to {dtype} at its input")
 
     def spare_matmul(self, node: OpNode, scores: Mapping[str, float], ranking: Sequence[str] | None) -> None:
-        """Take int16 from the surplus inputs of a matmul.
+        """Lower the int16 inputs of a matmul beyond those that the device allows.
 
-        Positions are counted, not producers: of q @ q^T both inputs are q, and q loses it.
+        Positions are counted, not producers: both inputs of q @ q^T are q, so q is lowered.
         """
         allowed = self.device.matmul_int16_inputs
-        wide = [i for i, dtypes in enumerate(self.arriving(node)) if QDtype.qint16 in dtypes]
+        int16 = [i for i, dtypes in enumerate(self.arriving(node)) if QDtype.qint16 in dtypes]
         if ranking is None:
-            wide.sort(key=lambda i: (-self._score(node, i, scores), self._first(node, i)))
-        else:  # an unranked first producer loses even to an unranked second one
+            int16.sort(key=lambda i: (-self._score(node, i, scores), self._first(node, i)))
+        else:  # if neither is ranked, the first producer is lowered
             rank = {name: float(k) for k, name in reversed(list(enumerate(ranking)))}
-            wide.sort(key=lambda i: (min(self._ranks(node, i, rank)), -self._first(node, i)))
+            int16.sort(key=lambda i: (min(self._ranks(node, i, rank)), -self._first(node, i)))
         many = "no int16 input" if not allowed else f"{allowed} int16 input only"
-        for i in wide[allowed:]:
+        for i in int16[allowed:]:
             if self.asked(node, i) is not None:
                 self.ask(node, i, QDtype.qint8, f"{node.name} takes {many}: input {i} is cast to qint8")
             else:
@@ -233,7 +233,7 @@ class _Applied:
         return [rank.get(self.owner(s), math.inf) for s in self.graph.source(node.inputs[position])]
 
     def multiplied(self, node: OpNode) -> list[QDtype]:
-        """Dtypes of the two tensors that a GEMM multiplies; fewer where they are not known."""
+        """Return the dtypes of the two tensors that a GEMM multiplies; fewer if they are unknown."""
         op, arriving = self.op(node), self.arriving(node)
         if op is None or node.kind not in GEMM_KINDS or not arriving:
             return []
@@ -242,7 +242,7 @@ class _Applied:
         return [max(at, key=lambda d: d.rank) for at in arriving[:2] if at]
 
     def dual(self, node: OpNode) -> bool:
-        """True where the device multiplies int16 by int16 for this operator."""
+        """Return whether the device multiplies int16 by int16 for this operator."""
         if node.kind == OpKind.matmul:
             return self.device.matmul_int16_inputs > 1
         return self.device.dual_int16 and function_of(node) in self.device.dual_int16_ops
@@ -267,7 +267,7 @@ class _Applied:
                 self.ops[node.name] = replace(op, input=kept if any(kept) else None)
 
     def refuse(self, node: OpNode) -> None:
-        """Raise ConfigError for what no fallback cures."""
+        """Raise ConfigError for a precision that no fallback corrects."""
         op, rules = self.op(node), self.device
         assert op is not None
         inputs = [dtype for at in self.arriving(node) for dtype in at]

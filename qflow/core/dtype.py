@@ -8,7 +8,7 @@ from qflow.core.errors import ConfigError
 
 
 class QDtype(str, Enum):
-    """A precision by the plugin's own name, so that a plain string compares equal to it.
+    """A precision under the plugin's name for it; it compares equal to the string of this name.
 
     Integers are symmetric with zero point 0: qint8 spans -128..127, qint16 spans -32768..32767.
     """
@@ -23,7 +23,7 @@ class QDtype(str, Enum):
 
     @classmethod
     def parse(cls, value: object, where: str) -> QDtype:
-        """A dtype by its name; torch and plugin dtypes of that name too. Raises ConfigError starting with `where`."""
+        """Return the dtype of this name, or of a torch or plugin dtype of this name. Raises ConfigError."""
         text = str(value).removeprefix("torch.")
         try:
             return cls(text)

@@ -1,13 +1,13 @@
-"""What can go wrong, as one small family.
+"""The exceptions that qflow raises.
 
-Every message follows one form: the rule, what came, the way out. A `QflowError` is a user's mistake or a
-refusal; doors print it as one line and exit with 2 (`QFLOW_DEBUG=1` shows the traceback). Anything else that
-is raised is a defect of qflow and keeps its traceback.
+Every message has three parts: the rule, the value that broke it, and what to do. A `QflowError` is a mistake of the
+user or a refusal; commands print it as one line and exit with 2 (`QFLOW_DEBUG=1` shows the traceback). Any other
+exception is a defect of qflow and keeps its traceback.
 """
 
 
 class QflowError(Exception):
-    """Root of all errors that qflow raises on purpose."""
+    """The base class of all errors that qflow raises on purpose."""
 
 
 class ConfigError(QflowError):
@@ -19,14 +19,14 @@ class ModelError(QflowError):
 
 
 class DataError(QflowError):
-    """The data are empty, too few, not finite, or not what the model takes."""
+    """The data are empty, too few, not finite, or not in the form that the model takes."""
 
 
 class TrialError(QflowError):
-    """One trial cannot be evaluated; the study goes on and the trial has failed."""
+    """One trial cannot be evaluated; the trial fails and the study continues."""
 
     lasting = False
-    """True where the trial itself is the cause, so that another try ends alike."""
+    """True if the trial itself is the cause, so that another try would fail too."""
 
 
 class TrackingError(QflowError):
@@ -34,4 +34,4 @@ class TrackingError(QflowError):
 
 
 class PromotionError(QflowError):
-    """A qconfig is refused at the gate; the message holds every reason."""
+    """A trial cannot be promoted; the message holds every reason."""

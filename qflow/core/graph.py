@@ -1,4 +1,4 @@
-"""A traced and fused model as data: operators with the user's names, shapes, and who feeds whom."""
+"""A traced and fused model as data: operators with the user's names, their shapes and their inputs."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from functools import cached_property
 
 
 class OpKind(str, Enum):
-    """What an operator is to the device; the values are used in device rule files."""
+    """The kind of an operator on the device; the values appear in device files."""
 
     input = "input"  # the QuantStub that qflow sees at every float input
     constant = "constant"  # a parameter, buffer or fresh tensor that an operator reads beside its inputs
-    skipped = "skipped"  # a module that the user keeps out of quantization: runs in float on the host
+    skipped = "skipped"  # a module that the user keeps in float; it runs on the host
     conv = "conv"
     conv_transpose = "conv_transpose"
     linear = "linear"
     matmul = "matmul"
     norm = "norm"  # batch norm that could not be fused
     layer_norm = "layer_norm"
-    relu = "relu"  # clamps: free behind a GEMM, cheap elsewhere
+    relu = "relu"  # a clamp: it costs nothing behind a GEMM and little elsewhere
     lut = "lut"  # SiLU, GELU, sigmoid, tanh, ...: a table look-up on the vector engine
     softmax = "softmax"
     add = "add"
@@ -32,7 +32,7 @@ class OpKind(str, Enum):
     avg_pool = "avg_pool"
     grid_sample = "grid_sample"
     reduce = "reduce"
-    move = "move"  # reshape, permute, slice, split: values are kept, so is the scale
+    move = "move"  # reshape, permute, slice, split: values and scale stay the same
     order = "order"  # topk, sort, argmax
     other = "other"
 
@@ -41,10 +41,10 @@ class OpKind(str, Enum):
 
 
 GEMM_KINDS = frozenset({OpKind.conv, OpKind.conv_transpose, OpKind.linear, OpKind.matmul})
-# What the plugin's template takes for a high-precision output (3.0.17: neither Conv1d nor transposed).
+# The plugin's template gives these a high-precision output (3.0.17: neither Conv1d nor transposed).
 HIGH_PRECISION_KINDS = frozenset({OpKind.conv, OpKind.linear, OpKind.matmul})
 WEIGHTED_KINDS = frozenset({OpKind.conv, OpKind.conv_transpose, OpKind.linear})
-# Values pass unchanged, or are chosen among the inputs: no quantizer of their own, the producer's scale holds.
+# They pass their input values on, all or some of them, so they have no quantizer and use the producer's scale.
 TRANSPARENT_KINDS = frozenset({OpKind.move, OpKind.max_pool, OpKind.order})
 
 
@@ -53,10 +53,10 @@ class OpNode:
     """One operator call of the fused graph.
 
     `name` is the user's module path (`head.conv`), `head.conv(1)` for its second call, or `head[add]` for a
-    functional; a fused group goes by its first module, or by its add where one was fused. `inputs` are names
-    of producing operators; a constant is a producer too (`const[pos_embed]`). `shape` is that of the (first)
-    output, batch first. `attrs` holds the integers a cost model needs (channels, kernel elements,
-    groups, weight elements, ...).
+    functional; a fused group has the name of its first module, or of its add if it contains one. `inputs` are the
+    names of the producing operators; a constant is a producer too (`const[pos_embed]`). `shape` is that of the (first)
+    output, batch first. `attrs` holds the integers that the cost model needs (channels, kernel elements, groups, weight
+    elements, ...).
     """
 
     name: str
@@ -71,19 +71,19 @@ class OpNode:
     fused: tuple[str, ...] = ()
     """Operators absorbed into this one, in order of execution."""
     fused_types: tuple[str, ...] = ()
-    """What follows the head in the group: BN, Add, ReLU, ReLU6 (as in the plugin's class names)."""
+    """The operators that follow the first one in the group: BN, Add, ReLU, ReLU6 (as in the plugin's class names)."""
     attrs: Mapping[str, int] = field(default_factory=dict)
     operands: tuple[float | None, ...] = ()
-    """Arguments of an element-wise functional in order: a number where it was one, None for a tensor."""
+    """Arguments of an element-wise functional in order: the number, or None for a tensor."""
 
     @property
     def fused_add(self) -> bool:
-        """True where an add is part of the group: both its inputs are int8 only on nash-e/m."""
+        """True if an add is part of the group; both its inputs are int8 only on nash-e/m."""
         return "Add" in self.fused_types
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one call; 0 for what is no GEMM or has no known weights."""
+        """Multiply-accumulates of one call; 0 for an operator that is no GEMM or has no known weights."""
         if self.kind == OpKind.matmul:
             return self.elements * self.attrs.get("inner", 0)
         if self.kind not in GEMM_KINDS or "weights" not in self.attrs:
@@ -92,7 +92,7 @@ class OpNode:
 
     @property
     def positions(self) -> int:
-        """How often the whole weight is applied: output positions, or input positions of a transposed conv."""
+        """How often the whole weight is applied: the output positions, or the input positions of a transposed conv."""
         if "positions" in self.attrs:
             return self.attrs["positions"]
         return self.elements // self.attrs["out"] if self.attrs.get("out") else 0
@@ -115,9 +115,9 @@ class ModelGraph:
     calls: Mapping[str, int] = field(default_factory=dict)
     """How often each leaf module was called; 0 for a module that was never reached."""
     unfused: tuple[tuple[str, str, str], ...] = ()
-    """Fusable pairs that were not fused: first operator, second operator, why."""
+    """Fusable pairs that were not fused: first operator, second operator, reason."""
     notes: tuple[str, ...] = ()
-    """What tracing noticed: data-dependent sites, constants, operators left in float."""
+    """Notes of tracing: data-dependent sites, constants, operators left in float."""
 
     @cached_property
     def by_name(self) -> dict[str, OpNode]:
@@ -135,12 +135,12 @@ class ModelGraph:
 
     @cached_property
     def quantized(self) -> tuple[OpNode, ...]:
-        """Operators that own an output quantizer, in order of execution; calls that share one give one row."""
+        """Operators that own an output quantizer, in order of execution; of calls that share one, the first."""
         return self._owners("quantizer")
 
     @cached_property
     def weighted(self) -> tuple[OpNode, ...]:
-        """Operators that own a weight quantizer, likewise."""
+        """Operators that own a weight quantizer, in order of execution; of calls that share one, the first."""
         return self._owners("weight")
 
     def _owners(self, what: str) -> tuple[OpNode, ...]:
@@ -151,7 +151,7 @@ class ModelGraph:
         return tuple(first.values())
 
     def sources(self, name: str) -> tuple[str, ...]:
-        """Nearest operators upstream of `name` that own a quantizer, looked up through transparent ones."""
+        """Return the nearest operators upstream of `name` that own a quantizer; transparent ones are passed."""
         found: list[str] = []
         for source in self.by_name[name].inputs:
             node = self.by_name[source]
@@ -159,14 +159,14 @@ class ModelGraph:
         return tuple(dict.fromkeys(found))
 
     def source(self, producer: str) -> tuple[str, ...]:
-        """`producer` itself if it owns a quantizer, else its own sources."""
+        """Return `producer` itself if it owns a quantizer, else its sources."""
         return (producer,) if self.by_name[producer].quantizer is not None else self.sources(producer)
 
     @cached_property
     def high_precision(self) -> tuple[str, ...]:
-        """GEMMs whose result leaves the model and goes nowhere else: their output needs no quantizer.
+        """GEMMs whose result leaves the model and is read by no operator: their output needs no quantizer.
 
-        On J6E/M such a GEMM hands out its int32 accumulator (guide: high-precision output).
+        On J6E/M such a GEMM outputs its int32 accumulator (guide: high-precision output).
         """
         outputs = {producer for _, producer in self.outputs}
 

@@ -1,16 +1,16 @@
-"""Known ranges: interval arithmetic over the graph, so that a range stated at the inputs fixes what follows from it.
+"""Known ranges: interval arithmetic over the graph, which derives the ranges of operators from ranges of its inputs.
 
-The guide's fixed-scale case: of inputs a, b (range known) and c (not), every operator but quantstub_c and the last
-add takes a fixed scale. An interval [low, high] holds all values that the operator can give; it is exact for
-monotone functions and may be wider than the truth where one tensor is read twice (x - x).
+In the guide's fixed-scale example with inputs a, b (range known) and c (unknown), every operator but quantstub_c and
+the last add gets a fixed scale. An interval [low, high] contains all values that the operator can return. It is exact
+for monotone functions, and may be too wide if one tensor is read twice (x - x).
 
-    moves, pools, resize, mean, amax, amin      the hull of the inputs; with 0 where the operator pads with zeros
-    add sub mul div neg abs maximum minimum     corners of the intervals; a divisor that contains 0 gives nothing
+    moves, pools, resize, mean, amax, amin      the hull of the inputs, and 0 if the operator pads with zeros
+    add sub mul div neg abs maximum minimum     corners of the intervals; unknown for a divisor that contains 0
     relu relu6 clamp sigmoid tanh exp sqrt ...  the function at both ends
-    softmax, sigmoid, tanh, sin, cos, ReLU6     bounded whatever comes in
+    softmax, sigmoid, tanh, sin, cos, ReLU6     the function's own bounds, for unknown inputs too
 
 Unknown: matmul and convolution, norms, bicubic resize (attrs bicubic = 1: it overshoots), sums, scatter-like writes.
-Left out: `divisor_override` of a pool, rounding of a division, and the growth of values by dropout while training.
+Ignored: `divisor_override` of a pool, rounding of a division, and the growth of values by dropout while training.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Bounds = tuple[float, float]
 
 @dataclass(frozen=True)
 class KnownRange:
-    """All values lie in low..high; `origins` are the given ranges that it follows from, none if it is the function's
-    own bound.
+    """A range low..high of all values. `origins` names the given ranges that it follows from; it is empty for the
+    function's own bounds.
     """
 
     low: float
@@ -39,17 +39,17 @@ class KnownRange:
 
 
 def propagate(graph: ModelGraph, given: Mapping[str, Bounds]) -> dict[str, Bounds]:
-    """Operator -> (low, high) for the `given` operators and all whose range follows from at least one of them."""
+    """Return (low, high) of the `given` operators and of all whose range follows from at least one of them."""
     return {name: (r.low, r.high) for name, r in follow(graph, given).items() if r.origins}
 
 
 def bounded(graph: ModelGraph) -> dict[str, Bounds]:
-    """Operators whose function bounds its own result (sigmoid 0..1, ReLU6 0..6): candidates for a fixed scale."""
+    """Return (low, high) of operators whose function is bounded (sigmoid 0..1, ReLU6 0..6)."""
     return {name: (r.low, r.high) for name, r in follow(graph, {}).items()}
 
 
 def follow(graph: ModelGraph, given: Mapping[str, Bounds]) -> dict[str, KnownRange]:
-    """Every range that is known, with its origins. `given` names operators; all calls of a shared one are meant."""
+    """Return every known range with its origins. `given` is by operator, and holds for all calls of a shared module."""
     owners = {node.quantizer: node.name for node in graph.quantized}
     known: dict[str, KnownRange] = {}
     for node in graph.nodes:
@@ -66,7 +66,7 @@ def follow(graph: ModelGraph, given: Mapping[str, Bounds]) -> dict[str, KnownRan
 
 
 def shared_ranges(graph: ModelGraph, known: Mapping[str, KnownRange]) -> dict[str, KnownRange]:
-    """Owner of a quantizer -> the hull over all calls that share it; left out where one call is unknown."""
+    """Return for each owner of a quantizer the hull over all calls that share it, if all their ranges are known."""
     calls: dict[str, list[KnownRange | None]] = {}
     owners = {node.quantizer: node.name for node in graph.quantized}
     for node in graph.nodes:
@@ -82,12 +82,12 @@ def shared_ranges(graph: ModelGraph, known: Mapping[str, KnownRange]) -> dict[st
 
 
 def function_of(node: OpNode) -> str:
-    """Name of the operator's function in small letters: `torch.nn.modules.activation.ReLU6` and `torch.relu6` alike."""
+    """Return the function's name in lower case, `relu6` for `torch.nn.modules.activation.ReLU6` and `torch.relu6`."""
     return node.op_type.rsplit(".", 1)[-1].lower()
 
 
 def _interval(node: OpNode, ranges: Sequence[KnownRange | None]) -> Bounds | None:
-    """The interval of `node` from those of its inputs; None where it is not known."""
+    """Return the interval of `node` from those of its inputs; None if it is unknown."""
     name = function_of(node)
     inputs = [(r.low, r.high) if r is not None else None for r in ranges]
     if node.fused_types:
@@ -122,7 +122,7 @@ def _hull(inputs: Sequence[Bounds | None]) -> Bounds | None:
 
 
 def _chosen(node: OpNode, name: str, inputs: Sequence[Bounds | None]) -> Bounds | None:
-    """where(mask, a, b) and masked_fill(a, mask, b): one of two values, each a tensor or a number."""
+    """Return the interval of where(mask, a, b) or masked_fill(a, mask, b), with a and b tensors or numbers."""
     operands = node.operands or (None,) * (len(inputs) + 1)
     if len(operands) != 3:
         return None
@@ -131,7 +131,7 @@ def _chosen(node: OpNode, name: str, inputs: Sequence[Bounds | None]) -> Bounds 
 
 
 def _clamp(node: OpNode, name: str, inputs: Sequence[Bounds | None]) -> Bounds | None:
-    """Bounds that are tensors leave the range unknown: then the operator reads more than one input."""
+    """Return the interval of a clamp. With tensors as bounds (more than one input) it is unknown."""
     if len(inputs) != 1 or len(node.operands) < 2:
         return None
     _, first, *rest = node.operands
@@ -139,15 +139,16 @@ def _clamp(node: OpNode, name: str, inputs: Sequence[Bounds | None]) -> Bounds |
     if name == "hardtanh":
         low, high = -1.0 if low is None else low, 1.0 if high is None else high
     at = inputs[0] or (-math.inf, math.inf)
-    floor, ceiling = (-math.inf if low is None else low), (math.inf if high is None else high)
-    return min(max(at[0], floor), ceiling), min(max(at[1], floor), ceiling)
+    low, high = (-math.inf if low is None else low), (math.inf if high is None else high)
+    return min(max(at[0], low), high), min(max(at[1], low), high)
 
 
 def _binary(node: OpNode, name: str, inputs: Sequence[Bounds | None]) -> Bounds | None:
-    """Two arguments in order, each a tensor or a number. A third one (alpha), or a tensor that the graph does not
-    hold (integers), leaves the range unknown.
+    """Return the interval of a function of two arguments, each a tensor or a number.
+
+    It is unknown with a third argument (alpha), or with a tensor that the graph does not hold (integers).
     """
-    if name in ("max", "min") and len(inputs) == 1:  # over a dim: one of the values
+    if name in ("max", "min") and len(inputs) == 1:  # over a dim: the result is one of the values
         return inputs[0]
     operands = node.operands or (None,) * len(inputs)
     if len(operands) != 2 or sum(o is None for o in operands) != len(inputs):
@@ -192,7 +193,7 @@ def _power(a: Bounds | None, exponent: float | None) -> Bounds | None:
 def _rising(
     function: Callable[[float], float], domain: float = -math.inf, at_domain: bool = True
 ) -> Callable[[Bounds], Bounds | None]:
-    """Interval of a function that rises wherever it is defined: from `domain` on (without it if not `at_domain`)."""
+    """Return the interval of a rising function that is defined from `domain` on (or above, if not `at_domain`)."""
 
     def interval(a: Bounds) -> Bounds | None:
         if a[0] < domain or (a[0] == domain and not at_domain):
@@ -206,7 +207,7 @@ def _rising(
 
 
 def _even(function: Callable[[float], float]) -> Callable[[Bounds], Bounds | None]:
-    """Interval of |x| or x*x: falls to 0, then rises."""
+    """Return the interval of |x| or x*x, which falls until x = 0 and then rises."""
 
     def interval(a: Bounds) -> Bounds:
         ends = [function(a[0]), function(a[1])]
@@ -216,7 +217,7 @@ def _even(function: Callable[[float], float]) -> Callable[[Bounds], Bounds | Non
 
 
 def _wave(function: Callable[[float], float], peak: float) -> Callable[[Bounds], Bounds | None]:
-    """Interval of sin or cos, which is 1 at `peak` + 2 pi k and -1 half a turn on."""
+    """Return the interval of sin or cos, which is 1 at `peak` + 2 pi k and -1 half a period later."""
 
     def hits(a: Bounds, place: float) -> bool:
         return math.floor((a[1] - place) / math.tau) >= math.ceil((a[0] - place) / math.tau)
@@ -272,16 +273,16 @@ _BINARY: dict[str, Callable[[Bounds, Bounds], Bounds | None]] = {
     "minimum": lambda a, b: (min(a[0], b[0]), min(a[1], b[1])),
 }
 _BINARY |= {"max": _BINARY["maximum"], "min": _BINARY["minimum"]}
-# One tensor's values, or means of them.
+# The result consists of values of one tensor, or of their means.
 _KEEP = frozenset({"mean", "amax", "amin", "topk", "sort", "gather", "index_select", "take_along_dim"}) | {
     f"{pool}{n}d" for pool in ("adaptiveavgpool", "adaptive_avg_pool", "maxpool", "max_pool") for n in (1, 2, 3)
 }
 _KEEP |= {f"{pool}{n}d" for pool in ("adaptivemaxpool", "adaptive_max_pool") for n in (1, 2, 3)}
-# The same, or zeros that come in at the border; weights of interpolation are positive and sum to 1, bicubic apart.
+# As above, but zeros may be added at the border; interpolation weights are positive and sum to 1, except bicubic.
 _KEEP_OR_ZERO = frozenset(
     ["interpolate", "upsample", "upsamplingnearest2d", "upsamplingbilinear2d", "grid_sample", "unfold"]
     + ["zeropad2d", *(f"{pool}{n}d" for pool in ("avgpool", "avg_pool") for n in (1, 2, 3))]
 )
 _HULL = frozenset({"cat", "concat", "concatenate", "stack", "hstack", "vstack", "setitem"})
-# Moves that bring in values of their own, which the graph does not hold.
+# Moves that add values which the graph does not hold.
 _NEW_VALUES = frozenset({"pad", "constantpad2d", "setitem", "alphadropout", "alpha_dropout", "feature_alpha_dropout"})

@@ -1,13 +1,13 @@
-"""What a user writes for one operator, read into the fields of an OpQConfig.
+"""The parser of what a user writes for one operator; it returns fields of an OpQConfig.
 
 Forms:
     qint16                output dtype; weights stay qint8
     qint8/qint16          output and weight dtype
     qint8@0.05            output with a fixed scale
     qint16@0..200         output with a known range, low..high: the scale follows as max(|low|, |high|) / -qmin
-    {output: qint16, ...} any field of OpQConfig by name; without `output` the output dtype is left to the next rule,
+    {output: qint16, ...} any field of OpQConfig by name; without `output` the next rule decides the output dtype,
                           and `output: null` asks for a high-precision output
-    OpQConfig(...)        as it is
+    OpQConfig(...)        its fields
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FORMS = "Write qint16, qint8/qint16, qint8@0.05, qint16@0..200, or a mapping wit
 
 
 def parse_op(value: object, where: str) -> dict[str, Any]:
-    """Fields of an OpQConfig from one of the forms above. Raises ConfigError that starts with `where`."""
+    """Return the fields of an OpQConfig from one of the forms above. Raises ConfigError that starts with `where`."""
     if isinstance(value, OpQConfig):
         value = {f.name: getattr(value, f.name) for f in record_fields(value) if f.name in KEYS}
     if isinstance(value, Mapping):
@@ -76,7 +76,7 @@ def _mapping(value: Mapping[Any, Any], where: str) -> dict[str, Any]:
 
 
 def check_op(op: Mapping[str, Any], where: str) -> None:
-    """Refuse fields that contradict each other. Raises ConfigError."""
+    """Raise ConfigError for fields that contradict each other."""
     output = op.get("output")
     if op.get("fixed_scale") is not None and op.get("known_range") is not None:
         raise ConfigError(f"{where} takes a fixed scale or a known range, but got both. Keep one.")
@@ -91,7 +91,7 @@ def check_op(op: Mapping[str, Any], where: str) -> None:
 
 
 def parse_range(value: object, where: str) -> tuple[float, float]:
-    """A known range from `low..high` or a pair. Raises ConfigError unless both are finite and low < high."""
+    """Return a known range from `low..high` or a pair. Raises ConfigError unless both are finite and low < high."""
     parts: Sequence[object] = ()
     if isinstance(value, str):
         parts = value.partition("..")[::2]
@@ -104,9 +104,9 @@ def parse_range(value: object, where: str) -> tuple[float, float]:
 
 
 def parse_observer(value: object, where: str) -> str | None:
-    """A calibration method from its name or from a plugin observer class (`MSEObserver`, `min_max`).
+    """Return a calibration method from its name or from a plugin observer class (`MSEObserver`, `min_max`).
 
-    HistogramObserver keeps a histogram and leaves the method open: None, the trial's. Raises ConfigError.
+    HistogramObserver names no method, so it gives None, which means the trial's method. Raises ConfigError.
     """
     text = str(getattr(value, "__name__", value)).removesuffix("Observer")
     name = text.lower().removeprefix("movingaverage").removeprefix("perchannel").replace("min_max", "minmax")
@@ -119,7 +119,7 @@ def parse_observer(value: object, where: str) -> str | None:
 
 
 def inputs_by_position(op: OpQConfig, node: OpNode) -> tuple[QDtype | None, ...] | None:
-    """`op.input` with one entry per input of `node`; a single entry holds for all of them. Raises ConfigError."""
+    """Return `op.input` with one entry per input of `node`; a single entry holds for all. Raises ConfigError."""
     if op.input is None:
         return None
     count = len(node.inputs)
@@ -162,7 +162,7 @@ def _axis(value: object, where: str) -> int:
 
 
 def _number(value: object) -> float:
-    """`value` as a float, NaN where it is none."""
+    """Return `value` as a float, or NaN if it is not a number."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         return math.nan
     try:

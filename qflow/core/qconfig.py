@@ -1,4 +1,4 @@
-"""QConfig: the precision of every operator, who decided it, and what the device made of it."""
+"""QConfig: the precision of every operator, the rule that decided it, and the change that the device made to it."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ class OpQConfig:
     output: QDtype | None
     weight: QDtype | None = None
     input: tuple[QDtype | None, ...] | None = None
-    """Dtype by input position where it differs from what the producer gives; None takes the producer's. In what a
-    setter gives, a single entry holds for every position; `resolve` writes it out."""
+    """Dtype by input position if it differs from the producer's; None takes the producer's. In a setter's answer a
+    single entry holds for every position; `resolve` expands it."""
     observer: str | None = None
     """Calibration method of this output; None takes the trial's."""
     own_observer: bool = False
-    """The observer was asked for this very operator: it holds for int16 too, where a template's does not."""
+    """The observer was set for this operator by name: then it holds for int16 too, unlike a template's."""
     fixed_scale: float | None = None
     known_range: tuple[float, float] | None = None
-    """Range (low, high) of the values, known beforehand: the scale follows as max(|low|, |high|) / -qmin."""
+    """Known range (low, high) of the values: the scale is max(|low|, |high|) / -qmin."""
     frozen: bool = False
     """QAT keeps the calibrated scale (the plugin's fix_scale, averaging_constant 0)."""
     weight_axis: int | None = None
-    """Axis of the weight scales: None is the output channels, -1 one scale for the whole weight."""
+    """Axis of the weight scales: None for the output channels, -1 for one scale of the whole weight."""
     rule: str = ""
     """The setter that decided, for example `sensitive 0.2: rank 3 of 41`."""
     fallback: str = ""
-    """Why the device gave something else than was asked; empty if it did not."""
+    """Why the device changed the requested precision; empty if it did not."""
 
     @property
     def effective(self) -> tuple[object, ...]:
-        """What changes numbers; rules and reasons do not."""
+        """The fields that change numbers, unlike rules and reasons."""
         dtypes = (self.output and self.output.value, self.weight and self.weight.value)
         more = (
             tuple(str(d or "") for d in self.input) if self.input else None,
@@ -53,12 +53,12 @@ class OpQConfig:
             self.frozen or None,
             self.weight_axis,
         )
-        # what a plain operator does not have is left out, so that the digests of earlier studies stay what they were
+        # fields at their defaults are left out, so that the digests of earlier studies stay the same
         own = ("own observer",) if self.own_observer and self.observer and self.output == QDtype.qint16 else ()
         return (*dtypes, self.fixed_scale, *(more if any(m is not None for m in more) else ()), *own)
 
     def pinned_scale(self) -> float | None:
-        """The fixed scale, or the one that follows from the known range; None where calibration decides."""
+        """Return the fixed scale, or the one that follows from the known range; None if calibration decides."""
         if self.fixed_scale is not None or self.known_range is None or self.output is None:
             return self.fixed_scale
         threshold = max(abs(bound) for bound in self.known_range)
@@ -67,7 +67,7 @@ class OpQConfig:
 
 @dataclass(frozen=True)
 class QConfig:
-    """Operator name -> OpQConfig for every operator of a graph that owns a quantizer."""
+    """Maps the name of every operator that owns a quantizer to its OpQConfig."""
 
     march: str
     ops: Mapping[str, OpQConfig] = field(default_factory=dict)
@@ -75,24 +75,24 @@ class QConfig:
 
     @cached_property
     def digest(self) -> str:
-        """Names what the qconfig computes: equal digests give equal numbers, whatever rules led there."""
+        """Digest of what the qconfig computes: equal digests give equal numbers, whatever rules led to them."""
         return digest({"march": self.march, "ops": {name: op.effective for name, op in self.ops.items()}})
 
     def share(self, dtype: QDtype) -> float:
-        """Share of operators, among those with a quantized output, whose output is `dtype` (0..1)."""
+        """Return the share (0..1) of operators with output `dtype`, among those with a quantized output."""
         outputs = [op.output for op in self.ops.values() if op.output is not None]
         return sum(output == dtype for output in outputs) / len(outputs) if outputs else 0.0
 
     def names(self, dtype: QDtype) -> tuple[str, ...]:
-        """Operators whose output is `dtype`."""
+        """Return the operators whose output is `dtype`."""
         return tuple(name for name, op in self.ops.items() if op.output == dtype)
 
     def diff(self, other: QConfig) -> dict[str, tuple[OpQConfig | None, OpQConfig | None]]:
-        """Operators whose effective precision differs, as (self, other)."""
+        """Return the operators whose effective precision differs, as (self, other)."""
         names = dict.fromkeys([*self.ops, *other.ops])
         pairs = {name: (self.ops.get(name), other.ops.get(name)) for name in names}
         return {name: (a, b) for name, (a, b) in pairs.items() if (a and a.effective) != (b and b.effective)}
 
     def with_ops(self, changes: Mapping[str, OpQConfig]) -> QConfig:
-        """A copy with some operators replaced."""
+        """Return a copy with some operators replaced."""
         return replace(self, ops={**self.ops, **changes})

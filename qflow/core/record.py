@@ -1,8 +1,8 @@
-"""Records: frozen dataclasses that survive a trip through JSON.
+"""Conversion of records, which are frozen dataclasses, to JSON and back.
 
-`to_dict` and `from_dict` are written once for every record. JSON is strict and canonical: keys sorted, no
-blanks, infinity is the string "inf" (the SQNR of two equal tensors), NaN is refused. So a digest names a
-content: two records with equal digests are equal.
+`plain` and `from_dict` serve all records. The JSON is strict and canonical: keys are sorted, there are no blanks,
+infinity is the string "inf" (the SQNR of two equal tensors), and NaN is refused. Two records with equal digests are
+therefore equal.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from qflow.core.errors import QflowError
 
 T = TypeVar("T")
 _AS_IT_IS = (str, int, bool, type(None))
-DIGEST_CHARS = 16  # 64 bits: enough for the few thousand objects of a study, short enough to read aloud
+DIGEST_CHARS = 16  # 64 bits, enough for the few thousand objects of a study
 
 
 def plain(value: Any, where: str = "value") -> Any:
-    """`value` as JSON-ready builtins. Raises QflowError for NaN or a type that has no JSON form."""
-    if type(value) in _AS_IT_IS or (type(value) is float and math.isfinite(value)):  # nearly all: tables of figures
+    """Return `value` as builtins that JSON can hold. Raises QflowError for NaN or a type without a JSON form."""
+    if type(value) in _AS_IT_IS or (type(value) is float and math.isfinite(value)):  # most values
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name), f.name) for f in dataclasses.fields(value)}
@@ -48,18 +48,18 @@ def plain(value: Any, where: str = "value") -> Any:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Canonical JSON of a record or of plain values; with `indent` the same content for people."""
+    """Return the canonical JSON of a record or of plain values; with `indent`, the same content indented."""
     separators = (",", ":") if indent is None else (",", ": ")
     return json.dumps(plain(value), sort_keys=True, indent=indent, separators=separators, allow_nan=False)
 
 
 def digest(value: Any) -> str:
-    """Short content digest: the first 64 bits of SHA-256 over the canonical JSON."""
+    """Return the content digest: the first 64 bits of SHA-256 over the canonical JSON."""
     return hashlib.sha256(to_json(value).encode()).hexdigest()[:DIGEST_CHARS]
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
-    """Build the record `cls` from what `plain` made of it. Raises QflowError on unknown or missing keys."""
+    """Build the record `cls` from the result of `plain`. Raises QflowError for unknown or missing keys."""
     if not isinstance(data, Mapping):
         raise QflowError(f"{cls.__name__} is built from a mapping, but got {type(data).__name__}.")
     hints = typing.get_type_hints(cls)

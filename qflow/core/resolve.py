@@ -1,7 +1,7 @@
-"""Resolving: the setters are asked in order for every operator, and a whole QConfig results.
+"""`resolve`: it asks the setters in order for every operator, and returns a complete QConfig.
 
-Constants follow the operators that read them unless a setter names them. Last, stated ranges are carried on to all
-operators whose range follows from them (known_range.py).
+Constants get the dtype of the operators that read them, unless a setter names them. At the end, known ranges are
+propagated to all operators whose range follows from them (known_range.py).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def resolve(
 ) -> QConfig:
     """Ask the setters in order for every operator that owns a quantizer.
 
-    `ranges` are known ranges (low, high) by operator, beside those that setters give; with `propagate` they are
-    carried on to all operators whose range follows. Raises ConfigError if no setter answers for an operator: end
-    the list with a TemplateSetter.
+    `ranges` are known ranges (low, high) by operator, in addition to those of the setters; `propagate` extends them to
+    all operators whose range follows. Raises ConfigError if no setter answers for an operator; a TemplateSetter at the
+    end of the list prevents that.
     """
     rules = setters if isinstance(setters, Sequence) else (setters,)
     for setter in rules:
@@ -55,9 +55,9 @@ def _names(setter: Setter) -> bool:
 
 
 def _constant(node: OpNode, graph: ModelGraph, ops: Mapping[str, OpQConfig]) -> OpQConfig | None:
-    """The widest output dtype of the operators that read a constant (the plugin's ConstTensorQuantTemplate).
+    """Return a constant's qconfig, with the highest dtype of its readers (the plugin's ConstTensorQuantTemplate).
 
-    qint8 where it is a weight, or where the reader's output is high precision.
+    For a reader that uses it as weight or has a high-precision output, qint8 counts.
     """
     owners = {n.quantizer: n.name for n in graph.quantized}
     found: list[tuple[QDtype, OpNode]] = []
@@ -82,7 +82,7 @@ def _constant(node: OpNode, graph: ModelGraph, ops: Mapping[str, OpQConfig]) -> 
 def _pinned(
     graph: ModelGraph, ops: dict[str, OpQConfig], ranges: Mapping[str, Bounds], propagate: bool
 ) -> dict[str, OpQConfig]:
-    """`ops` with the known ranges of `ranges`, and of what follows from these and from the ranges in `ops`."""
+    """Return `ops` with the known ranges of `ranges`, and those that follow from these and from the ranges in `ops`."""
     unknown = [name for name in ranges if name not in ops]
     if unknown:
         raise ConfigError(f"A known range is for an operator, but got {unknown[0]}. {way_out(unknown[0], graph)}")

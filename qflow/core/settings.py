@@ -1,4 +1,4 @@
-"""Settings of a trial: what a search may vary, checked when built, with the way out in every message."""
+"""The settings of a trial, which a search may vary. Illegal values raise ConfigError when the record is built."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ COMPARISONS = ("Cosine", "MSE", "L1", "KL", "SQNR", "Atol")
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSettings:
-    """How many data calibrate, and how scales follow from the statistics (formulas: quant/observer.py)."""
+    """The amount of calibration data, and how scales follow from statistics (formulas: quant/values/observer.py)."""
 
     method: str = "mse"
     batch_size: int = 16
     steps: int = 16
     augment: bool = False
-    """Read `task.data.calibration_augmented` (flips and the like) in place of `calibration`."""
+    """Read `task.data.calibration_augmented` (with flips, for example) in place of `calibration`."""
     percentile: float = 99.99
     averaging_constant: float | None = None
-    """Moving average of batch maxima for minmax (the plugin's 0.01); null takes the largest value of all."""
+    """Constant of the moving average of batch maxima for minmax (the plugin's 0.01); null takes the overall maximum."""
     int16_margin: float = 1.25
     divisor: str = "guide"
     clip_min: float = -1.0
-    """Method clip: the range that the values are cut to."""
+    """Method clip: values are clipped to clip_min..clip_max."""
     clip_max: float = 1.0
     std_scale: float = 3.0
-    """Method clip_std: how many standard deviations around the mean are kept."""
+    """Method clip_std: values are clipped to so many standard deviations around the mean."""
     sampling: int = 7
-    """Every n-th value enters the histogram; 1 takes all. Smallest and largest are always exact."""
+    """Every n-th value enters the histogram; 1 takes all. Minimum and maximum are always exact."""
     float16_clip: bool = False
-    """fp16 results beyond 65504 are clipped to it; otherwise they overflow to infinity, and are counted."""
+    """fp16 results beyond 65504 are clipped; otherwise they overflow to infinity, and are counted."""
 
     def __post_init__(self) -> None:
         _one_of("calibration.method", self.method, METHODS)
@@ -61,31 +61,31 @@ class CalibrationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class QConfigSettings:
-    """Which operators get which precision: names first, then the sensitive share, templates, the rest."""
+    """The choice of precisions: operators by name first, then the most sensitive ones, templates, and the rest."""
 
     template: str = "qint8"
-    """Output dtype of every operator that nothing else decides."""
+    """Output dtype of every operator that no other rule decides."""
     int16_ratio: float = 0.0
-    """Share of the operators that can be int16 (those in fp16 apart) that is, the most sensitive first."""
+    """Share of the operators that can be int16 (without those in fp16) to promote, the most sensitive first."""
     float16_count: int = 0
-    """How many operators of the vector unit get fp16: those whose error falls most from int16 to fp16."""
+    """Number of operators of the vector unit that get fp16: those whose error falls most from int16 to fp16."""
     assignment: str = ""
-    """Instead of a ratio: a letter for each operator that can be int16, in graph order: 8 int8, 6 int16."""
+    """Instead of a ratio: one letter for each operator that can be int16, in graph order; 8 is int8, 6 is int16."""
     error_share: float | None = None
-    """Instead of a ratio: the cheapest mix that keeps at most this share of the error that int16 can take away."""
+    """Instead of a ratio: the cheapest mix that leaves at most this share of the error that int16 can remove."""
     modules: Mapping[str, Any] = field(default_factory=dict)
-    """Operator or module name -> what to set, in the forms of core/op_spec.py: `qint16`, `qint8/qint16` with the
-    weight, a fixed scale `qint8@0.05`, a known range `qint16@0..200`, or a mapping; wins."""
+    """Operator or module name -> its precision, in a form of core/op_spec.py: `qint16`, `qint8/qint16` with the weight,
+    a fixed scale `qint8@0.05`, a known range `qint16@0..200`, or a mapping. It overrides all other rules."""
     sensitive_type: str = "activation"
-    """What the ratio promotes: `activation` (outputs), `weight` or `both`."""
+    """Rows that the ratio promotes: `activation` (outputs), `weight` or `both`."""
     counting: str = "operators"
-    """What the ratio counts: `operators` that can be promoted, or the `rows` of the table as the plugin does."""
+    """Units that the ratio counts: `operators` that can be promoted, or `rows` of the table as in the plugin."""
     ranking: str = "score"
-    """What the ratio promotes first: the most sensitive (`score`), or the most `score_per_ms` that int16 costs."""
+    """Order of promotion by the ratio: by sensitivity (`score`), or by sensitivity per ms of int16 (`score_per_ms`)."""
     rules: Sequence[str] = field(default_factory=list)
     """Templates before the last one (core/template.py): `gemm_to_grid_int16`, `gemm_to_softmax_int16`, ..."""
     propagate_ranges: bool = True
-    """Carry known ranges on to every operator whose range follows from them (core/known_range.py)."""
+    """Propagate known ranges to every operator whose range follows from them (core/known_range.py)."""
 
     def __post_init__(self) -> None:
         _one_of("qconfig.template", self.template, ("qint8", "qint16"))
@@ -115,18 +115,18 @@ class QConfigSettings:
 
     @property
     def needs_ranking(self) -> bool:
-        """Whether sensitivities decide about operators, as they do in the trials of a study."""
+        """Whether the settings choose operators by their sensitivities."""
         chosen = self.assignment or self.error_share is not None or self.float16_count
         return bool(chosen) or 0.0 < self.int16_ratio < 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class SensitivitySettings:
-    """Which samples are bad cases, and how outputs are compared."""
+    """The choice of bad cases, and the comparison of outputs."""
 
     metric: str = "L1"
     compare: str = "fair"
-    """How bad cases weigh several outputs: `fair`, each by its own mean, or `raw`, the worst number in any (plugin)."""
+    """How several outputs count for bad cases: `fair`, each over its mean; `raw`, the worst number (plugin)."""
     own_metric: Mapping[str, str] = field(default_factory=lambda: {"_target_": "", "order": ""})
     """The user's own metric for bad cases: `_target_`, a function of one float and one quantized output `[1, ...]`
     that gives a number, and its `order` from bad to good, `ascending` or `descending`."""
@@ -134,15 +134,15 @@ class SensitivitySettings:
     search_samples: int = 256
     """How many calibration samples are searched for bad cases."""
     method: str = "exact"
-    """exact; screened: all rows estimated, those measured that may be of the top fifth; estimate: none measured."""
+    """exact; screened: all rows are estimated, and those that may be in the top fifth measured; estimate: no row is."""
     screened_share: float = 0.4
-    """Most rows that screening measures."""
+    """Largest share of the rows that screening measures."""
     draws: int = 64
-    """Random directions x samples that an estimate is averaged over: fewer lose a third of the top rows."""
+    """Random directions x samples over which an estimate is averaged; fewer lose a third of the top rows."""
     dtypes: Sequence[str] = field(default_factory=lambda: ["qint8"])
     """Candidate dtypes of the rows: qint8, qint16, float16."""
     memory_mb: int = 2048
-    """What float values and variants may take; beyond it samples are taken in parts, then values recomputed."""
+    """Memory for float values and variants; if it is short, samples are run in parts, then values recomputed."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -164,30 +164,30 @@ class SensitivitySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class QatSettings:
-    """Quantization-aware training after calibration; the guide's advice is in the defaults. 0 steps: none."""
+    """Quantization-aware training after calibration, with the guide's defaults; 0 steps is no training."""
 
     steps: int = 0
     apply: str = "every_trial"
-    """`every_trial` trains each after its calibration; `after_search` leaves training to a stage of its own."""
+    """`every_trial` trains each trial after its calibration; `after_search` trains in a stage after the search."""
     batch_size: int = 64
     augment: bool = False
-    """Train on `task.data.train_augmented` in place of `train`; the guide wants less of it than float training had."""
+    """Train on `task.data.train_augmented`, not `train`; the guide asks for less augmentation than in float."""
     learning_rate: float = 1e-4
     """Fixed unless there is a scheduler; there is no warm-up."""
     weight_decay: float = 0.0
     rates: Mapping[str, float] = field(default_factory=dict)
     """Module name prefix -> learning rate of what is below it; the longest prefix wins."""
     loss: Mapping[str, object] = field(default_factory=dict)
-    """`_target_` of the user's loss: called with (model outputs, batch) it gives a scalar."""
+    """`_target_` of the user's loss, which returns a scalar for (model outputs, batch)."""
     optimizer: Mapping[str, object] = field(default_factory=lambda: {"_target_": "torch.optim.AdamW"})
     scheduler: Mapping[str, object] = field(default_factory=dict)
     """`_target_` of a scheduler, called with the optimizer and stepped each step; empty for a fixed rate."""
     scheduled: bool = True
-    """False keeps the rate fixed though there is a scheduler: how rates are compared."""
+    """False keeps the rate fixed although there is a scheduler; the rates are compared this way."""
     mode: str = "fuse_bn"
-    """Batch norms while training (quant/weighted.py)."""
+    """How batch norms are trained (quant/model/weighted.py)."""
     moving: bool = True
-    """Activation scales follow the data; false keeps the calibrated ones (good where calibration is good)."""
+    """Activation scales follow the data; false keeps the calibrated ones (suits a good calibration)."""
     moving_weights: bool = True
     """Weight scales follow the weights; false keeps them."""
     averaging_constant: float = 0.01
@@ -199,12 +199,12 @@ class QatSettings:
     clip_gradients: float | None = None
     """Largest norm of all gradients together."""
     divergence: float = 10.0
-    """A loss above so many times the median of the first `first_losses` stops the training."""
+    """A loss of more than this times the median of the first `first_losses` stops the training."""
     first_losses: int = 5
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0 writes one at the end only, or where it is interrupted."""
+    """Steps between checkpoints; 0 writes one only at the end or at an interruption."""
     amp: bool = False
-    """bfloat16 autocast; refused with int16 (98 % of its outputs would be wrong)."""
+    """bfloat16 autocast; refused with int16, because 98 % of the outputs would be wrong."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -227,7 +227,7 @@ class QatSettings:
             _within("qat.clip_gradients", self.clip_gradients, 1e-12, math.inf)
 
     def capped(self) -> tuple[int, list[str]]:
-        """Steps to take, and the finding where they are cut to the guide's share of the float steps."""
+        """Return the number of steps, and a finding if they are cut to the guide's share of the float steps."""
         cap = self.steps if self.float_steps is None else max(int(self.float_steps * self.max_share), 1)
         if self.steps <= cap:
             return self.steps, []
@@ -237,7 +237,7 @@ class QatSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSettings:
-    """Everything that one trial may vary."""
+    """All settings that a trial may vary."""
 
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     qconfig: QConfigSettings = field(default_factory=QConfigSettings)

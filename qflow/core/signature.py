@@ -1,4 +1,4 @@
-"""What a model's `forward` takes of a batch that is a mapping."""
+"""The arguments that a model's `forward` takes from a batch that is a mapping."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 
 
 def arguments(forward: Callable[..., Any]) -> list[inspect.Parameter]:
-    """The parameters of `forward` that a caller fills one by one (no *args, no **kwargs)."""
+    """Return the parameters of `forward` without *args and **kwargs."""
     found = inspect.signature(forward).parameters.values()
     return [p for p in found if p.kind in (*_NAMED, inspect.Parameter.POSITIONAL_ONLY)]
 
 
 def keywords(forward: Callable[..., Any], batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The items of `batch` that are arguments of `forward`, in its order; all of them where it takes **kwargs."""
+    """Return the items of `batch` that are arguments of `forward`, in its order; all if it takes **kwargs."""
     parameters = inspect.signature(forward).parameters.values()
     if any(p.kind == p.VAR_KEYWORD for p in parameters):
         return dict(batch)
@@ -24,7 +24,7 @@ def keywords(forward: Callable[..., Any], batch: Mapping[str, Any]) -> dict[str,
 
 
 def mismatch(forward: Callable[..., Any], inputs: Any) -> str:
-    """What to say of a mapping that fits `forward` badly: its keys beside the arguments; empty where it fits."""
+    """Return a text with keys and arguments if a mapping does not fit `forward`; empty if it fits."""
     given = inputs if isinstance(inputs, Mapping) else None
     if given is None and isinstance(inputs, Sequence) and len(inputs) == 1 and isinstance(inputs[0], Mapping):
         given = inputs[0]

@@ -1,9 +1,8 @@
-"""Opening stores on disk so that a kill at any moment leaves them usable; standard library only.
+"""Files and databases on disk that stay usable if the process is killed at any moment; standard library only.
 
-Creating a database is a long chain of migrations, and one killed in the middle can never be opened again. So
-a database is built beside its place, under a lock, and renamed into it when it is whole: it is either absent
-or complete. It is put in write-ahead mode once (a property of the file), which network file systems do not
-support.
+Creating a database takes many migrations, and one killed in the middle can never be opened again. Therefore a database
+is built under another name, under a lock, and renamed when it is complete. It is set to write-ahead mode once (a
+property of the file), which network file systems do not support.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ SQLITE = "sqlite:///"
 
 
 def sqlite_url(path: Path) -> str:
-    """The SQLAlchemy URL of a database file, absolute, so that it holds from any working folder."""
+    """Return the SQLAlchemy URL of a database file, absolute, so that it is valid in any working folder."""
     return f"{SQLITE}{path.absolute()}"
 
 
 def sqlite_path(url: str) -> Path | None:
-    """The file of a SQLite URL, absolute; None for another kind of store."""
+    """Return the absolute path of a SQLite URL; None for another kind of store."""
     if not url.startswith(SQLITE):
         return None
     return Path(url[len(SQLITE) :].partition("?")[0]).absolute()
@@ -34,11 +33,11 @@ def sqlite_path(url: str) -> Path | None:
 
 @contextmanager
 def exclusive(path: Path, *, owner_of: str = "") -> Iterator[None]:
-    """Hold the lock file `path` while inside; its text is the holder's process id.
+    """Hold the lock file `path` inside the block; the file contains the process id of the holder.
 
-    With `owner_of` (what the lock guards) a second holder is refused with TrackingError, else it waits. The
-    kernel frees the lock when the process ends, however it ends; the file itself stays, because removing it
-    would let two processes hold two files of one name.
+    With `owner_of` (the name of what the lock guards) a second process gets a TrackingError, else it waits. The kernel
+    frees the lock when the process ends in any way. The file stays, because after its removal two processes could lock
+    two files of the same name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as file:
@@ -58,7 +57,7 @@ def exclusive(path: Path, *, owner_of: str = "") -> Iterator[None]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that whoever reads it, whenever this process is killed, finds the old or the new text whole."""
+    """Write a file so that readers find either the old or the new text complete, even if this process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(text, encoding="utf-8")
@@ -66,10 +65,10 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def build_aside(path: Path, create: Callable[[str], None]) -> None:
-    """Make the SQLite database `path` whole or not at all: `create(url)` builds it under another name.
+    """Create the SQLite database `path` completely or not at all: `create(url)` builds it under another name.
 
-    Does nothing when the file exists. Two processes that start at once build it once. `create` must close
-    every connection it opened. Raises whatever `create` raises, and leaves nothing in the place of `path`.
+    Nothing happens if the file exists. Two processes that start at once build it once. `create` must close every
+    connection that it opens. An exception of `create` propagates, and no file is left at `path`.
     """
     if path.exists():
         return
@@ -77,7 +76,7 @@ def build_aside(path: Path, create: Callable[[str], None]) -> None:
         if path.exists():
             return
         for leftover in path.parent.glob(f"{path.name}.init-*"):
-            leftover.unlink()  # of a builder that was killed: we hold its lock
+            leftover.unlink()  # of a process that was killed, since we hold the lock
         aside = path.with_name(f"{path.name}.init-{os.getpid()}")
         create(sqlite_url(aside))
         with closing(sqlite3.connect(aside)) as connection:

@@ -1,12 +1,12 @@
-"""A sensitivity table as a setter: its most sensitive quantizers are promoted, counted in one of two ways.
+"""The setter that promotes the most sensitive quantizers of a sensitivity table. There are two ways of counting:
 
-    operators   (qflow's) first the rows that can be promoted are kept: asked type, origin dtype, candidates;
-                then k = ceil(kept x ratio) of them are taken: ratio 1.0 promotes all
-    rows        (the plugin's) first k = ceil(rows x ratio) rows are taken in the table's order, weight rows and rows
-                that are int16 already included; then those of another type or dtype are thrown away:
-                20 % can promote far fewer than 20 % of the operators
+    operators   (qflow's) the rows that can be promoted are selected first, by type, origin dtype and candidates;
+                then the first k = ceil(selected x ratio) are promoted, so that ratio 1.0 promotes all
+    rows        (the plugin's) the first k = ceil(rows x ratio) rows of the table are taken, including weight rows and
+                rows that are int16 already; then those of another type or dtype are discarded, so that 20 % can
+                promote far fewer than 20 % of the operators
 
-Source of the plugin's rule: reference, section 2.7. Rows keep the table's order, most sensitive first.
+Source of the plugin's rule: reference, section 2.7. Rows keep the order of the table, most sensitive first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SENSITIVE_TYPES = ("activation", "weight", "both")
 
 @dataclass(frozen=True)
 class TableRow:
-    """What a setter needs of a row; `quant_dtype` is empty where the table does not hold it (4 columns)."""
+    """The fields of a row that a setter needs; `quant_dtype` is empty if the table lacks it (4 columns)."""
 
     op_name: str
     sensitive_type: str
@@ -37,8 +37,8 @@ class TableRow:
 
 
 def table_rows(table: Any) -> tuple[TableRow, ...]:
-    """Rows of a SensitivityTable, or of the plugin's lists: op_name, sensitive_type, op_type, value [, quant_dtype
-    [, flops]]. Rows of constants are left out: these follow their readers. Raises ConfigError.
+    """Return the rows of a SensitivityTable, or of the plugin's lists: op_name, sensitive_type, op_type, value
+    [, quant_dtype [, flops]]. Constants are left out, because they follow their readers. Raises ConfigError.
     """
     found = []
     for i, row in enumerate(getattr(table, "rows", table)):
@@ -60,10 +60,10 @@ def table_rows(table: Any) -> tuple[TableRow, ...]:
 
 @dataclass(frozen=True)
 class TableSetter:
-    """The top rows of a sensitivity table get int16: an activation row the operator's output, a weight row its weight.
+    """Sets the top rows of a sensitivity table to int16: the output for an activation row, the weight for a weight row.
 
-    Exactly one of `topk` and `ratio`. With `qconfig` the operator gets just that, whatever the row's type (the
-    plugin's default_qconfig). `candidates` are the operators that the device lets be int16; None takes every row's.
+    Exactly one of `topk` and `ratio` is given. With `qconfig` (the plugin's default_qconfig), the operator gets this
+    qconfig for a row of either type. `candidates` are the operators that can be int16 on the device; None takes all.
     """
 
     rows: tuple[TableRow, ...]
@@ -93,11 +93,11 @@ class TableSetter:
 
     @cached_property
     def counted(self) -> tuple[TableRow, ...]:
-        """The rows that the ratio or topk is taken of."""
+        """The rows that ratio or topk counts."""
         if self.counting == "rows":
             return self.rows
         allowed = None if self.candidates is None else set(self.candidates)
-        # a weight needs no leave: what bars int16 outputs does not bar int16 weights
+        # rules against int16 outputs do not apply to weights
         return tuple(
             row
             for row in self.rows
@@ -110,7 +110,7 @@ class TableSetter:
         if self.ratio is None:
             count = self.topk
         elif self.counting == "rows":
-            count = math.ceil(len(self.counted) * self.ratio)  # with the plugin's rounding error
+            count = math.ceil(len(self.counted) * self.ratio)  # keeps the rounding error of the plugin
         else:
             count = share_of(self.ratio, len(self.counted))
         return tuple(row for row in self.counted[:count] if self._fits(row))
@@ -124,7 +124,7 @@ class TableSetter:
         return found
 
     def check(self, graph: ModelGraph) -> None:
-        """Refuse a table of another model. Raises ConfigError."""
+        """Raise ConfigError for a table of another model."""
         known = {node.name for node in graph.quantized}
         missing = [row.op_name for row in self.rows if row.op_name not in known]
         if missing:

@@ -1,8 +1,9 @@
 """The plugin's templates as rules over the fused graph (reference, section 2.5), and the setters of a trial.
 
-A template decides the output dtype only. `TemplateQconfigSetter` runs several in order, the first that answers wins,
-with everything else (observer, weight dtype, frozen scale) from its default qconfig, which also answers last.
-The all-int8, all-int16 and high-precision templates are TemplateSetter and HighPrecisionOutput (setter.py).
+A template decides the output dtype only. `TemplateQconfigSetter` asks several templates in order; the first answer
+decides. Everything else (observer, weight dtype, frozen scale) comes from its default qconfig, which is also the answer
+if no template has one. The all-int8, all-int16 and high-precision templates are TemplateSetter and HighPrecisionOutput
+(setter.py).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from qflow.core.table_setter import TableRow, TableSetter
 
 @dataclass(frozen=True)
 class GemmInt8:
-    """Outputs of GEMMs are int8: conv, linear, matmul (neither Conv1d nor transposed, as in 3.0.x)."""
+    """Sets the outputs of GEMMs to int8: conv, linear, matmul (neither Conv1d nor transposed, as in 3.0.x)."""
 
     def __call__(self, node: OpNode, graph: ModelGraph) -> OpQConfig | None:
         return _output(node, QDtype.qint8, "template GEMM int8") if is_gemm(node) else None
@@ -36,9 +37,9 @@ class GemmInt8:
 
 @dataclass(frozen=True)
 class UpToGemm:
-    """From the input of `target` (all its inputs, or `position`) upstream to the first GEMM, that one included: int16.
+    """Sets int16 from the inputs of `target` (or the one at `position`) upstream to the first GEMM, which is included.
 
-    Every branch is followed, through concat too; a branch without a GEMM ends at the model's input.
+    Every branch is followed, also through concat; a branch without a GEMM ends at the model's input.
     """
 
     target: OpKind
@@ -49,7 +50,7 @@ class UpToGemm:
         return _output(node, QDtype.qint16, f"template {self.name}") if self._feeds(node, graph) else None
 
     def _feeds(self, node: OpNode, graph: ModelGraph) -> bool:
-        """True where a path leads from a call of `node` to the target with no GEMM between."""
+        """Return whether a path leads from a call of `node` to the target without a GEMM in between."""
         stack = [n for n in graph.nodes if n.quantizer == node.quantizer]
         seen = {n.name for n in stack}
         while stack:
@@ -65,7 +66,7 @@ class UpToGemm:
 
 
 def is_gemm(node: OpNode) -> bool:
-    """The plugin's GEMM set (section 2.5)."""
+    """Return whether `node` is in the plugin's set of GEMMs (section 2.5)."""
     return node.kind in HIGH_PRECISION_KINDS and not node.op_type.endswith("Conv1d")
 
 
@@ -82,7 +83,7 @@ TEMPLATES: Mapping[str, Setter] = {
 
 @dataclass(frozen=True)
 class TemplateQconfigSetter:
-    """`templates` in order over one default qconfig, which answers where none of them does."""
+    """Asks `templates` in order; `default_qconfig` is the answer if none of them has one."""
 
     default_qconfig: OpQConfig
     templates: Sequence[Callable[[OpNode, ModelGraph], OpQConfig | None]] = ()
@@ -106,10 +107,10 @@ def trial_setters(
     float16: Sequence[str] = (),
     assigned: Sequence[str] | None = None,
 ) -> list[Setter]:
-    """The setters of one trial in order: names, fp16, int16, high-precision outputs, templates, the rest.
+    """Return the setters of one trial in order: names, fp16, int16, high-precision outputs, templates, the rest.
 
-    `float16` are the operators that get fp16, first of all; `assigned` those that get int16, instead of a ratio.
-    `candidates` are what the device lets be int16 (ratio_candidates), `scores` activation sensitivities; `rows`
+    `float16` are the operators that get fp16; `assigned` those that get int16, in place of a ratio. `candidates` are
+    the operators that can be int16 on the device (ratio_candidates), `scores` activation sensitivities. `rows`
     (table_rows of the sensitivity table) are needed for weights and for counting rows. Raises ConfigError.
     """
     plain = settings.sensitive_type == "activation" and settings.counting == "operators"
@@ -133,7 +134,7 @@ def trial_setters(
     return [
         ModuleNameSetter(settings.modules),
         ChosenSetter(tuple(float16), QDtype.float16, "sensitive at int16"),
-        sensitive,  # before the high-precision outputs: these have weights to promote
+        sensitive,  # before the high-precision outputs, whose weights it may promote
         HighPrecisionOutput(),
         *(TEMPLATES[name] for name in settings.rules),
         TemplateSetter(QDtype(settings.template)),

@@ -1,6 +1,7 @@
-"""What a choice of precisions costs on the device: latency with its interval, traffic, weight bytes.
+"""Predicts what a choice of precisions costs on the device: latency with its interval, traffic, weight bytes.
 
-It is not called `cost`: `qflow.cost` is a function of the library, and `python -m qflow.cost` a command.
+The package is not called `cost`, because `qflow.cost` is a function of the library and `python -m qflow.cost` a
+command.
 """
 
 __all__ = ["fit", "latency", "measured", "model", "networks", "records", "table"]

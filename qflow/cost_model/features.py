@@ -1,4 +1,4 @@
-"""Work under a qconfig: the dtypes that each operator computes in, the casts between them, the bytes that it holds."""
+"""Work under a qconfig: the dtypes that each operator computes in, the casts, and the bytes of its weights."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ class OpFeatures:
     work: OpWork
     input_dtype: QDtype
     weight_dtype: QDtype | None
-    """Dtype of what a GEMM multiplies its (widest) input with; None for what is no GEMM."""
+    """Dtype that a GEMM multiplies its input of highest precision with; None if the operator is no GEMM."""
     output_dtype: QDtype | None
     cast: int
-    """Elements of inputs whose dtype must change first."""
+    """Elements of inputs that must be cast to another dtype first."""
     weight_bytes: int
-    """Bytes that are part of the model: weights, and constants at the dtype that they are read in."""
+    """Bytes stored in the model: weights, and constants at the dtype in which they are read."""
 
 
 def features(graph: ModelGraph, qconfig: QConfig) -> tuple[OpFeatures, ...]:
-    """One row an operator of `graph`, traced at the deployed shape, under `qconfig`."""
+    """One row per operator of `graph`, traced at the deployed shape, under `qconfig`."""
     return tuple(under(work_of(graph), qconfig.ops))
 
 
 def under(works: Sequence[OpWork], ops: Ops) -> Iterator[OpFeatures]:
-    """The rows of `works` under `ops`: all that a search has to do again for another choice of dtypes."""
+    """The rows of `works` under `ops`; for other dtypes a search only needs to repeat this step."""
     for work in works:
         op = ops[work.owner] if work.owner is not None else None
         arriving = _arriving(work, op, ops)
@@ -57,10 +57,12 @@ _rank = _RANK.__getitem__
 
 
 def _arriving(work: OpWork, op: OpQConfig | None, ops: Ops) -> list[list[QDtype]]:
-    """Dtypes at each input position as the operator computes with them; an asked one counts, not the producer's."""
-    asked = op.input if op and op.input else ()
+    """Dtypes at each input position as the operator computes with them: a dtype set for the input replaces that of the
+    producer.
+    """
+    given = op.input if op and op.input else ()
     return [
-        [asked[i]] if i < len(asked) and asked[i] is not None else [ops[o].output or QDtype.float32 for o in owners]  # type: ignore[list-item]
+        [given[i]] if i < len(given) and given[i] is not None else [ops[o].output or QDtype.float32 for o in owners]  # type: ignore[list-item]
         for i, owners in enumerate(work.inputs)
     ]
 
@@ -79,16 +81,16 @@ def _stored_bytes(work: OpWork, op: OpQConfig | None) -> int:
 
 
 def _casts(work: OpWork, op: OpQConfig | None, ops: Ops, to: QDtype) -> int:
-    """Elements that must change dtype: because another input is wider, because the operator asks for it, or at the
-    border between integers and fp16.
+    """Elements that must be cast: because another input has a higher dtype, because the qconfig sets the dtype of the
+    input, or because one side is integer and the other fp16.
     """
     several = len(work.inputs) > 1 and work.kind != OpKind.matmul
     total = 0
     for i, owners in enumerate(work.inputs):
         held = [ops[owner].output for owner in owners]
-        asked = op.input[i] if op and op.input and i < len(op.input) else None
-        wider = several and any(d is not None and d != to for d in held)
+        given = op.input[i] if op and op.input and i < len(op.input) else None
+        higher = several and any(d is not None and d != to for d in held)
         border = any(d is not None and (d == QDtype.float16) != (to == QDtype.float16) for d in held)
-        if wider or border or (asked is not None and any(d != asked for d in held)):
+        if higher or border or (given is not None and any(d != given for d in held)):
             total += work.input_elements[i]
     return total

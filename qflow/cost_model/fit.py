@@ -1,13 +1,13 @@
-"""Parameters of the cost model from networks whose time was measured, and how well they predict others.
+"""Fits the parameters of the cost model to networks whose time was measured, and validates the predictions.
 
-Relative non-negative least squares: the sum over rows of (predicted / measured - 1)^2, no coefficient below 0, plus
-for each coefficient (strength * (c / c0 - 1))^2 with the published fit c0 as prior. So what the rows say little about
-(attention, where they hold little of it) stays where the larger published set put it; two forms of attention were
-published, by softmax elements and by matmul MACs, and each counts half. Clocks are given; T0 and B do not scale.
-The surcharge on large GEMMs is ours: its prior is a round figure of what the rows give, there so that a few large
-networks do not decide it by chance.
+The fit is a relative non-negative least squares: it minimizes the sum over rows of (predicted / measured - 1)^2, with
+no coefficient below 0, plus (strength * (c / c0 - 1))^2 for each coefficient, with a published fit c0 as prior. A
+coefficient that the rows hardly determine (attention, of which they contain little) therefore stays close to the value
+from the larger published set. Attention was published in two forms, by softmax elements and by matmul MACs; each counts
+half. Clocks are given; T0 and B do not scale with them. The surcharge on large GEMMs is qflow's own: its prior is a
+rounded value of what the rows give, so that a few large networks do not determine it by chance.
 
-Validation leaves whole families out, then single networks, and predicts each march from the rows of the others.
+The validation leaves out whole families, then single networks, and predicts each march from the rows of the others.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from qflow.cost_model.networks import CLOCKS, COLUMNS, Network
 
 Array = NDArray[np.float64]
 STRENGTH = 0.3
-"""Of the prior, against residuals of about 0.07 a row: it takes a coefficient to be within a quarter of its prior."""
+"""Strength of the prior, for residuals of about 0.07 per row: coefficients are expected within a quarter of it."""
 KINK = 0.5
-"""GMAC a GEMM beyond which a network's MACs cost more (`CostModel.large_gemm_gmac`); 0.3 to 0.6 do alike."""
+"""GMAC per GEMM beyond which a network's MACs cost more (`CostModel.large_gemm_gmac`); 0.3 to 0.6 fit about as well."""
 NEVER = 1e9
-"""GMAC: a kink beyond any network."""
+"""A kink in GMAC beyond any network: no surcharge."""
 # Published fits on all rows (their sources: docs/cost-model.md); ms, or ms * GHz, per unit of the column. Attention by
 # softmax elements was 0.142, by matmul MACs 2.23: half of each. Large GEMMs: see above.
 PRIOR = {
@@ -48,7 +48,7 @@ NAMES = tuple(PRIOR)
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative errors of predictions; `inside` is the share of measured times within `interval_of`."""
+    """Relative errors of predictions; `inside` is the share of measured times inside `interval_of`."""
 
     rows: int
     median: float
@@ -57,7 +57,7 @@ class Errors:
     worst_name: str
     inside: float
     spearman: Mapping[str, float]
-    """March -> rank correlation; without those of fewer than three rows, or of equal ones."""
+    """March -> rank correlation; a march with fewer than three rows or with equal values has none."""
 
     def __str__(self) -> str:
         ranks = ", ".join(f"{march} {value:.3f}" for march, value in self.spearman.items())
@@ -69,7 +69,7 @@ class Errors:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One measured time and what was predicted without its group; ms."""
+    """One measured time, and its prediction by a fit without its group; ms."""
 
     name: str
     family: str
@@ -80,7 +80,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Fit:
-    """Coefficients by `NAMES`, and the validation of the procedure that gave them."""
+    """Coefficients by `NAMES`, and the validation of the fit."""
 
     coefficients: Mapping[str, float]
     families: Sequence[str]
@@ -92,7 +92,7 @@ class Fit:
     """`family`, `network`, and `<march> from the others` -> predictions."""
 
     def errors(self, how: str) -> Errors:
-        """Errors of one kind of validation."""
+        """Errors of one kind of validation, a key of `left_out`."""
         return errors_of(self.left_out[how])
 
     def apply(self, model: CostModel) -> CostModel:
@@ -139,7 +139,7 @@ def _inverse(coefficient: float) -> float:
 
 @dataclass(frozen=True)
 class _Rows:
-    """One row a network and march: the design matrix in the order of `NAMES`, measured times."""
+    """One row per network and march: the design matrix in the order of `NAMES`, measured times."""
 
     design: Array
     times: Array
@@ -182,7 +182,7 @@ def _solve(rows: _Rows, strength: float) -> Array:
 
 
 def fit_networks(networks: Sequence[Network], strength: float = STRENGTH, kink: float = KINK) -> Fit:
-    """Fit the int8 rows of `networks` and validate. Raises ConfigError where there are fewer than ten times."""
+    """Fit the int8 rows of `networks` and validate. Raises ConfigError for fewer than ten times."""
     rows = _rows(networks, kink)
     if len(rows.times) < 10:
         raise ConfigError(f"A fit needs at least ten int8 times, but got {len(rows.times)}. Add networks.")
@@ -217,17 +217,17 @@ def _predictions(rows: _Rows, test: NDArray[np.bool_], strength: float) -> list[
     return [Prediction(*cells) for cells in zip(*columns, strict=True)]
 
 
-# ---- how good
+# ---- errors
 
 
 def interval_of(prediction: Prediction) -> tuple[float, float]:
-    """The narrow interval in ms, that of int8 convolutional networks; with softmax qflow prints a wider one."""
+    """The interval of int8 convolutional networks in ms; for a network with softmax qflow prints a wider one."""
     low, high = INT8_INTERVAL
     return prediction.predicted * low, prediction.predicted * high
 
 
 def errors_of(predictions: Sequence[Prediction]) -> Errors:
-    """Errors of predictions, relative to what was measured."""
+    """Errors of predictions, relative to the measured times."""
     off = [abs(p.predicted / p.measured - 1.0) for p in predictions]
     ends = [(p.measured, *interval_of(p)) for p in predictions]
     worst = max(range(len(off)), key=off.__getitem__)
@@ -254,7 +254,7 @@ def _spearman(predictions: Sequence[Prediction]) -> dict[str, float]:
 
 
 def predict_network(network: Network, march: str, model: CostModel) -> float:
-    """BPU time in ms of a network's totals on `march`, by the parameters of `model`: int8, whatever the network's."""
+    """BPU time in ms of a network's totals on `march` by the parameters of `model`, as int8 whatever its dtype is."""
     f = CLOCKS[march]
     large = max(0.0, network.gmacs - model.large_gemm_gmac * network.gemms)
     compute = (

@@ -1,13 +1,15 @@
-"""Latency of a qconfig on Journey 6: the sum of its operators' times (model.py), every figure with its interval.
+"""Latency of a qconfig on Journey 6: the sum of its operators' times (model.py), each with an interval.
 
-Each operator's interval is that of what the rows hold ([0.80, 1.25] of its int8 time; [0.65, 1.5] in a network with
-operators that they do not hold, and for whatever runs in 16 bits), times the range of its dtypes' factors. No pair
-int8 / int16 of one network was ever published: the int16 factors rest on two all-int16 networks, those of fp16 on
-nothing. Comparing two qconfigs of one network is safer than either figure: fixed costs and weights cancel.
+The interval of an operator is [0.80, 1.25] of its time, times the range of its dtypes' factors. It is [0.65, 1.5] for
+an operator in 16 bits, and in a network that has operators which the measured rows do not contain or whose MACs are
+mostly depthwise. No network was ever published both in int8 and in int16: the int16 factors rest on one all-int16
+network (DINOv2 ViT-S, measured on nash-e and nash-m), those of fp16 on no measurement. The ratio of two qconfigs of one
+network is more reliable than either latency, because fixed costs and weights cancel.
 
-With a measured profile (profile.py) measured times replace the formula at the dtypes that were measured, and the
-formula's ratio carries them to others. If the report has a total, what operators leave of it is a constant; where they
-add up to more (units overlap), all are scaled to it. Its nodes on the CPU are a part of the latency alone.
+With a measured profile (profile.py), measured times replace the formula at the dtypes that were measured; for other
+dtypes they are multiplied by the formula's ratio. If the report has a total, the part that the operators do not explain
+is added as a constant; if the operators add up to more (units overlap), their times are scaled to the total. Nodes on
+the CPU count towards the latency only.
 """
 
 from __future__ import annotations
@@ -27,26 +29,26 @@ from qflow.cost_model.work import OpWork, work_of
 INT8_INTERVAL = (0.80, 1.25)
 UNSEEN_INTERVAL = (0.65, 1.5)
 MEASURED_INTERVAL = (0.88, 1.14)
-"""Same networks and boards under two tool chains differ by up to 14 %."""
-# What the networks of the public rows are made of; with other operators the family is unseen.
+"""The times of a network on one board under two tool chains differ by up to 14 %."""
+# Kinds of operators in the networks of the public rows; a network with other kinds gets UNSEEN_INTERVAL.
 VALIDATED = frozenset(
     [OpKind.input, OpKind.constant, OpKind.conv, OpKind.linear, OpKind.relu, OpKind.lut, OpKind.add, OpKind.mul]
     + [OpKind.concat, OpKind.resize, OpKind.max_pool, OpKind.avg_pool, OpKind.move, OpKind.reduce, OpKind.norm]
 )
-# Operators that rule BEV and DETR heads and that the public rows say nothing about.
+# Kinds that dominate BEV and DETR heads and that the public rows do not contain.
 UNVALIDATED = frozenset({OpKind.softmax, OpKind.layer_norm, OpKind.grid_sample, OpKind.order})
-TINY = 1e-9  # ms: what a network without any work takes, so that it has a rate
+TINY = 1e-9  # ms: time of a network without any work, so that its frame rate is finite
 
 
 class Pricer:
-    """A graph at its deployed shape with a march's cost model: prices many qconfigs, what repeats only once."""
+    """Computes the cost of many qconfigs of a graph at its deployed shape; times that repeat are computed once."""
 
     def __init__(self, graph: ModelGraph, model: CostModel, measured: Measured | None = None) -> None:
         self.graph, self.model, self.measured = graph, model, measured
         self.works = work_of(graph)
         self.large = model.large_share(self.works)
         macs, depthwise = sum(w.macs for w in self.works), sum(w.depthwise_macs for w in self.works)
-        # The rows' depthwise MACs come out free: fine beside others, a guess for a network that is made of them.
+        # The fit gives depthwise MACs no cost: good enough beside other MACs, a guess if most MACs are depthwise.
         self.seen = all(w.kind in VALIDATED for w in self.works) and depthwise <= 0.5 * macs
         self.readers: dict[str, list[OpWork]] = {}
         for work in self.works:
@@ -58,7 +60,7 @@ class Pricer:
         self._known: list[tuple[OpWork, tuple[str, ...], dict[tuple[object, ...], float]]] = [
             (w, tuple(dict.fromkeys(o for owners in w.inputs for o in owners)), {}) for w in priced
         ]
-        """Operator, whose outputs it reads, and its time by their dtypes."""
+        """Operator, the operators whose outputs it reads, and its time by their dtypes."""
         self.reference = (
             {row.work.name: self._formula(row) for row in under(self.works, measured.reference.ops)} if measured else {}
         )
@@ -75,7 +77,7 @@ class Pricer:
     # ---- one operator
 
     def _formula(self, row: OpFeatures) -> tuple[Range, float]:
-        """(compute by factors, stream) in ms."""
+        """(time to compute by factors, time to read the weights) in ms."""
         key = (row.work.name, row.input_dtype, row.weight_dtype, row.cast, row.weight_bytes)
         found = self._times.get(key)
         if found is None:
@@ -87,7 +89,7 @@ class Pricer:
         (low, likely, high), stream = self._formula(row)
         own = self.measured.times.get(row.work.name) if self.measured else None
         found = [t + stream for t in (low, likely, high)]
-        if own is not None:  # where the formula had no price, what it adds now comes on top
+        if own is not None:  # if the formula gave 0 at the measured dtypes, its present time is added
             was, stream_was = self.reference[row.work.name]
             before = [t + stream_was for t in was]
             found = [own * a / b if b > 0 else own + a for a, b in zip(found, before, strict=True)]
@@ -97,7 +99,7 @@ class Pricer:
         return sum(self.times(row)[1] for row in rows)
 
     def _same(self, row: OpFeatures) -> bool:
-        """True where the operator computes as it did when it was measured."""
+        """True if the operator computes at the dtypes at which it was measured."""
         return self.reference.get(row.work.name) == self._formula(row)
 
     def _op(self, row: OpFeatures, bpu_ms: float, bytes_: tuple[int, int, int]) -> OpCost:
@@ -143,9 +145,9 @@ class Pricer:
     # ---- the network
 
     def bpu_ms(self, qconfig: QConfig) -> float:
-        """Predicted BPU time: the figure alone, for a search. An operator's time is looked up by the dtypes at it."""
+        """Predicted BPU time in ms, fast enough for a search: an operator's time is looked up by the dtypes at it."""
         ops, total = qconfig.ops, self.fixed_ms
-        given = {name: id(op.output) for name, op in ops.items()}  # an enum's member is one object, its hash is slow
+        given = {name: id(op.output) for name, op in ops.items()}  # ids of enum members: their hashes are slow
         for work, sources, known in self._known:
             op = ops[work.owner] if work.owner is not None else None
             own = (id(op.output), id(op.weight), op.input) if op is not None else (None,)
@@ -157,7 +159,7 @@ class Pricer:
         return total
 
     def report(self, qconfig: QConfig) -> CostReport:
-        """Every figure of `qconfig`."""
+        """The full cost report of `qconfig`."""
         rows = tuple(under(self.works, qconfig.ops))
         bpu = self.fixed_ms + self._sum(rows)
         moved = traffic(rows, self.model.onchip_mb)
@@ -167,7 +169,7 @@ class Pricer:
             below, above = MEASURED_INTERVAL
         outside = self.fixed_ms + self.host_ms
         macs = sum(w.macs for w in self.works)
-        wide = sum(r.work.macs for r in rows if QDtype.qint16 in (r.input_dtype, r.weight_dtype))
+        int16 = sum(r.work.macs for r in rows if QDtype.qint16 in (r.input_dtype, r.weight_dtype))
         return CostReport(
             march=self.model.march,
             latency_ms=bpu + self.host_ms,
@@ -176,18 +178,18 @@ class Pricer:
             bpu_ms=bpu,
             fps=1000.0 / (bpu or TINY),
             gmacs=macs * 1e-9,
-            int16_mac_share=wide / macs if macs else 0.0,
+            int16_mac_share=int16 / macs if macs else 0.0,
             weight_mb=moved.weight_bytes * 1e-6,
             ops=ops,
             traffic=moved,
             refusal=self.refusal(),
-            measured=self._said(),
+            measured=self._coverage(),
             measured_bytes=self.measured.ddr_bytes if self.measured else None,
             shapes={n.name: n.shape for n in self.graph.nodes if n.kind == OpKind.input},
         )
 
     def change(self, before: QConfig, after: QConfig) -> Change:
-        """How much longer `after` takes than `before`: sound where the figures themselves are refused."""
+        """How much longer `after` takes than `before`: usable even if the latencies themselves are refused."""
         sums = [[self.fixed_ms + t for t in self._totals(q)] for q in (before, after)]
         ratios = [(b or TINY) / (a or TINY) for a, b in zip(*sums, strict=True)]
         return Change(ratios[1], min(ratios), max(ratios))
@@ -197,8 +199,8 @@ class Pricer:
         return [sum(column) for column in zip(*times, strict=True)]
 
     def promotions(self, qconfig: QConfig, dtype: QDtype = QDtype.qint16) -> dict[str, float]:
-        """What it costs in ms to raise each operator's output to `dtype`, one at a time; those that have it or a
-        higher one, or none at all, are left out.
+        """Operator -> added time in ms if its output alone is raised to `dtype`; operators whose output has this or a
+        higher dtype, or none at all, are left out.
         """
         found = {}
         for name, op in qconfig.ops.items():
@@ -215,7 +217,7 @@ class Pricer:
         return self._sum(under(works, after)) - self._sum(under(works, before))
 
     def refusal(self) -> str:
-        """Why the figures should not be published; empty if they may be."""
+        """Why the predicted cost should not be published; "" if it may be."""
         times = self.measured.times if self.measured else {}
         works = [w for w in self.works if w.name not in times]
         foreign = [w.name for w in works if w.engine == "host"]
@@ -230,7 +232,7 @@ class Pricer:
             )
         return ""
 
-    def _said(self) -> str:
+    def _coverage(self) -> str:
         if self.measured is None:
             return ""
         return f"{self.measured.source}: {len(self.measured.times)} of {len(self.works)} operators"

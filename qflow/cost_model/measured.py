@@ -1,10 +1,10 @@
-"""A measured report joined to a graph: the times that replace the formula.
+"""Assigns the layers of a measured report to the operators of a graph; their times replace the formula.
 
-Names are cut at `/` and `.` (an underscore is part of a name) and a scope that is repeated counts once:
+Names are split at `/` and `.` (an underscore is part of a name), and a scope that is repeated counts once:
 `/layer1/layer1.0/conv/Conv` begins with `layer1.0.conv`. A layer belongs to the operator with the longest module path
-that its name begins with, whole parts only; of functionals in one scope, to the one with the longest function name
-within the last part. Origin ops count before the layer's own name, and time is divided evenly over the operators
-found. A name that several calls share means all of them, or those that other origin ops of the layer point at.
+that its name begins with, in whole parts; among functionals in one scope, to the one with the longest function name
+that the last part contains. Origin ops are tried before the layer's own name, and the time is divided evenly among the
+operators found. A name that several calls share means all of them, or those that other origin ops of the layer name.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from qflow.core.qconfig import QConfig
 from qflow.cost_model.profile import LayerTime, MeasuredProfile, read_profile
 from qflow.cost_model.records import Measured
 
-# They compute nothing: a move is a view or merged into its neighbours, a skipped module runs on the host.
+# These kinds compute nothing on the BPU: a move is a view or merged into its neighbours, a skipped module is host work.
 IDLE_KINDS = frozenset({OpKind.input, OpKind.constant, OpKind.move, OpKind.skipped})
 SHORTEST, LONGEST = 1e-6, 1e6
-"""ms: what a measured time on the BPU lies between."""
+"""Bounds of a measured time on the BPU, in ms."""
 _FUNCTIONAL = re.compile(r"(.*?)\[(\w+)\]")
 _CALL = re.compile(r"\([0-9]+\)$")
 _Places = dict[tuple[str, ...], list[tuple[str, str]]]
@@ -30,15 +30,15 @@ _Places = dict[tuple[str, ...], list[tuple[str, str]]]
 
 @dataclass(frozen=True)
 class Join:
-    """Layers by operators of a graph; `times` and `unmatched` together hold the time of all layers."""
+    """Layers assigned to operators of a graph; `times` and `unmatched` together contain the time of all layers."""
 
     times: dict[str, float]  # operator -> milliseconds
-    unmatched: tuple[LayerTime, ...]  # no operator was found for them
-    without: tuple[str, ...]  # operators that compute something and got no layer
+    unmatched: tuple[LayerTime, ...]  # layers for which no operator was found
+    without: tuple[str, ...]  # operators that compute something and have no layer
 
 
 def join(profile: MeasuredProfile, graph: ModelGraph) -> Join:
-    """Times of `profile` by the operators of the fused `graph`."""
+    """Times of `profile` by operator of the fused `graph`."""
     places = _places(graph)
     times: dict[str, float] = {}
     unmatched = []
@@ -53,7 +53,7 @@ def join(profile: MeasuredProfile, graph: ModelGraph) -> Join:
 
 
 def _places(graph: ModelGraph) -> _Places:
-    """Module path -> (function or "", operator); an input and a constant have no module."""
+    """Module path -> list of (function or "", operator); inputs and constants have no module."""
     places: _Places = {}
     for node in graph.nodes:
         for name in (node.name, *node.fused) if node.kind not in (OpKind.input, OpKind.constant) else ():
@@ -65,7 +65,7 @@ def _places(graph: ModelGraph) -> _Places:
 
 
 def _operators(names: tuple[str, ...], places: _Places) -> list[str]:
-    """Distinct operators that `names` point at; one that is certain settles a name that several calls share."""
+    """Operators that `names` mean; a name that several calls share is resolved by names that mean one operator."""
     found = [_longest(_components(name), places) for name in names]
     certain = set().union(*(few for few in found if len(few) == 1))
     return sorted(set().union(*(certain & some or some for some in found)))
@@ -91,15 +91,16 @@ def _components(name: str) -> tuple[str, ...]:
 
 
 def _kind(part: str) -> str:
-    """`GridSample` and `grid_sample` are one kind."""
+    """A name without underscores and case: `GridSample` and `grid_sample` are one kind."""
     return part.replace("_", "").lower()
 
 
 def measure(path: str | Path, graph: ModelGraph, reference: QConfig) -> tuple[Measured, tuple[str, ...]]:
-    """Measured times of `graph`, whose model was built at `reference`, and lines on what found none of the other.
+    """Measured times of `graph`, whose model was built at `reference`, and messages on layers and operators that do not
+    match.
 
-    Nodes on the CPU are kept apart. A log of hrt_model_exec has BPU segments and no operators, so that it gives the
-    total only. Raises ConfigError for a report that cannot be read, that is of another march, or that has layers but
+    Nodes on the CPU are counted separately. A log of hrt_model_exec has BPU segments and no operators, so it gives only
+    the total. Raises ConfigError for a report that cannot be read, that is of another march, or that has layers but
     none of this model.
     """
     profile = read_profile(path)

@@ -1,14 +1,15 @@
-"""The additive operator model of one march: its parameters, and the time of one operator.
+"""The cost model of one march, a sum over operators: its parameters, and the time of one operator.
 
     T_op  = [tau*gemm + k_mac*(MAC/M + large*MAC/L + ATT/A) + k_soft*SOFT/S + k_vec*(LUT+CAST+FP16)/V] / f  +  bytes / B
     T_bpu = T0 + sum of T_op + float outputs / F;      latency (1 thread) = T_bpu + H
 
-MAC has padded channels and no depthwise convolution (its rate cannot be told from the rows: GEMM call and weights
-only), ATT are the matmuls and SOFT the softmax of attention, LUT the elements of SiLU, GELU, sigmoid and their like,
-FP16 those of any other element-wise operator that runs in fp16 on the vector unit (in integers its time is not known).
-`large`, of the network, is the share of its MACs beyond t = `large_gemm_gmac` a GEMM: max(0, 1 - t*GEMMs/MAC).
-Networks of large GEMMs run slower than their MACs say, weights and look-ups taken into account; that their tensors
-leave the on-chip memory is inferred. Parameters are fitted to published board measurements (fit.py).
+MAC counts padded channels and no depthwise convolutions: the measured rows do not determine their rate, so they cost
+their GEMM call and their weights only. ATT are the MACs of the matmuls and SOFT the softmax elements of attention, LUT
+the elements of SiLU, GELU, sigmoid and the like, FP16 those of any other element-wise operator that runs in fp16 on the
+vector unit (in integers its time is not known). `large` is a property of the network: the share of its MACs beyond
+t = `large_gemm_gmac` per GEMM, max(0, 1 - t*GEMMs/MAC). Networks with large GEMMs run slower than their MACs, weights
+and look-ups explain; that their tensors do not fit into the on-chip memory is an inference. The parameters are fitted
+to published board measurements (fit.py).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Range = tuple[float, float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """Parameters of one march; defaults are those of nash-m (S100P as its stand-in)."""
+    """Parameters of one march; the defaults are those of nash-m, measured on S100P in its place."""
 
     march: str = "nash-m"
     clock_ghz: float = 1.5
@@ -46,9 +47,9 @@ class CostModel:
     host_dequantize: bool = False
     """True if float outputs are converted on the host; builds usually strip the dequantize nodes."""
     nominal_mac_per_cycle: float = 42700.0
-    """Headline int8 TOPS / 2 / clock: what utilisation is measured against."""
+    """Advertised int8 TOPS / 2 / clock, to which utilisation relates."""
     onchip_mb: float | None = None
-    """On-chip memory that activations may live in; its size is not published."""
+    """On-chip memory for activations; its size is not published."""
     mac_factors: Mapping[str, Sequence[float]] = field(
         default_factory=lambda: {
             "qint8/qint8": (1.0, 1.0, 1.0),
@@ -65,10 +66,10 @@ class CostModel:
         default_factory=lambda: {"qint8": (1.0, 1.0, 1.0), "qint16": (1.0, 2.0, 2.0), "float16": (4.0, 8.0, 16.0)}
     )
     provenance: str = ""
-    """What the parameters were fitted to, and how well they do on what they were not fitted to."""
+    """What the parameters were fitted to, and their errors on rows that were left out."""
 
     def __post_init__(self) -> None:
-        """Refuse rates that no operator could run at, amounts that no device has, and factors that are no range."""
+        """Raise ConfigError for rates that are not positive, amounts below 0, and factors that are no range."""
         for name in RATES:
             if not 0.0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"cost.{name} is a number above 0, but got {getattr(self, name):g}.")
@@ -82,7 +83,7 @@ class CostModel:
             object.__setattr__(self, name, {key: _range(value, f"cost.{name}.{key}") for key, value in table.items()})
 
     def large_share(self, works: Sequence[OpWork]) -> float:
-        """Share of a network's MACs beyond `large_gemm_gmac` a GEMM."""
+        """Share of a network's MACs beyond `large_gemm_gmac` per GEMM."""
         gemms, gmacs = sum(w.gemm for w in works), sum(w.padded_macs for w in works) * 1e-9
         return max(0.0, 1.0 - self.large_gemm_gmac * gemms / gmacs) if gmacs else 0.0
 

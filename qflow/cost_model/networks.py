@@ -1,4 +1,4 @@
-"""Networks whose BPU time was measured: totals of their deployed graphs, read from a table."""
+"""Reads a table of networks whose BPU time was measured, with the totals of their deployed graphs."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ COLUMNS = {
 CLOCKS = {"nash-e": 1.0, "nash-m": 1.5}
 """GHz."""
 TIMES = (1e-6, 1e6)
-"""ms: what a network's time lies between."""
+"""Bounds of a network's time, in ms."""
 TOTALS = (0.0, 1e9)
-"""What a total lies between, in the unit of its column."""
+"""Bounds of a total, in the unit of its column."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Network:
     lut_melem: float
     weight_mb: float
     times: Mapping[str, float]
-    """March -> BPU time of one frame at saturation."""
+    """March -> BPU time of one frame when the BPU is saturated."""
 
 
 def read_networks(path: str | Path) -> tuple[list[Network], list[str]]:
     """Networks of a CSV file with the columns of `COLUMNS`, `model`, and times `t_bpu_ms..._nash_e` / `..._nash_m`.
 
-    Also lists, with the reason, what a fit does not take: networks other than int8, without a time or without one of
-    the totals, and time columns of no march. An optional column `family` overrules the family that the name gives.
+    Also lists, with the reason, what a fit does not use: networks other than int8, without a time or without one of
+    the totals, and time columns of no known march. An optional column `family` replaces the family that the name gives.
     Raises ConfigError in one line for a file that is no such table.
     """
     place = Path(path)
@@ -74,7 +74,7 @@ def read_networks(path: str | Path) -> tuple[list[Network], list[str]]:
 
 
 def _marches(header: Sequence[str], place: Path) -> dict[str, str]:
-    """Time column -> its march. Raises ConfigError where two columns claim one."""
+    """Time column -> its march. Raises ConfigError if two columns are of one march."""
     found: dict[str, str] = {}
     for march in CLOCKS:
         ending = march.replace("-", "_")
@@ -90,7 +90,7 @@ def _marches(header: Sequence[str], place: Path) -> dict[str, str]:
 def _network(
     row: Mapping[str, str | None], marches: Mapping[str, str], where: str
 ) -> tuple[Network | None, str | None]:
-    """The network, unless a total is missing, and why a fit does not take it."""
+    """The network, or None if a total is missing, and why a fit does not use it."""
     dtype = (row["dtype"] or "").strip().lower()
     times = {march: _number(row[column], column, TIMES, where) for column, march in marches.items()}
     known = {march: t for march, t in times.items() if t is not None}
@@ -114,12 +114,12 @@ def _number(text: str | None, column: str, ends: tuple[float, float], where: str
         value = math.nan
     if not ends[0] <= value <= ends[1]:
         rule = f"A network's {column} is a number from {ends[0]:g} to {ends[1]:g}"
-        raise ConfigError(f"{rule}, but got {text!r} in {where}. Mend it.")
+        raise ConfigError(f"{rule}, but got {text!r} in {where}. Correct it.")
     return value
 
 
 def family_of(name: str) -> str:
-    """Family by a network's name: `YOLO11l Seg` is yolo11, `efficientnet_lite0` efficientnet, `resnet152` resnet."""
+    """Family from a network's name: `YOLO11l Seg` is yolo11, `efficientnet_lite0` efficientnet, `resnet152` resnet."""
     first = re.split(r"[\s_-]", name.strip().lower())[0]
     sized = re.fullmatch(r"(yolo[a-z]*\d+)[a-z]*", first)
     if sized:

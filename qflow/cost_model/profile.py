@@ -1,14 +1,14 @@
-"""Measured profiles of Journey 6 boards: three report formats read into one record.
+"""Reads measured profiles of Journey 6 boards: three report formats into one dataclass.
 
-Reading. The format is recognised by its keys, never by the file name: hbm_perf has `summary`, hb_analyzer has
+Formats. A format is recognised by its keys, never by the file name: hbm_perf has `summary`, hb_analyzer has
 `perf_json_data` or `hbm_...` keys, profiler.log has two JSON objects around a `***` line. Absent keys and nulls leave
-a field empty; a key that is there must hold what the format says. A number without a unit is in that of its key; a
-kilobyte has 1024 bytes. A report with neither a latency nor a layer is refused.
+a field empty; a key that is present must have the type of the format. A number without a unit has the unit of its key;
+a kilobyte has 1024 bytes. A report with neither a latency nor a layer is refused.
 
-Layers. A timeline (compiled with debug=True) wins over `layer details`, and these over hb_analyzer's block times; a
-list of the slowest layers alone is never read, it is no whole. A layer's time is the work of all units for it (of the
-timeline, or computing + load + store cost): units overlap, so that layers add up to more than the latency. Of a log,
-a BPU segment counts with its BPU core stage, a CPU node with its total, both as averages.
+Layers. A timeline (compiled with debug=True) takes precedence over `layer details`, and these over hb_analyzer's block
+times; a list of only the slowest layers is never read, because it is incomplete. A layer's time is the working time of
+all units for it (from the timeline, or computing + load + store cost); units overlap, so layers add up to more than the
+latency. In a log, a BPU segment counts with its BPU core stage and a CPU node with its total, both as averages.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qflow.core.errors import ConfigError
 
 T = TypeVar("T")
 MAC_CLASSES = ("double int8", "feature int16 weight int8", "feature int8 weight int16", "double int16")
-NO_LAYER = "(no layer)"  # name of what a timeline holds for no source layer
+NO_LAYER = "(no layer)"  # name for the instructions of a timeline that have no source layer
 SECTIONS = ("performance", "DDR access data", "interval info", "layer details", "model info")
 ANALYZER_KEYS = ("perf_json_data", "hbm_block_time", "hbm_op_time_by_type", "hbm_ddr_bytes_per_run")
 COSTS = ("computing cost (no DDR)", "load cost", "store cost")
@@ -42,7 +42,7 @@ _CPU_NODE = re.compile(r"Node-[0-9]+-CPU-(.+)")
 class LayerTime:
     """One layer of a report, and the device time in milliseconds that it takes, summed over the units."""
 
-    name: str  # as the report has it; several source layers of one instruction are joined with a comma
+    name: str  # as in the report; several source layers of one instruction are joined with a comma
     ms: float
     ops: tuple[str, ...] = ()  # origin ops or source layers, if the report lists them
     units: Mapping[str, float] = field(default_factory=dict)  # TAE, VAE, LOAD, ... -> ms; only from a timeline
@@ -55,11 +55,11 @@ class LayerTime:
 
 @dataclass(frozen=True)
 class MeasuredProfile:
-    """What a report says of one model; None, "" or nothing where it does not say.
+    """The content of a report on one model; a field is None, "" or empty if the report does not have it.
 
-    `total_ms` is a run's latency in milliseconds: on the BPU (hbm_perf, hb_analyzer), or as the host sees it on
-    average, with queues and CPU nodes (hrt_model_exec). `overlap` is 1 - period / sum of working times of a timeline,
-    negative where the units idle for longer than they overlap.
+    `total_ms` is the latency of a run in milliseconds: on the BPU (hbm_perf, hb_analyzer), or the average on the host,
+    with queues and CPU nodes (hrt_model_exec). `overlap` is 1 - period / sum of working times of a timeline; it is
+    negative if the units are idle for longer than they overlap.
     """
 
     kind: str  # hbm_perf, hb_analyzer or hrt_model_exec
@@ -145,7 +145,7 @@ def _perf(data: dict[str, Any]) -> MeasuredProfile:
 
 
 def _ddr(ddr: dict[str, Any]) -> int | None:
-    """Exact bytes where both directions are there, else the rounded megabytes."""
+    """Exact bytes if the report has both directions, else the rounded megabytes."""
     if all(ddr.get(key) is not None for key in TRAFFIC):
         return round(sum(_quantity(ddr, key, BYTES, "b") for key in TRAFFIC))
     rounded = _first(ddr, BYTES, {"DDR megabytes per run": "mb"})
@@ -153,7 +153,7 @@ def _ddr(ddr: dict[str, Any]) -> int | None:
 
 
 def _timeline(details: Any) -> tuple[tuple[LayerTime, ...], float | None]:
-    """Work of each source layer by unit, and the overlap; no layers where no instruction names its source."""
+    """Working time of each source layer by unit, and the overlap; no layers if no instruction names its source."""
     cores = list(details.values()) if isinstance(details, dict) else _typed(details, list, "details")
     work: dict[tuple[str, ...], dict[str, float]] = {}
     starts, ends, total = [], [], 0.0
@@ -216,7 +216,7 @@ def _log(text: str) -> MeasuredProfile:
 
 
 def _node(name: str, stages: Any) -> LayerTime:
-    """A segment on the BPU holds many operators, so only the name of a CPU node is one of an operator."""
+    """A segment on the BPU consists of many operators, so only a CPU node has the name of an operator."""
     cpu = _CPU_NODE.match(name)
     stages = _typed(stages, dict, "a node of model_latency")
     wanted = next((stage for stage in stages if stage.endswith("BpuCoreProcess")), "Total")
@@ -225,7 +225,7 @@ def _node(name: str, stages: Any) -> LayerTime:
 
 
 def _typed(value: Any, kind: type[T], what: str) -> T:
-    """`value`, which is a `kind`; an empty one for null."""
+    """`value` checked to be a `kind`; an empty one for null."""
     if value is not None and not isinstance(value, kind):
         rules: dict[type, str] = {dict: "a JSON object", list: "a JSON list", str: "a text"}
         raise ConfigError(f"{what} is {rules[kind]}, but got {_shown(value)}")
@@ -254,12 +254,12 @@ def _shown(value: Any) -> str:
 
 
 def _first(row: dict[str, Any], units: Mapping[str, float], keys: Mapping[str, str]) -> float | None:
-    """The first of `keys` (key -> its unit) that is there."""
+    """The first of `keys` (key -> its unit) that is present."""
     return next((_quantity(row, key, units, unit) for key, unit in keys.items() if row.get(key) is not None), None)
 
 
 def _quantity(row: dict[str, Any], key: str, units: Mapping[str, float], unit: str) -> float:
-    """A number (59, "59 us", "1.5 ms (8.2% of model)") in the base unit; `unit` holds where none is written."""
+    """A number (59, "59 us", "1.5 ms (8.2% of model)") in the base unit; `unit` is its unit if none is written."""
     value = row.get(key)
     match = _NUMBER.fullmatch(str(value).strip()) if isinstance(value, (str, int, float)) else None
     factor = units.get(match[2].lower() or unit) if match else None

@@ -1,4 +1,4 @@
-"""What the cost model says, and what a board has said: records of names and numbers."""
+"""The results of the cost model, and the measurements of a board, as dataclasses."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class OpCost:
     low_ms: float
     high_ms: float
     share: float
-    """Of the BPU's time for the whole network."""
+    """Share of the BPU's time for the whole network."""
     utilisation: float
-    """MACs a nominal int8 MAC array would do in the same time."""
+    """Its MACs over those that the nominal int8 MAC array could do in the same time."""
     macs: int
     padded_macs: int
     depthwise_macs: int
@@ -43,16 +43,16 @@ class OpCost:
     output_bytes: int
     spilled_bytes: int
     source: str
-    """formula, measured, or measured and carried to other dtypes by the formula."""
+    """formula, measured, or measured at other dtypes and converted by the formula."""
 
 
 @dataclass(frozen=True)
 class CostReport:
-    """Predicted cost of one qconfig at the deployed shape. `latency_ms` is one thread, with its interval.
+    """Predicted cost of one qconfig at the deployed shape. `latency_ms` is for one thread, with its interval.
 
-    `refusal` says why the figures should not be published without a measured profile; empty if they may be.
-    `fps` is throughput with frames in flight, 1000 / bpu_ms: the host's part of one frame runs beside the next on the
-    BPU, so it is more than 1000 / latency_ms. Both are for one call at `shapes`: at batch n, n samples a call.
+    `refusal` is the reason why the cost should not be published without a measured profile; "" if it may be. `fps` is
+    the throughput of several frames at once, 1000 / bpu_ms: the host works on one frame while the BPU computes the
+    next, so it is more than 1000 / latency_ms. Both are for one call at `shapes`: at batch n, n samples per call.
     """
 
     march: str
@@ -70,28 +70,28 @@ class CostReport:
     measured: str = ""
     """The measured profile that times come from, and how many operators it covers."""
     measured_bytes: int | None = None
-    """Loaded and stored in one run of the model that was measured, at its dtypes."""
+    """Bytes loaded and stored in one run of the measured model, at its dtypes."""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Input -> the shape at which the cost was computed, batch first."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Measured times by operator (ms), the dtypes they were measured at, and the whole, if the report says it."""
+    """Measured times by operator (ms), the dtypes they were measured at, and the total, if the report has one."""
 
     times: Mapping[str, float]
     reference: QConfig
     total_ms: float | None = None
     """On the BPU."""
     host_ms: float = 0.0
-    """Of nodes on the CPU: a part of one thread's latency, none of the BPU's time."""
+    """Time of nodes on the CPU: part of the latency of one thread, not of the BPU's time."""
     ddr_bytes: int | None = None
     source: str = ""
 
 
 @dataclass(frozen=True)
 class Change:
-    """BPU time of one qconfig over that of another of the same network, by the lowest to the highest factors."""
+    """BPU time of one qconfig over that of another of the same network: the likely ratio, and its range by factors."""
 
     ratio: float
     low: float

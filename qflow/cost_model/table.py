@@ -39,7 +39,7 @@ COLUMNS: dict[str, str] = {
     "Spilled (bytes)": "spilled_bytes",
     "Source": "source",
 }
-"""Heading -> field of `OpCost`. What is no text has its unit in brackets."""
+"""Heading -> field of `OpCost`. Headings of numbers have the unit in brackets."""
 
 
 def by_time(report: CostReport) -> list[OpCost]:
@@ -48,12 +48,12 @@ def by_time(report: CostReport) -> list[OpCost]:
 
 
 def fixed_ms(report: CostReport) -> float:
-    """The BPU's time for a run beside that of its operators."""
+    """The BPU's time for a run besides that of its operators."""
     return max(report.bpu_ms - sum(op.ms for op in report.ops), 0.0)
 
 
 def cost_csv(report: CostReport) -> str:
-    """One line an operator, all that is known of it, in order of execution."""
+    """One line per operator with all its columns, in order of execution."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -63,7 +63,7 @@ def cost_csv(report: CostReport) -> str:
 
 
 def cost_json(report: CostReport) -> str:
-    """What a person reads of it, as a table that the MLflow UI shows; the costliest first."""
+    """The main columns as a table that the MLflow UI shows; the costliest operator first."""
     names = ["Name", "Operator", "Engine", "Dtypes", "Time (ms)", "Low (ms)", "High (ms)", "Share (%)"]
     names += ["MACs (10^6)", "Weight (kB)", "Output (kB)", "Source"]
     rows = [
@@ -76,7 +76,7 @@ def cost_json(report: CostReport) -> str:
 
 
 def promotions_table(deltas: Mapping[str, float], dtype: str) -> tuple[list[str], list[tuple[str, float]]]:
-    """Headings, and what raising each operator's output to `dtype` alone costs, cheapest first."""
+    """Headings, and the added time if one operator's output alone is raised to `dtype`, cheapest first."""
     return ["Name", f"Time for {dtype} (ms)"], sorted(deltas.items(), key=lambda item: (item[1], item[0]))
 
 
@@ -102,11 +102,11 @@ COST_METRICS: Mapping[str, Callable[[CostReport], float]] = {
     "cost/weight_mb": lambda report: report.weight_mb,
     "cost/traffic_mb": lambda report: report.traffic.bytes * 1e-6,
 }
-"""The scalars of a report under the names that runs show."""
+"""Name of a run's metric -> its value in a report."""
 
 
 def cost_metrics(report: CostReport) -> dict[str, float]:
-    """Every one of COST_METRICS."""
+    """The values of all COST_METRICS."""
     return {name: read(report) for name, read in COST_METRICS.items()}
 
 
@@ -127,7 +127,7 @@ def _source(op: OpCost) -> str:
 
 
 def cost_text(report: CostReport, rows: int | None = None, fps: float | None = None) -> str:
-    """Totals, then the costliest operators (`rows` of them, all without): what a person reads."""
+    """The report as text: totals, then the `rows` costliest operators (None: all)."""
     ops = by_time(report)
     shown = [op for op in ops if op.ms > 0][:rows]
     width = max([8, *(len(op.op) for op in shown)])

@@ -1,11 +1,11 @@
-"""Bytes that a frame moves through DDR: weights, inputs and outputs once, and what does not fit on the chip twice.
+"""Bytes that a frame moves through DDR: weights, inputs and outputs once, spilled activations twice.
 
     bytes = weights + inputs + outputs + spilled;     GB/s at a frame rate = bytes * fps / 2^30
 
-Activations live from their producer to their last reader. Where those that live together exceed the on-chip memory,
-the one that is read last leaves first (it is written out and read back once, 2 x its bytes); what the operator at
-work reads and writes goes last of all. The size of that memory is not published for J6E and J6M: without it nothing
-spills and the figure is a lower bound. Views share memory with what they view. No public row checks any of this.
+Activations occupy on-chip memory from their producer to their last reader. If they exceed it, the one whose last reader
+comes latest is spilled first (written out and read back once, 2 x its bytes), and those of the operator that is running
+are spilled last of all. The size of that memory is not published for J6E and J6M: without it nothing spills, and the
+traffic is a lower bound. Views share the memory of what they view. No public measurement checks any of this.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ class Traffic:
     """Bytes a frame by purpose; `by_op` holds (input, output, spilled) bytes of every operator."""
 
     weight_bytes: int
-    """Those of a module that is called more than once count once."""
+    """The weights of a module that is called more than once count once."""
     input_bytes: int
     output_bytes: int
     spilled_bytes: int
     lower_bound: bool
-    """True where the on-chip memory is unknown, so that nothing spills."""
+    """True if the on-chip memory is unknown, so that nothing spills."""
     peak_bytes: int
-    """Largest sum of activations that live at once."""
+    """Largest sum of activations in memory at once."""
     by_op: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
-        """All of them."""
+        """The sum of all bytes."""
         return self.weight_bytes + self.input_bytes + self.output_bytes + self.spilled_bytes
 
     def bandwidth(self, fps: float) -> float:
@@ -71,7 +71,7 @@ def traffic(rows: Sequence[OpFeatures], onchip_mb: float | None) -> Traffic:
 
 
 def _sizes(rows: Sequence[OpFeatures]) -> dict[str, int]:
-    """Bytes of every operator's result; what has no quantizer keeps the dtype that it reads, int32 behind a GEMM."""
+    """Bytes of every operator's result; without a quantizer it has the dtype that it reads, after a GEMM int32."""
     sizes = {}
     for row in rows:
         bits = row.output_dtype.bits if row.output_dtype else 32 if row.work.gemm else row.input_dtype.bits
@@ -80,7 +80,7 @@ def _sizes(rows: Sequence[OpFeatures]) -> dict[str, int]:
 
 
 def _roots(rows: Sequence[OpFeatures]) -> dict[str, str]:
-    """Operator -> the one whose memory its result is: its own, or of a view what is viewed."""
+    """Operator -> the operator that owns the memory of its result: itself, or for a view the operator viewed."""
     roots: dict[str, str] = {}
     for row in rows:
         work = row.work
@@ -96,7 +96,7 @@ def _spills(
     last: Mapping[str, int],
     capacity: float | None,
 ) -> tuple[set[str], int]:
-    """Values that leave the chip, and the largest sum of those that live at once."""
+    """The results that are spilled, and the largest sum of bytes in memory at once."""
     alive: set[str] = set()
     spilled: set[str] = set()
     peak = 0

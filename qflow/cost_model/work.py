@@ -1,8 +1,9 @@
-"""What each operator makes the device do, whatever its dtypes: MACs, look-ups, elements moved, weights.
+"""Counts the work of each operator, independent of its dtypes: MACs, look-ups, elements moved, weights.
 
-Counted on the fused graph at the deployed shape. A GEMM's channels are padded to multiples of 16 per group (published
-rows cannot tell 16 from 32, and 64 is clearly worse). The two matmuls of an attention core are counted apart: they run
-far below the rate of a convolution, and the rows price them together with the softmax between them.
+The work is counted on the fused graph at the deployed shape. A GEMM's channels are padded to multiples of 16 per group
+(16 and 32 fit the published rows equally well, 64 is clearly worse). The two matmuls of an attention core are counted
+separately: they run much slower per MAC than a convolution, and the published rows only give a cost of them together
+with the softmax between them.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ ENGINES = {
     OpKind.order: "SPU",
     OpKind.constant: "",
 }
-"""Kind -> unit of the BPU that computes it; what is not here is host work."""
+"""Kind -> unit of the BPU that computes it; kinds that are not listed are computed on the host."""
 
 
 @dataclass(frozen=True)
 class OpWork:
-    """One operator's work a call; all figures are counts. `inputs` are the quantizers' owners at each position."""
+    """Work of one operator per call, as counts. `inputs` are the operators whose quantizers act at each position."""
 
     name: str
     kind: OpKind
@@ -40,7 +41,7 @@ class OpWork:
     elements: int
     shape: tuple[int, ...]
     weight: str = ""
-    """Name of the weights: calls of a shared module have one. "" where there are none of a module."""
+    """Name of the weights, which all calls of a shared module have in common; "" without weights of a module."""
     gemm: int = 0
     macs: int = 0
     padded_macs: int = 0
@@ -54,19 +55,19 @@ class OpWork:
     elementwise: int = 0
     moved: int = 0
     gathered: int = 0
-    """Output elements of grid_sample, topk, gather and their like."""
+    """Output elements of grid_sample, topk, gather and the like."""
     weights: int = 0
     leaving: bool = False
-    """A model output."""
+    """True if the result is a model output."""
 
     @property
     def engine(self) -> str:
-        """Unit that computes it; "host" outside the quantized region."""
+        """Unit that computes the operator; "host" outside the quantized region."""
         return ENGINES.get(self.kind, "host")
 
     @property
     def transparent(self) -> bool:
-        """True where values pass unchanged, in the dtype that they have."""
+        """True if values pass unchanged, in the dtype that they have."""
         return self.kind in TRANSPARENT_KINDS
 
 
@@ -74,7 +75,7 @@ COUNTS = tuple(f.name for f in fields(OpWork) if f.type == "int")
 
 
 def work_of(graph: ModelGraph) -> tuple[OpWork, ...]:
-    """One row an operator of `graph`, traced at the deployed shape."""
+    """One row per operator of `graph`, traced at the deployed shape."""
     owners = {node.quantizer: node.name for node in graph.quantized}
     attention = _attention_matmuls(graph)
     leaving = {producer for _, producer in graph.outputs}
@@ -128,7 +129,7 @@ def _padded(channels: int) -> int:
 
 
 def _padded_macs(node: OpNode) -> int:
-    """MACs with channels in and out (per group) padded."""
+    """MACs with padded input and output channels (per group)."""
     if not node.macs:
         return 0
     if node.kind == OpKind.matmul:
@@ -140,8 +141,8 @@ def _padded_macs(node: OpNode) -> int:
 
 
 def _attention_matmuls(graph: ModelGraph) -> frozenset[str]:
-    """The two matmuls of each attention core: one upstream of a softmax (through scaling, mask, clamp, cap and moves),
-    one right downstream. A matmul on one side only is no attention.
+    """The two matmuls of each attention core: one before a softmax (with scaling, mask, clamp, cap and moves between),
+    one directly after it. A matmul on one side only does not count as attention.
     """
     found: set[str] = set()
     upstream = {node.name: node.inputs for node in graph.nodes}

@@ -1,10 +1,10 @@
-"""How this process gets memory for tensors on a CPU.
+"""Settings of glibc's memory allocator for tensors on a CPU.
 
-glibc gives freed memory at the end of its heap back to the kernel, and maps large blocks until it has learnt better:
-forward passes then fault their activations in again, page by page. A door keeps them instead. Measured on one thread
-(docs/decisions.md): forwards of large batches take 0.55 to 0.75 of the time, at up to 15 % more peak memory. Blocks
-above 32 MB, the limit that glibc sets itself, stay mapped: on the heap, small ones that outlive them would pin
-gigabytes. Numbers do not change.
+By default glibc returns freed memory at the end of its heap to the kernel, and it maps large blocks one by one until
+its threshold has adapted. Every forward pass then causes page faults for its activations again. The commands of qflow
+therefore keep freed memory in the process. Measured on one thread (docs/decisions.md), forward passes of large batches
+take 0.55 to 0.75 of the time, at up to 15 % more peak memory. Blocks above 32 MB, which is glibc's own limit, are still
+mapped, because on the heap small blocks that live longer would hold gigabytes in place. Numbers do not change.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ _LARGEST = 32 * 2**20
 
 
 def keep_freed_memory() -> bool:
-    """Have freed memory stay with the process from here on; False where the user or the platform decides.
-
-    The user: any MALLOC_... variable of glibc that is set, or its tunables for malloc. The platform: a C library that
-    is not glibc.
+    """Keep freed memory in the process from now on, and return True. Change nothing and return False if the user has
+    set a MALLOC_... variable of glibc or its tunables for malloc, or if the C library is not glibc.
     """
     tuned = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if tuned or any(name.startswith("MALLOC_") for name in os.environ):

@@ -1,9 +1,9 @@
-"""How this process's threads wait for each other on a CPU.
+"""Settings of libgomp for how the threads of this process wait for each other on a CPU.
 
-torch's threads meet at the end of every operator; those of libgomp, which torch's wheels bring, spin there for
-milliseconds before they sleep. Where somebody else needs the cores, a thread that spins keeps the one it waits for
-from running: of two studies on one machine each operator then takes a time slice of the scheduler. A door has them
-spin as briefly as libgomp itself does once it knows of more threads than cores. Numbers do not change
+torch's threads wait for each other at the end of every operator. With libgomp, which torch's wheels contain, they spin
+for milliseconds before they sleep. If other processes need the cores, a spinning thread keeps the thread that it waits
+for from running: with two studies on one machine, each operator takes a time slice of the scheduler. The commands of
+qflow therefore let threads spin as briefly as libgomp does when it has more threads than cores. Numbers do not change
 (docs/decisions.md, `python -m benchmarks.waiting`).
 """
 
@@ -12,13 +12,14 @@ from __future__ import annotations
 import os
 import sys
 
-SPINS = "1000"  # libgomp's own count where it has more threads than cores; 300,000 where not
+SPINS = "1000"  # libgomp's own count if it has more threads than cores; otherwise 300,000
 
 
 def wait_briefly() -> bool:
-    """Have threads that wait sleep soon, from torch's import on; False where the user decides, or torch is there.
+    """Let waiting threads sleep soon, from the import of torch on, and return True.
 
-    The user: OMP_WAIT_POLICY or GOMP_SPINCOUNT, which libgomp reads once, as it is loaded.
+    Change nothing and return False if torch is imported already, or if the user has set OMP_WAIT_POLICY or
+    GOMP_SPINCOUNT. libgomp reads these only once, when it is loaded.
     """
     if "torch" in sys.modules or "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
         return False

@@ -1,4 +1,4 @@
-"""The files of an analysis: the guide's tables as text, CSV, `.pt` and records, pictures, and one page with all."""
+"""Writes the files of an analysis: the guide's tables as text, CSV, `.pt` and JSON, pictures, and one HTML page."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ OWN = (
     *("badcase*", "all_badcase_info.pt", "compare_per_layer*", "error_along_network.png", "sensitivity*"),
     *("output_*_sensitive_ops.*", "advice.*", "histogram_*.png", "findings.json", "analysis.html"),
 )
-"""What an analysis writes."""
-HISTOGRAMS = 4  # advised activations that are drawn
+"""Names of all files that an analysis writes."""
+HISTOGRAMS = 4  # activations with an advice whose histogram is drawn
 
 
 def write_badcases(folder: Path, table: BadcaseTable, inputs: BadcaseInputs | None) -> dict[str, Path]:
-    """badcase.txt, its record, the inputs as the plugin's `.pt` files, and a grid of the cases."""
+    """Write badcase.txt, the table as JSON, the inputs as the plugin's `.pt` files, and a picture of the cases."""
     (folder / "badcase.txt").write_text(badcase_text(table))
     (folder / "badcase_record.json").write_text(to_json(table))
     if inputs is None or not inputs.samples:
@@ -40,7 +40,7 @@ def write_badcases(folder: Path, table: BadcaseTable, inputs: BadcaseInputs | No
     shown = [i for i in table.chosen if i in inputs.samples]
     leaves = [[t for t in tree_leaves(inputs.samples[i]) if isinstance(t, Tensor) and t.ndim > 1] for i in shown]
     if not all(leaves):
-        return {}  # numbers only: nothing to look at
+        return {}  # an input without any image or vector cannot be drawn
     images = [found[0][0].float().numpy() for found in leaves]
     captions = [f"sample {i}" + (" (worst)" if i == table.worst.get(table.metric) else "") for i in shown]
     badcase_grid(images, captions, folder / "badcases.png")
@@ -48,7 +48,7 @@ def write_badcases(folder: Path, table: BadcaseTable, inputs: BadcaseInputs | No
 
 
 def write_layers(folder: Path, table: LayerTable, shown: LayerTable | None = None) -> dict[str, Path]:
-    """compare_per_layer_out.txt and .csv (of `shown`, the filtered table), rows for MLflow, the error as a picture."""
+    """Write compare_per_layer_out.txt and .csv (of `shown`, the filtered table), rows for MLflow, and the picture."""
     shown = shown or table
     (folder / "compare_per_layer_out.txt").write_text(layers_text(shown))
     (folder / "compare_per_layer_out.csv").write_text(layers_csv(shown))
@@ -58,7 +58,7 @@ def write_layers(folder: Path, table: LayerTable, shown: LayerTable | None = Non
 
 
 def write_sensitivity(folder: Path, table: SensitivityTable) -> dict[str, Path]:
-    """sensitivity.txt, the plugin's files by output, rows for MLflow, the record, and bars."""
+    """Write sensitivity.txt, the plugin's files of each output, rows for MLflow, the table as JSON, and the picture."""
     (folder / "sensitivity.txt").write_text(table.text())
     write_rows(table.rows, folder / "sensitivity.json")
     (folder / "sensitivity_record.json").write_text(to_json(table))
@@ -73,7 +73,7 @@ def write_advice(
     fidelity: Fidelity | None,
     histogram: Callable[[str], Mapping[str, Any]],
 ) -> dict[str, Path]:
-    """advice.txt, its record, what following it did, and histograms of the activations that are named first."""
+    """Write advice.txt with the effect of following it, the advice as JSON, and histograms of the first activations."""
     (folder / "advice.txt").write_text(advice_text(advice, fidelity))
     (folder / "advice.json").write_text(to_json([asdict(a) for a in advice], indent=1))
     pictures = {}
@@ -88,13 +88,13 @@ def write_advice(
 def write_analysis(
     diagnosis: Diagnosis, folder: Path, title: str, prefixes: Sequence[str] = (), types: Sequence[str] = ()
 ) -> dict[str, Path]:
-    """All files of the steps that were run, and analysis.html; returns the pictures by caption.
+    """Write all files of the steps that were run, and analysis.html; returns the pictures by caption.
 
-    `prefixes` and `types` choose rows of the layer table's text. Raises ConfigError where they choose none.
+    `prefixes` and `types` choose rows of the layer table's text. Raises ConfigError if they choose none.
     """
     shown = diagnosis.shown_layers(prefixes, types)
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in OWN:  # of an earlier analysis, perhaps of other stages: they would pass for this one's
+    for pattern in OWN:  # files of an earlier analysis, perhaps of other stages, would be taken for files of this one
         for path in folder.glob(pattern):
             path.unlink()
     badcases, layers, table = diagnosis.badcases, diagnosis.layers, diagnosis.sensitivity

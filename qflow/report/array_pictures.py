@@ -1,4 +1,4 @@
-"""Pictures of plain arrays (matplotlib): the values of a layer against its grid, and the bad cases themselves."""
+"""Pictures of plain arrays (matplotlib): the values of a layer above its quantization grid, and the bad cases."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from numpy.typing import ArrayLike, NDArray
 from qflow.report.drawing import BLUE, GREEN, GREY, RED
 
 BANDS = 256
-"""Grid bands drawn at most: beyond that one would be narrower than a few pixels."""
+"""Most bands drawn of a grid: with more, a band would be narrower than a few pixels."""
 FAR = 10
-"""Times the representable range, from where on the axis is logarithmic."""
+"""The axis is logarithmic if values exceed so many times the representable range."""
 CASES = 16
-"""Bad cases drawn at most."""
+"""Most bad cases drawn."""
 LINES = 4
-"""An array with a side this short is a list of points, not an image."""
+"""An array with a side of at most this length is a list of points, not an image."""
 Floats = NDArray[np.float64]
 
-DARK = 0.3  # of white: below it a picture is brightened
+DARK = 0.3  # an image whose brightest value is below this (1 is white) is brightened
 
 
 def save(figure: Figure, path: Path) -> Figure:
-    """Write the PNG. Without pyplot, which would keep every figure and ask for a display."""
+    """Write the PNG, without pyplot, which would keep every figure in memory and need a display."""
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=130)
     return figure
@@ -57,9 +57,9 @@ def layer_histogram(
 ) -> Figure:
     """Float values of a layer (log counts) above its quantization grid, the clipped share shaded on both sides.
 
-    Clipped is what lies beyond the threshold that calibration chose, -`qmin` x scale, as everywhere in the analysis (a
-    value between the last code and that threshold loses a step at most); a bin across it counts in proportion. With
-    `absolute` the values are |x|, as calibration keeps them: then one side stands for both.
+    Values beyond the threshold that calibration chose, -`qmin` x scale, are clipped, as everywhere in the analysis (a
+    value between the last code and that threshold loses at most a step); a bin across it counts in proportion. With
+    `absolute` the values are |x|, as calibration keeps them, and one side represents both.
     """
     bins, ends = np.asarray(counts, dtype=np.float64), np.asarray(edges, dtype=np.float64)
     figure = Figure(figsize=(10, 5.5), layout="constrained")
@@ -67,8 +67,8 @@ def layer_histogram(
     figure.suptitle(title, fontsize=12, parse_math=False)
     if bins.sum() <= 0:
         strip.set_axis_off()
-        return save(nothing(figure, axes, "No values came."), path)
-    # The outline keeps a bin visible that is narrower than a pixel.
+        return save(nothing(figure, axes, "There are no values."), path)
+    # The outline keeps bins visible that are narrower than a pixel.
     axes.stairs(bins, ends, fill=True, fc=GREY, ec=GREY, lw=0.7)
     axes.set(yscale="log", ylabel="values a bin", ylim=(min(0.5, bins[bins > 0].min() / 2), bins.max() * 2))
     strip.set(yticks=[], ylim=(0, 1), xlabel="|float value|" if absolute else "float value")
@@ -87,7 +87,7 @@ def layer_histogram(
 
 
 def _range(axes: Axes, bins: Floats, ends: Floats, reach: tuple[float, float], limit: float, absolute: bool) -> None:
-    """The representable range as lines; what lies beyond `limit` shaded, with its share."""
+    """Draw the representable range as lines; shade what lies beyond `limit` and print its share."""
     low, high = min(ends[:-1][bins > 0].min(), reach[0]), max(ends[1:][bins > 0].max(), reach[1])
     left, right = _scale_axis(axes, low, high, max(-reach[0], reach[1]))
     under, total = count_below(bins, ends, -limit), count_below(bins, ends, math.inf)
@@ -105,7 +105,7 @@ def _range(axes: Axes, bins: Floats, ends: Floats, reach: tuple[float, float], l
 
 
 def _scale_axis(axes: Axes, low: float, high: float, reach: float) -> tuple[float, float]:
-    """Set the horizontal axis; logarithmic beyond the range where few far values would hide the rest (masks)."""
+    """Set the horizontal axis; logarithmic beyond the range if a few far values (masks) would hide the rest."""
     if max(-low, high) > FAR * reach:
         axes.set_xscale("symlog", linthresh=reach, linscale=2.0)
         left, right = (
@@ -118,12 +118,12 @@ def _scale_axis(axes: Axes, low: float, high: float, reach: float) -> tuple[floa
 
 
 def count_below(bins: Floats, ends: Floats, value: float) -> float:
-    """Values below `value`; those of the bin that holds it in proportion."""
+    """Number of values below `value`; the bin that contains it counts in proportion."""
     return float(np.interp(value, ends, np.concatenate([[0.0], np.cumsum(bins)])))
 
 
 def _codes_used(bins: Floats, ends: Floats, scale: float, qmin: int, qmax: int) -> int:
-    """Codes between which the middle 99 % of the values lie (of |x|: the lower 99 %)."""
+    """Number of codes that the middle 99 % of the values span (of |x|: the lower 99 %)."""
     share = np.concatenate([[0.0], np.cumsum(bins)]) / bins.sum()
     tails = (0.0, 0.99) if qmin == 0 else (0.005, 0.995)
     low, high = (int(np.clip(round(np.interp(t, share, ends) / scale), qmin, qmax)) for t in tails)
@@ -131,7 +131,7 @@ def _codes_used(bins: Floats, ends: Floats, scale: float, qmin: int, qmax: int) 
 
 
 def _grid(strip: Axes, scale: float, qmin: int, qmax: int) -> None:
-    """Bands of one code each, or of as many as keep a band visible."""
+    """Draw the grid in bands of one code each, or of as many as are needed to keep a band visible."""
     left, right = strip.get_xlim()
     first, last = max(qmin, math.floor(left / scale)), min(qmax, math.ceil(right / scale))
     group = 1
@@ -150,8 +150,8 @@ def _grid(strip: Axes, scale: float, qmin: int, qmax: int) -> None:
 def badcase_grid(images: Sequence[ArrayLike], captions: Sequence[str], path: Path) -> Figure:
     """Bad cases side by side: [H, W], [H, W, 3] or [C, H, W] as images, vectors and point lists as lines.
 
-    More channels than three are shown as their mean, and the caption says so, as it does for a range of values that
-    had to be fitted to the screen. At most 16; the title says how many more there are.
+    More than three channels are shown as their mean. The caption notes this, and a range of values that had to be
+    rescaled. At most 16 cases are shown; the title gives the number of the others.
     """
     if len(images) != len(captions):
         raise ValueError(f"badcase_grid takes one caption an image, but got {len(images)} and {len(captions)}.")
@@ -179,7 +179,7 @@ def _wrap(caption: str, width: int = 44) -> list[str]:
 
 
 def _draw_case(axes: Axes, array: NDArray[Any]) -> list[str]:
-    """Draw one case; returns what must be said about it."""
+    """Draw one case; returns notes on it for the caption."""
     notes = []
     while array.ndim > 3 and array.size:
         notes += [f"first of {len(array)}"] if len(array) > 1 else []
@@ -192,9 +192,9 @@ def _draw_case(axes: Axes, array: NDArray[Any]) -> list[str]:
     notes += [f"{broken} values are not finite"] if broken else []
     if array.ndim < 2 or _is_points(array):
         return notes + _draw_lines(axes, array)
-    picture, said = as_picture(array)
+    picture, changes = as_picture(array)
     axes.imshow(picture, cmap="gray" if picture.ndim == 2 else None, vmin=0.0, vmax=1.0)
-    return notes + said
+    return notes + changes
 
 
 def _aspect(array: NDArray[Any]) -> float:
@@ -210,7 +210,7 @@ def _is_points(array: NDArray[Any]) -> bool:
 
 
 def _draw_lines(axes: Axes, array: NDArray[Any]) -> list[str]:
-    """A vector as one line, a list of points as one line a coordinate."""
+    """Draw a vector as one line, a list of points as one line per coordinate."""
     lines = np.atleast_2d(array.astype(np.float64))
     lines = lines if len(lines) <= lines.shape[1] else lines.T
     for line, style, color in zip(lines, ("-", "--", ":", "-."), (BLUE, RED, GREEN, GREY), strict=False):
@@ -223,20 +223,20 @@ def _draw_lines(axes: Axes, array: NDArray[Any]) -> list[str]:
 
 
 def as_picture(array: NDArray[Any]) -> tuple[Floats, list[str]]:
-    """[H, W] or [H, W, 3] in 0 .. 1, and what was done to get there. 0 .. 1 and 0 .. 255 bytes keep their range."""
-    said: list[str] = []
+    """[H, W] or [H, W, 3] in 0 .. 1, and notes on the conversion. 0 .. 1 and bytes of 0 .. 255 keep their range."""
+    notes: list[str] = []
     values = array.astype(np.float64) / (255.0 if array.dtype == np.uint8 else 1.0)
     if values.ndim == 3 and values.shape[2] != 3:
         values = np.moveaxis(values, 0, 2)
     if values.ndim == 3 and values.shape[2] != 3:
-        said += [f"mean of {values.shape[2]} channels"] if values.shape[2] > 1 else []
+        notes += [f"mean of {values.shape[2]} channels"] if values.shape[2] > 1 else []
         values = values.mean(axis=2)
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     if low < 0.0 or high > 1.0:
-        said.append(f"values {low:.3g} to {high:.3g}")
+        notes.append(f"values {low:.3g} to {high:.3g}")
         values = (values - low) / ((high - low) or 1.0)
-    elif 0.0 < high < DARK:  # often why it is a bad case: said, and made visible
-        said.append(f"dark: up to {high:.2g}, shown {1.0 / high:.0f} times as bright")
+    elif 0.0 < high < DARK:  # darkness is often the reason for a bad case: it is noted, and the image made visible
+        notes.append(f"dark: up to {high:.2g}, shown {1.0 / high:.0f} times as bright")
         values = values / high
-    return np.clip(np.nan_to_num(values, nan=0.0, posinf=1.0, neginf=0.0), 0.0, 1.0), said
+    return np.clip(np.nan_to_num(values, nan=0.0, posinf=1.0, neginf=0.0), 0.0, 1.0), notes

@@ -1,4 +1,4 @@
-"""Charts of the analysis to point at (plotly). Import this where a page is written: plotly takes a while to load."""
+"""Interactive charts of the analysis (plotly). Import this only where a page is written: plotly loads slowly."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from qflow.report.drawing import (
 
 PATTERNS = {"qint8": "", "qint16": "/", "float16": "."}
 BARS = 200
-"""Bars drawn at most: the most sensitive; the rest is summed up in a line."""
+"""Most bars drawn, those of the most sensitive quantizers; a line sums up the rest."""
 
 
 def network_chart(table: LayerTable) -> go.Figure:
-    """Accumulated and single-operator error of every operator; the text under the pointer has all its figures."""
+    """Accumulated and single-operator error of every operator; the hover text has all values of its row."""
     rows = table.rows
     low, high = log_range([value for row in rows for value in (row.error, row.single_error)])
     hover = [hover_text(row) for row in rows]
@@ -56,8 +56,8 @@ def network_chart(table: LayerTable) -> go.Figure:
     ticks = list(range(0, len(rows), math.ceil(len(rows) / 40))) if rows else []
     prefix = common_prefix([row.mod_name for row in rows])
     names = [plain(shorten(rows[i].mod_name[len(prefix) :], 32)) for i in ticks]
-    said = "operator (open: without a quantizer" + (f"; all names begin with {plain(prefix)})" if prefix else ")")
-    figure.update_xaxes(tickvals=ticks, ticktext=names, tickangle=-90, title=said, range=[-0.7, len(rows) - 0.3])
+    title = "operator (open: without a quantizer" + (f"; all names begin with {plain(prefix)})" if prefix else ")")
+    figure.update_xaxes(tickvals=ticks, ticktext=names, tickangle=-90, title=title, range=[-0.7, len(rows) - 0.3])
     return figure
 
 
@@ -79,7 +79,7 @@ def _start_line(figure: go.Figure, table: LayerTable) -> None:
 
 
 def sensitivity_chart(table: SensitivityTable) -> go.Figure:
-    """Bars by type and dtype, most sensitive quantizers on top; the page scrolls, so that every name can be read."""
+    """Bars by type and dtype, most sensitive quantizers on top, high enough that every name is readable."""
     rows = table.by_quantizer()
     shown, rest = list(enumerate(rows[:BARS])), rows[BARS:]
     figure = go.Figure()
@@ -89,7 +89,7 @@ def sensitivity_chart(table: SensitivityTable) -> go.Figure:
             y=[i for i, _ in group],
             x=[r.score for _, r in group],
             orientation="h",
-            width=0.75,  # else plotly widens bars whose neighbours are in another trace
+            width=0.75,  # otherwise plotly widens bars whose neighbours are in another trace
             name=plain(f"{kind} {dtype}" + ("" if exact else ", estimated")),
             marker={
                 "color": bar_color(kind, exact),
@@ -102,16 +102,16 @@ def sensitivity_chart(table: SensitivityTable) -> go.Figure:
         )
     _layout(figure, 210 + 19 * max(len(shown), 3), above=110)
     more = f"; not shown: {len(rest)} of {len(rows)} rows, summing to {sum(r.score for r in rest):.3g}" if rest else ""
-    said = f"{table.metric}, {table.merge}, {table.samples} samples; {table.method}{more}"
+    title = f"{table.metric}, {table.merge}, {table.samples} samples; {table.method}{more}"
     figure.update_layout(barmode="overlay", bargap=0.25)
-    figure.update_xaxes(title=plain(said), rangemode="tozero", side="top")
+    figure.update_xaxes(title=plain(title), rangemode="tozero", side="top")
     names = [plain(shorten(row.op_name, 60)) for _, row in shown]
     figure.update_yaxes(tickvals=[i for i, _ in shown], ticktext=names, range=[len(shown) - 0.4, -0.6])
     return figure
 
 
 def _whiskers(rows: Sequence[SensitivityRow]) -> dict[str, Any]:
-    below = [min(r.spread, max(r.score, 0.0)) for r in rows]  # a distance ends at 0, however much it varies
+    below = [min(r.spread, max(r.score, 0.0)) for r in rows]  # a distance is never below 0
     return {"array": [r.spread for r in rows], "arrayminus": below, "thickness": 1, "width": 3, "color": "black"}
 
 
@@ -130,7 +130,7 @@ def _layout(figure: go.Figure, height: int, above: int) -> None:
 
 
 def hover_text(row: LayerRow | SensitivityRow) -> str:
-    """Every field of a row, one a line; None is left out."""
+    """Every field of a row, one per line; None is left out."""
     lines = []
     for field in fields(row):
         value = getattr(row, field.name)
@@ -143,10 +143,10 @@ def hover_text(row: LayerRow | SensitivityRow) -> str:
 
 
 def number(value: float) -> str:
-    """Five digits."""
+    """`value` with five digits."""
     return f"{value:.5g}"
 
 
 def plain(text: str) -> str:
-    """Text for plotly, which reads some HTML in labels."""
+    """`text` escaped for plotly, which interprets some HTML in labels."""
     return escape(text, quote=False)

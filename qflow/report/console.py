@@ -1,4 +1,4 @@
-"""What the user sees while a study runs: one line a stage, a bar where a terminal is, ten lines at the end."""
+"""Console output of a running study: one line per stage, progress bars on a terminal, and a final table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 @dataclass
 class Console:
-    """Prints to stdout. Bars are drawn on a terminal only; elsewhere every line stands for itself."""
+    """Prints to stdout. Progress bars are drawn on a terminal only; elsewhere only whole lines are printed."""
 
     stages: list[tuple[str, float]] = field(default_factory=list)
     best: str = ""
@@ -28,11 +28,11 @@ class Console:
 
     @property
     def terminal(self) -> bool:
-        """True where a bar can be redrawn in place."""
+        """True if a bar can be redrawn in place."""
         return sys.stdout.isatty()
 
     def say(self, text: str) -> None:
-        """One line, above a running bar if there is one. A reader that went away (`| head`) stops no study."""
+        """Print one line, above a running bar if there is one. A closed pipe (`| head`) does not stop the study."""
         try:
             if self.terminal:
                 tqdm.write(text, file=sys.stdout)
@@ -43,13 +43,13 @@ class Console:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[str], None]]:
-        """Time a stage and print its one line: what the returned function was last called with."""
-        said = [""]
+        """Time a stage and print one line at its end: the text of the last call of the returned function."""
+        line = [""]
         start = time.perf_counter()
-        yield lambda text: said.__setitem__(0, text)
+        yield lambda text: line.__setitem__(0, text)
         seconds = time.perf_counter() - start
         self.stages.append((name, seconds))
-        self.say(f"{name:<12} {said[0]:<80} {seconds:5.1f} s")
+        self.say(f"{name:<12} {line[0]:<80} {seconds:5.1f} s")
 
     @contextmanager
     def bar(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
@@ -83,7 +83,7 @@ def duration(seconds: float) -> str:
 
 
 def python_command() -> str:
-    """How the user calls this Python: `python` where that is this one, else its path as seen from here."""
+    """How the user calls this Python: `python` if that is this one, else its path, relative if it is below here."""
     found = shutil.which("python")
     if found and os.path.samefile(found, sys.executable) and os.path.dirname(found) == os.path.dirname(sys.executable):
         return "python"
@@ -93,7 +93,7 @@ def python_command() -> str:
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One line of the final table; `metrics` are those of the trial's run. Float has no cost on the device."""
+    """One line of the final table; `metrics` are those of the trial's run. The float model has no cost metrics."""
 
     name: str
     metrics: Mapping[str, float]

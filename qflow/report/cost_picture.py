@@ -1,4 +1,4 @@
-"""A cost report as a picture (matplotlib): where the time goes, one PNG and its Figure out."""
+"""A cost report as a picture (matplotlib): the time of the operators, written as a PNG and returned as a Figure."""
 
 from __future__ import annotations
 

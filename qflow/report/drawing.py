@@ -1,4 +1,4 @@
-"""What the picture files and the study page draw alike: colours, places on a log axis, short names."""
+"""Helpers that the picture files and the HTML page share: colours, positions on a log axis, short names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from qflow.analysis.measures.tables import LayerTable
 
-# Okabe and Ito: told apart with any colour vision.
+# The palette of Okabe and Ito, whose colours are distinct with any colour vision.
 BLUE, RED, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#E69F00", "#009E73", "#555555"
 TYPE_COLORS = {"activation": BLUE, "weight": ORANGE}
 
@@ -23,7 +23,7 @@ def bar_color(kind: str, exact: bool) -> str:
 
 
 def log_range(values: Sequence[float | None]) -> tuple[float, float]:
-    """Where zeros and infinities are drawn: beyond the smallest and largest value that a log axis can hold."""
+    """Ends of a log axis; zeros and infinities are drawn there, beyond the smallest and largest other value."""
     held = [v for v in values if v is not None and 0.0 < v < math.inf]
     if not held:
         return 1e-6, 1.0
@@ -37,13 +37,13 @@ def log_points(values: Sequence[float | None], low: float, high: float) -> list[
 
 
 def start_position(table: LayerTable) -> int | None:
-    """Row of the operator at which the error starts to grow; None where the table names none."""
+    """Row of the operator at which the error starts to grow; None if the table names none."""
     named = [i for i, row in enumerate(table.rows) if table.start and table.start in (row.mod_name, row.quantizer)]
     return named[0] if named else None
 
 
 def common_prefix(names: Sequence[str]) -> str:
-    """What all dotted names begin with, up to and with a dot; "" for a single name."""
+    """The common beginning of all dotted names, up to and including a dot; "" for a single name."""
     if len(set(names)) < 2:
         return ""
     levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
@@ -51,5 +51,5 @@ def common_prefix(names: Sequence[str]) -> str:
 
 
 def shorten(name: str, limit: int) -> str:
-    """The end of `name` in at most `limit` characters: it says most."""
+    """The end of `name`, its most specific part, in at most `limit` characters."""
     return name if len(name) <= limit else f"…{name[1 - limit :]}"

@@ -1,4 +1,4 @@
-"""The files of a trial and of a study: what a run holds so that it can be read, compared and rebuilt."""
+"""Writes the files of a trial and of a study, with which its run can be read, compared and rebuilt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUNDLE = "qconfig"  # the artifact folder that a registered model version points
 
 
 def write_rows(rows: Sequence[Any], path: Path) -> None:
-    """Records of one type as a table that the MLflow UI shows: pandas' "split" layout, one column a scalar field."""
+    """Write dataclasses of one type as a table for the MLflow UI: pandas' "split" layout, a column per scalar field."""
     names = [f.name for f in fields(rows[0]) if not isinstance(getattr(rows[0], f.name), tuple)] if rows else []
     data = [[_cell(getattr(row, name)) for name in names] for row in rows]
     path.write_text(to_json({"columns": names, "data": data}))
@@ -37,7 +37,7 @@ def write_trial(
     manifest: Mapping[str, Any],
     sensitivities: SensitivityTable | None,
 ) -> None:
-    """All artifacts of one trial into `folder`; a table's first column is the operator."""
+    """Write all artifacts of one trial into `folder`; the first column of a table is the operator."""
     bundle = folder / BUNDLE
     bundle.mkdir()
     (bundle / "qconfig.json").write_text(to_json(result.qconfig, indent=1))
@@ -49,7 +49,7 @@ def write_trial(
     write_rows(result.check.rows, folder / "model_check.json")
     (folder / "cost.json").write_text(cost_json(result.cost))
     if result.weights is not None:
-        from safetensors.torch import save_file  # brings torch, which --help must not wait for
+        from safetensors.torch import save_file  # imports torch, which would make --help slow
 
         save_file(result.weights, bundle / "weights.safetensors")
         (folder / "training.json").write_text(to_json(result.training, indent=1))
@@ -61,7 +61,7 @@ def write_trial(
 def write_study(
     folder: Path, sensitivities: SensitivityTable | None, badcases: BadcaseTable | None, check: ModelCheck
 ) -> None:
-    """Study-level tables: sensitivities in the guide's layout, bad cases, and the model check."""
+    """Write the tables of a study: sensitivities in the guide's layout, bad cases, and the model check."""
     (folder / "model_check_result.txt").write_text(check_text(check))
     write_rows(check.findings, folder / "findings.json")
     if sensitivities is not None:
@@ -73,7 +73,7 @@ def write_study(
 
 
 def qconfig_text(qconfig: QConfig) -> str:
-    """One line an operator, so that two runs can be compared side by side."""
+    """One line per operator, so that two runs can be compared side by side."""
     width = max([len("operator"), *map(len, qconfig.ops)])
     return f"{'operator'.ljust(width)}  {'output':<8} {'weight':<7} rule (what the device changed)\n" + "".join(
         f"{name.ljust(width)}  {op.output or 'int32':<8} {op.weight or '':<7} {op.rule}"

@@ -1,7 +1,7 @@
-"""The analysis as one HTML file: what to do first, then charts to point at (plotly), tables and pictures.
+"""The analysis as one HTML file: first what to do, then interactive charts (plotly), tables and pictures.
 
-Everything is in the file, plotly.js too (some 5 MB): it opens without a network, and its Content-Security-Policy
-lets it load nothing. Import this where a page is written: plotly takes a while to load.
+Everything is in the file, also plotly.js (about 5 MB): it opens without a network, and its Content-Security-Policy
+does not let it load anything. Import this module only where a page is written: plotly takes a while to load.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qflow.analysis.measures.tables import (
 from qflow.report.charts import network_chart, number, sensitivity_chart
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-# Named one by one: what plotly offers by default may want a server.
+# The buttons are listed one by one, because some of plotly's default buttons need a server.
 BUTTONS = "['toImage', 'zoom2d', 'pan2d', 'zoomIn2d', 'zoomOut2d', 'resetScale2d']"
 CONFIG = f"{{displaylogo: false, responsive: true, modeBarButtons: [{BUTTONS}]}}"
 STYLE = """
@@ -36,7 +36,7 @@ h1 { font-size: 24px; margin-bottom: 4px; } h2 { font-size: 19px; margin: 34px 0
 th, td { text-align: left; vertical-align: top; padding: 6px 10px; border-bottom: 1px solid #ddd; }
 th { background: #f3f3f3; } td.name, code { font-family: ui-monospace, monospace; font-size: 13px; }
 td.name, code { overflow-wrap: anywhere; }
-td.figures { white-space: nowrap; } .chart { max-height: 900px; overflow-y: auto; }
+td.values { white-space: nowrap; } .chart { max-height: 900px; overflow-y: auto; }
 .error { color: #b03a00; font-weight: 600; } .missing { color: #555; }
 details td, details td.name { white-space: nowrap; padding: 3px 10px; } summary { cursor: pointer; margin: 8px 0; }
 figure { margin: 16px 0; } img { max-width: 100%; height: auto; border: 1px solid #ddd; }
@@ -44,7 +44,7 @@ figure { margin: 16px 0; } img { max-width: 100%; height: auto; border: 1px soli
 
 
 NO_LAYERS = "The layer comparison was not run."
-NO_ADVICE = "Nothing stands out: no operator is sensitive beyond the others."
+NO_ADVICE = "Nothing stands out: no operator is much more sensitive than the others."
 
 
 def analysis_page(
@@ -58,9 +58,9 @@ def analysis_page(
     findings: Sequence[Finding] | None = None,
     fidelity: Fidelity | None = None,
 ) -> None:
-    """Write the page; a part that is None is left out with a sentence. `pictures` are PNG files by their caption.
+    """Write the page; a sentence replaces each part that is None. `pictures` are PNG files by their caption.
 
-    `findings` are those of the tables where none are given.
+    Without `findings` those of the tables are shown.
     """
     if findings is None:
         tables = (badcases, layers, sensitivity)
@@ -69,11 +69,11 @@ def analysis_page(
     parts = [
         "<h2>What to do</h2>",
         _advice(advice) if advice else _missing(NO_ADVICE if advice is not None else "The advisor was not run."),
-        *(["<h2>What following it does</h2>", _fidelity(fidelity)] if fidelity else []),
+        *(["<h2>The effect of following it</h2>", _fidelity(fidelity)] if fidelity else []),
         "<h2>Findings</h2>",
         _findings(findings)
         if findings
-        else _missing("No findings." if analysed else "Nothing was run that makes findings."),
+        else _missing("No findings." if analysed else "No step that gives findings was run."),
         "<h2>Error along the network</h2>",
         *([_chart(network_chart(layers), "network"), _layers(layers)] if layers else [_missing(NO_LAYERS)]),
         "<h2>Sensitivity</h2>",
@@ -102,7 +102,7 @@ def _missing(sentence: str) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[tuple[str, str]]]) -> str:
-    """Cells are (class, HTML that is escaped already)."""
+    """HTML of a table; cells are (class, HTML that is escaped already)."""
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join(
         "<tr>" + "".join(f'<td class="{kind}">{cell}</td>' for kind, cell in row) + "</tr>\n" for row in rows
@@ -117,21 +117,21 @@ def _advice(advice: Sequence[Advice]) -> str:
             ("", escape(item.text)),
             ("", _override(item.line) if item.line else "none"),
             ("", escape(f"{item.cause} ({item.source})")),
-            ("figures", "<br>".join(escape(f"{name} {value:.4g}") for name, value in item.figures)),
+            ("values", "<br>".join(escape(f"{name} {value:.4g}") for name, value in item.figures)),
             ("", f"{item.gain:.1%}"),
         ]
         for item in advice
     ]
-    return _table(("operator", "what to do", "line to apply", "cause", "figures", "share of sensitivity"), rows)
+    return _table(("operator", "what to do", "override", "cause", "measured values", "share of sensitivity"), rows)
 
 
 def _override(line: str) -> str:
-    """An override ready to paste into a shell."""
+    """An override, quoted for a shell."""
     return f"<code>{escape(shlex.quote(line))}</code>"
 
 
 def _fidelity(fidelity: Fidelity) -> str:
-    moved = f"{number(fidelity.before)} to {number(fidelity.after)} off float ({fidelity.metric}, all quantizers on)"
+    change = f"{number(fidelity.before)} to {number(fidelity.after)} ({fidelity.metric}, all quantizers on)"
     rows = [
         [
             ("name", escape(row.op_name)),
@@ -144,7 +144,8 @@ def _fidelity(fidelity: Fidelity) -> str:
     ]
     table = _table(("operator", "quantizer", "dtype", "sensitivity before", "after"), rows) if rows else ""
     line = f"<p>All together: {_override(fidelity.line)}</p>" if fidelity.line else ""
-    return f"<p>The outputs go from {escape(moved)}.</p>{line}{table}" + "".join(map(_missing, fidelity.left_out))
+    text = f"<p>The outputs' distance to float changes from {escape(change)}.</p>"
+    return text + line + table + "".join(map(_missing, fidelity.left_out))
 
 
 LAYER_COLUMNS = [
@@ -156,13 +157,13 @@ LAYER_COLUMNS = [
 def _layers(table: LayerTable) -> str:
     rows = []
     for row in table.rows:
-        figures = [getattr(row, name) for name in LAYER_COLUMNS]
+        values = [getattr(row, name) for name in LAYER_COLUMNS]
         texts = [row.analy_op_type.rsplit(".", 1)[-1], " x ".join(map(str, row.shape)), row.quant_dtype]
-        texts += ["" if figure is None else number(figure) for figure in figures]
+        texts += ["" if value is None else number(value) for value in values]
         rows.append([("", str(row.index)), ("name", escape(row.mod_name)), *(("", escape(text)) for text in texts)])
     header = ("index", "mod_name", "type", "shape", "quant_dtype", *LAYER_COLUMNS)
-    said = f"The {len(rows)} operators, in order; compare_per_layer_out.csv has every column"
-    return f"<details><summary>{said}</summary>{_table(header, rows)}</details>"
+    summary = f"The {len(rows)} operators, in order; compare_per_layer_out.csv has every column"
+    return f"<details><summary>{summary}</summary>{_table(header, rows)}</details>"
 
 
 def _findings(findings: Sequence[Finding]) -> str:
@@ -181,8 +182,8 @@ def _badcases(table: BadcaseTable) -> str:
     ]
     worst = ", ".join(f"{metric} {index}" for metric, index in table.worst.items())
     chosen = ", ".join(map(str, table.chosen))
-    said = f"{table.samples} samples. Worst over all outputs: {worst}. Analysed by {table.metric}: {chosen}."
-    return f"<p>{escape(said)}</p>" + _table(("output", "metric", "worst sample", "value"), rows)
+    text = f"{table.samples} samples. Worst over all outputs: {worst}. Analysed by {table.metric}: {chosen}."
+    return f"<p>{escape(text)}</p>" + _table(("output", "metric", "worst sample", "value"), rows)
 
 
 def _picture(caption: str, file: Path) -> str:
@@ -192,7 +193,7 @@ def _picture(caption: str, file: Path) -> str:
 
 
 def _chart(figure: go.Figure, name: str) -> str:
-    # < and > leave the JSON as escapes: no operator's name can end the script.
+    # < and > are escaped in the JSON, so that no operator's name can end the script.
     data = figure.to_json().replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     call = f"const f = {data}; Plotly.newPlot('{name}', f.data, f.layout, {CONFIG});"
     return f'<div id="{name}" class="chart"></div>\n<script>{{{call}}}</script>'

@@ -1,7 +1,7 @@
-"""The analysis as picture files (matplotlib): records and plain arrays in, one PNG and its Figure out.
+"""The analysis as picture files (matplotlib): each function takes a table or arrays, writes a PNG, returns the Figure.
 
-Import this where something is drawn, not at the top of a door: matplotlib takes a while to load. What colour says,
-shape or hatch says too. Pictures of arrays are drawn in `array_pictures` and offered here.
+Import this module only where something is drawn, not at the top of a command: matplotlib takes a while to load.
+Everything that a colour shows is also shown by a shape or a hatch. Pictures of arrays come from `array_pictures`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from qflow.report.drawing import (
 __all__ = ["badcase_grid", "error_along_network", "layer_histogram", "sensitivity_bars"]
 HATCHES = {"qint8": "", "qint16": "////", "float16": "...."}
 WORST = 5
-"""Operators named for their own error."""
+"""Operators that are named because of their own error."""
 
 
 def error_along_network(table: LayerTable, path: Path) -> Figure:
     """Accumulated and single-operator error of every operator in the order of the model, on a log axis.
 
-    Filled dots are operators with a quantizer; the first growth and the worst single operators are named. Zeros lie
-    on the lower edge, infinities on the upper one: neither has a place on a log axis.
+    Filled dots are operators with a quantizer; the operator where the error first grows and the worst single operators
+    are named. Zeros are drawn on the lower edge and infinities on the upper one, as a log axis has no place for them.
     """
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     axes = figure.subplots()
@@ -77,7 +77,7 @@ def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float
 
 
 def _name_operators(axes: Axes, names: Sequence[str]) -> None:
-    """Names below the axis, as many as can be read beside each other; what all begin with is said once."""
+    """Write names below the axis, as many as are readable side by side; their common beginning is written once."""
     places = list(range(0, len(names), math.ceil(len(names) / 40)))
     prefix = common_prefix(names)
     angle, fit = (20, 36) if len(names) <= 8 else (90, 32)
@@ -88,8 +88,8 @@ def _name_operators(axes: Axes, names: Sequence[str]) -> None:
     axes.xaxis.set_minor_locator(FixedLocator(range(len(names))))
     notes = [f"1 in {places[1]} is named"] if len(places) < len(names) else []
     notes += [f"all names begin with {prefix}"] if prefix else []
-    said = f" ({', '.join(notes)})" if notes else ""
-    axes.set_xlabel(f"operator, in the order of the model{said}", parse_math=False)
+    more = f" ({', '.join(notes)})" if notes else ""
+    axes.set_xlabel(f"operator, in the order of the model{more}", parse_math=False)
 
 
 def _mark_start(axes: Axes, table: LayerTable) -> None:
@@ -139,7 +139,7 @@ def _number_worst(axes: Axes, table: LayerTable, single: Sequence[tuple[int, flo
 
 
 def _spread(places: Sequence[int], count: int) -> list[float]:
-    """Places of labels near `places` (ascending) that do not overlap on an axis of `count` operators."""
+    """Positions for labels near `places` (ascending) that do not overlap on an axis of `count` operators."""
     gap = 0.018 * count
     free: list[float] = []
     for place in places:
@@ -154,8 +154,8 @@ def _legend(figure: Figure, handles: Sequence[Any], **place: Any) -> None:
 
 
 def sensitivity_bars(table: SensitivityTable, path: Path, top: int = 40) -> Figure:
-    """The most sensitive quantizers, a bar for each dtype, `top` in all, with the spread over bad cases; a note sums
-    up the rest.
+    """The most sensitive quantizers, with a bar for each dtype, at most `top` bars, and the spread over bad cases; a
+    note sums up the rest.
     """
     rows = table.by_quantizer()
     shown, rest = rows[:top], rows[top:]
@@ -192,11 +192,11 @@ def _bar(axes: Axes, place: int, row: SensitivityRow) -> None:
         place, row.score, height=0.75, color=color, ec="#222222", lw=0.6, hatch=HATCHES.get(row.quant_dtype, "xx")
     )
     if row.spread > 0:
-        below = min(row.spread, max(row.score, 0.0))  # a distance ends at 0, however much it varies
+        below = min(row.spread, max(row.score, 0.0))  # a distance is never below 0
         axes.errorbar(row.score, place, xerr=[[below], [row.spread]], color="black", capsize=2.5, lw=1.1)
     end = max(row.score, 0.0) + max(row.spread, 0.0)
-    said = f"{row.score:.3g}  {row.quant_dtype}"
-    axes.annotate(said, (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    label = f"{row.score:.3g}  {row.quant_dtype}"
+    axes.annotate(label, (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
 
 
 def _bar_legend(rows: Sequence[SensitivityRow]) -> list[Any]:

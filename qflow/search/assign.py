@@ -114,7 +114,7 @@ class Problem:
         return low + share * max(high - low, 0.0)
 
     def cheapest(self, max_error: float) -> str:
-        """Return the fastest mix with a predicted error of at most `max_error`, or the most accurate if none has that."""
+        """Return the fastest mix with a predicted error of at most `max_error`; if there is none, the most accurate."""
         if self.error(self.all_int8) <= max_error and self.within(self.all_int8):
             return self.all_int8
         loss = self._loss

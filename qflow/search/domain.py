@@ -1,10 +1,10 @@
 """The search space as data: which values each configuration key may take.
 
-A `Space` maps dotted configuration keys to domains. Three kinds cover what Hydra's sweep syntax can say:
-`choice(a,b)`, `interval(low, high)` (on a log scale or among integers, too) and `range(start, stop, step)`.
-A domain may carry conditions: its key is searched only where other keys of the space have certain values. Where it
-does not apply it is absent from a point, so that two points that differ only there are one.
-Nothing here knows a sampler, so a space can be hashed, stored and compared with the standard library alone.
+A `Space` maps dotted configuration keys to domains. The three kinds of domain match Hydra's sweep syntax:
+`choice(a,b)`, `interval(low, high)` (also on a log scale or of integers) and `range(start, stop, step)`.
+A domain may have conditions: its key is then searched only where other keys of the space have certain values. Where the
+conditions do not hold, a point lacks the key, so that two points that would differ only in this key are the same point.
+This module uses the standard library only, so that a space can be hashed, stored and compared without a sampler.
 """
 
 from __future__ import annotations
@@ -29,29 +29,32 @@ def _number(value: object) -> TypeGuard[float]:
 def _require_numbers(kind: str, **values: object) -> None:
     for name, value in values.items():
         if not _number(value):
-            raise ConfigError(f"{kind} takes finite numbers, but got {value!r} for {name}. Mend the space.")
+            raise ConfigError(f"{kind} takes finite numbers, but got {value!r} for {name}. Correct the space.")
 
 
 @dataclass(frozen=True)
 class Condition:
-    """`key`, another key of the space, has one of the values of `allowed`. Not met where `key` does not apply."""
+    """The condition that `key`, another key of the space, has a value in `allowed`; false if `key` does not apply."""
 
     key: str
     allowed: Domain
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return the fields as plain values for JSON."""
         return {"key": self.key, "allowed": self.allowed.to_dict()}
 
 
 def _conditions(domain: Domain) -> dict[str, Any]:
-    """`when` for JSON, only where it is set: the digests of spaces without conditions stay what they were."""
+    """Return `when` for JSON, or nothing if it is empty.
+
+    The digests of spaces without conditions thus stay the same as before there were conditions.
+    """
     return {"when": [condition.to_dict() for condition in domain.when]} if domain.when else {}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some unordered values. Raises ConfigError when empty, repeated or not scalar."""
+    """A set of unordered values. Raises ConfigError if it is empty or a value is repeated or not scalar."""
 
     values: tuple[Scalar, ...]
     when: tuple[Condition, ...] = field(default=(), kw_only=True)
@@ -67,29 +70,29 @@ class Choice:
             raise ConfigError(f"Choice takes each value once, but got {list(self.values)}. Drop the repeats.")
 
     def contains(self, value: Scalar) -> bool:
-        """Whether `value` is one of the choices; True is not 1."""
+        """Return whether `value` is one of the choices. True does not equal 1."""
         return _key(value) in {_key(v) for v in self.values}
 
     def normal(self, value: Scalar) -> Scalar:
-        """The choice that `value` equals, or `value` itself."""
+        """Return the choice that `value` equals, or `value` itself if there is none."""
         return next((v for v in self.values if _key(v) == _key(value)), value)
 
     def count(self) -> int:
-        """How many values there are."""
+        """Return the number of values."""
         return len(self.values)
 
     def points(self) -> tuple[Scalar, ...]:
-        """Every value."""
+        """Return every value."""
         return self.values
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values with the kind, for JSON."""
+        """Return the kind and the fields as plain values for JSON."""
         return {"kind": "choice", "values": list(self.values), **_conditions(self)}
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Every number from `low` to `high`, both inclusive; `log` draws evenly in log(value)."""
+    """All numbers from `low` to `high`, both inclusive; with `log` samplers draw uniformly in log(value)."""
 
     low: float
     high: float
@@ -107,27 +110,27 @@ class Interval:
             raise ConfigError(f"An integer Interval needs whole ends, but got {self.low} and {self.high}.")
 
     def contains(self, value: Scalar) -> bool:
-        """Whether `value` is a number within the ends (a whole one if `integer`)."""
+        """Return whether `value` is a number in the interval (a whole number if `integer`)."""
         if not _number(value) or (self.integer and not float(value).is_integer()):
             return False
         return self.low <= value <= self.high
 
     def normal(self, value: Scalar) -> Scalar:
-        """`value` in the type of this domain: int or float."""
+        """Return `value` in the type of this domain: int or float."""
         if not _number(value):
             return value
         return int(value) if self.integer and float(value).is_integer() else float(value)
 
     def count(self) -> int | None:
-        """How many values there are, None for a continuum."""
+        """Return the number of values, or None if the interval is continuous."""
         return int(self.high) - int(self.low) + 1 if self.integer else None
 
     def points(self) -> tuple[Scalar, ...]:
-        """Every value; none where they cannot be listed."""
+        """Return every value, or nothing if the interval is continuous."""
         return tuple(range(int(self.low), int(self.high) + 1)) if self.integer else ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values with the kind, for JSON."""
+        """Return the kind and the fields as plain values for JSON."""
         return {
             "kind": "interval",
             "low": self.low,
@@ -140,7 +143,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Range:
-    """start, start + step, ... below `stop`, which is exclusive like Hydra's `range`."""
+    """The values start, start + step, ... below `stop`, which is exclusive as in Hydra's `range`."""
 
     start: float
     stop: float
@@ -154,33 +157,33 @@ class Range:
 
     @property
     def integer(self) -> bool:
-        """Whether every value is whole."""
+        """Whether every value is a whole number."""
         return float(self.start).is_integer() and float(self.step).is_integer()
 
     def count(self) -> int:
-        """How many values there are, at least one."""
+        """Return the number of values, which is at least one."""
         # 1e-9 of a step: range(0, 0.3, 0.1) has three values although the quotient may come out above 3
         return max(1, math.ceil((self.stop - self.start) / self.step - 1e-9))
 
     def points(self) -> tuple[Scalar, ...]:
-        """Every value; floats carry 12 significant digits, so that 0.1 + 2 * 0.1 is 0.3."""
+        """Return every value. Floats are rounded to 12 significant digits, so that 0.1 + 2 * 0.1 is 0.3."""
         return tuple(self.normal(self.start + i * self.step) for i in range(self.count()))
 
     def contains(self, value: Scalar) -> bool:
-        """Whether `value` is one of the steps, to a billionth of a step."""
+        """Return whether `value` is one of the values, within a billionth of a step."""
         if not _number(value):
             return False
         steps = (value - self.start) / self.step
         return abs(steps - round(steps)) < 1e-9 and 0 <= round(steps) < self.count()
 
     def normal(self, value: Scalar) -> Scalar:
-        """`value` in the type of this domain, without the dust of float steps."""
+        """Return `value` in the type of this domain, rounded to 12 significant digits."""
         if not _number(value):
             return value
         return int(value) if self.integer and float(value).is_integer() else float(f"{value:.12g}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values with the kind, for JSON."""
+        """Return the kind and the fields as plain values for JSON."""
         return {"kind": "range", "start": self.start, "stop": self.stop, "step": self.step, **_conditions(self)}
 
 
@@ -189,21 +192,21 @@ Space: TypeAlias = Mapping[str, Domain]
 
 
 def _key(value: Scalar) -> tuple[bool, Scalar]:
-    return isinstance(value, bool), value  # keeps True apart from 1, and 1 together with 1.0
+    return isinstance(value, bool), value  # True and 1 get different keys, 1 and 1.0 the same
 
 
 def space_dict(space: Space) -> dict[str, Any]:
-    """The space as plain values for JSON."""
+    """Return the space as plain values for JSON."""
     return {key: domain.to_dict() for key, domain in space.items()}
 
 
 def space_digest(space: Space) -> str:
-    """A digest that two spaces share exactly when they allow the same values in the same way."""
+    """Return the digest of the space; two digests are equal exactly if domains and conditions are."""
     return record.digest(space_dict(space))
 
 
 def parents_first(space: Space) -> tuple[str, ...]:
-    """The keys in the space's order, but each behind those that it depends on.
+    """Return the keys in the order of the space, but each key after those that it depends on.
 
     Raises ConfigError for a condition on a key that is not in the space, and for keys that depend on each other.
     """
@@ -227,14 +230,17 @@ def _place(space: Space, key: str, order: dict[str, None], below: tuple[str, ...
 
 
 def applies(space: Space, key: str, params: Values, absent: Container[str] = ()) -> bool:
-    """Whether `params` meets the conditions of `key`. One on a key without a value is met unless that is `absent`."""
+    """Return whether `params` meets the conditions of `key`.
+
+    A condition on a key without a value counts as met, unless that key is in `absent`.
+    """
     return not any(
         c.key in absent or (c.key in params and not c.allowed.contains(params[c.key])) for c in space[key].when
     )
 
 
 def applicable(space: Space, params: Values) -> dict[str, Scalar]:
-    """`params` without the keys that do not apply, because of what the point says of the keys they depend on."""
+    """Return `params` without the keys whose conditions the point does not meet."""
     absent: set[str] = set()
     conditional = any(domain.when for domain in space.values())
     for key in parents_first(space) if conditional else ():
@@ -244,15 +250,15 @@ def applicable(space: Space, params: Values) -> dict[str, Scalar]:
 
 
 def point_key(params: Values, space: Space | None = None) -> str:
-    """Canonical text of one point; equal points have equal texts (1 and 1.0 are told apart by `normal`).
+    """Return the canonical text of one point. Equal points have equal texts, if `normal` gave 1 and 1.0 one type.
 
-    With the `space` its keys that do not apply make no difference; a study's own points are without them already.
+    With `space`, keys whose conditions are not met are left out first. The points of a study lack them already.
     """
     return record.to_json(applicable(space, params) if space else dict(params))
 
 
 def all_points(space: Space, limit: int) -> Iterator[dict[str, Scalar]] | None:
-    """Every point of a finite space, or None when there are more than `limit` or they cannot be listed."""
+    """Return every point of the space, or None if there are more than `limit` or the space is continuous."""
     counts = [domain.count() for domain in space.values()]
     if any(count is None or count > limit for count in counts):
         return None
@@ -261,7 +267,7 @@ def all_points(space: Space, limit: int) -> Iterator[dict[str, Scalar]] | None:
 
 
 def _points(space: Space, keys: Sequence[str], begun: dict[str, Scalar]) -> Iterator[dict[str, Scalar]]:
-    """The points that go on from `begun` with `keys`, parents first."""
+    """Yield the points that extend `begun` by values of `keys`, which are in the order of `parents_first`."""
     if not keys:
         yield {key: begun[key] for key in space if key in begun}
         return

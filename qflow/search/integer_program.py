@@ -1,7 +1,8 @@
-"""The 0/1 program behind an assignment: which places are int16 so that a cost over groups is least, within bounds.
+"""The 0/1 program of an assignment: it chooses the int16 places so that a cost over groups is least, within bounds.
 
-A variable 0 or 1 a place, x_i, and for each group S of several places one that is 1 where any of them is:
-x_i <= y_S for each i in S, and y_S <= sum of x_i over S. Whole x make y whole, so that only x is branched on.
+Each place i has a variable x_i that is 0 or 1. Each group S of several places has a variable y_S that is 1 if any of
+its x_i is 1: x_i <= y_S for each i in S, and y_S <= sum of x_i over S. If all x are integers, so are all y; therefore
+the solver branches on x only.
 """
 
 from __future__ import annotations
@@ -16,22 +17,22 @@ import numpy as np
 
 from qflow.search.cost_terms import Group
 
-GAP = 1e-4  # of the optimum, relative: closer the solver need not come
-NODES = 5000  # of the search tree: an effort that does not depend on the machine, as seconds would
+GAP = 1e-4  # relative gap to the optimum at which the solver stops
+NODES = 5000  # of the search tree; a limit in seconds would make the result depend on the machine
 
 
 @dataclass(frozen=True)
 class Row:
-    """A bound: the sum of the terms whose group has an int16 operator is at most `most`."""
+    """A constraint: the terms of all groups with an int16 operator add up to at most `most`."""
 
     terms: Mapping[Group, float]
     most: float
 
 
 def solve(cost: Mapping[Group, float], rows: Sequence[Row], places: Sequence[int]) -> list[int] | None:
-    """Which of `places` are int16 for the least sum of `cost` within `rows`; None if no choice is within them.
+    """Return which of `places` are int16 so that `cost` is least within `rows`, or None if nothing satisfies `rows`.
 
-    Groups name no other places.
+    All groups consist of members of `places`.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -55,7 +56,7 @@ def solve(cost: Mapping[Group, float], rows: Sequence[Row], places: Sequence[int
 
 
 def _scaled(row: Row, column: Mapping[Group, int]) -> tuple[np.ndarray, float]:
-    """The row as numbers by column, the largest 1: the solver's tolerances are absolute."""
+    """Return the row by column, scaled to a largest absolute value of 1, since the solver's tolerances are absolute."""
     values = np.zeros(len(column))
     for group, amount in row.terms.items():
         values[column[group]] = amount
@@ -64,7 +65,7 @@ def _scaled(row: Row, column: Mapping[Group, int]) -> tuple[np.ndarray, float]:
 
 
 def _links(groups: Sequence[Group], column: Mapping[Group, int]) -> object:
-    """Rows, at most 0, that tie the variable of each group to those of its places."""
+    """Return the rows (each at most 0) that tie the variable of each group to those of its places."""
     from scipy.sparse import csr_array
 
     entries: list[tuple[int, int, float]] = []
@@ -82,7 +83,7 @@ def _links(groups: Sequence[Group], column: Mapping[Group, int]) -> object:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """HiGHS prints some lines whatever it is told; a search's output is for people."""
+    """Redirect standard output to /dev/null, because HiGHS prints some lines even when its display is off."""
     kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     sys.stdout.flush()
     os.dup2(nowhere, 1)

@@ -10,14 +10,14 @@ from types import FrameType
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM)."""
+    """The process received SIGTERM."""
 
 
 @contextmanager
 def interrupts() -> Iterator[threading.Event]:
-    """Raise Terminated on SIGTERM while inside, as Ctrl-C raises KeyboardInterrupt; main thread only.
+    """Raise Terminated on SIGTERM inside the block, as Ctrl-C raises KeyboardInterrupt; in the main thread only.
 
-    The event is set on both: Python drops an exception that is raised within a finalizer or a callback from C.
+    Both signals also set the event, because Python drops an exception that is raised in a finalizer or a C callback.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():

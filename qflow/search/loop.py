@@ -1,12 +1,12 @@
-"""The loop of a search: ask, start a run, evaluate, commit, tell.
+"""The loop of a search: ask the study for a point, evaluate it in a run, commit the result, tell the study.
 
     ask -> start run -> link -> evaluate -> upload files -> constraints -> COMMIT -> tell -> end run
 
-This process is the only writer. Up to the commit a trial can be lost and is tried again; from the commit on
-its result can no longer be lost, whatever is killed when (`reconcile`). Running the same search again
-continues it: a point that was measured is not measured again, so a search is written as if it ran in one go.
+Only one process writes to a study. If it is killed before the commit, the trial is lost and is tried again; after the
+commit the result cannot be lost (reconcile.py). Starting the same search again continues it: points that were measured
+are not measured again, so the code of a search need not handle interruptions.
 
-What it leaves out: several trials at once, and stopping a trial that has begun.
+The loop neither runs several trials at once nor stops a trial that has begun.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ __all__ = [
 ]  # fmt: skip
 
 Evaluate: TypeAlias = Callable[[Values, Path], Outcome]
-ASKS = 30  # proposals in a row that repeat known trials before the space counts as exhausted
-LISTABLE = 4096  # points; a smaller space is listed to find what is left of it
-SCREENED = 10  # proposals in a row that are left out unevaluated
-FAILURES = 10  # failed trials in a row that end the search: by then the cause is not the point
+ASKS = 30  # proposals in a row that repeat known trials, after which the space counts as exhausted
+LISTABLE = 4096  # points; a space with at most so many is listed to find the points that are left
+SCREENED = 10  # how many proposals in a row may be screened out
+FAILURES = 10  # failed trials in a row that end the search, because the cause is hardly the point then
 _log = logging.getLogger(__name__)
 
 
@@ -61,24 +61,24 @@ def driving(
     study_run_id: str | None = None,
     checkpoint: Callable[[str], None] = _nothing,
 ) -> Iterator[Driver]:  # fmt: skip
-    """Drive the study: settle what an earlier process left, then measure points until the block ends.
+    """Open the study for new trials: reconcile what an earlier process left, then yield the driver.
 
-    `evaluate(params, folder)` writes the trial's files into the folder; a QflowError from it fails that trial only,
-    anything else ends the search after the trial was marked as failed. Interrupted (Ctrl-C, SIGTERM), the trial at
-    hand is put back and the interrupt goes on. `checkpoint` is called with the name of each step that was just done.
-    Raises TrackingError when another process drives the study, TrialError after `FAILURES` failures in a row.
+    `evaluate(params, folder)` writes the trial's files into the folder. A QflowError from it fails this trial only; any
+    other exception marks the trial as failed and ends the search. On Ctrl-C or SIGTERM the running trial is queued
+    again and the interrupt propagates. `checkpoint` is called with the name of each step that was just done.
+    Raises TrackingError if another process drives the study, TrialError after `FAILURES` failures in a row.
     """
     parent = study_run_id or tracker.open_study(study.name, tags={}, params={}, description="")
     with interrupts() as asked_to_end, study.driver():
         folder = scratch / quote(study.name, safe="")
-        shutil.rmtree(folder, ignore_errors=True)  # of a driver that was killed
+        shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
         for trial in reconcile(study, tracker):
             on_trial(trial)
         try:
             yield Driver(study, tracker, evaluate, parent, folder, on_trial, checkpoint, asked_to_end)
         except BaseException as error:
             stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
-            with suppress(Exception):  # what is left open now is settled by the next start
+            with suppress(Exception):  # what stays open here, the next start reconciles
                 reconcile(study, tracker, ending=INTERRUPTED if stopped else LOST)
             raise
 
@@ -90,10 +90,10 @@ def run_trials(
     timeout: float | None = None,
     **options: Any,
 ) -> list[FinishedTrial]:  # fmt: skip
-    """Drive until the study has `n_trials` finished trials; returns all of them, by number.
+    """Run trials until the study has `n_trials` finished ones; return all of them, by number.
 
-    `fixed` are (label, params) that come first, each once in the life of the study. `timeout` (seconds) stops
-    before the next trial, not within one. `options` are those of `driving`.
+    `fixed` holds (label, params) of trials that come first, each once in the life of the study. After `timeout` seconds
+    no further trial starts; a running one is not stopped. `options` are those of `driving`.
     """
     with driving(study, tracker, evaluate, **options) as driver:
         driver.enqueue_fixed(fixed)
@@ -107,7 +107,7 @@ def run_trials(
 
 @dataclass
 class Driver:
-    """The right to add trials to a study: by point (`measure`) or as the sampler proposes (`sample`)."""
+    """Adds trials to a study: at given points (`measure`) or at the proposals of the sampler (`sample`)."""
 
     study: Study
     tracker: Tracker
@@ -118,9 +118,9 @@ class Driver:
     checkpoint: Callable[[str], None]
     asked_to_end: threading.Event
     finished: dict[str, FinishedTrial] = field(default_factory=dict)  # by point
-    failed: dict[str, FailedTrial] = field(default_factory=dict)  # in this process, or given up
+    failed: dict[str, FailedTrial] = field(default_factory=dict)  # by point: failed in this process, or given up
     failures: int = 0  # in a row
-    screened: set[str] = field(default_factory=set)  # points that were refused unevaluated, in this process
+    screened: set[str] = field(default_factory=set)  # points that this process screened out
 
     def __post_init__(self) -> None:
         for trial in self.study.trials():
@@ -137,14 +137,14 @@ class Driver:
         return sorted(self.finished.values(), key=lambda trial: trial.number)
 
     def known(self, params: Values) -> FinishedTrial | FailedTrial | None:
-        """What `params` came to, if they were measured."""
+        """Return the trial at `params`, or None if this point was not measured."""
         key = point_key(self.study.point(params))
         return self.finished.get(key) or self.failed.get(key)
 
     def measure(self, params: Values, label: str = "") -> FinishedTrial | FailedTrial:
-        """The trial at `params`, evaluated unless the study has it; what an earlier process left queued comes first.
+        """Return the trial at `params`; evaluate it unless the study has it. Points queued earlier are evaluated first.
 
-        Raises ValueError where `params` leave a key open that applies: the sampler would fill it anew at each asking.
+        Raises ValueError if `params` lacks a key that applies: the sampler would choose another value for it each time.
         """
         found = self.known(params)
         if found is not None:
@@ -159,16 +159,16 @@ class Driver:
             self._next()
             if (found := self.known(params)) is not None:
                 return found
-        raise RuntimeError(f"A point that was queued comes to its turn, but {point} did not.")
+        raise RuntimeError(f"A queued point must be proposed, but {point} was not.")
 
     def sample(
         self, kept: Values = MappingProxyType({}), screen: Callable[[Values], str] = _nothing_against
     ) -> FinishedTrial | FailedTrial | None:
-        """The sampler's next trial, what is queued before it; None where the space is used up.
+        """Evaluate the next queued point, else the sampler's next proposal; return None if no new point is left.
 
-        The sampler's own points get the values of `kept`, whatever it proposes for these keys. A point against which
-        `screen` has a reason is not evaluated (optuna prunes studies of one objective only), but at most `SCREENED`
-        in a row: a sampler learns only from what is evaluated.
+        In the sampler's proposals the values of `kept` replace those of the same keys. A point for which `screen`
+        returns a reason is not evaluated (Optuna prunes only in studies with one objective). At most `SCREENED` points
+        in a row are left out this way, because a sampler learns only from evaluated points.
         """
         left_out = len(self.screened)
         for turn in range(ASKS):
@@ -180,7 +180,7 @@ class Driver:
         return None
 
     def enqueue_fixed(self, fixed: Sequence[tuple[str, Values]]) -> None:
-        """Put the fixed points in the queue that are not in the study yet; a failed one gets a new try."""
+        """Queue the fixed points that the study does not have yet; a failed one is tried again."""
         settled = {t.label for t in self.study.trials() if t.state != "fail" or t.ending == "twin" or given_up(t)}
         for label, params in fixed:
             if label not in settled:
@@ -190,9 +190,9 @@ class Driver:
     def _next(
         self, kept: Values = MappingProxyType({}), screen: Callable[[Values], str] = _nothing_against
     ) -> FinishedTrial | FailedTrial | None:
-        """Evaluate the next proposal; None where it repeats a point that is known or is refused by `screen`."""
+        """Evaluate the next proposal; return None if its point is known already or `screen` rejects it."""
         if self.asked_to_end.is_set():
-            raise Terminated("asked to end")
+            raise Terminated("the process was asked to end")
         proposal = self.study.ask(kept)
         self.checkpoint("asked")
         twin = self.known(proposal.params)
@@ -209,16 +209,16 @@ class Driver:
         if self.failures >= FAILURES and isinstance(trial, FailedTrial):
             raise TrialError(
                 f"A search goes on while some trials succeed, but got {self.failures} failures in a row, the "
-                f"last: {trial.reason} Mend the cause and run the same command again."
+                f"last: {trial.reason} Remove the cause and run the same command again."
             )
         return trial
 
     def _enqueue_unseen(self, kept: Values, screen: Callable[[Values], str]) -> bool:
-        """Queue a point that is left of a small space and has nothing against it; False when none is."""
+        """Queue a point of a small space that is not measured and not screened out; return False if there is none."""
         space = {k: Choice((kept[k],), when=d.when) if k in kept else d for k, d in self.study.space.items()}
         points = all_points(space, LISTABLE)
         if points is None:
-            return True  # too many to list: there may be some
+            return True  # too many points to list: some may be left
         rest = (self.study.point({**p, **kept}) for p in points)
         left = [p for p in rest if self.known(p) is None and point_key(p) not in self.screened]
         random.Random(len(self.finished) + len(self.failed)).shuffle(left)
@@ -253,7 +253,7 @@ class Driver:
         outcome = self.evaluate(proposal.params, folder)
         outcome.check(len(self.study.directions))
         marker = Marker(outcome, proposal.label, round(time.monotonic() - start, 3))
-        marker.to_json()  # refuses what cannot be kept before anything is written
+        marker.to_json()  # raises before anything is written if the outcome cannot be stored
         return marker
 
     def _commit(self, proposal: Proposal, run_id: str, marker: Marker, folder: Path) -> FinishedTrial:

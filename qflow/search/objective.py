@@ -1,7 +1,7 @@
-"""The goal, what is optimized, and which trial is best: plain numbers. An absent measurement never wins.
+"""The goal, the objectives, and the choice of the best trial. A trial that lacks a measurement is never the best.
 
-What is optimized is a mapping of run metrics to directions. Of the trials that meet the goal the best has the best of
-the objectives other than the accuracy, in the given order, then the least drop.
+The objectives are a mapping of run metrics to directions. Among the trials that meet the goal, the best is the one with
+the best objectives other than the accuracy, compared in the given order, and then with the least drop.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ BUDGETS = {
     "max_int16_mac_share": "cost/int16_mac_share",
     "max_traffic_mb": "cost/traffic_mb",
 }
-"""Key of `objective` -> the metric that it bounds."""
+"""Key of `objective` -> the run metric that it bounds."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """Lose at most `max_drop` against float, in the metric's own units, within every budget that is not None."""
+    """The largest drop against float, `max_drop` in units of the metric, and upper bounds of costs (None: no bound)."""
 
     max_drop: float
     max_latency_ms: float | None = None
     max_int16_mac_share: float | None = None
     max_traffic_mb: float | None = None
     optimize: Directions = field(default_factory=dict)
-    """Empty until `aimed` fills it: the task's metric in its direction, and the least latency."""
+    """Empty until `aimed` fills it with the task's metric in its direction, and least latency."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.max_drop < math.inf:
@@ -55,9 +55,9 @@ class Goal:
                 raise ConfigError(f"objective.optimize.{name} is maximize or minimize, but got {direction!r}.")
 
     def aimed(self, accuracy: str, direction: str, known: Sequence[str]) -> Goal:
-        """The goal with `optimize` filled in, for a task whose metric `accuracy` is to be `direction`d.
+        """Return the goal with `optimize` filled in. `accuracy` is the task's metric, `direction` maximize or minimize.
 
-        Raises ConfigError for a metric that is not among `known`, those of a run.
+        Raises ConfigError for a metric that is not in `known`, the metrics of a run.
         """
         for name in self.optimize:
             if name not in known:
@@ -68,13 +68,13 @@ class Goal:
 
     @property
     def ranking(self) -> Directions:
-        """What ranks the trials that meet the goal: the objectives other than the accuracy."""
+        """The objectives that rank the trials which meet the goal: all but the accuracy."""
         if not self.optimize:
             return LEAST_LATENCY
         return {name: way for name, way in self.optimize.items() if not name.startswith("accuracy/")}
 
     def objectives(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
-        """The objectives of a trial in the study's order; NaN, which fails the trial, for one that it does not have."""
+        """Return the objectives of a trial in the study's order. One that is missing is NaN, which fails the trial."""
         return tuple(metrics.get(name, math.nan) for name in self.optimize)
 
     @property
@@ -83,11 +83,11 @@ class Goal:
         return {name: limit for name in BUDGETS if (limit := getattr(self, name)) is not None}
 
     def excess(self, drop: float) -> float:
-        """How far `drop` exceeds the goal; <= 0 meets it. Rounded, so that equality on paper is equality here."""
+        """Return by how much `drop` exceeds the goal, rounded, so that a drop equal to the goal meets it."""
         return round(drop - self.max_drop, 9)
 
     def constraints(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """What must be at most 0 for the goal to be met: the drop's excess, and that of each budget."""
+        """Return by how much the drop and each cost exceed their bounds. The goal is met if none is above 0."""
         over = {name: round(metrics[BUDGETS[name]] - limit, 9) for name, limit in self.budgets.items()}
         return {CONSTRAINT: self.excess(metrics["accuracy/drop"]), **over}
 
@@ -96,35 +96,37 @@ class Goal:
 
 
 def aims(goal: Goal) -> str:
-    """What is optimized, for people: `most accuracy/map, least cost/latency_ms`."""
+    """Return the objectives as text: `most accuracy/map, least cost/latency_ms`."""
     words = {MAXIMIZE: "most", MINIMIZE: "least"}
     return ", ".join(f"{words[way]} {name}" for name, way in goal.optimize.items())
 
 
 def over_budget(trial: FinishedTrial) -> dict[str, float]:
-    """Budgets that the trial exceeds, and by how much."""
+    """Return the budgets that the trial exceeds, and by how much."""
     return {name: by for name, by in trial.outcome.constraints.items() if name != CONSTRAINT and not by <= 0.0}
 
 
 def accurate(trial: FinishedTrial) -> bool:
-    """True if the trial is known to lose no more than the goal allows, whatever it costs."""
-    return trial.outcome.constraints.get(CONSTRAINT, math.nan) <= 0.0  # NaN compares false: absent is failed
+    """Return whether the drop of the trial is known to meet the goal, whatever the trial costs."""
+    return trial.outcome.constraints.get(CONSTRAINT, math.nan) <= 0.0  # NaN compares false: a missing drop misses
 
 
 def meets(trial: FinishedTrial) -> bool:
-    """True if the trial is known to meet the goal, budgets included."""
+    """Return whether the trial is known to meet the goal, budgets included."""
     return accurate(trial) and not over_budget(trial)
 
 
 def best_trial(trials: Sequence[FinishedTrial], ranking: Directions = LEAST_LATENCY) -> FinishedTrial | None:
-    """The best by `ranking` among the trials that meet the goal; ties by smaller excess drop, then by age."""
+    """Return the best trial by `ranking` among those that meet the goal. The smaller drop, then age, breaks ties."""
     met = [t for t in trials if meets(t)]
     return min(met, key=lambda t: (*_costs(t, ranking), t.outcome.constraints[CONSTRAINT], t.number), default=None)
 
 
 def nearest_miss(trials: Sequence[FinishedTrial], ranking: Directions = LEAST_LATENCY) -> FinishedTrial | None:
-    """The trial that comes closest to the goal, when none meets it: the least drop of those within the budgets; the
-    best by `ranking` of the accurate ones where no budget can be kept.
+    """Return the trial that comes closest to the goal, for a study in which none meets it.
+
+    It is the one with the least drop among the trials within the budgets. If no trial is within the budgets, it is the
+    best by `ranking` among the trials that are accurate enough.
     """
     known = [t for t in trials if CONSTRAINT in t.outcome.constraints]
     within = [t for t in known if not over_budget(t)]
@@ -134,9 +136,9 @@ def nearest_miss(trials: Sequence[FinishedTrial], ranking: Directions = LEAST_LA
 
 
 def pareto_set(trials: Sequence[FinishedTrial], directions: Sequence[str]) -> list[FinishedTrial]:
-    """Trials whose objectives no other trial dominates: none is at least as good in all and better in one.
+    """Return the trials that no other dominates, that is, is at least as good in all objectives and better in one.
 
-    Trials with the same objectives stand together; one with an objective that is not known is not among them.
+    Trials with equal objectives are all included; a trial with an unknown objective is not.
     """
     costs = {
         i: [_cost(v, way) for v, way in zip(t.outcome.objectives, directions, strict=True)]
@@ -147,12 +149,12 @@ def pareto_set(trials: Sequence[FinishedTrial], directions: Sequence[str]) -> li
 
 
 def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether `one` is at most `other` in every cost and below it in one."""
+    """Return whether `one` is at most `other` in every cost and below it in one."""
     return all(a <= b for a, b in zip(one, other, strict=True)) and tuple(one) != tuple(other)
 
 
 def _costs(trial: FinishedTrial, ranking: Directions) -> tuple[float, ...]:
-    """What is to be least, in order; infinity for what was not measured."""
+    """Return the ranked metrics as costs to minimize, in order; infinity for one that was not measured."""
     return tuple(_cost(trial.outcome.metrics.get(name, math.nan), way) for name, way in ranking.items())
 
 

@@ -1,7 +1,7 @@
-"""What a trial is worth, and what the loop needs of a tracker.
+"""The result of a trial, and the interface of the tracker that the loop uses.
 
-The JSON of a `Marker`, written to the trial's run in one batch with its params and metrics, is the commit
-point: a trial is finished exactly when its run carries one. Everything after it can be redone from it.
+The JSON of a `Marker` is written to the trial's run in one batch with its params and metrics. This is the commit point:
+a trial is finished exactly if its run has a marker. All later steps can be repeated from the marker.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from qflow.core import record
 from qflow.core.errors import QflowError, TrialError
 from qflow.search.domain import Scalar
 
-MARKER_LIMIT = 8000  # characters that MLflow keeps of a tag; it cuts longer ones without an error
+MARKER_LIMIT = 8000  # characters of a tag that MLflow keeps; it cuts longer ones without an error
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One evaluated trial: what the search sees, and what people sort and group by."""
+    """The result of one evaluated trial: the values for the search, and the params and metrics of its MLflow run."""
 
     objectives: tuple[float, ...]  # in the study's order, e.g. (metric, latency_ms)
     constraints: Mapping[str, float]  # <= 0 is feasible
@@ -31,7 +31,7 @@ class Outcome:
     tags: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, n_objectives: int) -> None:
-        """Raise TrialError unless all objectives are there and finite and no constraint is NaN."""
+        """Raise TrialError unless all objectives are present and finite and no constraint is NaN."""
         if len(self.objectives) != n_objectives:
             raise TrialError(
                 f"A trial gives {n_objectives} objectives, but got {len(self.objectives)}. Absent is failed."
@@ -56,7 +56,7 @@ class Marker:
     seconds: float = 0.0
 
     def to_json(self) -> str:
-        """Canonical JSON. Raises TrialError when a value has no JSON form or the text would be cut."""
+        """Return canonical JSON. Raises TrialError if a value has no JSON form or MLflow would cut the text."""
         try:
             text = record.to_json(self)
         except QflowError as error:
@@ -70,13 +70,13 @@ class Marker:
 
     @classmethod
     def from_json(cls, text: str) -> Marker:
-        """Read back what `to_json` wrote."""
+        """Build the marker from the text that `to_json` returned."""
         return record.from_dict(cls, json.loads(text))
 
 
 @dataclass(frozen=True)
 class FinishedTrial:
-    """A trial that counts; `params` is the sampler's proposal, `label` names a fixed trial."""
+    """A committed trial; `params` is the proposed point, `label` names a fixed trial."""
 
     number: int
     run_id: str
@@ -88,7 +88,7 @@ class FinishedTrial:
 
 @dataclass(frozen=True)
 class FailedTrial:
-    """A trial that could not be evaluated, and why; it can never win."""
+    """A trial that could not be evaluated, with the reason; it is never the best."""
 
     number: int
     run_id: str
@@ -98,16 +98,16 @@ class FailedTrial:
 
 
 class Tracker(Protocol):
-    """What the loop asks of a tracker; run statuses are RUNNING, FINISHED, FAILED, KILLED."""
+    """The tracker methods that the loop calls; run statuses are RUNNING, FINISHED, FAILED, KILLED."""
 
     def open_study(self, name: str, *, tags: Mapping[str, str], params: Mapping[str, Scalar], description: str) -> str:
-        """Run id of the study, found again when it exists."""
+        """Return the run id of the study; its run is created if it does not exist."""
 
     def start_trial(self, study_run_id: str, study: str, number: int, label: str) -> str:
-        """Run id of a new trial run."""
+        """Create a trial run and return its id."""
 
     def upload(self, run_id: str, folder: Path) -> list[str]:
-        """Upload the trial's files; the names of those that are tables."""
+        """Upload the trial's files; return the names of those that are tables."""
 
     def commit(
         self,
@@ -119,22 +119,22 @@ class Tracker(Protocol):
         folder: Path | None,
         tables: Sequence[str],
     ) -> None:
-        """Write values and marker; the marker is visible only if everything else is."""
+        """Write values and marker; the marker becomes visible only when everything else is."""
 
     def result(self, run_id: str) -> str | None:
-        """The marker of a committed run."""
+        """Return the marker of a run, or None if it was not committed."""
 
     def find_trial(self, study: str, number: int) -> str | None:
-        """Run id of the newest run of a trial."""
+        """Return the id of the newest run of a trial."""
 
     def running_trials(self, study: str) -> list[str]:
-        """Run ids of the trial runs that have no end."""
+        """Return the ids of the trial runs that were not ended."""
 
     def trial_runs(self, study: str) -> list[tuple[str, int, str, str | None]]:
-        """(run id, trial number, status, marker) of every trial run; slow, for checks only."""
+        """Return (run id, trial number, status, marker) of every trial run. It is slow and meant for checks."""
 
     def run_tags(self, run_id: str) -> dict[str, str]:
-        """The tags of a run."""
+        """Return the tags of a run."""
 
     def end(self, run_id: str, status: str, reason: str | None = None) -> None:
-        """Close a run."""
+        """End a run."""

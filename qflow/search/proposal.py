@@ -1,4 +1,4 @@
-"""What a study gives and keeps: a proposal, a trial, and the arguments that open it. No optuna."""
+"""The records of a study, its proposals and trials, and the check of its arguments; without importing optuna."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SAMPLERS = ("tpe", "nsga2", "gp", "random")
 
 @dataclass(frozen=True)
 class Proposal:
-    """A point to evaluate; `label` names a fixed trial, else it is empty."""
+    """A point to evaluate; `label` names a fixed trial and is empty otherwise."""
 
     number: int
     params: Mapping[str, Scalar]
@@ -23,7 +23,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class StudyTrial:
-    """One trial as the study keeps it."""
+    """One trial as the study stores it."""
 
     number: int
     state: str  # waiting, running, complete, fail
@@ -33,13 +33,13 @@ class StudyTrial:
     constraints: Mapping[str, float]
     run_id: str | None
     marker: str | None
-    attempt: int  # how often this point was lost before
+    attempt: int  # how often a trial at this point was lost before
     ending: str  # "" | failed | lasting | lost | interrupted | twin | screened
     reason: str
 
 
 def check_arguments(name: str, space: Space, directions: tuple[str, ...], sampler: str) -> None:
-    """Refuse what no study can be opened with. Raises ConfigError."""
+    """Raise ConfigError for arguments with which no study can be opened."""
     if not re.fullmatch(r"[\w.+=@-]+(/[\w.+=@-]+)*", name):
         raise ConfigError(f"A study name is words, dots, dashes and slashes, but got {name!r}. Rename it.")
     if not space:

@@ -1,9 +1,9 @@
-"""Making study and tracker agree again after a process died between any two steps.
+"""Make study and tracker agree again after a process died between any two steps of a trial.
 
-The commit marker on the run decides. Committed but not told: told now, nothing is computed again. Not
-committed: the trial has failed, its point is put back in the queue, at most `MAX_RETRY` times, so that a
-point that kills its process cannot hold the study for ever. Then every run without an end is closed as its
-trial ended. Doing all this twice changes nothing, so a kill in the middle of it is only one more kill.
+The commit marker on the run decides. If a trial was committed but the study has no result, the study gets the result
+from the marker, and nothing is computed again. If it was not committed, the trial fails and its point is queued again,
+at most `MAX_RETRY` times, so that a point that kills its process cannot block the study for ever. Then every open run
+is ended with the status of its trial. All this may be repeated without effect, so it may be killed at any time too.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from qflow.search.outcome import FinishedTrial, Marker, Tracker
 from qflow.search.study import Study, StudyTrial
 
 MAX_RETRY = 2
-LOST = "lost"  # the process died; counts as a try
-LASTING = "lasting"  # the point itself is the cause (errors.TrialError.lasting)
-INTERRUPTED = "interrupted"  # the user stopped it; does not count
+LOST = "lost"  # the process died; this counts as a try
+LASTING = "lasting"  # the point itself is the cause (TrialError.lasting in core/errors.py)
+INTERRUPTED = "interrupted"  # the user stopped it; this does not count
 _REASONS = {LOST: "the process ended before the trial was committed", INTERRUPTED: "stopped by the user"}
 _log = logging.getLogger(__name__)
 
 
 def reconcile(study: Study, tracker: Tracker, *, ending: str = LOST) -> list[FinishedTrial]:
-    """Settle every running trial and close every open run; returns the trials recovered from their marker.
+    """Complete or fail every running trial and end every open run; return the trials recovered from their markers.
 
-    The caller holds `study.driver()`: a trial of a process that still lives would be taken for a lost one.
+    The caller must hold `study.driver()`, or a trial of a process that still runs would be taken for a lost one.
     """
     recovered = []
     for trial in study.trials():
@@ -35,19 +35,19 @@ def reconcile(study: Study, tracker: Tracker, *, ending: str = LOST) -> list[Fin
             if run_id and text:
                 recovered.append(_complete(study, trial, run_id, text))
             else:
-                _demote(study, trial, ending)
+                _requeue(study, trial, ending)
     _close_runs(study, tracker)
     return recovered
 
 
 def finished(trial: StudyTrial) -> FinishedTrial:
-    """The record of a complete trial, from its marker."""
+    """Return the record of a complete trial, read from its marker."""
     marker = Marker.from_json(trial.marker or "{}")
     return FinishedTrial(trial.number, trial.run_id or "", trial.params, trial.label, marker.outcome, marker.seconds)
 
 
 def given_up(trial: StudyTrial) -> bool:
-    """Whether no other try is due: it was lost for the last time, or would fail alike."""
+    """Return whether the trial is not tried again, because it was lost too often or would fail again."""
     return trial.ending == LASTING or (trial.ending == LOST and trial.attempt >= MAX_RETRY)
 
 
@@ -60,12 +60,12 @@ def _complete(study: Study, trial: StudyTrial, run_id: str, text: str) -> Finish
     return FinishedTrial(trial.number, run_id, trial.params, trial.label, marker.outcome, marker.seconds)
 
 
-def _demote(study: Study, trial: StudyTrial, ending: str) -> None:
+def _requeue(study: Study, trial: StudyTrial, ending: str) -> None:
     study.fail(trial.number, ending, _REASONS[ending])
     attempt = trial.attempt + (ending == LOST)
     if attempt > MAX_RETRY:
         _log.warning("Trial %d was lost %d times and is given up: %s", trial.number, attempt, dict(trial.params))
-    elif trial.params or trial.label:  # killed right after ask there is no point yet to put back
+    elif trial.params or trial.label:  # a trial killed right after ask has no point yet to queue again
         study.enqueue(trial.params, label=trial.label, attempt=attempt, retry_of=trial.number)
 
 
@@ -83,7 +83,7 @@ def _close_runs(study: Study, tracker: Tracker) -> None:
 
 
 def check_invariants(study: Study, tracker: Tracker) -> list[str]:
-    """What study and tracker disagree on, one sentence each; empty when no driver runs and all is well."""
+    """Return one sentence for each disagreement of study and tracker; no process may drive the study meanwhile."""
     runs: dict[int, list[tuple[str, str, str | None]]] = {}
     problems = []
     for run_id, number, status, marker in tracker.trial_runs(study.name):

@@ -1,14 +1,16 @@
-"""Strategies: which points to measure next, written as if they ran in one go.
+"""The search strategies: each chooses which points to measure next.
 
-    ladder    the guide's: the fewest promotions, most sensitive first, that meet the goal
-    assign    per operator: the cheapest mix by predicted error, corrected by what was measured, bits given back
-    halving   more and more training steps for fewer and fewer candidates
+    raise_until_met   the guide's method: the fewest promotions, most sensitive first, that meet the goal
+    assign            the cheapest mix, operator by operator, by predicted errors that measurements correct;
+                      then demotion of int16 operators that are not needed
+    halving           more and more training steps for fewer and fewer candidates
 
-The contract: a strategy calls `measure(point, label)` and gets the finished trial, or None where it failed; a point
-that the study has already costs nothing, so a search that was killed runs through its past again and goes on.
-`measure` raises BudgetSpent when no further trial may start. A strategy is a deterministic function of what it
-measured and ends by itself; the best trial is the study's (objective.best_trial), whatever it returns. Optuna's
-samplers are the fourth strategy: the study's own `sample` (loop.py) until the budget is spent.
+All strategies keep one contract. A strategy calls `measure(point, label)`, which returns the finished trial, or None if
+the trial failed. A point that the study has measured before costs nothing, so a search that was killed repeats its past
+calls at no cost and continues. `measure` raises BudgetSpent if no further trial may start. A strategy is a
+deterministic function of its measurements and ends by itself. The best trial of a study is `objective.best_trial`,
+whatever a strategy returns. Optuna's samplers are a further strategy: `Driver.sample` (loop.py) until the budget is
+spent.
 """
 
 from __future__ import annotations
@@ -25,55 +27,56 @@ from qflow.search.surrogate import Surrogate
 STRATEGIES = ("optuna", "ratio", "assign")
 RATIO, FLOAT16, ASSIGNMENT = "qconfig.int16_ratio", "qconfig.float16_count", "qconfig.assignment"
 ERROR_SHARE = "qconfig.error_share"
-NARROW = 0.02  # a bracket of error budgets that differ by less holds nothing to find
-REFINEMENTS = 8  # most mixes that the bracket of error budgets is narrowed by
-BUDGETS = 64  # error budgets that candidates for the front are solved for
-SAME_MS = 1e-9  # times that differ by less are equal
+NARROW = 0.02  # relative width of a bracket of error budgets below which it is not narrowed further
+REFINEMENTS = 8  # how many mixes are measured at most to narrow the bracket of error budgets
+BUDGETS = 64  # error budgets for each of which a candidate for the front is solved
+SAME_MS = 1e-9  # times that differ by less count as equal
 
 Measure = Callable[..., FinishedTrial | None]
 Ask: TypeAlias = Callable[[str, str], FinishedTrial | None]
-"""Measure a mix, with a label."""
+"""Measures the mix (first argument) in a trial with the label (second argument)."""
 
 
 class BudgetSpent(Exception):
-    """No further trial may start: trials, evaluations or time are used up. The text says which."""
+    """No further trial may start, because trials, evaluations or time are used up; the text names which."""
 
 
 def meets(trial: FinishedTrial | None) -> bool:
-    """True if the trial ran and is accurate enough; a failed one is a miss."""
+    """Return whether the trial ran and is accurate enough; a failed trial counts as a miss."""
     return trial is not None and accurate(trial)
 
 
 def raise_until_met(
-    measure: Measure, base: Values, key: str, rungs: Sequence[Scalar], patience: int = 2
+    measure: Measure, base: Values, key: str, values: Sequence[Scalar], patience: int = 2
 ) -> FinishedTrial | None:
-    """The lowest rung that meets the goal: 1, 2, 4, ... promotions until one does, then the half between.
+    """Return the trial at the lowest of `values` of `key` that is found to meet the goal, or None.
 
-    `rungs` rise from nothing promoted to everything; the first is known to miss (the floor). Accuracy need not be
-    monotone: after the lowest rung with a miss right below, `patience` more below it are tried, nearest first.
+    `values` ascend, one promotion more each, from none to all; the first is known to miss the goal. The values after 1,
+    2, 4, ... promotions are measured until one meets the goal, then the count is bisected. Because accuracy need not
+    rise with every promotion, up to `patience` more values below the result are tried, nearest first.
     """
-    at: dict[int, FinishedTrial | None] = {0: None}
+    trials: dict[int, FinishedTrial | None] = {0: None}  # by number of promotions
 
-    def ask(rung: int) -> bool:
-        if rung not in at:
-            at[rung] = measure({**base, key: rungs[rung]}, f"{key.split('.')[-1]}={_short(rungs[rung])}")
-        return meets(at[rung])
+    def ask(count: int) -> bool:
+        if count not in trials:
+            trials[count] = measure({**base, key: values[count]}, f"{key.split('.')[-1]}={_short(values[count])}")
+        return meets(trials[count])
 
-    if len(rungs) < 2:
+    if len(values) < 2:
         return None
-    top, rung = len(rungs) - 1, 1
-    while rung < top and not ask(rung):
-        rung *= 2
-    met = min(rung, top)
+    most, count = len(values) - 1, 1
+    while count < most and not ask(count):
+        count *= 2
+    met = min(count, most)
     if not ask(met):
         return None
-    missed = max(r for r in at if r < met and not ask(r))
+    missed = max(n for n in trials if n < met and not ask(n))
     while met - missed > 1:
         middle = (met + missed) // 2
         met, missed = (middle, missed) if ask(middle) else (met, middle)
-    for below in [r for r in range(met - 2, 0, -1) if r not in at][:patience]:
+    for below in [n for n in range(met - 2, 0, -1) if n not in trials][:patience]:
         ask(below)
-    return at[min(r for r in at if ask(r))]
+    return trials[min(n for n in trials if ask(n))]
 
 
 def _short(value: Scalar) -> str:
@@ -91,11 +94,11 @@ def assign(
     patience: int = 3,
     explore: bool = True,
 ) -> None:
-    """The cheapest assignment that meets the goal, then bits given back, then the front around it.
+    """Search the cheapest assignment that meets the goal, demote what it does not need, then explore the front.
 
-    Nothing is measured that exceeds a limit of the problem. `int8_drop` and `int16_drop` are measured: they tie
-    predicted errors to drops. `patience`: as many operators in a row that prove needed, least sensitive first, end
-    the giving back. With `explore` the rest of the budget goes to the front.
+    No mix is measured that exceeds a limit of the problem. `int8_drop` and `int16_drop` are the measured drops of the
+    baselines; they relate predicted errors to drops. Demotion ends after `patience` operators in a row that prove
+    needed. With `explore` the rest of the budget is spent on the Pareto front of drop against latency.
     """
     ends = {problem.all_int8: int8_drop, problem.all_int16: int16_drop}
     seen: dict[str, FinishedTrial | None] = {}
@@ -113,9 +116,10 @@ def assign(
 
 
 def _bracket(ask: Ask, problem: Problem, max_drop: float, ends: Mapping[str, float]) -> str | None:
-    """The cheapest mix found to meet the goal: the error budget is narrowed between one that meets and one that misses.
+    """Return the cheapest mix found that meets the goal, or None.
 
-    The next budget is where the drops measured at both ends say, kept off the ends. Where the limits bar all int16,
+    The error budget is bracketed between one that meets the goal and one that misses it. The next budget is
+    interpolated from the drops measured at both ends, at some distance from the ends. If all int16 exceeds the limits,
     the most accurate mix within them takes its place.
     """
     top, best = problem.all_int16, None
@@ -126,7 +130,7 @@ def _bracket(ask: Ask, problem: Problem, max_drop: float, ends: Mapping[str, flo
         if trial is None or not meets(trial):
             return None
         best, low_drop = top, _drop(trial)
-    low, high = problem.error(top), problem.budget(1.0)  # met at `low`, missed at `high`
+    low, high = problem.error(top), problem.budget(1.0)  # the goal is met at `low` and missed at `high`
     least = low
     for _ in range(REFINEMENTS):
         if high - low <= NARROW * (high - least):
@@ -134,7 +138,7 @@ def _bracket(ask: Ask, problem: Problem, max_drop: float, ends: Mapping[str, flo
         slope = (max_drop - low_drop) / (high_drop - low_drop) if high_drop > low_drop else 0.5
         budget = low + min(max(slope, 0.02), 0.8) * (high - low)
         mix = problem.cheapest(budget)
-        if mix in (top, best):  # known to meet
+        if mix in (top, best):  # known to meet the goal
             low = budget
             continue
         trial = ask(mix, f"assigned {mix.count('6')}")
@@ -151,11 +155,11 @@ def _drop(trial: FinishedTrial) -> float:
 
 
 def demote(ask: Ask, problem: Problem, mix: str, patience: int, missed: Collection[str] = ()) -> str:
-    """`mix` with operators put back to int8 where the goal still holds: all of them, then halves of those left, least
-    gain first.
+    """Return `mix` with int16 operators demoted to int8 as long as the goal is met.
 
-    `missed` are mixes that are known to miss: all int8, unless it is to be tried. What would exceed a limit or take
-    longer is not asked for. `patience` operators in a row that prove needed end it.
+    Groups are demoted in order of rising gain: first all operators together, then half of a group that proves needed.
+    `missed` holds mixes that are known to miss the goal (all int8, unless it is to be tried). A mix that would exceed a
+    limit or take longer is not measured. Demotion ends after `patience` single operators in a row that prove needed.
     """
     gains = {o.place: o.gain for o in problem.operators}
     left = sorted((i for i in gains if mix[i] == "6"), key=gains.__getitem__)
@@ -164,7 +168,7 @@ def demote(ask: Ask, problem: Problem, mix: str, patience: int, missed: Collecti
         group = left[:size]
         lower = "".join("8" if i in group else letter for i, letter in enumerate(mix))
         worth = problem.price(lower) <= problem.price(mix) + SAME_MS and problem.within(lower)
-        if worth and lower not in known and meets(ask(lower, f"given back {len(group)}")):
+        if worth and lower not in known and meets(ask(lower, f"demoted {len(group)}")):
             mix, left, needed = lower, left[len(group) :], 0
             size = max(min(size, len(left)), 1)
         elif len(group) > 1:
@@ -176,17 +180,19 @@ def demote(ask: Ask, problem: Problem, mix: str, patience: int, missed: Collecti
 
 
 def _explore(ask: Ask, problem: Problem, seen: Mapping[str, FinishedTrial | None], ends: Mapping[str, float]) -> None:
-    """Mixes for the front, again and again the one that is expected to add most to the area that it dominates.
+    """Measure mixes for the Pareto front, each time the one that is expected to add most hypervolume.
 
-    Candidates are the cheapest mixes over the whole range of error budgets, and single changes of mixes on the front.
+    Candidates are the cheapest mixes for error budgets over the whole range, and mixes that differ from one on the
+    front in one operator.
     """
     budgets = [problem.budget((k / BUDGETS) ** 2) for k in range(1, BUDGETS)]
     solved = list(dict.fromkeys(problem.cheapest(budget) for budget in budgets))
     while True:
-        land = Surrogate(problem, {**ends, **{mix: _drop(trial) for mix, trial in seen.items() if trial}})
-        expected = {m: drop for m, drop in sorted(land.expected(solved).items()) if m not in seen and m not in ends}
+        surrogate = Surrogate(problem, {**ends, **{mix: _drop(trial) for mix, trial in seen.items() if trial}})
+        drops = sorted(surrogate.expected(solved).items())
+        expected = {m: drop for m, drop in drops if m not in seen and m not in ends}
         prices = problem.time.estimates(list(expected))
-        gains = {m: land.gain(drop, float(ms)) for (m, drop), ms in zip(expected.items(), prices, strict=True)}
+        gains = {m: surrogate.gain(drop, float(ms)) for (m, drop), ms in zip(expected.items(), prices, strict=True)}
         promising = (m for m in sorted(gains, key=gains.__getitem__, reverse=True) if problem.within(m))
         first = next(promising, None)
         if first is None:
@@ -195,10 +201,10 @@ def _explore(ask: Ask, problem: Problem, seen: Mapping[str, FinishedTrial | None
 
 
 def halving(measure: Measure, candidates: Sequence[Values], rungs: Sequence[int]) -> list[FinishedTrial]:
-    """Train all `candidates` for `rungs[0]` steps, the half that lost least for `rungs[1]`, and so on.
+    """Train all `candidates` for `rungs[0]` steps, the half with the smallest drops for `rungs[1]` steps, and so on.
 
-    Returns the trials of the last rung, the best first. Rungs rise, so that checkpoints go on. A candidate that fails
-    (diverges) is out.
+    Returns the trials of the last rung, the best first. `rungs` ascend, so that each training continues from its
+    checkpoint. A candidate whose training fails (diverges) is left out.
     """
     alive, ranked = list(candidates), []
     for place, steps in enumerate(rungs):
@@ -211,6 +217,6 @@ def halving(measure: Measure, candidates: Sequence[Values], rungs: Sequence[int]
 
 
 def _trained(point: Values, steps: int) -> str:
-    said = {"learning_rate": "rate", "moving": "moving", "weight_decay": "decay"}
-    words = [f"{word} {_short(point[f'qat.{k}'])}" for k, word in said.items() if f"qat.{k}" in point]
+    names = {"learning_rate": "rate", "moving": "moving", "weight_decay": "decay"}
+    words = [f"{name} {_short(point[f'qat.{k}'])}" for k, name in names.items() if f"qat.{k}" in point]
     return f"QAT {steps} steps {', '.join(words)}".rstrip()

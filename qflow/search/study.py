@@ -1,9 +1,9 @@
-"""The search study: proposals in, values out, kept in a database; optuna lives here and in database.py alone.
+"""The Optuna study of a search, in a database. Only this module and database.py import optuna.
 
-The space is asked key by key, parents first (define-by-run), because keys may depend on each other. Of the samplers
-only TPE (with groups) learns about a key that some trials do not have; NSGA-II and GP draw such a key at random.
-Constraints follow Optuna 5: `<= 0` is feasible, a trial without constraints counts as feasible. Each kept
-trial carries its MLflow run, its commit marker and, when it failed, how it ended, as user attributes.
+Each proposal asks for the keys of the space one by one, parents first (define-by-run), because keys may depend on each
+other. Of the samplers only TPE (with groups) learns about a key that some trials lack; NSGA-II and GP draw such a key
+at random. Constraints follow Optuna 5: `<= 0` is feasible, and a trial without constraints counts as feasible. The user
+attributes of a trial hold its MLflow run, its commit marker and, if it failed, how it ended.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ class Study:
         cls, storage: str | Path, name: str, *, space: Space, directions: tuple[str, ...],
         sampler: str = "tpe", seed: int = 0, n_trials: int = 100,
     ) -> Study:  # fmt: skip
-        """Open or create the study `name` in a database file, a folder (optuna.db in it) or at a URL.
+        """Open or create the study `name` in a database file, a folder (as optuna.db in it) or at a URL.
 
-        Raises ConfigError when the study exists with another space or other directions, or an argument is
-        not allowed; TrackingError when the database cannot be opened.
+        Raises ConfigError if the study exists with another space or other directions, or if an argument is not
+        allowed; TrackingError if the database cannot be opened.
         """
         check_arguments(name, space, directions, sampler)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        # an interrupt within a statement makes SQLAlchemy log a traceback of the connection it then drops
+        # if a statement is interrupted, SQLAlchemy drops the connection and logs a traceback
         logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
         url, lock_folder = place_of(storage)
         try:
@@ -87,10 +87,10 @@ class Study:
                 directions=[StudyDirection[direction.upper()] for direction in directions],
                 load_if_exists=True,
             )
-        except Exception as error:  # SQLAlchemy and its drivers share no root
+        except Exception as error:  # SQLAlchemy and its drivers have no common base class
             raise TrackingError(
                 f"The study database must open, but got {type(error).__name__} for {url}: "
-                f"{str(error).splitlines()[0]}. Mend it or name another storage."
+                f"{str(error).splitlines()[0]}. Repair it or name another storage."
             ) from error
         _keep_space(study, {"space": space_dict(space), "directions": list(directions)})
         study.sampler = _sampler(
@@ -99,14 +99,14 @@ class Study:
         return cls(study, space, directions, lock_folder / f".{quote(name, safe='')}.study.lock")
 
     def driver(self) -> AbstractContextManager[None]:
-        """The right to drive this study. Entering raises TrackingError while another process has it."""
+        """Return the lock for adding trials. Entering it raises TrackingError while another process holds it."""
         return exclusive(self._lock, owner_of=f"study '{self.name}'")
 
     def enqueue(self, params: Values, *, label: str = "", attempt: int = 0, retry_of: int | None = None) -> None:
-        """Put a point before the sampler's own. Keys that are missing are left to the sampler, where they apply.
+        """Queue a point before the sampler's proposals. The sampler chooses values for missing keys that apply.
 
-        A value that the space cannot express (another choice, a key outside) is evaluated all the same; the
-        sampler then sees a stand-in of its own for it.
+        A value outside the space (another choice, a key that is not searched) is evaluated too; the sampler then
+        records a value of its own in its place.
         """
         known = {k: v for k, v in params.items() if k in self.space and _expressible(self.space[k], v)}
         attrs: dict[str, Any] = {"label": label, "try": attempt, "fixed": dict(params)}
@@ -115,20 +115,19 @@ class Study:
         self._study.enqueue_trial(known, user_attrs=attrs)
 
     def enqueue_once(self, params: Values, *, label: str = "") -> None:
-        """Put a point in the queue unless it waits there already."""
+        """Queue a point unless it is queued already."""
         point = self.point(params)
         if not any(trial.state == "waiting" and trial.params == point for trial in self.trials()):
             self.enqueue(params, label=label)
 
     def point(self, params: Values) -> dict[str, Scalar]:
-        """`params` in the types of the space, by sorted key: equal points are equal."""
+        """Return `params` in the types of the space, with sorted keys, so that equal points compare equal."""
         return self._point({}, {"fixed": params})
 
     def ask(self, kept: Values = MappingProxyType({})) -> Proposal:
-        """The next point: an enqueued one if there is any, else the sampler's, with the values of `kept` laid over it.
+        """Return the next point: the next queued one, else the sampler's with the values of `kept` in it.
 
-        Parents come first and a key is asked for only where its conditions hold, so the sampler learns from
-        what a trial really had.
+        The sampler is asked for a key only if its conditions hold, so that it learns from the keys that a trial had.
         """
         point: dict[str, Scalar] = {}
         absent: set[str] = set()
@@ -149,11 +148,11 @@ class Study:
         return Proposal(trial.number, self._point(trial.params, attrs), attrs.get("label", ""))
 
     def link(self, number: int, run_id: str) -> None:
-        """Remember the MLflow run of a running trial."""
+        """Store the MLflow run of a running trial."""
         self._trial(number).set_user_attr("mlflow_run_id", run_id)
 
     def set_result(self, number: int, constraints: Mapping[str, float], marker: str) -> None:
-        """Keep constraints and marker of a running trial; doing it twice changes nothing."""
+        """Store constraints and marker of a running trial; a second call changes nothing."""
         trial = self._trial(number)
         known = trial.constraints
         for name, value in constraints.items():
@@ -163,22 +162,22 @@ class Study:
             trial.set_user_attr("marker", marker)
 
     def complete(self, number: int, objectives: tuple[float, ...]) -> None:
-        """Tell the sampler the values; a trial that is told already stays as it is."""
+        """Complete a trial with its values; a trial that is complete already stays as it is."""
         self._study.tell(number, list(objectives), state=TrialState.COMPLETE, skip_if_finished=True)
         self._asked.pop(number, None)
 
     def fail(self, number: int, ending: str, reason: str) -> None:
-        """End a running trial without values, for a reason; `ending` is one of StudyTrial's."""
+        """End a running trial without values, for `reason`; `ending` is one of those of StudyTrial."""
         self._trial(number).set_user_attr("end", {"ending": ending, "reason": reason})
         self._study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
         self._asked.pop(number, None)
 
     def trials(self) -> list[StudyTrial]:
-        """Every trial, by number."""
+        """Return every trial, by number."""
         return [self._kept(trial) for trial in self._study.get_trials(deepcopy=False)]
 
     def _trial(self, number: int) -> optuna.Trial:
-        if number not in self._asked:  # a running trial of a process that died
+        if number not in self._asked:  # a trial that a dead process left running
             self._asked[number] = optuna.Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
         return self._asked[number]
 
@@ -206,12 +205,12 @@ class Study:
 
 
 def _keep_space(study: optuna.Study, terms: dict[str, Any]) -> None:
-    """Write the space into a study without a trial; refuse another one in an old study."""
+    """Store the space in a study that has no trials; raise ConfigError if a study with trials has another space."""
     kept, named = study.user_attrs.get("qflow.terms"), {**terms, "digest": record.digest(terms)}
     if kept == named:
         return
     untried = not study.get_trials(deepcopy=False)
-    if untried and (kept is None or kept["directions"] == terms["directions"]):  # Optuna's directions are for good
+    if untried and (kept is None or kept["directions"] == terms["directions"]):  # Optuna cannot change these
         study.set_user_attr("qflow.terms", named)
     elif kept is None:
         raise ConfigError(
@@ -228,7 +227,7 @@ def _keep_space(study: optuna.Study, terms: dict[str, Any]) -> None:
 
 
 def _sampler(kind: str, seed: int, n_trials: int) -> BaseSampler:
-    """The sampler. `seed` must differ on resume, or it would repeat the first points of the study."""
+    """Return the sampler. `seed` must differ on resume, or the first points of the study would be proposed again."""
     startup = max(1, min(10, n_trials // 4))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group=True
@@ -243,7 +242,7 @@ def _sampler(kind: str, seed: int, n_trials: int) -> BaseSampler:
 
 @contextmanager
 def _quiet(sampler: BaseSampler) -> Iterator[None]:
-    """No warning for a fixed value out of range; one thread for the Gaussian process (12 times faster)."""
+    """Suppress warnings of fixed values out of range; run the Gaussian process on one thread (12 times faster)."""
     torch = sys.modules.get("torch") if isinstance(sampler, optuna.samplers.GPSampler) else None
     threads = torch.get_num_threads() if torch else 0
     with warnings.catch_warnings():
@@ -258,7 +257,7 @@ def _quiet(sampler: BaseSampler) -> Iterator[None]:
 
 
 def _suggest(trial: optuna.Trial, key: str, domain: Domain) -> Scalar:
-    """The sampler's value; distributions stay the same from start to start, or Optuna would refuse the study."""
+    """Return the sampler's value of a key. The distribution must be the same at every start, or Optuna raises."""
     value: Scalar
     if isinstance(domain, Choice):
         value = trial.suggest_categorical(key, domain.values)
@@ -276,7 +275,7 @@ def _suggest(trial: optuna.Trial, key: str, domain: Domain) -> Scalar:
 
 
 def _expressible(domain: Domain, value: Scalar) -> bool:
-    """Whether Optuna can hold `value`: a known choice, or a number, also one out of range."""
+    """Return whether Optuna can store `value`: a known choice, or a number, which may be out of range."""
     if isinstance(domain, Choice):
         return domain.contains(value)
     if not isinstance(value, (int, float)) or isinstance(value, bool):

@@ -1,7 +1,7 @@
-"""The front of drop against price: what is measured of it, and what a mix that is not measured may add.
+"""A surrogate of drop and latency: the measured Pareto front, and what a mix that is not measured may add to it.
 
-Drops are expected from predicted errors, with which they rise; prices are the cost model's. A mix that exceeds a limit
-tells of drops, and is no part of the front.
+The drop of a mix is interpolated from its predicted error, with which it rises; its latency is the cost model's. A mix
+that exceeds a limit informs the interpolation, but is not part of the front.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from qflow.search.assign import Problem
 
 
 class Surrogate:
-    """What is measured: the front, and drops expected elsewhere."""
+    """The front of the measured mixes, and expected drops of the others."""
 
     def __init__(self, problem: Problem, drops: Mapping[str, float]) -> None:
         self.problem, self.drops = problem, drops
@@ -31,13 +31,15 @@ class Surrogate:
         self.area = hypervolume(self.points, self.worst)
 
     def expected(self, mixes: Sequence[str]) -> dict[str, float]:
-        """Drops of `mixes` by predicted error alone, and of single changes of mixes on the front: to int8 none more
-        than where they start, until measured. Optimism: errors of operators rarely add up on the front, where the
-        cheapest of many mixes stand.
+        """Return the expected drops of `mixes` and of all mixes that differ in one operator from one on the front.
+
+        The former follow from the predicted error alone. The latter start from the measured drop and never exceed it,
+        not even for a demotion. This is optimistic on purpose: on the front, which holds the cheapest of many mixes,
+        the errors of operators rarely add up.
         """
         found = dict(zip(mixes, self._levels(mixes), strict=True))
         for mix in self.front:
-            others = [_turned(mix, o.place) for o in self.problem.operators]
+            others = [_flipped(mix, o.place) for o in self.problem.operators]
             level, *levels = self._levels([mix, *others])
             for other, at in zip(others, levels, strict=True):
                 found[other] = min(self.drops[mix] + min(at - level, 0.0), found.get(other, np.inf))
@@ -47,19 +49,22 @@ class Surrogate:
         return [float(level) for level in np.interp(self.problem.errors(mixes), self.errors, self.levels)]
 
     def gain(self, drop: float, price: float) -> tuple[float, float]:
-        """Area that such a mix adds to the front's; among those that add none the nearest to the front."""
+        """Return (hypervolume that a mix with this drop and price adds to the front, minus its distance to the front).
+
+        The second number orders mixes that add nothing: the nearest to the front comes first.
+        """
         added = hypervolume([*self.points, (drop, price)], self.worst) - self.area
         drops, prices = (worst or 1.0 for worst in self.worst)
         behind = min((max(drop - d, 0.0) / drops + max(price - p, 0.0) / prices for d, p in self.points), default=0.0)
         return added, -behind
 
 
-def _turned(mix: str, place: int) -> str:
+def _flipped(mix: str, place: int) -> str:
     return mix[:place] + ("8" if mix[place] == "6" else "6") + mix[place + 1 :]
 
 
 def hypervolume(points: Sequence[tuple[float, float]], worst: tuple[float, float]) -> float:
-    """Area that is dominated by points of two costs, up to `worst`."""
+    """Return the area that points of two costs dominate, up to `worst`."""
     area, top = 0.0, worst[1]
     for cost, price in sorted(points):
         if cost < worst[0] and price < top:

@@ -1,3 +1,3 @@
-"""A study: its start, stages, budget, best and Pareto set, and its ending."""
+"""A study: its start, stages, budget, best trial, Pareto set, and end."""
 
 __all__ = ["assemble", "checks", "finish", "manifest", "session", "stages", "start", "train_stage"]

@@ -1,4 +1,4 @@
-"""The evaluator of a configuration: its task, device rules and cost model, as every command builds them."""
+"""The evaluator of a configuration, with task, device rules and cost model; every command builds it here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qflow.trial.evaluator import Evaluator
 
 
 def make_evaluator(config: DictConfig) -> Evaluator:
-    """Task, device rules and cost model as built from the configuration."""
+    """Build the evaluator with task, device rules and cost model. Raises ConfigError."""
     device = config.executor.device
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise ConfigError(
@@ -45,7 +45,7 @@ def make_evaluator(config: DictConfig) -> Evaluator:
 
 
 def own_metric(config: DictConfig) -> Custom | None:
-    """The user's metric for bad cases. Raises ConfigError."""
+    """Return the user's metric for bad cases, or None. Raises ConfigError."""
     node = sensitivity_settings(config).own_metric
     if not node["_target_"]:
         return None

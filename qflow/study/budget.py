@@ -1,4 +1,4 @@
-"""What a study may still spend: trials, evaluations and time; and what of it is left for training."""
+"""The budget of a study: trials, evaluations and time, and the part that is reserved for training."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from qflow.search.strategies import BudgetSpent
 
 @dataclass
 class Budget:
-    """`search.n_trials`, `search.max_evaluations` and `search.timeout` (seconds from now on) of a study."""
+    """`search.n_trials`, `search.max_evaluations` and `search.timeout` (seconds from now) of a study."""
 
     trials: int
     evaluations: int | None = None
     timeout: float | None = None
     reserved: int = 0
-    """Trials (and evaluations) left for training while nothing meets the goal, at most half of those of the search."""
+    """Trials (and evaluations) reserved for training while no trial meets the goal; at most half of the search's."""
     began: float = field(default_factory=time.monotonic)
 
     def require(self, done: Sequence[FinishedTrial], met: bool) -> None:
-        """Raises BudgetSpent where no further trial may start; `met` says that training will not be needed."""
+        """Raise BudgetSpent if no further trial may start. With `met` no training is needed, so nothing is reserved."""
         counts = [("trials", len(done), self.trials, "search.n_trials")]
         if self.evaluations is not None:
             counts.append(("evaluations", evaluations(done), self.evaluations, "search.max_evaluations"))
@@ -36,7 +36,7 @@ class Budget:
             raise BudgetSpent(f"{self.timeout:g} s have passed (search.timeout)")
 
     def seconds_left(self, done: Sequence[FinishedTrial]) -> float:
-        """Until the first budget is spent, if the next trials take as long as the last ones."""
+        """Estimate the seconds until a budget is spent, from the duration of the last trials."""
         left = self.trials - len(done)
         if self.evaluations is not None:
             left = min(left, self.evaluations - evaluations(done))
@@ -45,5 +45,5 @@ class Budget:
 
 
 def evaluations(trials: Sequence[FinishedTrial]) -> int:
-    """Evaluations that trials took; a qconfig that was evaluated before takes none."""
+    """Return how many evaluations the trials took; a qconfig that was evaluated before takes none."""
     return sum(trial.outcome.tags.get("qflow.evaluated") != "false" for trial in trials)

@@ -1,4 +1,4 @@
-"""What is refused before anything heavy is imported: settings that cannot work, and searches that cannot be run."""
+"""Checks that run before anything heavy is imported: they refuse settings and searches that cannot work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_config(config: DictConfig) -> None:
-    """Refuse what cannot work at any door before anything heavy is imported. Raises ConfigError."""
+    """Raise ConfigError for settings that cannot work with any command."""
     from qflow.search.objective import Goal
 
     settings = trial_settings(config)
@@ -29,7 +29,7 @@ def check_config(config: DictConfig) -> None:
 
 
 def check_study(config: DictConfig) -> None:
-    """Refuse a search whose points cannot be trials; other doors have one qconfig and no points. Raises ConfigError."""
+    """Raise ConfigError for a search with points that no trial can run. Only studies have a search."""
     check_config(config)
     space = search_space(config)
     _check_loss(config, "qat.steps" in space)
@@ -53,7 +53,7 @@ def _check_loss(config: DictConfig, trains: bool) -> None:
 
 
 def _check_float16(config: DictConfig, chosen: bool) -> None:
-    """Refuse to choose fp16 operators by errors that will not be measured. Raises ConfigError."""
+    """Raise ConfigError if fp16 operators are chosen by errors that will not be measured."""
     absent = [dtype for dtype in ("qint16", "float16") if dtype not in config.sensitivity.dtypes]
     if chosen and absent:
         raise ConfigError(
@@ -63,7 +63,7 @@ def _check_float16(config: DictConfig, chosen: bool) -> None:
 
 
 def check_search(config: DictConfig) -> None:
-    """Refuse a strategy, budgets and rates that cannot be. Raises ConfigError."""
+    """Raise ConfigError for a strategy, budget or rate that is not allowed."""
     from qflow.search.strategies import STRATEGIES
 
     search = config.search

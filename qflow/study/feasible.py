@@ -1,4 +1,4 @@
-"""What a study asks for that only its model can refuse: checked before the first trial instead of in every one."""
+"""Checks of a study that need its model; they run before the first trial, so that not every trial fails."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from qflow.trial.evaluator import Evaluator
 
 
 def check_search(evaluator: Evaluator, goal: Goal, switched: Sequence[QConfigSettings]) -> None:
-    """Refuse budgets that cannot be judged, and `switched` settings, one for each value of each searched module, that
-    no operator answers to or that the device cannot compute. Raises ConfigError.
+    """Raise ConfigError for budgets that cannot be judged, and for `switched` settings that the model cannot have.
+
+    There is one of them for each value of each searched module; it must match an operator and suit the device.
     """
     check_budgets(evaluator, goal)
     for settings in switched:
@@ -23,14 +24,15 @@ def check_search(evaluator: Evaluator, goal: Goal, switched: Sequence[QConfigSet
 
 
 def check_augmented(task: Task, calibration: bool, training: bool) -> None:
-    """Refuse trials that calibrate or train on augmented data where the task has none. Raises ConfigError."""
+    """Raise ConfigError if trials calibrate or train on augmented data and the task has none."""
     split_for(task, "calibration", calibration)
     split_for(task, "train", training)
 
 
 def check_budgets(evaluator: Evaluator, goal: Goal) -> None:
-    """Refuse a budget on a figure that is a lower bound or outside what the model was validated on: a wrong figure
-    must not meet it. Raises ConfigError with the way out.
+    """Raise ConfigError for a budget on a cost that is a lower bound or outside the validated range of the cost model.
+
+    A wrong number must not meet a budget.
     """
     if goal.max_latency_ms is None and goal.max_traffic_mb is None:
         return

@@ -1,4 +1,4 @@
-"""What a study's results depend on, so that it goes on only with what it began with."""
+"""The fingerprint of a study: all that its results depend on. A study continues only if it is unchanged."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from omegaconf import DictConfig
 from qflow.config.settings import plain
 from qflow.core.record import digest, to_json
 
-# What may change between two starts of one study; everything else must stay as it was.
+# Keys that may change between two starts of one study; all others must stay the same.
 FREE = (
     *("root", "tracking.", "executor.threads", "task.batch_size"),
     *("search.n_trials", "search.timeout", "search.max_evaluations", "search.enqueue", "search.strategy"),
-    *("search.rates", "search.probe_share", "search.weight_decays"),  # which points are tried, not what they come to
+    *("search.rates", "search.probe_share", "search.weight_decays"),  # these choose points, but not results
 )
 SINCE = (
     "search.when",
@@ -23,12 +23,12 @@ SINCE = (
     "qconfig.float16_count",
     "qconfig.assignment",
     "qconfig.error_share",
-)  # empty they say nothing: studies from before there were such keys go on
-LEGIBLE = 40  # characters of a setting that the study's tag holds as they are; longer ones by digest
+)  # left out if empty, so that studies from before these keys existed continue
+LEGIBLE = 40  # characters up to which the fingerprint holds a setting as text; a longer one as its digest
 
 
 def fingerprint(config: DictConfig, manifest: Mapping[str, Any]) -> dict[str, str]:
-    """What results depend on, by dotted key: the configuration, weights, data, graph and versions."""
+    """Return what results depend on, by dotted key: configuration, weights, data, graph and versions."""
     state = {
         key: text if len(text := to_json(value)) <= LEGIBLE else digest(value)
         for key, value in flat(plain(config))
@@ -37,7 +37,7 @@ def fingerprint(config: DictConfig, manifest: Mapping[str, Any]) -> dict[str, st
     named = config.objective.optimize
     return {
         **state,
-        **({"objective.optimize": ", ".join(named)} if named else {}),  # their order decides which value is which
+        **({"objective.optimize": ", ".join(named)} if named else {}),  # their order is the order of the stored values
         **{key: str(manifest[key]) for key in ("weights", "data", "graph", "profile", "eval_samples", "qflow")},
         "float_metric": f"{manifest['float_metric']:.6g}",
         "torch": manifest["versions"]["torch"],
@@ -45,7 +45,7 @@ def fingerprint(config: DictConfig, manifest: Mapping[str, Any]) -> dict[str, st
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Leaves of a nested mapping by dotted key."""
+    """Return the leaves of a nested mapping by dotted key."""
     found: list[tuple[str, Any]] = []
     for key, value in node.items():
         found += flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else [(f"{prefix}{key}", value)]
@@ -53,7 +53,7 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def changes(before: str, now: Mapping[str, str]) -> list[str]:
-    """`key: old -> new` for what differs from the text that `Session.open` kept."""
+    """Return `key: old -> new` for each difference from the text that `Session.open` stored."""
     known: dict[str, str] = json.loads(before or "{}")
     return [
         f"{key}: {known.get(key, 'nothing')} -> {now.get(key, 'nothing')}"

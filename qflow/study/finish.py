@@ -1,4 +1,4 @@
-"""The end of a study: its table, its decisions as a document, and what to do next."""
+"""The end of a study: the summary table, the decisions as a document, and the next commands."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from qflow.search.objective import CONSTRAINT, accurate, nearest_miss, over_budg
 from qflow.search.outcome import FinishedTrial
 from qflow.study.session import Session
 
-NAMED = 12  # operators that are named on the console
+NAMED = 12  # how many operators the console lists per dtype
 
 
 def finish(session: Session) -> int:
-    """Table, document and next steps; the study's run completed; the exit code: 0 goal met, 1 not."""
+    """Print table and next steps, log the document to the study's run, and return 0 if the goal is met, else 1."""
     trials, evaluator, best = session.trials, session.evaluator, session.best
-    whole = [trial for trial in trials if "qflow.stopped" not in trial.outcome.tags]  # others show their worst
+    whole = [trial for trial in trials if "qflow.stopped" not in trial.outcome.tags]  # not a worst-case metric
     shown = best or nearest_miss(whole or trials, session.goal.ranking)
     if shown is None:
         raise TrialError(
-            "A study needs a trial at least, but got none: a budget was spent before the first, or it failed. Raise "
+            "A study needs at least one trial, but got none: a budget was spent before the first, or it failed. Raise "
             "search.timeout and search.max_evaluations."
         )
     rows = [SummaryRow("float", {session.accuracy: evaluator.float_metric})]
@@ -54,12 +54,12 @@ def finish(session: Session) -> int:
             },
         )
     session.console.say("\n" + table)
-    _tell(session, text, shown, place)
+    _print_lines(session, text, shown, place)
     return 0 if best else 1
 
 
-def _tell(session: Session, text: str, shown: FinishedTrial, place: Path) -> None:
-    """The lines below the table: verdict, what the mix is, where everything lies, and what to do next."""
+def _print_lines(session: Session, text: str, shown: FinishedTrial, place: Path) -> None:
+    """Print the lines below the table: verdict, qconfig, where results are written, and the next commands."""
     say = session.console.say
     say(text)
     trained = shown.outcome.metrics.get("qat/steps", 0.0)
@@ -82,30 +82,30 @@ def _tell(session: Session, text: str, shown: FinishedTrial, place: Path) -> Non
 
 
 def verdict(session: Session, best: FinishedTrial | None, shown: FinishedTrial) -> str:
-    """Whether the goal is met, and if not by how much and what to relax."""
-    goal, ceiling = str(session.goal), session.baselines.get("all-int16")
+    """Return whether the goal is met, and if not, by how much it is missed and what to relax."""
+    goal, int16 = str(session.goal), session.baselines.get("all-int16")
     if best is not None:
         m, saved = best.outcome.metrics, ""
-        if ceiling is not None and accurate(ceiling):
-            less = round(100.0 * (1.0 - m["cost/latency_ms"] / ceiling.outcome.metrics["cost/latency_ms"]))
-            saved = f", {less}% less latency than all-int16" if less > 0 else ", no less latency than all-int16"
+        if int16 is not None and accurate(int16):
+            less = round(100.0 * (1.0 - m["cost/latency_ms"] / int16.outcome.metrics["cost/latency_ms"]))
+            saved = f", predicted latency {f'{less}% below' if less > 0 else 'not below'} all-int16"
         return f"{'goal':<12}{goal}: met{saved}"
     over = over_budget(shown)
     if over and accurate(shown):
         found = ", ".join(f"{name} by {by:.4g}" for name, by in over.items())
         return f"{'goal':<12}{goal}: missed, over {found}; relax that budget, or objective.max_drop"
     miss = shown.outcome.constraints[CONSTRAINT]
-    if ceiling is not None and ceiling.outcome.metrics["accuracy/drop"] > session.goal.max_drop:
-        advice = "int16 itself misses: see the decisions; a known range or a weight that is hard may be behind it"
+    if int16 is not None and int16.outcome.metrics["accuracy/drop"] > session.goal.max_drop:
+        advice = "all-int16 misses the goal too: see the decisions; the cause may be a known range or a hard weight"
         if not session.config.qat.steps:
-            advice += ", or train: qat=<yours> qat.apply=after_search"
+            advice += "; or train: qat=<yours> qat.apply=after_search"
     else:
         advice = f"raise objective.max_drop (to {shown.outcome.metrics['accuracy/drop']:.4f}) or search.n_trials"
     return f"{'goal':<12}{goal}: missed by {miss:.4f}; {advice}"
 
 
 def document(session: Session, table: str, text: str, shown: FinishedTrial) -> str:
-    """The explained decision, in Markdown: goal, figures, each decision with its reason, what is promoted."""
+    """Return the result in Markdown: table, verdict, each decision with its reason, and the promoted operators."""
     scores = session.evaluator.scores
     lines = [f"# {session.study.name}", "", "```", table, text, "```", "", "## Decisions", ""]
     lines += [f"{i}. **{stage}**: {words}" for i, (stage, words) in enumerate(session.decisions, 1)]
@@ -117,7 +117,7 @@ def document(session: Session, table: str, text: str, shown: FinishedTrial) -> s
 
 
 def raised(session: Session, trial: FinishedTrial) -> dict[str, list[str]]:
-    """Operators of a trial's mix by dtype, fp16 and int16, the most sensitive first."""
+    """Return the fp16 and int16 operators of a trial's mix by dtype, the most sensitive first."""
     settings = trial_settings(with_params(session.config, trial.params)).qconfig
     qconfig, scores = session.evaluator.resolve(settings)[1], session.evaluator.scores
     found = {
@@ -127,7 +127,7 @@ def raised(session: Session, trial: FinishedTrial) -> dict[str, list[str]]:
 
 
 def promote_command(session: Session) -> str:
-    """The command that promotes this study's best trial, with what differs from promote's defaults."""
+    """Return the command that promotes this study's best trial, with all settings that differ from the defaults."""
     config = session.config
     words = [f"{python_command()} -m qflow.promote"]
     if config.study != "perception/int8_int16":

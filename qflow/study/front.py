@@ -1,4 +1,4 @@
-"""Best so far and the Pareto set, on disk and on the study's run after every trial: whatever ends the study now."""
+"""The best trial so far and the Pareto set, written to disk and to the study's run after every trial."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def log_front(
     texts = {"pareto.json": to_json(table), "best.json": to_json({**state, "metrics": metrics}, indent=1)}
     folder = root / "studies" / study
     if all((folder / name).exists() and (folder / name).read_text() == text for name, text in texts.items()):
-        return  # nothing better: what is there stands
+        return  # unchanged
     shown = {f"best/{key.split('/', 1)[1]}": value for key, value in metrics.items()}
     with tempfile.TemporaryDirectory() as beside:
         for name, text in texts.items():
             (Path(beside) / name).write_text(text)
         tags = {"qflow.best_so_far": best.run_id if best else ""}
         tracker.log_study(study_run, folder=Path(beside), metrics=shown, tags=tags)
-    for name, text in texts.items():  # after the run has them: a kill in between repeats both
+    for name, text in texts.items():  # last, so that after a kill the next start logs both again
         write_whole(folder / name, text)

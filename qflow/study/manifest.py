@@ -1,4 +1,4 @@
-"""The manifest: what a study's numbers depend on beside the configuration, so that a trial can be rebuilt."""
+"""The manifest of a study: what its numbers depend on beside the configuration, for rebuilding a trial."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("torch", "numpy", "mlflow", "optuna", "hydra-core")
 
 
 def manifest(evaluator: Evaluator) -> dict[str, Any]:
-    """Versions, threads, and fingerprints of weights, graph and data."""
+    """Return versions, threads, and digests of weights, graph and data."""
     return {
         "qflow": __version__,
         "python": platform.python_version(),
@@ -35,10 +35,10 @@ def manifest(evaluator: Evaluator) -> dict[str, Any]:
 
 
 def profile_digest(path: str) -> str:
-    """Names the content of the measured profile. Raises ConfigError where there is none at `path`."""
+    """Return the digest of the measured profile at `path`. Raises ConfigError if it cannot be read."""
     try:
         return digest(Path(path).read_bytes().hex())
     except OSError as error:
         raise ConfigError(
-            f"A measured profile lies at device.profile, but got {path}: {error.strerror}. Bring it back."
+            f"A measured profile lies at device.profile, but got {path}: {error.strerror}. Restore it."
         ) from error

@@ -1,4 +1,4 @@
-"""One evaluated trial as the search and MLflow see it, and its line on the console."""
+"""One evaluated trial as outcome for the search and MLflow, and as line for the console."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qflow.trial.record import TrialResult, run_metrics
 
 
 def trial_params(config: DictConfig) -> dict[str, Any]:
-    """The scalars of a trial that someone will sort or group by; no int16_ratio where another rule decides."""
+    """Return the scalar settings of a trial for MLflow; without int16_ratio if another rule chooses int16."""
     node = {"calibration": plain(config.calibration), "qconfig": plain(config.qconfig)}
     if config.qconfig.assignment or config.qconfig.error_share is not None:
         del node["qconfig"]["int16_ratio"]
@@ -30,12 +30,12 @@ def trial_params(config: DictConfig) -> dict[str, Any]:
 
 
 def switches(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Searched modules under names that MLflow takes: `[add](1)` becomes `_add__1_`."""
+    """Return the searched modules under names that MLflow allows: `[add](1)` becomes `_add__1_`."""
     return {re.sub(r"[^\w.\-/ :]", "_", key): value for key, value in params.items() if owner(key)}
 
 
 def outcome(result: TrialResult, goal: Goal, accuracy: str, params: Mapping[str, Any], samples: int) -> Outcome:
-    """Objectives, constraints, and what MLflow shows of a trial; `samples` are those of a whole evaluation."""
+    """Return what the search and MLflow store of a trial; `samples` is the number of samples of a full evaluation."""
     cost, metrics = result.cost, run_metrics(result, accuracy)
     return Outcome(
         objectives=goal.objectives(metrics),
@@ -53,7 +53,7 @@ def outcome(result: TrialResult, goal: Goal, accuracy: str, params: Mapping[str,
 
 
 def trial_line(trial: FinishedTrial | FailedTrial, accuracy: str) -> str:
-    """One line a trial."""
+    """Return the console line of a trial."""
     name = f"trial {trial.number} {trial.label}".strip()
     if isinstance(trial, FailedTrial):
         return f"{name:<24} failed: {trial.reason}"

@@ -1,4 +1,4 @@
-"""A study at work: the parts that a door has assembled, and what the stages of every workflow have in common."""
+"""The session of a study: the parts that start.py has opened, and the operations that all workflow stages share."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from qflow.tracking.views import save_view, study_url
 from qflow.trial.diagnosis import Diagnosis
 from qflow.trial.evaluator import Evaluator
 
-PROFILE = "profile.report"  # the study's copy of a measured report
+PROFILE = "profile.report"  # artifact of the study's run: a copy of the measured report
 
 
 @dataclass
 class Session:
-    """Everything a workflow works with."""
+    """The parts of a study, and the operations of its stages on them."""
 
     config: DictConfig
     evaluator: Evaluator
@@ -52,51 +52,51 @@ class Session:
     study: Study
     root: Path
     stack: ExitStack = field(default_factory=ExitStack)
-    """Closed by the door: what must be left in order when the workflow ends, however it ends."""
+    """Holds what must be closed when the workflow ends; `open_session` closes it."""
     study_run: str = ""
     driver: Driver | None = None
     budget: Budget = field(init=False)
-    """Counts from `drive` on."""
+    """Made by `drive`."""
     kept: dict[str, Any] = field(default_factory=dict)
-    """Values that every trial gets from here on: an fp16 set that is kept, training left to a stage of its own."""
+    """Values that every further trial gets: a chosen fp16 count, or no training if that is a stage of its own."""
     baselines: dict[str, FinishedTrial] = field(default_factory=dict)
-    """What the others are compared with, by label."""
+    """The trials that others are compared with, by label (all-int16, all-int8, ...)."""
     decisions: list[tuple[str, str]] = field(default_factory=list)
-    """(stage, text): what was decided and why."""
+    """(stage, text) of each decision with its reason."""
 
     @property
     def accuracy(self) -> str:
-        """Name of the task's metric on a run."""
+        """Name of the task's metric on an MLflow run."""
         return f"accuracy/{self.evaluator.task.metric_name}"
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """Versions and fingerprints; the same for all trials of a start."""
+        """Versions and digests; the same for all trials of a start."""
         return manifest(self.evaluator)
 
     def open(self) -> None:
-        """Find or make the study's parent run.
+        """Find or create the study's run, and take the right to add trials.
 
-        Raises ConfigError if its trials were made with other settings or cannot be judged, TrackingError if its runs
-        are gone.
+        Raises ConfigError if the study has trials of other settings or a budget cannot be judged, TrackingError if its
+        runs are missing.
         """
         check_search(self.evaluator, self.goal, module_settings(self.config, self.study.space))
         check_augmented(self.evaluator.task, self._may_be_true("calibration.augment"), self._may_be_true("qat.augment"))
         if self.config.search.early_stop:
-            bounds_of(self.evaluator.task.metric)  # refused now, not in the first trial that asks
+            bounds_of(self.evaluator.task.metric)  # raises here instead of in the first trial
         state = fingerprint(self.config, self.manifest)
         found = self.tracker.find_study(self.study.name)
         finished = sum(trial.state == "complete" for trial in self.study.trials())
         if found is None and finished:
             raise TrackingError(
                 f"A study's runs are in its tracking store, but {self.study.name} has {finished} finished trials and "
-                f"no run in {self.tracker.uri}. Bring the store back, or use another name: study={self.study.name}-2."
+                f"no run in {self.tracker.uri}. Restore the store, or use another name: study={self.study.name}-2."
             )
         if found is not None and finished:
             changed = changes(self.tracker.run_tags(found).get("qflow.fingerprint", ""), state)
             if changed:
                 raise ConfigError(
-                    f"A study goes on with what it began with, but got other settings for {self.study.name}: "
+                    f"A study keeps the settings that it began with, but got others for {self.study.name}: "
                     f"{', '.join(changed[:4])}. Use another name: study={self.study.name}-2."
                 )
         config, task = self.config, self.evaluator.task
@@ -118,18 +118,18 @@ class Session:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.yaml").write_text(resolved_yaml(config))
             metrics = {f"float/{task.metric_name}": self.evaluator.float_metric}
-            if self.evaluator.profile:  # a trial is rebuilt from its run alone, measured times included
+            if self.evaluator.profile:  # so that a trial can be rebuilt from its run alone
                 shutil.copy(self.evaluator.profile, Path(folder) / PROFILE)
             self.tracker.log_study(self.study_run, folder=Path(folder), metrics=metrics)
         self.drive()
 
     def _may_be_true(self, key: str) -> bool:
-        """Whether a switch is on, or may be in a trial."""
+        """Return whether the switch `key` is on, or may be on in a trial."""
         domain = self.study.space.get(key)
         return domain.contains(True) if domain else bool(OmegaConf.select(self.config, key))
 
     def largest_calibration(self) -> tuple[int, int]:
-        """The largest batch size and number of steps that the default or the search can ask for."""
+        """Return the largest batch size and number of steps among the default and the search space."""
         sizes = []
         for key in ("batch_size", "steps"):
             default = int(getattr(self.evaluator.default_calibration, key))
@@ -139,7 +139,7 @@ class Session:
         return sizes[0], sizes[1]
 
     def drive(self) -> None:
-        """Take the right to add trials; what an earlier start left is settled and said."""
+        """Take the right to add trials; reconcile and report the trials of an earlier start."""
         self.driver = self.stack.enter_context(
             driving(
                 self.study,
@@ -154,7 +154,7 @@ class Session:
         self.budget = Budget(search.n_trials, search.max_evaluations, search.timeout)
         if self.trials:
             self.console.say(
-                f"{'continued':<12} {len(self.trials)} trials of an earlier start stand and are not repeated"
+                f"{'continued':<12} {len(self.trials)} trials of an earlier start are kept and not repeated"
             )
             log_front(self.tracker, self.study_run, self.study.name, self.trials, self.goal, self.root)
         self.note_best()
@@ -171,23 +171,23 @@ class Session:
 
     @property
     def least_metric(self) -> float:
-        """The metric that just meets the goal; rounding apart."""
+        """The metric that just meets the goal, with a margin for rounding."""
         worse = self.goal.max_drop + 1e-9
         return self.evaluator.float_metric + (-worse if self.evaluator.task.direction == "maximize" else worse)
 
     @property
     def untrained_best(self) -> FinishedTrial | None:
-        """The best among trials that were calibrated only: what decides whether training is needed."""
+        """The best trial without training; training is needed only if there is none."""
         return best_trial([t for t in self.trials if not t.outcome.metrics.get("qat/steps")], self.goal.ranking)
 
     def base(self) -> dict[str, Any]:
-        """A whole point: every searched key as configured, and what all trials of this workflow keep (`kept`)."""
+        """Return a complete point: every searched key as configured, then the values of `kept`."""
         return {**configured(self.config, self.study.space), **self.kept}
 
     def measure(self, point: Mapping[str, Any], label: str = "") -> FinishedTrial | None:
-        """The trial at `point`, evaluated unless the study has it; None where it failed. Raises BudgetSpent.
+        """Return the trial at `point`, evaluated unless the study has it; None if it failed. Raises BudgetSpent.
 
-        Searched keys that `point` leaves open are as in `base`.
+        Searched keys that `point` lacks are taken from `base`.
         """
         assert self.driver is not None
         point = {**self.base(), **point}
@@ -197,37 +197,37 @@ class Session:
         return found if isinstance(found, FinishedTrial) else None
 
     def sample(self) -> bool:
-        """Evaluate the sampler's next point; False where the space is used up. Raises BudgetSpent.
+        """Evaluate the sampler's next point; return False if the space is exhausted. Raises BudgetSpent.
 
-        Points that cannot be the best by their cost alone are not evaluated (`screened` counts them): those over a
-        budget, and those that take longer than an all-int16 that meets the goal, where least latency is the aim.
+        Points that cannot be the best because of their cost are not evaluated (`screened` counts them): those over a
+        budget and, if least latency is the first aim and all-int16 meets the goal, those slower than all-int16.
         """
         assert self.driver is not None
         self.budget.require(self.trials, self.untrained_best is not None)
-        return self.driver.sample(self.kept, self._hopeless) is not None
+        return self.driver.sample(self.kept, self._reason_against) is not None
 
     @property
     def screened(self) -> int:
-        """Points that this start has left out for their cost."""
+        """Number of points that this start has left out because of their cost."""
         return len(self.driver.screened) if self.driver else 0
 
-    def _hopeless(self, params: Mapping[str, Any]) -> str:
-        budgets, ceiling = self.goal.budgets, self.baselines.get("all-int16")
-        if ceiling is not None and meets(ceiling) and next(iter(self.goal.ranking), "") == "cost/latency_ms":
-            budgets["max_latency_ms"] = ceiling.outcome.metrics["cost/latency_ms"]
+    def _reason_against(self, params: Mapping[str, Any]) -> str:
+        budgets, int16 = self.goal.budgets, self.baselines.get("all-int16")
+        if int16 is not None and meets(int16) and next(iter(self.goal.ranking), "") == "cost/latency_ms":
+            budgets["max_latency_ms"] = int16.outcome.metrics["cost/latency_ms"]
         if not budgets:
             return ""
         try:
             settings = trial_settings(with_params(self.config, params)).qconfig
-            return "" if self.evaluator.precisions.within(settings, budgets) else "its cost alone rules it out"
+            return "" if self.evaluator.precisions.within(settings, budgets) else "it costs too much to be the best"
         except QflowError:
-            return ""  # the trial fails by itself, with the reason
+            return ""  # the trial will fail with this error as its reason
 
     @contextmanager
     def pass_or_fail(self) -> Iterator[None]:
-        """Inside, an evaluation may end once the goal is out of reach (search.early_stop): where nothing but that is
-        asked. Figures of such a trial are the worst possible, so trials that are compared are evaluated whole: all
-        of them, where training may have to choose what it begins with.
+        """Let evaluations inside end once the goal is out of reach (search.early_stop).
+
+        Their metric is then the worst possible one, so no trial ends early if training may have to choose among them.
         """
         early = self.config.search.early_stop and not self.budget.reserved
         self.evaluator.least = self.least_metric if early else None
@@ -246,12 +246,12 @@ class Session:
             log_front(self.tracker, self.study_run, self.study.name, self.trials, self.goal, self.root)
 
     def decide(self, stage: str, text: str) -> None:
-        """Say a decision with its reason; all of them together are the study's document."""
+        """Record and print a decision with its reason; the study's document lists all decisions."""
         self.decisions.append((stage, text))
         self.console.say(f"{'decision':<12} {stage}: {text}")
 
     def evaluate(self, params: Mapping[str, Any], folder: Path) -> Outcome:
-        """One trial as a function of its parameters: files into `folder`, numbers into the outcome."""
+        """Evaluate one trial at `params`: write its files into `folder` and return its numbers."""
         changed = with_params(self.config, params)
         settings = trial_settings(changed)
         with self.console.bar("trial", self.evaluator.eval_samples, "samples") as advance:
@@ -268,7 +268,7 @@ class Session:
         )
 
     def note_best(self) -> None:
-        """Keep best-so-far where the bars show it."""
+        """Let the progress bars show the best trial so far."""
         best = self.best
         if best is None:
             self.console.best = "best: none meets the goal yet"
@@ -280,17 +280,17 @@ class Session:
         )
 
     def trials_url(self) -> str:
-        """Where `mlflow ui` shows this study's trials, accuracy against latency, by a view saved with the study."""
+        """Save a view of accuracy against latency in MLflow, and return the address where `mlflow ui` shows it."""
         host = self.tracker.uri if self.tracker.uri.startswith("http") else "http://127.0.0.1:5000"
-        searched = [key for key in self.study.space if key not in (RATIO, ERROR_SHARE)]  # int16's share says it
+        searched = [key for key in self.study.space if key not in (RATIO, ERROR_SHARE)]  # shown as share of int16
         key = save_view(self.tracker, self.study.name, params=searched)
         return study_url(host, self.tracker.experiment_id, self.study.name, key)
 
     def log_stage_tables(self, diagnosis: Diagnosis, tags: Mapping[str, str]) -> None:
-        """Sensitivities, bad cases, the model check of all-int16, and the analysis with its page and pictures; at the
-        end `tags` say that all is there.
+        """Log sensitivities, bad cases, the model check of all-int16 and the analysis with its page and pictures; then
+        set `tags`, which thus mark a complete upload.
         """
-        from qflow.report.analysis_files import write_analysis  # draws: matplotlib and plotly load only here
+        from qflow.report.analysis_files import write_analysis  # imports matplotlib and plotly, which are slow to load
 
         requested, applied = self.evaluator.template(QDtype.qint16)
         check = check_model(self.evaluator.graph, requested, applied)

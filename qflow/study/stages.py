@@ -1,4 +1,4 @@
-"""The guide's stages, as every workflow runs them; a stage whose inputs are as before is read from the cache."""
+"""The stages of the tuning guide, which the workflows run. A stage with unchanged inputs is read from the cache."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from qflow.trial.diagnosis import Diagnosis
 from qflow.trial.evaluator import Evaluator
 
 ALL_INT16, ALL_INT8 = "all-int16", "all-int8"
-TOP = 3  # operators that a reason names
-ANALYSIS = "qflow.analysis"  # tag of a study's run: what its layers and advice were made of
+TOP = 3  # how many operators a reason names
+ANALYSIS = "qflow.analysis"  # tag of a study's run: the digest of the inputs of its layers and advice
 
 
 def begin(session: Session) -> None:
-    """Float metric, model check, the study opened, calibration, and what the all-int8 model loses where."""
+    """Run the first stages: float metric, model check, opening of the study, calibration, analysis of all-int8."""
     evaluator, console = session.evaluator, session.console
     task = evaluator.task
     evaluator.require_samples(*session.largest_calibration())
@@ -45,18 +45,18 @@ def begin(session: Session) -> None:
     diagnose(session)
     leave_for_training(session)
     if session.config.search.early_stop:
-        console.say(f"{'early stop':<12} where only the goal is asked for: ladders and giving back (search.early_stop)")
+        console.say(f"{'early stop':<12} in raising int16 or fp16 up to the goal, and in demotion (search.early_stop)")
 
 
 def check(session: Session) -> str:
-    """Trace, prove the float graph unchanged, and say what the model check found."""
+    """Trace the model, prove the float graph unchanged, and return a line with the result of the model check."""
     evaluator = session.evaluator
     graph = evaluator.graph
     settings = trial_settings(session.config).qconfig
-    bare = replace(settings, float16_count=0, assignment="", error_share=None)
-    bare = replace(bare, sensitive_type="activation", counting="operators")  # nothing is ranked yet
-    for ratio in (0.0, 1.0):  # what names ask for must be legal before ten trials fail on it
-        evaluator.resolve(replace(bare, int16_ratio=ratio))
+    unranked = replace(settings, float16_count=0, assignment="", error_share=None)  # nothing is ranked yet
+    unranked = replace(unranked, sensitive_type="activation", counting="operators")
+    for ratio in (0.0, 1.0):  # settings by name that are not allowed raise here, before ten trials fail
+        evaluator.resolve(replace(unranked, int16_ratio=ratio))
     requested, applied = evaluator.template(QDtype.qint16)
     found = check_model(graph, requested, applied).findings
     lowered = sum(op.output != requested.ops[name].output for name, op in applied.ops.items())
@@ -64,17 +64,17 @@ def check(session: Session) -> str:
     report = evaluator.cost(applied)
     if report.refusal:
         session.console.say(f"{'cost':<12} {report.refusal}")
-    look = sum(f.level == "check" for f in found)
+    checks = sum(f.level == "check" for f in found)
     return (
         f"{len(graph.nodes)} operators ({fused} fused), bit-identical to float; {lowered} int8 only on "
-        f"{evaluator.rules.march}, {look} findings"
+        f"{evaluator.rules.march}, {checks} findings"
     )
 
 
 def diagnose(session: Session) -> None:
-    """Bad cases, layer-by-layer comparison, sensitivity and advice on the all-int8 model, onto the study's run.
+    """Analyse the all-int8 model: bad cases, layer-by-layer comparison, sensitivity and advice.
 
-    Bad cases and sensitivities of an earlier start come from the cache; layers and advice lie on the study's run.
+    Bad cases and sensitivities of an earlier start come from the cache; layers and advice are on the study's run.
     """
     evaluator, console, diagnosis = session.evaluator, session.console, Diagnosis(session.evaluator)
     key = evaluator.analysis_key
@@ -99,9 +99,9 @@ def diagnose(session: Session) -> None:
 
 
 def baseline(session: Session, label: str) -> FinishedTrial:
-    """All int16 or all int8: every other searched key as configured, searched modules at its dtype.
+    """Measure the baseline `label`, all-int16 or all-int8, with searched modules at its dtype, all else as configured.
 
-    Raises TrialError where it fails: nothing can be judged without it.
+    Raises TrialError if the trial fails, because a study cannot judge trials without its baselines.
     """
     found = session.measure(baseline_point(session, label), label)
     if found is None:
@@ -111,15 +111,17 @@ def baseline(session: Session, label: str) -> FinishedTrial:
 
 
 def baseline_point(session: Session, label: str) -> dict[str, Any]:
-    """The point of a baseline."""
+    """Return the point of the baseline `label`."""
     modules = [key for key in session.study.space if key.startswith("qconfig.modules.")]
     ratio, dtype = (1.0, "qint16") if label == ALL_INT16 else (0.0, "qint8")
     return {**session.base(), **dict.fromkeys(modules, dtype), RATIO: ratio}
 
 
-def ceiling_reason(evaluator: Evaluator) -> str:
-    """What an all-int16 model loses by: operators that the device holds at int8, activations too coarse at int16, or
-    weights (dual int16), with figures.
+def int16_miss_reason(evaluator: Evaluator) -> str:
+    """Return why all-int16 loses accuracy, with sensitivities.
+
+    The cause is an operator that the device keeps at int8, activations that are too coarse at int16, or an operator
+    whose weight and activation both need int16 (dual int16).
     """
     table = evaluator.sensitivities
     if table is None:
@@ -142,32 +144,32 @@ def ceiling_reason(evaluator: Evaluator) -> str:
     return "see the sensitivities"
 
 
-def search_mix(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:
-    """Search int16 by `search.strategy`, until it is done or the budget is spent."""
+def search_mix(session: Session, int8_baseline: FinishedTrial, int16_baseline: FinishedTrial) -> None:
+    """Search the int16 operators by `search.strategy`, until the strategy ends or the budget is spent."""
     strategies: Mapping[str, Callable[[Session, FinishedTrial, FinishedTrial], None]] = {
-        "optuna": _sampled,
-        "ratio": _laddered,
-        "assign": _assigned,
+        "optuna": _by_sampler,
+        "ratio": _by_ratio,
+        "assign": _by_assignment,
     }
     before, hits = len(session.trials), session.evaluator.hits
     with session.console.stage("search") as say:
         ended = "done"
         try:
-            strategies[session.config.search.strategy](session, floor, ceiling)
+            strategies[session.config.search.strategy](session, int8_baseline, int16_baseline)
         except BudgetSpent as spent:
             ended = str(spent)
         searched = len(session.trials) - before
         known = session.evaluator.hits - hits
-        said = [f"{searched} trials by {session.config.search.strategy}", f"{known} already evaluated"]
-        said += [f"{session.screened} left out that cost too much to be the best"] if session.screened else []
-        say(f"{', '.join(said)}; {ended}")
+        parts = [f"{searched} trials by {session.config.search.strategy}", f"{known} already evaluated"]
+        parts += [f"{session.screened} left out that cost too much to be the best"] if session.screened else []
+        say(f"{', '.join(parts)}; {ended}")
 
 
-def _sampled(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:
-    """The points that the configuration wants first, at the defaults where they say nothing; then the sampler's own."""
+def _by_sampler(session: Session, int8_baseline: FinishedTrial, int16_baseline: FinishedTrial) -> None:
+    """Measure the points of `search.enqueue`, completed by the values of all-int8, then those of the sampler."""
     for point in plain(session.config.search.enqueue):
         known = {k: v for k, v in point.items() if k in session.study.space and k not in session.kept}
-        if known:  # one that varies only what is fixed is none
+        if known:  # skips a point that sets none of the searched keys
             session.measure(
                 {**baseline_point(session, ALL_INT8), **known},
                 " ".join(f"{k.split('.')[-1]}={v}" for k, v in known.items()),
@@ -177,7 +179,7 @@ def _sampled(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> 
 
 
 def best_calibration(session: Session) -> FinishedTrial | None:
-    """The all-int8 trial of the searched calibration method that loses least: the guide's basic tuning."""
+    """Return the all-int8 trial with the best of the searched calibration methods (the guide's basic tuning)."""
     base = baseline_point(session, ALL_INT8)
     methods = session.study.space.get("calibration.method")
     points = [{**base, "calibration.method": m} for m in methods.values] if isinstance(methods, Choice) else [base]
@@ -197,16 +199,16 @@ def _met_by_calibration(session: Session, int8: FinishedTrial) -> bool:
     return True
 
 
-def _laddered(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:
-    int8 = best_calibration(session) or floor
+def _by_ratio(session: Session, int8_baseline: FinishedTrial, int16_baseline: FinishedTrial) -> None:
+    int8 = best_calibration(session) or int8_baseline
     if not _met_by_calibration(session, int8):
-        rungs = session.evaluator.precisions.rungs(_without_int16(session, int8.params), session.goal.budgets)
+        ratios = session.evaluator.precisions.int16_ratios(_without_int16(session, int8.params), session.goal.budgets)
         with session.pass_or_fail():
-            raise_until_met(session.measure, int8.params, RATIO, rungs)
+            raise_until_met(session.measure, int8.params, RATIO, ratios)
 
 
-def _assigned(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) -> None:
-    int8 = best_calibration(session) or floor
+def _by_assignment(session: Session, int8_baseline: FinishedTrial, int16_baseline: FinishedTrial) -> None:
+    int8 = best_calibration(session) or int8_baseline
     if not _met_by_calibration(session, int8):
         assign(
             session.measure,
@@ -214,17 +216,17 @@ def _assigned(session: Session, floor: FinishedTrial, ceiling: FinishedTrial) ->
             session.evaluator.precisions.problem(_without_int16(session, int8.params), session.goal.budgets),
             max_drop=session.goal.max_drop,
             int8_drop=int8.outcome.metrics["accuracy/drop"],
-            int16_drop=ceiling.outcome.metrics["accuracy/drop"],
+            int16_drop=int16_baseline.outcome.metrics["accuracy/drop"],
         )
 
 
 def _without_int16(session: Session, point: Mapping[str, Any]) -> QConfigSettings:
-    """Settings at `point` with nothing in int16 by ratio."""
+    """Return the settings at `point` with an int16 ratio of 0."""
     return trial_settings(with_params(session.config, {**point, RATIO: 0.0})).qconfig
 
 
 def raise_float16(session: Session) -> FinishedTrial | None:
-    """The fewest fp16 operators in all int16 that meet the goal; None where no number of them does."""
+    """Find the fewest fp16 operators with which all int16 meets the goal; return None if no number of them does."""
     order = session.evaluator.precisions.float16_order
     base = baseline_point(session, ALL_INT16)
     with session.console.stage("fp16") as say:

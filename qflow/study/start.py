@@ -1,4 +1,4 @@
-"""The start of a study: its parts, opened in the order in which a mistake costs least."""
+"""The start of a study: it opens tracker, evaluator and Optuna study, the part that fails fastest first."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from qflow.trial.record import RUN_METRICS
 
 @contextmanager
 def open_session(config: DictConfig, started: float) -> Iterator[Session]:
-    """The session of a study; when it is left, however that is, the study's run is closed.
+    """Open the session of a study; the study's run is always ended with the block.
 
-    The store comes first: a bad one fails in seconds. `started` is the `time.perf_counter()` that the console counts
-    from.
+    The tracking store is opened first, because an unusable one fails in seconds. `started` is the
+    `time.perf_counter()` from which the console counts.
     """
     root = root_dir(config)
     tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)

@@ -1,9 +1,10 @@
-"""The guide's QAT as a stage: rates at a fixed rate, then scheduler, scales and weight decay, then bits given back.
+"""The guide's QAT as a stage of its own, after the search, in three parts:
 
-rates       qat.learning_rate in search.rates for a share of the steps, no scheduler; the best is kept
-halving     fixed and moving activation scales, each with search.weight_decays, with the scheduler: the better
-half goes on from its checkpoint until one has all the steps (at most 20 % of the float steps, qat.py)
-give back   int16 operators of the trained mix to int8, trained alike, where the goal still holds
+rates     train with each rate of search.rates for a share of the steps, without scheduler, and keep the best rate
+halving   train with fixed and with moving activation scales, each with every search.weight_decays, with the scheduler;
+          the better half continues from its checkpoint until one candidate has all the steps (at most 20 % of the
+          float steps, `QatSettings.capped`)
+demote    set int16 operators of the trained mix to int8 and train alike, as long as the goal is met
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import ASSIGNMENT, ERROR_SHARE, RATIO, BudgetSpent, demote, halving
 from qflow.study.session import Session
 
-GIVEN_BACK = 6  # trials that are left for giving int16 back
-RUNGS = 3  # a quarter, half, and all of the steps
+DEMOTIONS = 6  # trials that are reserved for demotion
+RUNGS = 3  # rungs of the halving: a quarter, half, and all of the steps
 
 
 def leave_for_training(session: Session) -> None:
-    """Say when trials are trained; where that is after the search, keep training out of it and trials for it."""
+    """Print when trials are trained. If that is after the search, switch training off until then and reserve trials."""
     qat, search = session.config.qat, session.config.search
     if qat.steps and qat.apply == "after_search":
-        alive, trainings = 2 * len(search.weight_decays), len(search.rates) + GIVEN_BACK
+        alive, trainings = 2 * len(search.weight_decays), len(search.rates) + DEMOTIONS
         steps, cut = trial_settings(session.config).qat.capped()
         for _ in _rungs(steps):
             trainings, alive = trainings + alive, max(alive // 2, 1)
         session.kept["qat.steps"], session.budget.reserved = 0, trainings
-        said = "; ".join([f"after the search, {steps} steps (qat.apply=after_search)", *cut])
-        session.console.say(f"{'training':<12} {said}")
+        text = "; ".join([f"after the search, {steps} steps (qat.apply=after_search)", *cut])
+        session.console.say(f"{'training':<12} {text}")
     elif qat.steps:
         session.console.say(
             f"{'training':<12} each trial is trained after its calibration: {qat.steps} steps (qat.steps)"
@@ -40,13 +41,13 @@ def leave_for_training(session: Session) -> None:
 
 
 def train_nearest(session: Session) -> None:
-    """Training as a stage of its own, where it was left to one and nothing meets the goal yet."""
+    """Train the trial nearest to the goal, if training was left to this stage and no trial meets the goal."""
     if session.untrained_best is not None or session.kept.get("qat.steps") != 0:
         return
     nearest = nearest_miss([t for t in session.trials if not _is_trained(t)], session.goal.ranking)
     if nearest is None:
         return
-    if over := over_budget(nearest):  # then nothing that was tried keeps it, and training changes no cost
+    if over := over_budget(nearest):  # then no trial is within the budgets, and training changes no cost
         session.decide("training", f"does not help: the nearest, trial {nearest.number}, exceeds {', '.join(over)}")
         return
     del session.kept["qat.steps"]
@@ -56,7 +57,7 @@ def train_nearest(session: Session) -> None:
 
 
 def train(session: Session, start: FinishedTrial) -> None:
-    """Train the mix of `start`; where a trained trial meets the goal, give int16 back."""
+    """Train the mix of `start`; if a trained trial meets the goal, demote int16 operators of it."""
     with session.console.stage("training") as say:
         ended = ""
         try:
@@ -75,7 +76,7 @@ def train(session: Session, start: FinishedTrial) -> None:
 
 
 def _trained(session: Session, point: dict[str, Any]) -> FinishedTrial | None:
-    """The rate, then scales and weight decay; the best trial on the way that meets the goal, however long it was."""
+    """Search the rate, then scales and weight decay; return the best trained trial that meets the goal, or None."""
     done: list[FinishedTrial] = []
 
     def measure(point: Mapping[str, Any], label: str) -> FinishedTrial | None:
@@ -89,12 +90,12 @@ def _trained(session: Session, point: dict[str, Any]) -> FinishedTrial | None:
     trials = {r: measure({**fixed, "qat.learning_rate": r}, f"QAT rate {r:g}") for r in search.rates}
     known = {rate: t for rate, t in trials.items() if t is not None}
     if not known:
-        session.decide("learning rate", f"every rate of {list(search.rates)} fails; add lower ones to search.rates")
+        session.decide("learning rate", f"every rate of {list(search.rates)} fails; add lower rates to search.rates")
         return None
     rate = max(known, key=lambda r: (_score(known[r]), -r))
     drops = {r: f"{t.outcome.metrics['accuracy/drop']:+.4f}" if t else "failed" for r, t in trials.items()}
-    said = ", ".join(f"{r:g}: {drop}" for r, drop in drops.items())
-    session.decide("learning rate", f"{rate:g} is best after {probe} steps at a fixed rate (drop by rate {said})")
+    by_rate = ", ".join(f"{r:g}: {drop}" for r, drop in drops.items())
+    session.decide("learning rate", f"{rate:g} is best after {probe} steps at a fixed rate (drop by rate {by_rate})")
     candidates = [
         {**point, "qat.learning_rate": rate, "qat.scheduled": True, "qat.moving": moving, "qat.weight_decay": decay}
         for decay in search.weight_decays
@@ -109,32 +110,33 @@ def _trained(session: Session, point: dict[str, Any]) -> FinishedTrial | None:
             f"{final.outcome.metrics['accuracy/drop']:+.4f} after {final.outcome.metrics['qat/steps']:.0f} steps",
         )
     else:
-        session.decide("training", f"at rate {rate:g} with the scheduler every training fails; add lower ones")
+        failed = f"every training at rate {rate:g} with the scheduler fails"
+        session.decide("training", f"{failed}; add lower rates to search.rates")
     return best_trial(done, session.goal.ranking)
 
 
 def _rungs(steps: int) -> list[int]:
-    """Steps after which the worse half of the candidates is left behind."""
+    """Return the numbers of steps of the rungs; after each rung the worse half of the candidates is dropped."""
     return sorted({max(steps // 2**k, 1) for k in range(RUNGS)})
 
 
 def _demote(session: Session, trained: FinishedTrial) -> None:
-    """Fewer int16 operators under the same training: most of what int16 was for, training may have taught."""
+    """Demote int16 operators under the same training, which may have made most of them unnecessary."""
     point = {k: v for k, v in trained.params.items() if k not in (RATIO, ASSIGNMENT, ERROR_SHARE)}
     precisions = session.evaluator.precisions
     settings = trial_settings(with_params(session.config, trained.params)).qconfig
-    wide = set(precisions.resolve(settings)[1].names(QDtype.qint16))
-    mix = "".join("6" if name in wide else "8" for name in precisions.promotable)
+    int16 = set(precisions.resolve(settings)[1].names(QDtype.qint16))
+    mix = "".join("6" if name in int16 else "8" for name in precisions.promotable)
     if "6" not in mix:
         return
-    bare = trial_settings(with_params(session.config, {**point, RATIO: 0.0})).qconfig
+    without_int16 = trial_settings(with_params(session.config, {**point, RATIO: 0.0})).qconfig
 
     def ask(assignment: str, label: str) -> FinishedTrial | None:
         return session.measure({**point, RATIO: 0.0, ASSIGNMENT: assignment}, f"QAT {label}")
 
     with session.pass_or_fail():
-        fewer = demote(ask, precisions.problem(bare, session.goal.budgets), mix, patience=2)
-    session.decide("give back", f"{mix.count('6')} int16 operators before, {fewer.count('6')} after")
+        fewer = demote(ask, precisions.problem(without_int16, session.goal.budgets), mix, patience=2)
+    session.decide("demote", f"{mix.count('6')} int16 operators before, {fewer.count('6')} after")
 
 
 def _is_trained(trial: FinishedTrial) -> bool:
@@ -142,5 +144,5 @@ def _is_trained(trial: FinishedTrial) -> bool:
 
 
 def _score(trial: FinishedTrial) -> float:
-    """Larger is better: the negative drop."""
+    """Return the negative drop: larger is better."""
     return -trial.outcome.metrics["accuracy/drop"]

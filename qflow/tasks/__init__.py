@@ -1,3 +1,3 @@
-"""What is tuned: model, data and metric; the digests that identify a user's own."""
+"""What is tuned: a task of model, data and metric, built-in tasks, and the digests that identify a user's task."""
 
 __all__ = ["content_digest", "digits", "dual", "early_stop", "exposure", "identity", "onnx_model", "perception", "task"]

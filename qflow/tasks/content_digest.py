@@ -1,11 +1,11 @@
-"""The digest of any object by what it is made of: its values and its code, the same in every process.
+"""Computes a digest of any object from its values and its code; it is the same in every process.
 
-An object is taken apart as pickle would take it (`__reduce_ex__`), but nothing is pickled and nothing is built:
-attributes, slots, arguments of a partial, items of a container, parameters of a module. Tensors and arrays count by
-dtype, shape and bytes; functions by bytecode, defaults and closure; the user's classes by what they define. Values
-that a `cached_property` keeps follow from the rest and are left out, so that it does not matter when one looks.
+An object is taken apart as pickle would do it (`__reduce_ex__`), but nothing is pickled: attributes, slots, arguments
+of a partial, items of a container, parameters of a module. Tensors and arrays contribute dtype, shape and bytes;
+functions their bytecode, defaults and closure; the user's classes what they define. Values that a `cached_property`
+keeps follow from the rest and are left out, so that the digest does not depend on whether they were computed yet.
 
-What cannot be taken apart (a lock, an open file, a handle of another library) is named in `unidentified`.
+Parts that cannot be taken apart (a lock, an open file, a handle of another library) are named in `unidentified`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from qflow.core.record import DIGEST_CHARS
 from qflow.tasks.sources import belongs_to_user, package_of
 
-DEPTH = 100  # nested further than any structure that is written by hand: a linked list, say
+DEPTH = 100  # deeper than any structure that is written by hand; a linked list may be nested deeper
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 WRAPPERS = (staticmethod, classmethod, property, functools.cached_property)
 
@@ -35,18 +35,18 @@ class ContentDigest:
 
     def __init__(self) -> None:
         self._sha = hashlib.sha256()
-        self._seen: dict[int, tuple[int, Any]] = {}  # the objects are held: the id of one that is gone comes again
+        self._seen: dict[int, tuple[int, Any]] = {}  # holds the objects: Python reuses the id of one that was freed
         self.packages: set[str] = set()
-        """Top packages of all classes and functions that were met."""
+        """Top-level packages of all classes and functions among the objects."""
         self.unidentified: list[str] = []
 
     @property
     def digest(self) -> str:
-        """Names everything that was added."""
+        """Digest of everything that was added."""
         return self._sha.hexdigest()[:DIGEST_CHARS]
 
     def add(self, value: Any, where: str, depth: int = 0) -> None:
-        """Take in `value`; `where` is its name for people."""
+        """Add `value`; `where` is its name in messages."""
         if type(value) in PLAIN:
             self._put(type(value).__name__, value)
         elif id(value) in self._seen:
@@ -58,7 +58,7 @@ class ContentDigest:
             self._take(value, where, depth + 1)
 
     def forget(self) -> None:
-        """Hold nothing of what was added so far: what comes next is compared with nothing before."""
+        """Release the objects added so far; the digest keeps them, but later objects are not recognized as the same."""
         self._seen.clear()
 
     def _take(self, value: Any, where: str, depth: int) -> None:
@@ -122,7 +122,7 @@ class ContentDigest:
         self._all(value.__bases__, where, depth)
         for name, part in vars(value).items():
             special = name.startswith("__") and not isinstance(part, (FunctionType, *WRAPPERS))
-            if not special and name != "_abc_impl":  # what Python adds: documentation, slots, caches of abc
+            if not special and name != "_abc_impl":  # Python adds these: documentation, slots, caches of abc
                 self._put(name)
                 self.add(part, f"{where}.{name}", depth)
 
@@ -133,7 +133,7 @@ class ContentDigest:
         self._all(_contents(value), where, depth)
         if belongs_to_user(value.__module__):
             self.add(value.__code__, where, depth)
-            if not getattr(sys.modules.get(value.__module__), "__file__", None):  # a notebook: no source speaks for it
+            if not getattr(sys.modules.get(value.__module__), "__file__", None):  # a notebook has no file to hash
                 used = (value.__globals__.get(name) for name in _names(value.__code__))
                 self._all((v for v in used if isinstance(v, (FunctionType, type, *PLAIN))), where, depth)
 
@@ -145,7 +145,7 @@ class ContentDigest:
         try:
             reduce = copyreg.dispatch_table.get(type(value))
             parts = reduce(value) if reduce else value.__reduce_ex__(4)
-        except Exception:  # whatever the object's own code raises, it says that it cannot be taken apart
+        except Exception:  # the object's own code may raise anything: it cannot be taken apart
             self.unidentified.append(f"{where} ({type(value).__name__})")
             return
         if isinstance(parts, str):
@@ -162,7 +162,7 @@ class ContentDigest:
 
 
 def bytes_of(tensor: Tensor) -> Any:
-    """The values of a tensor as they lie in memory: what a hash takes, without a copy."""
+    """The bytes of a tensor for a hash, without a copy if it is contiguous on the CPU."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

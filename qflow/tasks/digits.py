@@ -1,4 +1,4 @@
-"""The smallest task: scikit-learn's handwritten digits, and a network that trains in a few seconds.
+"""The smallest built-in task: scikit-learn's handwritten digits, and a network that trains in about a second.
 
 Images are 8x8, gray, float32 [1, 8, 8] in [0, 1]; the target is the digit. Nothing is stored: the images come
 with scikit-learn (1,797 of them, CC BY 4.0) and the weights are trained when the model is built.
@@ -23,7 +23,7 @@ TRAIN_BATCH = 60  # 20 steps an epoch
 
 @dataclass(frozen=True, kw_only=True)
 class DigitsData:
-    """Samples (image, digit) in three splits: calibration is a part of train, evaluation apart from both."""
+    """Samples (image, digit) in three splits: calibration is a part of train, evaluation is separate from both."""
 
     train: TensorDataset
     calibration: TensorDataset
@@ -49,7 +49,7 @@ def build_data(*, calibration_size: int = 128, seed: int = 0) -> DigitsData:
 
 
 class DigitsNet(nn.Module):
-    """Three convolutions with batch norm, one beside an identity, and a dense layer: 10 scores a picture."""
+    """Three convolutions with batch norm, one with a residual connection, and a dense layer: 10 scores per image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,14 +68,14 @@ class DigitsNet(nn.Module):
 
 
 def build_model(*, epochs: int = 8, seed: int = 0) -> nn.Module:
-    """Train the float network, about a second, and give it in eval mode. No random state is disturbed."""
+    """Train the float network in about a second; returned in eval mode. The global random state does not change."""
     return fit(DigitsNet, build_data().train, epochs=epochs, seed=seed)
 
 
 def fit(network: Callable[[], nn.Module], samples: TensorDataset, *, epochs: int, seed: int) -> nn.Module:
-    """A `network` made and trained on `samples`, in eval mode; repeatable, and no random state is disturbed."""
+    """A `network` trained on `samples`, in eval mode; repeatable, and the global random state does not change."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # repeatable, and so small that threads would only wait for each other
+    torch.set_num_threads(1)  # repeatable, and not slower, as the network is too small for threads
     try:
         return _trained(network, samples, epochs, seed)
     finally:
@@ -99,14 +99,14 @@ def _trained(network: Callable[[], nn.Module], samples: TensorDataset, epochs: i
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Share of images whose highest score is the digit's."""
+    """Share of images whose digit has the highest score."""
 
     name: ClassVar[str] = "accuracy"
     direction: ClassVar[str] = "maximize"
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def __call__(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """One score an image, float32 [B]: 1 right, 0 wrong."""
+        """One score per image, float32 [B]: 1 right, 0 wrong."""
         return (outputs.argmax(dim=1) == batch[1]).float()
 
 

@@ -1,4 +1,4 @@
-"""When an evaluation may end before its last sample: exactly, by the bounds that a metric states of its scores."""
+"""Decides when an evaluation may end before its last sample, by the bounds that a metric states for its scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qflow.core.errors import ConfigError
 
-EPS = 1e-6  # relative to the larger bound: float32 scores of 1 may come out as 1.0000001
+EPS = 1e-6  # tolerance relative to the larger bound: a float32 score of 1 may be computed as 1.0000001
 
 
 def bounds_of(metric: Any) -> tuple[float, float]:
@@ -29,12 +29,12 @@ def bounds_of(metric: Any) -> tuple[float, float]:
 
 
 def require_within(bounds: tuple[float, float], scores: Tensor) -> None:
-    """Refuse scores outside their bounds: an evaluation would end on them. Raises ConfigError."""
+    """Raise ConfigError for scores outside the bounds: they would end an evaluation wrongly."""
     slack = EPS * max(map(abs, bounds))
     low, high = float(scores.min()), float(scores.max())
     if not (bounds[0] - slack <= low and high <= bounds[1] + slack):
         raise ConfigError(
-            f"A metric's scores lie within its bounds {bounds}, but got {low:.9g} to {high:.9g}. Mend the bounds of "
+            f"A metric's scores lie within its bounds {bounds}, but got {low:.9g} to {high:.9g}. Correct the bounds of "
             "task.metric."
         )
 
@@ -42,7 +42,7 @@ def require_within(bounds: tuple[float, float], scores: Tensor) -> None:
 def out_of_reach(
     bounds: tuple[float, float], direction: str, total: float, count: int, samples: int, least: float
 ) -> float | None:
-    """The metric with the worst of all samples to come, where even the best cannot reach `least`; else None.
+    """The metric if all remaining samples score worst, once even the best scores cannot reach `least`; else None.
 
     `total` is the sum of the first `count` of `samples` scores.
     """

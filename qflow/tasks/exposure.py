@@ -1,8 +1,8 @@
-"""Digits under light of 1000:1, where all-int16 misses the float accuracy and three fp16 operators reach it.
+"""Digits in light that varies by 1000:1: all-int16 misses the float accuracy, three fp16 operators reach it.
 
-Every picture has a gain of its own, and the network divides it out with an RMS norm written by hand, as heads of BEV
-and DETR models have. Features span 1000:1, which int16 holds; their squares span 1,000,000:1, and at int16 those of
-dark pictures become 0. So `level[square]`, `level[mean]` and `level[add]` need fp16, all three; everything behind the
+Every image is multiplied by a gain of its own. The network divides it out with a hand-written RMS norm, as found in
+heads of BEV and DETR models. Features span 1000:1, which int16 can represent; their squares span 1,000,000:1, and those
+of dark images become 0 at int16. So `level[square]`, `level[mean]` and `level[add]` all need fp16; everything after the
 norm can be int8.
 """
 
@@ -16,11 +16,11 @@ from qflow.tasks import digits
 from qflow.tasks.digits import DigitsData
 
 SPAN = 1000.0  # brightest over darkest gain
-EPS = 1e-6  # below the mean square of what the darkest picture shows, and a value that fp16 holds
+EPS = 1e-6  # below the mean square of features in the darkest image, and representable in fp16
 
 
 def build_data(*, calibration_size: int = 128, seed: int = 0, span: float = SPAN) -> DigitsData:
-    """The digits, each picture times a gain drawn log-uniformly from 1 / sqrt(span) to sqrt(span)."""
+    """The digits, each image times a gain drawn log-uniformly from 1 / sqrt(span) to sqrt(span)."""
     data = digits.build_data(calibration_size=calibration_size, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     train, evaluation = (_exposed(split, span, generator) for split in (data.train, data.evaluation))
@@ -39,7 +39,7 @@ class Level(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         energy = x.square().mean(1, keepdim=True) + EPS
-        # The bound changes nothing in float: it is for an energy that quantization has made 0.
+        # The bound changes nothing in float; it applies where quantization has rounded the energy to 0.
         return x * energy.rsqrt().clamp_max(EPS**-0.5)
 
 
@@ -64,5 +64,5 @@ class ExposureNet(nn.Module):
 
 
 def build_model(*, epochs: int = 8, seed: int = 0) -> nn.Module:
-    """Train the float network, about a second, and give it in eval mode. No random state is disturbed."""
+    """Train the float network in about a second; returned in eval mode. The global random state does not change."""
     return digits.fit(ExposureNet, build_data().train, epochs=epochs, seed=seed)

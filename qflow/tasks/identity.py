@@ -1,9 +1,9 @@
-"""Fingerprints of tasks and trainings: what a study's numbers depend on beside its configuration.
+"""Fingerprints of tasks and trainings: everything besides the configuration that the results of a study depend on.
 
-Every sample counts, one by one, as model and metric get it: `collate` of the sample alone, and `model_inputs` of that.
-This costs one reading of calibration and evaluation data a start (of the train split once a trial is trained), without
-any forward pass: less than a hundredth of a study, which reads the same data for every trial. A smaller sample of
-them would miss what changes between them.
+Every sample is hashed as the model and the metric get it: `collate` of the sample alone, and `model_inputs` of that.
+Each start therefore reads the calibration and evaluation data once (the train split as soon as a trial is trained),
+without any forward pass. This takes less than a hundredth of a study, which reads the same data for every trial. If
+only some samples were hashed, changes of the others would go unnoticed.
 """
 
 from __future__ import annotations
@@ -28,71 +28,71 @@ SPLITS = ("calibration", "evaluation")
 
 @dataclass(frozen=True)
 class Identity:
-    """What contents depend on, and the parts of it that nothing can identify: with one, nothing may be kept."""
+    """What results depend on, and the names of parts that cannot be identified: with any, no result may be stored."""
 
     content: dict[str, Any]
     unidentified: tuple[str, ...] = ()
 
 
 def of_task(task: Task, skip: Sequence[str] = ()) -> Identity:
-    """What everything that is computed on a task depends on: weights, data, all code, versions and threads."""
-    anatomy = ContentDigest()
+    """What all results on a task depend on: weights, data, all code, versions and threads."""
+    objects = ContentDigest()
     if hasattr(task.metric, "reset"):
-        task.metric.reset()  # what it has summed up is none of its settings
-    anatomy.add(task.model, "task.model")
-    anatomy.add(task.metric, "task.metric")
-    beside = _beside_samples(task)
-    data = {split: split_digest(task, split, anatomy.unidentified) for split in SPLITS}
+        task.metric.reset()  # sums of an earlier evaluation are not part of its settings
+    objects.add(task.model, "task.model")
+    objects.add(task.metric, "task.metric")
+    settings = _data_settings(task)
+    data = {split: split_digest(task, split, objects.unidentified) for split in SPLITS}
     content = {
         "weights": weights_digest(task.model),
         "data": data,
-        "parts": [anatomy.digest, beside.digest],
-        "code": [own_sources(), loaded_sources(anatomy.packages | beside.packages)],  # after all has been used
+        "parts": [objects.digest, settings.digest],
+        "code": [own_sources(), loaded_sources(objects.packages | settings.packages)],  # last: modules load when used
         "skip": list(skip),
         "versions": [platform.python_version(), torch.__version__, np.__version__],
         "machine": [task.device, _machine(task.device), torch.get_num_threads()],
     }
-    return Identity(content, tuple(anatomy.unidentified))
+    return Identity(content, tuple(objects.unidentified))
 
 
 def of_training(task: Task, parts: Any, split: str = "train") -> Identity:
-    """What a training depends on beside its task and settings: loss, optimizer and scheduler, and all its data."""
-    anatomy = ContentDigest()
-    anatomy.add(parts, "qat")
-    train = split_digest(task, split, anatomy.unidentified)
-    content = {"parts": anatomy.digest, "code": loaded_sources(anatomy.packages), "train": train}
-    return Identity(content, tuple(anatomy.unidentified))
+    """What a training depends on besides its task and settings: loss, optimizer and scheduler, and all its data."""
+    objects = ContentDigest()
+    objects.add(parts, "qat")
+    train = split_digest(task, split, objects.unidentified)
+    content = {"parts": objects.digest, "code": loaded_sources(objects.packages), "train": train}
+    return Identity(content, tuple(objects.unidentified))
 
 
-def _beside_samples(task: Task) -> ContentDigest:
-    """The data object without its splits: how it collates a batch of several may hang on its attributes.
+def _data_settings(task: Task) -> ContentDigest:
+    """Digest of the data object without its splits: its attributes may decide how it collates several samples.
 
-    What of it cannot be identified (a file that is open) speaks through the samples, which are all hashed.
+    An attribute that cannot be identified (an open file) does not matter: its effect is in the samples, all hashed.
     """
-    anatomy, splits = ContentDigest(), {*SPLITS, "train", "train_augmented", "calibration_augmented"}
+    settings, splits = ContentDigest(), {*SPLITS, "train", "train_augmented", "calibration_augmented"}
     owner = task.data if isinstance(task.data, type) else type(task.data)
     attributes = getattr(task.data, "__dict__", {})
-    anatomy.add({name: value for name, value in attributes.items() if name not in splits}, "task.data")
+    settings.add({name: value for name, value in attributes.items() if name not in splits}, "task.data")
     if not isinstance(task.data, type):
-        anatomy.add(owner, "task.data")
-    return anatomy
+        settings.add(owner, "task.data")
+    return settings
 
 
 def split_digest(task: Task, split: str, unidentified: list[str]) -> str:
-    """Fingerprint of every sample of a split; what of them cannot be identified is added to `unidentified`.
+    """Fingerprint of every sample of a split; parts that cannot be identified are added to `unidentified`.
 
-    Random numbers start at one place, so that a split that is augmented has the same fingerprint each time.
+    Random seeds are fixed, so that an augmented split has the same fingerprint each time.
     """
-    anatomy, data = ContentDigest(), getattr(task.data, split, None)
-    if data is None or not len(data):  # whoever needs it says so
+    samples, data = ContentDigest(), getattr(task.data, split, None)
+    if data is None or not len(data):  # the step that needs the split reports this
         return "0"
     loader = DataLoader(data, batch_size=1, collate_fn=getattr(task.data, "collate", None))
     with seeded():
         for batch in loaded(loader, split):
-            anatomy.add([batch, model_inputs(task, batch)], f"task.data.{split}")
-            anatomy.forget()
-    unidentified += anatomy.unidentified[:1]
-    return f"{len(data)}:{anatomy.digest}"
+            samples.add([batch, model_inputs(task, batch)], f"task.data.{split}")
+            samples.forget()
+    unidentified += samples.unidentified[:1]
+    return f"{len(data)}:{samples.digest}"
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -105,5 +105,5 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 
 def _machine(device: str) -> str:
-    """The kernels that torch chooses: another processor sums in another order."""
+    """The kind of processor: it decides which kernels torch runs, and so the order of sums."""
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()

@@ -1,9 +1,9 @@
-"""Whose code is loaded: the user's, a library's, or ours; and fingerprints of source files.
+"""Tells the user's code from that of libraries and of qflow, and computes fingerprints of source files.
 
-The user's is every loaded module outside the standard library and site-packages. qflow's own files are hashed as a
-whole, and what a workflow orders changes no number. Of torch, numpy and the standard library the version tells all;
-another package in site-packages may be the user's own that is installed anew under the same version, so its loaded
-modules are hashed where a model, metric or data set comes from it.
+The user's code is every loaded module outside the standard library and site-packages. All files of qflow are hashed;
+those of `workflows` are not, because they only order steps and change no result. torch, numpy and the standard library
+are identified by their versions. Another package in site-packages may be the user's own and may change without a new
+version, so its loaded modules are hashed if a model, metric or data set comes from it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
 
 
 def package_of(module: str | None) -> str:
-    """The top package of a dotted module name."""
+    """The top-level package of a dotted module name."""
     return (module or "").partition(".")[0]
 
 
 @functools.lru_cache(maxsize=4096)
 def belongs_to_user(module: str | None) -> bool:
-    """True if `module` is the user's own: a file outside all libraries, or no file at all (a notebook)."""
+    """True if `module` is the user's own: its file is outside all libraries, or it has no file (a notebook)."""
     if package_of(module) in VERSIONED - {"__main__"}:
         return False
     file = getattr(sys.modules.get(module or ""), "__file__", None)
@@ -42,17 +42,17 @@ def belongs_to_user(module: str | None) -> bool:
 
 
 def loaded_sources(packages: Collection[str] = ()) -> str:
-    """Fingerprint of all loaded modules that are the user's, or of one of `packages`."""
+    """Fingerprint of all loaded modules that are the user's or belong to one of `packages`."""
     sha, wanted = hashlib.sha256(), set(packages) - VERSIONED
     for name, module in sorted(sys.modules.items()):
-        file = getattr(module, "__dict__", {}).get("__file__")  # a lazy module would import at a getattr
+        file = getattr(module, "__dict__", {}).get("__file__")  # getattr would make a lazy module import itself
         if isinstance(file, str) and (_outside(file) or package_of(name) in wanted) and os.path.isfile(file):
             sha.update(f"{name}:{hashlib.sha256(Path(file).read_bytes()).hexdigest()}\n".encode())
     return sha.hexdigest()[:DIGEST_CHARS]
 
 
 def own_sources() -> str:
-    """Fingerprint of qflow's own source: a changed engine finds nothing of the old one's."""
+    """Fingerprint of qflow's own source, so that results of another version are not used."""
     sha = hashlib.sha256()
     for path in sorted(OURS.rglob("*.py")):
         sha.update(path.read_bytes())

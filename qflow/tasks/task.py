@@ -1,15 +1,15 @@
-"""A task: the float model, its data, its metric, and the shape it is deployed at. What a user brings.
+"""A task is what a user provides: the float model, its data, its metric, and the input shape for deployment.
 
-    model    an nn.Module with its float weights (whatever `task.model._target_` returns)
-    data     an object with map-style datasets `calibration` and `evaluation` (and `train` for QAT); samples come
-             out of the user's inference-time preprocessing. Optional: `collate(samples)`, `model_inputs(batch)`, and
-             `calibration_augmented`, `train_augmented`: what `calibration.augment` and `qat.augment` read instead.
-    metric   called with (model outputs, batch) it gives one score a sample; the task's metric is their mean.
+    model    an nn.Module with its float weights (the result of `task.model._target_`)
+    data     an object with map-style datasets `calibration` and `evaluation` (and `train` for QAT), whose samples have
+             gone through the user's inference-time preprocessing. Optional: `collate(samples)`, `model_inputs(batch)`,
+             and the splits `calibration_augmented`, `train_augmented` for `calibration.augment`, `qat.augment`.
+    metric   called with (model outputs, batch) it returns one score per sample; the task's metric is their mean.
              Or an object with update(outputs, batch), compute() and reset(). Either declares `direction`:
              "maximize" or "minimize" (`higher_is_better` of torchmetrics is understood).
 
-A batch is a tensor, (inputs, target, ...), or a dict: of a sequence the model gets as many items as its forward
-takes, of a dict the keys that are arguments of its forward; `data.model_inputs` overrules this.
+A batch is a tensor, a sequence (inputs, target, ...), or a dict. The model gets as many items of a sequence as its
+forward takes, and the keys of a dict that are arguments of its forward; `data.model_inputs` replaces this rule.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DIRECTIONS = ("maximize", "minimize")
 
 @dataclass(frozen=True)
 class Task:
-    """Model, data and metric as built, with what the task states about them."""
+    """The model, data and metric as built, with the settings of the task."""
 
     name: str
     model: nn.Module
@@ -49,12 +49,12 @@ class Task:
     device: str = "cpu"
 
     def drop(self, float_metric: float, metric: float) -> float:
-        """Loss against float in the metric's own units, positive where worse, whatever the direction."""
+        """Loss against float in units of the metric; positive means worse, for either direction."""
         return float_metric - metric if self.direction == "maximize" else metric - float_metric
 
 
 def make_task(*, name: str, model: Any, data: Any, metric: Any, device: str = "cpu", **stated: Any) -> Task:
-    """Check the three parts and put them together. Raises ConfigError naming what a part lacks."""
+    """Check the three parts and build the task. Raises ConfigError, which names what a part lacks."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"task.model gives a torch.nn.Module, but got {type(model).__name__}. Return the model.")
     for part in ("calibration", "evaluation"):
@@ -85,7 +85,7 @@ def make_task(*, name: str, model: Any, data: Any, metric: Any, device: str = "c
 
 
 def _split(data: Any, part: str) -> Any:
-    """`data.calibration` or the like, None without one; a property may raise anything."""
+    """The split `data.<part>`, or None. Raises DataError if a property of the user's class raises."""
     try:
         return getattr(data, part, None)
     except Exception as error:
@@ -94,7 +94,7 @@ def _split(data: Any, part: str) -> Any:
 
 
 def split_for(task: Task, part: str, augment: bool) -> str:
-    """`part`, or the name of its augmented split. Raises ConfigError where the data has none."""
+    """`part`, or the name of its augmented split. Raises ConfigError if the data has no such split."""
     name = f"{part}_augmented"
     if augment and _split(task.data, name) is None:
         key = "qat.augment" if part == "train" else f"{part}.augment"
@@ -107,7 +107,7 @@ def split_for(task: Task, part: str, augment: bool) -> str:
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """Random numbers start at one place inside, so that what a data set draws is the same each time it is read."""
+    """Fix the random seeds inside, so that a data set that draws random numbers gives the same samples every time."""
     ours, numpys = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -121,7 +121,7 @@ def seeded() -> Iterator[None]:
 
 
 def model_inputs(task: Task, batch: Any) -> Any:
-    """What of a batch goes to the model: a tensor, a tuple to splat or a dict of keywords (module docstring)."""
+    """The part of a batch that goes to the model, as positional arguments or keywords (module docstring)."""
     if hasattr(task.data, "model_inputs"):
         return task.data.model_inputs(batch)
     forward = task.model.forward
@@ -141,9 +141,7 @@ def model_inputs(task: Task, batch: Any) -> Any:
 def batches(
     task: Task, split: str, batch_size: int, limit: int | None = None, indices: Sequence[int] | None = None
 ) -> Iterator[tuple[Any, int]]:
-    """Batches of `split` in order (or of the samples `indices`), on the task's device, with their size.
-
-    At most `limit` batches.
+    """At most `limit` pairs (batch, its size) of `split` in order, or of its samples `indices`, on the task's device.
 
     Raises DataError for an empty split, values that are not finite, or samples that cannot be batched.
     """
@@ -180,7 +178,7 @@ def loaded(loader: DataLoader[Any], split: str) -> Iterator[Any]:
             text = " ".join(str(error).split())
             raise DataError(
                 f"Samples of task.data.{split} must load and batch together, but got {type(error).__name__}: {text}. "
-                "Mend the data set, or give task.data a collate."
+                "Correct the data set, or give task.data a collate."
             ) from error
         yield batch
 
@@ -192,13 +190,13 @@ def evaluate(
     on_batch: Callable[[int], None] = lambda done: None,
     least: float | None = None,
 ) -> tuple[float, int]:
-    """Metric of `model` over the evaluation data and the number of samples.
+    """Metric of `model` over the evaluation data, and the number of samples.
 
-    With `least` it ends as soon as no samples to come can bring the metric there, by the metric's bounds
-    (early_stop.py). Samples that were not run then count as the worst: the metric is never better than it would have
-    been.
+    With `least` the evaluation ends as soon as the remaining samples cannot bring the metric to it, by the metric's
+    bounds (early_stop.py). Samples that were not run then count as the worst, so that the metric is never better than
+    in a full evaluation.
 
-    Raises ModelError where an output is not finite or the model cannot take a batch, DataError for bad data.
+    Raises ModelError if an output is not finite or the model cannot take a batch, DataError for bad data.
     """
     stateful = hasattr(task.metric, "update") and hasattr(task.metric, "compute")
     if stateful and hasattr(task.metric, "reset"):
@@ -244,7 +242,7 @@ def _scored(score: Callable[..., Any], outputs: Any, batch: Any) -> Any:
 
 
 def run(model: Callable[..., Any], inputs: Any) -> Any:
-    """Call `model` on `inputs`; a batch it cannot take is the user's to mend, so it gets one line."""
+    """Call `model` on `inputs`. Raises ModelError, in one line, if it cannot take them."""
     inputs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)  # a model may write into them
     try:
         return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
@@ -259,7 +257,7 @@ def run(model: Callable[..., Any], inputs: Any) -> Any:
 
 
 def deploy_inputs(task: Task, example: Any) -> Any:
-    """Inputs at `task.deploy_shape` in the structure of `example`; without a shape, the example's first sample."""
+    """Random inputs of `task.deploy_shape` in the structure of `example`; its first sample if there is no shape."""
     if task.deploy_shape is None:
         return tree_map(lambda v: v[:1] if isinstance(v, Tensor) else v, example)
     generator = torch.Generator().manual_seed(0)

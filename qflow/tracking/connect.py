@@ -1,4 +1,4 @@
-"""From an address to an MLflow client and an experiment: which stores are served, refusals in one line."""
+"""The connection to MLflow: from an address to a client and an experiment, with errors in one line."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from qflow.core.store import build_aside, sqlite_path, sqlite_url
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-SCHEMA = "1"  # of the tags, params and files in a store; another number is another meaning
-ANSWER_SECONDS = 4.0  # a server that needs longer to say "OK" is down or unreachable
+SCHEMA = "1"  # version of the tags, params and files in a store
+ANSWER_SECONDS = 4.0  # a server that takes longer to answer counts as down
 _FOREIGN = ("mlflow", "sqlalchemy", "alembic", "sqlite3", "requests", "urllib3")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
 def open_client(uri: str | None, folder: Path, experiment: str) -> tuple[MlflowClient, str, str]:
-    """(client, uri, experiment id) of a store; without a `uri` the SQLite store in `folder`.
+    """Return (client, uri, experiment id) of the store at `uri`, by default the SQLite store in `folder`.
 
-    Raises TrackingError when the store cannot be served or does not answer.
+    Raises TrackingError if the store is of a kind that is not supported or does not answer.
     """
     uri = uri or sqlite_url(folder / "mlflow.db")
     scheme = uri.partition(":")[0].partition("+")[0] if "://" in uri else "file"
     artifacts: str | None = str((folder / "artifacts").absolute())
     if scheme in ("http", "https"):
         _require_answer(uri)
-        artifacts = None  # the server knows where
+        artifacts = None  # the server chooses the place
     elif scheme not in DATABASES:
         raise TrackingError(
             f"Runs are kept in a database or on a server, but got {uri}: MLflow has retired the file "
@@ -48,7 +48,7 @@ def open_client(uri: str | None, folder: Path, experiment: str) -> tuple[MlflowC
 
     with plain_errors(uri):
         if file := sqlite_path(uri):
-            uri = sqlite_url(file)  # absolute: it must hold from any working folder
+            uri = sqlite_url(file)  # absolute, so that it is valid in any working folder
             build_aside(file, _create_database)
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         return client, uri, _experiment(client, experiment, artifacts)
@@ -58,16 +58,16 @@ def _quiet_import() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    import mlflow  # noqa: F401  # sets up its loggers, which are toned down below
+    import mlflow  # noqa: F401  # sets up its loggers, whose levels are raised below
 
     for name in ("mlflow", "alembic", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # a database error is raised as well as logged, and the log holds a traceback of 60 lines
+    # it logs a traceback of 60 lines for a database error, which is raised too
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def _require_answer(uri: str) -> None:
-    """Raise TrackingError unless the server answers in time, with name resolution, which has no timeout."""
+    """Raise TrackingError unless the server answers in time; name resolution, which has no timeout, is included."""
     verdict = ["no answer"]
     thread = threading.Thread(target=lambda: verdict.append(_health(uri)), daemon=True)
     thread.start()
@@ -75,17 +75,17 @@ def _require_answer(uri: str) -> None:
     if verdict[-1]:
         raise TrackingError(
             f"The tracking server must answer within {ANSWER_SECONDS:.0f} s, but got '{verdict[-1]}' "
-            f"from {uri}. Start it (mlflow server), mend tracking.uri, or leave it empty for a local store."
+            f"from {uri}. Start it (mlflow server), correct tracking.uri, or leave it empty for a local store."
         )
 
 
 def _health(uri: str) -> str:
-    """What is wrong with the server, or nothing."""
+    """Return what is wrong with the server, or an empty text."""
     try:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_SECONDS) as answer:
             answer.read(64)
     except urllib.error.HTTPError as error:
-        # 401 and 404: it answers; a proxy may hide /health, and MLflow itself says who may come in
+        # 401 and 404 count as an answer: a proxy may hide /health, and MLflow itself checks access
         return "" if error.code in (401, 404) else f"HTTP {error.code} {error.reason}"
     except (OSError, ValueError, http.client.HTTPException) as error:
         return str(getattr(error, "reason", error)) or type(error).__name__
@@ -93,19 +93,19 @@ def _health(uri: str) -> str:
 
 
 def _create_database(url: str) -> None:
-    """Run MLflow's migrations on a new file and close it."""
+    """Create the database with MLflow's migrations, and close it."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     file = sqlite_path(url)
     assert file is not None
     store = SqlAlchemyStore(url, str(file.parent / "artifacts"))  # type: ignore[no-untyped-call]
     store.engine.dispose()
-    engines = getattr(SqlAlchemyStore, "_engine_map", {})  # MLflow keeps engines by URL; this URL is gone soon
+    engines = getattr(SqlAlchemyStore, "_engine_map", {})  # MLflow caches engines by URL, and this file is renamed next
     engines.pop(url, None)
 
 
 def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
-    """The id of the experiment, made when missing. Raises TrackingError for one of another schema."""
+    """Return the id of the experiment; create it if missing. Raises TrackingError for one of another schema."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
@@ -114,7 +114,7 @@ def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
         try:
             return str(client.create_experiment(name, artifact_location=artifacts, tags=tags))
         except MlflowException:
-            found = client.get_experiment_by_name(name)  # another process was faster
+            found = client.get_experiment_by_name(name)  # another process has created it
             if found is None:
                 raise
     if found.lifecycle_stage != "active":
@@ -134,7 +134,7 @@ def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
 
 @contextmanager
 def plain_errors(uri: str) -> Iterator[None]:
-    """Turn what MLflow and its drivers raise into a TrackingError of one line."""
+    """Turn exceptions of MLflow and its drivers into a TrackingError of one line."""
     try:
         yield
     except Exception as error:
@@ -142,13 +142,13 @@ def plain_errors(uri: str) -> Iterator[None]:
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise TrackingError(
-            f"The tracking store must do what it is asked, but got '{lines[0]}' from {uri}. Mend "
-            f"the store and run the same command again: what is finished is kept."
+            f"A call to the tracking store must succeed, but got '{lines[0]}' from {uri}. Repair "
+            f"the store and run the same command again: finished trials are kept."
         ) from error
 
 
 def source_tags() -> dict[str, str]:
-    """Who ran what: the tags that MLflow's own client would not set for us."""
+    """Return the tags for user, source and commit, which MLflow's client does not set by itself."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container without a user database
@@ -163,7 +163,7 @@ def source_tags() -> dict[str, str]:
 
 
 def delete_artifacts(uri: str) -> None:
-    """Remove everything under a run's artifact address. Raises TrackingError where its store does not delete."""
+    """Delete everything under a run's artifact address. Raises TrackingError if the store cannot delete."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     try:

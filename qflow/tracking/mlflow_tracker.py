@@ -1,10 +1,10 @@
-"""Runs in MLflow: one parent run per study, one child run per trial; the only home of `import mlflow`.
+"""Runs in MLflow: one parent run per study, one child run per trial.
 
-    params   what someone will sort or group by          metrics  names with slashes, 6 significant digits
+    params   settings to sort or group by                metrics  names with slashes, 6 significant digits
     tags     qflow.study, .trial, .label, .kind, .result  files    at the root of the run, tables marked
 
-MLflow writes params, then metrics, then tags of one batch. So a tag sent in the same batch as the values is
-there only if they are, and the `qflow.result` tag can serve as the commit point of a trial.
+MLflow writes the params of a batch first, then its metrics, then its tags. So a tag in the same batch as the values is
+stored only if they are, and the tag `qflow.result` can be the commit point of a trial.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Plain = str | int | float | bool | None
 RESULT = "qflow.result"
 TABLES = "mlflow.loggedArtifacts"
 BATCH = 90  # params or tags; MLflow splits at 100 and would then send the marker before the rest
-METRIC_BATCH = 800  # and at 1000 values in all
-TABLE_HEAD = '{"columns":['  # how pandas begins a frame with orient="split"
+METRIC_BATCH = 800  # metrics; MLflow also splits at 1000 values in all
+TABLE_HEAD = '{"columns":['  # the start of a frame that pandas writes with orient="split"
 
 
 class MlflowTracker:
@@ -48,8 +48,8 @@ class MlflowTracker:
     def open(cls, uri: str | None, folder: Path, experiment: str) -> MlflowTracker:
         """Open the store at `uri` (a server or a database), or the SQLite store in `folder`.
 
-        Raises TrackingError when the server does not answer within 5 s, the store is of a kind that is not
-        served, or the experiment was written by a qflow with another schema.
+        Raises TrackingError if the server does not answer within 5 s, the store is of a kind that is not supported, or
+        the experiment was written by a qflow with another schema.
         """
         start = time.monotonic()
         client, uri, experiment_id = connect.open_client(uri, folder, experiment)
@@ -58,16 +58,16 @@ class MlflowTracker:
         return tracker
 
     def ui_command(self) -> str:
-        """The command that shows the runs; for a server, its address."""
+        """Return the command that shows the runs; for a server, its address."""
         if self.uri.startswith("http"):
             return f"open {self.uri}"
         return f"mlflow ui --workers 1 --backend-store-uri {shlex.quote(self.uri)}"
 
     def open_study(self, name: str, *, tags: Mapping[str, str], params: Mapping[str, Plain], description: str) -> str:
-        """Run id of the study `name`: a new run, or the one that has the name, set RUNNING again.
+        """Return the run id of the study `name`: a new run, or its existing one with the status RUNNING again.
 
-        A param keeps the value of the first start, as MLflow demands; values that changed since are in the
-        tag `qflow.changed_params`.
+        A param keeps the value of the first start, as MLflow demands; values that have changed since are in the tag
+        `qflow.changed_params`.
         """
         every = {**tags, "mlflow.note.content": description} if description else dict(tags)
         with self._call():
@@ -87,20 +87,20 @@ class MlflowTracker:
             return run_id
 
     def find_study(self, name: str) -> str | None:
-        """Run id of the study `name`, by tag; None if it was never begun."""
+        """Return the run id of the study `name`, found by tag; None if there is none."""
         with self._call():
             found = self._search(f"tags.`qflow.study` = {_quoted(name)} and tags.`qflow.kind` = 'study'", 1)
         return str(found[0].info.run_id) if found else None
 
     def experiments_with(self, study: str) -> list[str]:
-        """Names of the store's experiments that hold the study `study`."""
+        """Return the names of the store's experiments that hold the study `study`."""
         query = f"tags.`qflow.study` = {_quoted(study)} and tags.`qflow.kind` = 'study'"
         with self._call():
             names = {e.experiment_id: e.name for e in self.client.search_experiments()}
             return sorted({names[run.info.experiment_id] for run in self.client.search_runs(list(names), query)})
 
     def start_trial(self, study_run_id: str, study: str, number: int, label: str) -> str:
-        """Run id of a new run for trial `number`, a child of the study's run."""
+        """Create a run for trial `number`, a child of the study's run, and return its id."""
         tags = {
             "mlflow.parentRunId": study_run_id,
             "qflow.study": study,
@@ -115,7 +115,7 @@ class MlflowTracker:
             return str(self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id)
 
     def upload(self, run_id: str, folder: Path) -> list[str]:
-        """Upload everything in `folder` in one go; the names of the files in it that are tables."""
+        """Upload everything in `folder` at once; return the names of the files in it that are tables."""
         if not any(folder.iterdir()):
             return []
         with self._call():
@@ -132,37 +132,37 @@ class MlflowTracker:
         folder: Path | None = None,
         tables: Sequence[str] = (),
     ) -> None:
-        """Write everything a trial is worth; `outcome_json` becomes visible only after all the rest is."""
+        """Write the results of a trial; `outcome_json` becomes visible only after everything else."""
         with self._call():
             found = self.upload(run_id, folder) if folder else []
             every = {**tags, **_tables_tag([*found, *tables]), RESULT: outcome_json}
             self._log(run_id, metrics, params, every)
 
     def result(self, run_id: str) -> str | None:
-        """What `commit` was given, or None for a run that was not committed."""
+        """Return the `outcome_json` of a committed run, or None for another run."""
         return self.run_tags(run_id).get(RESULT)
 
     def find_trial(self, study: str, number: int) -> str | None:
-        """Run id of the newest run of a trial, by tag."""
+        """Return the id of the newest run of a trial, found by tag."""
         query = f"tags.`qflow.study` = {_quoted(study)} and tags.`qflow.trial` = '{number}'"
         with self._call():
             found = self._search(query, 1)
         return str(found[0].info.run_id) if found else None
 
     def running_trials(self, study: str) -> list[str]:
-        """Run ids of the trial runs without an end; asks for those only."""
+        """Return the ids of the trial runs that were not ended, by a query for these only."""
         query = f"tags.`qflow.study` = {_quoted(study)} and tags.`qflow.kind` = 'trial'"
         with self._call():
             return [str(r.info.run_id) for r in self._search(f"{query} and attributes.status = 'RUNNING'")]
 
     def trial_runs(self, study: str) -> list[tuple[str, int, str, str | None]]:
-        """(run id, trial number, status, marker) of every trial run: 2.5 ms a run, for checks and reports."""
+        """Return (run id, trial number, status, marker) of every trial run; it takes 2.5 ms per run."""
         with self._call():
             runs = self._search(f"tags.`qflow.study` = {_quoted(study)} and tags.`qflow.kind` = 'trial'")
         return [(r.info.run_id, int(r.data.tags["qflow.trial"]), r.info.status, r.data.tags.get(RESULT)) for r in runs]
 
     def end(self, run_id: str, status: str, reason: str | None = None) -> None:
-        """Close a run as FINISHED, FAILED or KILLED; the reason goes to the tag `qflow.end_reason`."""
+        """End a run as FINISHED, FAILED or KILLED; the reason is stored in the tag `qflow.end_reason`."""
         with self._call():
             if reason:
                 self.client.set_tag(run_id, "qflow.end_reason", reason[:5000])
@@ -178,7 +178,7 @@ class MlflowTracker:
         folder: Path | None = None,
         tables: Sequence[str] = (),
     ) -> None:
-        """Add tables, figures and values to a study's run; may be called several times."""
+        """Add files and values to a study's run; may be called several times."""
         with self._call():
             found, every = self.upload(run_id, folder) if folder else [], dict(tags or {})
             if found or tables:
@@ -187,7 +187,7 @@ class MlflowTracker:
             self._log(run_id, metrics or {}, self._new_params(run_id, params or {}, every), every)
 
     def clear(self, run_id: str) -> None:
-        """Remove a run's files: what is written again may be less than before."""
+        """Delete a run's files, because those that are written next need not replace all of them."""
         with self._call():
             if self.client.list_artifacts(run_id):
                 connect.delete_artifacts(self.client.get_run(run_id).info.artifact_uri)
@@ -204,20 +204,20 @@ class MlflowTracker:
             return Path(self.client.download_artifacts(run_id, path, str(into)))
 
     def run_params(self, run_id: str) -> dict[str, str]:
-        """The params of a run, as text."""
+        """Return the params of a run, as text."""
         return dict(self._run(run_id).data.params)
 
     def run_metrics(self, run_id: str) -> dict[str, float]:
-        """The metrics of a run, the last value of each."""
+        """Return the metrics of a run, the last value of each."""
         return dict(self._run(run_id).data.metrics)
 
     def run_tags(self, run_id: str) -> dict[str, str]:
-        """The tags of a run."""
+        """Return the tags of a run."""
         return dict(self._run(run_id).data.tags)
 
     @contextmanager
     def calling(self) -> Iterator[MlflowClient]:
-        """The client, with the time counted and errors in one line."""
+        """Yield the client; count the time inside, and turn MLflow's errors into one line."""
         with self._call():
             yield self.client
 
@@ -236,7 +236,7 @@ class MlflowTracker:
                 return runs
 
     def _new_params(self, run_id: str, params: Mapping[str, Plain], tags: dict[str, str]) -> dict[str, Plain]:
-        """The params a run does not have yet; those with another value go to a tag, in `tags`."""
+        """Return the params that a run does not have yet; add those with changed values to `tags` as one tag."""
         if not params:
             return {}
         kept = self.run_params(run_id)
@@ -248,7 +248,7 @@ class MlflowTracker:
     def _log(
         self, run_id: str, metrics: Mapping[str, float], params: Mapping[str, Plain], tags: Mapping[str, str]
     ) -> None:
-        """One batch; the tags of an outsized one follow in a batch of their own."""
+        """Write one batch. If it is too large, the tags follow in a batch of their own."""
         from mlflow.entities import Metric, Param, RunTag
 
         now = int(time.time() * 1000)
@@ -262,7 +262,7 @@ class MlflowTracker:
 
     @contextmanager
     def _call(self) -> Iterator[None]:
-        """Count the time once, however calls nest, and turn MLflow's errors into one line."""
+        """Count the time once for nested calls, and turn MLflow's errors into one line."""
         start = time.monotonic()
         self._depth += 1
         try:
@@ -275,12 +275,12 @@ class MlflowTracker:
 
 
 def rounded(value: float) -> float:
-    """`value` with 6 significant digits: the run list prints every digit it is given."""
+    """Return `value` with 6 significant digits, because MLflow's run list prints every digit."""
     return float(f"{value:.6g}")
 
 
 def find_tables(folder: Path) -> list[str]:
-    """Paths in `folder` of the `*.json` files in pandas' layout orient="split": columns first, then data."""
+    """Return the paths in `folder` of `*.json` files in pandas' layout orient="split": columns, then data."""
     return [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*.json")) if _head(p) == TABLE_HEAD]
 
 

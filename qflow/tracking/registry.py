@@ -1,6 +1,6 @@
-"""The model registry: numbered versions of a qconfig, and the alias that says which one counts.
+"""The model registry: numbered versions of a qconfig, and the alias that marks the promoted one.
 
-A version points at the artifacts of the run it came from, nothing is copied. Moving an alias promotes.
+A version points at the artifacts of the run that it came from; nothing is copied. Moving the alias promotes a version.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ def register(
     tracker: MlflowTracker, name: str, run_id: str, artifact_path: str, alias: str,
     tags: Mapping[str, str], description: str,
 ) -> int:  # fmt: skip
-    """Make a version of model `name` from a run's artifact folder, point `alias` at it, return its number.
+    """Create a version of model `name` from a run's artifact folder, point `alias` at it, and return its number.
 
-    A run that is a version of `name` already stays that version: only the alias moves.
-    A kill between the two steps leaves a version without the alias: the old one still counts. Raises
-    ConfigError for an alias that MLflow keeps for itself, TrackingError when the store refuses.
+    If the run is a version of `name` already, only the alias moves. A kill between the two steps leaves a version
+    without the alias, which still points at the old version. Raises ConfigError for an alias that MLflow reserves,
+    TrackingError if the store fails.
     """
     check_alias(alias)
     with tracker.calling() as client:
@@ -40,7 +40,7 @@ def register(
 
 
 def champion(tracker: MlflowTracker, name: str, alias: str) -> tuple[int, str] | None:
-    """(version, run id) that `alias` points at, or None without such a model or alias."""
+    """Return the (version, run id) that `alias` points at, or None if model or alias do not exist."""
     check_alias(alias)
     from mlflow.exceptions import MlflowException
 
@@ -49,18 +49,18 @@ def champion(tracker: MlflowTracker, name: str, alias: str) -> tuple[int, str] |
             found = client.get_model_version_by_alias(name, alias)
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                return None  # the second is what MLflow answers for a missing alias of a model that exists
+                return None  # the second is for a missing alias of a model that exists
             raise
     return int(found.version), str(found.run_id)
 
 
 def check_alias(alias: str) -> None:
-    """Raise ConfigError unless `alias` may name a version."""
+    """Raise ConfigError for an alias that MLflow does not allow."""
     if not re.fullmatch(r"[\w-]{1,255}", alias):
         raise ConfigError(f"An alias is letters, digits, _ and -, but got {alias!r}. Rename it.")
     if alias.lower() == "latest" or re.fullmatch(r"v\d+", alias, re.IGNORECASE):
         raise ConfigError(
-            f"An alias is a name that MLflow does not keep for itself (latest, v1, v2, ...), but got "
+            f"An alias is a name that MLflow does not reserve (latest, v1, v2, ...), but got "
             f"{alias!r}. Take another, such as champion."
         )
 

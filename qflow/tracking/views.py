@@ -1,9 +1,9 @@
-"""A saved view of the MLflow UI: accuracy against latency at first sight, instead of a collapsed run list.
+"""A saved view of the MLflow UI that shows accuracy against latency, where the UI would show a collapsed run list.
 
-The UI keeps a shared view as an experiment tag, `mlflow.sharedViewState.<key>`, whose state is
-`deflate;` + base64(zlib(JSON)). The format is not documented (seen working on 3.17.2), so writing it is best
-effort: without it the plain address still filters and sorts. Sorting by a metric is what makes the UI show
-trials flat; sorted by time it nests them under their study and plots the studies only.
+The UI stores a shared view as an experiment tag, `mlflow.sharedViewState.<key>`, whose state is
+`deflate;` + base64(zlib(JSON)). The format is not documented (it works on 3.17.2), so a failure to write it is ignored;
+the address without a view still filters and sorts. The view sorts by a metric, because the UI then lists all trials;
+sorted by time, it nests them under their study and plots the studies only.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _log = logging.getLogger(__name__)
 def save_view(
     tracker: MlflowTracker, study: str, *, params: Sequence[str] = (), x: str = LATENCY, y: str = DROP
 ) -> str | None:
-    """Save the view of a study's trials and return its key, or None when that did not work.
+    """Save the view of a study's trials and return its key, or None if that failed.
 
-    `x` and `y` are the metrics of the scatter plot; `params` and int16's share join them in the parallel coordinates.
+    `x` and `y` are the metrics of the scatter plot. The parallel coordinates also show `params` and the int16 share.
     """
     state = view_state(study, params, x, y)
     key = record.digest([study, list(params), x, y])
@@ -42,7 +42,7 @@ def save_view(
     try:
         with tracker.calling() as client:
             client.set_experiment_tag(tracker.experiment_id, TAG + key, json.dumps(value))
-    except TrackingError as error:  # a nicety must not end a study
+    except TrackingError as error:  # a study must not fail because of its view
         _log.info("The view of %s was not saved: %s", study, error)
         return None
     return key
@@ -51,8 +51,8 @@ def save_view(
 def study_url(
     host: str, experiment_id: str, study: str, key: str | None = None, *, charts: bool = True, y: str = DROP
 ) -> str:
-    """The address of a study's trials, as the saved view `key` or filtered and sorted by hand."""
-    # the UI opens in its mode for language models unless it is told otherwise
+    """Return the address of a study's trials, with the saved view `key` or with a filter and an order."""
+    # the UI opens in its mode for language models by default
     query = {"workflowType": "machine_learning"}
     if key:
         query["viewStateShareKey"] = key
@@ -64,7 +64,7 @@ def study_url(
 
 
 def view_state(study: str, params: Sequence[str], x: str, y: str) -> dict[str, Any]:
-    """The page state: the study's trials sorted by `y`, a scatter plot and parallel coordinates."""
+    """Return the page state: the study's trials sorted by `y`, a scatter plot and parallel coordinates."""
     section = "qflow-charts"
     card = {"metricSectionId": section, "deleted": False, "isGenerated": False}
     scatter = {
@@ -100,12 +100,12 @@ def view_state(study: str, params: Sequence[str], x: str, y: str) -> dict[str, A
 
 
 def pack(state: dict[str, Any]) -> str:
-    """The text form of a state."""
+    """Return the text form of a state."""
     return "deflate;" + base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
 
 
 def unpack(text: str) -> dict[str, Any]:
-    """The state in a text that `pack` made."""
+    """Return the state in a text that `pack` made."""
     state: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(text.removeprefix("deflate;"))))
     return state
 

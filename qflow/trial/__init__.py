@@ -1,6 +1,6 @@
-"""Evaluating one trial: what all trials share, precisions, training, the cache, the record.
+"""The evaluation of one trial: the state that all trials share, precisions, training, the cache, the record.
 
-No configuration and no store: a trial is a function of a task and its settings.
+A trial is a function of a task and its settings. This package reads no configuration and writes to no store.
 """
 
 __all__ = ["diagnosis", "evaluator", "record", "training"]

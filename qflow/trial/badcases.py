@@ -1,4 +1,4 @@
-"""The search for bad cases on a task: which samples, by which metric, and where a long one goes on after a kill."""
+"""The search for bad cases on a task: its samples, its metric, and the file from which a killed search continues."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ from qflow.tasks.content_digest import ContentDigest
 from qflow.tasks.identity import Identity
 from qflow.tasks.task import Task, batches, model_inputs
 
-LONG = 16  # steps; a longer search leaves its state
+LONG = 16  # steps; a longer search saves its state
 
 
 @dataclass(frozen=True)
 class BadcaseStage:
-    """The first `search_samples` of the calibration data, `batch_size` a step."""
+    """A search over the first `search_samples` samples of the calibration data, `batch_size` of them in each step."""
 
     task: Task
     settings: SensitivitySettings
     batch_size: int
     own: Custom | None = None
-    """The user's own metric: it chooses the bad cases; rankings and layers keep theirs."""
+    """The user's own metric for choosing the bad cases; rankings and layers use `settings.metric`."""
 
     @property
     def samples(self) -> int:
-        """How many samples are searched."""
+        """Number of samples that are searched."""
         return min(self.settings.search_samples, len(self.task.data.calibration))
 
     @property
     def steps(self) -> int:
-        """Batches that are searched."""
+        """Number of batches that are searched."""
         return -(-self.samples // self.batch_size)
 
     @cached_property
     def _own(self) -> ContentDigest:
-        anatomy = ContentDigest()
+        content = ContentDigest()
         if self.own is not None:
-            anatomy.add([self.own.function, self.own.order], "sensitivity.own_metric")
-        return anatomy
+            content.add([self.own.function, self.own.order], "sensitivity.own_metric")
+        return content
 
     @property
     def unidentified(self) -> list[str]:
-        """Parts of the own metric that nothing identifies."""
+        """Parts of the own metric that cannot be recognised at the next start."""
         return self._own.unidentified
 
     @property
     def key(self) -> list[Any]:
-        """What the table depends on beside task and model."""
+        """Everything that the table depends on beside task and model."""
         s = self.settings
         return [s.metric, s.compare, s.bad_cases, s.search_samples, self.batch_size, self._own.digest]
 
@@ -67,7 +67,7 @@ class BadcaseStage:
         inputs: BadcaseInputs | None,
         state: tuple[Path, str] | None,
     ) -> BadcaseTable:
-        """Search the calibrated model; `state` is a file and the name of what it belongs to."""
+        """Search the calibrated model. `state` is the state file with the name of the search that it belongs to."""
         stream = batches(self.task, "calibration", self.batch_size, indices=range(self.samples))
         return find_badcases(
             self.task.model,
@@ -86,18 +86,21 @@ class BadcaseStage:
     def state(
         self, folder: Path | None, identity: Callable[[], Identity], key: Any, say: Callable[[str], None]
     ) -> tuple[Path, str] | None:
-        """A long search's file in `folder` and its name; None if it is short, or nothing identifies what it reads."""
+        """Return the state file of a long search in `folder`, and the name of the search.
+
+        It is None for a short search, and for one with a part that cannot be recognised at the next start.
+        """
         if folder is None or self.steps <= LONG:
             return None
         task = identity()
         if unknown := [*task.unidentified, *self.unidentified]:
-            say(f"{'bad cases':<12} a search that is killed begins anew: nothing identifies {unknown[0]}")
+            say(f"{'bad cases':<12} a killed search starts over: {unknown[0]} cannot be recognised at the next start")
             return None
         name = digest([task.content, key])
         return folder / f"{name}.pt", name
 
     def read(self, table: BadcaseTable, inputs: BadcaseInputs) -> None:
-        """Read again the inputs of the samples that `table`, known from before, names."""
+        """Read the inputs of the samples that are named in `table`, which came from the cache."""
         for index in named_samples(table):
             ((batch, _),) = batches(self.task, "calibration", 1, indices=[index])
             inputs.update(model_inputs(self.task, batch), index, 1, [*inputs.samples, index])

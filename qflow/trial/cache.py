@@ -1,12 +1,13 @@
-"""What trials and starts share, kept by content: statistics, tables, evaluated qconfigs.
+"""The cache of a study: calibration statistics, tables and evaluations, stored by content for trials and later starts.
 
 A key is the digest of everything that the content depends on: weights, data, the code of model, metric and qflow,
-versions, threads and the settings concerned (tasks/identity.py). So what was computed once is found again by the next
-trial, the next start and another study in the same root; and what no longer fits is not found, without anybody
-invalidating it. A hit is what a miss would have computed, bit by bit.
+versions, threads and the settings concerned (tasks/identity.py). A later trial, a later start or another study in the
+same root finds what was computed before. If something changes, so does the key, and no entry has to be invalidated. A
+hit equals, bit for bit, what would have been computed.
 
-A file is one record in safetensors: tensors as tensors, all else as JSON in its header, so nothing is unpickled. It is
-written aside and renamed, so that a kill leaves none half written, and may be deleted at any time.
+A file is one record in safetensors: tensors as tensors, everything else as JSON in its header, so that nothing is
+unpickled. It is written under a temporary name and renamed, so that a kill leaves no partial file. Files may be deleted
+at any time.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ class Cache:
 
     folder: Path | None = None
     context: dict[str, Any] = field(default_factory=dict)
-    """What every content depends on; in memory alone that is one process's one task."""
+    """What all entries depend on; empty for a cache in memory, which serves one task of one process."""
     say: Callable[[str], None] = _log.warning
-    """Told in one line what is not kept, or could not be read."""
+    """Called with one line for each entry that is not stored or cannot be read."""
     hits: Counter[str] = field(default_factory=Counter)
     misses: Counter[str] = field(default_factory=Counter)
 
@@ -48,18 +49,18 @@ class Cache:
         self._held: dict[tuple[str, str], Any] = {}
 
     def leave_disk(self, unidentified: str) -> None:
-        """Keep everything in memory only from here on: what cannot be identified may be another next time."""
+        """Keep entries in memory only from now on, because `unidentified` may differ at the next start unnoticed."""
         if self.folder is not None:
-            self.say(f"{'cache':<12} in memory only: nothing tells {unidentified} of this start from the next one's")
+            self.say(f"{'cache':<12} in memory only: {unidentified} cannot be recognised at the next start")
         self.folder = None
 
     def get(self, kind: str, key: Any, compute: Callable[[], T], record: type[T]) -> T:
-        """The content of `key`, a `record`, computed where it is not known."""
+        """Return the content of `key`, which is a `record`; compute and store it if it is missing."""
         found = self.known(kind, key, record)
         return self.keep(kind, key, compute()) if found is None else found
 
     def known(self, kind: str, key: Any, record: type[T]) -> T | None:
-        """The content of `key`, if it is known: a hit."""
+        """Return the content of `key` and count a hit, or return None if it is missing."""
         name, place = self._place(kind, key)
         found: T | None = self._held.get((kind, name))
         if found is None and place is not None:
@@ -70,7 +71,7 @@ class Cache:
         return found
 
     def keep(self, kind: str, key: Any, content: T) -> T:
-        """Keep what had to be computed: a miss."""
+        """Store the computed content of `key` and count a miss."""
         name, place = self._place(kind, key)
         self.misses[kind] += 1
         if place is not None:
@@ -87,12 +88,12 @@ class Cache:
         return ", ".join(f"{kind} {self.hits[kind]} of {self.hits[kind] + self.misses[kind]}" for kind in kinds)
 
     def _read(self, place: Path, record: type[T]) -> T | None:
-        """The content of a file; None where there is none, or one that cannot be read (it is computed again)."""
+        """Return the content of a file; None if it is missing or cannot be read, so that it is computed again."""
         if not place.exists():
             return None
         try:
             return read_record(place, record)
-        except Exception as error:  # a file that is damaged or of another make may raise anything
+        except Exception as error:  # a file that is damaged or not ours may raise anything
             text = " ".join(str(error).split())
             self.say(f"{'cache':<12} {place} cannot be read and is computed again: {type(error).__name__}: {text}")
             return None
@@ -105,7 +106,7 @@ class Cache:
 
 
 def read_record(place: Path, record: type[T]) -> T:
-    """The record that `write_record` was given. Raises whatever a file that is none of its kind leads to."""
+    """Return the record that `write_record` wrote. Another file may raise any exception."""
     with safe_open(place, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         header = file.metadata() or {}
@@ -118,9 +119,9 @@ def read_record(place: Path, record: type[T]) -> T:
 
 
 def write_record(place: Path, content: Any) -> None:
-    """Write a record with tensors among its values, whole or not at all. Raises QflowError for NaN."""
+    """Write a record whose values may be tensors, completely or not at all. Raises QflowError for NaN."""
     tensors: dict[str, Tensor] = {}
-    text = json.dumps(plain(_lifted(content, tensors), "record"), allow_nan=False)  # mappings keep their order
+    text = json.dumps(plain(_lifted(content, tensors), "record"), allow_nan=False)  # keys keep their order
     place.parent.mkdir(parents=True, exist_ok=True)
     aside = place.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -131,7 +132,7 @@ def write_record(place: Path, content: Any) -> None:
 
 
 def _lifted(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """`value` with each tensor moved to `tensors` and its name left in its place."""
+    """Return `value` with each tensor moved to `tensors` and replaced by its name."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()  # tensors that share memory are refused

@@ -1,4 +1,4 @@
-"""What is checked and noted of one evaluated trial."""
+"""The checks and findings of one evaluated trial."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from qflow.quant.train.qat import TrainingReport
 
 
 def require_all_ran(model: QuantizedModel) -> None:
-    """What was asked must have been computed: a quantizer that never ran would flatter the metric.
-
-    Raises ModelError.
-    """
+    """Raise ModelError unless every planned quantizer ran; one that did not would make the metric look better."""
     quantizers = [*model.outputs.values(), *model.weights.values()]
     wanted = {q.name for q in quantizers if q.dtype not in (None, QDtype.float32)}
     missing = sorted(wanted - model.ran)
@@ -37,7 +34,7 @@ def findings_of(
     overflowed: Mapping[str, int],
     report: TrainingReport | None,
 ) -> tuple[Finding, ...]:
-    """Findings of the calibration (`calibrated` are those of `apply_scales`), the evaluation and the training."""
+    """Return the findings of calibration (`calibrated` are those of `apply_scales`), evaluation and training."""
     found = calibration_findings(model, stats, applied, calibrated)
     found += tuple(
         Finding(name, "check", f"{count} values beyond half precision: calibration.float16_clip=true, or qint16")

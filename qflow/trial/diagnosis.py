@@ -1,7 +1,7 @@
-"""The guide's accuracy debugging on a evaluator: bad cases, layer by layer, sensitivity, advice, and whether it helps.
+"""The accuracy debugging of the tuning guide: bad cases, layer comparison, sensitivity, and advice with its check.
 
-Each step is computed once and takes what it needs of those before it. All look at one model under the default
-calibration: all int8, or what `settings` ask for: a template, operators by name, an int16 ratio.
+Each step is computed once; a step that needs an earlier one runs it. All steps analyse one model under the default
+calibration: all int8, or the qconfig that `settings` ask for (a template, operators by name, an int16 ratio).
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from qflow.trial.shared import Progress, silent
 
 @dataclass
 class Diagnosis:
-    """What is known about why a calibrated model loses accuracy."""
+    """The analysis of why a calibrated model loses accuracy, filled step by step."""
 
     evaluator: Evaluator
     settings: QConfigSettings | None = None
-    """The model's qconfig; None is all int8, as a study ranks it. What needs a ranking takes the evaluator's."""
+    """The qconfig of the model; None is all int8, as in a study. Settings that need a ranking use the evaluator's."""
     badcases: BadcaseTable | None = None
     inputs: BadcaseInputs = field(default_factory=BadcaseInputs)
     layers: LayerTable | None = None
@@ -59,23 +59,26 @@ class Diagnosis:
 
     @cached_property
     def applied(self) -> QConfig | None:
-        """The qconfig under analysis, as the device would run it; None for all int8."""
+        """The analysed qconfig, as the device would run it; None for all int8."""
         return None if self.settings is None else self._precisions.resolve(self.settings)[1]
 
     @cached_property
     def _precisions(self) -> Precisions:
-        """As ranked before the analysis: its own ranking is of another model, and would move a ratio's operators."""
+        """The evaluator's precisions, ranked before the analysis.
+
+        The analysis ranks another model; its ranking would change which operators an int16 ratio chooses.
+        """
         return self.evaluator.precisions
 
     def find_badcases(self, progress: Progress = silent) -> BadcaseTable:
-        """The calibration samples on which the quantized model differs most from float."""
+        """Find the calibration samples on which the quantized model differs most from float."""
         self.badcases = self.evaluator.find_badcases(progress, self.inputs, self.applied)
         return self.badcases
 
     def compare_layers(self, progress: Progress = silent) -> LayerTable | None:
-        """Every operator call on the bad cases, float against calibrated; `progress` counts calls.
+        """Compare every operator call on the bad cases, float against calibrated; `progress` counts calls.
 
-        None, with a finding, where the model's calls cannot be run one by one.
+        Returns None and adds a finding if the operator calls of the model cannot be replayed.
         """
         evaluator = self.evaluator
         (cases,) = evaluator.cases()
@@ -90,12 +93,12 @@ class Diagnosis:
         return self.layers
 
     def rank(self, progress: Progress = silent) -> SensitivityTable:
-        """Sensitivity of every quantizer on the bad cases; `progress` counts rows."""
+        """Measure the sensitivity of every quantizer on the bad cases; `progress` counts rows."""
         self.sensitivity = self.evaluator.rank(progress, self.applied)
         return self.sensitivity
 
     def advise(self) -> tuple[Advice, ...]:
-        """What to change, by expected gain."""
+        """Return what to change, in order of the expected gain."""
         table = self.sensitivity or self.rank()
         layers = self.layers or self.compare_layers()
         self._calibrated()
@@ -104,9 +107,9 @@ class Diagnosis:
         return self.advice
 
     def check_advice(self, most: int = 8) -> Fidelity:
-        """Follow the first `most` lines of advice, and measure the operators that they set again: exactly, both times.
+        """Apply the first `most` lines of advice, and measure the operators that they change exactly, before and after.
 
-        Raises ConfigError where no advice has a line.
+        Raises ConfigError if no advice has a line.
         """
         chosen, left_out = self._agreed(most)
         if not chosen:
@@ -128,7 +131,7 @@ class Diagnosis:
         return self.fidelity
 
     def _agreed(self, most: int) -> tuple[list[Advice], list[str]]:
-        """The first `most` pieces of advice that the device takes together (each was tried alone), and what not."""
+        """Return the first `most` pieces of advice that the device accepts together, and why others were left out."""
         chosen: list[Advice] = []
         left_out: list[str] = []
         for a in self.advise() if self.advice is None else self.advice:
@@ -143,14 +146,14 @@ class Diagnosis:
     def _measured(
         self, operators: set[str], known: SensitivityTable | None = None
     ) -> dict[tuple[str, str], SensitivityRow]:
-        """Exact rows of `operators` at the dtypes they have now, by operator and type; those of `known` if they are."""
+        """Return exact rows of `operators` at their present dtypes, by operator and type; of `known` if complete."""
         evaluator = self.evaluator
         rows = [c for c in candidates(evaluator.prepared) if c.node.name in operators]
         own = {(c.node.name, c.sensitive_type, str(c.variant.quantizer.dtype)) for c in rows}
         found = [
             r for r in (known.rows if known else ()) if r.exact and (r.op_name, r.sensitive_type, r.quant_dtype) in own
         ]
-        if len(found) < len(rows):  # estimates are no measure for what an advice did
+        if len(found) < len(rows):  # estimates are too rough to check what an advice changed
             exact = replace(evaluator.sensitivity_settings, method="exact")
             found = list(
                 sensitivity(evaluator.task.model, evaluator.prepared, evaluator.cases(), settings=exact, rows=rows).rows
@@ -158,7 +161,7 @@ class Diagnosis:
         return {(r.op_name, r.sensitive_type): r for r in found}
 
     def shown_layers(self, prefixes: Sequence[str], types: Sequence[str]) -> LayerTable | None:
-        """The layer table's rows that the filters choose. Raises ConfigError where they choose none."""
+        """Return the layer table with the rows that the filters choose. Raises ConfigError if they choose none."""
         shown = filtered(self.layers, prefixes, types) if self.layers else None
         if shown is not None and not shown.rows:
             raise ConfigError(
@@ -169,16 +172,16 @@ class Diagnosis:
 
     @property
     def all_findings(self) -> tuple[Finding, ...]:
-        """What the steps noticed, bad cases first, then layers and sensitivity, then what calibration shows."""
+        """The findings of all steps: bad cases, layers, sensitivity, then calibration."""
         own = [t.findings for t in (self.badcases, self.layers, self.sensitivity) if t is not None]
         return (*(finding for found in own for finding in found), *self.findings)
 
     def qconfig(self, modules: Mapping[str, str]) -> QConfig:
-        """The model with some more operators set, as the device would run it."""
+        """Return the qconfig of the model with `modules` set in addition, as the device would run it."""
         return self._resolved(modules)[1]
 
     def refused(self, operator: str, spec: str, beside: Mapping[str, str] | None = None) -> str:
-        """Why the device would not keep `spec` on `operator`, and those beside it as they are; "" where it does."""
+        """Return why the device would not keep `spec` on `operator` together with `beside`; "" if it does."""
         try:
             requested, applied = self._resolved({**(beside or {}), operator: spec})
         except ConfigError as error:
@@ -190,7 +193,7 @@ class Diagnosis:
         return ""
 
     def _resolved(self, modules: Mapping[str, str]) -> tuple[QConfig, QConfig]:
-        """(requested, applied) of the model with some more operators set."""
+        """Return (requested, applied) of the model with `modules` set in addition."""
         base, precisions = (
             self.settings or QConfigSettings(),
             self._precisions if self.settings else self.evaluator.precisions,
@@ -199,7 +202,7 @@ class Diagnosis:
         return precisions.resolve(replace(base, modules={**base.modules, **own}))
 
     def _calibrated(self) -> tuple[Finding, ...]:
-        """The model's scales in force, and what calibration shows."""
+        """Apply the analysed qconfig with its scales, and return the findings of calibration."""
         evaluator, applied = self.evaluator, self.qconfig({})
         extra = evaluator.apply(applied)
         return calibration_findings(
@@ -207,7 +210,7 @@ class Diagnosis:
         )
 
     def _outputs_off(self) -> float:
-        """Merged distance of the outputs from float with all quantizers on."""
+        """Return the merged distance of the outputs from float, with all quantizers on."""
         evaluator = self.evaluator
         distances = Distances(evaluator.sensitivity_settings.metric, 1)
         with torch.no_grad():
@@ -221,7 +224,7 @@ class Diagnosis:
 
 
 def histogram_of(evaluator: Evaluator, operator: str) -> dict[str, Any]:
-    """What a picture of an operator's values needs: counts of |x|, edges, scale, dtype and its codes."""
+    """Return what the histogram picture of an operator needs: counts of |x|, edges, scale, dtype and its codes."""
     node = evaluator.graph.by_name[operator]
     histogram = evaluator.calibrate(evaluator.default_calibration).histograms[node.quantizer or ""]
     quantizer = evaluator.prepared.outputs[node.quantizer or ""]

@@ -1,6 +1,6 @@
-"""The evaluator: one trial as a plain function of its settings, on what all trials share (groundwork.py).
+"""The evaluator: it runs one trial as a function of its settings, on the state that all trials share (shared.py).
 
-A trial pays for what is new in it: a qconfig with scales that was evaluated before is not evaluated again.
+A qconfig with scales that was evaluated before is not evaluated again.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from qflow.trial.training import Training, float_weights, train_trial, training_
 
 @dataclass
 class Evaluator(SharedState):
-    """One task on one device, with what its trials have come to."""
+    """One task on one device, with the results of its trials."""
 
     training: Training | None = None
     """Loss, optimizer and scheduler for trials with QAT."""
     hits: int = 0
-    """Trials whose figures were known: nothing was evaluated for them."""
+    """Number of trials whose metric was known, so that nothing was evaluated for them."""
     evaluations: int = 0
-    """Full evaluations that ran."""
+    """Number of evaluations that ran."""
     least: float | None = None
-    """Metric below (above, if less is better) which an evaluation may end early; None takes every sample."""
+    """An evaluation may end early once its metric cannot reach this value; None evaluates every sample."""
     checkpoints: Path | None = None
-    """Where trainings leave what a longer one goes on from; None trains from the start."""
+    """Folder of training checkpoints, from which a longer training continues; None trains from the start."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,18 +44,18 @@ class Evaluator(SharedState):
         self._trainings: dict[str, Identity] = {}
 
     def run_trial(self, settings: TrialSettings, progress: Progress = silent) -> TrialResult:
-        """Resolve, calibrate, evaluate and cost one trial. Equal (qconfig, calibration) are run once."""
+        """Resolve, calibrate and evaluate one trial and predict its cost. Equal (qconfig, calibration) run once."""
         requested, applied = self.resolve(settings.qconfig)
         return self.run_qconfig(requested, applied, settings, progress)
 
     def run_qconfig(
         self, requested: QConfig, applied: QConfig, settings: TrialSettings, progress: Progress = silent
     ) -> TrialResult:
-        """Evaluate a qconfig that is already resolved, after QAT if the settings ask for steps."""
+        """Evaluate a qconfig that is already resolved, after QAT if `settings.qat.steps` is not 0."""
         calibration, qat, ran = settings.calibration, settings.qat, self.evaluations
         stats = self.calibrate(calibration)
         calibrated = apply_scales(self.prepared, stats, applied, calibration)
-        # What changes numbers is in dtypes, scales and switches: settings that lead to the same ones are one trial.
+        # Only dtypes, scales and switches change numbers: settings that lead to the same ones are the same trial.
         key = digest([applied.digest, forward_state(self.prepared), self.eval_batch])
         if qat.steps:
             training = training_key(self.prepared, self.training, qat, applied, calibration)
@@ -73,7 +73,7 @@ class Evaluator(SharedState):
         else:
             found = self._evaluation(key, progress)
         self.hits += self.evaluations == ran
-        noted = findings_of(model, stats, applied, calibrated, found.overflowed, report)
+        findings = findings_of(model, stats, applied, calibrated, found.overflowed, report)
         result = TrialResult(
             metric=found.metric,
             drop=self.task.drop(self.float_metric, found.metric),
@@ -81,7 +81,7 @@ class Evaluator(SharedState):
             qconfig=applied,
             requested=requested,
             cost=self.cost(applied),
-            check=check_model(self.graph, requested, applied, noted, calibration.method),
+            check=check_model(self.graph, requested, applied, findings, calibration.method),
             scales=scales(model),
             calibration_samples=stats.samples,
             evaluated=self.evaluations > ran,
@@ -93,7 +93,7 @@ class Evaluator(SharedState):
         return result
 
     def _evaluation(self, key: str, progress: Progress) -> Evaluation:
-        """That of the calibrated model: a whole one if there is any, else one that ended early for the same goal."""
+        """Return the evaluation of the calibrated model: a full one if known, else one that ended early for `least`."""
         for known in [key] if self.least is None else [key, [key, self.least]]:
             if (found := self.cache.known("evaluation", known, Evaluation)) is not None:
                 return found
@@ -102,7 +102,7 @@ class Evaluator(SharedState):
         return self.cache.keep("evaluation", [key, self.least] if stopped else key, found)
 
     def _evaluated(self, model: QuantizedModel, progress: Progress) -> Evaluation:
-        """Metric over the evaluation data, samples, and values that overflowed by operator."""
+        """Evaluate `model`: the metric, the number of samples, and the overflowed values by operator."""
         self.evaluations += 1
         with model.quantized():
             metric, samples = evaluate(self.task, model, self.eval_batch, progress, self.least)
@@ -110,12 +110,12 @@ class Evaluator(SharedState):
         return Evaluation(metric, samples, dict(model.overflowed))
 
     def training_folder(self, split: str) -> Path | None:
-        """Where trainings of this task with this loss, optimizer and training split leave their checkpoints."""
+        """Return the folder of the checkpoints for this task, loss, optimizer and training split, or None."""
         if self.checkpoints is None or self.identity.unidentified:
             return None
         if split not in self._trainings:
             self._trainings[split] = of_training(self.task, self.training, split)
             for part in self._trainings[split].unidentified[:1]:
-                self.cache.say(f"{'training':<12} keeps no checkpoints: nothing identifies {part}")
+                self.cache.say(f"{'training':<12} keeps no checkpoints: {part} cannot be recognised at the next start")
         found = self._trainings[split]
         return None if found.unidentified else self.checkpoints / digest([self.identity.content, found.content])

@@ -1,7 +1,7 @@
-"""From settings to a qconfig: which operators may have which precision on the device, and which of them get it.
+"""From settings to a qconfig: which precisions the device allows for each operator, and which one it gets.
 
-What an int16 ratio, an fp16 count, an assignment or an error share mean is decided here, from the sensitivity table
-and the cost model. Nothing here runs the model.
+This module interprets an int16 ratio, an fp16 count, an assignment or an error share, by means of the sensitivity table
+and the cost model. It never runs the model.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from qflow.search.assign import Limit, Operator, Problem
 from qflow.search.cost_terms import Group, cost_terms
 from qflow.search.objective import BUDGETS
 
-FREE_MS = 1e-5  # a promotion that costs less is free: by sensitivity alone among its like
+FREE_MS = 1e-5  # promotions that cost less count as equally cheap, and only their sensitivity ranks them
 LATENCY = BUDGETS["max_latency_ms"]
 NO_BUDGETS: Mapping[str, float] = MappingProxyType({})
-INT16_STEP = 2.0**-8  # int16 steps are finer than int8's by this: the error of rows that were measured at int8 only
+INT16_STEP = 2.0**-8  # ratio of int16 to int8 steps; gives the int16 error of rows that were measured at int8 only
 
 
 @dataclass(frozen=True)
@@ -44,30 +44,31 @@ class Precisions:
     rules: DeviceRules
     sensitivities: SensitivityTable | None
     pricer: Callable[[], Pricer]
-    """The cost model; called only where a price is needed."""
+    """Returns the cost model; it is called only if a cost is needed."""
     _problems: dict[str, Problem] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def scores(self) -> dict[str, float]:
-        """Activation sensitivities by operator, at the lowest dtype measured; empty before the ranking. One that is no
-        number ranks first: unknown is not harmless.
+        """Activation sensitivities by operator, at the lowest dtype measured; empty before the ranking.
+
+        NaN becomes infinity, so that such an operator ranks first: an unknown error may be large.
         """
         found = self.sensitivities.activation_scores() if self.sensitivities else {}
         return {name: math.inf if math.isnan(score) else score for name, score in found.items()}
 
     def template(self, dtype: QDtype) -> tuple[QConfig, QConfig]:
-        """(requested, applied) with every operator at `dtype`."""
+        """Return (requested, applied) with every operator at `dtype`."""
         requested = resolve(self.graph, [HighPrecisionOutput(), TemplateSetter(dtype)], self.rules.march)
         return requested, apply_rules(self.graph, requested, self.rules, self.scores)
 
     @cached_property
     def promotable(self) -> tuple[str, ...]:
-        """Operators that keep int16 on the device, in graph order: what a ratio counts and an assignment lists."""
+        """Operators that keep int16 on the device, in graph order. A ratio counts them, an assignment lists them."""
         return ratio_candidates(self.graph, self.template(QDtype.qint16)[1])
 
     @cached_property
     def float16_order(self) -> tuple[str, ...]:
-        """Operators that keep fp16 on the device, those first whose error falls most from int16 to fp16.
+        """Operators that keep fp16 on the device, in the order of how much their error falls from int16 to fp16.
 
         Raises ConfigError without sensitivities at qint16.
         """
@@ -93,26 +94,26 @@ class Precisions:
 
     @cached_property
     def worth(self) -> dict[str, float]:
-        """Sensitivity of each promotable operator by the time that int16 costs there, one promoted in all-int8."""
+        """Sensitivity of each promotable operator per ms that its promotion alone adds to all-int8."""
         costs = self.pricer().promotions(self.template(QDtype.qint8)[1])
         return {name: self.scores.get(name, 0.0) / max(costs[name], FREE_MS) for name in self.promotable}
 
     def problem(self, settings: QConfigSettings, budgets: Mapping[str, float] = NO_BUDGETS) -> Problem:
-        """The choice of int16 operators, under everything else that `settings` say and within `budgets` (Goal.budgets).
+        """Return the choice of int16 operators as a problem, given all other `settings` and `budgets` (Goal.budgets).
 
-        Operators that `settings` hold at one precision are no part of it. Raises ConfigError without sensitivities.
+        Operators that `settings` fix at one precision are not part of it. Raises ConfigError without sensitivities.
         """
         if self.sensitivities is None:
             raise ConfigError("An assignment needs sensitivities, but got none. Rank first.")
-        bare = replace(settings, int16_ratio=0.0, assignment="", error_share=None)
-        key = to_json([bare, dict(budgets)])
+        without_int16 = replace(settings, int16_ratio=0.0, assignment="", error_share=None)
+        key = to_json([without_int16, dict(budgets)])
         if key not in self._problems:
-            self._problems[key] = self._problem(bare, budgets)
+            self._problems[key] = self._problem(without_int16, budgets)
         return self._problems[key]
 
-    def _problem(self, bare: QConfigSettings, budgets: Mapping[str, float]) -> Problem:
+    def _problem(self, settings: QConfigSettings, budgets: Mapping[str, float]) -> Problem:
         letters = len(self.promotable)
-        low, high = (self.resolve(replace(bare, assignment=x * letters))[1].ops for x in "86")
+        low, high = (self.resolve(replace(settings, assignment=x * letters))[1].ops for x in "86")
         fine = self.sensitivities.activation_scores("qint16") if self.sensitivities else {}
         operators = []
         for place, name in enumerate(self.promotable):
@@ -120,23 +121,24 @@ class Precisions:
                 score = self.scores.get(name, 0.0)
                 operators.append(Operator(name, score, min(fine.get(name, score * INT16_STEP), score), place))
         free = {o.place for o in operators}
-        widest = "".join("6" if place in free else "8" for place in range(letters))
-        costs = self._costs(bare, [LATENCY, *(BUDGETS[name] for name in budgets)])
-        time, *bounded = (cost_terms(cost, widest, self._read_together) for cost in costs)
+        all_int16 = "".join("6" if place in free else "8" for place in range(letters))
+        costs = self._costs(settings, [LATENCY, *(BUDGETS[name] for name in budgets)])
+        time, *bounded = (cost_terms(cost, all_int16, self._read_together) for cost in costs)
         limits = (Limit(cost, most) for cost, most in zip(bounded, budgets.values(), strict=True))
         return Problem(tuple(operators), time, letters, tuple(limits))
 
     def within(self, settings: QConfigSettings, budgets: Mapping[str, float]) -> bool:
-        """Whether what `settings` ask for keeps `budgets` (Goal.budgets), as far as its cost tells: before it runs."""
+        """Return whether the predicted cost of `settings` is within `budgets` (Goal.budgets)."""
         if not budgets:
             return True
         costs = cost_metrics(self.pricer().report(self.resolve(settings)[1]))
         return all(round(costs[BUDGETS[name]] - most, 9) <= 0.0 for name, most in budgets.items())
 
-    def rungs(self, settings: QConfigSettings, budgets: Mapping[str, float] = NO_BUDGETS) -> list[float]:
-        """Int16 ratios of a ladder, from 0, a promotion more each: those that run something new within `budgets`.
+    def int16_ratios(self, settings: QConfigSettings, budgets: Mapping[str, float] = NO_BUDGETS) -> list[float]:
+        """Return the int16 ratios from 0 on, with one more promotion each, that give a new qconfig within `budgets`.
 
-        Operators that lose nothing at int8 are not promoted; one that `settings` hold changes nothing. Needs scores.
+        Operators that lose nothing at int8 are not promoted, and promoting one that `settings` fix gives no new
+        qconfig. Needs scores.
         """
         raised = set(self.float16_order[: settings.float16_count]) if settings.float16_count else set()
         candidates = [name for name in self.promotable if name not in raised]
@@ -150,7 +152,7 @@ class Precisions:
 
     @cached_property
     def _read_together(self) -> set[Group]:
-        """Places of promotable operators that one operator reads; a constant there has the dtype of all its readers."""
+        """Groups of promotable operators, by place, that one operator reads; a constant's readers stand for it."""
         place = {name: i for i, name in enumerate(self.promotable)}
         works = self.pricer().works
         reads = [{owner for owners in work.inputs for owner in owners} for work in works]
@@ -162,20 +164,20 @@ class Precisions:
         found = {tuple(sorted({place[d] for name in read for d in deciding[name] if d in place})) for read in reads}
         return {group for group in found if len(group) > 1}
 
-    def _costs(self, bare: QConfigSettings, metrics: Sequence[str]) -> list[Callable[[str], float]]:
-        """Each of `metrics` as a function of the mix, which is resolved once for all of them."""
+    def _costs(self, settings: QConfigSettings, metrics: Sequence[str]) -> list[Callable[[str], float]]:
+        """Return each of `metrics` as a function of the mix; a mix is resolved once for all of them."""
 
         @cache
         def costs(mix: str) -> dict[str, float]:
-            applied, pricer = self.resolve(replace(bare, assignment=mix))[1], self.pricer()
-            if set(metrics) == {LATENCY}:  # quicker than a whole report
+            applied, pricer = self.resolve(replace(settings, assignment=mix))[1], self.pricer()
+            if set(metrics) == {LATENCY}:  # faster than a full report
                 return {LATENCY: pricer.bpu_ms(applied) + pricer.host_ms}
             return cost_metrics(pricer.report(applied))
 
         return [lambda mix, metric=metric: costs(mix)[metric] for metric in metrics]  # type: ignore[misc]
 
     def resolve(self, settings: QConfigSettings) -> tuple[QConfig, QConfig]:
-        """(requested, applied) qconfig of a trial. A ratio between 0 and 1 needs sensitivities."""
+        """Return the (requested, applied) qconfig of a trial. A ratio between 0 and 1 needs sensitivities."""
         if 0.0 < settings.int16_ratio < 1.0 and not self.scores:
             raise ConfigError("An int16 ratio between 0 and 1 needs sensitivities, but got none. Rank first.")
         rows = table_rows(self.sensitivities) if self.sensitivities else ()
@@ -192,7 +194,7 @@ class Precisions:
         return requested, self._explained(apply_rules(self.graph, requested, self.rules, self.scores))
 
     def _assigned(self, settings: QConfigSettings) -> list[str] | None:
-        """Operators that an assignment or an error share makes int16; None where neither is given."""
+        """Return the operators that an assignment or an error share promotes; None if neither is set."""
         text = settings.assignment
         if settings.error_share is not None:
             problem = self.problem(settings)
@@ -207,7 +209,7 @@ class Precisions:
         return [name for name, letter in zip(self.promotable, text, strict=True) if letter == "6"]
 
     def _explained(self, applied: QConfig) -> QConfig:
-        """The same qconfig; operators that the ratio passed over because the device bars int16 say so."""
+        """Return the qconfig with the reason added to operators that stay int8 because the device bars int16."""
         return applied.with_ops(
             {
                 name: replace(applied.ops[name], fallback=f"no int16: {reason}")
@@ -218,5 +220,5 @@ class Precisions:
 
     @cached_property
     def _barred(self) -> dict[str, str]:
-        """Operators that lose int16 on the device even where all ask for it, and why."""
+        """Operators that do not keep int16 on the device even in all-int16, and why."""
         return {name: op.fallback for name, op in self.template(QDtype.qint16)[1].ops.items() if op.fallback}

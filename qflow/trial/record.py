@@ -1,4 +1,4 @@
-"""The record of one evaluated trial, and the metrics that its run shows."""
+"""The record of one evaluated trial, and the metrics of its run."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from qflow.quant.train.qat import TrainingReport
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one pass over the evaluation data gave."""
+    """The result of one pass over the evaluation data."""
 
     metric: float
     samples: int
     overflowed: Mapping[str, int] = field(default_factory=dict)
-    """Values beyond half precision, by operator in fp16."""
+    """Number of values beyond the range of fp16, by fp16 operator."""
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One evaluated trial: the metric with its drop against float, the cost, and what explains both."""
+    """One evaluated trial: the metric, its drop against float, the cost, and the records that explain them."""
 
     metric: float
     drop: float
@@ -39,15 +39,15 @@ class TrialResult:
     scales: dict[str, float | list[float]]
     calibration_samples: int
     evaluated: bool
-    """False if no pass over the evaluation data ran for it: its figures were in memory or in the cache on disk."""
+    """False if the metric came from the memory or from the cache on disk, without a pass over the evaluation data."""
     training: TrainingReport | None = None
-    """What QAT did; None for a trial that only calibrates."""
+    """Report of QAT; None for a trial without training."""
     weights: dict[str, Any] | None = None
     """Trained tensors by the float model's own names."""
 
     @property
     def scales_digest(self) -> str:
-        """Names the calibrated scales: equal digests, equal numbers."""
+        """Digest of the calibrated scales: equal digests mean equal scales."""
         return digest(self.scales)
 
 
@@ -70,10 +70,10 @@ RUN_METRICS: Mapping[str, Callable[[TrialResult], float | None]] = {
     "qat/steps": lambda trial: float(trial.training.steps) if trial.training else None,
     "qat/loss": _loss,
 }
-"""Metrics of a run beside the task's own, by name: what `objective.optimize` may name; None where a trial has none."""
+"""Metrics of a run beside the task's own, by name; `objective.optimize` may name them. None if a trial lacks one."""
 
 
 def run_metrics(trial: TrialResult, accuracy: str) -> dict[str, float]:
-    """What MLflow shows of a trial: the task's metric as `accuracy`, and RUN_METRICS."""
+    """Return the metrics of a trial's MLflow run: the task's metric under the name `accuracy`, and RUN_METRICS."""
     found = {name: read(trial) for name, read in RUN_METRICS.items()}
     return {accuracy: trial.metric, **{name: value for name, value in found.items() if value is not None}}

@@ -1,6 +1,6 @@
-"""What all trials of a study share, computed once: float metric, tracing, statistics, bad cases, sensitivities, cost.
+"""The state that all trials of a study share: float metric, traced model, statistics, bad cases, sensitivities, cost.
 
-They are kept in the cache under what they depend on; a hit gives the same numbers as a miss.
+Each part is computed once and cached by content; a cache hit gives the same numbers as a computation.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ Progress = Callable[[int], None]
 
 
 def silent(_: int) -> None:
-    """Progress that nobody looks at."""
+    """Progress that is not shown."""
 
 
 @dataclass
 class SharedState:
-    """One task on one device. Stages fill it in order; each is computed once."""
+    """One task on one device. The stages fill it in order; each part is computed once."""
 
     task: Task
     rules: DeviceRules
@@ -60,17 +60,17 @@ class SharedState:
     eval_samples: int = 0
     eval_batch: int = 32
     cache: Cache = field(default_factory=Cache)
-    """What was computed under the same content before, here or by an earlier start."""
+    """Holds what this start or an earlier one computed from the same content."""
     profile: str | None = None
-    """A measured report of this model at the deployed shape."""
+    """Path of a measured report of this model at the deployed shape."""
     profile_dtype: QDtype = QDtype.qint8
-    """Template that it was built with."""
+    """Template of the qconfig that the report was measured with."""
     own_metric: Custom | None = None
     """The user's own metric, which chooses the bad cases."""
     searches: Path | None = None
-    """Where long searches for bad cases leave their state."""
+    """Folder where long searches for bad cases save their state."""
     unmatched: tuple[str, ...] = ()
-    """What the report and the model do not share: layers without an operator, operators without a layer."""
+    """Layers of the report without an operator of the model, and operators without a layer."""
 
     def __post_init__(self) -> None:
         self._precisions: Precisions | None = None
@@ -80,7 +80,7 @@ class SharedState:
         self.badcases: BadcaseTable | None = None
 
     def measure_float(self, progress: Progress = silent) -> float:
-        """Metric of the float model. Raises ConfigError if the task states another one."""
+        """Measure the float model. Raises ConfigError if the task states another metric value."""
         if self.cache.folder and not self.cache.context:
             self.cache.context = self.identity.content
             if self.identity.unidentified:
@@ -102,7 +102,7 @@ class SharedState:
 
     @cached_property
     def identity(self) -> Identity:
-        """What all figures depend on beside settings. Every sample is read once for it."""
+        """Everything that results depend on beside settings. Every sample is read once for it."""
         return of_task(self.task, self.skip)
 
     def prepare(self) -> QuantizedModel:
@@ -135,7 +135,7 @@ class SharedState:
         return self._deploy
 
     def calibrate(self, settings: CalibrationSettings, progress: Progress = silent) -> CalibrationStats:
-        """Statistics of `steps` batches of `batch_size`: one pass serves all methods and dtypes.
+        """Collect statistics of `steps` batches of `batch_size` in one pass, which serves all methods and dtypes.
 
         Raises DataError if the calibration set holds fewer samples.
         """
@@ -152,19 +152,19 @@ class SharedState:
         return self.cache.get("calibration", key, passed, CalibrationStats)
 
     def augmented(self, settings: CalibrationSettings) -> str:
-        """Fingerprint of the augmented calibration data where `settings` read them; only who asks for them pays."""
+        """Return the digest of the augmented calibration data if `settings` read them, else an empty text."""
         return self._augmented if settings.augment else ""
 
     @cached_property
     def _augmented(self) -> str:
-        nameless: list[str] = []
-        found = split_digest(self.task, "calibration_augmented", nameless)
-        for part in nameless:
+        unidentified: list[str] = []
+        found = split_digest(self.task, "calibration_augmented", unidentified)
+        for part in unidentified:
             self.cache.leave_disk(part)
         return found
 
     def require_samples(self, batch_size: int, steps: int, split: str = "calibration") -> None:
-        """Refuse calibration amounts that the data cannot give. Raises DataError."""
+        """Raise DataError if a split holds fewer samples than `batch_size` x `steps`."""
         available, wanted = len(getattr(self.task.data, split)), batch_size * steps
         if 0 < available < wanted:
             raise DataError(
@@ -173,7 +173,7 @@ class SharedState:
             )
 
     def check_data(self) -> None:
-        """Read one batch of each split, so that data that cannot work are refused before anything long runs."""
+        """Read one batch of each split, so that data that cannot work raise before anything long runs."""
         for split in ("calibration", "evaluation"):
             for _ in batches(self.task, split, self.default_calibration.batch_size, limit=1):
                 pass
@@ -181,7 +181,7 @@ class SharedState:
     def find_badcases(
         self, progress: Progress = silent, inputs: BadcaseInputs | None = None, applied: QConfig | None = None
     ) -> BadcaseTable:
-        """The calibration samples on which the model under `applied` (all int8) differs most from float.
+        """Find the calibration samples on which the model under `applied` (default all int8) differs most from float.
 
         `progress` counts steps; `inputs` keeps the model inputs of the chosen samples.
         """
@@ -197,7 +197,7 @@ class SharedState:
             return stage.search(self.prepared, progress, inputs, state)
 
         self.badcases = self.cache.get("badcases", key, searched, BadcaseTable)
-        if inputs is not None and not inputs.samples:  # the table was known
+        if inputs is not None and not inputs.samples:  # the table came from the cache
             stage.read(self.badcases, inputs)
         return self.badcases
 
@@ -207,16 +207,16 @@ class SharedState:
         return BadcaseStage(self.task, self.sensitivity_settings, self.default_calibration.batch_size, self.own_metric)
 
     def all(self, dtype: QDtype) -> list[str]:
-        """`apply` with every operator at `dtype`."""
+        """Call `apply` with every operator at `dtype`."""
         return self.apply(self.template(dtype)[1])
 
     def apply(self, applied: QConfig) -> list[str]:
-        """Set dtypes and scales of `applied` under the default calibration; returns what calibration noticed."""
+        """Set dtypes and scales of `applied` under the default calibration; return the findings of calibration."""
         calibration = self.default_calibration
         return apply_scales(self.prepared, self.calibrate(calibration), applied, calibration)
 
     def cases(self) -> list[Any]:
-        """Model inputs of the bad cases, as one batch."""
+        """Return the model inputs of the bad cases, as one batch."""
         worst = (self.badcases or self.find_badcases()).chosen
         return [model_inputs(self.task, b) for b, _ in batches(self.task, "calibration", len(worst), indices=worst)]
 
@@ -226,9 +226,9 @@ class SharedState:
         return len(self.graph.quantized) - len(self.graph.high_precision) + len(self.graph.weighted)
 
     def rank(self, progress: Progress = silent, applied: QConfig | None = None) -> SensitivityTable:
-        """Sensitivity of every quantizer at each of `sensitivity.dtypes`, on the bad cases; counts rows.
+        """Measure the sensitivity of every quantizer at each of `sensitivity.dtypes`; `progress` counts rows.
 
-        With `applied` that of its model: a row at a quantizer's own dtype, and one at each of those that is finer.
+        With `applied`, each quantizer has a row at its own dtype and one at each of these dtypes that is finer.
         """
         settings, badcases = self.sensitivity_settings, self.badcases or self.find_badcases(applied=applied)
 
@@ -242,7 +242,7 @@ class SharedState:
         return self.sensitivities
 
     def _candidates(self, applied: QConfig | None) -> list[Candidate]:
-        """Rows of a ranking; the model that they belong to is in force afterwards."""
+        """Return the rows of a ranking, and leave the model with the qconfig that they belong to."""
         base = applied or self.template(QDtype.qint8)[1]
         self.apply(base)
         rows = own = candidates(self.prepared) if applied else []
@@ -254,7 +254,7 @@ class SharedState:
 
     @property
     def analysis_key(self) -> str:
-        """Names all that bad cases, layers, sensitivities and advice depend on; empty where that cannot be told."""
+        """Digest of all that bad cases, layers, sensitivities and advice depend on; empty if a part has no digest."""
         calibration = self.default_calibration
         settings = [calibration, self.augmented(calibration), self.sensitivity_settings, self.rules]
         return "" if self.identity.unidentified else digest([self.identity.content, settings])
@@ -263,13 +263,13 @@ class SharedState:
 
     @property
     def precisions(self) -> Precisions:
-        """Which operators may have which precision, and which get it; ranked by the present sensitivities."""
+        """The precisions that operators may have and get, ranked by the present sensitivities."""
         if self._precisions is None or self._precisions.sensitivities is not self.sensitivities:
             self._precisions = Precisions(self.graph, self.rules, self.sensitivities, lambda: self.pricer)
         return self._precisions
 
     def template(self, dtype: QDtype) -> tuple[QConfig, QConfig]:
-        """(requested, applied) with every operator at `dtype`."""
+        """Return (requested, applied) with every operator at `dtype`."""
         return self.precisions.template(dtype)
 
     @property
@@ -278,18 +278,18 @@ class SharedState:
         return self.precisions.scores
 
     def resolve(self, settings: QConfigSettings) -> tuple[QConfig, QConfig]:
-        """(requested, applied) qconfig of a trial. A ratio between 0 and 1 needs sensitivities."""
+        """Return the (requested, applied) qconfig of a trial. A ratio between 0 and 1 needs sensitivities."""
         return self.precisions.resolve(settings)
 
     def cost(self, qconfig: QConfig) -> CostReport:
-        """Predicted cost at the deployed shape."""
+        """Predict the cost at the deployed shape."""
         return self.pricer.report(qconfig)
 
     @cached_property
     def pricer(self) -> Pricer:
-        """The cost model on the deployed graph, with the measured profile where there is one.
+        """The cost model on the deployed graph, with the measured profile if there is one.
 
-        Raises ConfigError for a profile that cannot be read or that names none of the model's operators.
+        Raises ConfigError for a profile that cannot be read or that names no operator of the model.
         """
         if self.profile is None:
             return Pricer(self.deploy_graph, self.cost_model)

@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Training:
-    """What the user brings: `loss(outputs, batch)`, and how optimizer and scheduler are made."""
+    """The user's `loss(outputs, batch)`, and the functions that make optimizer and scheduler."""
 
     loss: Callable[[Any, Any], Tensor]
     optimizer: Callable[..., torch.optim.Optimizer]
@@ -41,7 +41,7 @@ class Training:
 
 
 class TrainBatches:
-    """(model inputs, batch) of the training split, in an order that `seed` decides; gone through again at its end."""
+    """Iterates over (model inputs, batch) of the training split, in an order that `qat.seed` decides."""
 
     def __init__(self, task: Task, settings: QatSettings) -> None:
         self.split, batch_size = split_for(task, "train", settings.augment), settings.batch_size
@@ -77,9 +77,9 @@ def train_trial(
 ) -> tuple[QuantizedModel, TrainingReport]:
     """Train a copy of `prepared`, calibrated with `qconfig`, for `settings.steps`. Raises DivergedError, DataError.
 
-    With a folder for `checkpoints`, of this task, loss, optimizer and training data, it goes on from the longest
-    training so far that differs in its steps only, also from one that was interrupted: no step is trained twice, and
-    the result is that of a training in one go, bit by bit.
+    `checkpoints` is a folder for this task, loss, optimizer and training data. If it holds a shorter or interrupted
+    training that differs in its steps only, the longest one is continued: no step is trained twice, and the result is
+    the same, bit for bit, as that of an uninterrupted training.
     """
     if training is None:
         raise ConfigError("QAT needs a loss, but got none. Set qat.loss._target_ to a function of (outputs, batch).")
@@ -106,34 +106,34 @@ def training_key(
     qconfig: QConfig,
     calibration: CalibrationSettings,
 ) -> dict[str, Any]:
-    """What decides a training on one task, loss, optimizer and data, apart from its steps.
+    """Return everything that decides the result of a training, apart from task, loss, optimizer, data and steps.
 
-    `prepared` is calibrated. Without a scheduler none can be left out, and it is one training either way.
+    `prepared` is calibrated. Without a scheduler, `settings.scheduled` makes no difference and is ignored.
     """
     scheduled = settings.scheduled and training is not None and training.scheduler is not None
     decides = replace(settings, steps=0, apply="every_trial", checkpoint_every=0, scheduled=scheduled)
-    moving = [calibration.int16_margin, calibration.divisor]  # what scales that follow the data read of it
+    moving = [calibration.int16_margin, calibration.divisor]  # the settings that moving scales depend on
     return {"qat": decides, "qconfig": qconfig.digest, "start": forward_state(prepared), "moving": moving}
 
 
 def _checkpoint(folder: Path, name: str, steps: int) -> Path:
-    """The checkpoint of a training, which takes over that of the longest shorter one: a training has one file."""
+    """Return the checkpoint file of a training; the file of the longest shorter training is renamed to it."""
     place = folder / f"{name}-{steps}.safetensors"
     shorter = {int(p.stem.split("-")[1]): p for p in folder.glob(f"{name}-*.safetensors")}
     known = [taken for taken in shorter if taken < steps]
     if not place.exists() and known:
-        with suppress(FileNotFoundError):  # another study in this root was faster
+        with suppress(FileNotFoundError):  # another study in this root has renamed it
             shorter[max(known)].rename(place)
     if place.exists():
         try:
             read_checkpoint(place)
         except TrialError:
-            _log.warning(f"training {place.name} is damaged: it begins again")
+            _log.warning(f"training {place.name} is damaged and starts over")
             place.unlink()
     return place
 
 
 def float_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by the float model's own names, on the CPU and each with memory of its own."""
+    """Return parameters and buffers by the float model's own names, as copies on the CPU."""
     inner = model.model if isinstance(model, QuantizedModel) else model
     return {name: tensor.detach().cpu().clone() for name, tensor in inner.state_dict().items()}

@@ -565,7 +565,8 @@ def test_inputs_that_have_passed_are_told(analysis):
     with pytest.raises(QflowError, match=r"inputs are kept, but got none of \d+: .* Raise topk\.$"):
         kept_cases(table, BadcaseInputs(), 2)
     kept = kept_cases(table, BadcaseInputs({table.chosen[0]: (analysis.data[0],)}), 2)
-    assert kept.chosen == table.chosen[:1] and f"sample {table.chosen[1]} is as bad" in kept.findings[-1].message
+    assert kept.chosen == table.chosen[:1]
+    assert f"sample {table.chosen[1]} is a bad case too" in kept.findings[-1].message
 
 
 def test_advice_needs_statistics(analysis):

@@ -9,6 +9,8 @@ from support.commands import CUSTOM, run_qflow
 from qflow.core.table_setter import table_rows
 from qflow.tracking.mlflow_tracker import MlflowTracker
 
+pytestmark = pytest.mark.slow  # starts commands as processes of their own
+
 FEW = ["sensitivity.bad_cases=4", "sensitivity.search_samples=32"]
 WRITTEN = [
     *("badcase.txt", "badcase.pt", "all_badcase_info.pt", "badcases.png"),

@@ -5,6 +5,8 @@ import json
 import pytest
 from support.commands import CUSTOM, run_qflow
 
+pytestmark = pytest.mark.slow  # starts commands as processes of their own
+
 
 def test_a_users_model_is_checked(tmp_path):
     done = run_qflow("check", *CUSTOM, "qconfig.template=qint16", cwd=tmp_path)

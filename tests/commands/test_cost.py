@@ -11,6 +11,8 @@ from support.commands import CUSTOM, run_qflow
 from qflow.config.device_file import load_cost, load_rules
 from qflow.tracking.mlflow_tracker import MlflowTracker
 
+pytestmark = pytest.mark.slow  # starts commands as processes of their own
+
 DATA = Path(__file__).parents[2] / "benchmarks" / "data" / "j6m-networks.csv"
 
 

@@ -5,6 +5,8 @@ import shutil
 import pytest
 from support.commands import OWN, STORE, open_tracker, run_qflow
 
+pytestmark = pytest.mark.slow  # starts commands as processes of their own
+
 SEARCH = [
     *OWN, "search=wide", "calibration.batch_size=16", "calibration.steps=4",
     "qconfig.modules.quiet=choice(qint8,qint16)",

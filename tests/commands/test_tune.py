@@ -11,6 +11,8 @@ import time
 import pytest
 from support.commands import OWN, OWN_CODE, STORE, TESTS, measured, open_tracker, run_qflow
 
+pytestmark = pytest.mark.slow  # starts commands as processes of their own
+
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory):

@@ -116,7 +116,7 @@ def test_the_search_grammar_is_hydras():
     assert parse("k", "interval(0, 1)") == Interval(0.0, 1.0)
     assert parse("k", "tag(log, interval(1e-6, 1e-2))") == Interval(1e-6, 1e-2, log=True)
     assert parse("k", "range(4, 20, 4)") == Range(4, 20, 4)
-    with pytest.raises(ConfigError, match="Mend the brackets"):
+    with pytest.raises(ConfigError, match="Correct the brackets"):
         parse("k", "choice(1,")
 
 

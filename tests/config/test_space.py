@@ -197,5 +197,5 @@ def test_objectives_by_name_come_from_the_command_line():
 
 
 def test_an_unknown_search_value_of_a_condition_is_refused():
-    with pytest.raises(ConfigError, match="Mend the brackets"):
+    with pytest.raises(ConfigError, match="Correct the brackets"):
         space_of(*PERCENTILE, "search.when={calibration.percentile: {qconfig.int16_ratio: 'interval(0.1'}}")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # starts commands as processes of their own
+
 LOADED = "import torch"
 BRIEFLY = "from qflow.process.waiting import wait_briefly; print(wait_briefly()); import torch"
 TOO_LATE = "import torch; from qflow.process.waiting import wait_briefly; print(wait_briefly())"

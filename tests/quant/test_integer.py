@@ -108,7 +108,7 @@ def test_linear(kind, bits, depth):
     out = F.linear(x, w)
     s_out = out_scale(out, bits)
     exact = integer.linear(x_codes, w_codes, s_in, s_weight, s_out, bits=bits, wide=32 if bits == 8 else 64)
-    # Saturated inputs make a channel's 64 outputs all alike: one near tie, by a CPU's order of summing, is 1/48 of them.
+    # Saturated inputs make a channel's 64 outputs alike: one near tie, by a CPU's order of sums, is 1/48 of them.
     share = 0.001 if bits == 8 else 0.01
     compare(out, exact, s_out, bits, 2.5 / 48 if bits == 16 and kind == "saturated" else share, f"{kind} K={depth}")
 

@@ -69,11 +69,11 @@ def test_what_following_the_advice_does_stands_behind_it(tmp_path):
     rows = (FidelityRow("backbone.conv1", "activation", "qint8", "qint16", 0.3, 0.0021),)
     done = Fidelity("L1", rows, 0.41, 0.052, "qconfig.modules={backbone.conv1: qint16}", ("neck[add]: int16 x int16",))
     page = own(write(tmp_path, tables=(layers(8), None, None), said=advice(), fidelity=done))
-    assert page.index("What to do") < page.index("What following it does") < page.index("Findings")
-    assert "The outputs go from 0.41 to 0.052 off float (L1, all quantizers on)." in page
+    assert page.index("What to do") < page.index("The effect of following it") < page.index("Findings")
+    assert "The outputs' distance to float changes from 0.41 to 0.052 (L1, all quantizers on)." in page
     assert f"<code>{escape(shlex.quote(done.line))}</code>" in page and "neck[add]: int16 x int16" in page
     assert "qint8 to qint16" in page and "0.0021" in page
-    assert "What following it does" not in write(tmp_path)
+    assert "The effect of following it" not in write(tmp_path)
 
 
 def test_every_operator_is_in_a_table_that_opens(full):

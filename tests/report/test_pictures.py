@@ -218,7 +218,7 @@ def test_few_codes_for_the_bulk_are_told(path):
     assert "99 % of the values lie on 3 of 256 codes" in figure.get_suptitle()
 
 
-@pytest.mark.parametrize(("counts", "scale", "said"), [([0, 0], 1.0, "No values came."), ([1, 2], 0.0, "no grid")])
+@pytest.mark.parametrize(("counts", "scale", "said"), [([0, 0], 1.0, "There are no values."), ([1, 2], 0.0, "no grid")])
 def test_histogram_without_values_or_scale(path, counts, scale, said):
     figure = layer_histogram(counts, [-1, 0, 1], scale, "qint8", -128, 127, "layer", path)
     assert readable(path) and any(said in text for text in texts(figure))

@@ -95,13 +95,13 @@ class Surrogate:
         return [i for i, letter in enumerate(self.mix(self.best().params)) if letter == "6"]
 
 
-def run_ladder(land):
+def run_ratio(land):
     raise_until_met(land.measure, {}, RATIO, [k / (land.count or 1) for k in range(land.count + 1)])
 
 
 def run_assign(land):
-    floor, ceiling = land.drop(land.all_int8), land.drop(land.all_int16)
-    assign(land.measure, {}, land.problem, max_drop=GOAL, int8_drop=floor, int16_drop=ceiling, explore=False)
+    int8, int16 = land.drop(land.all_int8), land.drop(land.all_int16)
+    assign(land.measure, {}, land.problem, max_drop=GOAL, int8_drop=int8, int16_drop=int16, explore=False)
 
 
 class NoTracker:
@@ -142,7 +142,7 @@ def run_optuna(land):
             return
 
 
-DIRECTED = {"ratio": run_ladder, "assign": run_assign}
+DIRECTED = {"ratio": run_ratio, "assign": run_assign}
 CONTRACT = {**DIRECTED, "optuna": run_optuna}
 contract = pytest.mark.parametrize("run", CONTRACT.values(), ids=CONTRACT)
 directed = pytest.mark.parametrize("run", DIRECTED.values(), ids=DIRECTED)
@@ -257,9 +257,9 @@ def test_it_ends_with_every_mix_measured_once_and_the_goal_met(run, make, option
 def explored(land, budget):
     """Mixes of a search that goes on to the front until its trials are spent."""
     land.budget = budget
-    floor, ceiling = land.drop(land.all_int8), land.drop(land.all_int16)
+    int8, int16 = land.drop(land.all_int8), land.drop(land.all_int16)
     with pytest.raises(BudgetSpent):
-        assign(land.measure, {}, land.problem, max_drop=GOAL, int8_drop=floor, int16_drop=ceiling)
+        assign(land.measure, {}, land.problem, max_drop=GOAL, int8_drop=int8, int16_drop=int16)
     return [land.mix(dict(point)) for point in land.asked]
 
 
@@ -292,16 +292,16 @@ def test_a_search_that_explores_goes_on_where_it_was_cut():
     assert explored(land, 30) == mixes
 
 
-def test_accuracy_that_is_not_monotone_does_not_hide_a_lower_rung():
+def test_accuracy_that_is_not_monotone_does_not_hide_a_lower_value():
     land = Surrogate(0)
     meeting = {2, 5, 6, 7, 8, 16, 20}
     land.drop = lambda mix: 0.0 if mix.count("6") in meeting else 0.1
-    run_ladder(land)
+    run_ratio(land)
     assert land.mix(land.best().params).count("6") == 2
 
 
-def asked_back(mix, meets_, missed=(), price=None, gains=None):
-    """What is asked for while `mix` is given back, and what is left of it."""
+def demoted(mix, meets_, missed=(), price=None, gains=None):
+    """(the mix that `demote` leaves of `mix`, the mixes that it measured)."""
     asked = []
     price = price or (lambda m: float(m.count("6")))
     gains = gains or range(1, len(mix) + 1)
@@ -316,26 +316,26 @@ def asked_back(mix, meets_, missed=(), price=None, gains=None):
     return demote(ask, problem, mix, patience=2, missed=missed), asked
 
 
-def test_all_int8_is_given_back_to_first_unless_it_is_known_to_miss():
-    assert asked_back("6666", lambda mix: True) == ("8888", ["8888"])
-    assert asked_back("6888", lambda mix: True) == ("8888", ["8888"])
-    assert asked_back("6888", lambda mix: True, missed=["8888"]) == ("6888", [])
+def test_all_int8_is_tried_first_unless_it_is_known_to_miss():
+    assert demoted("6666", lambda mix: True) == ("8888", ["8888"])
+    assert demoted("6888", lambda mix: True) == ("8888", ["8888"])
+    assert demoted("6888", lambda mix: True, missed=["8888"]) == ("6888", [])
 
 
 def test_giving_back_goes_on_singly_up_to_the_last_operator():
-    assert asked_back("6666", lambda mix: True, missed=["8888"]) == ("8886", ["8866", "8886"])
-    assert asked_back("6666", lambda mix: mix != "8888") == ("8886", ["8888", "8866", "8886"])
+    assert demoted("6666", lambda mix: True, missed=["8888"]) == ("8886", ["8866", "8886"])
+    assert demoted("6666", lambda mix: mix != "8888") == ("8886", ["8888", "8866", "8886"])
 
 
 def test_patience_counts_operators_that_prove_needed():
-    left, asked = asked_back("666666", lambda mix: mix == "666666")
+    left, asked = demoted("666666", lambda mix: mix == "666666")
     assert left == "666666"
     assert asked == ["888888", "888666", "866666", "686666"]
 
 
 def test_what_is_given_back_is_never_dearer():
     price = lambda mix: mix.count("6") + (5.0 if mix.startswith("8") and mix[1] == "6" else 0.0)  # noqa: E731
-    left, asked = asked_back("6666", lambda mix: mix[3] == "6" and mix[1] == "6", price=price)
+    left, asked = demoted("6666", lambda mix: mix[3] == "6" and mix[1] == "6", price=price)
     assert left == "6686"
     assert not [mix for mix in asked if mix.startswith("86")]
 

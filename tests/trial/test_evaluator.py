@@ -127,7 +127,7 @@ def test_an_operator_that_only_some_samples_reach_is_refused(digits_task, nash_m
     task = make_task(name="branch", model=Branch().eval(), data=digits_task.data, metric=digits_task.metric)
     evaluator = Evaluator(task, nash_m, CostModel(), eval_batch=8)
     evaluator.measure_float()
-    with pytest.raises(ModelError, match=r"unplanned operators \['\[tanh\] at test_bench.py:\d+'\]"):
+    with pytest.raises(ModelError, match=r"unplanned operators \['\[tanh\] at test_evaluator.py:\d+'\]"):
         trial(evaluator)
 
 

@@ -1,3 +1,3 @@
-"""What to change, by expected gain, and at which stage a training goes wrong."""
+"""Advice: what to change, ordered by expected gain, and at which stage a training goes wrong."""
 
 __all__ = ["advisor", "override", "qat_debug", "text"]

@@ -1,21 +1,22 @@
-"""The advisor: for every operator above the noise, why it is sensitive and what to write to mend it.
+"""The advisor: finds out why an operator is sensitive, for every operator above the noise, and what to change.
 
-It joins the sensitivity table (how much), the layer table (range on the bad cases, error of its own) and calibration
-(where the values lie under the scale). The cause of an activation, first that holds:
+It uses the sensitivity table (how sensitive), the layer table (range on the bad cases, error of the operator alone) and
+the calibration statistics (how the values lie in the range of the scale). The cause of a sensitive activation is the
+first of these that applies:
 
-    constant          a parameter or buffer: it follows its reader
-    huge mask value   before a softmax, values below -1000: no dtype holds both them and the scores
-    shared module     99.9 % of |x| differs between the calls by more than 2, under one scale
+    constant          the operator is a parameter or buffer, which takes the precision of the operator that reads it
+    huge mask value   before a softmax, values below -1000: no dtype can represent both them and the scores
+    shared module     one scale serves calls whose 99.9 % thresholds of |x| differ by a factor of more than 2
     known range       the range follows from the operator (sigmoid, softmax, clamp), and the scale covers more than
-                      twice as much, or cuts values off that are not much smaller
-    calibration data  on the bad cases |x| goes beyond 1.5 times all that calibration saw
-    truncation        the squared error beyond the range is larger than the one of rounding, scale^2 / 12
+                      twice as much, or cuts values off although it covers at least about half of it
+    calibration data  on the bad cases |x| exceeds 1.5 times the largest value during calibration
+    truncation        the squared error beyond the range is larger than that of rounding, scale^2 / 12
     rounding          otherwise: the resolution is too low
 
-int16 mends the last two; where it is there already, or measured to leave the operator above the noise, float16 does if
-the table has it at less than half of that. Each advice is tried on the device rules before it is given: where the march
-would undo it, there is no line, and the text says what to change in the float model. Gain is the row's share of all
-scores.
+Against the last two int16 helps. If the operator is int16 already, or is still above the noise when measured at int16,
+float16 is advised if its score in the table is less than half of that at int16. Each advice is checked against the
+device rules: if the march would undo it, it has no override, and the text says what to change in the float model. The
+gain is the row's share of the sum of all scores.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ from qflow.quant.model.weighted import WeightedLeaf
 from qflow.quant.values.observer import Histogram
 
 NOISE = 0.05  # of the most sensitive row
-MOST = 16  # operators that are advised on
-FLOAT16_BETTER = 0.5  # times what int16 leaves
-FAR = 1.5  # times what calibration saw
+MOST = 16  # operators with an advice
+FLOAT16_BETTER = 0.5  # float16 is better if its score is less than this times that of int16
+FAR = 1.5  # bad cases are far beyond the calibration data above this times their largest value
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is known of one sensitive quantizer."""
+    """What is known about one sensitive quantizer."""
 
     node: OpNode
     score: float
@@ -56,18 +57,18 @@ class Case:
 
     @property
     def reach(self) -> float:
-        """Largest |x| that the scale holds."""
+        """Largest |x| that the scale can represent."""
         return self.scale * -self.qmin
 
     @property
     def largest(self) -> float:
-        """Largest |x| of the float model on the bad cases; of calibration where there was no comparison."""
+        """Largest |x| of the float model on the bad cases; during calibration if layers were not compared."""
         ends = (self.layer.base_model_min, self.layer.base_model_max) if self.layer else (None, None)
         found = [abs(v) for v in ends if v is not None and math.isfinite(v)]
         return max(found) if found else (self.histogram.largest if self.histogram else 0.0)
 
     def clipped(self) -> tuple[float, float]:
-        """(share of the values beyond the range, mean squared error that this makes)."""
+        """(share of the values beyond the range, mean squared error that cutting them off makes)."""
         h = self.histogram
         if h is None or not h.limit or not h.size:
             return 0.0, 0.0
@@ -81,8 +82,8 @@ class Case:
         total = float(h.counts.sum()) + h.zeros
         return share / total, error / total
 
-    def figures(self) -> dict[str, float]:
-        """What it was judged by."""
+    def values(self) -> dict[str, float]:
+        """Name -> value of all that an advice is based on."""
         share, error = self.clipped()
         found = {"score": self.score, "scale": self.scale, "range": self.reach, "float max": self.largest}
         found |= {"clipped share": share, "clip error": error, "rounding error": self.scale**2 / 12.0}
@@ -100,7 +101,11 @@ def advise(
     layers: LayerTable | None,
     refused: Callable[[str, str], str],
 ) -> tuple[Advice, ...]:
-    """Advice by expected gain. `refused(operator, spec)` says why the device would not keep a setting, or ""."""
+    """Advice, ordered by expected gain.
+
+    `refused(operator, spec)` returns why the device would not keep a setting, or "". Raises ConfigError if the table
+    has no rows at the model's own dtypes.
+    """
     nodes = prepared.graph.by_name
     rows = [r for r in table.rows if r.quant_dtype == _dtype(prepared, nodes[r.op_name], r.sensitive_type)]
     if table.rows and not rows:
@@ -119,7 +124,7 @@ def advise(
     for name in dict.fromkeys([*activations, *weights]):
         activation, weight = activations.get(name), weights.get(name)
         own = sum(r.score for r in (activation, weight) if r is not None)
-        gain = own / total if math.isfinite(own) else 1.0  # outputs that are not finite come first
+        gain = own / total if math.isfinite(own) else 1.0  # operators that make outputs infinite come first
         if activation is not None and weight is not None:
             found.append(maker.dual(nodes[name], activation, weight, gain))
         elif weight is not None:
@@ -130,7 +135,7 @@ def advise(
 
 
 def _dtype(prepared: QuantizedModel, node: OpNode, sensitive_type: str) -> str:
-    """What the model has now; the table may hold other candidates as well."""
+    """Dtype in the model; the table may contain candidates at other dtypes as well."""
     if sensitive_type == "weight":
         return str(prepared.weights[node.weight or ""].dtype)
     return str(prepared.outputs[node.quantizer or ""].dtype)
@@ -143,7 +148,7 @@ class _Maker:
     layers: LayerTable | None
     refused: Callable[[str, str], str]
     scores: Mapping[tuple[str, str], float]
-    """Of activations, by operator and dtype."""
+    """Scores of activations by operator and dtype."""
     noise: float
 
     def case(self, node: OpNode, row: SensitivityRow) -> Case:
@@ -157,27 +162,28 @@ class _Maker:
     def activation(self, node: OpNode, row: SensitivityRow, gain: float) -> Advice:
         case = self.case(node, row)
         source = "input" if node.kind == OpKind.input else "activation"
-        cause, text, spec, figures = self.cause(case)
+        cause, text, spec, values = self.cause(case)
         target = node.name
         if cause == "constant":
             readers = self.prepared.graph.consumers[node.name]
             target = readers[0] if readers else node.name
         if spec == "qint16" and target == node.name and (better := self.float16(node)):
             text, spec = f"{text}; {better}", "float16"
-        return self.made(node.name, cause, source, {**case.figures(), **figures}, text, target, spec, gain)
+        return self.made(node.name, cause, source, {**case.values(), **values}, text, target, spec, gain)
 
     def float16(self, node: OpNode) -> str:
-        """What fp16 takes away where int16 does not help; "" where it does, where fp16 is no better or not allowed."""
+        """The scores at int16 and fp16 as text, if int16 does not help and fp16 is better and allowed; else ""."""
         at16, at_float = (self.scores.get((node.name, dtype), math.nan) for dtype in ("qint16", "float16"))
         if not (at16 > self.noise and at_float < FLOAT16_BETTER * at16) or self.refused(node.name, "float16"):
             return ""
         return f"int16 leaves {at16:.3g}, fp16 {at_float:.3g}"
 
     def cause(self, case: Case) -> tuple[str, str, str, dict[str, float]]:
-        """(cause, what it means, spec that mends it, figures of its own)."""
+        """(cause, what it means, spec that removes it, values of this cause)."""
         h, name = case.histogram, case.node.name
         if case.node.kind == OpKind.constant:
-            return "constant", "a constant follows its reader: raise that, or scale it down in the model", "qint16", {}
+            text = "a constant takes the precision of its reader: raise that, or scale the constant down in the model"
+            return "constant", text, "qint16", {}
         if h is not None and min(h.batch_min, default=0.0) < -FAR_BELOW and self._masks(case.node):
             text = "a huge finite mask takes the range from the scores: write masked_fill(mask, float('-inf'))"
             return "huge mask value", text, "", {}
@@ -198,9 +204,9 @@ class _Maker:
             return "calibration data", text, "", {"calibration max": h.largest}
         share, error = case.clipped()
         if error > case.scale**2 / 12.0:
-            text, wide = f"{share:.3%} of the values are cut off: ", h.largest / -case.qmin if h else math.inf
-            held = wide**2 / 12.0 < error
-            text += f"int16 holds them, at int8 a scale of {wide:.3g} does" if held else "holding them needs int16"
+            text, scale = f"{share:.3%} of the values are cut off: ", h.largest / -case.qmin if h else math.inf
+            enough = scale**2 / 12.0 < error
+            text += f"use int16, or int8 with a scale of {scale:.3g}" if enough else "covering them needs int16"
             return "truncation", text, "qint16", {}
         text = "the resolution is too low for what follows"
         if 0 < case.largest < case.reach / 4.0:
@@ -221,15 +227,15 @@ class _Maker:
         return False
 
     def weight(self, node: OpNode, row: SensitivityRow, gain: float) -> Advice:
-        figures, spread = self.weight_figures(node, row)
+        values, spread = self.weight_values(node, row)
         text = "the weight's resolution is too low"
         if spread > 100.0:
             text += f": single values of a channel are {spread:.0f} times the usual one, clip or regularize them"
-        return self.made(node.name, "rounding", "weight", figures, text, node.name, WEIGHT_ONLY, gain)
+        return self.made(node.name, "rounding", "weight", values, text, node.name, WEIGHT_ONLY, gain)
 
     def dual(self, node: OpNode, activation: SensitivityRow, weight: SensitivityRow, gain: float) -> Advice:
-        figures, _ = self.weight_figures(node, weight)
-        own = {**self.case(node, activation).figures(), "weight score": weight.score}
+        values, _ = self.weight_values(node, weight)
+        own = {**self.case(node, activation).values(), "weight score": weight.score}
         text = "weight and activation are both sensitive: "
         reason = self.refused(node.name, "qint16/qint16")
         if reason:
@@ -238,15 +244,15 @@ class _Maker:
             node.name,
             "dual int16",
             "weight and activation",
-            {**own, "weight values over median": figures["largest over median"]},
+            {**own, "weight values over median": values["largest over median"]},
             text + ("" if reason else "int16 for both"),
             node.name,
             "qint16" if reason else "qint16/qint16",
             gain,
         )
 
-    def weight_figures(self, node: OpNode, row: SensitivityRow) -> tuple[dict[str, float], float]:
-        """Figures of a weight, and how far the largest value of a channel lies over its median one (worst channel)."""
+    def weight_values(self, node: OpNode, row: SensitivityRow) -> tuple[dict[str, float], float]:
+        """Values for a weight's advice, and the largest over the median |w| of a channel (worst channel)."""
         quantizer = self.prepared.weights[node.weight or ""]
         leaf = dict(self.prepared.model.named_modules()).get(node.weight or "")
         weight = leaf.folded()[0] if isinstance(leaf, WeightedLeaf) else self.stats.weights.get(quantizer.name)
@@ -262,21 +268,21 @@ class _Maker:
         op: str,
         cause: str,
         source: str,
-        figures: Mapping[str, float],
+        values: Mapping[str, float],
         text: str,
         target: str,
         spec: str,
         gain: float,
     ) -> Advice:
-        """The advice, without a line where the device would undo it or nothing would change."""
+        """The advice, without an override if the device would undo it or nothing would change."""
         node = self.prepared.graph.by_name[target]
         if spec == "qint16" and node.quantizer and _dtype(self.prepared, node, "activation") == spec:
             text, spec = f"{text}; {target} is int16 already", ""
         reason = self.refused(target, spec) if spec else ""
         if reason:
             text, spec = f"{text}; {spec} is not kept here: {reason}", ""
-        kept = tuple((k, v) for k, v in figures.items() if math.isfinite(v))
+        kept = tuple((k, v) for k, v in values.items() if math.isfinite(v))
         line = override({target: spec}) if spec else ""
         if spec and not line:
-            text += f"; its name is none for a command line, in a file write modules: {{'{target}': {spec}}}"
+            text += f"; its name cannot stand on a command line, in a file write modules: {{'{target}': {spec}}}"
         return Advice(op, cause, source, kept, text, line, gain, target if spec else "", spec)

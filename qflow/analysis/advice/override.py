@@ -1,15 +1,15 @@
-"""An advice as the line of configuration that applies it."""
+"""Writes an advice as the command-line override that applies it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
-WEIGHT_ONLY = "{weight: qint16}"  # the output stays as it is, high precision included
+WEIGHT_ONLY = "{weight: qint16}"  # sets the weight and leaves the output as it is, even if that is high-precision
 
 
 def override(modules: Mapping[str, str]) -> str:
-    """`qconfig.modules={head.box: qint16}` with what Hydra's grammar wants escaped; "" where it takes no such key."""
+    """`qconfig.modules={head.box: qint16}`, escaped for Hydra's grammar; "" if that cannot express one of the names."""
     if not all(map(_writable, modules)):
         return ""
     cells = [f"{name.translate(_ESCAPED)}: {spec}" for name, spec in modules.items()]
@@ -17,7 +17,7 @@ def override(modules: Mapping[str, str]) -> str:
 
 
 def _writable(name: str) -> bool:
-    """True where Hydra reads the name as a text: its letters are in the grammar, and it is no number, null or bool."""
+    """True if Hydra reads the name as a string: the grammar has its characters, and it is no number, null or bool."""
     if not re.fullmatch(r"[\w.\[\](),:=+*/$ -]+", name, re.ASCII) or name.lower() in ("null", "true", "false"):
         return False
     try:
@@ -28,7 +28,7 @@ def _writable(name: str) -> bool:
 
 
 def setting(spec: str) -> str | dict[str, str]:
-    """An advice's `spec` as a setter takes it."""
+    """An advice's `spec` in the form that a setter takes."""
     return {"weight": "qint16"} if spec == WEIGHT_ONLY else spec
 
 

@@ -22,24 +22,24 @@ from qflow.quant.trace.calling import cut
 
 SHOWN = tuple(metric for metric in COMPARISONS if metric != "Atol")  # the guide's columns
 CASE_FILE, INFO_FILE = "badcase.pt", "all_badcase_info.pt"
-CHOSEN = "chosen"  # key beside the samples': the plugin's three things remain, and who reads by sample is not disturbed
+CHOSEN = "chosen"  # key in the dict of samples: the file keeps the plugin's three entries, looked up by sample
 Attrs = tuple[Any, Any]
-"""Cached attributes of the float and of the calibrated model; None without."""
+"""Cached attributes of the float and of the calibrated model; None if there are none."""
 
 
 @dataclass
 class BadcaseInputs:
     """Model inputs of the samples that matter, by sample: batches of one, on the CPU.
 
-    Given to `find_badcases`, it holds those of the worst samples so far, and in the end of the chosen ones and of
-    every index in the table. `missing` are chosen samples that came up only after their inputs had passed.
+    `find_badcases` keeps the inputs of the worst samples so far in it, and at the end those of the chosen samples and
+    of every index in the table. `missing` are chosen samples that became candidates only after their batch had passed.
     """
 
     samples: dict[int, Any] = field(default_factory=dict)
     missing: tuple[int, ...] = ()
 
     def update(self, inputs: Any, first: int, size: int, wanted: Collection[int]) -> None:
-        """Take what is wanted from a batch that begins with sample `first`, and let go of what no longer is."""
+        """Keep the `wanted` samples of a batch that begins with sample `first`; drop those no longer wanted."""
         for index in [i for i in self.samples if i not in wanted]:
             del self.samples[index]
         for index in wanted:
@@ -48,7 +48,7 @@ class BadcaseInputs:
                 self.samples[index] = tree_map(_kept, one)
 
     def finish(self, table: BadcaseTable) -> None:
-        """Keep what the table names."""
+        """Keep only the samples that the table names."""
         wanted = set(named_samples(table))
         self.samples = {i: self.samples[i] for i in sorted(self.samples) if i in wanted}
         self.missing = tuple(i for i in table.chosen if i not in self.samples)
@@ -60,17 +60,17 @@ def _kept(value: Any) -> Any:
 
 
 def named_samples(table: BadcaseTable) -> Iterable[int]:
-    """All samples that the table points at: chosen ones, then the worst of outputs and metrics."""
+    """All samples that the table names: the chosen ones, then the worst of outputs and metrics."""
     columns = [table.worst, table.worst_raw, *table.index.values()]
     return dict.fromkeys([*table.chosen, *(i for column in columns for i in column.values())])
 
 
 @dataclass(frozen=True)
 class SavedBadcases:
-    """What the files hold: the bad case, and (if `all_badcase_info.pt` is there) where it came from.
+    """Content of the files: the bad case, and, if there is an `all_badcase_info.pt`, the table it was chosen from.
 
     `inputs` and `attrs` are those of the bad case; `index[output][metric]` and `worst[metric]` are samples, `samples`
-    their (inputs, attrs), and `chosen` the bad cases, worst first (none in files of before they were written).
+    their (inputs, attrs), and `chosen` the bad cases, worst first (empty in files of older versions).
     """
 
     inputs: Any
@@ -82,7 +82,7 @@ class SavedBadcases:
 
 
 def badcase_text(table: BadcaseTable) -> str:
-    """The guide's three tables: its five metrics, and the user's own where there is one."""
+    """The guide's three tables: its five metrics, and the user's own if there is one."""
     shown = [*SHOWN, *(m for m in table.worst if m not in COMPARISONS)]
     index = [[n, *(str(row[m]) for m in shown)] for n, row in table.index.items()]
     value = [[n, *(f"{row[m]:.6g}" for m in shown)] for n, row in table.value.items()]
@@ -104,8 +104,8 @@ def save_badcases(
 ) -> None:
     """Write `badcase.txt`, `badcase.pt` (the first chosen sample) and `all_badcase_info.pt` into `folder`.
 
-    `attrs` are cached attributes by sample. Raises DataError if the case's inputs were not kept, or are no tensors
-    and builtin types.
+    `attrs` are cached attributes by sample. Raises DataError if the inputs of that sample were not kept, or hold
+    anything but tensors and builtin types.
     """
     case = table.chosen[0]
     if case not in inputs.samples:
@@ -123,7 +123,7 @@ def save_badcases(
 
 
 def load_badcases(folder: Path) -> SavedBadcases:
-    """Read them back. Raises DataError if `badcase.pt` is missing or no such file."""
+    """Read the files of `save_badcases`. Raises DataError if `badcase.pt` is missing or cannot be read."""
     inputs, *attrs = _read(folder / CASE_FILE, 3)
     if not (folder / INFO_FILE).exists():
         return SavedBadcases(inputs, (attrs[0], attrs[1]))
@@ -141,7 +141,7 @@ def _read(path: Path, length: int) -> Any:
             f"Bad cases are read from {path.name}, but got {type(error).__name__} in {path.parent}."
         ) from error
     if not isinstance(found, (tuple, list)) or len(found) != length:
-        raise DataError(f"{path.name} holds {length} things, but got {type(found).__name__}. Save it again.")
+        raise DataError(f"{path.name} holds {length} entries, but got {type(found).__name__}. Save it again.")
     return found
 
 

@@ -51,7 +51,7 @@ def find_badcases(
     `COMPARISONS`, or `custom` with the user's own function. By `compare="fair"` they are those of the largest sum
     over outputs of distance / mean distance of the output; by `"raw"`, as in the plugin, those of the worst number
     in any output. Raw is exact always. Fair is exact up to 2 x `pool` samples (`pool` is 1024, or `count` if more),
-    and beyond as far as the proof in worst_samples.py carries; a finding tells if that is not all `count`.
+    and beyond as far as the proof in worst_samples.py carries; a finding says so if that is not all `count`.
 
     Operators that change the order of values (topk, sort, argmax, ...) follow the float indices, so that outputs can
     be compared element by element. `inputs` collects the inputs of bad cases on the way.

@@ -1,4 +1,4 @@
-"""One search for bad cases: both models on batch after batch, what can be compared, and what must be told."""
+"""One search for bad cases: runs both models batch by batch, picks comparable outputs, and collects findings."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from qflow.quant.trace.order import Jump, Order, jumps, may_change_order
 from qflow.quant.trace.tape import Tape
 from qflow.quant.trace.trace import trace
 
-NAMED = 4  # samples or outputs that a line names
+NAMED = 4  # samples or outputs that a message lists
 
 
 @dataclass
 class Search:
-    """A search under way: `pool` and `top` are those of `WorstSamples`."""
+    """State of a running search; `pool` and `top` are those of `WorstSamples`."""
 
     model: nn.Module
     prepared: QuantizedModel
@@ -41,17 +41,17 @@ class Search:
     """About the model."""
     order: Order = field(default_factory=Order)
     nan: dict[str, list[int]] = field(default_factory=dict)
-    """What is NaN without any quantizer ("the input", "output 0") -> the number of samples, then the first of them."""
+    """Where the float model has NaN ("the input", "output 0") -> number of samples, followed by the first of them."""
     makers: dict[str, str] = field(default_factory=dict)
     """Output -> the operator that gives it."""
     floating: QuantizedModel | None = None
-    """What gives the float outputs and their order, where operators change it."""
+    """The model that gives the float outputs and the order of values, if operators change that order."""
 
     def __post_init__(self) -> None:
         if may_change_order(self.prepared.plan.known):
             self.floating = _same_weights(self.model, self.prepared)
             if self.floating is None:
-                message = "topk, sort and the like do not follow the float order: the float model is another one"
+                message = "topk, sort and the like do not follow the float order: the float model has other parameters"
                 self.findings.append(Finding("", "check", message))
 
     @property
@@ -79,7 +79,7 @@ class Search:
         self.worst.update(torch.stack(rows))
 
     def outputs(self, batch: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Float and quantized outputs by name; order-changing operators of the second follow the first."""
+        """Float and quantized outputs by name; in the quantized model topk, sort, ... use the float model's order."""
         if self.floating is None:
             reference = dict(named_tensors(call_model(self.model, batch)))
             return reference, dict(named_tensors(call_model(self.prepared, batch)))
@@ -92,7 +92,7 @@ class Search:
         return reference, quantized
 
     def refused(self, name: str, x: Tensor | None, y: Tensor | None, size: int) -> bool:
-        """True if the output cannot be laid to the samples of this batch; the reason is kept."""
+        """True if the output cannot be compared sample by sample; the reason is kept in `left_out`."""
         if name in self.left_out:
             return True
         why = None
@@ -110,18 +110,18 @@ class Search:
         return why is not None
 
     def nothing_left(self) -> DataError:
-        """Why no output can be compared."""
-        told = [f"output {name}: {why}" for name, why in self.left_out.items()]
-        more = f"; and {len(told) - NAMED} more" if len(told) > NAMED else ""
+        """The error for a model none of whose outputs can be compared."""
+        reasons = [f"output {name}: {why}" for name, why in self.left_out.items()]
+        more = f"; and {len(reasons) - NAMED} more" if len(reasons) > NAMED else ""
         first = next((self.makers[name] for name in self.left_out if name in self.makers), "what makes them")
         return DataError(
             "Bad cases are found by comparing float outputs per sample, but got none: "
-            f"{'; '.join(told[:NAMED]) or 'the model gives no tensor'}{more}. Cut the model before {first}, or give "
+            f"{'; '.join(reasons[:NAMED]) or 'the model gives no tensor'}{more}. Cut the model before {first}, or give "
             "float outputs with one row a sample."
         )
 
     def note_nan(self, batch: Any, reference: Mapping[str, Tensor], size: int) -> None:
-        """Samples of this batch whose inputs are NaN, and others whose float outputs are."""
+        """Count the samples of this batch whose inputs contain NaN, and the others whose float outputs do."""
         assert self.worst is not None
         given = [_nan(t, size) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.is_floating_point()]
         rows = torch.stack(given).any(0) if given else torch.zeros(size, dtype=torch.bool)
@@ -134,7 +134,7 @@ class Search:
                     known.append(self.samples + i)
 
     def wanted(self, metric: str, count: int, compare: str) -> set[int]:
-        """Samples whose inputs may be asked for: all that are worst now, and twice as many as will be chosen."""
+        """Samples whose inputs may be needed: all that are worst so far, and twice as many as will be chosen."""
         worst = self.worst
         if worst is None:
             return set()
@@ -143,7 +143,7 @@ class Search:
         return found | set(worst.raw(metric, count) if compare == "raw" else worst.fair(metric, 2 * count)[0])
 
     def table(self, metric: str, count: int, compare: str, top: int) -> BadcaseTable:
-        """The record. Raises DataError without data."""
+        """The table of the samples seen so far. Raises DataError without data."""
         worst = self.worst
         if worst is None:
             raise DataError("Bad cases are found by comparing outputs on data, but got no batch. Check the data.")
@@ -168,13 +168,13 @@ class Search:
         )
 
     def shown(self, metric: str, value: float) -> float:
-        """A record holds no NaN: it is the worst infinity."""
+        """`value` for a table, which holds no NaN: NaN becomes the worst infinity."""
         if not math.isnan(value):
             return value
         return -math.inf if smallest_is_worst(metric, self.custom) else math.inf
 
     def data_findings(self, certain: int, chosen: int) -> list[Finding]:
-        """What the batches showed."""
+        """Findings on the outputs and samples of the batches so far."""
         assert self.worst is not None
         found = [Finding(n, "info", f"output {n} is not compared: {why}") for n, why in self.left_out.items()]
         found += [
@@ -182,7 +182,7 @@ class Search:
             for c in sorted(self.order.followed)
         ]
         found += [
-            Finding(c, "check", f"{c} cannot follow the float order: it got values of another shape. Cut before it.")
+            Finding(c, "check", f"{c} cannot use the float order (its values differ in shape): cut the model before it")
             for c in sorted(self.order.strayed)
         ]
         for name in self.worst.outputs:
@@ -195,21 +195,21 @@ class Search:
                 )
                 found.append(Finding(name, "check", message))
         if certain < chosen:
-            message = f"{certain} of the {chosen} chosen samples are certain, the others near. Raise pool."
+            message = f"{certain} of the {chosen} chosen samples are certain, the others nearly as bad. Raise pool."
             found.append(Finding("", "info", message))
         return found
 
     def causes(self, name: str, most: int) -> str:
-        """Why `most` samples have no finite distance: NaN before any quantizer, or something else."""
+        """Why `most` samples have no finite distance: NaN in the float model, or something else."""
         own = {"The input itself": self.nan.get("the input"), "The float output itself": self.nan.get(f"output {name}")}
         there = {what: known for what, known in own.items() if known}
-        told = []
+        causes = []
         for what, (count, *first) in there.items():
             more = f" and {count - len(first)} more" if count > len(first) else ""
-            told.append(f"{what} is NaN in samples {', '.join(map(str, first))}{more}: clean the data.")
+            causes.append(f"{what} is NaN in samples {', '.join(map(str, first))}{more}: clean the data.")
         if most > sum(known[0] for known in there.values()):
-            told.append("Look for overflow or masks.")
-        return " ".join(told)
+            causes.append("Look for overflow or masks.")
+        return " ".join(causes)
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """Everything that the next steps need."""
@@ -225,7 +225,7 @@ class Search:
         }
 
     def resume(self, state: dict[str, Any] | None) -> int:
-        """Go on from `state`; gives the number of finished steps."""
+        """Continue from `state`; returns the number of finished steps."""
         if state is None:
             return 0
         self.worst = WorstSamples([], self.custom, self.top, self.pool)
@@ -238,7 +238,7 @@ class Search:
 
 
 def _same_weights(model: nn.Module, prepared: QuantizedModel) -> QuantizedModel | None:
-    """A prepared model with the weights of `model`; None if that is another one. Trained weights need a copy."""
+    """`prepared`, or a copy of it if its weights were trained, with the weights of `model`; None if they do not fit."""
     wanted, own = _tensors(model.state_dict()), _tensors(prepared.float_state_dict())
     if wanted.keys() != own.keys() or any(wanted[k].shape != own[k].shape for k in own):
         return None
@@ -254,13 +254,13 @@ def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _all_torch(module: nn.Module) -> bool:
-    """True for a module that is made of torch's own which do not jump."""
+    """True for a module that consists of torch's own modules, none of which has jumps in its output."""
     jump = (nn.Hardshrink, nn.Threshold)
     return all(type(p).__module__.startswith("torch.nn.modules.") and not isinstance(p, jump) for p in module.modules())
 
 
 def _nan(tensor: Tensor, size: int) -> Tensor:
-    """Which of the samples hold NaN [size], on the CPU; all of them where a tensor without a sample axis does."""
+    """Which of the samples contain NaN [size], on the CPU; all or none if the tensor has no sample axis."""
     found = tensor.isnan()
     if not found.ndim or len(found) != size:
         return found.any().cpu().expand(size)
@@ -268,7 +268,7 @@ def _nan(tensor: Tensor, size: int) -> Tensor:
 
 
 def _jump_findings(model: nn.Module, tape: Tape) -> list[Finding]:
-    """Operators that make outputs incomparable, one finding each."""
+    """One finding for each operator that makes outputs incomparable."""
     by_op: dict[str, list[Jump]] = {}
     for jump in jumps(tape):
         if jump.skipped and _all_torch(model.get_submodule(jump.skipped)):

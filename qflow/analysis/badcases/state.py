@@ -1,4 +1,4 @@
-"""Where a long search for bad cases stands, in a file that a kill at any moment leaves whole."""
+"""Saves the state of a long search for bad cases in a file that stays complete if the process is killed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qflow.core.errors import ConfigError
 
 
 def write_state(path: Path, settings: Mapping[str, str], state: Mapping[str, Any]) -> None:
-    """Write `state` beside its place and rename it there."""
+    """Write `state` to a temporary file beside `path`, which then replaces `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
@@ -30,7 +30,7 @@ def write_state(path: Path, settings: Mapping[str, str], state: Mapping[str, Any
 def read_state(path: Path, settings: Mapping[str, str]) -> dict[str, Any] | None:
     """The state that was written under the same `settings`; None if there is none yet.
 
-    Raises ConfigError for one of other settings (data, model, metric, ...), and for a file that is no state.
+    Raises ConfigError if it was written under other settings (data, model, metric, ...) or is not a state file.
     """
     if not path.exists():
         return None

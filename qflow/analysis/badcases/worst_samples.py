@@ -1,15 +1,16 @@
-"""The worst samples of a stream in bounded memory: numbers of one batch come in, means and the worst stay.
+"""Finds the worst samples of a stream in bounded memory, from the metric values of one batch after the other.
 
-Two orders are kept. For each output and metric the `top` worst samples: exact, they need no mean. And the worst over
-all outputs together, by
+Two rankings are kept. One holds the `top` worst samples of each output and metric; it needs no mean and is exact. The
+other ranks samples over all outputs together, by
 
     total(sample) = sum over outputs of badness / mean badness of that output over all samples
 
-(`metrics.badness`; an own metric is measured from the best value seen). The means are known only at the end, so
-candidates wait in a pool. Until it first overflows (2 x `pool` samples) nothing is given up and the order is exact.
-From then on samples are ranked by the means of that moment, and the best leave. Of those that left, the total is at
-most `bound` = the largest rank among them x the largest factor by which any output's mean has shrunk since: every
-sample whose final total exceeds it is certainly placed right. How many are is told with the answer.
+(`metrics.badness`; that of a user's own metric is taken relative to the best value seen). The means are known only at
+the end, so candidates are kept in a pool. Until the pool first overflows (2 x `pool` samples) no sample is dropped and
+the ranking is exact. From then on samples are ranked by the means at that moment, and those with the smallest totals
+are dropped. The final total of a dropped sample is at most `bound` = the largest total of a dropped sample x the
+largest factor by which the mean of any output has shrunk since. Every sample whose final total exceeds the bound is
+certainly ranked right; `fair` returns how many these are.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from torch import Tensor
 
 from qflow.analysis.measures.metrics import CUSTOM, Custom, badness, metric_names, worst_key
 
-_TINY = 1e-30  # mean of an output that has no error at all
+_TINY = 1e-30  # used as the mean of an output that has no error at all
 
 
 class WorstSamples:
-    """Means and worst samples of `outputs` under all metrics; a sample is named by its place in the stream."""
+    """Means and worst samples of `outputs` under all metrics; a sample is identified by its place in the stream."""
 
     def __init__(self, outputs: list[str], custom: Custom | None = None, top: int = 1, pool: int = 1024) -> None:
         self.outputs = list(outputs)
@@ -65,7 +66,7 @@ class WorstSamples:
         data = self.data
         new = {"key": key, "value": values, "index": index.expand(values.shape)}
         joined = {name: torch.cat([data[name], new[name]], 2) for name in new}
-        # Stable: of equal ones the earlier sample comes first, and what is kept came before this batch.
+        # The sort is stable: of equal samples the earlier comes first, and kept samples precede those of this batch.
         order = joined["key"].sort(dim=2, descending=True, stable=True).indices[:, :, : self.top]
         data.update({name: column.gather(2, order) for name, column in joined.items()})
 
@@ -79,7 +80,7 @@ class WorstSamples:
         data["first_not_finite"] = torch.where(unseen, first, data["first_not_finite"])
 
     def _shrink(self) -> None:
-        """Let go of those with the smallest totals under the means of the first overflow."""
+        """Drop the samples with the smallest totals under the means at the first overflow."""
         data = self.data
         if not data["weight"].any():
             data["weight"] = self._weights()
@@ -91,7 +92,7 @@ class WorstSamples:
         data["pool"] = data["pool"].gather(1, kept[:, :, None].expand(-1, -1, len(self.outputs)))
 
     def _zeros(self) -> Tensor:
-        """Badness that counts as none [outputs, metrics]: the best value seen for an own metric, which has no 0."""
+        """Badness that counts as 0 [outputs, metrics]: for a user's own metric, which has no known 0, the best seen."""
         own = torch.tensor([metric == CUSTOM for metric in self.metrics])
         return self.data["best"].where(own & self.data["best"].isfinite(), 0.0)
 
@@ -101,26 +102,26 @@ class WorstSamples:
         return 1.0 / mean.clamp_min(_TINY)
 
     def leave_out(self, output: str) -> None:
-        """Forget an output that turned out not to be comparable."""
+        """Remove an output that turned out not to be comparable."""
         kept = torch.tensor([i for i, name in enumerate(self.outputs) if name != output], dtype=torch.int64)
         for name, tensor in self.data.items():
             if name == "pool":
                 self.data[name] = tensor[:, :, kept]
-            elif name == "left":  # ranks with that output in them say nothing about those without
+            elif name == "left":  # totals that include the output give no bound for totals without it
                 self.data[name] = torch.where(tensor.isneginf(), tensor, torch.inf)
             elif name != "pool_index":
                 self.data[name] = tensor[kept]
         self.outputs.remove(output)
 
     def fair(self, metric: str, count: int) -> tuple[list[int], int]:
-        """The `count` samples of largest total, and how many of them (from the worst on) are certain."""
+        """The `count` samples of largest total, and how many of them, from the worst on, are certainly right."""
         m, data = self.metrics.index(metric), self.data
         weight, zero = self._weights()[:, m], self._zeros()[:, m]
         total = worst_key(_totals(data["pool"][m] - zero, weight))
         order = total.sort(descending=True, stable=True).indices[:count]
         chosen: list[int] = data["pool_index"][m][order].tolist()
         left = data["left"][m]
-        if left.isneginf() or len(self.outputs) == 1:  # one output is ranked alike by any mean
+        if left.isneginf() or len(self.outputs) == 1:  # with one output, the mean does not change the ranking
             return chosen, len(chosen)
         known = data["weight"][:, m]
         bound = (left - (zero * known).sum()) * (weight / known).max()
@@ -151,12 +152,12 @@ class WorstSamples:
         return {"outputs": list(self.outputs), "samples": self.samples, "data": dict(self.data)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from the state of `state_dict`."""
         self.outputs, self.samples, self.data = list(state["outputs"]), int(state["samples"]), dict(state["data"])
 
 
 def _totals(bad: Tensor, weight: Tensor) -> Tensor:
-    """Sum over outputs (last dim), one after the other: equal samples get equal totals, whatever stands beside them."""
+    """Sum over outputs (last dim) in a fixed order, so that equal samples get equal totals in any batch."""
     total = torch.zeros_like(bad[..., 0])
     for column, factor in zip(bad.unbind(-1), weight.unbind(-1), strict=True):
         total = total + column * factor

@@ -1,3 +1,3 @@
-"""What a qconfig or a calibration shows without a comparison: the model check and its findings."""
+"""Checks of a qconfig and of a calibration that need no comparison of outputs."""
 
 __all__ = ["calibration_check", "model_check"]

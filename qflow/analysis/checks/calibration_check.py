@@ -1,14 +1,14 @@
-"""What calibration shows beyond the structure: ranges, shared modules, overflow, channels that do nothing.
+"""Findings from the statistics of a calibration: ranges, shared modules, overflow, dead channels.
 
-The guide's model check looks at names and dtypes. With statistics at hand it can say more:
+The guide's model check looks at names and dtypes only. The statistics show more:
 
-    shared module    case B (its calls see similar values: harmless) or case C (one scale for unlike calls: copy it),
-                     by the ratio of the calls' 99.9 % thresholds, C above 2
+    shared module    case B: its calls see similar values, which is harmless; case C: one scale serves calls of
+                     different range, so the module should be copied; C if their 99.9 % thresholds differ by more than 2
     range            int8 with |x| up to more than 10 (the manual's rule of thumb)
-    infinities       -inf that masks no softmax (quant/masks.py): it saturates at the smallest code
-    finite masks     a value far below all scores that reaches a softmax: it takes the range from them
+    infinities       -inf that masks no softmax (quant/trace/masks.py): it saturates at the smallest code
+    finite masks     a value far below all scores that reaches a softmax: it takes the range from the scores
     fp16             |x| beyond 65504
-    accumulator      sum |w_q| x largest input code of an output channel beyond int32, or its bias
+    accumulator      sum |w_q| x largest input code of an output channel exceeds int32, or its bias does
     dead channels    all weights of an output channel are zero
 """
 
@@ -28,7 +28,7 @@ from qflow.quant.model.weighted import WeightedLeaf
 
 UNLIKE_CALLS = 2.0
 INT8_RANGE = 10.0
-FAR_BELOW = 1000.0  # exp of such a difference is 0 in float32: no score, a mask
+FAR_BELOW = 1000.0  # a value so far below the others is a mask and not a score: its exp is 0 in float32
 INT32 = 2**31 - 1
 HALF_RANGE = 65504.0
 UNSEEN = (
@@ -57,7 +57,7 @@ def calibration_findings(
 
 
 def _range(node: OpNode, stats: CalibrationStats, qconfig: QConfig, masks: bool) -> list[Finding]:
-    """`masks`: what it gives only reaches a softmax, so that -inf in it is a mask and kept."""
+    """`masks`: the node's result only reaches a softmax, so that -inf in it is a mask and is kept."""
     histogram = stats.histograms.get(node.quantizer or "")
     if histogram is None:
         return []
@@ -72,7 +72,7 @@ def _range(node: OpNode, stats: CalibrationStats, qconfig: QConfig, masks: bool)
     if masks and low < -FAR_BELOW:
         text = (
             f"values down to {low:.4g} before a softmax: such a mask takes the range from the scores in every integer "
-            "dtype. Write masked_fill(mask, float('-inf')) right before the softmax: that is kept apart"
+            "dtype. Write masked_fill(mask, float('-inf')) right before the softmax: -inf does not count in the range"
         )
         found.append(Finding(node.name, "check", text))
         return found
@@ -91,19 +91,19 @@ def _range(node: OpNode, stats: CalibrationStats, qconfig: QConfig, masks: bool)
 
 
 def _precision() -> list[Finding]:
-    """What makes float results coarser than float32 while this process runs."""
+    """Findings on settings of this process that compute float results in less than float32 precision."""
     found = []
     if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
-        text = "autocast is on: operators compute in half precision, which is not what the device does. Leave it"
+        text = "autocast is on: operators compute in half precision, unlike on the device. Run this outside autocast"
         found.append(Finding("model", "check", text))
     if torch.cuda.is_available() and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32):
-        text = "TF32 is on: off inside prepared models, on in the float model that they are compared with"
+        text = "TF32 is on: prepared models switch it off, the float model that they are compared with uses it"
         found.append(Finding("model", "info", text))
     return found
 
 
 def call_reach(stats: CalibrationStats, quantizer: str) -> dict[str, float]:
-    """Call of a shared module -> how far its values reach (99.9 % of |x|); empty where it is not shared."""
+    """Call of a shared module -> 99.9th percentile of |x|; empty if the module is not shared."""
     calls = stats.calls.get(quantizer, {})
     return {name: h.percentile(99.9) if h.largest else 0.0 for name, h in calls.items()}
 
@@ -120,7 +120,8 @@ def _shared(stats: CalibrationStats) -> list[Finding]:
             )
             found.append(Finding(quantizer, "check", text))
         else:
-            found.append(Finding(quantizer, "info", f"shared module, case B: its {len(calls)} calls see like values"))
+            text = f"shared module, case B: its {len(calls)} calls see similar values"
+            found.append(Finding(quantizer, "info", text))
     return found
 
 
@@ -147,7 +148,7 @@ def _weights(prepared: QuantizedModel, qconfig: QConfig) -> list[Finding]:
 def _overflow(
     prepared: QuantizedModel, node: OpNode, qconfig: QConfig, weight: Tensor, bias: Tensor | None, others: list[int]
 ) -> list[Finding]:
-    """Output channels whose sum of products, or bias at scale s_in s_w, leaves int32."""
+    """Findings on output channels whose sum of products, or bias at scale s_in s_w, exceeds int32."""
     quantizer = prepared.weights[node.weight or ""]
     dtypes = [d for d in input_dtypes(prepared.graph, qconfig, node.name)[:1] if d.is_integer]
     sources = prepared.graph.source(node.inputs[0]) if node.inputs else ()
@@ -157,14 +158,14 @@ def _overflow(
     found = []
     reach = codes * -dtypes[0].qmin
     if bool((reach > INT32).any()):
-        wide = dtypes[0] == QDtype.qint16  # its codes rarely reach their end all at once: a bound, not a verdict
-        text = f"{int((reach > INT32).sum())} channels can leave the int32 accumulator"
-        text += " if all qint16 inputs are at their end" if wide else ""
-        found.append(Finding(node.name, "check" if wide else "error", text))
+        int16 = dtypes[0] == QDtype.qint16  # int16 codes rarely are all at their largest at once: no certain overflow
+        text = f"{int((reach > INT32).sum())} channels can overflow the int32 accumulator"
+        text += " if all qint16 inputs have their largest codes" if int16 else ""
+        found.append(Finding(node.name, "check" if int16 else "error", text))
     scale = float(prepared.outputs[prepared.graph.by_name[sources[0]].quantizer or ""].scale)
     if bias is not None and scale > 0.0 and bias.numel() == quantizer.scale.numel():
         steps = (bias.double() / (scale * quantizer.scale.flatten().double())).abs()
         if bool((steps > INT32).any()):
-            text = f"the bias of {int((steps > INT32).sum())} channels leaves int32 at scale s_in x s_w"
+            text = f"the bias of {int((steps > INT32).sum())} channels exceeds int32 at scale s_in x s_w"
             found.append(Finding(node.name, "error", text))
     return found

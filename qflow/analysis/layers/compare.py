@@ -1,9 +1,10 @@
 """Layer-by-layer comparison: every operator call of the float model against the calibrated one, on the same input.
 
-One float pass keeps the calls; then each operator runs twice more, once on what the calibrated model has so far (the
-accumulated error) and once on float inputs (the error of the operator, with its fused group, alone). A large
-accumulated error over a small one of its own is carried, not made. The models are walked in step, values are freed
-as soon as nobody reads them. Operators that change order (topk, sort) follow the float order.
+One float pass captures the calls. Then each operator is run twice more: on the values of the calibrated model, which
+gives the accumulated error, and on float inputs, which gives the error of the operator (with its fused group) alone. If
+the accumulated error is large and the operator's own is small, the error comes from earlier operators. Both models
+advance operator by operator, and values are freed after their last use. Operators that change the order of values
+(topk, sort) use the order of the float model.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from qflow.quant.replay.captured_ops import Ops, Values
 from qflow.quant.trace.calling import batch_size
 from qflow.quant.trace.tape import Op, Ref
 
-GROWS = 2.0  # an error that is so many times that of its inputs grows here
-STANDS_OUT = 3.0  # times the median of all operators' own errors
+GROWS = 2.0  # the error grows at an operator if it is at least so many times the error of the inputs
+STANDS_OUT = 3.0  # ... and at least so many times the median error of an operator alone
 
 
 def compare_layers(
@@ -55,7 +56,7 @@ def compare_layers(
 
 
 class _Walk:
-    """Float, calibrated and single-operator values side by side, freed after their last reader."""
+    """Runs the operators in order and holds their float, calibrated and single-operator values until the last use."""
 
     def __init__(self, model: nn.Module, prepared: QuantizedModel, captured: Captured) -> None:
         self.prepared, self.captured = prepared, captured
@@ -63,7 +64,7 @@ class _Walk:
         self.plain: dict[int, Values] = {}
         self.calibrated: dict[int, Values] = {}
         self.single: dict[int, Values] = {}
-        """Inside a fused group: the group alone, from float inputs on."""
+        """Values inside a fused group when the group alone is run on float inputs."""
         self.sources: dict[str, tuple[str, ...]] = {}
         self.findings: list[Finding] = []
         self.nodes: dict[str, OpNode] = {}
@@ -72,12 +73,10 @@ class _Walk:
         self.last = {names[-1]: names for names in ([*_members(n)] for n in prepared.graph.nodes)}
 
     def row(self, op: Op, index: int) -> LayerRow:
-        """Run one op three times and compare."""
+        """Run one operator and compare its float, calibrated and single-operator values."""
         base, own, alone = self._values(op)
         if not self.findings and op.floating and bool(base[0].isnan().any()):
-            text = (
-                "the float model itself gives NaN here, first of all operators: look at the bad case and at the model"
-            )
+            text = "the float model itself gives NaN here first: check the bad case and the model"
             self.findings.append(Finding(op.name, "error", text))
         node = self.nodes.get(op.name)
         ends = node is None or op.name in self.prepared.plan.output_at or len(node.fused) == 0
@@ -106,7 +105,7 @@ class _Walk:
         return row
 
     def _values(self, op: Op) -> tuple[Values, Values, Values]:
-        """(float, calibrated, alone) of one op; kept for its readers."""
+        """(float, calibrated, single-operator) values of one operator, which are kept for its readers."""
         if op.call is None:
             base: Values = (self.captured.inputs[op.index],)
             name = self.prepared.plan.output_at.get(op.name)
@@ -149,35 +148,35 @@ def _members(node: OpNode) -> tuple[str, ...]:
 
 
 def _analysis_type(op: Op, node: OpNode | None, ends: bool) -> str:
-    """Type in the calibrated model: the whole group at its last member, Identity inside it."""
+    """Type in the calibrated model: that of the whole group at its last member, Identity at the others."""
     if node is None or not node.fused:
         return op.op_type
     return group_type(node) if ends else "torch.nn.modules.linear.Identity"
 
 
 def group_type(node: OpNode) -> str:
-    """Type of a whole group in the calibrated model; the operator's own where nothing is fused into it."""
+    """Type of a whole group in the calibrated model; the operator's own if nothing is fused into it."""
     kind = node.op_type.rsplit(".", 1)[-1]
     return f"qflow.{kind}{''.join(node.fused_types)}" if node.fused else node.op_type
 
 
 def is_of(types: Collection[str], *kinds: str) -> bool:
-    """True where one of `kinds`, in full or its last part, is among `types`."""
+    """True if one of `kinds`, in full or by its last part, is among `types`."""
     return any(name in types for kind in kinds for name in (kind, kind.rsplit(".", 1)[-1]))
 
 
 def error_start(table: LayerTable, sources: dict[str, tuple[str, ...]]) -> str:
-    """First operator whose error is GROWS times that of all it reads and stands out; "" where errors only add up.
+    """First operator where the error grows: GROWS times that of its inputs, STANDS_OUT times the median error alone.
 
-    Standing out: STANDS_OUT times the usual error of an operator alone. Where the operator alone makes less than half
-    of it, its input did, and could hide it under one loud channel: the name is then that of what it reads.
+    "" if there is none, because errors only add up. If the operator alone makes less than half of the error, its input
+    made it, where a channel of large values can hide it in the relative error: the name of the input is returned.
     """
     own = [r.single_error for r in table.rows if r.single_error and r.quantizer]
     usual = statistics.median(own) if own else 0.0
-    errors: dict[str, tuple[float, str]] = {}  # and which operator it was seen at
+    errors: dict[str, tuple[float, str]] = {}  # operator -> error, and the operator whose row has it
     for row in table.rows:
         before, source = max((errors.get(n, (0.0, "")) for n in sources.get(row.mod_name, ())), default=(0.0, ""))
-        if row.error is None or row.single_error is None:  # inside a group: what goes in comes out
+        if row.error is None or row.single_error is None:  # inside a group: it has the error of its input
             errors[row.mod_name] = before, source
             continue
         errors[row.mod_name] = row.error, row.mod_name
@@ -196,9 +195,9 @@ def _findings(rows: Sequence[LayerRow]) -> tuple[Finding, ...]:
 
 
 def filtered(table: LayerTable, prefixes: Sequence[str] = (), types: Sequence[str] = ()) -> LayerTable:
-    """Rows whose name starts with one of `prefixes` or whose type is one of `types`; all if none.
+    """Rows whose name starts with one of `prefixes` or whose type is one of `types`; all rows if neither is given.
 
-    A type is that of either model, in full or its last part. Either is enough, as in the plugin.
+    A type is that of either model, in full or its last part. One of the two conditions is enough, as in the plugin.
     """
     if not prefixes and not types:
         return table

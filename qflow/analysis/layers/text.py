@@ -14,11 +14,11 @@ COLUMNS = (
     *("max_atol_diff", "max_qscale_diff"),
 )
 OWN = ("error", "single_error")
-"""Columns that the guide has not: accumulated and own error, |difference| / |float|."""
+"""Columns that the guide does not have: accumulated error and error of the operator alone, |difference| / |float|."""
 
 
 def layers_text(table: LayerTable) -> str:
-    """The guide's table: an index column, 7 decimals, numbers to the right, inside rules."""
+    """The guide's table: an index column, numbers with 7 decimals on the right, and a frame of lines."""
     header = ["", *COLUMNS, *OWN]
     body = [[str(row.index), *(_text(row, name) for name in (*COLUMNS, *OWN))] for row in table.rows]
     widths = [max(len(cells[i]) for cells in [header, *body]) for i in range(len(header))]
@@ -55,9 +55,9 @@ def _text(row: LayerRow, name: str) -> str:
 
 
 def layers_line(table: LayerTable | None) -> str:
-    """The table in one line for a console."""
+    """The table in one line for the console."""
     if table is None:
-        return "left out: this model's calls cannot be run one by one (findings)"
+        return "left out: this model's calls cannot be run one by one (see the findings)"
     worst = max(table.rows, key=lambda row: row.single_error or 0.0)
     start = f"the error starts to grow at {table.start}; " if table.start else ""
     return f"{start}largest error of its own: {worst.mod_name} ({worst.single_error or 0.0:.2g})"

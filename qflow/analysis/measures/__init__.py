@@ -1,3 +1,3 @@
-"""Records of an analysis, and distances between float and quantized values."""
+"""The tables that hold the results of an analysis, and the distances between float and quantized values."""
 
 __all__ = ["distances", "layer_metrics", "metrics", "tables"]

@@ -1,4 +1,8 @@
-"""Distances of many variants' outputs to the float outputs, gathered over chunks of samples and merged at the end."""
+"""Distances between the float outputs and the outputs of many variants of a model.
+
+A variant is the float model with one quantizer switched on. Distances are collected chunk by chunk of the samples and
+merged into one score for each variant at the end.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from qflow.core.errors import DataError
 
 
 class Distances:
-    """For each of `count` variants the distance of every output and sample, in `metric`."""
+    """Collects, for each of `count` variants, the distance of every output and sample in `metric`."""
 
     def __init__(self, metric: str, count: int) -> None:
         self.metric = metric
@@ -24,13 +28,13 @@ class Distances:
         self.left_out: dict[str, str] = {}
         """Output -> why it has no distance."""
         self.nan: dict[str, int] = {}
-        """Output -> samples in which the float model itself gives NaN: these values are passed over."""
+        """Output -> number of samples in which the float model itself gives NaN; these values are ignored."""
         self.infinite: set[str] = set()
-        """Outputs that are infinite in the float model already."""
+        """Outputs in which the float model itself gives infinite values."""
         self.samples = 0
 
     def reference(self, outputs: dict[str, Tensor], samples: int) -> None:
-        """Take the float outputs of the next chunk, of so many samples."""
+        """Take the float outputs of the next chunk, which has so many `samples`."""
         self.samples = samples
         self.float_outputs = {name: t for name, t in outputs.items() if t.is_floating_point() and t.numel()}
         for name, tensor in outputs.items():
@@ -49,32 +53,30 @@ class Distances:
         if nan.any():
             self.nan[name] = self.nan.get(name, 0) + int(rows.sum())
         if nan.all():
-            self.left_out[name] = "the float model itself gives nothing but NaN: look at the bad cases and at the model"
+            self.left_out[name] = "the float model itself gives only NaN: check the bad cases and the model"
         if x.isinf().any():
             self.infinite.add(name)
 
     @property
     def findings(self) -> list[Finding]:
-        """What is not compared, and what is not finite without any quantizer. Raises DataError if nothing is left."""
-        told = [f"output {name} is not compared: {why}" for name, why in sorted(self.left_out.items())]
-        found = [Finding("sensitivity", "info", text) for text in told]
+        """Outputs that are not compared or not finite in the float model. Raises DataError if none can be compared."""
+        texts = [f"output {name} is not compared: {why}" for name, why in sorted(self.left_out.items())]
+        found = [Finding("sensitivity", "info", text) for text in texts]
         if not self.sizes.keys() - self.left_out.keys():
             raise DataError(
-                f"Float outputs are compared, but got none: {'; '.join(told) or 'the model gives no tensor'}. "
-                "Take other bad cases, or cut the model before what makes these outputs."
+                f"Float outputs are compared, but got none: {'; '.join(texts) or 'the model gives no tensor'}. "
+                "Take other bad cases, or cut the model before the operators that make these outputs."
             )
         for name in sorted(self.nan.keys() - self.left_out.keys()):
-            text = f"output {name} is NaN in the float model already, in {self.nan[name]} samples: passed over there"
+            text = f"output {name} is NaN in the float model already, in {self.nan[name]} samples: ignored there"
             found.append(Finding("sensitivity", "check", text))
         for name in sorted(self.infinite - self.left_out.keys()):
-            text = (
-                f"output {name} is infinite in the float model already: a mask or an overflow, not a quantizer's doing"
-            )
+            text = f"output {name} is infinite in the float model already: a mask or an overflow, not a quantizer"
             found.append(Finding("sensitivity", "info", text))
         return found
 
     def add(self, variant: int, outputs: dict[str, Tensor]) -> None:
-        """Take a variant's outputs on the same chunk. An output of another shape than in float is left out."""
+        """Take a variant's outputs on the same chunk. An output whose shape differs from float is left out."""
         for name, x in self.float_outputs.items():
             y = outputs.get(name, x)
             if x.shape != y.shape:
@@ -84,10 +86,10 @@ class Distances:
             self.values[variant].setdefault(name, []).append(self._by_sample(x, y).cpu())
 
     def _by_sample(self, x: Tensor, y: Tensor) -> Tensor:
-        """One distance a sample; that of the whole tensor for each where it has no sample axis."""
+        """One distance per sample; an output without a sample axis has the same distance for every sample."""
         if x.ndim and len(x) == self.samples:
             return distance(self.metric, *((x, y) if x.ndim > 1 else (x[:, None], y[:, None])))
-        if self.metric == "KL":  # over the plugin's axis, which an axis put in front would shift
+        if self.metric == "KL":  # without a batch axis in front, which would change the axis of the softmax
             value = divergence(x, y)
             return torch.full((self.samples,), math.nan if value is None else value, dtype=torch.float64)
         return distance(self.metric, x[None], y[None]).mean().expand(self.samples)
@@ -105,7 +107,7 @@ class Distances:
         if merged.ndim == 0:
             return 0.0, 0.0, plain
         score = float(merged.mean())
-        if math.isnan(score):  # a difference that is no number is the worst there is
+        if math.isnan(score):  # a NaN counts as the worst score
             return math.inf, 0.0, {n: math.inf if math.isnan(v) else v for n, v in plain.items()}
         spread = float(merged.std()) if len(merged) > 1 else 0.0
         return score, spread if math.isfinite(spread) else 0.0, plain
@@ -119,7 +121,7 @@ class Distances:
 
 
 def _comparable(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Where both are the same infinity (a mask in the outputs), or x is NaN, nothing differs."""
+    """Both, with 0 where they are the same infinity (a mask in the outputs) or where x is NaN: these count as equal."""
     if math.isfinite(float(x.sum())):
         return x, y
     same = ((x == y) & x.isinf()) | x.isnan()
@@ -129,9 +131,10 @@ def _comparable(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def disagreement(
     got: dict[str, Tensor], wanted: dict[str, Tensor], plain: dict[str, Tensor], nothing: float = 1e-3
 ) -> float:
-    """Largest |got - wanted| over |wanted - plain| of the outputs (norms), `nothing` |plain| being the least of those.
+    """Largest |got - wanted| / |wanted - plain| of the outputs (Euclidean norms, divisor at least `nothing` |plain|).
 
-    `plain` are the float outputs: what two ways to compute differ by is held against what quantization does.
+    `plain` are the float outputs: the ratio compares the difference between two ways of computing the same outputs
+    with the change that quantization makes to them.
     """
     worst = 0.0
     for name, tensor in got.items():

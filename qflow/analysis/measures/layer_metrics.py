@@ -1,7 +1,7 @@
-"""One operator's float and calibrated values compared: the columns of the guide's layer table.
+"""Compares the float and the calibrated values of one operator: the columns of the guide's layer table.
 
-The plugin's formulas over the whole tensor, x float and y calibrated (KL: over dim 1, last dim below 3-d). Sums are
-float64 over parts of the tensor, so that a feature map of any size takes little beyond itself.
+The formulas are the plugin's, over the whole tensor, with x float and y calibrated (KL: over dim 1, over the last dim
+below 3-d). Sums run in float64 over parts of the tensor, so that a large feature map needs little extra memory.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-PART = 1 << 16  # values of a part: what a core keeps in its cache
-OVERFLOWS = 80.0  # exponents beyond it leave float32
+PART = 1 << 16  # values in one part: they fit into the cache of a core
+OVERFLOWS = 80.0  # exp of much more than this overflows float32
 
 EMPTY = (
     ["Cosine", "MSE", "L1", "KL", "SQNR", "Atol", "Rtol"]
@@ -23,11 +23,11 @@ EMPTY = (
 
 
 def compare(x: Tensor, y: Tensor) -> dict[str, float | None]:
-    """All columns for two tensors of one shape; None for each where they are not floating or differ in shape.
+    """All columns for two tensors of one shape; each is None if they are not floating or differ in shape.
 
-    The same infinity in both (a mask), or NaN in float, is no difference and enters nothing else; a value that is
-    finite in one only is an infinite one. Rtol is computed in float32, where division by zero gives its largest number,
-    as in the plugin.
+    Positions where both hold the same infinity (a mask), or where float holds NaN, count as equal and are left out of
+    all sums; a value that is finite in only one of them counts as an infinite difference. Rtol is computed in float32,
+    where division by zero gives the largest float32 number, as in the plugin.
     """
     if x.shape != y.shape or not x.is_floating_point() or not x.numel():
         return dict.fromkeys(EMPTY)
@@ -47,7 +47,7 @@ def compare(x: Tensor, y: Tensor) -> dict[str, float | None]:
         rtol = max(rtol, _largest(d.float() / p64.float()))
     sx, sy, xx, yy, xy, dd, l1, n = sums.tolist()
     if not n or not math.isfinite(dd):
-        worst = math.inf if n else None  # nothing finite to compare, or a value that one of them has lost
+        worst = math.inf if n else None  # inf: a value is finite in only one of them; None: there is none to compare
         return {**dict.fromkeys(EMPTY), "Atol": worst, "L1": worst, "MSE": worst, "error": worst, **ends}
     norms = math.sqrt(xx) * math.sqrt(yy)
     return {
@@ -73,9 +73,9 @@ def _range(tensor: Tensor) -> dict[str, float | None]:
 
 
 def _finite(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Both without the places where they are the same infinity or p, the float value, is NaN.
+    """Both without the positions where they hold the same infinity or where p, the float value, is NaN.
 
-    Another value that is not finite becomes infinite.
+    At other positions that are not finite in both of them, the difference becomes infinite.
     """
     if math.isfinite(float(p.sum())) and math.isfinite(float(q.sum())):
         return p, q
@@ -90,21 +90,21 @@ def _number(value: float | None) -> float | None:
 
 
 def _largest(ratios: Tensor) -> float:
-    """Largest magnitude; what is no number counts as nothing, an infinite one as the largest there is."""
+    """Largest magnitude; NaN counts as 0, infinity as the largest float32 number."""
     largest = float(ratios.abs().max())
     return largest if math.isfinite(largest) else float(torch.nan_to_num(ratios, 0.0).abs().max())
 
 
 def divergence(x: Tensor, y: Tensor) -> float | None:
-    """KL divergence as torch's KLDivLoss has it: mean over all elements of p (log p - log q).
+    """KL divergence as in torch's KLDivLoss: mean over all elements of p (log p - log q).
 
-    With d = y - x and m its mean under p, a row's sum is log E_p[exp(d - m)]: two exponentials an element, and no
-    difference of large numbers, so that float32 keeps all but the last digits of a small divergence.
+    With d = y - x and m its mean under p, the sum over a row is log E_p[exp(d - m)]. This takes two exponentials per
+    element and no difference of large numbers, so that float32 loses only the last digits of a small divergence.
     """
     if x.ndim == 0:
         return 0.0
     if not _all_finite(x) or not _all_finite(y):
-        return None  # a distribution over infinite scores is none
+        return None  # the softmax of infinite scores is not defined
     total = 0.0
     for p, q in _columns(x, y):
         weights = (p - p.amax(1, keepdim=True)).exp_()
@@ -125,8 +125,8 @@ def _all_finite(tensor: Tensor) -> bool:
 
 
 def _columns(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Distributions along axis 1 of [k, size, columns], at most PART values at a time: over dim 1 of k samples, or of
-    one and some of its columns; over the last dim below 3-d.
+    """Pairs of parts [k, size, columns] with the distributions along axis 1, at most PART values each: k whole samples,
+    or some columns of one sample. The axis of size `size` is dim 1 of x and y, the last dim below 3-d.
     """
     if x.ndim > 2:
         a, b = (t.reshape(t.shape[0], t.shape[1], -1) for t in (x, y))
@@ -139,7 +139,7 @@ def _columns(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def relative_error(x: Tensor, y: Tensor) -> float | None:
-    """|x - y| / |x|, Euclidean norms; None where they cannot be compared."""
+    """|x - y| / |x|, Euclidean norms; None if the tensors cannot be compared."""
     if x.shape != y.shape or not x.is_floating_point():
         return None
     dd = xx = 0.0

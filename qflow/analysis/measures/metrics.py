@@ -1,6 +1,6 @@
-"""Distances between a float output and a quantized one, a number a sample.
+"""Distances between a float output and a quantized one: one number per sample.
 
-The plugin's formulas, x float and y quantized, both flattened per sample:
+The formulas are the plugin's, with x float and y quantized, both flattened per sample:
 
     Cosine  <x, y> / (|x| |y|)                 MSE   mean (x - y)^2          L1  mean |x - y|
     KL      mean of p (log p - log q), p and q the softmax of x and y over dim 1 (last dim below 3-d), float64
@@ -45,7 +45,7 @@ def _sqnr(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
     return torch.where((a == b).all(1), torch.full_like(ratio, torch.inf), ratio)
 
 
-# Of x and y and their difference, float64 [B, values].
+# Each takes x, y and x - y, float64 [B, values].
 _FORMULAS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "Cosine": _cosine,
     "MSE": lambda a, b, d: d.square().mean(1),
@@ -71,7 +71,7 @@ def worst_first(metric: str, values: Tensor) -> Tensor:
 class Custom:
     """The user's own metric: `function(x, y) -> Tensor[B]` on outputs x, y [B, ...], and its direction.
 
-    `order` runs from bad to good, as in the plugin: `ascending` where the smallest value is the worst.
+    `order` runs from bad to good, as in the plugin: `ascending` if the smallest value is the worst.
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
@@ -84,7 +84,7 @@ class Custom:
             )
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """The user's numbers: float64 [B]. Raises ConfigError if there is not one a sample."""
+        """The metric of each sample: float64 [B]. Raises ConfigError unless the function gives one number a sample."""
         value = torch.as_tensor(self.function(x, y), dtype=torch.float64, device=x.device).detach()
         if value.numel() != len(x) or value.ndim > 1:
             raise ConfigError(
@@ -95,7 +95,7 @@ class Custom:
 
 
 def custom_metric(metric: str, function: Callable[[Tensor, Tensor], Any] | None, order: str | None) -> Custom | None:
-    """The user's function, called with one sample at a time as the plugin's items are."""
+    """The user's metric, or None if there is none; the function gets one sample at a time, as in the plugin."""
     if function is None and order is None and str(metric).casefold() != CUSTOM:
         return None
     if not callable(function) or order is None:
@@ -122,7 +122,7 @@ def _number(value: Any) -> Tensor:
 
 
 def metric_names(custom: Custom | None = None) -> tuple[str, ...]:
-    """All metrics, the user's last."""
+    """Names of all metrics, the user's last."""
     return COMPARISONS if custom is None else (*COMPARISONS, CUSTOM)
 
 
@@ -135,15 +135,15 @@ def distances(x: Tensor, y: Tensor, custom: Custom | None = None) -> Tensor:
 
 
 def smallest_is_worst(metric: str, custom: Custom | None = None) -> bool:
-    """Direction of a metric, the user's own included."""
+    """True if the smallest value of a metric is the worst, the user's own metric included."""
     return metric in SMALLEST_IS_WORST or (metric == CUSTOM and custom is not None and custom.order == "ascending")
 
 
 def badness(metric: str, values: Tensor, custom: Custom | None = None) -> Tensor:
-    """`values` of a metric turned so that larger is worse and 0 is equal: 1 - Cosine, |noise| / |signal| for SQNR.
+    """`values` of a metric converted so that larger is worse and 0 is equal: 1 - Cosine, |noise| / |signal| for SQNR.
 
-    The other distances are so already. The user's own metric has its sign turned where needed, and no known zero.
-    NaN stays NaN.
+    The other metrics have this form already. Of the user's own metric only the sign changes, where needed; its value
+    for equal outputs is not known. NaN stays NaN.
     """
     if metric == "Cosine":
         return 1.0 - values
@@ -153,5 +153,5 @@ def badness(metric: str, values: Tensor, custom: Custom | None = None) -> Tensor
 
 
 def worst_key(bad: Tensor) -> Tensor:
-    """What badness is sorted by: NaN above infinity above all numbers, so that neither is lost in a sort."""
+    """Sort key of badness: NaN ranks above infinity, and infinity above all numbers."""
     return bad.nan_to_num(nan=torch.inf, posinf=WORST, neginf=-WORST)

@@ -1,4 +1,4 @@
-"""The guide's tables as records: standard library only, so that they can be logged and compared anywhere."""
+"""The guide's tables as dataclasses; they need the standard library only, so that any program can read them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class BadcaseTable:
     `index[output][metric]` is a position in the calibration data, `value[output][metric]` its distance, and
     `top[output][metric]` the worst few as (position, distance), worst first. `worst[metric]` is the worst over all
     outputs, each compared after division by its mean over the samples, so that an output of large numbers does not
-    always win; `worst_raw[metric]` is the plugin's, which compares the numbers as they are. `chosen` are the bad
-    cases that the analysis runs on, worst first under `metric`. A distance that is not a number stands as the worst
-    infinity; `findings` count them, and name what was left out or makes the comparison doubtful.
+    always win; `worst_raw[metric]` is the plugin's choice, which compares the plain numbers. `chosen` are the bad
+    cases that the analysis runs on, worst first under `metric`. A NaN distance is stored as the worst infinity;
+    `findings` count these, and name the outputs that were left out and whatever makes the comparison doubtful.
     """
 
     samples: int
@@ -34,10 +34,10 @@ class BadcaseTable:
 class LayerRow:
     """One operator call, float (base) against calibrated (analy) on the same input; the columns are the guide's.
 
-    Metrics compare the two accumulated values; None where they do not apply (another shape, inner members of a
-    fused group, integer results). `max_atol_diff` is Atol and `max_qscale_diff` Atol / qscale: quantization steps.
-    `single_*` are ours: the operator alone, its float inputs through its own quantizers, against its float result.
-    `quantizer` names the operator whose row this call decides ("" inside a fused group or without a quantizer).
+    Metrics compare the two accumulated values; they are None where they do not apply (shapes that differ, inner members
+    of a fused group, integer results). `max_atol_diff` is Atol, and `max_qscale_diff` is Atol / qscale, the number of
+    quantization steps. `error` and `single_error` are qflow's own columns. `quantizer` is the operator whose quantizer
+    acts on the result of this call ("" inside a fused group or without a quantizer).
     """
 
     index: int
@@ -68,12 +68,12 @@ class LayerRow:
     error: float | None
     """Accumulated error: |base - analy| / |base|, Euclidean norms."""
     single_error: float | None
-    """The same for the operator alone."""
+    """The same for the operator alone: run on its float inputs with its own quantizers on."""
 
 
 @dataclass(frozen=True)
 class LayerTable:
-    """All operator calls in the order of the model. `start` is the first operator where the error grows (or "")."""
+    """All operator calls in the order of the model. `start` is the first operator where the error grows, or ""."""
 
     samples: int
     rows: tuple[LayerRow, ...]
@@ -85,10 +85,10 @@ class LayerTable:
 class SensitivityRow:
     """One quantizer switched on alone: how far the outputs move from float.
 
-    `score` is made of `metric` as the table's `merge` says, larger is more sensitive. `sensitive_type` is
-    `activation` or `weight`; `flops` are two a multiply-accumulate, for one sample. `spread` is the standard
-    deviation of the score over the bad cases. `exact` rows were measured by running them, others are estimated.
-    `outputs` holds for each output the plugin's raw metric (output, value); empty in estimated rows.
+    `score` is computed from `metric` as the table's `merge` describes; larger is more sensitive. `sensitive_type` is
+    `activation` or `weight`; `flops` counts two per multiply-accumulate, for one sample. `spread` is the standard
+    deviation of the score over the bad cases. Rows that are `exact` were measured, others are estimated. `outputs`
+    holds the plugin's raw metric of each output as (output, value); it is empty in estimated rows.
     """
 
     op_name: str
@@ -104,9 +104,9 @@ class SensitivityRow:
 
 @dataclass(frozen=True)
 class SensitivityTable:
-    """Rows from most to least sensitive (guide's order), `exact` where every row was measured by running it.
+    """Rows from most to least sensitive (guide's order); `exact` is true if every row was measured.
 
-    `method` says how in words; `findings` what makes the table doubtful.
+    `method` describes how the scores were obtained; `findings` name what makes the table doubtful.
     """
 
     metric: str
@@ -117,7 +117,7 @@ class SensitivityTable:
     method: str = "one quantizer on at a time, full forwards"
     findings: tuple[Finding, ...] = ()
     flops: int = 0
-    """Of the whole model, one sample."""
+    """Of the whole model, for one sample."""
 
     def activation_scores(self, dtype: str | None = None) -> dict[str, float]:
         """Operator -> activation sensitivity at `dtype` (the lowest in the table), larger is more sensitive."""
@@ -138,7 +138,7 @@ class SensitivityTable:
         return tuple(sorted({r.quant_dtype for r in self.rows}, key=lambda d: known.index(d) if d in known else 9))
 
     def by_quantizer(self) -> list[SensitivityRow]:
-        """The most sensitive first, each followed by its rows at other dtypes; what is no number last."""
+        """Rows grouped by quantizer, the most sensitive quantizer first and NaN scores last."""
         groups: dict[tuple[str, str], list[SensitivityRow]] = {}
         for row in sorted(self.rows, key=lambda r: -r.score if r.score == r.score else math.inf):
             groups.setdefault((row.op_name, row.sensitive_type), []).append(row)
@@ -146,11 +146,11 @@ class SensitivityTable:
 
     @property
     def score_name(self) -> str:
-        """What the merged score is: the metric, turned so that larger is worse."""
+        """Name of the merged score: the metric, converted so that larger is worse."""
         return {"Cosine": "1-Cosine", "SQNR": "noise/signal"}.get(self.metric, self.metric)
 
     def text(self) -> str:
-        """The guide's table; a column `exact` where some rows are estimated."""
+        """The guide's table, with a column `exact` if some rows are estimated."""
         header = ["op_name", "sensitive_type", "op_type", self.score_name, "quant_dtype"]
         body = [[r.op_name, r.sensitive_type, r.op_type, f"{r.score:.6g}", r.quant_dtype] for r in self.rows]
         if not self.exact:
@@ -161,7 +161,7 @@ class SensitivityTable:
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do about one operator: the cause, the figures it was judged by, and the line that would apply it.
+    """What to do about one operator: the cause, the values behind it (`figures`), and the override that applies it.
 
     `gain` is the share of the whole sensitivity (all rows summed) that the advice addresses.
     """
@@ -175,11 +175,12 @@ class Advice:
     figures: tuple[tuple[str, float], ...]
     text: str
     line: str
-    """An override for a door (`qconfig.modules={head: qint16}`), or "" where the float model must change."""
+    """A command-line override (`qconfig.modules={head: qint16}`), or "" if the float model must change."""
     gain: float
     target: str = ""
-    """Which operator the line sets, and to what: `head`, `qint16`."""
+    """The operator that the line sets: `head`."""
     spec: str = ""
+    """The precision that the line sets it to: `qint16`."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ class FidelityRow:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What following the advice does: each promoted quantizer, and the outputs with all quantizers on.
+    """The effect of following the advice: each promoted quantizer, and the outputs with all quantizers on.
 
     `before` and `after` are the merged distance of the outputs from float on the bad cases, in the table's metric.
     """
@@ -206,14 +207,14 @@ class Fidelity:
     before: float
     after: float
     line: str = ""
-    """The override that follows all that was followed."""
+    """One override that applies all the advice that was followed."""
     left_out: tuple[str, ...] = ()
-    """Advice that the device does not allow beside the rest, with the reason."""
+    """Advice that the device does not allow together with the rest, with the reason."""
 
 
 @dataclass(frozen=True)
 class CheckRow:
-    """Requested against applied precision of one operator, with the rule that asked and why the device differs."""
+    """Requested and applied precision of one operator, the rule that requested it, and why the device differs."""
 
     op: str
     op_type: str
@@ -229,7 +230,7 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line to look at: where, what, and how bad (`info`, `check`, `error`)."""
+    """A remark for the user: the operator, the level (`info`, `check`, `error`) and the message."""
 
     op: str
     level: str
@@ -249,7 +250,7 @@ class ModelCheck:
 
     @property
     def errors(self) -> tuple[Finding, ...]:
-        """Findings that must be mended."""
+        """Findings of level `error`."""
         return tuple(finding for finding in self.findings if finding.level == "error")
 
 

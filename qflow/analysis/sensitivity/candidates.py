@@ -1,4 +1,4 @@
-"""Candidates: quantizers with a dtype and a scale, each a row of a sensitivity table."""
+"""Candidates: the quantizers that a sensitivity table ranks, each with a dtype and a scale."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Candidate:
 
     @property
     def quantizer(self) -> tuple[str, bool]:
-        """Its quantizer: name, and whether it is a weight's."""
+        """Name of the quantizer, and whether it quantizes a weight."""
         return self.variant.quantizer.name, self.variant.weight
 
     def row(self, score: float, spread: float, outputs: dict[str, float], exact: bool = True) -> SensitivityRow:
@@ -50,10 +50,10 @@ class Candidate:
 
 
 def candidates(prepared: QuantizedModel, dtype: QDtype | None = None) -> list[Candidate]:
-    """Every quantizer of a calibrated model that changes values, as it is now (copies: it may be changed again).
+    """Copies of all quantizers of a calibrated model that change values, at their present dtypes and scales.
 
-    With a `dtype`, those that have it. float16 needs no scale and is put in place of any integer output; an int8 weight
-    becomes int16 with the range that it has.
+    With a `dtype`, those that have it or can be converted to it: float16 needs no scale and replaces the dtype of any
+    output; an int8 weight becomes int16 with the same range.
     """
     graph = prepared.graph
     kept = [(n, n.quantizer, False, prepared.outputs) for n in graph.quantized]
@@ -66,16 +66,16 @@ def candidates(prepared: QuantizedModel, dtype: QDtype | None = None) -> list[Ca
         if dtype == QDtype.float16 and not weight:
             found.append(Candidate(node, Variant(quantizer.name, weight, _copy(quantizer, dtype))))
         elif dtype == QDtype.qint16 and weight and quantizer.dtype == QDtype.qint8:
-            wide = _copy(quantizer, dtype)
-            wide.scale.mul_(quantizer.divisor() / wide.divisor())
-            found.append(Candidate(node, Variant(quantizer.name, weight, wide)))
+            int16 = _copy(quantizer, dtype)
+            int16.scale.mul_(quantizer.divisor() / int16.divisor())
+            found.append(Candidate(node, Variant(quantizer.name, weight, int16)))
         elif dtype in (None, quantizer.dtype):
             found.append(Candidate(node, Variant(quantizer.name, weight, _copy(quantizer, quantizer.dtype))))
     return found
 
 
 def finer(rows: Sequence[Candidate], own: Sequence[Candidate]) -> list[Candidate]:
-    """Those of `rows` at a finer dtype than their quantizer has in `own`, if it is there."""
+    """Those of `rows` whose dtype is finer than that of the same quantizer in `own`, or whose quantizer is new."""
     has = {row.quantizer: _fineness(row) for row in own}
     return [row for row in rows if _fineness(row) > has.get(row.quantizer, -1)]
 

@@ -1,4 +1,4 @@
-"""The bad cases of one ranking in chunks, and their captures: each made once where they fit into memory."""
+"""Cuts the bad cases of one ranking into chunks and captures a float pass of each, once if the memory allows it."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from qflow.quant.trace.calling import batch_size
 
 
 class Captures:
-    """For a ranking by `method`; captures that are asked for again are kept within half of `memory` bytes."""
+    """Captures of the chunks for a ranking by `method`; they are kept for later use within half of `memory` bytes."""
 
     def __init__(self, model: nn.Module, prepared: QuantizedModel, memory: float, method: str) -> None:
         self.model, self.prepared, self.memory, self.method = model, prepared, memory, method
         self.reason = ""
-        """Why batches were not cut."""
+        """Why batches were not cut into chunks; "" if they were."""
         self.kept: dict[int, Captured] = {}
         self.held = 0.0
         self.ahead: Captured | None = None
-        """The first chunk's, for who asks for it first."""
+        """Capture of the first chunk that `proven` made; its first use takes it from here."""
 
     def chunks(self, batches: Sequence[Any], room: float, first: int) -> list[Any]:
-        """The batches in parts of `room` bytes at most, the first of at most `first` samples; whole where samples see
-        each other.
+        """`batches` in parts of at most `room` bytes, the first with at most `first` samples; they stay whole if the
+        result of a sample depends on the other samples of its batch.
         """
         cuts = [chunks_of(self.prepared.graph, inputs, room, first) for inputs in batches]
         for i, (inputs, parts) in enumerate(zip(batches, cuts, strict=True)):
@@ -44,9 +44,10 @@ class Captures:
         return list(batches)
 
     def proven(self, first: Any) -> bool:
-        """True where every operator of the first chunk keeps samples apart; one that computes otherwise is the reason.
+        """True if every operator of the first chunk computes its samples independently.
 
-        One that rearranges them may be put right by another: the outputs tell.
+        An operator whose results depend on the batch becomes `reason`. One that only reorders samples does not, because
+        a later operator may restore the order: then the outputs are compared instead (`mixed`).
         """
         try:
             self.ahead = self.captured(0, first) if self.method == "exact" else self.whole(0, first)
@@ -56,22 +57,22 @@ class Captures:
                 return True
         except MixesSamples as error:
             self.reason = error.reason
-        except Exception:  # whatever an operator raises at another batch size: the model itself will tell
+        except Exception:  # whatever an operator raises at another batch size: `mixed` runs the model itself
             return False
         return False
 
     def captured(self, n: int, inputs: Any) -> Captured:
-        """The n-th chunk's ops and float values."""
+        """Capture of the n-th chunk: its operators and float values."""
         if n in self.kept:
             return self.kept[n]
         return self._keep(n, inputs, self._ahead(n) or capture(self.model, self.prepared.plan, inputs, self.memory / 2))
 
     def whole(self, n: int, inputs: Any) -> Captured:
-        """The n-th chunk with the values inside fused groups, for an estimate."""
+        """Capture of the n-th chunk with the values inside fused groups, which an estimate needs."""
         found = self._ahead(n)
         if found is None:
-            found = capture(self.model, self.prepared.plan, inputs, math.inf, inner=True)  # cut so that it fits
-            if self.method == "screened":  # rows are measured afterwards
+            found = capture(self.model, self.prepared.plan, inputs, math.inf, inner=True)  # the chunk's size fits
+            if self.method == "screened":  # measuring rows afterwards needs it again
                 self._keep(n, inputs, without_inner(found, self.prepared.plan))
         return found
 

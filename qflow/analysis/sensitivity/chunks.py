@@ -1,4 +1,4 @@
-"""Bad cases in parts that fit into memory and caches, where a sample gives in parts what it gives in company."""
+"""Cuts bad cases into parts that fit into memory and caches, if a sample gives the same result in any batch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from qflow.analysis.measures.distances import disagreement
 from qflow.core.graph import ModelGraph, OpKind
 from qflow.quant.trace.calling import batch_size, call_model, cut, named_tensors
 
-CACHE_BYTES = 4e6  # of a chunk's average value on a CPU: larger ones leave its caches (docs/log.md)
-AGREES = 1e-3  # of the outputs: other batch sizes run other kernels
+CACHE_BYTES = 4e6  # average bytes of an operator's result in a chunk on a CPU; more exceeds its caches (docs/log.md)
+AGREES = 1e-3  # relative difference of outputs that counts as equal: other batch sizes run other kernels
 
 
 def sample_bytes(graph: ModelGraph, inputs: Any) -> float:
-    """Float values of one of these samples, as far as a replay keeps them; `graph` was traced at another size."""
+    """Bytes of the float values that a replay keeps for one sample; `graph` may be traced at another input size."""
     traced = sum(n.elements / max(n.shape[0], 1) for n in graph.nodes if n.kind == OpKind.input and n.shape)
     size = batch_size(inputs)
     given = sum(t.numel() / size for t in tree_leaves(inputs) if isinstance(t, Tensor))
@@ -28,9 +28,9 @@ def sample_bytes(graph: ModelGraph, inputs: Any) -> float:
 
 
 def chunks_of(graph: ModelGraph, inputs: Any, memory: float, first: int = 0) -> list[Any]:
-    """`inputs` in parts whose kept values take at most `memory` bytes, a sample at least.
+    """`inputs` in parts whose kept values take at most `memory` bytes; a part has at least one sample.
 
-    On a CPU the first part has at most `first` samples, if that is asked for and there are twice as many.
+    On a CPU the first part has at most `first` samples, unless `first` is 0 or there are fewer than twice as many.
     """
     size = batch_size(inputs)
     most = max(1, min(size, int(memory / sample_bytes(graph, inputs))))
@@ -46,7 +46,7 @@ def chunks_of(graph: ModelGraph, inputs: Any, memory: float, first: int = 0) -> 
 
 
 def mixed(model: nn.Module, inputs: Any, parts: Sequence[Any]) -> str:
-    """Why `inputs` may not be cut into `parts`, seen on the first two together and apart; "" if they may."""
+    """Why `inputs` may not be cut into `parts`, or "": compares the first two parts run together and run apart."""
     few = [cut(inputs, batch_size(inputs), 0, batch_size(parts[0]) + batch_size(parts[1])), *parts[:2]]
     try:
         both, *alone = (dict(named_tensors(call_model(model, part))) for part in few)
@@ -58,5 +58,5 @@ def mixed(model: nn.Module, inputs: Any, parts: Sequence[Any]) -> str:
         joined = torch.cat(apart) if fits else pair.new_zeros(())
         gap = disagreement({name: joined}, {name: pair}, {name: torch.zeros_like(pair)})
         if joined.shape != pair.shape or gap > AGREES:
-            return f"output {name} is not made sample by sample"
+            return f"output {name} of a sample depends on the rest of its batch"
     return ""

@@ -1,12 +1,14 @@
-"""Sensitivity of every quantizer from one float forward and a few backward passes: second order, by random directions.
+"""Estimates the sensitivity of every quantizer from one float forward pass and a few backward passes (second order).
 
-With dx what a quantizer changes at its op and J the outputs' derivative by it, the outputs move by about J dx. For a
-random direction v over the outputs with E[v v^T] = W, the backward pass gives g = J^T v at every op at once, and
+Let dx be the change that a quantizer makes to the result of its operator, and J the derivative of the outputs by that
+result: the outputs move by about J dx. For a random direction v over the outputs with E[v v^T] = W, one backward pass
+gives g = J^T v at every operator, and
 
     E[(g . dx)^2] = (J dx)^T W (J dx)                     the squared change of the outputs in the norm of W
 
-estimated for each sample, dx summed over the calls of a shared module before it is squared (Hutchinson's estimator;
-error about sqrt(2 / (draws x samples)) of the square). W is chosen so that this norm is the metric's own:
+is estimated for each sample; g . dx is summed over the calls of a shared module before it is squared. This is
+Hutchinson's estimator; the relative error of the square is about sqrt(2 / (draws x samples)). W is chosen so that the
+norm equals the metric:
 
     L1, MSE   1 / (n mean|y|^2) for each output of n elements: mean squared error over the squared size
     SQNR      1 / |y|^2                               Cosine   the same, without the part along y
@@ -38,17 +40,17 @@ from qflow.quant.trace.ops import function_name
 from qflow.quant.trace.tape import Op, Ref
 
 AT_ONCE = 8
-"""Draws that are walked back together: each holds a gradient for what is alive at a time."""
+"""Random directions of one backward pass: each needs memory for a gradient of every value in use."""
 
 
 def estimable(metric: str) -> bool:
-    """True where the metric has a second order."""
+    """True if the metric has a second-order form."""
     return metric in ("L1", "MSE", "SQNR", "Cosine", "KL")
 
 
 def passes(samples: int, draws: int) -> float:
-    """About how many float forwards an estimate costs: a capture, all dx, and the way back of every draw."""
-    return 3.0 + 2.0 * math.ceil(draws / max(samples, 1))  # large networks 3.3 and 1.4, small ones 5 and 2.4
+    """Approximate cost of an estimate in float forward passes: a capture, all dx, and a backward pass of every draw."""
+    return 3.0 + 2.0 * math.ceil(draws / max(samples, 1))  # measured: 3.3, 1.4 on large networks; 5, 2.4 on small
 
 
 def estimate(
@@ -61,8 +63,8 @@ def estimate(
 ) -> list[tuple[float, float]]:
     """(score, its standard error) of each variant, merged over outputs, in the units of `settings.metric`.
 
-    `captured(n, inputs)` gives the n-th chunk's ops. The score is NaN where a derivative says nothing: the way to the
-    outputs leads through rounding, a sign, a comparison or an index, or no gradient arrives at all.
+    `captured(n, inputs)` gives the capture of the n-th chunk. The score is NaN where a derivative cannot give it: the
+    path to the outputs contains rounding, a sign, a comparison or an index, or no gradient arrives at all.
     """
     samples = sum(batch_size(inputs) for inputs in chunks)
     draws = max(1, math.ceil(settings.draws / samples))
@@ -100,13 +102,13 @@ _STEPS = frozenset(["round", "floor", "ceil", "trunc", "sign", "sgn", "floor_div
 
 
 def _steps(op: Op) -> bool:
-    """True where the result jumps: its derivative is zero, or it is no float."""
+    """True if the result is a step function, whose derivative is zero, or is not floating."""
     function = op.call.function if op.call is not None else None
     return not op.floating or (function is not None and function_name(function) in _STEPS)
 
 
 class _Estimate:
-    """One chunk: what each variant changes at its ops, times the gradients there."""
+    """The estimate on one chunk: the change that each variant makes at its operators, times the gradients there."""
 
     def __init__(
         self,
@@ -119,13 +121,13 @@ class _Estimate:
         self.ops, self.variants, self.captured, self.axes, self.size = ops, variants, captured, axes, size
         self.by_index = {op.index: op for op in ops.ops}
         self.at: dict[int, list[tuple[int, Patch]]] = {}
-        """Op whose result changes -> variants and where they act."""
+        """Operator whose result changes -> the variants that change it, and where they act."""
         for v, variant in enumerate(variants):
             for patch in ops.of(variant) if ops.reaches(variant) else ():
                 self.at.setdefault(patch.at, []).append((v, patch))
 
     def doubtful(self) -> set[int]:
-        """Variants that reach the outputs through an op whose derivative is zero or that gives no float."""
+        """Variants whose path to the outputs contains an operator with derivative zero or a result that is no float."""
         blind: set[int] = set()
         for op in reversed(self.ops.ops):
             if _steps(op) and op.call is not None:
@@ -135,7 +137,7 @@ class _Estimate:
         return {v for found in self.at.values() for v, patch in found if patch.at in blind or patch.op in blind}
 
     def squares(self, metric: str, draws: int, generator: torch.Generator) -> list[Tensor]:
-        """For each variant (g . dx)^2 by draw and sample [draws x B]."""
+        """For each variant (g . dx)^2 of every draw and sample [draws x B]."""
         sums: dict[int, list[Tensor]] = {}
         backward = Backward(self.ops, self.captured, self.at)
         outputs = backward.outputs()
@@ -157,7 +159,7 @@ class _Estimate:
         return [torch.cat(sums[v]).double().square().cpu() if v in sums else none for v in range(len(self.variants))]
 
     def _change(self, patch: Patch, v: int, value: Tensor, of: Callable[[Ref], Tensor]) -> Tensor:
-        """What the variant changes about an op's result, float `value`."""
+        """The change that the variant makes to an operator's float result `value`."""
         quantizer, op = self.variants[v].quantizer, self.by_index[patch.op]
         if patch.kind == "result":
             return torch.nan_to_num_(quantizer(value) - value, 0.0, 0.0, 0.0)
@@ -169,7 +171,7 @@ class _Estimate:
 
     def _by_sample(self, index: int, product: Tensor) -> Tensor:
         axis = self.axes.get(index)
-        if axis is None:  # no sample axis: the whole tensor belongs to all
+        if axis is None:  # without a sample axis the tensor belongs to all samples
             return product.sum() / math.sqrt(self.size) * product.new_ones(self.size)
         if product.shape[axis] == self.size:
             rest = [d for d in range(product.ndim) if d != axis]
@@ -200,9 +202,10 @@ def _direction(metric: str, y: Tensor, size: int, generator: torch.Generator) ->
 def in_one_unit(
     made: Sequence[SensitivityRow], guessed: Sequence[tuple[float, float]], found: Mapping[int, SensitivityRow]
 ) -> tuple[list[SensitivityRow], str]:
-    """Estimated rows scaled by what the measured ones teach, and how far the estimate was off ("" if none was scaled).
+    """`made` with estimates scaled to the measured rows, and a sentence on their error ("" if none was scaled).
 
-    `guessed` and `found` go by the position of a row in `made`.
+    The factor is the median ratio of a measured score to its estimate. `guessed` holds the estimate of every row of
+    `made`, `found` the measured rows by their position there.
     """
     ratios = sorted(found[i].score / guessed[i][0] for i in found if guessed[i][0] > 0 and found[i].score > 0)
     if not ratios:
@@ -211,6 +214,6 @@ def in_one_unit(
     off = sorted(abs(math.log2(r / factor)) for r in ratios)
     text = (
         f"estimates, scaled by {factor:.2f}, are off by a factor of {2 ** off[len(off) // 2]:.2f} in the median "
-        f"and {2 ** off[int(0.9 * (len(off) - 1))]:.2f} in one of ten, on the {len(ratios)} measured rows"
+        f"and {2 ** off[int(0.9 * (len(off) - 1))]:.2f} at the 90th percentile of the {len(ratios)} measured rows"
     )
     return [r if r.exact else replace(r, score=r.score * factor, spread=r.spread * factor) for r in made], text

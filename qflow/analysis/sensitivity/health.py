@@ -1,9 +1,10 @@
-"""Is a sensitivity table healthy? The guide's reading: scores vary strongly and the tail is close to zero.
+"""Checks whether a sensitivity table is plausible. By the guide, scores vary strongly and the tail is close to zero.
 
-How close depends on how many rows there are. Where the row of rank r has 1/r of the worst, the median of n rows has
-2/(n + 1) of it: near zero of a hundred rows, a third of five. So the median is large above three times that share, and
-above TAIL from 23 rows on. An output that is rounded, or chosen, shows otherwise: most errors do not reach it at all,
-and most rows are exactly 0, which no row of a continuous output is.
+How close the tail is to zero depends on the number of rows. If the row of rank r has 1/r of the worst score, the median
+of n rows has 2/(n + 1) of it: near zero for a hundred rows, a third for five. The median therefore counts as large
+above three times that share, and above TAIL from 23 rows on. Outputs that are rounded or selected (NMS, argmax) give
+another picture: most errors do not reach them at all, so that most scores are exactly 0, which does not happen with a
+continuous output.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ import statistics
 from qflow.analysis.measures.tables import Finding, SensitivityTable
 
 TAIL = 0.25
-"""A median row above this share of the worst one is no tail: errors come from everywhere, or from elsewhere."""
+"""Share of the worst score above which the median is large: no operator stands out, or the outputs are unsuitable."""
 
 
 def large_tail(rows: int) -> float:
-    """The share of the worst row above which the median of so many is large: TAIL, or 6/(n + 1) if that is more."""
+    """Share of the worst score above which the median of so many rows is large: TAIL, or 6/(rows + 1) if larger."""
     return max(TAIL, 6.0 / (rows + 1))
 
 
 def health(table: SensitivityTable, infinite_in_float: bool = False) -> tuple[Finding, ...]:
-    """Findings that name the likely cause where the table is not what a healthy one looks like.
+    """Findings that name the likely cause if the table is not plausible.
 
-    Where outputs are `infinite_in_float` already, an infinite score is laid to these.
+    If outputs are infinite in the float model (`infinite_in_float`), infinite scores are attributed to these outputs.
     """
     rows = [r for r in table.rows if r.quant_dtype == table.dtypes[0]] if table.rows else []
     scores = [row.score for row in rows]
@@ -47,13 +48,12 @@ def health(table: SensitivityTable, infinite_in_float: bool = False) -> tuple[Fi
             (
                 "check",
                 f"the tail is large: the median is {statistics.median(finite) / max(finite):.0%} of the worst row. "
-                "Post-processing in the outputs (NMS, argmax, rounding), a single input that spoils all rows, or "
-                "nothing that stands out any more?",
+                "Likely causes: post-processing in the outputs (NMS, argmax, rounding), a single input that spoils all "
+                "rows, or no operator that stands out any more",
             )
         )
     noisy = [r for r in rows[: max(1, len(rows) // 10)] if r.exact and r.score > 0 and r.spread > 2.0 * r.score]
     if noisy:
-        found.append(
-            ("check", f"{noisy[0].op_name} differs more between bad cases than it matters: take more bad cases")
-        )
+        text = f"the score of {noisy[0].op_name} varies by more than twice its mean: take more bad cases"
+        found.append(("check", text))
     return tuple(Finding("sensitivity", level, text) for level, text in found)

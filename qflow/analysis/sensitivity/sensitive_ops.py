@@ -1,7 +1,7 @@
-"""Sensitivity tables as the plugin writes them: `output_<name>_<metric>_sensitive_ops.txt` and `.pt`.
+"""Writes sensitivity tables in the plugin's files: `output_<name>_<metric>_sensitive_ops.txt` and `.pt`.
 
-The `.pt` holds builtin types only (the plugin's own pickles its classes): rows of op_name, sensitive_type, op_type,
-value, quant_dtype, flops, most sensitive first, as its setters read them.
+The `.pt` holds builtin types only (the plugin pickles its own classes): rows of op_name, sensitive_type, op_type,
+value, quant_dtype, flops, most sensitive first, in the form that the plugin's setters read.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _row(row: SensitivityRow, value: float, total: int) -> Row:
 
 
 def write_sensitive_ops(table: SensitivityTable, folder: Path) -> list[Path]:
-    """Both files of every output, and of the merged table under the output name `merged`."""
+    """Write both files of every output, and of the merged table under the output name `merged`; returns their paths."""
     names = dict.fromkeys(name for row in table.rows for name, _ in row.outputs)
     merged = "merged" if "merged" not in names else "merged_outputs"
     tables = [(merged, table.score_name, merged_rows(table))]

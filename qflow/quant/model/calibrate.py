@@ -193,7 +193,7 @@ def set_weight_scales(prepared: QuantizedModel, stats: CalibrationStats, setting
             leaf = modules.get(name)
             weight = leaf.folded()[0] if isinstance(leaf, WeightedLeaf) else stats.weights.get(name)
             if weight is None:
-                quantizer.dtype = QDtype.float32  # its operator was not reached; the finding about its output reports it
+                quantizer.dtype = QDtype.float32  # not reached: the finding about its operator's output says so
                 continue
             others = [d for d in range(weight.ndim) if d != quantizer.axis]
             quantizer.set_scale(weight.abs().amax(dim=others) / _divisor(quantizer.dtype, settings))

@@ -11,11 +11,11 @@ from qflow.quant.model.run import Run, current_run
 
 
 class Leaf:
-    """Mixin that stands before the own class of a leaf module; `qflow_path` is the module's path in the model."""
+    """Mixin, placed before a leaf module's own class in the MRO; `qflow_path` is the module's path in the model."""
 
     qflow_path: str
     inplace = False
-    """Default for modules without this switch: a failing attribute look-up in nn.Module costs as much as a small operator."""
+    """For modules without this switch: a failing attribute look-up in nn.Module costs as much as a small operator."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward with its quantizers."""

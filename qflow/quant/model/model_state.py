@@ -39,7 +39,7 @@ class HasQuantizers(Protocol):
 
 
 class QuantizerStateMixin(nn.Module):
-    """Mixin: the state dict holds dtypes and switches beside scales, and the float model's state is separately there."""
+    """A model whose state dict holds dtypes and switches beside the scales, and which also gives the float model's."""
 
     model: nn.Module
 

@@ -1,8 +1,8 @@
-"""From tape to plan: which operators fuse, where quantizers stand, and the fused graph as data.
+"""From tape to plan: which operators fuse, where quantizers are placed, and the fused graph as data.
 
 Fusion follows the plugin: conv / linear / transposed conv, then batch norm, then add, then ReLU or ReLU6, each
-optional, in this order. Nothing fuses across a value that someone else reads, nor around a shared module. A
-group goes by the name of its first module, or of its add; its quantizer stands behind its last member.
+optional, in this order. Nothing fuses across a value that another operator reads, nor around a shared module. A
+group is named after its first module, or after its add; its quantizer comes after its last member.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ RELU_TYPES = frozenset(
 
 @dataclass(frozen=True)
 class Plan:
-    """What the runtime needs to know, by operator name and module path."""
+    """All that a forward pass of the prepared model needs, by operator name and module path."""
 
     graph: ModelGraph
     output_at: dict[str, str]
-    """Operator (last member of its group) -> name of the quantizer that its result passes."""
+    """Operator (last member of its group) -> name of the quantizer of its result."""
     constants_at: dict[str, dict[int, str]]
-    """Operator call -> which of its tensors is a constant -> name of the quantizer that the constant passes."""
+    """Operator call -> slot of a constant among the call's tensors -> name of the constant's quantizer."""
     weights_at: dict[str, Weight]
-    """Functional call -> its weight."""
+    """Call of a functional -> its weight."""
     reads: dict[str, tuple[tuple[str, int], ...]]
-    """Operator -> for each of its graph inputs, the call and which of its tensors it is."""
+    """Operator -> for each of its graph inputs, the call that reads it and the slot among that call's tensors."""
     folds: dict[str, str]
     """Module path of a weighted operator -> path of the batch norm that is folded into its weight."""
     shared: frozenset[str]
-    """Output quantizers that several calls pass."""
+    """Output quantizers that several calls share."""
     skipped: frozenset[str]
     """Paths of modules that stay float."""
     known: frozenset[str]
-    """Names of all recorded operator calls; another name at run time was not seen while tracing."""
+    """Names of all recorded operator calls; a call with another name was not traced."""
     sites: dict[tuple[str, str, int, int], str]
-    """Functional, function and line in the user's code, index at this site -> name of the call (sites.py)."""
+    """Functional, function and line in the user's code, index at this site -> name of the call (trace/sites.py)."""
     bases: frozenset[str]
-    """The functionals among them (`head[mul]`), whatever their call."""
+    """The functionals in `sites` (`head[mul]`), without the number of the call."""
     last_call: dict[str, str]
     """Leaf or skipped module -> its last recorded call."""
     visited: frozenset[str]
-    """Operator calls that a run passes one by one: `known` without constants and writes."""
+    """Operator calls that every forward pass makes: `known` without constants and writes."""
     masks: frozenset[str] = frozenset()
-    """Output quantizers that keep -inf, because it masks a softmax (masks.py)."""
+    """Output quantizers that keep -inf, because it masks a softmax (trace/masks.py)."""
 
 
 class _Fuser:
@@ -72,7 +72,7 @@ class _Fuser:
         return op.module is not None and self.calls.get(op.module, 1) > 1
 
     def join(self, current: Op, candidate: Op) -> Op | None:
-        """`candidate` if it may join the group after `current`, else None with the reason written down."""
+        """`candidate` if it may join the group after `current`; otherwise None, and the reason is kept in `unfused`."""
         if candidate.index in self.taken:
             return None
         reason = ""
@@ -82,7 +82,7 @@ class _Fuser:
             reason = f"{current.name} has several consumers"
         elif self.shared(current):
             reason = f"{current.name} is a shared module"
-        elif candidate.kind == OpKind.norm and self.shared(candidate):  # a shared ReLU owns nothing: it may fuse
+        elif candidate.kind == OpKind.norm and self.shared(candidate):  # a shared ReLU has no state: it may fuse
             reason = f"{candidate.name} is a shared module"
         if reason:
             self.unfused.append((current.name, candidate.name, reason))
@@ -90,9 +90,9 @@ class _Fuser:
         return candidate
 
     def follow(self, current: Op, kind: str) -> Op | None:
-        """The next member of the group if an operator of the wanted kind reads `current`."""
+        """The operator of the wanted kind that reads `current`, if it may join the group."""
         if current.attrs.get("attention_output"):
-            return None  # nn.MultiheadAttention is one module to the plugin: nothing fuses into it
+            return None  # the plugin treats nn.MultiheadAttention as one module: nothing fuses into it
         for index in self.readers[current.index]:
             candidate = self.ops[index]
             if kind == "norm":
@@ -100,7 +100,7 @@ class _Fuser:
             elif kind == "add":
                 wanted = candidate.kind == OpKind.add and len(candidate.inputs) == 2
                 wanted = wanted and not any(self.ops[i].kind == OpKind.constant for i in candidate.inputs)
-                # alpha is one operand more; a sum that broadcasts is none of accumulators
+                # `alpha` counts as a third operand; a sum that broadcasts cannot be done in the accumulators
                 wanted = wanted and len(candidate.operands) <= 2
                 wanted = wanted and all(self.ops[i].shape == candidate.shape for i in candidate.inputs)
             else:
@@ -110,7 +110,7 @@ class _Fuser:
         return None
 
     def is_norm(self, current: Op, candidate: Op) -> bool:
-        """True for a batch norm that can be folded; one that cannot is written down with the reason."""
+        """True for a batch norm that can be folded; for another one, `unfused` gets the reason."""
         reason = ""
         if candidate.kind == OpKind.norm and candidate.module is None:
             reason = "a functional batch norm owns no module: use nn.BatchNorm2d"
@@ -130,7 +130,7 @@ class _Fuser:
         return type(self.modules[op.scope]).__name__ if op.scope in self.modules and op.module is None else ""
 
     def groups(self) -> dict[int, list[Op]]:
-        """Head index -> members. The later of two convs takes a common add: it is the one that sums in."""
+        """Index of the head -> members. If two convs feed one add, the later conv takes it: its accumulator sums up."""
         found: dict[int, list[Op]] = {}
         for head in reversed(self.ops):
             if head.kind not in WEIGHTED_KINDS or (head.module is None and head.weight is None):
@@ -191,7 +191,7 @@ def make_plan(tape: Tape, model: nn.Module, skip: Collection[str] = ()) -> Plan:
 
 
 def _live(tape: Tape) -> set[int]:
-    """Ops that an output depends on; the rest is bookkeeping of the user's Python code."""
+    """Operators that an output depends on; the others are bookkeeping of the user's Python code."""
     live: set[int] = set()
     stack = [index for _, index in tape.outputs]
     while stack:
@@ -203,7 +203,7 @@ def _live(tape: Tape) -> set[int]:
 
 
 class _Layout:
-    """Nodes of the fused graph, and where the runtime finds their quantizers."""
+    """The nodes of the fused graph, and where a forward pass finds their quantizers."""
 
     def __init__(self, tape: Tape, masked: Collection[int]) -> None:
         self.ops = tape.ops
@@ -217,7 +217,7 @@ class _Layout:
         self.reads: dict[str, tuple[tuple[str, int], ...]] = {}
 
     def place(self, members: list[Op], reenters: bool) -> None:
-        """Append the node of one group (or single operator); `reenters` if another operator reads it."""
+        """Append the node of one group or single operator; `reenters` is True if another operator reads its result."""
         node, reads = self.node(members, reenters)
         self.nodes.append(node)
         self.reads[node.name] = reads
@@ -235,7 +235,7 @@ class _Layout:
         head, last = members[0], members[-1]
         add = next((m for m in members if m.kind == OpKind.add and m is not head), None)
         owned = {m.index for m in members}
-        # Indices and masks carry no scale; of `view_as(like)` or gather(index) the first tensor gives the values.
+        # Indices and masks have no scale; in view_as(like) and gather(index) the values come from the first tensor.
         inputs = [
             (index, member.name, slot)
             for member in members
@@ -247,7 +247,7 @@ class _Layout:
             inputs = inputs[:1]
         named = add or head
         quantized = last.floating and kind not in TRANSPARENT_KINDS
-        if head.kind == OpKind.skipped:  # what comes back from the host is quantized again, a plain result is not
+        if head.kind == OpKind.skipped:  # runs on the host; a result that operators read comes back to the device
             quantized = quantized and reenters and head.single
         node = OpNode(
             name=named.name,

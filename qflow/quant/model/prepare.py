@@ -1,8 +1,8 @@
-"""prepare: a float model in, a `QuantizedModel` with named quantizers out; the float model is left as it was.
+"""`prepare` makes a `QuantizedModel` with named quantizers from a float model, which it leaves unchanged.
 
-Nothing is traced wrongly without a word: the prepared model's float graph is compared with the model on the example
-and on another batch size, bit for bit (within 1e-4 of the norm where attention was written out in parts), and a
-value that reaches an operator by a way that tracing cannot see is found by tracing twice on different inputs.
+A model that was traced wrongly is refused. The float graph of the prepared model is compared with the model on the
+example and at another batch size, bit for bit (within 1e-4 of the norm where attention was decomposed). A value that
+is computed outside of torch operators (NumPy, TorchScript) is found by tracing twice, on different inputs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qflow.quant.trace.trace import trace
 Skip = str | type[nn.Module] | Sequence[str | type[nn.Module]]
 """Modules that stay float: by path, class name or class; one, or several."""
 TOLERANCE = 1e-4
-"""Relative norm by which a float graph with decomposed attention may differ from the model in float32."""
+"""In float32, a float graph with decomposed attention may differ from the model by this much, relative to the norm."""
 
 
 def prepare(model: nn.Module, example_inputs: Any, skip: Skip = ()) -> QuantizedModel:
@@ -75,13 +75,13 @@ def _verify(model: nn.Module, prepared: QuantizedModel, inputs: Any, tolerance: 
 
 
 def first_line(error: Exception) -> str:
-    """What an exception of somebody else's says, in one line."""
+    """First line of the message of an exception that the user's code raised."""
     text = str(error).strip()
     return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
 def skipped_paths(model: nn.Module, skip: Skip) -> frozenset[str]:
-    """Paths of the modules that `skip` names, by path, class name or class. Raises ModelError where none answers."""
+    """Paths of the modules that `skip` names by path, class name or class. Raises ModelError if one has no match."""
     if isinstance(skip, (str, type)):
         skip = (skip,)
     found: set[str] = set()
@@ -93,19 +93,19 @@ def skipped_paths(model: nn.Module, skip: Skip) -> frozenset[str]:
         }
         if not paths:
             raise ModelError(
-                f"quant.skip names modules or classes of the model, but got {_called(wanted)!r}. "
-                f"{_nearest(model, _called(wanted))}"
+                f"quant.skip names modules or classes of the model, but got {_name_of(wanted)!r}. "
+                f"{_nearest(model, _name_of(wanted))}"
             )
         found |= paths
     return frozenset(p for p in found if not any(p.startswith(f"{other}.") for other in found))
 
 
-def _called(wanted: str | type[nn.Module]) -> str:
+def _name_of(wanted: str | type[nn.Module]) -> str:
     return wanted if isinstance(wanted, str) else wanted.__name__
 
 
 def _nearest(model: nn.Module, wanted: str) -> str:
-    """The names that look most like `wanted`, else the first there are."""
+    """A hint with the names most similar to `wanted`, else with the first names of the model."""
     inside = dict(list(model.named_modules())[1:])
     names = list(dict.fromkeys([*inside, *(type(m).__name__ for m in inside.values())]))
     close = difflib.get_close_matches(wanted, names, 3) or [n for n in names if wanted.lower() in n.lower()][:3]
@@ -140,12 +140,12 @@ def _trace(model: nn.Module, inputs: Any, skip: Collection[str]) -> Tape:
 
 
 def _refuse_unseen(tape: Tape, model: nn.Module, inputs: Any, skip: Collection[str]) -> None:
-    """Refuse a model in which a "constant" changes with the inputs: its way to the operator was not seen."""
+    """Refuse a model in which a traced "constant" changes with the inputs: tracing missed how it is computed."""
     if not tape.fingerprints:
         return
     try:
         other = trace(model, map_named(_other_values, inputs), skip).fingerprints
-    except Exception:  # integers that only make sense beside their own sample (lengths)
+    except Exception:  # integers such as lengths may be valid for their own sample only
         other = trace(model, map_named(_other_floats, inputs), skip).fingerprints
     for name, (reader, values) in tape.fingerprints.items():
         if name in other and other[name][1] != values:
@@ -157,7 +157,7 @@ def _refuse_unseen(tape: Tape, model: nn.Module, inputs: Any, skip: Collection[s
 
 
 def _other_values(name: str, value: Tensor) -> Tensor:
-    """The same shapes with other values, integers from another sample: what depends on them changes."""
+    """The same shape with other values; integers are taken from another sample, so that they stay valid."""
     if value.is_floating_point() or not value.ndim:
         return _other_floats(name, value)
     return value.roll(1, 0)
@@ -168,5 +168,5 @@ def _other_floats(name: str, value: Tensor) -> Tensor:
 
 
 def _other_batch(name: str, value: Tensor) -> Tensor:
-    """The same data at another batch size: batch n -> n + 1, the first item repeated at the end."""
+    """The same data at batch size n + 1: the first sample is repeated at the end."""
     return torch.cat([value, value[:1]]) if value.ndim > 0 else value

@@ -1,4 +1,4 @@
-"""QuantizedModel: the user's model with a named quantizer behind every operator and on every weight."""
+"""QuantizedModel: the user's model with a named quantizer after every operator and on every weight."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import qflow.quant.model.activation_checkpointing  # noqa: F401  # activation checkpointing, from the import on
+import qflow.quant.model.activation_checkpointing  # noqa: F401  # the import wraps torch.utils.checkpoint
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ModelError
 from qflow.core.graph import ModelGraph, OpKind, OpNode
@@ -29,10 +29,10 @@ from qflow.quant.values.precision import full_precision
 
 
 class QuantizedModel(QuantizerStateMixin):
-    """The user's model with a quantizer behind every operator and on every weight, all switched off at first.
+    """The user's model with a quantizer after every operator and on every weight, all switched off at first.
 
-    It is called like the float model. `outputs` and `weights` hold the quantizers by operator and module name
-    (`only`, `quantized` and `collecting` switch them and restore on leaving; `ran` and `unseen` tell what happened).
+    It is called like the float model. `outputs` and `weights` hold the quantizers by operator and module name. `only`,
+    `quantized` and `collecting` switch them and restore the switches on leaving.
     """
 
     def __init__(self, float_model: nn.Module, plan: Plan) -> None:
@@ -48,20 +48,20 @@ class QuantizedModel(QuantizerStateMixin):
         self.outputs = {node.quantizer: FakeQuant(node.quantizer) for node in plan.graph.quantized if node.quantizer}
         self.weights: dict[str, FakeQuant] = {}
         self.weight_shapes: dict[str, tuple[tuple[int, ...], int]] = {}
-        """Of each weight quantizer: the weight's shape, and the axis of its output channels."""
+        """Weight quantizer -> the weight's shape and the axis of its output channels."""
         self.ran: set[str] = set()
-        """Quantizers that ran since they were last switched."""
+        """Quantizers that ran since any quantizer was last switched."""
         self.unseen: set[str] = set()
-        """Operators met since then that tracing did not see."""
+        """Operators that ran since then without a quantizer, because they were not traced."""
         self.watch: Callable[[str, Tensor], None] | None = None
-        """Told every operator's result before its quantizer, in `observed`."""
+        """Called in `observed` with every operator's name and its result before its quantizer."""
         self._collect: Collected | None = None
         self._order: Ordering | None = None
         for name in plan.masks:
             self.outputs[name].keeps_mask = True
         self._swap()
-        # Registered flat under plain numbers: operator names hold dots and brackets, and a child of the user's
-        # container would change how it iterates.
+        # Registered in a flat list: operator names hold dots and brackets, and a new child in one of the user's
+        # containers would change what its loops iterate over.
         self.store = nn.ModuleList([*self.outputs.values(), *self.weights.values()])
         self.requants = nn.ModuleList()
         self._arguments: dict[str, dict[int, FakeQuant]] = {}
@@ -97,7 +97,7 @@ class QuantizedModel(QuantizerStateMixin):
         if not isinstance(module, WeightedLeaf):
             return
         norm_path = self.plan.folds.get(path)
-        # Not registered as a child: the batch norm belongs to the user's own container.
+        # Not registered as a child: the batch norm is already a child of one of the user's modules.
         object.__setattr__(module, "qflow_norm", modules[norm_path] if norm_path else None)
         module.qflow_norm_path = norm_path
         if any(node.weight == path for node in self.plan.graph.weighted):
@@ -109,7 +109,7 @@ class QuantizedModel(QuantizerStateMixin):
         self.weight_shapes[name] = shape, axis
 
     def place_requants(self, requants: dict[str, dict[int, FakeQuant]]) -> None:
-        """Which tensors of which calls are quantized before the call: constants, functional weights, `requants`."""
+        """Set `requants` as the requantized inputs; constants and weights of functionals are quantized in any case."""
         self.requants_at = requants
         self.requants = nn.ModuleList(dict.fromkeys(q for slots in requants.values() for q in slots.values()))
         found: dict[str, dict[int, FakeQuant]] = {}
@@ -123,7 +123,7 @@ class QuantizedModel(QuantizerStateMixin):
         self._arguments = found
 
     def arguments_of(self, call: str) -> Mapping[int, FakeQuant]:
-        """Which tensors of an operator call are quantized before it: constants, functional weights, requants."""
+        """Slot -> quantizer of the call's tensors that are quantized before it: constants, weights, requants."""
         return self._arguments.get(call, {})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -133,7 +133,7 @@ class QuantizedModel(QuantizerStateMixin):
         return self.observed(*args, **kwargs)
 
     def observed(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward with every operator seen, whether a quantizer is active or not."""
+        """The forward with every operator followed (`watch`, `ran`, `unseen`), even if no quantizer is active."""
         run = Run(
             self.plan, self.outputs, self.weights, self._arguments, self._collect, watch=self.watch, order=self._order,
             sited=not torch.compiler.is_compiling(),
@@ -153,13 +153,13 @@ class QuantizedModel(QuantizerStateMixin):
 
     @property
     def overflowed(self) -> dict[str, int]:
-        """fp16 quantizers that met finite values beyond half precision, with how many, over all calls so far."""
+        """fp16 quantizer -> number of finite values beyond half precision, over all calls so far; without zeros."""
         counts = {name: int(q.overflowed) for name, q in self.outputs.items() if q.dtype == QDtype.float16}
         return {name: count for name, count in counts.items() if count}
 
     @property
     def uncalibrated(self) -> list[str]:
-        """Quantizers that need a scale and have none."""
+        """Names of the quantizers that need a scale and have none."""
         return [q.name for q in self._keys().values() if q.dtype and q.dtype.is_integer and not q.calibrated]
 
     def _quantizers(self) -> Iterator[FakeQuant]:
@@ -175,10 +175,10 @@ class QuantizedModel(QuantizerStateMixin):
         args = tuple(map_named(quantize, value, name) for name, value in zip(names, args, strict=True))
         return args, {name: map_named(quantize, value, name) for name, value in kwargs.items()}
 
-    # ---- states; each restores what it found -------------------------------------------------------------------
+    # ---- states; each context manager restores the state before it -----------------------------------------------
 
     def configure(self, qconfig: QConfig) -> None:
-        """Set all dtypes; where one changes the scale is forgotten. Raises ModelError for another graph's qconfig."""
+        """Set all dtypes and clear the scale where one changes. Raises ModelError for the qconfig of another graph."""
         rows = self.plan.graph.quantized
         missing = [n.name for n in rows if n.name not in qconfig.ops]
         unknown = sorted(set(qconfig.ops) - {n.name for n in rows})
@@ -197,7 +197,7 @@ class QuantizedModel(QuantizerStateMixin):
                 quantizer = FakeQuant(f"{node.name}:{position}")
                 quantizer.dtype, quantizer.enabled = dtype, on
                 quantizer.keeps_mask = node.kind == OpKind.softmax or node.quantizer in self.plan.masks
-                for reads in self.reads_of(node):  # all calls of a shared module ask for it
+                for reads in self.reads_of(node):  # all calls of a shared module
                     if position < len(reads):
                         call, slot = reads[position]
                         requants.setdefault(call, {})[slot] = quantizer
@@ -210,18 +210,18 @@ class QuantizedModel(QuantizerStateMixin):
             self.weights[weight].retype(op.weight or QDtype.qint8)
 
     def reads_of(self, node: OpNode) -> list[tuple[tuple[str, int], ...]]:
-        """For every operator that shares the quantizer of `node`: where each of its inputs is read (call, slot)."""
+        """For each operator that shares the quantizer of `node`: the (call, slot) that reads each of its inputs."""
         return [self.plan.reads[n.name] for n in self.plan.graph.nodes if n.quantizer == node.quantizer]
 
     @contextmanager
     def quantized(self) -> Iterator[QuantizedModel]:
-        """All quantizers on."""
+        """Switch all quantizers on."""
         with self._switched(set(self._keys())):
             yield self
 
     @contextmanager
     def only(self, outputs: Collection[str] = (), weights: Collection[str] = ()) -> Iterator[QuantizedModel]:
-        """Only the named quantizers on. Raises ModelError for an unknown name or none at all."""
+        """Switch only the named quantizers on. Raises ModelError for an unknown name or for no name."""
         keys = {("output", name) for name in outputs} | {("weight", name) for name in weights}
         unknown = sorted(name for kind, name in keys - set(self._keys()))
         if unknown or not keys:
@@ -231,7 +231,7 @@ class QuantizedModel(QuantizerStateMixin):
 
     @contextmanager
     def collecting(self, sampling: int = CalibrationSettings.sampling) -> Iterator[Collected]:
-        """Float forward passes that gather statistics: the plugin's CALIBRATION state."""
+        """Forward passes run in float and collect statistics, as in the plugin's CALIBRATION state."""
         self._collect, before = Collected(sampling), self._collect
         try:
             with self._switched(set()):
@@ -241,14 +241,14 @@ class QuantizedModel(QuantizerStateMixin):
 
     @contextmanager
     def recording_order(self) -> Iterator[Order]:
-        """Float forward passes (all quantizers off) that note the indices of topk, sort, argmax, ... (order.py)."""
+        """Forward passes run in float and record the indices of topk, sort, argmax, ... (trace/order.py)."""
         order = Order()
         with self._switched(set()), self._ordered(order.record):
             yield order
 
     @contextmanager
     def following(self, order: Order) -> Iterator[QuantizedModel]:
-        """Forward passes in which those operators take their own values in the order of the recorded pass."""
+        """In forward passes, those operators take their own values in the order of the recorded pass."""
         with self._ordered(order.follow):
             yield self
 
@@ -284,12 +284,12 @@ class QuantizedModel(QuantizerStateMixin):
 def _refuse_left_out(norms: Collection[str]) -> None:
     raise ModelError(
         f"A batch norm that is folded into the operator before it runs after it, but got {min(norms)} left out of this "
-        "forward pass. Take the same path for all inputs, or keep the norm apart with nn.Identity before it."
+        "forward pass. Take the same path for all inputs, or put nn.Identity before the norm, so that it is not folded."
     )
 
 
 def scales(prepared: QuantizedModel) -> dict[str, float | list[float]]:
-    """All scales by quantizer name (`name` for outputs, `name.weight` for weights, one a channel)."""
+    """All scales by quantizer name: `name` for an output, `name.weight` for a weight (one scale for each channel)."""
     found: dict[str, float | list[float]] = {name: float(q.scale) for name, q in prepared.outputs.items()}
     found.update({f"{name}.weight": q.scale.flatten().tolist() for name, q in prepared.weights.items()})
     return found

@@ -1,4 +1,4 @@
-"""One forward pass of a prepared model: operator call counts, and what is quantized, read or collected on the way."""
+"""One forward pass of a prepared model: it names each operator call, and quantizes, watches or collects its values."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from qflow.quant.values.observer import Histogram
 
 @dataclass
 class Collected:
-    """Statistics of float forward passes."""
+    """Calibration statistics of float forward passes."""
 
     sampling: int = CalibrationSettings.sampling
-    """Every n-th value enters the bins (observer.py)."""
+    """Every n-th value enters the bins (values/observer.py)."""
     histograms: dict[str, Histogram] = field(default_factory=dict)
-    """Of every output quantizer, over all its calls."""
+    """Output quantizer -> its histogram over all its calls."""
     calls: dict[str, dict[str, Histogram]] = field(default_factory=dict)
-    """Of each call apart, where several calls share one quantizer."""
+    """Quantizer that several calls share -> a histogram for each call."""
     weights: dict[str, Tensor] = field(default_factory=dict)
-    """Weights of functionals as they were last used."""
+    """Weights of functionals, as last used."""
 
     def update(self, quantizer: str, value: Tensor, name: str, shared: bool) -> None:
-        """Take in what the operator call `name` gave."""
+        """Add the result `value` of the operator call `name`."""
         self._of(self.histograms, quantizer).update(value, name)
         if shared:
             self._of(self.calls.setdefault(quantizer, {}), name).update(value, name)
@@ -47,40 +47,42 @@ class Collected:
 
 @dataclass
 class Run:
-    """One forward pass: operator call counts, and what is read or collected on the way."""
+    """The state of one forward pass: the number of calls so far, the current scope, and what is collected."""
 
     plan: Plan
     outputs: Mapping[str, FakeQuant]
     weights: Mapping[str, FakeQuant]
     arguments: Mapping[str, Mapping[int, FakeQuant]] = field(default_factory=dict)
-    """Operator call -> which of its tensors is quantized before the call: constants, functional weights, requants."""
+    """Operator call -> slot -> quantizer of that tensor argument: constants, weights of functionals, requants."""
     collect: Collected | None = None
     counts: dict[Any, int] = field(default_factory=dict)
     scopes: list[str] = field(default_factory=lambda: [""])
     depth: int = 0
+    """Above 0, operators are not the user's (inside a leaf module, a skipped module or a quantizer) and are ignored."""
     sited: bool = True
-    """False in compiled code: functionals are counted by name, not found by call site (sites.py)."""
+    """False in compiled code: functionals are counted by name, not found by call site (trace/sites.py)."""
     site: Site | None = None
-    """Call site of what is written out in parts just now (decompose.py): theirs too."""
+    """Call site of the function that is being decomposed (trace/decompose.py); its parts use it too."""
     folded: set[str] = field(default_factory=set)
+    """Batch norms whose weighted operator has run with them folded in, and which have not run themselves yet."""
     ran: set[str] = field(default_factory=set)
     unseen: set[str] = field(default_factory=set)
     used: dict[str, Any] | None = None
-    """What a recomputation must find again (scales, factors), once something of this pass is checkpointed."""
-    again: bool = False
-    """True in such a recomputation."""
+    """Scales, factors and call names that a recomputation reuses; None until part of this pass is checkpointed."""
+    recomputing: bool = False
+    """True while activation checkpointing recomputes part of this pass in backward."""
     watch: Callable[[str, Tensor], None] | None = None
-    """Told every operator's result before its quantizer."""
+    """Called with every operator's name and its result before its quantizer."""
     order: Ordering | None = None
-    """Records the order that operators such as topk give, or makes them follow a recorded one."""
+    """Records the order that operators such as topk return, or makes them follow a recorded one."""
 
     @property
     def plain(self) -> bool:
-        """True if nobody looks at what lies between operator and quantizer."""
+        """True if the value between an operator and its quantizer is not needed."""
         return self.collect is None and self.watch is None and self.used is None
 
     def leaf_call(self, path: str) -> str:
-        """Name of this call of a leaf module; a call more than tracing saw goes by the last one."""
+        """Name of this call of a leaf module; a call beyond the traced ones gets the name of the last traced call."""
         n = self.counts.get(path, 0)
         self.counts[path] = n + 1
         if n == 0:
@@ -89,17 +91,17 @@ class Run:
         return name if name in self.plan.known else self.plan.last_call.get(path, name)
 
     def locate(self, base: str) -> tuple[Any, str]:
-        """Key and name of this call of the functional `base`; no name where tracing did not see the call site."""
+        """Key and name of this call of the functional `base`; the name is empty where the call site was not traced."""
         n = self.counts.get(base, 0)
         if not self.sited:
             return base, base if n == 0 else f"{base}({n})"
-        if self.again:  # run from the backward pass, below other frames
+        if self.recomputing:  # backward calls it from other frames, so the call site cannot be found
             return base, str((self.used or {}).get(f"{base} {n}", ""))
         key = (base, *(self.site or call_site()))
         return key, self.plan.sites.get((*key, self.counts.get(key, 0)), "")
 
     def advance(self, key: Any, base: str, call: str) -> None:
-        """Count the call that `locate` named."""
+        """Count the call that `locate` returned."""
         self.counts[key] = self.counts.get(key, 0) + 1
         if self.used is not None and key != base:
             n = self.counts.get(base, 0)
@@ -107,7 +109,7 @@ class Run:
             self.counts[base] = n + 1
 
     def stay_float(self, call: str, out: Any, missed: bool) -> None:
-        """Note an operator that tracing did not see; `missed` if it would have had a quantizer."""
+        """Handle an operator that was not traced; `missed` is True if it would have had a quantizer."""
         if missed:
             self.unseen.add(call)
         self._show(call, out)
@@ -118,20 +120,20 @@ class Run:
                 self.watch(call, tensor.detach())
 
     def quantizes(self, name: str) -> bool:
-        """True if the result of operator `name` passes a quantizer that is on."""
+        """True if the result of operator `name` has an active quantizer."""
         quantizer_name = self.plan.output_at.get(name)
         return quantizer_name is not None and self.outputs[quantizer_name].active
 
     def kept(self, key: str, make: Callable[[], Any]) -> Any:
-        """`make()`, or what it gave in the pass that is being recomputed."""
+        """`make()`; in a recomputation, what it returned in the first pass."""
         if self.used is None:
             return make()
-        if not self.again:
+        if not self.recomputing:
             self.used[key] = make()
         return self.used[key]
 
     def quantize(self, key: str, quantizer: FakeQuant, value: Tensor) -> Tensor:
-        """`value` through `quantizer`; a recomputation takes the scale of the first pass, which has moved since."""
+        """`value` quantized. The scale may move after the first pass, so a recomputation takes the one of that pass."""
         self.ran.add(quantizer.name)
         if self.used is None or quantizer.dtype is None or not quantizer.dtype.is_integer:
             quantized: Tensor = quantizer(value)
@@ -140,7 +142,7 @@ class Run:
         return quantized
 
     def quantize_arguments(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The call's arguments with its constants, functional weight and requantized inputs on their grids."""
+        """The call's arguments with its constants, the weight of a functional and requantized inputs quantized."""
         leaves, spec = tree_flatten((args, kwargs))
         slots = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.depth += 1
@@ -160,7 +162,7 @@ class Run:
         return args, kwargs
 
     def finish(self, name: str, out: Any, first: Any) -> Any:
-        """Pass the result of operator `name` through its quantizer; an in-place result is written in place."""
+        """Quantize the result `out` of operator `name`; if it is `first` (an in-place operator), in place."""
         if self.watch is not None:
             self._show(name, out)
         quantizer_name = self.plan.output_at.get(name)
@@ -170,7 +172,7 @@ class Run:
             return out
         value = out if isinstance(out, Tensor) else tensors_in(out)[0]
         quantizer = self.outputs[quantizer_name]
-        self.depth += 1  # the quantizer's own arithmetic is not the user's
+        self.depth += 1  # the arithmetic of the quantizer itself must not count as operators
         try:
             if self.collect is not None:
                 self.collect.update(quantizer_name, value, name, quantizer_name in self.plan.shared)
@@ -178,7 +180,7 @@ class Run:
                 return out
             if value is first and self.used is None and not torch.is_grad_enabled():
                 self.ran.add(quantizer_name)
-                quantizer.write(value)  # relu(inplace=True): others may hold the same tensor and must see the result
+                quantizer.write(value)  # relu(inplace=True): others that hold the same tensor must see the result
                 return out
             quantized = self.quantize(name, quantizer, value)
             if value is first:
@@ -195,12 +197,12 @@ _current = threading.local()
 
 
 def current_run() -> Run | None:
-    """The run of this thread, or None outside a prepared model's forward."""
+    """The run of this thread, or None outside the forward of a prepared model."""
     return getattr(_current, "run", None)
 
 
 def set_current_run(run: Run | None) -> Run | None:
-    """Make `run` current; returns the one before it."""
+    """Make `run` the current one and return the previous one."""
     before = current_run()
     _current.run = run
     return before

@@ -1,8 +1,8 @@
-"""How a prepared model runs: leaf modules of swapped class, functionals under a mode, one run at a time.
+"""How a prepared model runs: the class of its leaf modules is swapped, and a TorchFunctionMode sees functionals.
 
-The user's Python code runs as it is. A leaf module (`Leaf` mixed into its own class) and the mode ask the
-current `Run` for the operator's name (call count of a module, call site of a functional) and pass the result
-through that operator's quantizer. A functional that tracing did not see stays float and is reported as unseen.
+The user's Python code runs unchanged. A leaf module (`Leaf` mixed into its own class) and the mode get the name of the
+operator from the current `Run` (from the call count of a module, the call site of a functional) and pass the result
+through the quantizer of that operator. A functional that was not traced stays float and is reported as unseen.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qflow.quant.trace.tape import tensors_in
 
 
 class Mode(TorchFunctionMode):
-    """Sees functionals in the user's code; inside a leaf module it only passes calls on."""
+    """Handles functionals in the user's code; inside a leaf module it only passes calls on."""
 
     def __init__(self, run: Run) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Mode(TorchFunctionMode):
             args, kwargs = run.quantize_arguments(call, args, kwargs)
         first: Any = kwargs["out"] if "out" in kwargs else args[0] if args else None
         if torch.is_grad_enabled() and writes_first(func, args, kwargs) and run.quantizes(call):
-            # As in Leaf: the backward pass needs the operator's own result, the user's tensor the quantized one.
+            # As in Leaf: backward needs the operator's own result, and the user's tensor gets the quantized one.
             run.advance(key, base, call)
             return first.copy_(run.finish(call, func(first.clone(), *args[1:], **kwargs), None))
         out = func(*args, **kwargs)
@@ -74,7 +74,7 @@ _WRITES: dict[Any, bool | int] = {}
 
 
 def quantizable(name: str, args: Any, kwargs: Any, out: Any) -> bool:
-    """True where an operator that tracing saw would have a quantizer: it computes floats from tensors."""
+    """True if this operator would have a quantizer had it been traced: it computes floats from tensors."""
     if name in CONSTANTS or name in FILLS or FUNCTION_KINDS.get(name) in TRANSPARENT_KINDS:
         return False
     return bool(tensors_in((args, kwargs))) and any(t.is_floating_point() for t in tensors_in(out))
@@ -84,13 +84,13 @@ _IN_PLACE = frozenset(f"__i{n}__" for n in ("add", "sub", "mul", "truediv", "flo
 
 
 def in_place_form(func: Any) -> bool | int:
-    """True for `relu_` and `__iadd__`; for `F.relu(x, inplace)` the position of the switch; else False."""
+    """True for `relu_` and `__iadd__`; for `F.relu(x, inplace)` the position of `inplace`; else False."""
     name = str(getattr(func, "__name__", ""))
     if (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE:
         return True
     try:
         names = list(inspect.signature(func).parameters)
-    except (TypeError, ValueError):  # a builtin: none has such a switch
+    except (TypeError, ValueError):  # a builtin: none has an `inplace` argument
         return False
     return names.index("inplace") if "inplace" in names else False
 
@@ -125,7 +125,7 @@ def leaf_class(module: nn.Module) -> type[nn.Module]:
 
 @dataclass(frozen=True)
 class EnterScope:
-    """Forward pre-hook of a container: functionals called next belong to `path`."""
+    """Forward pre-hook of a container: functionals that are called from here on belong to `path`."""
 
     path: str
 
@@ -136,14 +136,14 @@ class EnterScope:
 
 
 def leave_scope(module: nn.Module, args: Any, out: Any) -> None:
-    """Forward hook of a container, called even when its forward raised."""
+    """Forward hook of a container; it also runs if the forward raised."""
     run = current_run()
     if run is not None and len(run.scopes) > 1:
         run.scopes.pop()
 
 
 def enter_skipped(module: nn.Module, args: Any) -> None:
-    """Forward pre-hook of a module that stays float: nothing inside it is seen."""
+    """Forward pre-hook of a module that stays float: operators inside it are ignored."""
     run = current_run()
     if run is not None:
         run.depth += 1
@@ -151,7 +151,7 @@ def enter_skipped(module: nn.Module, args: Any) -> None:
 
 @dataclass(frozen=True)
 class LeaveSkipped:
-    """Its forward hook: what comes back is quantized again where quantized operators read it."""
+    """Forward hook of a module that stays float: its result is quantized if quantized operators read it."""
 
     path: str
 

@@ -1,8 +1,8 @@
-"""The proof that a prepared model is the model: the same operators run, and with quantizers off the outputs are equal.
+"""Checks that a prepared model is the float model: it runs the same operators and, with quantizers off, is equal.
 
-Equal outputs alone prove little: a prepared model in which nothing was quantized is equal too. So the run is
-watched: every operator that was traced runs again, on the example and at another batch size, and none beside them
-that would have a quantizer.
+Equal outputs alone prove little, because a prepared model without any quantizer would be equal too. So the check also
+compares the operators: on the example and at another batch size, every traced operator has to run, and no other
+operator that would have a quantizer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qflow.quant.trace.calling import call_model, named_tensors
 
 
 def verify_float(model: nn.Module, prepared: QuantizedModel, inputs: Any, tolerance: float = 0.0) -> None:
-    """Refuse a prepared model whose float graph is not the model's: bit for bit, or within `tolerance` of the norm."""
+    """Raise ModelError unless the float graph equals the model: bit for bit, or within `tolerance` of the norm."""
     visited: set[str] = set()
     prepared.watch, prepared.unseen = lambda name, value: visited.add(name), set()
     try:
@@ -75,9 +75,9 @@ def _shapes(tensors: list[tuple[str, Tensor]]) -> str:
 
 
 def holder(model: nn.Module) -> str:
-    """A function kept by a module (a hook, a replaced forward) whose closure holds a module of `model`; empty if none.
+    """A function in a module (a hook, a replaced forward) whose closure holds a module of `model`; "" if none.
 
-    A copy of the model keeps such a function as it is: what it calls is the original.
+    A copy of the model keeps such a function unchanged, so that it calls the original module.
     """
     inside = {id(m) for m in model.modules()}
     for path, module in model.named_modules():
@@ -94,12 +94,12 @@ def holder(model: nn.Module) -> str:
 def _content(cell: Any) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # empty
+    except ValueError:  # an empty cell
         return None
 
 
 class Observed(nn.Module):
-    """A function called as a module is."""
+    """A module whose forward is `function`."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()

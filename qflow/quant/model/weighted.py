@@ -1,25 +1,26 @@
-"""Leaf modules that own a weight, and the batch norm that follows them.
+"""Leaf modules with a weight, and the batch norm that follows them.
 
-With the weight quantizer off both run as in the float model, so that a prepared model with all quantizers off is
-the float model bit for bit. With it on, where the batch norm is in eval mode, it is folded exactly:
+With the weight quantizer off, both run as in the float model, so that a prepared model with all quantizers off equals
+the float model bit for bit. With it on, a batch norm in eval mode is folded exactly:
 
     factor = gamma / sqrt(running_var + eps)
     y = conv(x, fq(w * factor)) + (b - running_mean) * factor + beta            and the norm is the identity
 
-Training is done in one of the plugin's three modes (4.1). All keep the float model's own parameters, so that
-the state dict loads back without loss:
+Training uses one of the plugin's three modes. All keep the parameters of the float model, so that its state dict loads
+back without loss:
 
     fuse_bn               The norm stays in eval mode and its gamma is constant: the formula above with a factor
-                          that never changes, where w and the bias (beta) are trained. Rates act on w, not on the
-                          folded w * factor: the plugin, which throws the norm away, trains the latter.
-    with_bn               y = BN(conv(x, fq(w), b)); the statistics go on. Evaluation folds: with a scale a channel
-                          that moves only rounding and the end codes (a negative factor turns -128 into 128), with
-                          one scale for all channels it changes results visibly.
-    with_bn_reverse_fold  y = BN(conv(x, fq(w * factor) / factor, b)); the statistics go on. The plugin divides the
-                          output instead, which is the same sum, a whole activation more. Evaluation folds exactly.
+                          that never changes, in which w and the bias (beta) are trained. Learning rates act on w, not
+                          on the folded w * factor. (The plugin removes the norm and trains the folded weight.)
+    with_bn               y = BN(conv(x, fq(w), b)); the statistics are updated. Evaluation folds the norm. With one
+                          scale per channel this changes only rounding and the end codes (a negative factor turns -128
+                          into 128); with one scale for all channels it changes results visibly.
+    with_bn_reverse_fold  y = BN(conv(x, fq(w * factor) / factor, b)); the statistics are updated. The plugin divides
+                          the output instead, which gives the same sum but processes a whole activation more.
+                          Evaluation folds exactly.
 
-The factor carries no gradient (with an exact fq it would cancel). Where |factor| < 1e-5 the channel is dead
-(zero-init residuals) and trains with factor 1, so that it can come to life; P6.
+The factor has no gradient (with an exact fq it would cancel). A channel with |factor| < 1e-5 is dead (zero-init
+residuals); it trains with factor 1, so that it can become active.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ from qflow.quant.model.leaf import Leaf
 from qflow.quant.model.run import Run, current_run
 from qflow.quant.values.fake_quant import FakeQuant
 
-DEAD = 1e-5  # below it the folded weight would drown in the floor of the scale
+DEAD = 1e-5  # with a smaller factor the scale of the folded weight would be clamped to its minimum
 
 
 class NormLeaf(Leaf):
-    """A batch norm: the identity where the operator before it has already folded it in."""
+    """A batch norm; it is the identity if the operator before it has folded it into its weight."""
 
     qflow_fixed = False
-    """Stays in eval mode whatever the model does."""
+    """True: the norm stays in eval mode when the model is put into train mode."""
     training: bool
 
     def train(self, mode: bool = True) -> Any:
@@ -51,7 +52,7 @@ class NormLeaf(Leaf):
         return super().train(mode and not self.qflow_fixed)  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The norm; nothing at all where it is folded and its result is no operator's output."""
+        """The norm; if it is folded, the input, through the output quantizer of the norm if it has one."""
         run = current_run()
         if run is None or run.depth or self.qflow_path not in run.folded or not run.plain or not args:
             return super().forward(*args, **kwargs)
@@ -67,24 +68,24 @@ class NormLeaf(Leaf):
 
 
 class WeightedLeaf(Leaf):
-    """A convolution or linear layer: fake-quantizes its weight, batch norm folded in."""
+    """A convolution or linear layer that fake-quantizes its weight, with the batch norm folded in."""
 
     weight: Tensor
     bias: Tensor | None
     qflow_norm: nn.Module | None
     qflow_norm_path: str | None
     qflow_mode = "with_bn_reverse_fold"
-    qflow_asleep: list[Tensor]
-    """Parameters that fuse_bn keeps from being trained."""
+    qflow_frozen: list[Tensor]
+    """Parameters whose requires_grad fuse_bn has switched off."""
 
     def factor(self) -> Tensor:
-        """What the batch norm multiplies by: gamma / sqrt(running_var + eps), one entry an output channel."""
+        """The factor of the batch norm, gamma / sqrt(running_var + eps), one value for each output channel."""
         norm: Any = self.qflow_norm
         factor: Tensor = torch.rsqrt(norm.running_var + norm.eps)
         return factor if norm.weight is None else norm.weight * factor
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias with the batch norm's running statistics folded in (plain ones without a norm)."""
+        """Weight and bias with the running statistics of the batch norm folded in; unchanged without a norm."""
         norm: Any = self.qflow_norm
         if norm is None:
             return self.weight, self.bias
@@ -102,7 +103,7 @@ class WeightedLeaf(Leaf):
 
     def compute(self, run: Run, name: str, *args: Any, **kwargs: Any) -> Any:
         quantizer = run.weights.get(self.qflow_path)
-        if quantizer is None or not quantizer.active:  # None: no output depends on it
+        if quantizer is None or not quantizer.active:  # None: no output depends on this operator
             return super().compute(run, name, *args, **kwargs)
         run.ran.add(quantizer.name)
         if self.qflow_norm is not None and self.qflow_norm.training:
@@ -113,8 +114,8 @@ class WeightedLeaf(Leaf):
         return self.run_with(weight, bias, *args, **kwargs)
 
     def _beside_norm(self, run: Run, name: str, quantizer: FakeQuant) -> Tensor:
-        """The weight for training with a live batch norm behind it."""
-        # A recomputation (activation checkpointing) finds other statistics: it takes the factor of the first pass.
+        """The quantized weight for training with a batch norm in train mode after it."""
+        # When activation checkpointing recomputes, the statistics have changed: it takes the factor of the first pass.
         with torch.no_grad():
             factor = run.kept(f"{name}.factor", self.factor)
             factor = self._along_output(torch.where(factor.abs() < DEAD, torch.ones_like(factor), factor))
@@ -124,15 +125,15 @@ class WeightedLeaf(Leaf):
         if quantizer.averaging_constant:
             scale = None if not quantizer.dtype or not quantizer.dtype.is_integer else quantizer.measured(self.weight)
         else:
-            scale = quantizer.scale / factor.abs()  # the scale that is kept is that of the folded weight
+            scale = quantizer.scale / factor.abs()  # the quantizer's scale is that of the folded weight
         quantized: Tensor = quantizer(self.weight, scale)
         return quantized
 
     def _quantized(self, quantizer: FakeQuant) -> tuple[Tensor, Tensor | None]:
-        """Folded weight, quantized, and bias; without gradients kept until a source changes.
+        """The folded weight, quantized, and the bias. Without gradients they are cached until a source changes.
 
-        The key is each source itself, its version and its storage (P12: an address alone may be a new tensor's).
-        A write through `.data` leaves no trace: it is seen at the next switch of the quantizer.
+        The key of the cache is the identity, version and address of each source; an address alone may belong to a new
+        tensor. A write through `.data` changes none of them: it takes effect when the quantizer is switched.
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             quantizer.cached = None
@@ -153,19 +154,19 @@ class WeightedLeaf(Leaf):
         weight, bias = self.folded()
         quantized = quantizer(weight), bias
         tensors = [source for source in sources if source is not None]
-        if not any(t.is_inference() for t in tensors):  # those have no version
-            # Views hold the storages, so that no other tensor can get an address while it is compared with; the
-            # tensors themselves are held for their identities.
+        if not any(t.is_inference() for t in tensors):  # inference tensors have no version
+            # The views keep the storages alive, so that no new tensor gets one of these addresses; the tensors
+            # themselves are kept alive for their identities.
             held = (quantized, [t.detach() for t in tensors])
             addresses, versions = [t.data_ptr() for t in tensors], [t._version for t in tensors]
             quantizer.cached = identities, tensors, addresses, versions, settings, held
         return quantized
 
     def _sources(self, quantizer: FakeQuant) -> tuple[Tensor | None, ...]:
-        """What the folded weight is made of; from the dicts, where nn.Module's attributes take seven times as long."""
+        """All tensors that decide the quantized weight; nn.Module attributes take seven times as long as its dicts."""
         own: Any = self._parameters  # type: ignore[attr-defined]
         norm: Any = self.qflow_norm
-        if "weight" not in own:  # parametrized: computed at every look
+        if "weight" not in own:  # parametrized: the weight is computed at every access
             return self.weight, self.bias, quantizer.scale
         scale = quantizer._buffers["scale"]
         if norm is None:
@@ -187,7 +188,7 @@ class WeightedLeaf(Leaf):
         return (*quantizer.settings(), self.qflow_norm and self.qflow_norm.eps)
 
     def run_with(self, weight: Tensor, bias: Tensor | None, input: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
-        """The operator with another weight and bias."""
+        """Run the operator with this weight and bias in place of its own."""
         raise AssertionError("every weighted leaf class defines run_with")
 
 
@@ -220,10 +221,10 @@ class ConvTransposeLeaf(WeightedLeaf):
 
 
 def set_norm_mode(model: nn.Module, mode: str) -> None:
-    """How folded batch norms train from here on (module docstring). Raises ConfigError for an unknown mode.
+    """Set how folded batch norms train (module docstring). Raises ConfigError for an unknown mode.
 
-    fuse_bn fixes them: eval mode, and no gradient for gamma nor for a convolution's bias where there is a beta
-    (one bias is trained, not two that add up). Any other mode takes that back.
+    fuse_bn fixes them: they stay in eval mode, and gamma gets no gradient, nor does the bias of the convolution if the
+    norm has a beta (otherwise two biases that add up would be trained). Any other mode undoes this.
     """
     if mode not in NORM_MODES:
         raise ConfigError(f"qat.mode is one of {', '.join(NORM_MODES)}, but got {mode!r}.")
@@ -236,8 +237,8 @@ def set_norm_mode(model: nn.Module, mode: str) -> None:
         norm.qflow_fixed = fixed
         if fixed:
             doubled = leaf.bias if norm.bias is not None else None
-            # What was frozen before stays frozen afterwards.
-            leaf.qflow_asleep = [p for p in (norm.weight, doubled) if p is not None and p.requires_grad]
-        for parameter in leaf.qflow_asleep:
+            # Parameters that were frozen before are left out, so that they stay frozen afterwards.
+            leaf.qflow_frozen = [p for p in (norm.weight, doubled) if p is not None and p.requires_grad]
+        for parameter in leaf.qflow_frozen:
             parameter.requires_grad_(not fixed)
         norm.train(getattr(leaf, "training", False))

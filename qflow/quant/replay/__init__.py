@@ -1,3 +1,3 @@
-"""Operators of a captured forward pass, run again under changed quantizers, and what a change costs downstream."""
+"""Replay of a captured forward pass under changed quantizers, to see what each change does to the outputs."""
 
 __all__ = ["backward", "capture", "captured_ops", "fused", "replay", "samples", "widen"]

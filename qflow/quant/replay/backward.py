@@ -1,8 +1,8 @@
-"""Back through a captured batch: the gradients that several directions over the outputs have at every op.
+"""Backward pass over a captured batch: gradients at every op, for several directions over the outputs at once.
 
-Values are the captured ones, so nothing runs forward that is linear: a convolution or linear layer takes a gradient
-back by its weight alone, batch norms are folded into it, a sum hands it on, a ReLU masks it by its result. Any other
-op runs once more, on what it read, for autograd to tell.
+The values are the captured ones, so most ops need no forward pass: a convolution or linear layer only needs its weight
+(with the batch norm folded in), a sum passes the gradient on, and a ReLU masks it by its captured result. Any other op
+is replayed once on its captured inputs under autograd.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from qflow.quant.trace.ops import function_name
 from qflow.quant.trace.tape import Op, Ref, references
 
 Gradients = list[Tensor | None]
-"""By direction; None where a direction does not get so far."""
+"""A gradient for each direction; None if the direction does not reach this value."""
 Rule = Callable[[Tensor], Sequence[tuple[Ref, Tensor]]]
-"""The gradient by an op's result -> what it adds to the gradients by what the op read."""
+"""Maps the gradient with respect to an op's result to the gradients with respect to the values that it read."""
 
 
 class Backward:
-    """Walks back through the ops of a captured batch (its inner values too) to those with an index in `wanted`."""
+    """Propagates gradients back through a batch that was captured with `inner`, to the ops in `wanted` (indices)."""
 
     def __init__(self, ops: FoldedOps, captured: Captured, wanted: Collection[int]) -> None:
         self.ops, self.captured, self.wanted = ops, captured, wanted
@@ -40,7 +40,7 @@ class Backward:
                 self.needed.add(op.index)
 
     def outputs(self) -> list[tuple[Ref, Tensor]]:
-        """Float outputs with values that depend on a wanted op."""
+        """The float outputs that depend on a wanted op, with their values."""
         found = [(ref, self.floats.get(ref.op)[ref.position]) for _, ref in self.ops.outputs]
         return [
             (ref, value)
@@ -49,9 +49,9 @@ class Backward:
         ]
 
     def walk(self, directions: Sequence[Sequence[tuple[Ref, Tensor]]]) -> Iterator[tuple[Op, Tensor, list[Tensor]]]:
-        """Each wanted op from the last to the first, with its first tensor and the gradient by it for each direction.
+        """Yield each wanted op, last to first, with its first result and that result's gradient for each direction.
 
-        A direction is a gradient by each output. Ops that no direction reaches are left out.
+        A direction gives a gradient for each output. Ops that no direction reaches are left out.
         """
         count = len(directions)
         gradients: dict[Ref, Gradients] = {}
@@ -72,7 +72,7 @@ class Backward:
                     _add(gradients.setdefault(ref, [None] * count), d, tensor)
 
     def value(self, ref: Ref) -> Tensor:
-        """The float value."""
+        """The captured float value of `ref`."""
         return self.floats.get(ref.op)[ref.position]
 
     def _back(self, op: Op, own: dict[int, Gradients], count: int) -> Iterator[tuple[Ref, int, Tensor]]:
@@ -89,14 +89,14 @@ class Backward:
                 yield from ((ref, d, tensor) for ref, tensor in rule(gradient) if ref.op in self.needed)
 
     def _rule(self, op: Op) -> Rule | None:
-        """How the op takes a gradient back without being run; None where autograd has to tell."""
+        """The rule that propagates a gradient without running the op; None if autograd is needed."""
         assert op.call is not None
         if op.kind == OpKind.skipped:
-            return None  # the user's own, whatever its class
+            return None  # its forward is the user's, whatever its class is
         name = function_name(op.call.function) if op.call.function is not None else ""
         read = references((op.call.args, op.call.kwargs))
-        hands_on = name in ("detach", "data") or isinstance(self.ops.modules.get(op.module or ""), nn.Identity)
-        if op.module in self.ops.folded or (hands_on and len(read) == 1):
+        identity = name in ("detach", "data") or isinstance(self.ops.modules.get(op.module or ""), nn.Identity)
+        if op.module in self.ops.folded or (identity and len(read) == 1):
             return lambda gradient: [(read[0], gradient)]
         leaf = self.ops.leaves.get(op.module or "")
         if isinstance(leaf, WeightedLeaf):
@@ -111,7 +111,9 @@ class Backward:
         return None
 
     def _linear(self, op: Op, leaf: WeightedLeaf) -> Rule | None:
-        """None for what autograd has to tell: paddings that mirror or wrap, "same", which may pad one side more, and
+        """The rule of a convolution or linear layer.
+
+        None if autograd is needed: padding that mirrors or wraps, "same" padding, which may pad one side more, and
         inputs without a batch axis.
         """
         assert op.call is not None

@@ -1,9 +1,10 @@
-"""Capture: a trace that keeps each op's call, so that ops can be run again one by one (replay.py).
+"""Capture: record one forward pass with the call of each operator, so that operators can be replayed (replay.py).
 
-The model runs once, float, on the very batch that will be replayed, so shapes and branches are those of that batch.
-Values become single-assignment: an op that writes in place is kept as a call on a copy of what it writes into.
-What cannot be kept that way is a reason not to replay, never a wrong replay: a write through a view changes other
-values than its own (P21), and a value whose version has moved on since it was recorded was written unseen.
+The float model runs once on the batch that will be replayed, so that shapes and branches are those of that batch.
+Values become single-assignment: an op that writes in place is kept as a call on a copy of the tensor it writes into.
+Rather than replay a batch wrongly, a capture refuses it: a write through a view changes other values than its own, a
+value whose version has changed since it was recorded was written by something that tracing does not see, and a Python
+number from a tensor would not change with the quantizers.
 """
 
 from __future__ import annotations
@@ -30,39 +31,39 @@ METADATA = frozenset(
     ["shape", "dtype", "device", "ndim", "size", "dim", "numel", "stride", "is_cuda", "requires_grad"]
     + ["is_floating_point", "is_contiguous", "layout", "names"]
 )
-"""Looks at a tensor that give no tensor."""
+"""Functions and attributes that read a property of a tensor and return no tensor."""
 
 
 TAKES_VALUE = frozenset(["item", "bool", "int", "float", "tolist", "numpy", "index"])
-"""Functions that make a Python value of a tensor."""
+"""Functions that make a Python value from a tensor."""
 _CASTS = (Tensor.float, Tensor.int, Tensor.bool)
-"""Those of the same names that make another tensor."""
+"""Tensor methods with the same names that return another tensor."""
 
 
 class ReplayError(ModelError):
-    """A batch that cannot be replayed op by op: full forward passes are the way round."""
+    """A captured batch cannot be replayed op by op; the caller can use full forward passes instead."""
 
     def __init__(self, reason: str) -> None:
         way_out = "Write into a copy, or skip the module that does so."
-        super().__init__(f"Operators are run again one by one, but got: {reason}. {way_out}")
+        super().__init__(f"A replay runs the captured operators one by one, but got: {reason}. {way_out}")
         self.reason = reason
 
 
 @dataclass
 class Captured:
-    """One batch's calls and, as far as they were kept, its float values (op index -> the op's tensors)."""
+    """The calls of one batch and, as far as they were kept, its float values (op index -> the op's results)."""
 
     tape: Tape
     outputs: tuple[tuple[str, Ref], ...]
     inputs: dict[int, Tensor]
     values: dict[int, tuple[Tensor, ...]]
-    """Those that nothing has overwritten since."""
+    """Only values that nothing has overwritten since."""
     complete: bool
-    """False if `values` were given up because they would not fit."""
+    """False if `values` were dropped because they exceed the memory limit."""
 
 
 class Capture(Tracer):
-    """A tracer that keeps calls, and values up to `memory` bytes."""
+    """A tracer that keeps each op's call, and the values if they fit into `memory` bytes."""
 
     def __init__(self, model: nn.Module, plan: Plan, memory: float, inner: bool) -> None:
         super().__init__(model)
@@ -77,10 +78,10 @@ class Capture(Tracer):
         self.reason = ""
 
     def calling(self, function: Any, args: Any, kwargs: Any) -> Call | None:
-        """The call with `Ref`s for what ops gave."""
+        """The call, with `Ref`s in place of results of ops."""
         if function_name(function) in METADATA:
             return None
-        with torch._C.DisableTorchFunction():  # hooks run under the mode, which would see these looks at tensors
+        with torch._C.DisableTorchFunction():  # user hooks run under the mode, which would trace the accesses here
             return self._call(function, args, kwargs)
 
     def _call(self, function: Any, args: Any, kwargs: Any) -> Call:
@@ -102,7 +103,7 @@ class Capture(Tracer):
         )
 
     def _frozen(self, name: str, tensor: Tensor) -> None:
-        """A Python number of this pass would stay what it is, whatever is quantized."""
+        """Refuse a Python number from a tensor: in a replay it would not change with the quantizers."""
         index = self.producer(tensor)
         if index is not None and (tensor.is_floating_point() or tensor.dtype == torch.bool):
             self.give_up(f"a Python value is taken from {self.ops[index].name} by {name}")
@@ -118,23 +119,23 @@ class Capture(Tracer):
         return Ref(index, self.positions[id(value)])
 
     def leaving(self, name: str, tensor: Tensor) -> None:
-        """Keep which op's tensor an output is."""
+        """Record which result of which op this output is."""
         reference = self._reference(tensor, False)
         if isinstance(reference, Ref):
             self.left.append((name, reference))
 
     def give_up(self, reason: str) -> None:
-        """Keep the first reason why this batch cannot be replayed."""
+        """Note that this batch cannot be replayed; the first reason is kept."""
         self.reason = self.reason or reason
 
     def record_write(self, target: Tensor, value: Any) -> None:
-        """As every tracer; a write that is not `target[...] = value` itself went through a view of the target."""
+        """As in Tracer; a write that is not `target[...] = value` itself went through a view of the target."""
         if self.call is None or function_name(self.call.function) != "setitem":
             self.give_up(f"{self.ops[-1].name} writes into a view")
         super().record_write(target, value)
 
     def record(self, name: str, kind: OpKind, *rest: Any, **more: Any) -> None:
-        """As every tracer, and keep the op's values."""
+        """As in Tracer, and keep the op's values."""
         outputs: Sequence[Tensor] = rest[3]
         with torch._C.DisableTorchFunction():
             super().record(name, kind, *rest, **more)
@@ -144,7 +145,7 @@ class Capture(Tracer):
 
     def _keep(self, op: Op, outputs: tuple[Tensor, ...]) -> None:
         if _within(op, self.plan) and not self.keeps_inner:
-            return  # computed again together with the rest of the group
+            return  # a replay computes it together with the rest of the group
         self.memory -= sum(t.numel() * t.element_size() for t in outputs if t._base is None)
         if self.memory < 0:
             self.values.clear()
@@ -154,7 +155,7 @@ class Capture(Tracer):
 
 
 def _within(op: Op, plan: Plan) -> bool:
-    """Inside a fused group: no quantizer behind it."""
+    """True for an op inside a fused group: it has no output quantizer."""
     return op.floating and op.kind not in TRANSPARENT_KINDS and op.name not in plan.output_at
 
 
@@ -165,19 +166,19 @@ def without_inner(captured: Captured, plan: Plan) -> Captured:
 
 
 def _mapped(function: Callable[[Any], Any], structure: Any) -> Any:
-    """tree_map, without its cost for flat arguments."""
+    """As tree_map, but cheaper for flat arguments."""
     if type(structure) is tuple and all(type(v) not in (tuple, list, dict) for v in structure):
         return tuple([function(v) for v in structure])
     return tree_map(function, structure)
 
 
 def capture(model: nn.Module, plan: Plan, inputs: Any, memory: float, inner: bool = False) -> Captured:
-    """Run `model` on `inputs` and keep what a replay needs; values as long as they fit into `memory` bytes.
+    """Run `model` on `inputs` and record each op's call; values are kept if they fit into `memory` bytes.
 
-    `inner` also keeps those inside fused groups. Raises ReplayError with the reason where that cannot be.
+    With `inner`, values inside fused groups are kept too. Raises ReplayError if the batch cannot be replayed.
     """
     tracer = Capture(model, plan, memory, inner)
-    tracer.given = plan.sites  # functionals go by the names that they have at run time
+    tracer.given = plan.sites  # functionals get the same names as in the prepared model
     tape = trace(model, inputs, plan.skipped, tracer)
     strange = sorted(set(tape.names) - plan.known)
     if tracer.reason or strange:

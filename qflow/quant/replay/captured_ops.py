@@ -1,4 +1,4 @@
-"""The ops of a captured batch as things that can be run again: who reads whom, where quantizers act, float values."""
+"""The captured operators that a replay runs: which op reads which, where quantizers act, and the float values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CONTAINERS = (tuple, list, dict)
 
 @dataclass(frozen=True)
 class Variant:
-    """One quantizer on: `name` is that of an output quantizer (`weight` False) or of a weight quantizer."""
+    """One quantizer that is on: `name` is the name of an output quantizer (`weight` False) or of a weight quantizer."""
 
     name: str
     weight: bool
@@ -35,7 +35,7 @@ class Variant:
 class Patch:
     """Where a quantizer acts: on an op's result, on one of its arguments (`slot`), or as its weight.
 
-    `at` is the op whose result changes: the folded batch norm where the weight is that of the op before it.
+    `at` is the op whose result changes: for a weight with a folded batch norm, the batch norm after op `op`.
     """
 
     op: int
@@ -45,7 +45,7 @@ class Patch:
 
 
 class Ops:
-    """The live ops of a tape with what links them: who reads whom, where quantizers act, how an op is run."""
+    """The ops that an output depends on: which op reads which, where quantizers act, and how an op is run."""
 
     def __init__(self, model: nn.Module, prepared: QuantizedModel, captured: Captured) -> None:
         tape, plan = captured.tape, prepared.plan
@@ -66,9 +66,9 @@ class Ops:
         self.folded = {norm: weighted for weighted, norm in plan.folds.items()}
         norms = {op.module: op.index for op in self.ops if op.module in self.folded}
         self.ends = {op.index: norms[plan.folds[op.module]] for op in self.ops if op.module in plan.folds}
-        """Weighted op -> its batch norm, which gives the result where it is folded."""
+        """Weighted op -> its folded batch norm, whose result is that of both."""
         self.raw: frozenset[int] = frozenset()
-        """Ops that give something else when run than they did when captured."""
+        """Ops whose replayed result is not their captured one, because a folded batch norm is included."""
         for op in self.ops:
             self._place(op, prepared)
 
@@ -88,7 +88,7 @@ class Ops:
         self.patches.setdefault((weight, name), []).append(patch)
 
     def arguments(self, call: Any, value: Callable[[Ref], Tensor]) -> tuple[Any, Any]:
-        """(args, kwargs) of a call with its `Ref`s replaced. Flat calls, nearly all, without walking a tree."""
+        """(args, kwargs) of a call with its `Ref`s replaced. Flat calls (nearly all) are done without a tree walk."""
         args, kwargs = call
         if len(args) == 1 and type(args[0]) is Ref and not kwargs:
             return (value(args[0]),), kwargs
@@ -102,28 +102,28 @@ class Ops:
         return (variant.weight, variant.name) in self.patches
 
     def of(self, variant: Variant) -> list[Patch]:
-        """Where `variant` acts. Raises ReplayError if nowhere on this batch."""
+        """The places where `variant` acts. Raises ReplayError if there are none on this batch."""
         found = self.patches.get((variant.weight, variant.name))
         if not found:
             raise ReplayError(f"{variant.name} does not run on this batch")
         return found
 
     def run(self, op: Op, args: Any, kwargs: Any) -> Values:
-        """The float op; what it writes into is copied first."""
+        """Run the float op; an in-place op writes into a copy."""
         call = op.call
         assert call is not None
         if call.in_place:
             args = (args[0].clone(), *args[1:])
         if call.module is not None:
             module = self.modules[call.module]
-            # What hooks on a leaf compute are ops of their own; what a skipped module does is its own affair.
+            # Operators in the hooks of a leaf module were captured as ops; hooks of a skipped module are part of it.
             forward = module if op.kind == OpKind.skipped else module.forward
             return tuple(tensors_in(forward(*args, **kwargs)))
         out = call.function(*args, **kwargs)
-        return (args[0],) if out is None else tuple(tensors_in(out))  # setitem gives nothing
+        return (args[0],) if out is None else tuple(tensors_in(out))  # setitem returns None
 
     def patched(self, op: Op, patch: Patch, quantizer: FakeQuant, args: Any, kwargs: Any) -> Values:
-        """The op (with its batch norm) with a quantized weight or argument."""
+        """Run the op (with its batch norm) with a quantized weight or argument."""
         if patch.kind == "argument":
             return self.run(op, *_with_argument(args, kwargs, patch.slot, quantizer))
         leaf: Any = self.leaves[op.module or ""]
@@ -132,9 +132,9 @@ class Ops:
         return (leaf.run_with(quantizer(weight), bias, *args, **kwargs),)
 
     def quantized(self, op: Op, prepared: QuantizedModel, args: Any, kwargs: Any) -> Values:
-        """The op as the prepared model runs it: arguments, weight and result through their quantizers.
+        """Run the op as the prepared model does: arguments, weight and result are quantized.
 
-        A convolution whose batch norm is folded gives the norm's result; the norm then passes it on.
+        A convolution with a folded batch norm gives the result of the norm; the norm itself is then the identity.
         """
         for slot, quantizer in prepared.arguments_of(op.name).items():
             args, kwargs = _with_argument(args, kwargs, slot, quantizer)
@@ -151,7 +151,7 @@ class Ops:
         return values if name is None else (prepared.outputs[name](values[0]), *values[1:])
 
     def follows_order(self, op: Op, values: Callable[[], Values], args: Any, kwargs: Any) -> Values | None:
-        """What an order-changing op gives in the order of its float `values`; None for any other op."""
+        """The result of an order-changing op in the order of its float `values`; None for any other op."""
         if op.index not in self.ordering:
             return None
         assert op.call is not None
@@ -192,7 +192,7 @@ def _live(reads: dict[int, frozenset[int]], outputs: Sequence[int]) -> set[int]:
 
 
 class Floats:
-    """Float values by op: those kept at capture; others are computed from their inputs when asked for."""
+    """Float values by op: those that the capture kept; others are computed from their inputs on request."""
 
     def __init__(self, ops: Ops, captured: Captured) -> None:
         self.ops = ops
@@ -200,7 +200,7 @@ class Floats:
         self.given = captured.inputs
         self.kept = {i: v for i, v in captured.values.items() if i not in ops.raw} if captured.complete else {}
         self.ends: dict[int, Values] = {}
-        """What the model gives: small, and asked for by every variant that does not reach it."""
+        """Values of the model's outputs: they are small, and each variant that does not change them reads them."""
         self.complete = captured.complete
         self.position = -1
 
@@ -222,7 +222,7 @@ class Floats:
         return self.kept.get(index) or self.ends.get(index)
 
     def _compute(self, index: int) -> Values:
-        """Run what it takes, in order; a value is let go of after its last reader among those."""
+        """Run all ops that this value depends on, in order; a value is dropped after its last reader among them."""
         wanted, stack = {index}, [index]
         while stack:
             for i in self.ops.reads[stack.pop()]:
@@ -248,7 +248,7 @@ class Floats:
         return self.ops.run(op, args, kwargs)
 
     def advance(self, position: int) -> None:
-        """Hold what ops from `position` on read of those before it; only where not everything is kept."""
+        """Hold the values before `position` that later ops read; does nothing if the capture kept all values."""
         if self.complete:
             return
         for op in self.ops.ops:

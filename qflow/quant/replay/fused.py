@@ -1,10 +1,10 @@
-"""Float operators as fast as they go: what a replay runs thousands of times.
+"""Fast float operators, because a replay runs them thousands of times.
 
-Batch norms are folded into the weights once, as the device does it, and convolution weights on a CPU lie channels
-last, which their results take over: a fifth to a third less time than the user's own calls. The last bits differ from
-the float model's (1e-7 of a value). What a quantizer under test reads is the float model's own, as captured: there
-those bits would flip roundings. Laying captured values out pays where they are read again and again: a single pass over
-them (backward.py) takes them folded and as they lie.
+Batch norms are folded into the weights once, as the device does it. On a CPU, convolution weights are in channels-last
+layout, and so are the results. This takes a fifth to a third less time than the user's own calls. The last bits differ
+from the float model (1e-7 of a value). A quantizer under test therefore reads the captured values of the float model:
+other last bits would change how it rounds. Converting captured values to channels-last pays off if they are read many
+times; a single pass over them (backward.py) uses folded weights and leaves the layout.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ _FOLLOWS = frozenset(
     [OpKind.norm, OpKind.relu, OpKind.lut, OpKind.add, OpKind.mul, OpKind.arithmetic]
     + [OpKind.concat, OpKind.resize, OpKind.max_pool, OpKind.avg_pool]
 )
-"""What takes over the layout of what it reads."""
+"""Kinds of operators whose result has the memory layout of their input."""
 _STRIDES = frozenset(["as_strided"])
-"""Functions that mean places in memory, not values."""
+"""Functions that address memory by strides, so that the layout changes their result."""
 
 Weights = dict[str, tuple[Tensor, Tensor | None]]
 """Path of a weighted module -> weight and bias with its batch norm folded in; shared by the chunks of one analysis."""
 
 
 class FoldedOps(Ops):
-    """`Ops` whose batch norms are folded into the weights before them, once."""
+    """`Ops` whose batch norms are folded, once, into the weights of the ops before them."""
 
     def __init__(
         self, model: nn.Module, prepared: QuantizedModel, captured: Captured, weights: Weights | None = None
     ) -> None:
         super().__init__(model, prepared, captured)
-        self.raw = frozenset(self.ends)  # captured before their norms, run with them
+        self.raw = frozenset(self.ends)  # captured without their norm, replayed with it
         self.weights: Weights = {} if weights is None else weights
 
     def run(self, op: Op, args: Any, kwargs: Any) -> Values:
-        """The float op, its norm folded in; the norm passes it on."""
+        """Run the float op with its norm folded in; the norm itself is the identity."""
         if op.module in self.folded:
             return (args[0] if args else kwargs["input"],)
         leaf = self.leaves.get(op.module or "")
@@ -56,7 +56,7 @@ class FoldedOps(Ops):
         return super().run(op, args, kwargs)
 
     def patched(self, op: Op, patch: Patch, quantizer: FakeQuant, args: Any, kwargs: Any) -> Values:
-        """The op (with its batch norm) with a quantized weight or argument."""
+        """Run the op (with its batch norm) with a quantized weight or argument."""
         if patch.kind == "argument":
             return super().patched(op, patch, quantizer, args, kwargs)
         leaf: Any = self.leaves[op.module or ""]
@@ -64,14 +64,14 @@ class FoldedOps(Ops):
         return (leaf.run_with(quantizer(weight), bias, *args, **kwargs),)
 
     def change(self, op: Op, quantizer: FakeQuant, args: Any, kwargs: Any) -> Tensor:
-        """What a quantized weight adds to the op's result (its batch norm's, if folded)."""
+        """The change of the op's result (after its folded batch norm) that quantizing its weight makes."""
         leaf: Any = self.leaves[op.module or ""]
         weight, _ = self.weight(op)
         found: Tensor = leaf.run_with(quantizer(weight) - weight, None, *args, **kwargs)
         return found
 
     def weight(self, op: Op) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of a weighted op, its batch norm folded in."""
+        """Weight and bias of a weighted op, with its batch norm folded in."""
         path = op.module or ""
         if path not in self.weights:
             with torch.no_grad():
@@ -79,13 +79,13 @@ class FoldedOps(Ops):
         return self.weights[path]
 
     def folded_weight(self, leaf: Any) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias as they are run."""
+        """Weight and bias that `run` uses for this leaf module."""
         found: tuple[Tensor, Tensor | None] = leaf.folded()
         return found
 
 
 class FusedOps(FoldedOps):
-    """`FoldedOps` that lie channels last; an op that refuses such values gets plain ones."""
+    """`FoldedOps` in channels-last layout; an op that cannot take this layout gets contiguous tensors."""
 
     def __init__(
         self, model: nn.Module, prepared: QuantizedModel, captured: Captured, weights: Weights | None = None
@@ -96,21 +96,21 @@ class FusedOps(FoldedOps):
             follows = op.kind in _FOLLOWS and any(i in last for i in self.reads[op.index])
             if len(op.shape) == 4 and (follows or _channels_last(self.leaves.get(op.module or ""))):
                 last.add(op.index)
-        for index in last & captured.values.keys():  # the same values; mixed layouts take twice the time
+        for index in last & captured.values.keys():  # equal values; mixed layouts would take twice the time
             captured.values[index] = tuple(_laid_out(t) for t in captured.values[index])
 
     def run(self, op: Op, args: Any, kwargs: Any) -> Values:
-        """As FoldedOps, in either layout."""
+        """As in FoldedOps, in either layout."""
         function = op.call.function if op.call is not None else None
         if function is not None and function_name(function) in _STRIDES:
             args, kwargs = _plain((args, kwargs))
         try:
             return super().run(op, args, kwargs)
-        except RuntimeError:  # view() and its like
+        except RuntimeError:  # view() and similar functions refuse channels-last tensors
             return super().run(op, *_plain((args, kwargs)))
 
     def folded_weight(self, leaf: Any) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias as they are run."""
+        """Weight and bias that `run` uses for this leaf module."""
         weight, bias = super().folded_weight(leaf)
         return _laid_out(weight) if _channels_last(leaf) else weight, bias
 

@@ -1,14 +1,16 @@
-"""Replay: run the ops of a captured batch again, only those that a changed quantizer reaches.
+"""Replay: run the operators of a captured batch again, but only those that a changed quantizer reaches.
 
-A `Variant` is one quantizer switched on alone. From the first op that it touches on, what depends on it is computed
-again from the float values of everything else; the rest is taken as it was. Quantizers are the prepared model's own
-and read what they read there; float ops run folded (fused.py), so that outputs equal full forwards but for last bits.
+A `Variant` is one quantizer switched on alone. The replay starts at the first op that it changes and runs every op
+that depends on it; all other values are the captured float values. Quantizers see the same values as in the prepared
+model. Float ops run with folded batch norms (fused.py), so the outputs equal those of full forward passes except for
+the last bits.
 
-Several variants run as one wide batch where the batch axis is known to stay intact (widen.py): the samples of
-variant 0, of variant 1, ..., sorted by where they start, so that an op only computes for those that have begun.
+If every op keeps the batch axis intact (widen.py), several variants run together as one large batch: the samples of
+variant 0, then those of variant 1, ... Variants are sorted by their first op, so that an op computes only those that
+have started.
 
-Float values are kept while they fit into `memory` bytes. Beyond that they move along with the variants: only what
-is still read later is held, and what a variant needs from elsewhere is computed for it.
+Float values are kept while they fit into the memory limit of the capture. Otherwise only those are held that later ops
+still read, and any other value is computed again when a variant needs it.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from qflow.quant.values.fake_quant import FakeQuant
 
 
 class Replay:
-    """Variants of one captured batch, `widths` of them at a time. Use inside `torch.no_grad()`."""
+    """Replays variants on one captured batch, up to `widths.most` at a time. Use it inside `torch.no_grad()`."""
 
     def __init__(
         self, model: nn.Module, prepared: QuantizedModel, captured: Captured, widths: Widths | None = None
@@ -41,11 +43,11 @@ class Replay:
         self.widths = widths
 
     def references(self) -> dict[str, Tensor]:
-        """Float outputs by name."""
+        """Float outputs of the captured batch, by name."""
         return {name: self.floats.get(ref.op)[ref.position] for name, ref in self.ops.outputs}
 
-    def recomputed(self) -> dict[str, Tensor]:
-        """The same, run op by op from the inputs."""
+    def replayed(self) -> dict[str, Tensor]:
+        """The same outputs, replayed op by op from the inputs without any quantizer."""
         floats = Floats(self.ops, Captured(self.ops.tape, self.ops.outputs, self.floats.given, {}, False))
         floats.advance(len(self.ops.tape.ops))
         return {name: floats.get(ref.op)[ref.position] for name, ref in self.ops.outputs}
@@ -55,28 +57,28 @@ class Replay:
         return min(patch.op for patch in self.ops.of(variant))
 
     def run(self, variants: Sequence[Variant]) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Each variant's position in `variants` with its outputs by name, in the order in which they start."""
+        """Yield each variant's position in `variants` and its outputs by name, sorted by the first op they change."""
         for chosen in self.passes(variants):
             yield from zip(chosen, _Pass(self, [variants[i] for i in chosen]).outputs(), strict=True)
 
     def passes(self, variants: Sequence[Variant]) -> list[list[int]]:
-        """Positions in `variants` of those that run together, in the order in which they start."""
+        """Groups of variants that run together, as positions in `variants`, sorted by the first op they change."""
         order = sorted(range(len(variants)), key=lambda i: self.start(variants[i]))
         width = self.widths.most if self.widths else 1
         return [order[begin : begin + width] for begin in range(0, len(order), width)]
 
 
 class _Pass:
-    """One pass over the ops with a few variants; variant v is slice v of every value that has begun to differ.
+    """One pass over the ops for a few variants; variant v is slice v of every value that differs from float.
 
-    `wide` holds such values with how many slices they have: those of variants that start later are not there yet.
+    `stacked` maps an op to its values and their number of slices: variants that start later have no slice yet.
     """
 
     def __init__(self, replay: Replay, variants: Sequence[Variant]) -> None:
         self.ops, self.floats, self.widths = replay.ops, replay.floats, replay.widths
         self.variants = variants
         self.first = replay.start(variants[0])
-        self.wide: dict[int, tuple[Values, int]] = {}
+        self.stacked: dict[int, tuple[Values, int]] = {}
         self.patches: dict[int, list[tuple[int, Patch]]] = {}
         self.results: dict[int, list[int]] = {}
         for v, variant in enumerate(variants):
@@ -86,10 +88,10 @@ class _Pass:
                 else:
                     self.patches.setdefault(patch.op, []).append((v, patch))
         self.replaced: dict[int, dict[int, Values]] = {}
-        """Op -> variant -> its result there, where a patch has given it."""
+        """Op -> variant -> its result there, if a patch has already computed it."""
 
     def outputs(self) -> list[dict[str, Tensor]]:
-        """Each variant's outputs."""
+        """The outputs of each variant, by name."""
         self.floats.advance(self.first)
         for op in self.ops.ops:
             if op.index >= self.first:
@@ -106,30 +108,30 @@ class _Pass:
             result = self.ops.patched(op, patch, self.variants[v].quantizer, args, kwargs)
             self.replaced.setdefault(patch.at, {})[v] = result
         reads = self.ops.reads[op.index]
-        begun = max((self.wide[i][1] for i in reads if i in self.wide), default=0)
+        begun = max((self.stacked[i][1] for i in reads if i in self.stacked), default=0)
         replaced, results = self.replaced.pop(op.index, {}), self.results.get(op.index, [])
         count = max([begun, *(v + 1 for v in (*replaced, *results))])
         if count:
             if begun and not all(v in replaced for v in range(begun)):
-                values = self._again(op, begun)
+                values = self._run(op, begun)
             else:
                 values, begun = (), 0
-            self.wide[op.index] = self._joined(op, values, begun, count, replaced, results), count
+            self.stacked[op.index] = self._joined(op, values, begun, count, replaced, results), count
         for index in reads:
             if self.ops.last_use[index] <= op.index:
-                self.wide.pop(index, None)
+                self.stacked.pop(index, None)
 
-    def _again(self, op: Op, count: int) -> Values:
-        """The float op on the first `count` slices. Raises ReplayError where it does not give as many."""
+    def _run(self, op: Op, count: int) -> Values:
+        """Run the float op on the first `count` slices. Raises ReplayError if its result has not as many slices."""
         args, kwargs = self._arguments(op, lambda ref: self._first(ref, count), count)
         ordered = self.ops.follows_order(op, lambda: self._repeated(op, count), args, kwargs)
         if ordered is not None or count == 1:
             return self.ops.run(op, args, kwargs) if ordered is None else ordered
         try:
             values = self.ops.run(op, args, kwargs)
-        except Exception as error:  # whatever a call that holds a size raises at another one
+        except Exception as error:  # a call with a fixed size in it may raise anything at another size
             text = " ".join(str(error).split())
-            raise ReplayError(f"{op.name} runs for one variant and for {count} does not: {text}") from error
+            raise ReplayError(f"{op.name} runs for one variant, but not for {count}: {text}") from error
         axis = self._axis(op.index, 0)
         if op.single and (len(op.shape) <= axis or values[0].shape[axis] != count * op.shape[axis]):
             raise ReplayError(f"{op.name} does not grow with the batch: {count} variants give {list(values[0].shape)}")
@@ -138,7 +140,7 @@ class _Pass:
     def _joined(
         self, op: Op, values: Values, begun: int, count: int, replaced: dict[int, Values], results: list[int]
     ) -> Values:
-        """`values` of `begun` slices, those that start here behind them, patches in place."""
+        """`values` of the first `begun` slices, then the variants that start at this op, all with their patches."""
         if begun == count and not replaced and not results:
             return values
         pieces = [values] if begun else []
@@ -147,7 +149,7 @@ class _Pass:
             pieces.append(self._quantized(v, replaced.get(v, base), v in results))
         whole = tuple(self._cat(op.index, i, [p[i] for p in pieces]) for i in range(len(pieces[0])))
         late = [v for v in range(begun) if v in replaced or v in results]
-        if late:  # a module that is called again: its slices are there already
+        if late:  # a module that is called several times: its variants have slices from an earlier call
             whole = tuple(t.clone() for t in whole)
             for v in late:
                 own = replaced.get(v, tuple(self._part(op.index, i, t, v, count) for i, t in enumerate(whole)))
@@ -179,15 +181,15 @@ class _Pass:
         return tensor.narrow(axis, v * size, size)
 
     def _slice(self, ref: Ref, v: int) -> Tensor:
-        """What variant v has of a value: its slice, or the float value where it does not differ."""
-        values, count = self.wide.get(ref.op, ((), 0))
+        """The value of variant v: its slice, or the float value if it does not differ."""
+        values, count = self.stacked.get(ref.op, ((), 0))
         if v >= count:
             return self.floats.get(ref.op)[ref.position]
         return self._part(ref.op, ref.position, values[ref.position], v, count)
 
     def _first(self, ref: Ref, count: int) -> Tensor:
         """The first `count` slices of a value."""
-        values, there = self.wide.get(ref.op, ((), 0))
+        values, there = self.stacked.get(ref.op, ((), 0))
         if there >= count:
             whole = values[ref.position]
             if there == count:
@@ -203,7 +205,7 @@ class _Pass:
 
 
 def full_forward(prepared: QuantizedModel, inputs: Any, variant: Variant) -> dict[str, Tensor]:
-    """What `Replay.run` gives for one variant, by a forward pass of the prepared model: slow, and always right."""
+    """The outputs that `Replay.run` gives for one variant, but from a full forward pass: slow, and always right."""
     kept = prepared.weights if variant.weight else prepared.outputs
     own = kept[variant.name]
     switch = {"weights": [variant.name]} if variant.weight else {"outputs": [variant.name]}
@@ -213,7 +215,7 @@ def full_forward(prepared: QuantizedModel, inputs: Any, variant: Variant) -> dic
 
 @contextmanager
 def borrowed(own: FakeQuant, other: FakeQuant) -> Iterator[None]:
-    """`own` with the dtype and scale of `other`."""
+    """Give `own` the dtype and scale of `other`, and restore its own on leaving."""
     before = (own.dtype, own.clip, own.half_step, own.scale.clone())
     try:
         own.dtype, own.clip, own.half_step = other.dtype, other.clip, other.half_step

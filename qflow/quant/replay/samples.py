@@ -1,11 +1,11 @@
-"""Where the samples of a captured batch lie in each value, found operator by operator.
+"""Find, operator by operator, the axis of each value of a captured batch that holds the samples.
 
 Convolutions, linear layers, folded batch norms and sums keep the samples of a batch apart by definition. Any other
-operator is run on each half of what it read and has to give the halves of what it gave (where the batch is odd, or
-variants will lie one behind the other: on other data, and on both by turns as often as there will be variants). One
-that mixes samples, or holds the batch size in its call, does not. An index in the code beyond the batch that is
-looked at (`x[100:] = 0`) is not seen. The axis may be another than the first, and hold samples folded with something
-else, [B * heads, ...].
+operator is run on each half of its inputs and has to give the halves of its result. For an odd batch, or if variants
+will be stacked, it is instead run on other data, and on a stack of both batches with as many entries as there will be
+variants; the result has to be the stack of both results. An operator that mixes samples, or whose call holds the batch
+size, fails this test. A fixed index beyond the tested batch (`x[100:] = 0`) is not noticed. The axis need not be the
+first, and may hold the samples merged with another dimension, [B * heads, ...].
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ from qflow.quant.trace.ops import function_name
 from qflow.quant.trace.tape import Op, Ref, references, tensors_in
 
 TOLERANCE = 1e-3
-"""Relative norm within which the values of two batches equal those of both together: kernels differ with the size."""
+"""Relative norm by which two batches and both together may differ: kernels differ with the size."""
 
 _REARRANGES = frozenset([OpKind.move, OpKind.concat])
-"""What mixes samples only until another such op puts them back: [B, L] as [L, B], two batches as one."""
+"""Kinds that may rearrange samples until another such op restores them: [B, L] as [L, B], two batches as one."""
 _UNCHECKED = frozenset(["lstm", "gru", "rnn_tanh", "rnn_relu"])
-"""Functions that read beyond their states, without a word, where those are of another batch size than the input."""
+"""Functions that silently read out of bounds if their states have another batch size than the input."""
 
 Axes = dict[int, tuple[int, ...]]
-"""Op -> for each of its tensors the axis that holds the samples."""
+"""Op -> for each of its results, the axis that holds the samples."""
 
 
 class MixesSamples(ReplayError):
-    """An op that computes something else of a sample in company than alone."""
+    """The result of an op for one sample depends on the other samples of the batch."""
 
 
 def as_captured(op: Op, count: int) -> tuple[Any, Any]:
-    """(args, kwargs) of the op whatever the number of batches."""
+    """(args, kwargs) of the op as captured, for any number of batches."""
     assert op.call is not None
     return op.call.args, op.call.kwargs
 
 
 def axes_by_running(
-    ops: Ops, captured: Captured, size: int, wide: int = 0, calls: Callable[[Op, int], Any] = as_captured
+    ops: Ops, captured: Captured, size: int, repeats: int = 0, calls: Callable[[Op, int], Any] = as_captured
 ) -> Axes:
-    """Axes of all live values of a batch of `size`, proven for `wide` such batches in a row if that is asked for.
+    """Axes of all captured values of a batch of `size`; with `repeats`, tested for that many stacked batches.
 
-    `calls` gives the arguments for so many batches. Raises MixesSamples, ReplayError, or what an op raises at another
-    batch size.
+    `calls(op, n)` gives the arguments of an op for n batches. Raises MixesSamples or ReplayError; an op may also raise
+    something else at another batch size.
     """
     floats, axes = Floats(ops, captured), Axes()
     for op in ops.ops:
@@ -64,13 +64,13 @@ def axes_by_running(
             axes[op.index] = (0,)
             continue
         axis = _by_definition(ops, op, axes)
-        apart = wide or 2 * (size % 2)
-        axes[op.index] = _by_running(ops, op, floats, axes, size, apart, calls) if axis is None else (axis,)
+        stacked = repeats or 2 * (size % 2)
+        axes[op.index] = _by_running(ops, op, floats, axes, size, stacked, calls) if axis is None else (axis,)
     return axes
 
 
 def _by_definition(ops: Ops, op: Op, axes: Axes) -> int | None:
-    """The axis where the kind of operator says it; None where it has to be seen."""
+    """The axis, if it follows from the kind of operator; None if the operator has to be run."""
     assert op.call is not None
     read = references((op.call.args, op.call.kwargs))
     leaf = ops.leaves.get(op.module or "")
@@ -85,7 +85,7 @@ def _by_definition(ops: Ops, op: Op, axes: Axes) -> int | None:
 
 
 def _pointwise(ops: Ops, op: Op, read: Sequence[Ref], axes: Axes) -> int | None:
-    """The axis of an operator that works on each value alone; None where an operand has it broadcast, or elsewhere."""
+    """The axis of an element-wise operator; None if an operand is broadcast along it or has it in another place."""
     assert op.call is not None
     if not read or any(ref.position for ref in read):
         return None
@@ -100,9 +100,9 @@ def _pointwise(ops: Ops, op: Op, read: Sequence[Ref], axes: Axes) -> int | None:
 
 
 def _by_running(
-    ops: Ops, op: Op, floats: Floats, axes: Axes, size: int, wide: int, calls: Callable[[Op, int], Any]
+    ops: Ops, op: Op, floats: Floats, axes: Axes, size: int, repeats: int, calls: Callable[[Op, int], Any]
 ) -> tuple[int, ...]:
-    """Axes of what the op gives: on the halves of the batch, or on `wide` batches, this one and another in turn."""
+    """Axes of the op's results, from the halves of the batch, or from `repeats` batches of this data and other data."""
     assert op.call is not None
     function = op.call.function
     if calls is as_captured and function is not None and function_name(function) in _UNCHECKED:
@@ -122,21 +122,22 @@ def _by_running(
 
     def joined(ref: Ref) -> Tensor:
         value, axis = at(ref)
-        return torch.cat([(value, other(ref))[_turn(n)] for n in range(wide)], axis)
+        return torch.cat([(value, other(ref))[_turn(n)] for n in range(repeats)], axis)
 
     def run(value: Callable[[Ref], Tensor], count: int = 1) -> Values:
         return ops.run(op, *ops.arguments(calls(op, count), value))
 
-    if wide:
-        return sample_axes(op, floats.get(op.index), run(other), run(joined, wide), wide)
+    if repeats:
+        return sample_axes(op, floats.get(op.index), run(other), run(joined, repeats), repeats)
     first, second = (run(functools.partial(half, which=n)) for n in (0, 1))
     return sample_axes(op, first, second, floats.get(op.index), 2)
 
 
 def sample_axes(op: Op, first: Values, second: Values, whole: Values, parts: int) -> tuple[int, ...]:
-    """Axis along which each tensor of `whole` is `parts` such ones, `first` and `second` by turns.
+    """For each tensor of `whole`, the axis along which it is a stack of `parts` tensors from `first` and `second`.
 
-    Raises ReplayError without one or where a rearrangement gives others, MixesSamples where another op does.
+    The order of the two is that of `_turn`. Raises ReplayError if there is no such axis or if a rearranging op gives
+    other values, MixesSamples if any other op does.
     """
     found = []
     for a, b, c in zip(first, second, whole, strict=True):
@@ -152,12 +153,12 @@ def sample_axes(op: Op, first: Values, second: Values, whole: Values, parts: int
 
 
 def _turn(n: int) -> int:
-    """Which of two the n-th is: 0 1 1 0 1 0 0 1 ... (Thue, Morse) is no shift of itself, as 0 1 0 1 would be."""
+    """Which of the two batches is the n-th: 0 1 1 0 1 0 0 1 ... (Thue-Morse) is no shift of itself, unlike 0 1 0 1."""
     return bin(n).count("1") % 2
 
 
 def grown(single: Sequence[int], whole: Sequence[int], parts: int) -> int | None:
-    """The one dim that is `parts` times as large; None if no shape is the other with one dim so many times as large."""
+    """The one dim of `whole` that is `parts` times as large as in `single`; None if the shapes differ otherwise."""
     if len(single) != len(whole):
         return None
     differ = [d for d, (a, c) in enumerate(zip(single, whole, strict=True)) if a != c]
@@ -170,7 +171,7 @@ def _close(part: Tensor, found: Tensor) -> bool:
     if not part.is_floating_point():
         return bool(torch.equal(part, found))
     gap, size = float((part - found).norm()), float(part.norm())
-    if not math.isfinite(gap + size):  # masks: infinite, or too large to be squared
+    if not math.isfinite(gap + size):  # values of a mask: infinite, or too large to be squared
         a, b = part.double().nan_to_num(), found.double().nan_to_num()
         gap, size = float((a - b).norm()), float(a.norm())
     return gap <= TOLERANCE * size

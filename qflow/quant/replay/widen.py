@@ -1,10 +1,11 @@
-"""Widths: how the calls of a captured batch of B samples change when it becomes n batches in a row.
+"""Widths: how the captured calls for B samples change if n batches are stacked along the batch axis.
 
-A wide pass runs several variants of the same samples at once, one behind the other along the batch axis. Where that
-axis lies in each value (it may be folded into another, [B * heads, ...]) is found operator by operator (samples.py).
-Calls that hold no batch size run on any. Where one does (`view(B, -1)`), captures of two batches and of both together
-tell what its integers have to be. That the samples of one variant stay together everywhere (a transposed axis merged
-into rows would mix them) is not assumed: each operator is run as wide as it will be, on this batch and other data.
+A replay can run several variants of the same samples at once, stacked along the batch axis. The place of that axis in
+each value (it may be merged with another, [B * heads, ...]) is found operator by operator (samples.py). A call without
+a batch size in it runs at any batch size. For a call that holds one (`view(B, -1)`), captures of two batches and of
+both together show what its integers have to be. It is not assumed that the samples of one variant stay together (a
+transposed axis merged into rows would mix them): each operator is tested at the full number of stacked batches, on this
+batch and other data.
 """
 
 from __future__ import annotations
@@ -26,23 +27,24 @@ from qflow.quant.trace.tape import Op, Ref
 
 @dataclass
 class Widths:
-    """`most` variants at once; `axes[op]` says for each of its tensors where the samples lie.
+    """Up to `most` variants run at once; `axes[op]` is the axis of the samples in each result of the op.
 
-    `rows` is how many samples in a row, of all variants together, every op was seen to keep apart.
+    `rows` is the number of samples, over all variants together, for which every op was tested to keep samples apart.
     """
 
     most: int
     rows: int
     axes: dict[int, tuple[int, ...]]
     path: list[tuple[str, int]]
-    """Names and ranks of the ops: on another path indices mean other ops."""
+    """Names and ranks of the ops: on another path through the model, the same index is another op."""
     scaled: dict[int, dict[int, int | None]]
-    """Op -> which leaves of its call grow with the batch: integers (None), or tensors along an axis."""
+    """Op -> leaf of its (args, kwargs) that grows with the batch -> None for an integer, the axis for a tensor."""
     calls: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     def at(self, captured: Captured, size: int, most: int) -> Widths | None:
-        """The same for another batch of `size`, up to `most` variants and as many rows as were proven; None where there
-        is room for one, or the batch takes another path through the code.
+        """The same for another batch of `size`, up to `most` variants and as many rows as were tested.
+
+        None if only one variant fits, or if the batch takes another path through the model.
         """
         most = min(most, self.rows // size)
         if most < 2 or path_of(captured) != self.path:
@@ -50,7 +52,7 @@ class Widths:
         return Widths(most, self.rows, self.axes, self.path, self.scaled)
 
     def call(self, op: Op, count: int) -> Any:
-        """(args, kwargs) of the op, with `Ref`s, for `count` batches in a row."""
+        """(args, kwargs) of the op, with `Ref`s, for `count` stacked batches."""
         assert op.call is not None
         if op.index not in self.scaled:
             return op.call.args, op.call.kwargs
@@ -72,7 +74,7 @@ def widen(
     """
     try:
         return Widths(most, size * most, axes_by_running(ops, captured, size, most), path_of(captured), {})
-    except Exception:  # whatever an operator raises at another batch size: captures may tell what it needs there
+    except Exception:  # an operator may raise anything at another batch size: captures may show what it needs there
         pass
     try:
         widths = _by_capture(model, prepared, inputs, captured, size, most)
@@ -91,21 +93,21 @@ def _by_capture(
     if size % 2 == 0:
         parts = [cut(inputs, size, 0, size // 2), cut(inputs, size, size // 2, size)]
         first, second = (capture(model, prepared.plan, part, torch.inf) for part in parts)
-        wide = captured
+        together = captured
     else:
         parts = [tree_map(lambda t: _other(t, size), inputs), tree_map(lambda t: _joined(t, size), inputs)]
-        second, wide = (capture(model, prepared.plan, part, torch.inf) for part in parts)
+        second, together = (capture(model, prepared.plan, part, torch.inf) for part in parts)
         first = captured
-    names = [[op.name for op in found.tape.ops] for found in (first, second, wide)]
+    names = [[op.name for op in found.tape.ops] for found in (first, second, together)]
     if names[0] != names[1] or names[0] != names[2]:
         raise ReplayError("the model takes another path at another batch size or on other data")
     widths = Widths(most, size * most, {}, path_of(captured), {})
-    for op, twice in zip(first.tape.ops, wide.tape.ops, strict=True):
-        values = [found.values.get(op.index) for found in (first, second, wide)]
+    for op, twice in zip(first.tape.ops, together.tape.ops, strict=True):
+        values = [found.values.get(op.index) for found in (first, second, together)]
         axis = grown(op.shape, twice.shape, 2)
         if all(v is not None for v in values):
             widths.axes[op.index] = sample_axes(op, values[0], values[1], values[2], 2)  # type: ignore[arg-type]
-        elif axis is not None:  # inside a fused group: what leaves the group is compared
+        elif axis is not None:  # inside a fused group: only the result of the group is compared
             widths.axes[op.index] = (axis,)
         if op.call is not None and twice.call is not None:
             scaled = _scaled(op, twice)
@@ -115,23 +117,23 @@ def _by_capture(
 
 
 def path_of(captured: Captured) -> list[tuple[str, int]]:
-    """Name and rank of every op: two batches that agree in it run the same code."""
+    """Name and rank of every op: two batches with equal lists take the same path through the model."""
     return [(op.name, len(op.shape)) for op in captured.tape.ops]
 
 
 def first_axes(
     model: nn.Module, prepared: QuantizedModel, ops: Ops, inputs: Any, captured: Captured, size: int
 ) -> dict[int, int | None]:
-    """Op -> axis of its first tensor that holds the samples; None where there is none.
+    """Op -> axis of its first result that holds the samples; None if there is none.
 
-    The samples' share of that axis is its size / `size`: it may hold them folded with others, [B * heads, ...]. Where
-    calls hold the batch size, or an op mixes samples, a capture of one sample tells by the shapes.
+    Each sample takes (axis length / `size`) entries of that axis, which may be merged with another, [B * heads, ...].
+    If calls hold the batch size, or an op mixes samples, the axis follows from the shapes in a capture of one sample.
     """
     if size == 1:
         return {}
     try:
         return {index: axes[0] for index, axes in axes_by_running(ops, captured, size).items()}
-    except Exception:  # whatever an operator raises at another batch size
+    except Exception:  # an operator may raise anything at another batch size
         return _by_one_sample(model, prepared, inputs, captured, size)
 
 

@@ -1,3 +1,3 @@
-"""What a model computes: tracing by example, the recorded operators, their names and call sites."""
+"""Tracing: one forward pass on an example records the operators of a model, their names and their call sites."""
 
 __all__ = ["binding", "calling", "decompose", "masks", "ops", "order", "sites", "tape", "trace", "tracer"]

@@ -1,4 +1,4 @@
-"""Live tensors by the memory they lie in: who else sees a write."""
+"""Live tensors by their memory: which other tensors does a write change?"""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import torch
 from torch import Tensor
 
 _EXACT = 2**26
-"""Elements of a storage up to which overlap is computed exactly; beyond it all that share it count."""
+"""Largest storage, in elements, for which overlap is computed; in a larger one all tensors count as overlapping."""
 
 
 class Aliases:
-    """Tensors of one trace by storage, as long as they live."""
+    """The live tensors of one trace, by storage."""
 
     def __init__(self) -> None:
         self._live: dict[int, list[weakref.ref[Tensor]]] = {}
         self._limit: dict[int, int] = {}
 
     def add(self, tensor: Tensor) -> None:
-        """From here on `tensor` is found by those it shares memory with."""
+        """From here on, `overlapping` finds `tensor`."""
         key = _storage(tensor)
         if key is not None:
             held = self._live.setdefault(key, [])
             held.append(weakref.ref(tensor))
-            if len(held) > self._limit.get(key, 32):  # now and then, or thousands of slices would cost their square
+            if len(held) > self._limit.get(key, 32):  # prune rarely, else thousands of slices take quadratic time
                 held[:] = {id(t): r for r in held if (t := r()) is not None}.values()
                 self._limit[key] = 2 * len(held) + 32
 
     def overlapping(self, written: Tensor) -> list[Tensor]:
-        """The other live tensors that hold an element of `written`."""
+        """The other live tensors that share an element with `written`."""
         key = _storage(written)
         others = [r() for r in self._live.get(key, ())] if key is not None else []
         single = {id(t): t for t in others if t is not None and t is not written}

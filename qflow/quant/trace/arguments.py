@@ -13,7 +13,7 @@ from qflow.quant.trace.tape import tensors_in
 
 
 def value_slots(function: Any, args: Any, kwargs: Any) -> list[tuple[int, Tensor]]:
-    """Tensors with their slot (place among the call's tensors) by parameter; what `out=` writes into is no value."""
+    """Tensors with their slot (place among the call's tensors), in parameter order, without the tensor of `out=`."""
     found = list(enumerate(tensors_in(args)))
     named: dict[str, list[tuple[int, Tensor]]] = {}
     slot = len(found)
@@ -30,7 +30,7 @@ def value_slots(function: Any, args: Any, kwargs: Any) -> list[tuple[int, Tensor
 
 @functools.lru_cache(maxsize=256)
 def _parameters(function: Any) -> tuple[str, ...]:
-    """Parameter names; builtins have no signature, but torch keeps one of each for its own tests."""
+    """Parameter names; builtins have no signature, but torch keeps one for each in its testing overrides."""
     for known in (torch.overrides.get_testing_overrides().get(function), function):
         try:
             return tuple(inspect.signature(known).parameters)  # type: ignore[arg-type]

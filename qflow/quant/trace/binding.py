@@ -1,4 +1,4 @@
-"""Which part of a data loader's item is the model's input: at most what the example inputs had."""
+"""Take the model's inputs from an item of a data loader: at most as many as the example inputs have."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from qflow.core.signature import arguments
 
 
 def inputs_of(model: nn.Module, example: Any, item: Any) -> Any:
-    """`item` as `model` takes it: a tuple to splat, or a mapping of keywords.
+    """The inputs in `item` as `model` takes them: a tuple to splat, or a mapping of keywords.
 
-    What the example did not have (targets, more keys) is left out. An item may hold the inputs as its first element.
-    Raises DataError where the rest does not fit `forward`.
+    Parts that the example does not have (targets, more keys) are left out. The inputs may also be the first element of
+    the item. Raises DataError if the inputs do not fit `forward`.
     """
     inputs = _chosen(model, example, item)
     keywords = isinstance(inputs, Mapping)
@@ -51,20 +51,20 @@ def _chosen(model: nn.Module, example: Any, item: Any) -> Any:
         return (item,)
     if item and not _alike(wanted[0], item[0]):
         if _alike(wanted[0], item):
-            return (item,)  # forward takes a list, and the item is one
+            return (item,)  # forward takes a list, and the item is a list
         return _chosen(model, example, item[0]) if isinstance(item[0], (tuple, list, Mapping)) else tuple(item[:1])
     count = next((i for i, pair in enumerate(zip(wanted, item, strict=False)) if not _alike(*pair)), len(wanted))
     return tuple(_of_keys(a, b) for a, b in zip(wanted, item[:count], strict=False))
 
 
 def _of_keys(example: Any, item: Any) -> Any:
-    """A plain dict with the keys of the example's alone; anything else as it is."""
+    """A plain dict reduced to the keys of the example; anything else unchanged."""
     if isinstance(example, Mapping) and type(item) is dict:
         return {key: item[key] for key in example if key in item}
     return item
 
 
 def _alike(a: Any, b: Any) -> bool:
-    """Both tensors, both mappings, both sequences, or neither of these."""
+    """True if both are tensors, both are mappings, both are sequences, or both are none of these."""
     kinds = (Tensor, Mapping, (tuple, list), object)
     return next(k for k in kinds if isinstance(a, k)) == next(k for k in kinds if isinstance(b, k))

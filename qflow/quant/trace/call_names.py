@@ -1,4 +1,4 @@
-"""Names of operator calls while tracing: counted, and for functionals noted with their call site (sites.py)."""
+"""Names of operator calls while tracing: calls are counted, and functionals also have their call site (sites.py)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qflow.quant.trace.sites import call_site, user_line
 
 
 class CallNames:
-    """What a trace has called so far."""
+    """The calls of a trace so far."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -18,10 +18,10 @@ class CallNames:
         self.indices: Counter[tuple[str, str, int]] = Counter()
         self.sites: dict[tuple[str, str, int, int], str] = {}
         self.given: Mapping[tuple[str, str, int, int], str] | None = None
-        """Names by call site of an earlier trace (`Plan.sites`): calls go by them, others by their line."""
+        """Names by call site from an earlier trace (`Plan.sites`); a call at another site is named after its line."""
 
     def called(self, base: str) -> str:
-        """Name of this call of the functional `base`, noted with its call site."""
+        """Name of this call of the functional `base`; it is stored with the call site."""
         key = (base, *call_site())
         index = self.indices[key]
         self.indices[key] += 1

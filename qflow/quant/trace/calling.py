@@ -1,4 +1,4 @@
-"""How a model is called on what a batch offers, and the names of what goes in and comes out."""
+"""How a model is called on the inputs of a batch, and the names of its input and output tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 def call_model(model: nn.Module, inputs: Any) -> Any:
     """Run `model` on a copy of `inputs`: a tuple or list is splatted, a dict becomes keyword arguments.
 
-    A copy, because a model may write into its input, and the next reader of the batch must not see that.
+    The inputs are copied because a model may write into them, and the batch must stay unchanged for its next use.
     """
     return run_model(model, copied(inputs))
 
@@ -27,8 +27,8 @@ def copied(inputs: Any) -> Any:
 
 
 def run_model(model: nn.Module, inputs: Any) -> Any:
-    """`call_model` on `inputs` themselves."""
-    # torch's fused encoder layer computes otherwise than its parts and switches itself off while it is traced
+    """As `call_model`, but on `inputs` themselves."""
+    # torch's fused encoder layer computes other values than its parts, and is not used while the model is traced
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -85,13 +85,13 @@ def map_named(function: Callable[[str, Tensor], Any], structure: Any, prefix: st
 
 @functools.lru_cache(maxsize=64)
 def _argument_names(kind: type[nn.Module]) -> tuple[str, ...]:
-    """Positional arguments of `forward`; kept, because a signature takes longer to read than a small operator."""
+    """Positional arguments of `forward`; cached, because inspecting a signature takes longer than a small operator."""
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
     return tuple(p.name for p in parameters if p.kind != p.VAR_KEYWORD)
 
 
 def argument_names(model: nn.Module, count: int) -> list[str]:
-    """Names of the first `count` positional arguments of `model.forward`, which may be replaced on the object."""
+    """Names of the first `count` positional arguments of `model.forward`, which the object may have overridden."""
     own = model.__dict__.get("forward")
     names = list(inspect.signature(own).parameters if own is not None else _argument_names(type(model)))  # type: ignore[arg-type]
     return [*names, *(str(i) for i in range(len(names), count))][:count]

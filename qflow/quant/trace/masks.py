@@ -1,15 +1,16 @@
-"""Masks of a softmax: where a value of -inf means "left out", not a value.
+"""Masks of a softmax, in which -inf means "masked out" and is not a value.
 
-No integer code stands for -inf. Quantized like a value it becomes the smallest code of the scores, and what was
-masked out gets a weight: a causal model would see the future. A large finite mask (-1e9) is no way round, it takes
-the whole range from the scores. The device has a softmax of its own (exp, sum, reciprocal inside); its mask is
-applied there, on scores that are quantized already. So qflow keeps it apart from the grid:
+No integer code represents -inf. If it were quantized like a value, it would become the smallest code of the scores, and
+masked positions would get a weight: a causal model would see the future. A large finite mask (-1e9) is no alternative,
+because it takes the whole range from the scores. The device computes softmax itself (exp, sum, reciprocal) and applies
+the mask there, to scores that are already quantized. So qflow does not quantize -inf:
 
-    masked_fill(mask, -inf), where(mask, x, -inf) before a softmax    no quantizer: x keeps the scale that it has
-    x + mask, a mask that is made of other parts                      quantized, but -inf stays -inf and moves no scale
+    masked_fill(mask, -inf), where(mask, x, -inf) before a softmax    no quantizer: x keeps its scale
+    x + mask, or a mask that is computed from other parts             quantized, but -inf stays -inf and moves no scale
 
-Before a softmax: every path from it ends in one, through moves and arithmetic that keeps -inf. Weights at masked
-positions are then exactly 0, as in float. -inf anywhere else saturates and is a finding of the model check.
+An operator is "before a softmax" if every path from it ends in a softmax, through moves and arithmetic that keeps -inf.
+Weights at masked positions are then exactly 0, as in float. -inf anywhere else saturates and is a finding of the model
+check.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _CARRY_FUNCTIONS = (*_FILLS, "torch.sub", "torch.div")
 
 
 def before_softmax(ops: Sequence[Op], readers: Mapping[int, Sequence[int]], leaving: Collection[int]) -> set[int]:
-    """Ops whose result reaches a softmax on every path and nothing else, so that -inf in it is a mask."""
+    """Ops whose result reaches nothing but a softmax, on every path, so that -inf in it is a mask."""
     found: set[int] = set()
     for op in reversed(ops):
         following = [ops[index] for index in readers[op.index]]
@@ -37,7 +38,7 @@ def before_softmax(ops: Sequence[Op], readers: Mapping[int, Sequence[int]], leav
 
 def _takes(reader: Op, found: Collection[int]) -> bool:
     if reader.kind == OpKind.softmax:
-        return "log" not in reader.op_type.lower()  # a log softmax gives -inf on
+        return "log" not in reader.op_type.lower()  # the result of a log softmax is -inf too
     return reader.index in found and (reader.kind in _CARRY or reader.op_type in _CARRY_FUNCTIONS)
 
 
@@ -55,7 +56,7 @@ def pure_masks(ops: Sequence[Op], masked: Collection[int]) -> set[int]:
 
 
 def keeping(ops: Sequence[Op], masked: Collection[int]) -> set[int]:
-    """Those of `masked` that have a quantizer and can hold -inf: masks from outside, fills, what is made of them."""
+    """Those of `masked` that have a quantizer and can hold -inf: inputs, constants, fills, and ops on these."""
     origins = (OpKind.input, OpKind.constant)
     holding: set[int] = set()
     for op in ops:

@@ -1,4 +1,4 @@
-"""What each torch operator is to the device: module types and function names -> OpKind, in one table."""
+"""The kind of each torch operator on the device: one table from module types and function names to OpKind."""
 
 from __future__ import annotations
 
@@ -59,21 +59,21 @@ _FUNCTIONS: dict[OpKind, str] = {
 }
 FUNCTION_KINDS: dict[str, OpKind] = {name: kind for kind, names in _FUNCTIONS.items() for name in names.split()}
 
-# Tensor arguments that carry values; those behind them are weights, statistics, indices or slopes.
+# Number of tensor arguments that are values; those after them are weights, statistics, indices or slopes.
 VALUE_ARGUMENTS = {OpKind.norm: 1, OpKind.layer_norm: 1, OpKind.lut: 1, OpKind.softmax: 1}
-# Functionals that multiply with a weight, and its argument.
+# Functionals that multiply with a weight, and the name of that argument.
 WEIGHT_ARGUMENT = {OpKind.conv: "weight", OpKind.conv_transpose: "weight", OpKind.linear: "weight"}
 
-# Results whose values do not come from the arguments: constants, whatever their shape is taken from.
+# Functions whose result does not depend on the values of the arguments: it is a constant.
 CONSTANTS = frozenset(
     ["zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "requires_grad", "grad"]
     + ["new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"]
 )
-# A Python value taken out of a tensor: what follows may depend on the data.
+# Functions that return a Python value from a tensor: the code after them may depend on the data.
 DATA_DEPENDENT = frozenset(
     ["item", "bool", "int", "float", "index", "tolist", "numpy", "nonzero", "contains", "array", "equal", "allclose"]
 )
-# Writes whose result is a constant fill.
+# In-place functions that fill a tensor with a constant.
 FILLS = frozenset(["zero", "fill"])
 
 ALIASES = {"truediv": "div", "true_divide": "div", "multiply": "mul", "subtract": "sub", "divide": "div"}
@@ -97,7 +97,7 @@ def function_name(function: object) -> str:
 
 
 def module_kind(module: nn.Module) -> OpKind | None:
-    """Kind of a leaf module (subclasses count as their base), or None for a container or an unknown module."""
+    """Kind of a leaf module (a subclass has the kind of its base), or None for a container or an unknown module."""
     for cls in type(module).__mro__:
         if cls in MODULE_KINDS:
             return MODULE_KINDS[cls]
@@ -105,7 +105,7 @@ def module_kind(module: nn.Module) -> OpKind | None:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """True where the module is one operator: a known type whose forward is torch's own, not replaced on the object."""
+    """True if the module is one operator: a known type with torch's own forward, not overridden on the object."""
     if "forward" in module.__dict__:
         return False
     for cls in type(module).__mro__:
@@ -115,5 +115,5 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def is_operator(out: object) -> bool:
-    """True where a function call counts as an operator: tape and runtime must agree, or names would drift."""
+    """True if a function call with this result counts as an operator, both while tracing and in a forward pass."""
     return isinstance(out, Tensor) or (isinstance(out, (tuple, list)) and any(isinstance(t, Tensor) for t in out))

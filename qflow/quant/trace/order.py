@@ -1,12 +1,13 @@
-"""Operators that change the order of values, and others whose result jumps on small errors.
+"""Operators that change the order of values, and other operators whose result jumps on small errors.
 
-Two values that almost tie change places under quantization. What `topk` or `sort` gives then differs from float by
-the distance of two neighbours, and everything gathered by its indices differs entirely, though no operator has made a
-large error. So a quantized pass can follow the order of a float pass: it takes its own values at the float indices.
+Two values that are almost equal can change places under quantization. The result of `topk` or `sort` then differs from
+float by the distance of the two values, and everything that is gathered by its indices differs entirely, although no
+operator has made a large error. So a quantized pass can follow the order of a float pass: it takes its own values at
+the indices of the float pass.
 
-Followed are topk, sort, argsort, argmax, argmin, max and min over a dim, kthvalue, median, nanmedian, mode, cummax
-and cummin, as functions and as Tensor methods. Not followed: `msort`, pooling with `return_indices`, and what
-runs inside a skipped module.
+These can be followed: topk, sort, argsort, argmax, argmin, max and min over a dim, kthvalue, median, nanmedian, mode,
+cummax and cummin, as functions and as Tensor methods. These cannot: `msort`, pooling with `return_indices`, and
+operators inside a skipped module.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from qflow.core.graph import GEMM_KINDS, OpKind
 from qflow.quant.trace.tape import Op, Tape
 
 INDEX_ONLY = frozenset({"argsort", "argmax", "argmin"})
-# Operator giving (values, indices) -> position of `dim` among its arguments, the dim where none is given.
+# Operator that returns (values, indices) -> position of `dim` among its arguments, default of `dim`.
 _DIM: dict[str, tuple[int, int | None]] = {
     "topk": (2, -1),
     "sort": (1, -1),
@@ -34,7 +35,7 @@ _DIM: dict[str, tuple[int, int | None]] = {
 ORDER_CHANGING = INDEX_ONLY | frozenset(_DIM)
 _FUNCTIONAL = re.compile(r"\[(\w+)\](\(\d+\))?$")  # `scope[topk](1)`, the name of an operator call
 
-# A small error makes their result jump by a whole step, or another value come out.
+# A small error makes their result jump by a whole step, or gives another value.
 _JUMPS = frozenset(
     ["round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "frac", "floor_divide", "remainder", "fmod", "heaviside"]
     + ["bucketize", "searchsorted", "histc", "histogram", "bernoulli", "multinomial", "poisson", "binomial"]
@@ -46,21 +47,21 @@ _JUMPS = frozenset(
         "fake_quantize_per_tensor_affine",
         "fake_quantize_per_channel_affine",
     ]
-    # vectors turn round, or change places
+    # vectors change sign or places
     + ["svd", "linalg_svd", "linalg_eig", "linalg_eigh", "qr", "linalg_qr", "slogdet", "linalg_slogdet"]
 )
 _COMPARISONS = frozenset({"eq", "ne", "gt", "ge", "lt", "le"})
-# They keep some rows and drop others: what follows them holds other rows than in float, however much lies between.
+# They keep some rows and drop others: all later values may hold other rows than in float.
 _SELECTIONS = frozenset(["nms", "batched_nms", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"])
 
 
 def may_change_order(calls: Collection[str]) -> bool:
-    """True if one of these operator calls (`Plan.known`) may be order-changing (of `max` the name does not tell)."""
+    """True if one of these operator calls (`Plan.known`) may be order-changing; for `max` the name does not show it."""
     return any(found[1] in ORDER_CHANGING for found in map(_FUNCTIONAL.search, calls) if found)
 
 
 def indices_of(name: str, out: Any) -> Tensor | None:
-    """Indices (int64) that the result `out` of operator `name` holds; None if it is not order-changing.
+    """Indices (int64) in the result `out` of operator `name`; None if it is not order-changing.
 
     `name` is `function_name` of the function (ops.py). `max` of two tensors or of a whole tensor has no indices.
     """
@@ -72,10 +73,10 @@ def indices_of(name: str, out: Any) -> Tensor | None:
 
 
 def in_order(name: str, indices: Tensor, args: Any, kwargs: Any) -> Any:
-    """What operator `name` gives on `args` and `kwargs` if its order were that of `indices`.
+    """The result of operator `name` on `args` and `kwargs` if its order were that of `indices`.
 
-    Values are gathered from the first argument; the structure is the operator's own (`torch.return_types.topk`).
-    `indices` fit that argument: same shape but along the operator's dim, and below its size there.
+    Values are gathered from the first argument; the result has the operator's own type (`torch.return_types.topk`).
+    `indices` must fit that argument: the same shape except along the operator's dim, and below its size there.
     """
     if name in INDEX_ONLY:
         return indices.clone()  # the user's code may write into it
@@ -94,17 +95,17 @@ def _values(args: Any, kwargs: Any) -> Tensor:
 
 @dataclass
 class Order:
-    """Indices of the order-changing calls of one float pass, by operator call, and what a pass made of them."""
+    """Indices of the order-changing calls of one float pass, and which calls of a later pass have followed them."""
 
     indices: dict[str, Tensor] = field(default_factory=dict)
     shapes: dict[str, torch.Size] = field(default_factory=dict)
-    """Shape of the values that each call ordered."""
+    """Shape of the values that each call has ordered."""
     followed: set[str] = field(default_factory=set)
     strayed: set[str] = field(default_factory=set)
-    """Calls that could not follow: the float pass did not make them, or on values of another shape."""
+    """Calls that could not follow, because the float pass has no such call or had values of another shape."""
 
     def record(self, name: str, call: str, out: Any, args: Any, kwargs: Any) -> Any:
-        """Note the indices in `out`, the result of operator call `call`; gives `out` back."""
+        """Record the indices in `out`, the result of operator call `call`, and return `out`."""
         indices = indices_of(name, out)
         if indices is not None:
             self.indices[call] = indices.clone()
@@ -112,7 +113,7 @@ class Order:
         return out
 
     def follow(self, name: str, call: str, out: Any, args: Any, kwargs: Any) -> Any:
-        """`out` as it would be in the recorded order."""
+        """The result of `call` in the recorded order; `out` itself if it cannot follow."""
         if indices_of(name, out) is None:
             return out
         if self.shapes.get(call) != _values(args, kwargs).shape or kwargs.get("out") is not None:
@@ -123,7 +124,7 @@ class Order:
 
 
 Ordering = Callable[[str, str, Any, Any, Any], Any]
-"""`Order.record` or `Order.follow`: (operator, its call, result, args, kwargs) -> the result to go on with."""
+"""`Order.record` or `Order.follow`: (operator, its call, result, args, kwargs) -> the result to use."""
 
 
 @dataclass(frozen=True)
@@ -134,16 +135,16 @@ class Jump:
     op: str
     op_type: str
     known: bool
-    """False where it only may jump: qflow does not know the operator."""
+    """False if it only may jump, because qflow does not know the operator."""
     skipped: str = ""
-    """Path of the module, where it is one that was skipped."""
+    """Path of the module if it was skipped, else ""."""
 
 
 def jumps(tape: Tape) -> list[Jump]:
     """Operators that make outputs incomparable, by output, in the order of the model.
 
-    Looked at are those with no GEMM between them and the output; selections of rows (NMS, nonzero, unique) wherever
-    they stand. Order-changing operators are not among them: they can be followed.
+    Operators with no GEMM between them and the output count, and selections of rows (NMS, nonzero, unique) anywhere
+    before it. Order-changing operators do not count, because they can be followed.
     """
     found = []
     for output, index in tape.outputs:
@@ -181,7 +182,7 @@ def _jumps(op: Op, inputs: list[Op]) -> bool | None:
         return None
     if name in _SELECTIONS:
         return True
-    # What reads topk may read its values or its indices; integer arithmetic on indices (`at // width`) is no jump.
+    # An op after topk may read its values or its indices; integer arithmetic on indices (`at // width`) is no jump.
     either = [_base(source) in ORDER_CHANGING and not source.single for source in inputs]
     values = any(source.floating and not both for source, both in zip(inputs, either, strict=True))
     if name in _JUMPS and (values or op.floating):
@@ -195,6 +196,6 @@ def _jumps(op: Op, inputs: list[Op]) -> bool | None:
 
 
 def _of_torch(op: Op) -> bool:
-    """True for torch's own operators: of these, those that jump are listed above."""
+    """True for an operator of torch itself; those of them that jump are listed above."""
     spaces = (torch.ops.aten, torch.nn.functional, torch)
     return op.op_type.startswith("torch.nn.modules.") or any(hasattr(space, _base(op)) for space in spaces)

@@ -1,8 +1,8 @@
-"""The tape: an example-driven record of the torch-level operators of one forward pass, with the user's names.
+"""The tape: a record of the torch operators in one forward pass on an example, with the user's names.
 
-Names: a module call is its path, `conv(1)` the second call; a functional is `scope[add]`, its second call
-`scope[add](1)`; an input is `quant[x]` after the argument of `forward`; a constant that an operator reads is
-`const[pos_embed]` after its parameter or buffer, else `const[scope[add]]` after its first reader.
+The call of a module is named by the module's path, its second call is `conv(1)`. A functional is `scope[add]`, its
+second call `scope[add](1)`. An input is `quant[x]`, after the argument of `forward`. A constant that an operator reads
+is `const[pos_embed]`, after its parameter or buffer, or else `const[scope[add]]`, after its first reader.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qflow.core.graph import OpKind
 
 @dataclass(frozen=True)
 class Weight:
-    """The weight of a functional (`F.conv2d(x, self.w)`): a quantizer's name, and where the call takes it from."""
+    """The weight of a functional (`F.conv2d(x, self.w)`): the name of its quantizer, and its slot in the call."""
 
     name: str
     slot: int
@@ -29,7 +29,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Ref:
-    """A tensor that an op gave: the op's index, and which of its tensors."""
+    """A result of an op: the index of the op, and the position among its results."""
 
     op: int
     position: int
@@ -37,9 +37,9 @@ class Ref:
 
 @dataclass(frozen=True)
 class Call:
-    """What is needed to run an op again: a torch function or a leaf module's path, its arguments with `Ref`s.
+    """All that is needed to replay an op: a torch function or the path of a leaf module, and arguments with `Ref`s.
 
-    Integers and tensors that are not the result of an op are kept as they were: the call is one at this batch size.
+    Integers and tensors that are not the result of an op are kept as they were, so the call holds for this batch size.
     """
 
     function: Any
@@ -54,8 +54,8 @@ class Call:
 class Op:
     """One recorded operator call.
 
-    `inputs` are indices of producing ops on the tape, in argument order, constants included; `slots` says for each
-    which of the call's tensors it is, so that the runtime can reach that argument.
+    `inputs` are indices of producing ops on the tape, in argument order, constants included. `slots` holds for each
+    its place among the tensors of the call, so that a forward pass can quantize that argument.
     """
 
     index: int
@@ -69,14 +69,14 @@ class Op:
     shape: tuple[int, ...]
     floating: bool
     single: bool = True
-    """False where the call gives several tensors."""
+    """False if the call returns several tensors."""
     weight: Weight | None = None
     attrs: dict[str, int] = field(default_factory=dict)
     operands: tuple[float | None, ...] = ()
     call: Call | None = None
-    """Kept by a capture only."""
+    """Only a capture keeps it."""
     complex: bool = False
-    """Its (first) result is a complex number: not floating, and not a jump either."""
+    """True if its (first) result is complex: such a result is not `floating`, and it is no jump (order.py)."""
 
 
 @dataclass
@@ -88,13 +88,13 @@ class Tape:
     calls: dict[str, int]
     notes: list[str]
     names: frozenset[str]
-    """Names of all calls, those that do not depend on the inputs included."""
+    """Names of all calls, including those that do not depend on the inputs."""
     sites: dict[tuple[str, str, int, int], str]
     """Functional, function and line in the user's code, index at this site -> name of the call (sites.py)."""
     decomposed: frozenset[str]
-    """Functions that were written out in parts: the float graph equals the model to rounding, not bit for bit."""
+    """Functions that were decomposed (decompose.py): the float graph equals the model to rounding, not bit for bit."""
     fingerprints: dict[str, tuple[str, tuple[float, ...]]]
-    """Constant or loose output -> its reader and a few sums of its values: they may not depend on the inputs."""
+    """Constant, or output without a producer -> its reader, and sums of its values; inputs must not change them."""
 
 
 _PLAIN = (int, float, bool, str, type(None))
@@ -111,7 +111,7 @@ def references(structure: Any) -> list[Ref]:
 
 
 def _parts(structure: Any, wanted: type) -> list[Any]:
-    """Those of one type: torch's own walk, without its cost for what nearly all calls hold."""
+    """All parts of one type, as from torch's tree_flatten, but cheaper for the usual arguments."""
     if isinstance(structure, wanted):
         return [structure]
     kind = type(structure)
@@ -127,7 +127,7 @@ def _parts(structure: Any, wanted: type) -> list[Any]:
 
 
 def function_attrs(kind: OpKind, sources: Sequence[Tensor], args: Any, kwargs: Any) -> dict[str, int]:
-    """Integers that a cost model needs from a functional: the inner dimension of a matmul, weights of F.conv2d."""
+    """Integers of a functional for the cost model: the inner dimension of a matmul, the weight sizes of F.conv2d."""
     if kind in (OpKind.resize, OpKind.grid_sample):
         return {"bicubic": 1} if "bicubic" in (*[a for a in args if isinstance(a, str)], kwargs.get("mode")) else {}
     if kind == OpKind.matmul and args and isinstance(args[0], str):
@@ -146,7 +146,7 @@ def function_attrs(kind: OpKind, sources: Sequence[Tensor], args: Any, kwargs: A
 
 
 def _contracted(equation: str, sources: Sequence[Tensor]) -> int:
-    """Number of products summed for each output element of an einsum."""
+    """Number of products that are summed for each output element of an einsum."""
     left, _, right = equation.replace(" ", "").partition("->")
     sizes: dict[str, int] = {}
     for term, tensor in zip(left.split(","), sources, strict=False):
@@ -159,7 +159,7 @@ def _contracted(equation: str, sources: Sequence[Tensor]) -> int:
 
 
 def weight_attrs(shape: tuple[int, ...], groups: int, transposed: bool) -> dict[str, int]:
-    """Channels, groups, kernel and weight elements of a weighted operator from its weight shape."""
+    """Channels, groups, kernel and weight elements of a weighted operator, from the shape of its weight."""
     out_channels, in_channels = (shape[1] * groups, shape[0]) if transposed else (shape[0], shape[1] * groups)
     kernel = 1
     for size in shape[2:]:
@@ -169,10 +169,10 @@ def weight_attrs(shape: tuple[int, ...], groups: int, transposed: bool) -> dict[
 
 
 def module_attrs(module: nn.Module, sources: Sequence[Tensor]) -> dict[str, int]:
-    """Cost attributes of a leaf module; empty for one without weights."""
+    """Integers of a leaf module for the cost model; empty for most modules without weights."""
     if isinstance(module, nn.modules.conv._ConvNd):
         attrs = weight_attrs(tuple(module.weight.shape), module.groups, module.transposed)
-        if module.transposed:  # each input position meets the whole kernel
+        if module.transposed:  # each input position is multiplied with the whole kernel
             attrs["positions"] = sources[0].numel() // module.in_channels
         return attrs
     if isinstance(module, nn.Upsample) and module.mode == "bicubic":
@@ -194,5 +194,5 @@ def operands(kind: OpKind, name: str, args: Any, kwargs: Any) -> tuple[float | N
     elif len(values) < 2 and "other" in kwargs:
         values.append(kwargs["other"])
     if kwargs.get("alpha", 1) != 1 or kwargs.get("rounding_mode"):
-        values.append(None)  # one operand more than the function has: its result is not the plain one
+        values.append(None)  # one operand too many marks a result that is not the plain function
     return tuple(float(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else None for v in values)

@@ -1,7 +1,7 @@
-"""`trace`: one forward pass of a model under a `Tracer`, with what shows it leaf modules and scopes.
+"""`trace` runs one forward pass of a model under a `Tracer`, and wraps leaf modules and scopes for it.
 
-A leaf's own forward is wrapped, not hooked: the user's hooks on it, and what they compute, lie outside the operator,
-as they do in a prepared model, and `self.conv.forward(x)` is the same operator as `self.conv(x)`.
+The forward of a leaf module is wrapped instead of hooked. So the user's hooks on the leaf are outside the operator, as
+in a prepared model, and `self.conv.forward(x)` is the same operator as `self.conv(x)`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qflow.quant.trace.tracer import Tracer
 
 
 class _Hooks:
-    """Wrapped forwards and hooks of one trace; `skip` are module paths that run as one float operator."""
+    """The wrapped forwards and hooks of one trace; each module path in `skip` runs as one float operator."""
 
     def __init__(self, tracer: Tracer, skip: Collection[str]) -> None:
         self.tracer = tracer
@@ -30,13 +30,13 @@ class _Hooks:
         self.leaves = {path: module for path, module in tracer.modules.items() if path not in skip and is_leaf(module)}
 
     def wrapped(self, path: str, module: nn.Module) -> Any:
-        """The forward of a leaf that puts one op on the tape."""
+        """A forward for the leaf that records one op on the tape."""
         forward = module.forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
             self.enter_leaf(module, args, kwargs)
             try:
-                with torch._C.DisableTorchFunction():  # nothing in here is the user's (leaf.py)
+                with torch._C.DisableTorchFunction():  # there is no user code in here (model/leaf.py)
                     out = forward(*args, **kwargs)
                 self.record(path, module, args, kwargs, out)
             finally:
@@ -82,7 +82,7 @@ class _Hooks:
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        handles, leaves = [], []  # with the forward that the user has put on the module itself, if any
+        handles, leaves = [], []  # `leaves` holds the forward that the user has set on the module itself, if any
         for path, module in self.tracer.modules.items():
             if path in self.leaves:
                 leaves.append((module, module.__dict__.get("forward")))
@@ -107,8 +107,8 @@ class _Hooks:
 def trace(model: nn.Module, inputs: Any, skip: Collection[str] = (), tracer: Tracer | None = None) -> Tape:
     """Record one forward pass of `model` on `inputs` (a tensor, a tuple to splat, or a dict of keywords).
 
-    `skip` are paths of modules that stay float, each one operator on the tape. The model is neither copied nor
-    changed; it runs under no_grad in the mode it is in. `tracer` is a new one where none is given.
+    `skip` are paths of modules that stay float; each is one operator on the tape. The model is neither copied nor
+    changed; it runs under no_grad in its current mode. `tracer` is by default a new `Tracer`.
     """
     tracer = tracer or Tracer(model)
     inputs = copied(inputs)

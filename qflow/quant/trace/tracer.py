@@ -1,11 +1,11 @@
-"""Tracing: the model runs as it is, and every operator call is written on the tape.
+"""Tracing: the unchanged model runs once, and every operator call is recorded on the tape.
 
-Leaf modules (one operator each) are seen at their forward, functionals by a TorchFunctionMode, and tensors are
-followed by identity, so plain Python loops, branches on shapes and modules called several times need no special
-care. What cannot be seen through is written down as a note with the user's line: Python values taken out of
-tensors, unknown operators, writes. A value that reaches an operator by a way that tracing does not see (NumPy,
-TorchScript) looks like a constant; its fingerprint changes with the inputs, and prepare refuses it. A write reaches
-all live tensors that share the memory (aliases.py): views, and what was viewed.
+Leaf modules (one operator each) are recorded in their forward, functionals by a TorchFunctionMode. Tensors are followed
+by identity, so Python loops, branches on shapes and modules that are called several times need no special care. Where
+tracing cannot follow (Python values from tensors, writes), a note names the line in the user's code. A value that is
+computed outside of torch operators (NumPy, TorchScript) looks like a constant; its fingerprint changes with the inputs,
+and `prepare` refuses the model. A write changes all live tensors that share the memory (aliases.py): views and the
+tensors that they view.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from qflow.quant.trace.tape import Call, Op, Weight, function_attrs, operands, t
 
 
 class Tracer(CallNames, TorchFunctionMode):
-    """One trace. Tensors are known by identity while they live: nothing is kept that the model itself lets go."""
+    """One trace. Tensors are identified by `id` through weak references, so tracing keeps no activation alive."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Tracer(CallNames, TorchFunctionMode):
         self.decomposed: set[str] = set()
         self.fingerprints: dict[str, tuple[str, tuple[float, ...]]] = {}
         self.producers: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self.named_views: list[Tensor] = []  # ids in `state` stay unique while their tensors live
+        self.named_views: list[Tensor] = []  # kept alive, so that the ids in `state` stay unique
         self.aliases = Aliases()
         self.call: Call | None = None
         self.modules = dict(model.named_modules())
@@ -58,7 +58,7 @@ class Tracer(CallNames, TorchFunctionMode):
         state = [*model.named_parameters(), *model.named_buffers()]
         self.state = {id(tensor): name for name, tensor in state}
         self.whole = {id(tensor): name for name, tensor in state}
-        """Tensors that a weight quantizer may go by: parameters, and the parts of one that is split."""
+        """Names of tensors that can have a weight quantizer: parameters, and the parts of a parameter that is split."""
         self.weights: dict[str, tuple[tuple[int, ...], int]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -87,26 +87,26 @@ class Tracer(CallNames, TorchFunctionMode):
                 self.record_function(unique, func, sources, args, kwargs, out)
             for tensor in tensors_in(out):
                 self.aliases.add(tensor)
-        changed = [t for t, v in versions if _version(t) != v]  # with what is written, all that share its memory
+        changed = [t for t, v in versions if _version(t) != v]  # the written tensor and all that share its memory
         given = tensors_in(args[0] if name == "setitem" else out)
         for tensor in [t for t in changed if any(t is g for g in given)] or changed:
             self.spread(tensor)
         return out
 
     def producer(self, tensor: Any) -> int | None:
-        """Index of the op that gave `tensor`, or None."""
+        """Index of the op whose result is `tensor`, or None."""
         reference, index = self.producers.get(id(tensor), (None, 0))
         return index if reference is not None and reference() is tensor else None
 
     def calling(self, function: Any, args: Any, kwargs: Any) -> Call | None:
-        """What the next op keeps of its call (quant/capture.py); nothing while only structure is traced."""
+        """The call that the next op keeps in a capture (quant/replay/capture.py); None if only structure is traced."""
         return None
 
     def leaving(self, name: str, tensor: Tensor) -> None:
-        """The model gives `tensor` back as output `name`; only a capture keeps that."""
+        """Called for each output of the model; only a capture keeps it."""
 
     def is_value(self, value: Any) -> bool:
-        """True for a constant other than zero that would need a quantizer to be on the device."""
+        """True for a constant other than zero, which would need a quantizer on the device."""
         return any(t.is_floating_point() and self.producer(t) is None and bool(t.any()) for t in tensors_in(value))
 
     def note_writes(self, name: str, args: Any, out: Any, versions: list[tuple[Tensor, int]]) -> None:
@@ -133,7 +133,7 @@ class Tracer(CallNames, TorchFunctionMode):
         ordered = value_slots(func, args, kwargs)
         weight = self.functional_weight(unique, kind, ordered, args, kwargs)
         outputs = tensors_in(out)
-        # what an operator writes into is its result, not one of its constants
+        # a tensor that an operator writes into is its result, not one of its constants
         fresh = bool(args) and outputs[0] is args[0] and self.producer(outputs[0]) is None
         count = 1 if weight is not None else VALUE_ARGUMENTS.get(kind, len(ordered))
         values = [t for _, t in ordered]
@@ -150,7 +150,7 @@ class Tracer(CallNames, TorchFunctionMode):
         )
 
     def mark_attention(self, out: Tensor) -> None:
-        """The last projection of an nn.MultiheadAttention: the plugin's has an int8 output only."""
+        """Mark the last projection of an nn.MultiheadAttention: in the plugin its output is int8 only."""
         index = self.producer(out)
         while index is not None and self.ops[index].kind == OpKind.move and self.ops[index].inputs:
             index = self.ops[index].inputs[0]
@@ -158,25 +158,25 @@ class Tracer(CallNames, TorchFunctionMode):
             self.ops[index].attrs["attention_output"] = 1
 
     def spread(self, written: Tensor) -> None:
-        """A write reaches every live tensor that shares memory with `written`: what was viewed, and other views."""
+        """Record that a write to `written` changes all live tensors that share its memory: its base and other views."""
         index = self.producer(written)
         others = self.aliases.overlapping(written) if index is not None else []
         if not others:
             return
         root = max(others, key=lambda t: t.numel())
         if root.numel() > written.numel():
-            self.call = None  # no call gives the root: a capture cannot replay it
+            self.call = None  # no single call returns the root, so a capture cannot replay this write
             self.record_write(root, written)
             index = self.producer(root)
         for other in others:
-            if self.producer(other) is None:  # a view of what was fresh until now
+            if self.producer(other) is None:  # a view of a tensor that was constant until now
                 self.call = None
                 self.record_write(other, written)
             elif index is not None:
                 self.producers[id(other)] = (weakref.ref(other), index)
 
     def inherit_name(self, kind: OpKind, sources: list[Tensor], out: Any) -> None:
-        """A view of a parameter (`cls_token.expand(...)`) goes by the parameter's name."""
+        """Give a view of a parameter (`cls_token.expand(...)`) the name of the parameter."""
         named = next((self.state[id(t)] for t in sources if id(t) in self.state), None)
         if named is not None and kind in TRANSPARENT_KINDS:
             parts = tensors_in(out)
@@ -190,10 +190,10 @@ class Tracer(CallNames, TorchFunctionMode):
     def functional_weight(
         self, unique: str, kind: OpKind, ordered: list[tuple[int, Tensor]], args: Any, kwargs: Any
     ) -> Weight | None:
-        """Where `F.conv2d(x, w)` takes a constant weight from; None if `w` is computed from the inputs.
+        """The weight of a functional such as `F.conv2d(x, w)`; None if `w` is computed from the inputs.
 
-        A parameter itself has one quantizer for all readers. A view of one (a slice, the transposed) holds other
-        channels: it goes by its reader.
+        A parameter has one quantizer for all its readers. A view of it (a slice, the transposed) has other channels, so
+        its quantizer is named after the reader.
         """
         if kind not in WEIGHT_ARGUMENT:
             return None
@@ -205,18 +205,18 @@ class Tracer(CallNames, TorchFunctionMode):
         axis = 1 if kind == OpKind.conv_transpose else 0
         name, shape = self.whole.get(id(weight), unique), tuple(weight.shape)
         if self.weights.setdefault(name, (shape, axis)) != (shape, axis):
-            name = unique  # split otherwise, or a convolution's weight that a transposed one reads too
+            name = unique  # split in another way, or a weight that conv and transposed conv both read
         return Weight(name, slot, axis, shape)
 
     def keep_fingerprint(self, name: str, reader: str, tensor: Tensor) -> None:
         values = tensor.detach().double().nan_to_num(posinf=0.0, neginf=0.0)
         places = torch.linspace(1.0, 2.0, values.numel(), dtype=values.dtype, device=values.device)
-        order = float(values.flatten() @ places)  # the same values in another order are others
+        order = float(values.flatten() @ places)  # equal values in another order give another fingerprint
         sums = (float(values.sum()), float(values.abs().sum()), float(values.square().sum()), order)
         self.fingerprints.setdefault(name, (reader, (*map(float, tensor.shape), *sums)))
 
     def record_write(self, target: Tensor, value: Any) -> None:
-        """`target[...] = value`: the target now carries both, so that what wrote it is not lost."""
+        """Record `target[...] = value` as an op with both as inputs, so that the producer of `value` is not lost."""
         sources = [(i, t) for i, t in enumerate([target, *tensors_in(value)]) if self.producer(t) is not None]
         if sources:
             self.record(
@@ -224,13 +224,13 @@ class Tracer(CallNames, TorchFunctionMode):
             )
 
     def note_site(self, what: str) -> None:
-        """Write down `what` with the innermost line of the user's code."""
+        """Note `what` with the innermost line of the user's code."""
         note = f"{self.scopes[-1] or 'model'}: {what}{user_line()}"
         if note not in self.notes:
             self.notes.append(note)
 
     def constant(self, tensor: Tensor, reader: str) -> int | None:
-        """Index of the op that stands for a constant; None for indices, masks and single numbers."""
+        """Index of the op of a constant; None for indices, masks, zeros and single numbers."""
         own = self.state.get(id(tensor))
         if not tensor.is_floating_point() or tensor.numel() < 2:
             if own is not None and tensor.is_floating_point():
@@ -238,7 +238,7 @@ class Tracer(CallNames, TorchFunctionMode):
             return None
         if own is None and not bool(tensor.any()):
             self.keep_fingerprint(f"zeros read by {reader}", reader, tensor)
-            return None  # fresh zeros are exact on every grid
+            return None  # zeros are exact on every grid
         name = f"const[{own or reader}]"
         known = next((op.index for op in self.ops if op.kind == OpKind.constant and op.name == name), None)
         if known is not None and own is not None:
@@ -266,7 +266,7 @@ class Tracer(CallNames, TorchFunctionMode):
         found: list[tuple[int, int]] = []
         for slot, tensor in sources:
             known = self.producer(tensor)
-            # what is unknown stays as it is inside: its weights and biases are no values of the device's
+            # inside an unknown operator nothing is quantized, so its weights and biases are not constants here
             index = known if known is not None or kind == OpKind.other else self.constant(tensor, name)
             if index is not None:
                 found.append((slot, index))
@@ -295,4 +295,4 @@ class Tracer(CallNames, TorchFunctionMode):
 
 
 def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # inference tensors count no writes
+    return 0 if tensor.is_inference() else tensor._version  # inference tensors have no version

@@ -1,3 +1,3 @@
-"""Quantization-aware training: the loop, its states, checkpoints, and which operator went bad first."""
+"""Quantization-aware training: the loop, its state, its checkpoints, and the first bad operator when it diverges."""
 
 __all__ = ["checkpoint", "qat"]

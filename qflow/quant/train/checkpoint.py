@@ -1,8 +1,9 @@
-"""Checkpoints of a training: one safetensors file, tensors as tensors and all else as JSON in its header.
+"""Training checkpoints: one safetensors file with the tensors, and all other values as JSON in its header.
 
-A nested state (an optimizer's, a scheduler's) is flattened: every tensor gets a name, its place in the JSON holds
-that name. Nothing is unpickled, so a checkpoint from elsewhere can do no harm. Floats survive bit for bit (JSON
-holds their shortest exact form). A file is written beside its place and moved into it: a crash leaves the old one.
+A nested state (of an optimizer or a scheduler) is flattened: every tensor gets a name, and the JSON holds that name in
+its place. Nothing is unpickled, so a checkpoint from another source can do no harm. Floats survive bit for bit (JSON
+holds their shortest exact form). The file is written under a temporary name and then renamed, so that a crash leaves
+the previous checkpoint.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ SCHEMA = "1"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any], model: nn.Module) -> None:
-    """Write `model`'s and the training's `state`. Raises TrialError for a state that is not plain."""
+    """Write the state of `model` and the training's `state`. Raises TrialError for a value that is not plain."""
     tensors: dict[str, Tensor] = {}
     kept = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     content = {"state": flatten(state, tensors, "training"), "dtypes": _dtypes(model)}
     tensors.update({f"model:{name}": tensor for name, tensor in kept.items()})
-    # tied weights share memory, which the format refuses: each gets its own
+    # safetensors refuses tied weights, which share memory: each tensor is copied
     whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -43,7 +44,7 @@ def save_checkpoint(path: Path, state: dict[str, Any], model: nn.Module) -> None
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The content of a checkpoint and its tensors. Raises TrialError for a file that is none."""
+    """The JSON content of a checkpoint and its tensors. Raises TrialError if the file is not a checkpoint."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -56,22 +57,24 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
-    """Put `model` into the state of `path` and return the training's. Raises TrialError where it does not fit."""
+    """Load the state of `model` from `path` and return the training's state. Raises TrialError if it does not fit."""
     content, tensors = read_checkpoint(path)
     dtypes = _dtypes(model)
     if content["dtypes"] != dtypes:
         changed = sorted(k for k in {*dtypes, *content["dtypes"]} if dtypes.get(k) != content["dtypes"].get(k))
         raise TrialError(
-            f"A checkpoint goes on with its own qconfig, but got another dtype at {changed[0]}. Calibrate with that "
+            f"A checkpoint resumes with its own qconfig, but got another dtype at {changed[0]}. Calibrate with that "
             "qconfig, or remove the checkpoint."
         )
-    settings = {n: v for n, v in model.state_dict().items() if n.endswith("_extra_state")}  # the dtypes just compared
+    settings = {
+        n: v for n, v in model.state_dict().items() if n.endswith("_extra_state")
+    }  # their dtypes are those just compared
     try:
         saved = {n.removeprefix("model:"): t for n, t in tensors.items() if n.startswith("model:")}
         model.load_state_dict({**saved, **settings})
     except (RuntimeError, ModelError) as error:
         text = " ".join(str(error).split())
-        raise TrialError(f"A checkpoint is of the same model, but got: {text}. Remove {path.name}.") from error
+        raise TrialError(f"A checkpoint belongs to the same model, but got: {text}. Remove {path.name}.") from error
     state: dict[str, Any] = restore(content["state"], tensors)
     return state
 
@@ -82,7 +85,7 @@ def _dtypes(model: nn.Module) -> dict[str, str]:
 
 
 def flatten(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
-    """`value` as JSON, its tensors moved to `tensors`. Containers are tagged, so that keys keep their types."""
+    """`value` as plain JSON values; its tensors go into `tensors`. Tags on containers keep the types of their keys."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
@@ -97,12 +100,12 @@ def flatten(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
         return value
     raise TrialError(
         f"A checkpoint holds tensors and plain values, but got {type(value).__name__} for {name}. "
-        "Leave out the checkpoint, or use another optimizer or scheduler."
+        "Train without a checkpoint, or use another optimizer or scheduler."
     )
 
 
 def restore(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """What `flatten` was given."""
+    """The value that `flatten` flattened."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
@@ -115,7 +118,7 @@ def restore(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """State of every generator that a training may draw from: torch (all devices), Python, NumPy."""
+    """State of every random generator that a training may use: torch (all devices), Python, NumPy."""
     kind, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -126,10 +129,12 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random(state: dict[str, Any]) -> None:
-    """Put all generators back. Raises QflowError if the GPUs are not as many as before."""
+    """Restore all random generators. Raises QflowError if there are fewer GPUs than before."""
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) > torch.cuda.device_count():
-        raise QflowError(f"A checkpoint resumes on as many GPUs, but got {torch.cuda.device_count()}.")
+        raise QflowError(
+            f"A checkpoint resumes on at least {len(state['cuda'])} GPUs, but got {torch.cuda.device_count()}."
+        )
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
     random.setstate(state["python"])

@@ -1,4 +1,4 @@
-"""Which operator went bad first: a batch is run again with an eye on every operator's result."""
+"""Find the first bad operator of a diverged training: one more forward pass checks the result of every operator."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from qflow.quant.values.fake_quant import FakeQuant
 def first_bad(
     prepared: QuantizedModel, inputs: Any, calibrated: Mapping[FakeQuant, float], times: float
 ) -> tuple[str, str]:
-    """The first operator, in order, with NaN or inf; else the first beyond `times` its calibrated range; else "".
+    """(name, reason) of the first operator with NaN or inf, else of the first beyond `times` its calibrated range.
 
-    With the second word on what is wrong. `calibrated` are the scales before training. Scales stay as they are.
+    ("", "") if there is none. `calibrated` holds the scales before training. This pass changes no scale.
     """
     bad: list[tuple[str, str]] = []
     outside: list[tuple[str, str]] = []

@@ -1,4 +1,4 @@
-"""Interrupts wait for the end of a step: only between two steps is there a state to go on from."""
+"""Interrupts wait for the end of a training step, because a training can only be resumed between two steps."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def interrupts_held() -> Iterator[threading.Event]:
-    """Set the event instead of interrupting; on leaving the interrupt is given to whoever handled it before.
+    """On SIGINT or SIGTERM set the event instead of interrupting; on leaving, raise the signal for its own handler.
 
-    A second one is given at once, for a step that does not end. Signals arrive in the main thread only; elsewhere the
-    event is never set.
+    A second signal is raised at once, in case a step does not end. Python delivers signals to the main thread only; in
+    any other thread the event is never set.
     """
     held = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield held
         return
-    came: list[int] = []
+    received: list[int] = []
 
     def hold(number: int, _frame: FrameType | None) -> None:
-        came.append(number)
+        received.append(number)
         held.set()
-        if len(came) > 1:
+        if len(received) > 1:
             restore()
             signal.raise_signal(number)
 
@@ -40,5 +40,5 @@ def interrupts_held() -> Iterator[threading.Event]:
         yield held
     finally:
         restore()
-        if len(came) == 1:
-            signal.raise_signal(came[0])
+        if len(received) == 1:
+            signal.raise_signal(received[0])

@@ -1,11 +1,11 @@
 """Quantization-aware training: the user's loss, optimizer and scheduler on a calibrated model.
 
-The prepared model trains as it was calibrated, with the same qconfig (quant/qat_state.py: what moves, what is
-fixed). Following the guide there is no warm-up, the rate is fixed unless a scheduler is given, and steps end at a
-share of the float steps.
+The prepared model trains with the qconfig that it was calibrated with (qat_state.py: which scales move). As the guide
+advises, there is no warm-up, the learning rate is constant unless a scheduler is given, and the number of steps is
+limited to a share of the float training's.
 
-Deterministic given the seed and the order of the batches, which is the caller's: for a resumed training to go on
-bit for bit, a shuffling loader has a generator of its own.
+Training is deterministic, given the seed and the order of the batches, which the caller controls. For a resumed
+training to continue bit for bit, a shuffling loader needs a generator of its own.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What a training did: losses and rates (of the first parameter group) by step, seconds of this call alone."""
+    """Result of a training: losses and learning rates (of the first parameter group) by step, seconds of this call."""
 
     steps: int
     losses: tuple[float, ...]
@@ -49,30 +49,30 @@ class TrainingReport:
     seconds: float
     finished: bool
     reason: str = ""
-    """Why it ended before its last step; empty if it did not."""
+    """Why it ended before its last step; empty if it finished."""
     findings: tuple[str, ...] = ()
 
 
 class DivergedError(TrialError):
-    """The loss or a gradient is not finite, or the loss has run away; the trial has failed."""
+    """The loss or a gradient is not finite, or the loss has become too large; the trial has failed."""
 
     lasting = True
 
-    def __init__(self, message: str, step: int, culprit: str, report: TrainingReport) -> None:
+    def __init__(self, message: str, step: int, first_bad_operator: str, report: TrainingReport) -> None:
         super().__init__(message)
         self.step = step
-        self.culprit = culprit
-        """The operator, or the parameter whose gradient, went bad first; empty if all are finite and in range."""
+        self.first_bad_operator = first_bad_operator
+        """The first bad operator, or the first parameter with a bad gradient; "" if all are finite and in range."""
         self.report = report
 
 
 def parameter_groups(
     prepared: nn.Module, rates: Mapping[str, float], learning_rate: float, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Optimizer groups of the trainable parameters, each with the rate of the longest prefix of its name in `rates`.
+    """Optimizer groups of the trainable parameters; each parameter has the rate of its longest prefix in `rates`.
 
-    Prefixes are module or parameter paths of the user's model (`backbone`, `head.cls`); parameters under none have
-    `learning_rate`. Raises ConfigError for a prefix under which there is no parameter.
+    Prefixes are module or parameter paths of the user's model (`backbone`, `head.cls`). Parameters without a prefix
+    have `learning_rate`. Raises ConfigError for a prefix without a parameter.
     """
     inner = getattr(prepared, "module", prepared)  # DistributedDataParallel
     inner = inner.model if isinstance(inner, QuantizedModel) else inner
@@ -108,13 +108,14 @@ def train(
     model: nn.Module | None = None,
     quantized: bool = True,
 ) -> TrainingReport:
-    """Train a calibrated model in place on `batches` of (model inputs, batch); it is left in eval mode.
+    """Train a calibrated model in place on `batches` of (model inputs, batch); afterwards it is in eval mode.
 
-    `loss` is called with (outputs, batch). `batches` is gone through again where it ends and can be (a loader);
-    with `resume` the steps in `checkpoint` are skipped, so it must give the same order. `model` is what is called,
-    if not `prepared` itself: its compiled or DistributedDataParallel form, made inside `qat_state`, which says what
-    has gradients (scales and statistics are rank 0's then, and its model is the one to keep). `quantized` False: all
-    quantizers off (the guide's debug order). Raises DivergedError, and DataError for no data.
+    `loss` is called with (outputs, batch). `batches` is iterated again when it ends, unless it is an iterator. With
+    `resume`, the steps in `checkpoint` are skipped, so `batches` must have the same order. `model` is called in place
+    of `prepared`: its compiled or DistributedDataParallel form, which is made inside `qat_state`, because that decides
+    which parameters have gradients (scales and statistics are then those of rank 0, so keep the model of rank 0). With
+    `quantized` False all quantizers are off (a step of the guide's debug order). Raises DivergedError, and DataError
+    if there is no data.
     """
     settings = settings or QatSettings()
     with qat_state(prepared, settings, qconfig=qconfig, calibration=calibration, quantized=quantized):
@@ -137,7 +138,7 @@ def run_steps(
     checkpoint: Path | None = None,
     resume: bool = False,
 ) -> TrainingReport:
-    """The loop alone, for any model in the mode it is in (the float model's fine-tuning of the debug order)."""
+    """The training loop alone, for any model in its current mode (the debug order fine-tunes the float model so)."""
     steps, findings = settings.capped()
     for finding in findings:
         log.warning(finding)
@@ -174,21 +175,21 @@ def _stream(batches: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
         for pair in batches:
             empty = False
             yield pair
-        if empty or iter(batches) is batches:  # an iterator gives its items once
+        if empty or iter(batches) is batches:  # an iterator can be consumed only once
             return
 
 
 def _refuse_amp(prepared: QuantizedModel | None, settings: QatSettings) -> None:
-    wide = [n for n, q in prepared.outputs.items() if q.dtype == QDtype.qint16] if prepared is not None else []
-    if settings.amp and wide:
+    int16 = [n for n, q in prepared.outputs.items() if q.dtype == QDtype.qint16] if prepared is not None else []
+    if settings.amp and int16:
         raise ConfigError(
-            f"qat.amp is for int8 alone (bfloat16 has 8 bits), but got {len(wide)} int16 operators, {wide[0]} first. "
+            f"qat.amp is for int8 alone (bfloat16 has 8 bits), but got {len(int16)} int16 operators, {int16[0]} first. "
             "Set qat.amp=false."
         )
 
 
 class _Trainer:
-    """One training: its parts, where it stands, and one step of it."""
+    """One training: its model, loss and optimizer, its progress, and one step of it."""
 
     def __init__(
         self, model: nn.Module, prepared: QuantizedModel | None, loss: Loss, optimizer: Any, scheduler: Any,
@@ -203,7 +204,7 @@ class _Trainer:
         self.calibrated = {q: float(q.scale) for q in prepared.outputs.values()} if prepared is not None else {}
 
     def take(self, inputs: Any, batch: Any) -> None:
-        """One step. Raises DivergedError."""
+        """Do one step. Raises DivergedError."""
         random = torch.get_rng_state()
         self.optimizer.zero_grad(set_to_none=True)
         device = next(self.model.parameters()).device.type
@@ -231,15 +232,15 @@ class _Trainer:
         runaway = usual > 0 and number > self.settings.divergence * usual
         if math.isfinite(number) and not runaway:
             return
-        culprit = what = ""
+        name = what = ""
         if self.prepared is not None:
             torch.set_rng_state(random)
-            culprit, what = first_bad(self.prepared, inputs, self.calibrated, self.settings.divergence)
+            name, what = first_bad(self.prepared, inputs, self.calibrated, self.settings.divergence)
         rule = "A loss is finite"
         if runaway:
             rule = f"A loss stays below {self.settings.divergence:g} times its first values (about {usual:g})"
-        where = f"the first operator that went bad is {culprit} ({what})" if culprit else "no operator left its range"
-        self._stop(f"{rule}, but got {number:g} at step {self.step + 1}; {where}.", culprit)
+        where = f"the first bad operator is {name} ({what})" if name else "no operator left its range"
+        self._stop(f"{rule}, but got {number:g} at step {self.step + 1}; {where}.", name)
 
     def _refuse_bad_gradients(self, number: float) -> None:
         named = [(n, p) for n, p in self.model.named_parameters() if p.grad is not None]
@@ -253,23 +254,24 @@ class _Trainer:
                 f"Gradients are finite, but got NaN or inf at step {self.step + 1} (loss {number:g}); {where}.", bad
             )
 
-    def _stop(self, message: str, culprit: str) -> None:
+    def _stop(self, message: str, first_bad_operator: str) -> None:
         report = self.report(False, message)
-        raise DivergedError(f"{message} Lower qat.learning_rate, or see qat_debug.", self.step + 1, culprit, report)
+        advice = "Lower qat.learning_rate, or see qat_debug."
+        raise DivergedError(f"{message} {advice}", self.step + 1, first_bad_operator, report)
 
     def report(self, finished: bool, reason: str = "", findings: Iterable[str] = ()) -> TrainingReport:
-        """What has been done so far."""
+        """The report of the steps done so far."""
         seconds = time.perf_counter() - self.begun
         return TrainingReport(
             self.step, tuple(self.losses), tuple(self.rates), seconds, finished, reason, tuple(findings)
         )
 
     def save(self, path: Path) -> None:
-        """Write everything that the rest of the training depends on."""
+        """Write a checkpoint with everything that the remaining steps depend on."""
         save_checkpoint(path, self._state(), self.prepared or self.model)
 
     def resume(self, path: Path, stream: Iterator[Any]) -> None:
-        """Go on where `path` stands: tensors, counters, the data (as many batches are skipped), random numbers."""
+        """Restore tensors, counters and random states from `path`, and skip as many batches as it has steps."""
         state = load_checkpoint(path, self.prepared or self.model)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
@@ -277,7 +279,7 @@ class _Trainer:
         self.step, self.losses, self.rates = state["step"], state["losses"], state["rates"]
         for _ in range(self.step):
             next(stream, None)
-        restore_random(state["random"])  # after the skipped batches have drawn theirs
+        restore_random(state["random"])  # last, because the skipped batches use random numbers too
 
     def _state(self) -> dict[str, Any]:
         return {

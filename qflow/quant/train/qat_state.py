@@ -1,9 +1,9 @@
-"""The state in which a calibrated model trains: what moves, what is fixed, and everything put back afterwards.
+"""The state in which a calibrated model trains, and how it is restored afterwards.
 
-activations  scales move with the data (quant/fake_quant.py), but not those that are fixed, known or frozen by
-the qconfig, below a frozen module, or kept as a whole (`moving` false: the plugin's fixed_act)
-weights      scales are those of the present weights, unless `moving_weights` is false
-batch norms  one of three modes (quant/weighted.py)
+activations  Scales move with the data (quant/values/fake_quant.py). Exceptions: scales that the qconfig fixes, knows or
+             freezes, scales below a frozen module, and all of them if `moving` is false (the plugin's fixed_act).
+weights      Scales follow the current weights, unless `moving_weights` is false.
+batch norms  They are in one of three modes (quant/model/weighted.py).
 """
 
 from __future__ import annotations
@@ -31,35 +31,37 @@ def qat_state(
     calibration: CalibrationSettings | None = None,
     quantized: bool = True,
 ) -> Iterator[QuantizedModel]:
-    """The plugin's QAT state: quantizers on, scales moving as asked, batch norms in their mode, train mode.
+    """The plugin's QAT state: quantizers on, scales moving as set, batch norms in their mode, model in train mode.
 
-    Everything but weights, statistics and scales is put back on leaving, in eval mode; weight scales are those of
-    the last weights. `qconfig` is by default that of `qflow.prepare` (`prepared.applied`): what it pins or freezes
-    does not move. Raises ModelError where the model is not calibrated with `qconfig`.
+    On leaving, the model is in eval mode, weight scales are computed from the last weights, and everything else but
+    weights, statistics and scales is restored. `qconfig` is by default that of `qflow.prepare` (`prepared.applied`);
+    scales that it fixes or freezes do not move. Raises ModelError if the model is not calibrated with `qconfig`.
     """
     qconfig = qconfig if qconfig is not None else getattr(prepared, "applied", None)
     _check_same(prepared, qconfig)
-    still = _still(prepared, settings, qconfig)
-    frozen = [m for n, m in prepared.model.named_modules() if any(under(n, prefix) for prefix in settings.freeze)]
-    asleep = [p for m in frozen for p in m.parameters(recurse=False) if p.requires_grad]
+    fixed = _fixed(prepared, settings, qconfig)
+    frozen_modules = [
+        m for n, m in prepared.model.named_modules() if any(under(n, prefix) for prefix in settings.freeze)
+    ]
+    frozen = [p for m in frozen_modules for p in m.parameters(recurse=False) if p.requires_grad]
     quantizers = _quantizers(prepared)
     before = {q: (q.margin, q.half_step, q.averaging_constant) for q in quantizers}
     mode = next((m.qflow_mode for m in prepared.model.modules() if isinstance(m, WeightedLeaf)), settings.mode)
     try:
         set_norm_mode(prepared.model, settings.mode)
         for quantizer, role in quantizers.items():
-            _set_moving(quantizer, role, settings, calibration or CalibrationSettings(), quantizer in still)
-        for parameter in asleep:
+            _set_moving(quantizer, role, settings, calibration or CalibrationSettings(), quantizer in fixed)
+        for parameter in frozen:
             parameter.requires_grad_(False)
         with prepared.quantized() if quantized else nullcontext():
             train_mode(prepared, settings)
             yield prepared
     finally:
-        for parameter in asleep:
+        for parameter in frozen:
             parameter.requires_grad_(True)
         set_norm_mode(prepared.model, mode)
         prepared.eval()
-        _settle_weights(prepared)
+        _set_weight_scales(prepared)
         for quantizer, kept in before.items():
             quantizer.margin, quantizer.half_step, quantizer.averaging_constant = kept
 
@@ -71,7 +73,7 @@ def _quantizers(prepared: QuantizedModel) -> dict[FakeQuant, str]:
 
 
 def train_mode(prepared: QuantizedModel, settings: QatSettings) -> None:
-    """Train mode, but eval mode for what `settings.freeze` names."""
+    """Put the model into train mode, and the modules that `settings.freeze` names into eval mode."""
     prepared.train()
     for name, module in prepared.model.named_modules():
         if any(under(name, prefix) for prefix in settings.freeze):
@@ -88,13 +90,13 @@ def _check_same(prepared: QuantizedModel, qconfig: QConfig | None) -> None:
         if op is None or (op.output != has and has != QDtype.float32):  # float32: calibration found no range
             wanted = op.output if op else "nothing"
             raise ModelError(
-                f"QAT goes on from a calibration with the same qconfig, but got {has} at {node.name} where the "
+                f"QAT starts from a calibration with the same qconfig, but got {has} at {node.name} where the "
                 f"qconfig says {wanted}. Calibrate with this qconfig first."
             )
 
 
-def _still(prepared: QuantizedModel, settings: QatSettings, qconfig: QConfig | None) -> set[FakeQuant]:
-    """Quantizers that keep their scale: by the qconfig, or below a frozen module."""
+def _fixed(prepared: QuantizedModel, settings: QatSettings, qconfig: QConfig | None) -> set[FakeQuant]:
+    """Quantizers that keep their scale, because of the qconfig or because they are below a frozen module."""
     unknown = [p for p in settings.freeze if not any(under(n, p) for n, _ in prepared.model.named_modules())]
     if unknown:
         raise ConfigError(f"qat.freeze names modules, but got {unknown[0]!r}. See the model check for their names.")
@@ -111,22 +113,22 @@ def _still(prepared: QuantizedModel, settings: QatSettings, qconfig: QConfig | N
 
 
 def _set_moving(
-    quantizer: FakeQuant, role: str, settings: QatSettings, calibration: CalibrationSettings, still: bool
+    quantizer: FakeQuant, role: str, settings: QatSettings, calibration: CalibrationSettings, fixed: bool
 ) -> None:
     integer = quantizer.dtype is not None and quantizer.dtype.is_integer
-    wide = role == "output" and quantizer.dtype == QDtype.qint16
-    quantizer.margin = calibration.int16_margin if wide else 1.0
+    int16 = role == "output" and quantizer.dtype == QDtype.qint16
+    quantizer.margin = calibration.int16_margin if int16 else 1.0
     quantizer.half_step = 0.5 if calibration.divisor == "plugin" else 0.0
     if role == "weight":
         constant = 1.0 if settings.moving_weights else 0.0
     else:
         constant = settings.averaging_constant if settings.moving else 0.0
-    quantizer.averaging_constant = constant if integer and not still else 0.0
+    quantizer.averaging_constant = constant if integer and not fixed else 0.0
 
 
 @torch.no_grad()
-def _settle_weights(prepared: QuantizedModel) -> None:
-    """Weight scales of what the last step left; those of functionals were taken in the last forward pass."""
+def _set_weight_scales(prepared: QuantizedModel) -> None:
+    """Set weight scales from the weights after the last step; for functionals, the last forward pass has set them."""
     for leaf in (m for m in prepared.model.modules() if isinstance(m, WeightedLeaf)):
         quantizer = prepared.weights.get(leaf.qflow_path)
         if quantizer is not None and quantizer.averaging_constant:

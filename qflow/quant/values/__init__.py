@@ -1,3 +1,3 @@
-"""From values to scales (observers) and from scales to quantized values (fake quantizers)."""
+"""Observers, which turn values into scales, and fake quantizers, which turn scales into quantized values."""
 
 __all__ = ["fake_quant", "observer", "precision"]

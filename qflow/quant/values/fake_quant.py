@@ -2,14 +2,14 @@
 
     y = clamp(round(x / scale), qmin, qmax) * scale        half to even, zero point 0
 
-Hand-written in four element-wise kernels because torch's builtin is scalar code on CPU (measured 11 times
-slower) and maps NaN to qmin * scale, which hides divergence; here NaN stays NaN. The gradient passes where the
-code of x lies within qmin..qmax (torch's own mask, bit for bit) and is zero outside.
+It is written in four element-wise kernels, because torch's builtin is scalar code on CPU (measured 11 times slower) and
+maps NaN to qmin * scale, which hides divergence; here NaN stays NaN. The gradient passes where the code of x lies
+within qmin..qmax (torch's own mask, bit for bit) and is zero outside.
 
-While training a scale may move (plugin 3.2). Activations: the ends of each batch enter a moving average,
-v += c * (v_batch - v) with c = averaging_constant, started from the calibrated range, and
-scale = max(-low, high) * margin / divisor (margin: int16 clips sooner than it rounds badly). Weights have no
-average: their scale is that of the values they have now. c = 0 keeps the scale.
+In training, a scale may move, as in the plugin. For activations, the ends of each batch enter a moving average,
+v += c * (v_batch - v) with c = averaging_constant, which starts from the calibrated range, and
+scale = max(-low, high) * margin / divisor (the margin is for int16, which suffers from clipping before it suffers from
+rounding). For weights there is no average: the scale follows from the current values. c = 0 keeps the scale.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, ModelError
 from qflow.quant.values.half import overflows, to_half
 
-EPS = float(torch.finfo(torch.float32).eps)  # floor of a scale, as in the plugin
+EPS = float(torch.finfo(torch.float32).eps)  # smallest scale, as in the plugin
 
 
 def quantize_dequantize(x: Tensor, scale: Tensor | float, qmin: int, qmax: int) -> Tensor:
-    """`x` on the grid of `scale` (a number, or a tensor that broadcasts, for weights per channel)."""
+    """`x` on the grid of `scale`: a number, or a tensor that broadcasts (one scale per channel of a weight)."""
     inverse = 1.0 / (scale if isinstance(scale, float) else scale.to(x.dtype))
     return x.mul(inverse).round_().clamp_(qmin, qmax).mul_(scale)
 
 
 def quantize_dequantize_(x: Tensor, scale: Tensor | float, qmin: int, qmax: int) -> Tensor:
-    """`quantize_dequantize` written into `x`, the same numbers."""
+    """As `quantize_dequantize`, but in place."""
     inverse = 1.0 / (scale if isinstance(scale, float) else scale.to(x.dtype))
     return x.mul_(inverse).round_().clamp_(qmin, qmax).mul_(scale)
 
 
 @functools.lru_cache(maxsize=4096)
 def gradient_bounds(scale: float, qmin: int, qmax: int, double: bool) -> tuple[float, float]:
-    """Open interval of the x whose code needs no clamp, exact in the arithmetic of the forward pass.
+    """Open interval of the x whose code is not clamped, exact in the arithmetic of the forward pass.
 
-    Nominally ((qmin - 0.5) * scale, (qmax + 0.5) * scale); x * (1 / scale) rounds, so the last ulps are tried out.
-    On the tie half to even decides: qmin - 0.5 goes to qmin and is inside, qmax + 0.5 is outside.
+    Nominally ((qmin - 0.5) * scale, (qmax + 0.5) * scale). As x * (1 / scale) is rounded, the last ulps are tested one
+    by one. A tie rounds half to even: qmin - 0.5 goes to qmin and is inside, qmax + 0.5 is outside.
     """
     kind = np.float64 if double else np.float32
     inverse, infinity = kind(1.0 / scale), kind(np.inf)
@@ -62,7 +62,7 @@ def gradient_bounds(scale: float, qmin: int, qmax: int, double: bool) -> tuple[f
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The forward keeps x alone: a mask would cost as much memory traffic as the quantization itself."""
+    """The forward saves only x: a saved mask would cost as much memory traffic as the quantization itself."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor | float, qmin: int, qmax: int) -> Tensor:
@@ -94,8 +94,8 @@ class _HalfStraightThrough(torch.autograd.Function):
 class FakeQuant(nn.Module):
     """One quantizer: a dtype, a scale, and a switch.
 
-    The scale is a buffer (0-d for an activation; for a weight shaped to broadcast over it), so that it lives in
-    the state dict. A scale of 0 means "never calibrated" and is refused when switched on.
+    The scale is a buffer (0-d for an activation, broadcastable for a weight), so it is in the state dict. A scale of 0
+    means "never calibrated"; an active quantizer raises ModelError for it.
     """
 
     scale: Tensor
@@ -109,18 +109,18 @@ class FakeQuant(nn.Module):
         self.clip = False
         """float16: saturate at the largest half instead of giving inf."""
         self.averaging_constant = 0.0
-        """How fast the scale moves in train mode; 0 keeps it (the plugin's word and meaning)."""
+        """How fast the scale moves in train mode, as in the plugin; 0 keeps it."""
         self.margin = 1.0
-        """Range over the largest value, of a moving activation scale."""
+        """Range of a moving activation scale, divided by the largest value."""
         self.half_step = 0.0
-        """Subtracted from -qmin to give the divisor: 0 as in the guide, 0.5 as in the plugin."""
+        """The divisor is -qmin minus this: 0 as in the guide, 0.5 as in the plugin."""
         self.keeps_mask = False
-        """-inf stays -inf: it masks a softmax (masks.py) and is no value."""
+        """True: -inf stays -inf, because it masks a softmax (trace/masks.py)."""
         self._enabled = False
-        self._checked = False  # the scale was seen to be above 0: looked at once, it would be a sync on a GPU
+        self._checked = False  # True once the scale is known to be above 0; each check would synchronize a GPU
         self._overflowed: Tensor | int = 0
         self.cached: Any = None
-        """What `WeightedLeaf` keeps of its quantized weight without gradients."""
+        """The quantized weight that `WeightedLeaf` caches when there are no gradients."""
         shape = [1] * ndim
         if channels is not None:
             shape[axis] = channels
@@ -129,7 +129,7 @@ class FakeQuant(nn.Module):
         self.register_buffer("sides", torch.zeros(2) if ndim == 0 else None)
 
     def set_axis(self, axis: int, shape: Sequence[int]) -> None:
-        """A scale each along `axis` of a weight of `shape`; -1: one for all. Raises ConfigError for another axis."""
+        """Use a scale for each index of `axis` of a weight of `shape`, or one for -1. ConfigError: no such axis."""
         if axis >= len(shape):
             raise ConfigError(f"A weight axis is one of 0 to {len(shape) - 1}, or -1, but got {axis} for {self.name}.")
         scales = [size if i == axis else 1 for i, size in enumerate(shape)]
@@ -140,22 +140,22 @@ class FakeQuant(nn.Module):
 
     @property
     def enabled(self) -> bool:
-        """The switch."""
+        """True if the quantizer is switched on."""
         return self._enabled
 
     @enabled.setter
     def enabled(self, on: bool) -> None:
         self._enabled = on
-        self.cached = None  # a switch is where a session of evaluations begins: nothing stale crosses it
+        self.cached = None  # evaluations begin with a switch: none of them may use a stale weight
 
     @property
     def per_channel(self) -> bool:
-        """True for a weight quantizer."""
+        """True for a weight quantizer, also if it has a single scale."""
         return self.scale.ndim > 0
 
     @property
     def active(self) -> bool:
-        """True where the quantizer changes values: switched on and not high precision or float32."""
+        """True if the quantizer changes values: it is on, and its dtype is neither None nor float32."""
         return self._enabled and self.dtype not in (None, QDtype.float32)
 
     @property
@@ -164,11 +164,11 @@ class FakeQuant(nn.Module):
         return int(self._overflowed)
 
     def clear_overflow(self) -> None:
-        """Count from zero."""
+        """Reset the count of `overflowed`."""
         self._overflowed = 0
 
     def set_scale(self, scale: Tensor | float) -> None:
-        """Set the scale, floored at float32 epsilon as the plugin does. Raises ModelError unless it is finite."""
+        """Set the scale, at least float32 epsilon as in the plugin. Raises ModelError unless it is finite."""
         value = torch.as_tensor(scale, dtype=torch.float32, device=self.scale.device)
         if not bool(torch.isfinite(value).all()):
             raise ModelError(f"A scale is finite, but got {value.max().item()} for {self.name}. Check data for inf.")
@@ -179,37 +179,37 @@ class FakeQuant(nn.Module):
         self._checked = True
 
     def clear_scale(self) -> None:
-        """Forget the scale: what a quantizer computes must not depend on what it was before."""
+        """Clear the scale, so that the quantizer does not depend on an earlier calibration."""
         self.scale.zero_()
         if self.sides is not None:
             self.sides.zero_()
         self._checked = False
 
     def retype(self, dtype: QDtype | None) -> None:
-        """Set the dtype. The scale of another one would be read with the wrong codes: it is forgotten."""
+        """Set the dtype. If it changes, the scale is cleared, because it belongs to the codes of the old dtype."""
         if dtype != self.dtype:
             self.dtype = dtype
             self.clear_scale()
 
     def settings(self) -> tuple[Any, ...]:
-        """What beside the scale decides the values."""
+        """The settings that decide the quantized values, beside the scale."""
         return self.dtype, self.clip, self.averaging_constant, self.half_step
 
     def divisor(self) -> float:
-        """What a threshold is divided by to give the scale: 128 or 127.5, 32768 or 32767.5."""
+        """The scale is threshold / divisor: 128 or 127.5 for int8, 32768 or 32767.5 for int16."""
         assert self.dtype is not None
         return -self.dtype.qmin - self.half_step
 
     def measured(self, weight: Tensor) -> Tensor:
-        """The scale that `weight` itself gives: largest |w| of each channel over the divisor."""
+        """The scale of `weight` from its values: largest |w| of each channel, divided by the divisor."""
         others = [d for d in range(weight.ndim) if self.scale.shape[d] == 1]
         return (weight.detach().abs().amax(dim=others, keepdim=True) / self.divisor()).clamp_min_(EPS)
 
     def scale_for(self, x: Tensor) -> Tensor | float:
-        """The scale for this call, moved by `x` first where it moves. Raises ModelError if there is none.
+        """The scale for this call; a moving scale is first updated with `x`. Raises ModelError if there is none.
 
-        A number for an activation on CPU, otherwise a tensor that no later call writes into: a shared module
-        moves its scale again before the first call's backward pass.
+        It is a number for an activation on CPU, otherwise a tensor that no later call writes into, because a shared
+        module moves its scale again before the backward pass of its first call.
         """
         moves = self.averaging_constant > 0.0 and (self.training or self.per_channel) and x.numel() > 0
         if not moves and not self._checked and not torch.compiler.is_compiling():
@@ -228,13 +228,13 @@ class FakeQuant(nn.Module):
             return
         low, high = torch.aminmax(x.masked_fill(torch.isneginf(x), 0.0) if self.keeps_mask else x)
         batch = torch.stack((-low, high)).to(self.sides.dtype) * (self.margin / self.divisor())
-        # an end that is infinite (a mask of -inf) says nothing about the range: that side stays where it is
+        # an infinite end (a mask of -inf) is not part of the range: that side stays unchanged
         self.sides.lerp_(torch.where(torch.isfinite(batch), batch, self.sides), self.averaging_constant)
         self.scale.copy_(self.sides.amax().clamp_min_(EPS))
 
     @property
     def calibrated(self) -> bool:
-        """True where there is a scale."""
+        """True if there is a scale."""
         return bool((self.scale > 0).all())
 
     def _check(self) -> None:
@@ -243,7 +243,7 @@ class FakeQuant(nn.Module):
         self._checked = True
 
     def forward(self, x: Tensor, scale: Tensor | float | None = None) -> Tensor:
-        """`x` as the device would hold it (on the grid of `scale` if given); `x` itself where the quantizer is off."""
+        """`x` as the device holds it, on the grid of `scale` if given; `x` itself if the quantizer is not active."""
         if not self.active:
             return x
         assert self.dtype is not None
@@ -261,7 +261,7 @@ class FakeQuant(nn.Module):
         return torch.where(torch.isneginf(x), x, out) if self.keeps_mask else out
 
     def write(self, x: Tensor) -> None:
-        """Put `x` on the grid where it lies: for results of in-place operators, without gradients."""
+        """Quantize `x` in place: for results of in-place operators, without gradients."""
         plain = self.dtype is not None and self.dtype.is_integer and not self.keeps_mask
         if plain and not torch.compiler.is_compiling():
             assert self.dtype is not None
@@ -271,14 +271,15 @@ class FakeQuant(nn.Module):
 
     @property
     def clamps(self) -> bool:
-        """True where `clamped` may stand for a ReLU and this quantizer: integers, and a scale at hand as a number."""
+        """True if `clamped` can replace a ReLU and this quantizer: an integer dtype, and the scale is a number."""
         integer = self.dtype is not None and self.dtype.is_integer
         return integer and self.scale.device.type == "cpu" and not torch.compiler.is_compiling()
 
     def clamped(self, x: Tensor, top: float | None, in_place: bool) -> Tensor:
-        """relu(x), or min(relu(x), top), on the grid: rounding keeps order, so codes may be clamped instead of values.
+        """relu(x), or min(relu(x), top), on the grid; `x` is float32.
 
-        `x` is float32. The same numbers as clamping first, one pass over the tensor less.
+        Rounding keeps the order of values, so the codes are clamped instead of the values: the same numbers with one
+        pass over the tensor less.
         """
         scale = self.scale_for(x)
         assert self.dtype is not None

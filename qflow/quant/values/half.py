@@ -1,10 +1,10 @@
-"""fp16 in fp32: values rounded to half and back, and how many of them do not fit.
+"""fp16 simulated in fp32: values are rounded to half and back, and those that overflow are counted.
 
 A cast rounds to nearest, ties to even: 11 significant bits from 2^-14 = 6.1e-5, steps of 2^-24 = 6.0e-8 below that
-(subnormals are kept, not flushed). The largest half is 65504; what lies closer to it than to 65536 rounds to it, so
-that overflow starts at |x| = 65520, where the tie goes to the even neighbour, infinity.
+(subnormals are kept, not flushed). The largest half is 65504. Values closer to it than to 65536 round to it, so
+overflow starts at |x| = 65520, where the tie goes to the even neighbour, infinity.
 
-Left out: the width of the accumulator. Operands and results are halves here, sums are float32.
+The width of the accumulator is not simulated: operands and results are halves, sums are float32.
 """
 
 from __future__ import annotations
@@ -26,4 +26,6 @@ def to_half(x: Tensor, clip: bool = False) -> Tensor:
 def overflows(x: Tensor) -> int:
     """How many finite values of `x` become infinite in half."""
     magnitude = x.abs()
-    return int(((magnitude >= OVERFLOW) & (magnitude < torch.inf)).sum())  # inf and NaN were no numbers before
+    return int(
+        ((magnitude >= OVERFLOW) & (magnitude < torch.inf)).sum()
+    )  # inf and NaN do not count: they were not finite before

@@ -1,25 +1,26 @@
-"""Calibration statistics: one pass serves every method and every integer dtype.
+"""Calibration statistics: one pass over the data is enough for every method and every integer dtype.
 
-Each quantizer sees the calibration values once, in 2048 bins of |x| whose range doubles exactly when a larger value
-comes (pairs of bins merge, nothing is lost), with the smallest and largest value of each batch and two moments.
-Every method of the plugin (observer_v2) is solved from them afterwards, as a threshold T on |x|:
+The values of each quantizer are counted once, in 2048 bins of |x|. When a larger value comes, the range of the bins
+doubles exactly (pairs of bins merge, no count is lost). The smallest and largest value of each batch and two moments
+are kept too. From these statistics every method of the plugin (observer_v2) computes a threshold T on |x|:
 
     minmax      max(-min x, max x); with an averaging constant c both ends are moving averages over batches,
-                v += c (v_batch - v), the first batch as it is (plugin: 0.01)
+                v += c (v_batch - v), starting with the first batch (plugin: 0.01)
     percentile  centre of the first bin at which `percentile` % of all values are reached (plugin: 99.99, 2048 bins)
-    mse         among 0.05 .. 1.00 of the largest |x| the T of least squared error on the dtype's own grid; on a tie
-                the smaller. The plugin shrinks by the wrong factor for a stride above 1; here every candidate is tried
-    kl          T whose 128-level histogram is closest in KL divergence (TensorRT, Migacz 2017); see `_divergences`
-    mix         among percentiles 99.9 .. 99.9999 the one of least squared error, the smallest on a tie (plugin)
-    clip        minmax with the ends clamped into [clip_min, clip_max] (plugin: ClipObserver, which forgets all but
-                the last batch; averaging constant 1 does that)
-    clip_std    minmax with the ends clamped to mean +- std_scale * unbiased std, of all batches together
-                (plugin: ClipStdObserver, k = 3, which takes each batch's own)
+    mse         among 0.05 .. 1.00 of the largest |x|, the T of least squared error on the dtype's own grid (on a
+                tie the smaller). The plugin shrinks by the wrong factor for a stride above 1; here every candidate is
+                tried
+    kl          the T whose 128-level histogram is closest in KL divergence (TensorRT, Migacz 2017); see `_divergences`
+    mix         among percentiles 99.9 .. 99.9999, the one of least squared error, the smallest on a tie (plugin)
+    clip        minmax with the ends clamped into [clip_min, clip_max] (the plugin's ClipObserver uses the last batch
+                only; averaging constant 1 does the same)
+    clip_std    minmax with the ends clamped to mean +- std_scale * unbiased std, over all batches (the plugin's
+                ClipStdObserver, k = 3, uses mean and std of each batch)
 
-The scale follows as T / -qmin (guide: 0.0078 x 128 = 0.9984), or T / 127.5 with divisor "plugin". int16 clips sooner
-than it rounds badly, so it takes the largest |x| x int16_margin, unless the operator itself asks for a method.
+The scale is T / -qmin (guide: 0.0078 x 128 = 0.9984), or T / 127.5 with divisor "plugin". int16 suffers from clipping
+before it suffers from rounding, so it takes the largest |x| x int16_margin, unless the operator itself sets a method.
 
-Only every `sampling`-th value enters bins and moments, but never fewer than 65536 of a batch; smallest and largest
+Only every `sampling`-th value enters bins and moments, but at least 65536 values of a batch; smallest and largest
 are always those of all values. Measured against all stored values (ResNet-20, MobileNetV2, U-Net; 8 batches of 8 to
 32 pictures, 95 quantizers; median / 90th percentile / worst):
 
@@ -49,8 +50,8 @@ BINS = 2048
 MIX_PERCENTILES = (99.9, 99.95, 99.99, 99.993, 99.995, 99.997, 99.999, 99.9995, 99.9999)
 KL_LEVELS = 128
 KL_WINDOW = 9
-WHOLE = 65536  # a batch keeps at least this many values: tails of small tensors are not thinned out
-TINY = 1e-30  # below this the bin width leaves float32: such a tensor counts as zero
+WHOLE = 65536  # at least this many values of a batch are used, so that the tails of small tensors are kept
+TINY = 1e-30  # below this, float32 cannot hold the bin width: such a tensor counts as zero
 
 
 @dataclass
@@ -58,22 +59,22 @@ class Histogram:
     """Streaming statistics of one tensor over the calibration data."""
 
     sampling: int = CalibrationSettings.sampling
-    """Every n-th value enters bins and moments; 1 takes all."""
+    """Every n-th value enters bins and moments; 1 uses all."""
     limit: float = 0.0
-    """Upper edge of the last bin; 0 until a non-zero value came. Bin i holds i < |x| BINS / limit <= i + 1."""
+    """Upper edge of the last bin; 0 until a non-zero value comes. Bin i holds i < |x| BINS / limit <= i + 1."""
     counts: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
-    """Values a bin; a sampled one counts as the values that it stands for."""
+    """Number of values in each bin; a sampled value counts as many times as the values that it represents."""
     zeros: float = 0.0
-    """Exact zeros (ReLU outputs, padding): they cost no error at any scale."""
+    """Number of exact zeros (ReLU outputs, padding): they have no error at any scale."""
     infinite: int = 0
-    """Values that were +-inf (attention masks): left out of everything else."""
+    """Number of +-inf values (attention masks): they enter no other statistic."""
     total: float = 0.0
     squares: float = 0.0
     batch_min: list[float] = field(default_factory=list)
     batch_max: list[float] = field(default_factory=list)
 
     def update(self, x: Tensor, name: str) -> None:
-        """Take in one batch of values. Raises DataError for NaN."""
+        """Add one batch of values. Raises DataError for NaN."""
         x = x.detach()
         low, high = _ends(x, name)
         if math.isinf(low) or math.isinf(high):
@@ -101,20 +102,22 @@ class Histogram:
             self.limit *= 2.0
 
     def _count(self, x: Tensor) -> None:
-        sample = self._sample(x).float().contiguous()  # the kernels below would each stride through memory again
+        sample = self._sample(x).float().contiguous()  # else each kernel below would stride through memory
         weight, width = x.numel() / sample.numel(), self.limit / BINS
-        scaled = sample.mul(1.0 / width)  # sums of squares stay far from overflow, whatever a mask holds
+        scaled = sample.mul(1.0 / width)  # so sums of squares cannot overflow, even with large mask values
         self.total += weight * width * float(scaled.sum())
         self.squares += weight * width**2 * float(scaled.dot(scaled))
-        # Rounding up gives zeros an index of their own; a value at the limit may round to one beyond the last.
+        # Rounding up gives zeros their own index 0; a value at the limit may round to one index beyond the last.
         index = scaled.abs_().ceil_().clamp_(max=BINS).to(torch.int32)
         counts = torch.bincount(index, minlength=BINS + 1).to("cpu", torch.float64).mul_(weight)
         self.zeros += float(counts[0])
         self.counts += counts[1:]
 
     def _sample(self, x: Tensor) -> Tensor:
-        """Every n-th value in memory order: n has no divisor in common with any size, so no row, column or channel
-        is favoured, and the first one moves from batch to batch.
+        """Every n-th value in memory order.
+
+        n has no divisor in common with any size, so no row, column or channel is preferred, and the first value
+        changes from batch to batch.
         """
         if not x.is_contiguous() and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
             x = x.permute(0, 2, 3, 1)  # a view in memory order; the order of values does not matter here
@@ -131,13 +134,13 @@ class Histogram:
 
     @property
     def seen(self) -> bool:
-        """True if any finite value came."""
+        """True if there was any finite value."""
         return bool(self.batch_max)
 
     def threshold(self, dtype: QDtype, settings: CalibrationSettings, method: str | None = None) -> float:
-        """The |x| that the largest code stands for, by `method`, the operator's own, or by `settings.method`.
+        """The threshold on |x| by `method` (the operator's own), else by `settings.method`.
 
-        int16 takes minmax with margin unless `method` is given. Raises ConfigError for kl at int16.
+        int16 takes minmax with the margin unless `method` is given. Raises ConfigError for kl at int16.
         """
         check_op({"output": dtype, "observer": method}, "calibration")
         if self.largest == 0.0:
@@ -162,7 +165,7 @@ class Histogram:
         return max(-low, high)
 
     def scale(self, dtype: QDtype, settings: CalibrationSettings, method: str | None = None) -> float:
-        """Step of the grid: threshold / 128 (int8) or / 32768 (int16); half a step more range with "plugin"."""
+        """Step of the grid: threshold / 128 (int8) or / 32768 (int16); 127.5 and 32767.5 with divisor "plugin"."""
         divisor = -dtype.qmin - (0.5 if settings.divisor == "plugin" else 0.0)
         return self.threshold(dtype, settings, method) / divisor
 
@@ -187,7 +190,7 @@ class Histogram:
 
     @property
     def size(self) -> float:
-        """How many finite values came."""
+        """Number of finite values."""
         return self.zeros + float(self.counts.sum())
 
     @property
@@ -202,7 +205,7 @@ class Histogram:
         return math.sqrt(max(spread, 0.0) / (self.size - 1.0)) if self.size > 1.0 else 0.0
 
     def ends(self, constant: float | None = None) -> tuple[float, float]:
-        """Smallest and largest value, or the moving averages over batches with an averaging constant."""
+        """Smallest and largest value; with an averaging constant, their moving averages over batches."""
         if constant is None:
             return min(self.batch_min), max(self.batch_max)
         low, high = self.batch_min[0], self.batch_max[0]
@@ -213,7 +216,7 @@ class Histogram:
 
     def _clamped(self, low: float, high: float, floor: float, ceiling: float) -> float:
         low, high = (min(max(end, floor), ceiling) for end in (low, high))
-        # Values that all lie on the other side of 0 than the range leave nothing: then the range itself counts.
+        # If no value is on the side of 0 where the clip range is, nothing is left: then the range itself is used.
         return max(-low, high) if max(-low, high) > 0.0 else min(max(-floor, ceiling), self.largest)
 
     def _shares(self) -> Tensor:
@@ -223,8 +226,8 @@ class Histogram:
         return torch.tensor([self.percentile(p) for p in MIX_PERCENTILES], dtype=torch.float64)
 
     def _least_divergence(self) -> float:
-        """Threshold of least KL divergence, summed over 9 neighbours against its noise; the last minimum (plugin)."""
-        used = min(math.ceil(self.largest * BINS / self.limit), BINS)  # above 1024: the range doubles when exceeded
+        """Threshold of least KL divergence, smoothed over 9 neighbours; the last minimum, as in the plugin."""
+        used = min(math.ceil(self.largest * BINS / self.limit), BINS)  # above 1024, because the range only doubles
         smooth = _divergences(self.counts[:used]).unfold(0, KL_WINDOW, 1).sum(1)
         index = int((smooth == smooth.min()).nonzero().max())
         edge = KL_LEVELS + index + KL_WINDOW // 2
@@ -232,7 +235,7 @@ class Histogram:
 
 
 def _ends(x: Tensor, name: str) -> tuple[float, float]:
-    """Smallest and largest value, in one trip from the device; zeros for an empty tensor. Raises DataError for NaN."""
+    """Smallest and largest value, in one device transfer; zeros for an empty tensor. Raises DataError for NaN."""
     if x.numel() == 0:
         return 0.0, 0.0
     low, high = torch.stack([x.amin(), x.amax()]).tolist()  # two reductions: aminmax is slower than both (measured)
@@ -242,15 +245,15 @@ def _ends(x: Tensor, name: str) -> tuple[float, float]:
 
 
 def _divergences(counts: Tensor) -> Tensor:
-    """KL(P || Q) for every edge 128 .. len(counts): P is clipped at the edge, Q the same in 128 levels.
+    """KL(P || Q) for every edge 128 .. len(counts): P is clipped at the edge, Q is P in 128 levels.
 
-    P holds the counts below the edge, the rest in its last bin; Q spreads the mass of a level (without the rest)
-    evenly over its bins that are not empty, each law normalized to 1. The first bin is replaced by the second: its
-    spike at zero would swamp the rest (measured: 4.5 dB). With cumulative sums over bins,
+    P holds the counts below the edge, and those beyond it in its last bin. Q spreads the counts of a level (without
+    those beyond the edge) evenly over its bins that are not empty. Both are normalized to 1. The first bin is replaced
+    by the second, because its spike at zero would dominate (measured: 4.5 dB). With cumulative sums over bins,
 
         KL = (sum p log p - sum_levels p log q) / N - log N + log N_Q
 
-    costs 128 terms an edge. A last bin that is empty but for the rest costs as if Q held one count there.
+    takes 128 terms for each edge. If the last bin holds only counts from beyond the edge, Q gets one count there.
     """
     counts = counts.clone()
     counts[0] = counts[1]

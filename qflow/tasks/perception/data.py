@@ -1,14 +1,14 @@
-"""Pictures made from real ones: an item of Fashion-MNIST on a ground cut from a photograph.
+"""Rendered images of a detection task: an item of Fashion-MNIST on a background cut from a photograph.
 
-Every picture is 96x96 RGB and holds one item of 5 classes at a random place, size, tint and exposure. The target
-is its class and the tight box round its own pixels: not the 28x28 frame it came in. Everything follows from a
-seed.
+Every image is 96x96 RGB and contains one item of 5 classes at a random place, size, tint and exposure. The target is
+its class and the tight box around its own pixels, not around the 28x28 frame that it comes in. Everything follows from
+a seed.
 
-The camera is one of 12 bits with a fixed gain, as on the road: by night a picture fills a fiftieth of the range
-that it fills by day, and its item is still plain to see in float. That range is what makes int8 hard here.
+The images are those of a 12-bit camera with a fixed gain, as in a car: at night an image uses a fiftieth of the range
+that it uses by day, and its item is still clearly visible in float. This range makes int8 difficult here.
 
-The splits share nothing but the method: train and calibration draw on different training items, evaluation on
-test items, and its ground is the right part of the photographs, which the other two never see.
+No item is in two splits: train and calibration have different training items, evaluation has test items. Backgrounds
+of evaluation come from the right part of the photographs, those of train and calibration from the left part.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.utils.data import Dataset
 
-SIDE = 96  # pixels, of a picture
-FRAME = 28  # pixels, of an item as Fashion-MNIST gives it
+SIDE = 96  # pixels, of an image
+FRAME = 28  # pixels, of an item in Fashion-MNIST
 CLASSES = ("top", "trousers", "dress", "shoe", "bag")
 # Class of Fashion-MNIST's t-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot.
 KIND = (0, 1, 0, 2, 0, 3, 0, 3, 4, 3)
-GROUND_BORDER = 448  # column of the 427x640 photographs: training looks left of it, evaluation right of it
-SIZES = (28.0, 80.0)  # pixels in a picture that the 28 of the frame become
-WHITE = 4095  # greatest pixel of a 12-bit camera
-EXPOSURES = (0.02, 1.0)  # white of the sources in the camera's range, night and day; drawn evenly in the logarithm
+GROUND_BORDER = 448  # column of the 427x640 photographs: training uses the part left of it, evaluation the right one
+SIZES = (28.0, 80.0)  # pixels of an image that the 28 pixels of the frame are scaled to
+WHITE = 4095  # largest pixel value of a 12-bit camera
+EXPOSURES = (0.02, 1.0)  # brightness of white in the camera's range, at night and by day; drawn log-uniformly
 
 
 class Target(TypedDict):
-    """What is to be found: `label` int64 [], `box` float32 [4] = left, top, right, bottom in pixels."""
+    """What the detector should find: `label` int64 [], `box` float32 [4] = left, top, right, bottom in pixels."""
 
     label: Tensor
     box: Tensor
 
 
 class Pictures(Dataset[tuple[Tensor, Target]]):
-    """Rendered pictures, one an item, as samples of (image float32 [3, 96, 96] in [-1, 1), target).
+    """One rendered image for each item, as samples (image float32 [3, 96, 96] in [0, 1], target).
 
-    Pixels are scaled as (pixel - 128) / 128. All pictures are drawn at first use and kept as int16.
+    Pixels of 12 bits are divided by 4095. All images are rendered at first use and kept as int16.
     """
 
     def __init__(self, items: Tensor, labels: Tensor, grounds: Tensor, seed: int) -> None:
@@ -56,7 +56,7 @@ class Pictures(Dataset[tuple[Tensor, Target]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the same items anew: other places, sizes, tints and grounds for each epoch."""
+        """Render the items again at other places, sizes, tints, exposures and backgrounds for each epoch."""
         self.epoch = epoch
         self.__dict__.pop("rendered", None)
 
@@ -77,7 +77,7 @@ class Pictures(Dataset[tuple[Tensor, Target]]):
 
 
 def render(items: Tensor, grounds: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Place `items` uint8 [N, 28, 28] on grounds: images int16 [N, 3, 96, 96], boxes float32 [N, 4]."""
+    """Place `items` uint8 [N, 28, 28] on backgrounds: images int16 [N, 3, 96, 96], boxes float32 [N, 4]."""
     count = len(items)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -89,7 +89,7 @@ def render(items: Tensor, grounds: Tensor, generator: torch.Generator) -> tuple[
     corner = uniform(0.0, 1.0, 2) * (SIDE - extent) - tight[:, :2] * scale[:, None]  # where the frame begins
     boxes = tight * scale[:, None] + corner.repeat(1, 2)
 
-    # A pixel centre p of the picture shows the point (p - corner) / scale of the frame, both in pixels.
+    # A pixel centre p of the image shows the point (p - corner) / scale of the frame, both in pixels.
     pixel = torch.arange(SIDE) + 0.5
     x, y = ((pixel - corner[:, axis, None]) / scale[:, None] * (2 / FRAME) - 1 for axis in (0, 1))
     grid = torch.stack([x[:, None, :].expand(-1, SIDE, -1), y[:, :, None].expand(-1, -1, SIDE)], dim=-1)
@@ -106,7 +106,7 @@ def render(items: Tensor, grounds: Tensor, generator: torch.Generator) -> tuple[
 def tight_boxes(items: Tensor) -> Tensor:
     """Left, top, right, bottom of the pixels above zero, float32 [N, 4] in pixels of the frame."""
     sides = []
-    for axis in (1, 2):  # rows left over by columns, then columns by rows
+    for axis in (1, 2):  # reduce the rows to find left and right, then the columns to find top and bottom
         filled = (items > 0).any(dim=axis).float()
         sides.append((filled.argmax(dim=1), FRAME - filled.flip(1).argmax(dim=1)))
     (left, right), (top, bottom) = sides
@@ -128,7 +128,7 @@ def cut(grounds: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class PerceptionData:
-    """The three splits: no item in two of them; augmented, half of the items are mirrored and all placed anew."""
+    """The three splits have no item in common; the augmented ones mirror half of the items and place all anew."""
 
     train: Pictures
     calibration: Pictures
@@ -138,7 +138,7 @@ class PerceptionData:
 
 
 def build_data(*, calibration_size: int = 256, evaluation_size: int = 1536, seed: int = 0) -> PerceptionData:
-    """Read the vendored items and scikit-learn's photographs; what calibration leaves is for training."""
+    """Read the stored items and scikit-learn's photographs; training gets the items that calibration leaves."""
     with np.load(Path(__file__).with_name("fashion.npz")) as stored:
         items, labels = torch.from_numpy(stored["train_items"]), torch.from_numpy(stored["train_labels"])
         test_items, test_labels = torch.from_numpy(stored["test_items"]), torch.from_numpy(stored["test_labels"])

@@ -1,4 +1,4 @@
-"""What the detector's outputs are worth: boxes decoded, the metric, and the loss it was trained with."""
+"""Decoding of the detector's boxes, its metric, and the loss it was trained with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Batch = tuple[Tensor, Target]  # image [B, 3, H, W]; label [B], box [B, 4]
 
 
 def decode(distances: Tensor) -> Tensor:
-    """Boxes [B, h * w, 4] in pixels of distances [B, 4, h, w] in cells, both left, top, right, bottom."""
+    """Boxes [B, h * w, 4] in pixels from distances [B, 4, h, w] in cells, both as left, top, right, bottom."""
     centres = cell_centres(distances)
     return centres.repeat(1, 2) + distances.flatten(2).mT * distances.new_tensor([-1, -1, 1, 1]) * STRIDE
 
@@ -30,7 +30,7 @@ def cell_centres(grid: Tensor) -> Tensor:
 
 
 def overlap(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Intersection over union of boxes [..., 4], and the same less the empty share of their hull (GIoU)."""
+    """Intersection over union of boxes [..., 4], and the same minus the empty share of their hull (GIoU)."""
     inner = (boxes[..., 2:].minimum(others[..., 2:]) - boxes[..., :2].maximum(others[..., :2])).clamp(min=0)
     hull = (boxes[..., 2:].maximum(others[..., 2:]) - boxes[..., :2].minimum(others[..., :2])).clamp(min=0)
     areas = [(box[..., 2:] - box[..., :2]).clamp(min=0).prod(-1) for box in (boxes, others)]
@@ -41,7 +41,7 @@ def overlap(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """Share of pictures whose best-scored cell has the right class and a box that fits."""
+    """Share of images whose best-scored cell has the right class and a box that fits."""
 
     iou: float = 0.75
     """Least intersection over union of the box with the target's."""
@@ -51,7 +51,7 @@ class Found:
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def __call__(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """One score a picture, float32 [B]: 1 found, 0 not."""
+        """One score per image, float32 [B]: 1 found, 0 not."""
         (scores, distances), (_, target) = outputs, batch
         best = scores.flatten(1).argmax(dim=1)  # over classes and cells at once
         label, cell = best // scores[0, 0].numel(), best % scores[0, 0].numel()
@@ -61,7 +61,7 @@ class Found:
 
 
 def loss(outputs: Outputs, batch: Batch) -> Tensor:
-    """Binary cross entropy of the scores towards the box's IoU, and GIoU of the boxes, at cells near the centre.
+    """Binary cross entropy of the scores with the box's IoU as target, and GIoU loss of boxes at cells near the centre.
 
     A cell is near when its centre lies in the middle half of the box, or the box's centre lies in the cell.
     """

@@ -1,8 +1,7 @@
-"""A small dense detector in the manner of YOLO: backbone, neck, one grid of cells with a box and scores each.
+"""A small dense detector similar to YOLO: backbone, neck, and one grid of cells, each with a box and scores.
 
-Written as an engineer writes a float model, with no thought of quantization: plain torch.nn, batch norm,
-SiLU, residual adds, concatenation, nearest upsampling. Fully convolutional: any picture whose sides divide by
-16 will do.
+It is written like any float model, without regard to quantization: plain torch.nn, batch norm, SiLU, residual adds,
+concatenation, nearest upsampling. It is fully convolutional and takes any image whose sides are multiples of 16.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-STRIDE = 8  # pixels a cell, of both outputs
+STRIDE = 8  # pixels per cell, in both outputs
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
 
 
@@ -34,7 +33,7 @@ class ConvBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Two 3x3 blocks beside an identity."""
+    """Two 3x3 blocks with a residual connection."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -66,7 +65,7 @@ class Stage(nn.Module):
 
 
 def head_conv(inputs: int, outputs: int, bias: float) -> nn.Conv2d:
-    """1x1 convolution that begins by saying `bias` everywhere, or nearly so."""
+    """1x1 convolution whose outputs are close to `bias` before training."""
     conv = nn.Conv2d(inputs, outputs, 1)
     nn.init.constant_(cast(Tensor, conv.bias), bias)
     return conv
@@ -99,7 +98,7 @@ class Detector(nn.Module):
 
 
 def build_model(*, weights: Path | str | None = WEIGHTS) -> nn.Module:
-    """Give the float detector in eval mode, with the shipped weights unless told otherwise; None: untrained."""
+    """The float detector in eval mode, with the shipped weights by default; None: untrained."""
     model = Detector()
     if weights is not None:
         model.load_state_dict(load_file(weights))
