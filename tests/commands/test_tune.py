@@ -169,7 +169,7 @@ def test_interrupted_or_killed_the_study_goes_on(tmp_path):
         seen += re.findall(r"^trial (\d+)", out, re.MULTILINE)
         if number == signal.SIGINT:
             assert process.returncode == 130
-            assert "the same command goes on" in err
+            assert "the same command continues" in err
             assert "Traceback" not in err
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
