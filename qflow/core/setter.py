@@ -32,7 +32,7 @@ class Overlay:
     rule: str = ""
 
     def over(self, op: OpQConfig) -> OpQConfig:
-        """`op` with the changes; what the operator cannot take (a weight it has not, kl for int16) is left out."""
+        """`op` with the changes, but for those that it cannot take: a weight dtype without a weight, kl at int16."""
         changes = dict(self.changes)
         if op.weight is None:
             changes.pop("weight", None)
@@ -55,7 +55,10 @@ class Setter(Protocol):
 
 
 def first_answer(answers: Iterable[Answer]) -> Answer:
-    """The first whole answer with the parts that came before it laid over, the earliest on top; None if none came."""
+    """The first whole answer, with the partial answers before it laid over it, the earliest on top.
+
+    Without a whole answer it is the partial ones together; None if no setter answered.
+    """
     parts: list[Overlay] = []
     for answer in answers:
         if isinstance(answer, OpQConfig):
@@ -73,8 +76,8 @@ class ModuleNameSetter:
     """Explicit operator or module names -> what to set, in any form of op_spec.py: `qint16`, `qint8/qint16`,
     `qint8@0.05`, `qint16@0..200`, a mapping, or an OpQConfig.
 
-    A name that is a prefix (`backbone.stem`) configures the whole subtree, as the plugin's setter does; of two names
-    that cover an operator the first wins.
+    The name of a module (`backbone.stem`) sets the whole subtree, as with the plugin's setter. If two names cover an
+    operator, the first one wins.
     """
 
     dtypes: Mapping[str, str | Mapping[str, Any] | OpQConfig]
@@ -95,7 +98,7 @@ class ModuleNameSetter:
         return OpQConfig(**{**fields, "weight": weight}, own_observer=own, rule=rule)
 
     def check(self, graph: ModelGraph) -> None:
-        """Refuse a name that no operator answers to: a setting that silently does nothing is the usual trap."""
+        """Refuse a name that covers no operator: such a setting would silently do nothing. Raises ConfigError."""
         for name, value in self.dtypes.items():
             covered = [node for node in graph.quantized if covers(name, node.name)]
             if not covered:
@@ -112,9 +115,10 @@ class ModuleNameSetter:
 
 
 def covers(name: str, op_name: str) -> bool:
-    """True where the setter key `name` covers the operator `op_name`.
+    """Whether the name `name` in a setting stands for the operator `op_name`.
 
-    A module covers all its calls (`conv(1)`), which share its quantizer; each call of a functional has its own.
+    A module's name stands for all its calls (`conv(1)`), which share one quantizer. Each call of a functional has its
+    own name and quantizer.
     """
     if name.endswith("]"):
         return op_name == name
@@ -122,7 +126,7 @@ def covers(name: str, op_name: str) -> bool:
 
 
 def way_out(name: str, graph: ModelGraph) -> str:
-    """What to write instead of `name`, which no operator with a quantizer answers to."""
+    """The way out for an error about `name`, which is no operator with a quantizer: what to write instead."""
     for node in graph.nodes:
         if name in node.fused:
             return f"It is fused into {node.name}: name that one."
@@ -201,7 +205,10 @@ def share_of(ratio: float, total: int) -> int:
 
 
 def ratio_candidates(graph: ModelGraph, all_int16: QConfig) -> tuple[str, ...]:
-    """What an int16 ratio counts: operators that keep int16 on the device, constants apart (they follow)."""
+    """The operators that an int16 ratio counts: those that keep int16 on the device, except constants.
+
+    Constants take the dtype of their readers.
+    """
     wide = all_int16.names(QDtype.qint16)
     return tuple(name for name in wide if graph.by_name[name].kind != OpKind.constant)
 

@@ -451,6 +451,7 @@ def tensor_bytes():
     return sum(t.nbytes for t in gc.get_objects() if type(t) is torch.Tensor)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_samples(heads):
     model, prepared, data = heads
     kept, sizes = BadcaseInputs(), {}

@@ -443,6 +443,7 @@ def test_one_device_is_taken(analysis):
     assert qa.run() == other.run(device="cpu") and qa.sensitivity(device="cpu") == other.sensitivity()
 
 
+@pytest.mark.slow
 def test_importing_it_loads_neither_pandas_nor_pictures():
     code = "import sys, qflow; qflow.QuantAnalysis; print({'pandas', 'matplotlib', 'plotly'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow  # starts processes of their own
+
 BOTH_IN_ONE_PROCESS = """
 import sys, torch, qflow
 from torch import nn

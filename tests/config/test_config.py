@@ -163,6 +163,7 @@ def test_device_files_fit_their_records(march):
     assert CostModel(march=march, **plain(config.device.cost)).clock_ghz == {"nash-m": 1.5, "nash-e": 1.0}[march]
 
 
+@pytest.mark.slow
 def test_every_option_composes():
     for group in GROUPS:
         for path in (conf_dir() / group).glob("*.yaml"):
@@ -179,6 +180,7 @@ def python(*arguments, cwd, **env):
     )
 
 
+@pytest.mark.slow
 def test_help_config_and_completion_work_from_any_folder_without_torch(tmp_path):
     shown = python("-X", "importtime", "-m", "qflow.tune", "--help", cwd=tmp_path)
     assert shown.returncode == 0
@@ -220,7 +222,8 @@ def test_schemas_mirror_the_records_they_are_checked_into():
     assert set(defaults(schema.CostSchema)) == set(defaults(CostModel, named))
 
 
-def test_a_reader_that_closes_the_pipe_ends_a_door_in_silence(tmp_path):
+@pytest.mark.slow
+def test_a_reader_that_closes_the_pipe_ends_a_command_in_silence(tmp_path):
     """`--help | head -1`: no traceback, and not the code of a missed goal."""
     import os
     import subprocess

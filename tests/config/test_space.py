@@ -149,6 +149,7 @@ KEYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", KEYS)
 def test_each_key_parses_and_its_values_reach_the_trial(key):
     text, domain = KEYS[key]
@@ -160,6 +161,7 @@ def test_each_key_parses_and_its_values_reach_the_trial(key):
         assert (found, type(found)) == (value, type(getattr(getattr(trial_settings(config), group), name)))
 
 
+@pytest.mark.slow
 def test_the_wide_space():
     space = space_of(BASE, "search=wide")
     assert set(space) == {k for k in KEYS if not k.startswith("qat.")}
@@ -168,6 +170,7 @@ def test_the_wide_space():
     assert "qconfig.ranking" not in space_of(BASE, "search=wide", "qconfig.int16_ratio=0")
 
 
+@pytest.mark.slow
 def test_the_space_of_qat(capsys):
     space = space_of(BASE, "search=qat", "qat=perception")
     assert set(space) == {k for k in KEYS if k.startswith("qat.")} | {"qconfig.int16_ratio"}

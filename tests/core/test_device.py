@@ -291,6 +291,7 @@ def graphs(draw):
     return ModelGraph(tuple(nodes), (("0", nodes[-1].name),))
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(graphs(), st.data())
 def test_rules_applied_twice_change_nothing_and_are_never_refused(graph, data):

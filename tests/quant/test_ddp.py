@@ -2,6 +2,7 @@
 
 import gc
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -14,6 +15,8 @@ from qflow.core.setter import TemplateSetter
 from qflow.core.settings import CalibrationSettings
 from qflow.quant.model.calibrate import apply_scales, collect
 from qflow.quant.model.prepare import prepare
+
+pytestmark = pytest.mark.slow  # starts processes
 
 
 class Net(nn.Module):

@@ -153,6 +153,7 @@ def test_a_quantizer_of_a_mask_keeps_infinity_and_moves_with_the_rest(dtype):
         assert float(quantizer.scale) == pytest.approx(3.0 / 128)
 
 
+@pytest.mark.slow
 def test_a_masked_model_compiles():
     early, late = causal_pair()
     prepared = qflow.prepare(Attention(WAYS["float"]).eval(), early)

@@ -240,6 +240,7 @@ def direct_divergences(counts):
     return torch.tensor(found, dtype=torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kl_is_the_textbook_loop(shape, data):
     values = SHAPES[shape](data[0])

@@ -192,6 +192,7 @@ def test_a_weight_that_changes_is_quantized_anew():
         assert torch.equal(prepared(x), fresh())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", NORM_MODES)
 def test_a_compiled_training_step_is_the_plain_one(mode):
     """One graph; where a batch norm is live, its own float noise (1e-7) is all that differs."""

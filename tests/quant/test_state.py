@@ -133,6 +133,7 @@ def test_a_copy_is_equal_and_independent(name):
     assert not any(p.data_ptr() in kept for p in twin.parameters())
 
 
+@pytest.mark.slow
 def test_a_pickled_model_computes_the_same_in_another_process(tmp_path):
     _, example, prepared = calibrated("unet")
     expected = quantized(prepared, example)
@@ -177,6 +178,7 @@ def test_moving_to_another_device_takes_everything_along():
     assert {t.device.type for t in [*there.parameters(), *there.buffers()]} == {"meta"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet", "unet", "attention"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_model_computes_the_same(name, backend):

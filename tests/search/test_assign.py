@@ -64,8 +64,9 @@ def test_a_figure_of_pairs_is_exact_and_of_single_operators_is_not():
     assert max(abs(alone(mix) - problem.price(mix)) for mix in mixes(COUNT)) > 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(1, 6))
-def test_on_the_landscapes_both_answers_are_within_2_percent_of_all_4096_mixes(number):
+def test_on_the_test_problems_both_answers_are_within_2_percent_of_all_4096_mixes(number):
     kept = np.load(DATA / f"front-{number}.npz")
     every = mixes(12)
     ms = dict(zip(every, kept["ms"].astype(float).tolist(), strict=True))
@@ -131,6 +132,7 @@ def test_no_operator_is_a_problem_too():
     assert problem.cheapest(0.0) == problem.most_accurate() == problem.most_accurate(0.0) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
 def test_assign_measures_only_mixes_within_the_limits(share):
     problem = chain(2)

@@ -13,6 +13,8 @@ from support.spaces import spaces
 from qflow.search.domain import Choice, Condition, Interval, Range, applicable, applies, point_key
 from qflow.search.study import SAMPLERS, Study, _sampler
 
+pytestmark = pytest.mark.slow  # real stores on disk
+
 SPACE = {
     "percentile": Interval(90, 100, when=(Condition("method", Choice(("percentile",))),)),
     "ratio": Interval(0, 1),

@@ -23,6 +23,8 @@ from qflow.search.loop import (
 from qflow.search.outcome import MARKER_LIMIT, Marker
 from qflow.search.reconcile import MAX_RETRY
 
+pytestmark = pytest.mark.slow  # real stores on disk
+
 STEPS = ("asked", "started", "linked", "evaluated", "uploaded", "constrained", "committed", "told", "ended")
 
 

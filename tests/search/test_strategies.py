@@ -151,7 +151,7 @@ directed = pytest.mark.parametrize("run", DIRECTED.values(), ids=DIRECTED)
 @contract
 @pytest.mark.parametrize("cast", [0.0, 0.03], ids=["additive", "casts"])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_culprits_are_promoted(run, seed, cast):
+def test_the_planted_operators_are_promoted(run, seed, cast):
     land = Surrogate(seed, cast=cast)
     run(land)
     assert set(land.culprits) <= set(land.promoted())
@@ -167,6 +167,7 @@ def test_nothing_but_the_culprits_is_promoted_in_few_trials(run, seed):
     assert len(land.trials) <= 8
 
 
+@pytest.mark.slow
 @contract
 @pytest.mark.parametrize("seed", range(8))
 def test_scores_that_are_wrong_by_half_still_lead_to_the_goal(run, seed):
@@ -263,6 +264,7 @@ def explored(land, budget):
     return [land.mix(dict(point)) for point in land.asked]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_exploring_leaves_no_mix_of_the_solver_better_than_the_front(seed):
     land = Surrogate(seed, culprits=6)
@@ -277,6 +279,7 @@ def test_exploring_leaves_no_mix_of_the_solver_better_than_the_front(seed):
         assert min(map(land.price, at_most)) <= land.price(wanted) + 0.1
 
 
+@pytest.mark.slow
 def test_exploring_does_not_pay_more_than_all_int16():
     land = Surrogate(0, culprits=6, cast=0.3)  # most mixes do not pay
     goal = len(explored(land, 12))

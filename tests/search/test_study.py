@@ -14,6 +14,8 @@ from qflow.core.store import build_aside, exclusive, sqlite_path
 from qflow.search.domain import Choice, Interval, Range
 from qflow.search.study import SAMPLERS, Study
 
+pytestmark = pytest.mark.slow  # real stores on disk
+
 SPACE = {
     "calib.method": Choice(("minmax", "kl", "mse")),
     "int16_ratio": Interval(0, 1),

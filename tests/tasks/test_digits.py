@@ -32,6 +32,7 @@ def test_accuracy_scores_each_sample() -> None:
     assert Accuracy()(outputs, (torch.empty(2), torch.tensor([1, 1]))).tolist() == [1.0, 0.0]
 
 
+@pytest.mark.slow
 def test_model_is_repeatable_and_good() -> None:
     state = torch.get_rng_state()
     first, second = build_model(seed=0), build_model(seed=0)

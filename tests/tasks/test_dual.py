@@ -14,6 +14,8 @@ from qflow.tasks import digits
 from qflow.tasks.dual import build_model, spread
 from qflow.trial.training import Training
 
+pytestmark = pytest.mark.slow  # trains
+
 MIX = 0.6  # the input and one more operator stay int8
 
 

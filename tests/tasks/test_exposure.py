@@ -46,6 +46,7 @@ def test_level_divides_the_gain_out_and_its_bound_changes_nothing() -> None:
     assert torch.isfinite(Level()(torch.zeros(1, 16, 2, 2))).all()
 
 
+@pytest.mark.slow
 def test_model_is_repeatable_and_good(evaluator) -> None:
     state = torch.get_rng_state()
     model = build_model()

@@ -19,6 +19,8 @@ from qflow.tasks.identity import of_task, of_training
 from qflow.tasks.task import make_task
 from qflow.trial.training import Training
 
+pytestmark = pytest.mark.slow  # starts processes
+
 COUNT = 597
 
 

@@ -141,6 +141,7 @@ def test_loss_prefers_the_right_answer_and_reaches_every_weight(data: Perception
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in model.parameters())
 
 
+@pytest.mark.slow
 def test_shipped_weights_are_small_and_give_the_stated_metric(data: PerceptionData) -> None:
     assert WEIGHTS.stat().st_size <= 2_000_000
     model, metric = build_model(), Found()

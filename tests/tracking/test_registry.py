@@ -7,6 +7,8 @@ import pytest
 from qflow.core.errors import ConfigError, TrackingError
 from qflow.tracking.registry import champion, register
 
+pytestmark = pytest.mark.slow  # real stores on disk
+
 
 def trial(tracker, number: int) -> str:
     parent = tracker.open_study("s", tags={}, params={}, description="")

@@ -14,6 +14,8 @@ import pytest
 from qflow.core.errors import TrackingError
 from qflow.tracking.mlflow_tracker import BATCH, MlflowTracker, find_tables, rounded
 
+pytestmark = pytest.mark.slow  # real stores on disk
+
 TABLE = pd.DataFrame({"op": ["conv", "fc"], "sensitivity": [0.5, 0.25]})
 
 

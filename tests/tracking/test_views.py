@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from urllib.parse import parse_qs, urlsplit
 
+import pytest
+
 from qflow.core.errors import TrackingError
 from qflow.tracking.views import TAG, save_view, study_url, unpack, view_state
+
+pytestmark = pytest.mark.slow  # real stores on disk
 
 
 def test_a_view_is_an_experiment_tag_with_a_packed_state(tracker):

@@ -173,7 +173,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("field", [f.name for f in fields(CalibrationSettings)])
-def test_whatever_a_calibration_setting_changes_a_shared_bench_sees(field, nash_m):
+def test_whatever_a_calibration_setting_changes_a_shared_evaluator_sees(field, nash_m):
     """fp16 that overflows, an input in int16 of an int8 result, and both integer dtypes: all that a scale can be."""
     import torch
     from torch import nn

@@ -17,6 +17,8 @@ from qflow.tasks import digits
 from qflow.trial.evaluator import Evaluator
 from qflow.trial.training import Training
 
+pytestmark = pytest.mark.slow  # trains
+
 SGD = functools.partial(torch.optim.SGD, momentum=0.9)
 
 
