@@ -1,4 +1,4 @@
-"""python -m qflow.analyze: where a quantized model loses its accuracy, and what to write to mend it."""
+"""python -m qflow.analyze: where a quantized model loses its accuracy, and which settings fix it."""
 
 from qflow.commands.analyze import main
 

@@ -1,4 +1,4 @@
-"""Fixtures that several parts use: the digits task and a evaluator on it, built once."""
+"""Fixtures that several parts use: the digits task and an evaluator on it, built once."""
 
 import os
 import sys

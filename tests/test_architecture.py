@@ -1,6 +1,7 @@
 """The rules of the layout, held against what the source imports (docs/architecture.md says them in words)."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -38,13 +39,18 @@ LONGEST_FILE, LONGEST_FUNCTION, LONGEST_COMMAND = 300, 50, 8
 def inner(module):
     """The subpackage of a module, or ""."""
     parts = module.split(".")
-    return (
-        parts[2]
-        if len(parts) > 2
-        and package_of(module) in SUBPACKAGES
-        and (files()[module].parent.name == parts[2] or len(parts) > 3)
-        else ""
-    )
+    return parts[2] if len(parts) > 2 and files().get(".".join(parts[:3]), ROOT).name == "__init__.py" else ""
+
+
+USERS = [*MODULES, *sorted(f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("*.py"))]
+
+
+def targets_of(user):
+    """Modules of qflow that a module, or a benchmark, imports."""
+    if user in files():
+        return arrows()[user]
+    names = imported(ROOT / f"{user.replace('.', '/')}.py")
+    return {n for text in names for n in (text, text.rpartition(".")[0]) if n in files() and n != "qflow"}
 
 
 def place(layers, name):
@@ -63,11 +69,17 @@ def test_a_file_of_qflow_itself_is_a_command_of_a_few_lines():
         assert len(files()[name].read_text().splitlines()) <= LONGEST_COMMAND, name
 
 
-def test_nothing_imports_a_command():
-    for name in MODULES:
-        for target in arrows()[name]:
-            assert not is_command(target), f"{name} imports {target}"
-            assert package_of(target) != "commands" or is_command(name), f"{name} imports {target}"
+@pytest.mark.parametrize("user", USERS)
+def test_nothing_imports_a_command(user):
+    for target in targets_of(user):
+        assert not is_command(target), f"{user} imports {target}"
+        assert package_of(target) != "commands" or is_command(user), f"{user} imports {target}"
+
+
+def test_modules_are_imported_by_name_in_two_places_only():
+    """`import qflow` finds its names, `tune` its workflow; elsewhere a computed name would escape all rules."""
+    calls = re.compile(r"\b(import_module|__import__)\(")
+    assert {name for name in MODULES if calls.search(files()[name].read_text())} == {"qflow", "qflow.commands.tune"}
 
 
 # ---- 2. the order ------------------------------------------------------------------------------------------------
@@ -76,16 +88,16 @@ def test_nothing_imports_a_command():
 def test_every_package_has_its_layer():
     packages = {package_of(name) for name in MODULES} - {""}
     assert packages == {package for layer in LAYERS for package in layer}
-    for package, layers in SUBPACKAGES.items():
+    for package in packages - {"workflows"}:
         folders = {path.parent.name for path in (ROOT / "qflow" / package).glob("*/__init__.py")}
-        assert folders == {name for layer in layers for name in layer}
+        assert folders == {name for layer in SUBPACKAGES.get(package, ()) for name in layer}, package
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_go_down(name):
     for target in arrows()[name]:
         own, other = package_of(name), package_of(target)
-        if not own or target == "qflow":  # a command, and `qflow` itself, whose version is the ground of all
+        if not own or target == "qflow":  # a command; of `qflow` itself only the version, see below
             continue
         if own != other:
             assert layer_of(other) < layer_of(own), f"{name} imports {target}"
@@ -95,6 +107,12 @@ def test_imports_go_down(name):
             assert not inner(name) or place(layers, inner(target)) < place(layers, inner(name)), (
                 f"{name} imports {target}"
             )
+
+
+def test_of_qflow_itself_only_the_version_is_used_below():
+    for name in MODULES:
+        own = {text for text in imported(files()[name]) if text.startswith("qflow.") and text.count(".") == 1}
+        assert {text for text in own if text not in files()} <= {"qflow.__version__"}, name
 
 
 def test_no_files_import_each_other_in_a_circle():
@@ -140,26 +158,26 @@ def test_a_package_says_what_it_is_for_and_what_others_may_use(package):
         assert (folder / f"{name}.py").exists() or (folder / name / "__init__.py").exists(), name
 
 
-USERS = [*MODULES, *sorted(f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("*.py"))]
-
-
 @pytest.mark.parametrize("user", USERS)
 def test_others_use_only_what_a_package_offers(user):
-    if user in files():
-        targets = arrows()[user]
-    else:
-        targets = {
-            n
-            for text in imported(ROOT / f"{user.replace('.', '/')}.py")
-            for n in (text, text.rpartition(".")[0])
-            if n in files()
-        }
-    for target in targets:
-        parts = target.split(".")
-        for depth in range(2, len(parts)):
-            package = ".".join(parts[:depth])
-            if package in PACKAGES and not f"{user}.".startswith(f"{package}."):
-                assert parts[depth] in offered(package), f"{user} imports {target}, which {package} does not offer"
+    for target in targets_of(user):
+        assert target not in PACKAGES, (
+            f"{user} imports the package {target}: import from the file that defines the name"
+        )
+        require_offered(user, target)
+
+
+def test_what_import_qflow_gives_is_offered_too():
+    for place in re.findall(r'"(qflow(?:\.\w+)+)"', files()["qflow"].read_text()):
+        require_offered("qflow", place)
+
+
+def require_offered(user, target):
+    parts = target.split(".")
+    for depth in range(2, len(parts)):
+        package = ".".join(parts[:depth])
+        if package in PACKAGES and not f"{user}.".startswith(f"{package}."):
+            assert parts[depth] in offered(package), f"{user} imports {target}, which {package} does not offer"
 
 
 def test_naming_what_may_be_used_loads_nothing_heavy():
@@ -201,7 +219,12 @@ def test_engine_costs_and_analysis_never_reach_a_store_or_a_configuration(packag
         assert not {package_of(n) for n in reaches(name)} & {"tracking", "search", "config"}, name
 
 
-# ---- 5. sizes, and the picture ---------------------------------------------------------------------------------------
+# ---- 5. tests mirror the packages; sizes, and the picture ------------------------------------------------------------
+
+
+def test_tests_lie_under_the_package_that_they_test():
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/*.py")} - {"support"}
+    assert folders == {package for layer in LAYERS for package in layer}
 
 
 @pytest.mark.parametrize("name", MODULES)

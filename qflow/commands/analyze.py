@@ -6,10 +6,10 @@
     advice       the causes, the settings that mend them, and a second measurement with these settings
     qat_debug    if QAT fails: which part is at fault (analysis/advice/qat_debug.py)
 
-The first four look at the model under `qconfig` (a template, modules by name, an int16 ratio, ...) and `calibration`.
+The first four analyse the model under `qconfig` (a template, modules by name, an int16 ratio, ...) and `calibration`.
 The command writes tables, pictures and a page into a folder and logs them to an MLflow run.
 
-Exit code 0: done; 1: qat_debug found a fault; 2: a mistake in what was asked. A stage of qat_debug may lose
+Exit code 0: done; 1: qat_debug found a fault; 2: a mistake in the command line or configuration. A stage of qat_debug may lose
 `objective.max_drop` against its reference (at rate 0 nothing). If sound training misses the goal, the verdict says so,
 and the exit code is 0.
 """
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def analyze(config: DictConfig) -> int:
-    """Run the stages that were asked for. Returns 1 where qat_debug finds a fault."""
+    """Run the stages of `config.stages`. Returns 1 where qat_debug finds a fault."""
     unknown = [stage for stage in config.stages if stage not in STAGES]
     if unknown or not config.stages:
         raise ConfigError(f"stages are of {', '.join(STAGES)}, but got {list(config.stages)}. Name one.")
@@ -74,7 +74,7 @@ def diagnose(config: DictConfig, stages: list[str]) -> None:
     evaluator.searches, evaluator.cache.say = root / "cache" / "searches", console.say
     if settings.needs_ranking:
         with console.stage("ranking") as say, console.bar("ranking", evaluator.quantizers, "rows") as advance:
-            say(f"{len(evaluator.rank(advance).rows)} rows of the all-int8 model: what qconfig chooses by")
+            say(f"{len(evaluator.rank(advance).rows)} rows of the all-int8 model: qconfig picks operators by their order")
     diagnosis = Diagnosis(evaluator, settings)
     what, suffix = named(settings, diagnosis.qconfig({}))
     run_stages(diagnosis, stages, console, lambda: diagnosis.shown_layers(config.prefixes, config.types))
@@ -87,16 +87,16 @@ def diagnose(config: DictConfig, stages: list[str]) -> None:
         name,
         tags={"qflow.workflow": "analyze", "qflow.stages": ",".join(stages)},
         params={"task": evaluator.task.name, "march": config.device.march, "template": config.qconfig.template},
-        description=f"Analysis of {evaluator.task.name}, {what}: analysis.html has it all.",
+        description=f"Analysis of {evaluator.task.name}, {what}: analysis.html has all results.",
     )
-    tracker.clear(run)  # files of an earlier analysis, perhaps of other stages, would pass for this one's
+    tracker.clear(run)  # else files of an earlier analysis with other stages would stay and look like results of this one
     tracker.log_study(run, folder=folder)
     tracker.close_study(run)
     console.say(f"{'written':<12} {folder / 'analysis.html'} and {len(pictures)} pictures; MLflow run {name}")
 
 
 def check_filters(config: DictConfig, stages: list[str]) -> None:
-    """Refuse what the stages could not use. Raises ConfigError."""
+    """Raise ConfigError for filters that none of the stages uses."""
     if (config.prefixes or config.types) and not {"layers", "advice"} & set(stages):
         raise ConfigError(
             f"prefixes and types choose rows of the layer table, but got stages {', '.join(stages)}. Add layers."
@@ -107,16 +107,16 @@ def named(settings: QConfigSettings, applied: QConfig) -> tuple[str, str]:
     """(what is analysed, in words; the end of its folder's name): a mix is named by its digest, as tune prints it."""
     if settings == QConfigSettings(template=settings.template):
         return f"all {settings.template}", "" if settings.template == "qint8" else f"-{settings.template}"
-    wide = sum(op.output == "qint16" for op in applied.ops.values())
-    half = sum(op.output == "float16" for op in applied.ops.values())
-    mix = f"qconfig {applied.digest} with {wide} outputs int16 and {half} float16 of {len(applied.ops)}"
+    int16 = sum(op.output == "qint16" for op in applied.ops.values())
+    float16 = sum(op.output == "float16" for op in applied.ops.values())
+    mix = f"qconfig {applied.digest} with {int16} outputs int16 and {float16} float16 of {len(applied.ops)}"
     return mix, f"-{applied.digest[:8]}"
 
 
 def run_stages(
     diagnosis: Diagnosis, stages: list[str], console: Console, on_layers: Callable[[], object] = lambda: None
 ) -> None:
-    """Each stage with its bar and its line; `on_layers` may refuse the layer table before anything long runs."""
+    """Each stage with its bar and its line; `on_layers` runs before the long stages and may refuse the layer table."""
     from qflow.analysis.layers.text import layers_line
 
     evaluator = diagnosis.evaluator
@@ -147,14 +147,14 @@ def run_stages(
         if any(a.line for a in advice):
             with console.stage("fidelity") as say:
                 checked = diagnosis.check_advice()
-                say(f"following it moves the outputs from {checked.before:.3g} to {checked.after:.3g} off float")
+                say(f"following it changes the outputs' distance to float from {checked.before:.3g} to {checked.after:.3g}")
             together = [f"all together: {shlex.quote(checked.line)}"] if checked.line else []
             for text in (*together, *checked.left_out):
                 console.say(f"{'':<12} {text}")
 
 
 def debug_qat(config: DictConfig) -> int:
-    """The debug order of QAT on the task, under `qconfig`, `calibration` and `qat`."""
+    """The debug stages of QAT on the task, under `qconfig`, `calibration` and `qat`."""
     from torch import nn
 
     from qflow.analysis.advice.qat_debug import qat_debug
@@ -207,5 +207,5 @@ def print_debug(found: QatDebug) -> None:
         value = "stopped" if stage.metric is None else f"{stage.metric:.4f}"
         verdict = "passes" if stage.passed else "at fault"
         print(f"{stage.name:<18}{value:<9} against {stage.reference:.4f}  {verdict}  {stage.note}".rstrip())
-    print(f"{'tolerance':<18}{found.tolerance:g} a stage (objective.max_drop), at rate 0 none")
+    print(f"{'tolerance':<18}{found.tolerance:g} for each stage (objective.max_drop), 0 at rate 0")
     print(f"{'verdict':<18}{found.verdict}")

@@ -1,7 +1,8 @@
-"""python -m qflow.check: what the device will make of a model under a qconfig, before anything is tuned.
+"""python -m qflow.check: check a model under a qconfig for the device, before it is tuned.
 
-Traces, calibrates and checks; writes model_check_result.txt with the guide's sections, the same as records, and
-prints what deserves a look. Exit code 0: nothing wrong; 1: an error-level finding; 2: a mistake in what was asked.
+Traces, calibrates and checks the model. Writes model_check_result.txt with the guide's sections and model_check.json
+with the same as records, and prints the findings above the level info. Exit code 0: no finding is an error; 1: a
+finding is an error; 2: a mistake in the command line or configuration.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def check(config: DictConfig) -> int:
     (folder / "model_check.json").write_text(to_json(result, indent=1))
     lowered = sum(row.applied != row.requested for row in result.rows)
     print(f"{'model':<12}{len(evaluator.graph.nodes)} operators, float graph proven equal; march {applied.march}")
-    print(f"{'qconfig':<12}{len(result.rows)} rows, {lowered} not as asked; digest {applied.digest}")
+    print(f"{'qconfig':<12}{len(result.rows)} rows, {lowered} not as requested; digest {applied.digest}")
     notable = [f for f in result.findings if f.level != "info"]
     for finding in notable[:SHOWN]:
         print(f"{finding.level:<12}{finding.op}: {finding.message}")

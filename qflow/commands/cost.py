@@ -1,8 +1,9 @@
 """python -m qflow.cost [+experiment=<name>]: what a qconfig costs on the device; `fit data=...` fits the parameters.
 
-Without `fit` the task's model is traced at its deployed shape and priced under `qconfig`: a table an operator, traffic,
-and what raising each operator to int16 would cost; printed, written to a folder and logged to an MLflow run. Exit code
-0: done; 1: outside what the model was validated on (the reason is printed); 2: a mistake in what was asked.
+Without `fit` the task's model is traced at its deployed shape and its cost under `qconfig` is predicted: a table with
+a row for each operator, the traffic, and what raising each operator to int16 would cost. The results are printed,
+written to a folder and logged to an MLflow run. Exit code 0: done; 1: outside what the model was validated on (the
+reason is printed); 2: a mistake in the command line or configuration.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def cost(config: DictConfig) -> int:
 
 
 def report(config: DictConfig) -> int:
-    """Price the task's model under `qconfig`."""
+    """Predict the cost of the task's model under `qconfig`."""
     from qflow.cost_model.table import cost_metrics, cost_text
     from qflow.study.assemble import make_evaluator
     from qflow.study.checks import check_config
@@ -62,7 +63,7 @@ def report(config: DictConfig) -> int:
     write(folder, found, promotions, config)
     print(cost_text(found, SHOWN, config.fps), end="")
     print_comparisons(evaluator, applied, found, promotions)
-    name = f"{evaluator.task.name}/cost-{applied.digest[:8]}"  # a run a qconfig, so that the UI compares them
+    name = f"{evaluator.task.name}/cost-{applied.digest[:8]}"  # one run for each qconfig, so that the UI compares them
     run = tracker.open_study(
         name,
         tags={"qflow.workflow": "cost", **({"qflow.cost_refusal": found.refusal} if found.refusal else {})},
@@ -73,8 +74,8 @@ def report(config: DictConfig) -> int:
             "qconfig.template": config.qconfig.template,
             "qconfig.int16_ratio": config.qconfig.int16_ratio,
         },
-        description=f"Cost of {evaluator.task.name} on {config.device.march}: cost.png and cost.json for people, "
-        "cost.csv has it all, promotions.json what int16 costs an operator.",
+        description=f"Cost of {evaluator.task.name} on {config.device.march}: cost.png is the picture, "
+        "cost.json and cost.csv the table, promotions.json what int16 would cost for each operator.",
     )
     tracker.log_study(run, folder=folder, metrics=cost_metrics(found))
     tracker.close_study(run)
@@ -100,7 +101,7 @@ def print_comparisons(
 
 
 def write(folder: Path, found: CostReport, promotions: Mapping[str, float], config: DictConfig) -> None:
-    """The report's files: text, picture and tables for people, CSV and record with everything, the configuration."""
+    """The report's files: text, picture, tables, CSV, the full record and the configuration."""
     from qflow.core.record import to_json
     from qflow.cost_model.table import cost_csv, cost_json, cost_text, promotions_csv, promotions_json
     from qflow.report.cost_picture import cost_bars

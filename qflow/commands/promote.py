@@ -34,7 +34,7 @@ def main() -> None:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class LoggedTrial:
     """A trial's run as it was logged."""
 
     run_id: str
@@ -56,15 +56,15 @@ def promote(config: DictConfig) -> int:
     tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
     run_id = config.run or best_run(tracker, config.study)
     with tempfile.TemporaryDirectory() as folder:
-        candidate = load(tracker, run_id, Path(folder))
-        print(f"{'run':<12}{run_id}, qconfig {candidate.qconfig.digest}, of {candidate.tags.get('qflow.study', '?')}")
-        print(f"{'rebuild':<12}the trial, from what its run keeps and your code", flush=True)
-        reasons = compare(candidate)
+        trial = load(tracker, run_id, Path(folder))
+        print(f"{'run':<12}{run_id}, qconfig {trial.qconfig.digest}, of {trial.tags.get('qflow.study', '?')}")
+        print(f"{'rebuild':<12}the trial, from its run and your code", flush=True)
+        reasons = compare(trial)
         if reasons:
             for reason in reasons:
                 print(f"{'refused':<12}{reason}")
             return 1
-    name, alias = candidate.config.tracking.registered_model, config.tracking.alias
+    name, alias = trial.config.tracking.registered_model, config.tracking.alias
     before = champion(tracker, name, alias)
     if before is not None and before[1] == run_id:
         print(f"{'champion':<12}{name} version {before[0]} is this run already; alias {alias} stays")
@@ -76,8 +76,8 @@ def promote(config: DictConfig) -> int:
         run_id,
         BUNDLE,
         alias,
-        tags={"qflow.qconfig": candidate.qconfig.digest, **{k: f"{candidate.metrics[k]:.6g}" for k in shown}},
-        description=", ".join(f"{k} {candidate.metrics[k]:.4g}" for k in shown),
+        tags={"qflow.qconfig": trial.qconfig.digest, **{k: f"{trial.metrics[k]:.6g}" for k in shown}},
+        description=", ".join(f"{k} {trial.metrics[k]:.4g}" for k in shown),
     )
     came = f", before it version {before[0]}" if before else ""
     print(f"{'champion':<12}{name} version {version}, alias {alias} moved{came}")
@@ -86,7 +86,7 @@ def promote(config: DictConfig) -> int:
 
 
 def best_run(tracker: MlflowTracker, study: str) -> str:
-    """Run id of the study's best trial. Raises PromotionError where there is none, with the way on."""
+    """Run id of the study's best trial. Raises TrackingError for an unknown study, PromotionError without a best trial."""
     found = tracker.find_study(study)
     if found is None and (elsewhere := tracker.experiments_with(study)):
         raise TrackingError(
@@ -107,8 +107,8 @@ def best_run(tracker: MlflowTracker, study: str) -> str:
     return tags["qflow.best"]
 
 
-def load(tracker: MlflowTracker, run_id: str, folder: Path) -> Candidate:
-    """Everything a rebuild needs, from the run alone. Raises TrackingError for what is not a finished trial."""
+def load(tracker: MlflowTracker, run_id: str, folder: Path) -> LoggedTrial:
+    """What a rebuild needs, from the run alone. Raises PromotionError for an unknown run and one that did not finish."""
     from qflow.analysis.measures.tables import SensitivityTable
     from qflow.core.qconfig import QConfig
     from qflow.core.record import from_dict
@@ -118,7 +118,7 @@ def load(tracker: MlflowTracker, run_id: str, folder: Path) -> Candidate:
         result = tracker.result(run_id)
     except TrackingError as error:
         if "not found" in str(error):
-            raise PromotionError(f"A promoted run exists, but got {run_id}, unknown in {tracker.uri}.") from error
+            raise PromotionError(f"A run must exist to be promoted, but got {run_id}, unknown in {tracker.uri}. Name another run.") from error
         raise
     if result is None:
         raise PromotionError(
@@ -129,14 +129,14 @@ def load(tracker: MlflowTracker, run_id: str, folder: Path) -> Candidate:
         try:
             texts[name] = tracker.download(run_id, name, folder).read_text()
         except TrackingError:
-            if name != "sensitivity_record.json":  # the baselines are evaluated before there are sensitivities
+            if name != "sensitivity_record.json":  # the baselines are evaluated before the sensitivities exist
                 raise
     record, tags = texts.get("sensitivity_record.json"), tracker.run_tags(run_id)
     config = load_resolved(texts["config.yaml"])
     if config.device.profile and (study := tags.get("mlflow.parentRunId")):
-        with suppress(TrackingError):  # a study from before there was a copy: the file at its path
+        with suppress(TrackingError):  # a study of an older qflow has no copy: use the file at its path
             config.device.profile = str(tracker.download(study, PROFILE, folder))
-    return Candidate(
+    return LoggedTrial(
         run_id=run_id,
         config=config,
         qconfig=from_dict(QConfig, json.loads(texts["qconfig/qconfig.json"])),
@@ -147,26 +147,26 @@ def load(tracker: MlflowTracker, run_id: str, folder: Path) -> Candidate:
     )
 
 
-def compare(candidate: Candidate) -> list[str]:
+def compare(trial: LoggedTrial) -> list[str]:
     """Rebuild the trial and list every reason against it; an empty list lets it pass."""
     from qflow.core.errors import QflowError
     from qflow.cost_model.table import cost_metrics
     from qflow.search.objective import Goal
     from qflow.study.assemble import make_evaluator
 
-    if not candidate.config.executor.threads:  # another number of threads sums in another order
-        candidate.config.executor.threads = candidate.manifest.get("threads", 0)
-    evaluator = make_evaluator(candidate.config)
-    evaluator.sensitivities = candidate.sensitivities
-    settings = trial_settings(candidate.config)
-    reasons = identity(evaluator, candidate)
+    if not trial.config.executor.threads:  # another number of threads sums in another order
+        trial.config.executor.threads = trial.manifest.get("threads", 0)
+    evaluator = make_evaluator(trial.config)
+    evaluator.sensitivities = trial.sensitivities
+    settings = trial_settings(trial.config)
+    reasons = identity(evaluator, trial)
     try:
         evaluator.measure_float()
         requested, applied = evaluator.resolve(settings.qconfig)
-        if applied.digest != candidate.qconfig.digest:
-            names = ", ".join(list(applied.diff(candidate.qconfig))[:3])
+        if applied.digest != trial.qconfig.digest:
+            names = ", ".join(list(applied.diff(trial.qconfig))[:3])
             reasons.append(f"the configuration gives another qconfig than the run holds: {names} differ")
-        result = evaluator.run_qconfig(requested, candidate.qconfig, settings)
+        result = evaluator.run_qconfig(requested, trial.qconfig, settings)
     except QflowError as error:
         return [*reasons, f"the trial cannot be rebuilt: {error}"]
     metric = f"accuracy/{evaluator.task.metric_name}"
@@ -175,25 +175,25 @@ def compare(candidate: Candidate) -> list[str]:
         "accuracy/drop": result.drop,
         "cost/latency_ms": result.cost.latency_ms,
     }.items():
-        logged = candidate.metrics.get(name)
+        logged = trial.metrics.get(name)
         print(f"{name:<18}{'-' if logged is None else f'{logged:.6g}':>12} logged {value:>12.6g} rebuilt")
         if logged is None or abs(logged - value) > METRIC_TOLERANCE + 1e-5 * abs(value):
             reasons.append(f"{name} was logged as {logged}, rebuilt it is {value:.6g}")
-    if result.scales_digest != candidate.tags.get("qflow.scales"):
+    if result.scales_digest != trial.tags.get("qflow.scales"):
         reasons.append("the calibrated scales differ from those of the run: other data, weights or versions")
-    goal = Goal(**plain(candidate.config.objective))
+    goal = Goal(**plain(trial.config.objective))
     for name, excess in goal.constraints({"accuracy/drop": result.drop, **cost_metrics(result.cost)}).items():
         if excess > 0:
             reasons.append(f"the goal ({goal}) is missed: {name} by {excess:.4g}")
     return reasons
 
 
-def identity(evaluator: Evaluator, candidate: Candidate) -> list[str]:
+def identity(evaluator: Evaluator, trial: LoggedTrial) -> list[str]:
     """Weights, data or profile other than the run's; named first, because they explain the rest."""
     from qflow.study.manifest import manifest
 
     now = manifest(evaluator)
-    logged = {"profile": "", **candidate.manifest}
+    logged = {"profile": "", **trial.manifest}
     return [
         f"{name} are not those of the run: {now[part] or 'none'} instead of {logged.get(part) or 'none'}"
         for part, name in {"weights": "weights", "data": "data", "profile": "measured times"}.items()

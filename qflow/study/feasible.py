@@ -13,7 +13,7 @@ from qflow.tasks.task import Task, split_for
 from qflow.trial.evaluator import Evaluator
 
 
-def check_search(evaluator: Evaluator, goal: Goal, switched: Sequence[QConfigSettings]) -> None:
+def check_feasible(evaluator: Evaluator, goal: Goal, switched: Sequence[QConfigSettings]) -> None:
     """Raise ConfigError for budgets that cannot be judged, and for `switched` settings that the model cannot have.
 
     There is one of them for each value of each searched module; it must match an operator and suit the device.

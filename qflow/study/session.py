@@ -26,7 +26,7 @@ from qflow.search.objective import Goal, aims, best_trial, meets
 from qflow.search.strategies import ERROR_SHARE, RATIO
 from qflow.search.study import Study
 from qflow.study.budget import Budget
-from qflow.study.feasible import check_augmented, check_search
+from qflow.study.feasible import check_augmented, check_feasible
 from qflow.study.fingerprint import changes, fingerprint
 from qflow.study.front import log_front
 from qflow.study.manifest import manifest
@@ -80,7 +80,7 @@ class Session:
         Raises ConfigError if the study has trials of other settings or a budget cannot be judged, TrackingError if its
         runs are missing.
         """
-        check_search(self.evaluator, self.goal, module_settings(self.config, self.study.space))
+        check_feasible(self.evaluator, self.goal, module_settings(self.config, self.study.space))
         check_augmented(self.evaluator.task, self._may_be_true("calibration.augment"), self._may_be_true("qat.augment"))
         if self.config.search.early_stop:
             bounds_of(self.evaluator.task.metric)  # raises here instead of in the first trial

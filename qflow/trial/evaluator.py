@@ -17,7 +17,7 @@ from qflow.quant.model.model_state import forward_state
 from qflow.quant.model.quantized_model import QuantizedModel, scales
 from qflow.tasks.identity import Identity, of_training
 from qflow.tasks.task import evaluate, split_for
-from qflow.trial.checks import findings_of, require_all_ran
+from qflow.trial.findings import findings_of, require_all_ran
 from qflow.trial.record import Evaluation, TrialResult
 from qflow.trial.shared import Progress, SharedState, silent
 from qflow.trial.training import Training, float_weights, train_trial, training_key

@@ -1,4 +1,4 @@
-"""A culprit is planted; the tools must name it."""
+"""One operator is made bad on purpose; the tools must name it."""
 
 import copy
 
@@ -45,12 +45,12 @@ def test_promoting_it_alone_restores_the_accuracy(planted):
             TrialSettings(qconfig=QConfigSettings(**settings), calibration=planted.default_calibration)
         )
 
-    int8, ceiling, mix = run(), run(int16_ratio=1.0), run(int16_ratio=1 / len(planted.precisions.promotable))
+    int8, all_int16, mix = run(), run(int16_ratio=1.0), run(int16_ratio=1 / len(planted.precisions.promotable))
     assert int8.drop > 0.05
-    assert ceiling.drop < 0.01
+    assert all_int16.drop < 0.01
     assert mix.drop < 0.01
     assert mix.qconfig.names(QDtype.qint16) == ("loud",)
-    assert mix.cost.latency_ms < ceiling.cost.latency_ms
+    assert mix.cost.latency_ms < all_int16.cost.latency_ms
     assert mix.qconfig.digest == run(modules={"loud": "qint16"}).qconfig.digest
 
 

@@ -130,8 +130,8 @@ def test_a_module_shared_between_two_ranges_is_called_so():
     torch.manual_seed(0)
     _, _, advice = examine(Shares().eval(), torch.randn(16, 3, 8, 8))
     assert (advice[0].op, advice[0].cause) == ("project", "shared module")
-    figures = dict(advice[0].figures)
-    assert figures["call max"] > 20 * figures["call min"]
+    values = dict(advice[0].figures)
+    assert values["call max"] > 20 * values["call min"]
 
 
 def test_calibration_data_of_another_kind_are_the_cause(digits):

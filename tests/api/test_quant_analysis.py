@@ -1,4 +1,4 @@
-"""The guide's accuracy debugging as a library: its own lines, its files, and a culprit that the tools must name."""
+"""The guide's accuracy debugging as a library: its own lines, its files, and a bad operator that the tools must name."""
 
 import dataclasses
 import subprocess

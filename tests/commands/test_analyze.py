@@ -40,7 +40,7 @@ def test_all_files_are_written_and_mlflow_holds_them(done):
 
 
 def test_the_planted_operator_is_found_advised_on_and_mended(done):
-    """`loud` drowns a channel (tests/models.py): first in the table, first in the advice, and it helps."""
+    """`loud` drowns a channel (tests/support/models.py): first in the table, first in the advice, and it helps."""
     result, folder = done
     out = folder / "qflow_out" / "analyze" / "own"
     rows = torch.load(out / "output_scores_L1_sensitive_ops.pt", weights_only=True)
@@ -53,7 +53,7 @@ def test_the_planted_operator_is_found_advised_on_and_mended(done):
     assert "The error starts to grow at loud." in (out / "compare_per_layer_out.txt").read_text()
 
 
-def test_the_line_that_is_advised_can_be_given_to_a_door(done, tmp_path):
+def test_the_line_that_is_advised_can_be_given_to_a_command(done, tmp_path):
     advice = json.loads((done[1] / "qflow_out" / "analyze" / "own" / "advice.json").read_text())
     checked = run_qflow("check", *CUSTOM, advice[0]["line"], cwd=tmp_path)
     assert checked.returncode == 0, checked.stdout + checked.stderr

@@ -96,7 +96,7 @@ def test_where_the_rows_say_nothing_the_prior_stands():
 
 
 def test_the_network_formula_is_that_of_the_operators():
-    """Totals through `predict_network` and operators through `compute_ms` give one figure."""
+    """Totals through `predict_network` and operators through `compute_ms` give the same latency."""
     from support.networks import all_at, network
 
     from qflow.core.dtype import QDtype

@@ -1,4 +1,4 @@
-"""Laws of the cost model, and its figures against the published formula by hand."""
+"""Laws of the cost model, and its predictions against the published formula by hand."""
 
 from math import inf, nan
 
@@ -212,7 +212,7 @@ def test_a_network_of_depthwise_convolutions_has_the_wide_interval():
         assert report.high_ms / report.latency_ms == pytest.approx(above)
 
 
-def test_a_network_without_any_work_has_finite_figures():
+def test_a_network_without_any_work_has_finite_costs():
     graph = ModelGraph((OpNode("x", OpKind.input, "QuantStub", (), (1, 2), "x"),), (("0", "x"),))
     pricer = Pricer(graph, CostModel(fixed_ms=0.0))
     int8 = all_at(graph, QDtype.qint8)

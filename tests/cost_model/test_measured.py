@@ -1,4 +1,4 @@
-"""What a measured profile makes of the figures."""
+"""How a measured profile changes the predicted costs."""
 
 import json
 import re

@@ -264,7 +264,7 @@ BAD = {
     "only a version": (b"ucp_version: 3", "but got 0 in"),
     "a node of number": (b'{"perf_result": {}}\n***\n{"model_latency": {"Node-0": 3}}', "a node of model_latency"),
     "a node without times": (b'{"perf_result": {}}\n***\n{"model_latency": {"Node-0": {}}}', "avg_time is a number"),
-    "a log of no figures": (b'{"perf_result": {}}\n***\n{"processor_latency": {}}', "but got neither"),
+    "a log of no times": (b'{"perf_result": {}}\n***\n{"processor_latency": {}}', "but got neither"),
 }
 
 

@@ -28,8 +28,8 @@ def test_every_figure_of_the_tables_has_its_unit():
     graph = network()
     units = (r"\((ms|share|%|count|elements|bytes|kB|10\^6|frames/s)\)", "10\\^6 MACs")
     for heading, cell in headings(predict(graph, all_at(graph, QDtype.qint8), MODEL)):
-        figure = re.fullmatch(r"[-+0-9.e]+", cell) is not None
-        assert bool(re.search("|".join(units), heading)) == figure or "interval (ms)" in heading, (heading, cell)
+        number = re.fullmatch(r"[-+0-9.e]+", cell) is not None
+        assert bool(re.search("|".join(units), heading)) == number or "interval (ms)" in heading, (heading, cell)
 
 
 def test_the_tables_for_people_begin_with_the_costliest_and_add_up():

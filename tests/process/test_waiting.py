@@ -24,7 +24,7 @@ def said(*command: str, cwd: Path | None = None, **environment: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_a_door_has_its_threads_sleep_soon(tmp_path: Path) -> None:
+def test_a_command_has_its_threads_sleep_soon(tmp_path: Path) -> None:
     assert OURS not in said("-c", LOADED)
     assert OURS in said("-c", BRIEFLY)
     assert OURS in said("-m", "qflow.check", "+experiment=int8_int16", "task=digits", cwd=tmp_path)

@@ -251,7 +251,7 @@ def test_kl_is_the_textbook_loop(shape, data):
     assert torch.allclose(_divergences(made.counts[:512]), expected, rtol=1e-9, atol=1e-12)
     smooth = [float(expected[i : i + KL_WINDOW].sum()) for i in range(len(expected) - KL_WINDOW + 1)]
     index = max(i for i, s in enumerate(smooth) if s <= min(smooth) * (1 + 1e-12))
-    full = histogram(values)  # the same choice through the front door, at full resolution
+    full = histogram(values)  # the same choice through the public function, at full resolution
     assert 0 < threshold(full, "kl") <= full.largest
     made.batch_max, made.batch_min = [made.limit * 512 / BINS], [0.0]
     assert threshold(made, "kl") == pytest.approx((KL_LEVELS + index + KL_WINDOW // 2) * made.limit / BINS)

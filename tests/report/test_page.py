@@ -111,7 +111,7 @@ def test_every_name_is_escaped(tmp_path):
     assert page.count("<script>") == page.count("</script>") == 3
 
 
-def test_hover_shows_the_name_and_all_figures():
+def test_hover_shows_the_name_and_all_values():
     table = layers(77)
     text = hover_text(table.rows[1])
     assert table.rows[1].mod_name in text

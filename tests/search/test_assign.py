@@ -1,4 +1,4 @@
-"""The solver against every mix: additive and shared costs, limits, and the landscapes of the benchmark."""
+"""The solver against every mix: additive and shared costs, limits, and the test problems of the benchmark."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_cheapest_and_most_accurate_are_the_optima_of_all_mixes(seed, cast):
     assert problem.error(best) == pytest.approx(least, rel=1e-3)
 
 
-def test_a_figure_of_pairs_is_exact_and_of_single_operators_is_not():
+def test_cost_terms_of_pairs_are_exact_and_of_single_operators_are_not():
     problem = chain(3)
     for mix in mixes(COUNT):
         assert problem.time(mix) == pytest.approx(problem.price(mix))

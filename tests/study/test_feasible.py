@@ -1,4 +1,4 @@
-"""What only the model can refuse: switches that no operator answers to, budgets on figures that cannot be judged."""
+"""What only the model can refuse: switches that no operator answers to, budgets on costs that cannot be judged."""
 
 import pytest
 from support.compose import BASE, compose
@@ -9,7 +9,7 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.setter import covers
 from qflow.search.objective import Goal
-from qflow.study.feasible import check_budgets, check_search
+from qflow.study.feasible import check_budgets, check_feasible
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_a_switch_covers_the_group_and_a_part_of_it_may_differ(grouped):
         "qconfig.modules.body.conv2=choice(qint8,qint16)",
     )  # fmt: skip
     space = search_space(config)
-    check_search(grouped, Goal(0.01), module_settings(config, space))
+    check_feasible(grouped, Goal(0.01), module_settings(config, space))
     low = applied(grouped, config, {"qconfig.modules.body": "qint8", "qconfig.modules.body.conv2": "qint8"})
     assert QDtype.qint16 not in low.values()
     body = {name for name in low if covers("body", name)}
@@ -62,7 +62,7 @@ def test_switches_on_the_digits_model_decide_their_operators(evaluator):
 def test_a_switch_that_no_operator_answers_to_is_refused_before_the_first_trial(evaluator):
     config = compose(BASE, "qconfig.modules.conv7=choice(qint8,qint16)")
     with pytest.raises(ConfigError, match="but got conv7"):
-        check_search(evaluator, Goal(0.01), module_settings(config, search_space(config)))
+        check_feasible(evaluator, Goal(0.01), module_settings(config, search_space(config)))
 
 
 class Report:
@@ -83,7 +83,7 @@ class Report:
         ({"max_int16_mac_share": 0.5}, Report(refusal="no price for x", lower_bound=True), ""),
     ],
 )
-def test_a_figure_that_cannot_be_judged_meets_no_budget(evaluator, monkeypatch, budget, report, says):
+def test_a_cost_that_cannot_be_judged_meets_no_budget(evaluator, monkeypatch, budget, report, says):
     monkeypatch.setattr(evaluator, "cost", lambda qconfig: report)
     if not says:
         check_budgets(evaluator, Goal(0.01, **budget))

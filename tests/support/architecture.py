@@ -12,21 +12,25 @@ import re
 import textwrap
 from functools import cache
 from html import escape
+from importlib.util import resolve_name
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PICTURE = ROOT / "docs" / "architecture.svg"
 
-LAYERS = (
-    ("core", "process"),
-    ("quant", "cost_model", "tasks", "search", "tracking"),
-    ("analysis",),
-    ("trial",),
-    ("config", "report"),
-    ("study", "api"),
-    ("workflows", "commands"),
+LAYERS: tuple[dict[str, int], ...] = (
+    {"core": 3, "process": 0},
+    {"quant": 1, "cost_model": 2, "tasks": 3, "search": 4, "tracking": 5},
+    {"analysis": 1},
+    {"trial": 3},
+    {"config": 0, "report": 3},
+    {"api": 1, "study": 5},
+    {"workflows": 3, "commands": 4},
 )
-"""From the ground up. A package imports from lower layers only, never from its own."""
+"""From the ground up. A package imports from lower layers only, never from its own.
+
+The number is the package's column in the picture, chosen so that no arrow passes behind a box.
+"""
 
 SUBPACKAGES = {
     "quant": (("trace", "values"), ("model",), ("replay", "train")),
@@ -60,13 +64,14 @@ def is_command(module: str) -> bool:
 
 
 def imported(path: Path) -> list[str]:
-    """Dotted names that a file imports anywhere: at the top, in functions, for type checkers. Relative ones too."""
+    """Dotted names that a file imports: at the top, in functions, for type checkers; relative ones resolved."""
+    folder = ".".join(path.parent.relative_to(ROOT).parts)
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join([path.parent.name] * bool(node.level) + [node.module] * bool(node.module))
+            base = resolve_name("." * node.level + (node.module or ""), folder)
             found += [f"{base}.{alias.name}" for alias in node.names]
     return found
 
@@ -99,23 +104,23 @@ def layer_of(package: str) -> int:
 
 # ---- the picture -----------------------------------------------------------------------------------------------
 
-WIDTH, BOX, HEIGHT, GAP = 1150, 210, 94, 48
-ASIDE = {"analysis": -340, "trial": 110, "process": 340}
-"""Boxes that stand beside their place, so that fewer arrows pass behind a box."""
+BOX, HEIGHT, GAP = 210, 94, 48
 
 
 def draw() -> str:
-    """Packages by layer, with what each is for, and the imports between them; what a longer way implies is left out."""
+    """Packages by layer, with what each is for, and the imports between them.
+
+    Arrows that follow from others are left out.
+    """
     places = {}
     for level, layer in enumerate(reversed(LAYERS)):
-        left = (WIDTH - len(layer) * (BOX + 16) + 16) / 2
-        for i, package in enumerate(layer):
-            places[package] = left + i * (BOX + 16) + ASIDE.get(package, 0), 12 + level * (HEIGHT + GAP)
+        for package, column in layer.items():
+            places[package] = 12 + column * (BOX + 16), 12 + level * (HEIGHT + GAP)
     lines = [_line(*places[a], *places[b]) for a, b in sorted(_direct(package_arrows()))]
     boxes = [_box(package, *place) for package, place in places.items()]
-    height = 24 + len(LAYERS) * (HEIGHT + GAP) - GAP
+    width, height = 6 * (BOX + 16) + 8, 24 + len(LAYERS) * (HEIGHT + GAP) - GAP
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="Helvetica, Arial, sans-serif">\n<rect width="100%" height="100%" fill="white"/>\n'
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0 L8 4 L0 8 z" fill="#667"/></marker></defs>'

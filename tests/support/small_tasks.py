@@ -1,4 +1,4 @@
-"""What the tests of the small tasks share: a evaluator under the shipped rules of nash-m, and a trial's drop."""
+"""What the tests of the small tasks share: an evaluator under the shipped rules of nash-m, and a trial's drop."""
 
 from qflow.config.device_file import load_cost, load_rules
 from qflow.core.settings import QatSettings, QConfigSettings, TrialSettings

@@ -1,4 +1,4 @@
-"""Whatever a task's figures depend on changes its identity; nothing else does, and no process is another."""
+"""Whatever a task's metrics depend on changes its identity; nothing else does, and every process computes the same one."""
 
 import functools
 import subprocess
@@ -117,7 +117,7 @@ PAIRS = {
 
 
 @pytest.mark.parametrize(("one", "other"), PAIRS.values(), ids=PAIRS)
-def test_what_figures_depend_on_is_in_the_identity(one, other):
+def test_what_metrics_depend_on_is_in_the_identity(one, other):
     assert of_task(task(**one)) == of_task(task(**one))
     assert of_task(task(**one)).content != of_task(task(**other)).content
 
@@ -187,7 +187,7 @@ def test_a_training_knows_all_its_data():
     data.train = relabelled().evaluation
     training = Training(above, torch.optim.SGD)
     assert of_training(task(), training).content != of_training(task(data=data), training).content
-    assert of_task(task()) == of_task(task(data=data))  # what is only trained on changes no calibrated figure
+    assert of_task(task()) == of_task(task(data=data))  # what is only trained on changes no calibrated metric
 
 
 Pair = namedtuple("Pair", "first second")
@@ -201,10 +201,10 @@ Pair = namedtuple("Pair", "first second")
 )  # fmt: skip
 def test_values_are_told_apart(one, other):
     def of(value):
-        anatomy = ContentDigest()
-        anatomy.add(value, "value")
-        assert not anatomy.unidentified
-        return anatomy.digest
+        content = ContentDigest()
+        content.add(value, "value")
+        assert not content.unidentified
+        return content.digest
 
     assert of(one) == of(one)
     assert of(one) != of(other)
@@ -215,11 +215,11 @@ def test_a_ring_and_a_chain_end():
     ring.append(ring)
     for _ in range(1000):
         chain = [chain]
-    anatomy = ContentDigest()
-    anatomy.add(ring, "ring")
-    assert not anatomy.unidentified
-    anatomy.add(chain, "chain")
-    assert anatomy.unidentified == ["chain (nested 100 deep)"]
+    content = ContentDigest()
+    content.add(ring, "ring")
+    assert not content.unidentified
+    content.add(chain, "chain")
+    assert content.unidentified == ["chain (nested 100 deep)"]
 
 
 SCRIPT = """

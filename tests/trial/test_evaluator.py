@@ -210,7 +210,7 @@ def test_whatever_a_calibration_setting_changes_a_shared_evaluator_sees(field, n
         found.measure_float()
         return found
 
-    def figure(evaluator, calibration):
+    def metric_of(evaluator, calibration):
         qconfig = evaluator.template(QDtype.qint8)[1].with_ops(
             {
                 "[mul]": OpQConfig(QDtype.float16),
@@ -224,11 +224,11 @@ def test_whatever_a_calibration_setting_changes_a_shared_evaluator_sees(field, n
     settings = CalibrationSettings(**base)
     changed = CalibrationSettings(**{**base, field: FIELDS[field]})
     shared = made()
-    before = figure(shared, settings)
-    assert figure(shared, changed) == figure(made(), changed)
-    assert before == figure(made(), settings)
+    before = metric_of(shared, settings)
+    assert metric_of(shared, changed) == metric_of(made(), changed)
+    assert before == metric_of(made(), settings)
     if field in ("float16_clip", "method", "int16_margin", "divisor", "std_scale", "augment"):
-        assert figure(shared, changed) != before  # the test sees what it is about
+        assert metric_of(shared, changed) != before  # the test sees what it is about
 
 
 def test_a_known_trial_says_what_calibrated_it(evaluator):

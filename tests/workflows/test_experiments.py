@@ -210,7 +210,7 @@ def test_no_training_where_a_budget_is_what_is_missed(tmp_path):
     assert "QAT rate" not in done.stdout
 
 
-def test_a_mix_of_an_error_share_is_given_back_from(tmp_path):
+def test_a_mix_of_an_error_share_is_demoted(tmp_path):
     done = tune(
         "+experiment=int8_int16", "task=dual", "+debug=tiny", "search=error_share", "objective.max_drop=0.045",
         "objective.max_int16_mac_share=0.9", "search.enqueue=[{qconfig.error_share: 0.3}]", "search.n_trials=32",

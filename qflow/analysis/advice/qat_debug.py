@@ -1,14 +1,15 @@
-"""The guide's order of looking when QAT fails: what is at fault, the pipeline, the model or the quantizers?
+"""The guide's five stages for a QAT that fails: they find whether the pipeline, the model or the quantizers fail.
 
-    1  fine-tune the float model with the same pipeline         bad: the pipeline, or overfitting
-    2  the prepared model with fake quantization off            bad: preparing, or the batch norm mode
-    3  rate 0, scales and statistics kept                       must be the calibrated metric, exactly
-    4  rate 0 as configured                                     what moving scales and statistics do alone
-    5  QAT as configured                                        bad: rate, decay, augmentation
+    1  fine-tune the float model with the same pipeline         if it loses: the pipeline, or overfitting
+    2  the prepared model with fake quantization off            if it loses: the preparation, or the batch norm mode
+    3  rate 0, scales and statistics kept                       must give the calibrated metric exactly
+    4  rate 0 as configured                                     shows what moving scales and statistics do alone
+    5  QAT as configured                                        if it loses: rate, decay or augmentation
 
-Each stage starts from copies of the same models, sees the same batches, and is judged on the same metric. A stage is
-at fault that loses more than the tolerance against its reference (stage 3: anything at all). Whether the goal is met
-is another question: sound training may still end too far below float, and then the verdict says by how much.
+Each stage starts from copies of the same models, sees the same batches, and is judged on the same metric. A stage
+is at fault if its metric is worse than its reference by more than the tolerance; stage 3 is at fault if the two differ
+by more than rounding. The goal is checked apart from this: a training without fault may still end too far below float,
+and then the verdict says by how much.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ Evaluate = Callable[[nn.Module], float]
 
 @dataclass(frozen=True)
 class DebugStage:
-    """One training of the debug order."""
+    """One stage: a training and its metric."""
 
     name: str
     metric: float | None
     """None where the training stopped; `note` says why."""
     reference: float
-    """What the metric is laid to."""
+    """The metric that this one is compared with."""
     passed: bool
     note: str = ""
 
@@ -84,8 +85,8 @@ def qat_debug(
     """Run the five stages and name the first at fault. `model` and `prepared` (calibrated) are left as they are.
 
     `batches()` gives (model inputs, batch) in the same order each time; `build` makes an optimizer of parameter
-    groups; a stage passes that loses at most `tolerance` in the metric's units (stage 3: nothing but rounding). `goal`
-    is the largest loss against float that would do; the verdict says whether QAT gets there.
+    groups. A stage passes if it loses at most `tolerance`, in the metric's units (stage 3: only rounding). `goal` is the
+    largest accepted drop from float; the verdict says whether QAT meets it.
     """
     float_metric = evaluate(model)
     with prepared.quantized():
@@ -117,7 +118,7 @@ def qat_debug(
 
 
 def _stage(name: str, run: Callable[[], float], reference: float, allowed: float, sign: float) -> DebugStage:
-    """One stage, run: it passes where its metric lies at most `allowed` below `reference` (above, with sign -1)."""
+    """Run one stage: it passes where its metric lies at most `allowed` below `reference` (above, with sign -1)."""
     try:
         metric = run()
     except TrialError as error:
@@ -140,7 +141,7 @@ def _goal(metric: float | None, float_metric: float, sign: float, goal: float | 
 
 
 def _exact(stage: DebugStage, reference: float) -> DebugStage:
-    """Better than calibration is as wrong as worse: nothing was trained."""
+    """`stage`, passed only if its metric equals `reference`: nothing was trained, so that a better one is wrong too."""
     return replace(stage, passed=stage.metric is not None and abs(stage.metric - reference) <= 1e-9)
 
 

@@ -12,15 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from qflow.analysis.badcases.files import BadcaseInputs, badcase_text
+from qflow.analysis.badcases.files import BadcaseInputs
 from qflow.analysis.badcases.search import Search
 from qflow.analysis.badcases.state import read_state, write_state
 from qflow.analysis.measures.metrics import CUSTOM, Custom, metric_names
 from qflow.analysis.measures.tables import BadcaseTable
 from qflow.core.errors import ConfigError
 from qflow.quant.model.quantized_model import QuantizedModel
-
-__all__ = ["badcase_text", "find_badcases"]
 
 COMPARE = ("fair", "raw")
 POOL = 1024
@@ -51,14 +49,14 @@ def find_badcases(
     `COMPARISONS`, or `custom` with the user's own function. By `compare="fair"` they are those of the largest sum
     over outputs of distance / mean distance of the output; by `"raw"`, as in the plugin, those of the worst number
     in any output. Raw is exact always. Fair is exact up to 2 x `pool` samples (`pool` is 1024, or `count` if more),
-    and beyond as far as the proof in worst_samples.py carries; a finding says so if that is not all `count`.
+    and beyond for as many samples as worst_samples.py can prove; if these are fewer than `count`, a finding says so.
 
     Operators that change the order of values (topk, sort, argmax, ...) follow the float indices, so that outputs can
     be compared element by element. `inputs` collects the inputs of bad cases on the way.
 
-    With `state` the search is written to that file every `save_every` steps and at the end; run again on the same
-    batches, it passes over the finished ones and ends with the same table, bit for bit. `identity` names data and
-    model: a state of another one is refused.
+    With `state` the search is saved to that file every `save_every` steps and at the end. A second call on the same
+    batches skips the finished ones and returns the same table, bit for bit. `identity` names data and model: a state
+    of another identity is refused.
 
     Raises DataError if there is no data or no floating output to compare, ConfigError for settings that do not
     exist and for a state of another search.
@@ -97,7 +95,7 @@ def _steps(
     inputs: BadcaseInputs | None,
     wanted: Callable[[], set[int]],
 ) -> Iterator[int]:
-    """Take in the batches behind the first `done`, which only show their inputs; yields each step as it is done."""
+    """Search the batches after the first `done`; of those, only the inputs are collected. Yields each finished step."""
     seen = 0
     for step, (batch, size) in batches:
         if step > done:

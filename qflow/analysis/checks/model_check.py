@@ -1,4 +1,4 @@
-"""The model check: fusion, call counts, requested against applied precision, and what deserves a second look."""
+"""The model check: fusion, call counts, requested against applied precision, and suspicious settings."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from qflow.core.qconfig import OpQConfig, QConfig
 def check_model(
     graph: ModelGraph, requested: QConfig, applied: QConfig, extra: Sequence[Finding] = (), method: str = "minmax"
 ) -> ModelCheck:
-    """Join the graph with what was asked and what the device will run.
+    """Join the graph with the requested and the applied qconfig.
 
     `extra` are findings of calibration, `method` is the observer of operators without one of their own.
     """
     rows = tuple(_row(node, graph, requested, applied, method) for node in graph.quantized)
     findings: list[Finding] = []
     for node in graph.quantized:
-        ask, op = requested.ops[node.name], applied.ops[node.name]
+        wanted, op = requested.ops[node.name], applied.ops[node.name]
         if op.fallback:
-            asked = f"{op.output}" if ask.output == op.output else f"{ask.output} asked, {op.output}"
-            findings.append(Finding(node.name, "info", f"{asked}: {op.fallback}"))
+            same = wanted.output == op.output
+            dtypes = f"{op.output}" if same else f"requested {wanted.output}, applied {op.output}"
+            findings.append(Finding(node.name, "info", f"{dtypes}: {op.fallback}"))
         findings += _suspicious(node, op)
     findings += _calls(graph, {finding.op.partition("(")[0] for finding in extra})
     findings += [Finding(a, "check", f"could fuse with {b} but does not: {why}") for a, b, why in graph.unfused]
@@ -36,7 +37,7 @@ def check_model(
 
 
 def _row(node: OpNode, graph: ModelGraph, requested: QConfig, applied: QConfig, method: str) -> CheckRow:
-    """What was asked for an operator, beside what the device will run."""
+    """The requested and the applied settings of one operator."""
     op = applied.ops[node.name]
     return CheckRow(
         op=node.name,
@@ -53,7 +54,7 @@ def _row(node: OpNode, graph: ModelGraph, requested: QConfig, applied: QConfig, 
 
 
 def _calls(graph: ModelGraph, seen: set[str]) -> Iterator[Finding]:
-    """Shared modules, and modules that tracing never called; `seen` are those that calibration has met all the same."""
+    """Shared modules, and modules that tracing never called; `seen` are those that calibration has called."""
     owning = {name for node in graph.nodes for name in (node.quantizer, node.weight) if name}
     for path, count in graph.calls.items():
         if count > 1 and path in owning:
@@ -97,7 +98,7 @@ def _bounded(graph: ModelGraph, applied: QConfig) -> list[Finding]:
 
 
 def _observer(op: OpQConfig, method: str) -> str:
-    """What sets the output scale. int16 takes the largest value with a margin unless it asks for more."""
+    """What sets the output scale. int16 takes the largest value with a margin unless the operator has an observer of its own."""
     if op.output is None or not op.output.is_integer:
         return ""
     if op.pinned_scale() is not None:
@@ -126,13 +127,13 @@ def _suspicious(node: OpNode, op: OpQConfig) -> list[Finding]:
             Finding(node.name, "info", f"Fixed scale {op.pinned_scale() or 0.0:.6g} of range {low:g}..{high:g}")
         )
     if op.input and any(op.input):
-        asked = ", ".join(f"input {i} {d}" for i, d in enumerate(op.input) if d)
-        found.append(Finding(node.name, "check", f"requantized at {asked}"))
+        inputs = ", ".join(f"input {i} {d}" for i, d in enumerate(op.input) if d)
+        found.append(Finding(node.name, "check", f"requantized at {inputs}"))
     return found
 
 
 def check_text(check: ModelCheck) -> str:
-    """`model_check_result.txt`: the guide's sections in its order, with what was asked and why it was not given."""
+    """`model_check_result.txt`: the guide's sections in its order, with the requested dtypes and why others were applied."""
     lines = ["Fusable modules are listed below:" if check.unfused else "All fusable modules are fused in model!"]
     types = {row.op: row.op_type for row in check.rows}
     for first, second, why in check.unfused:
@@ -152,8 +153,8 @@ def check_text(check: ModelCheck) -> str:
     ]
     lines.append(text_table(header, out))
     lines.append("\nRequested and applied:")
-    asked = [[r.op, r.requested, r.applied, r.rule, r.reason] for r in check.rows]
-    lines.append(text_table(["Module Name", "requested", "applied", "rule", "reason"], asked))
+    both = [[r.op, r.requested, r.applied, r.rule, r.reason] for r in check.rows]
+    lines.append(text_table(["Module Name", "requested", "applied", "rule", "reason"], both))
     lines.append("\nWeight qconfig:")
     weights = [[r.op, r.op_type, r.weight_dtype, str(r.weight_axis), "minmax"] for r in check.rows if r.weight_dtype]
     lines.append(text_table(["Module Name", "Module Type", "weight dtype", "ch_axis", "observer"], weights))
