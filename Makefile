@@ -1,6 +1,6 @@
 # make tune    install what is needed and run the tuning job
 # make test    install and run all tests
-# make quick   the tests that take less than 10 seconds each
+# make quick   the tests that are not slow: a minute or two
 # make check   install and run linter and type checker
 # make picture draw docs/architecture.svg from the imports
 # make ui      show the runs in the browser

@@ -30,7 +30,10 @@ from pathlib import Path
 import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  # imported here, so that no round spends time on it
 
 from qflow.search.domain import Choice, Interval, Space, Values, point_key
-from qflow.search.loop import Outcome, check_invariants, interrupts, run_trials
+from qflow.search.interrupts import interrupts
+from qflow.search.loop import run_trials
+from qflow.search.outcome import Outcome
+from qflow.search.reconcile import check_invariants
 from qflow.search.study import Study
 from qflow.tracking.mlflow_tracker import MlflowTracker
 

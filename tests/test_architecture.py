@@ -222,17 +222,22 @@ def test_engine_costs_and_analysis_never_reach_a_store_or_a_configuration(packag
 # ---- 5. tests mirror the packages; sizes, and the picture ------------------------------------------------------------
 
 
+SOURCES = sorted(
+    path for folder in ("qflow", "workflows", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")
+)
+
+
 def test_tests_lie_under_the_package_that_they_test():
     folders = {path.parent.name for path in (ROOT / "tests").glob("*/*.py")} - {"support"}
     assert folders == {package for layer in LAYERS for package in layer}
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_files_and_functions_stay_small_or_say_why(name):
-    text = files()[name].read_text()
-    lines = text.splitlines()
-    assert len(lines) <= LONGEST_FILE
-    for node in ast.walk(ast.parse(text)):
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_small_or_say_why(path):
+    lines = path.read_text().splitlines()
+    product = path.parts[len(ROOT.parts)] in ("qflow", "workflows")
+    assert len(lines) <= LONGEST_FILE or (not product and any(line.startswith("# Long: ") for line in lines))
+    for node in ast.walk(ast.parse("\n".join(lines))):
         if (
             isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
             and node.end_lineno - node.lineno >= LONGEST_FUNCTION

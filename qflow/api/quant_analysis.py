@@ -206,7 +206,7 @@ class QuantAnalysis:
         """
         table = filtered(self._last("layers") or self.run(), *filters(prefixes, types))
         if not table.rows:
-            raise ConfigError(f"A filter leaves rows, but got none of prefixes {prefixes} and types {types}.")
+            raise ConfigError(f"No row matches prefixes {prefixes} or types {types}. Give others.")
         for ending, text in (("txt", layers_text(table)), ("csv", layers_csv(table))):
             (self.out_dir / f"compare_per_layer_out.{ending}").write_text(text)
         return table
@@ -275,7 +275,7 @@ class QuantAnalysis:
     def _held(self) -> SavedBadcases:
         if self._cases is None:
             way = "Call auto_find_bad_case, set_bad_case or load_bad_case."
-            raise ConfigError(f"A bad case comes first, but got none. {way}")
+            raise ConfigError(f"A bad case is needed first, but got none. {way}")
         return self._cases
 
     def _case(self, index: int | None) -> Any:

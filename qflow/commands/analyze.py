@@ -9,9 +9,9 @@
 The first four analyse the model under `qconfig` (a template, modules by name, an int16 ratio, ...) and `calibration`.
 The command writes tables, pictures and a page into a folder and logs them to an MLflow run.
 
-Exit code 0: done; 1: qat_debug found a fault; 2: a mistake in the command line or configuration. A stage of qat_debug may lose
-`objective.max_drop` against its reference (at rate 0 nothing). If sound training misses the goal, the verdict says so,
-and the exit code is 0.
+Exit code 0: done; 1: qat_debug found a fault; 2: a mistake in the command line or configuration. A stage of qat_debug
+may lose `objective.max_drop` against its reference (at rate 0 nothing). If a training without fault misses the goal,
+the verdict says so, and the exit code is 0.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def diagnose(config: DictConfig, stages: list[str]) -> None:
     evaluator.searches, evaluator.cache.say = root / "cache" / "searches", console.say
     if settings.needs_ranking:
         with console.stage("ranking") as say, console.bar("ranking", evaluator.quantizers, "rows") as advance:
-            say(f"{len(evaluator.rank(advance).rows)} rows of the all-int8 model: qconfig picks operators by their order")
+            rows = evaluator.rank(advance).rows
+            say(f"{len(rows)} rows of the all-int8 model: qconfig picks operators by their order")
     diagnosis = Diagnosis(evaluator, settings)
     what, suffix = named(settings, diagnosis.qconfig({}))
     run_stages(diagnosis, stages, console, lambda: diagnosis.shown_layers(config.prefixes, config.types))
@@ -89,7 +90,9 @@ def diagnose(config: DictConfig, stages: list[str]) -> None:
         params={"task": evaluator.task.name, "march": config.device.march, "template": config.qconfig.template},
         description=f"Analysis of {evaluator.task.name}, {what}: analysis.html has all results.",
     )
-    tracker.clear(run)  # else files of an earlier analysis with other stages would stay and look like results of this one
+    tracker.clear(
+        run
+    )  # else files of an earlier analysis with other stages would stay and look like results of this one
     tracker.log_study(run, folder=folder)
     tracker.close_study(run)
     console.say(f"{'written':<12} {folder / 'analysis.html'} and {len(pictures)} pictures; MLflow run {name}")
@@ -146,10 +149,10 @@ def run_stages(
             console.say(f"{'':<12} {a.op}: {a.cause} ({a.source}, {a.gain:.0%})  {what}")
         if any(a.line for a in advice):
             with console.stage("fidelity") as say:
-                checked = diagnosis.check_advice()
-                say(f"following it changes the outputs' distance to float from {checked.before:.3g} to {checked.after:.3g}")
-            together = [f"all together: {shlex.quote(checked.line)}"] if checked.line else []
-            for text in (*together, *checked.left_out):
+                found = diagnosis.check_advice()
+                say(f"following it changes the outputs' distance to float from {found.before:.3g} to {found.after:.3g}")
+            together = [f"all together: {shlex.quote(found.line)}"] if found.line else []
+            for text in (*together, *found.left_out):
                 console.say(f"{'':<12} {text}")
 
 

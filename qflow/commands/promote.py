@@ -86,7 +86,7 @@ def promote(config: DictConfig) -> int:
 
 
 def best_run(tracker: MlflowTracker, study: str) -> str:
-    """Run id of the study's best trial. Raises TrackingError for an unknown study, PromotionError without a best trial."""
+    """Run id of the study's best trial. Raises TrackingError for an unknown study, PromotionError without one."""
     found = tracker.find_study(study)
     if found is None and (elsewhere := tracker.experiments_with(study)):
         raise TrackingError(
@@ -108,7 +108,7 @@ def best_run(tracker: MlflowTracker, study: str) -> str:
 
 
 def load(tracker: MlflowTracker, run_id: str, folder: Path) -> LoggedTrial:
-    """What a rebuild needs, from the run alone. Raises PromotionError for an unknown run and one that did not finish."""
+    """What a rebuild needs, from the run alone. Raises PromotionError unless the run is a finished trial."""
     from qflow.analysis.measures.tables import SensitivityTable
     from qflow.core.qconfig import QConfig
     from qflow.core.record import from_dict
@@ -118,7 +118,9 @@ def load(tracker: MlflowTracker, run_id: str, folder: Path) -> LoggedTrial:
         result = tracker.result(run_id)
     except TrackingError as error:
         if "not found" in str(error):
-            raise PromotionError(f"A run must exist to be promoted, but got {run_id}, unknown in {tracker.uri}. Name another run.") from error
+            raise PromotionError(
+                f"A run must exist to be promoted, but got {run_id}, unknown in {tracker.uri}. Name another run."
+            ) from error
         raise
     if result is None:
         raise PromotionError(

@@ -95,9 +95,6 @@ def check_executor(config: DictConfig) -> None:
         raise ConfigError(f"executor.threads is at least 0 (0 leaves it to torch), but got {config.executor.threads}.")
 
 
-SAMPLERS = ("tpe", "nsga2", "gp", "random")
-
-
 def root_dir(config: DictConfig) -> Path:
     """Return the absolute folder of stores and scratch files; create it if missing. An empty QFLOW_HOME is ignored.
 

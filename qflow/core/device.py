@@ -75,9 +75,8 @@ def apply_rules(
     """Return the qconfig that the device will run, with the reason for each change in `OpQConfig.fallback`.
 
     `scores` rank the two producers of a matmul: the more sensitive one keeps int16 (without scores the first one).
-    `ranking` selects the plugin's rule instead: operators in the order of its name setters
-    (plugin_names.plugin_ranking). Raises ConfigError where no fallback helps: int16 x int16, fp16 without a float path,
-    a high-precision output inside the model.
+    `ranking` selects the plugin's rule instead: operators in the order of its name setters. Raises ConfigError where no
+    fallback helps: int16 x int16, fp16 without a float path, a high-precision output inside the model.
     """
     state = _Applied(graph, dict(requested.ops), rules)
     for node in graph.nodes:

@@ -104,7 +104,7 @@ def parse_range(value: object, where: str) -> tuple[float, float]:
 
 
 def parse_observer(value: object, where: str) -> str | None:
-    """Return a calibration method from its name or from a plugin observer class (`MSEObserver`, `min_max`).
+    """Return a calibration method from its name or from an observer class of that name (`MSEObserver`, `min_max`).
 
     HistogramObserver names no method, so it gives None, which means the trial's method. Raises ConfigError.
     """

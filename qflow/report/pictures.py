@@ -1,7 +1,7 @@
 """The analysis as picture files (matplotlib): each function takes a table or arrays, writes a PNG, returns the Figure.
 
 Import this module only where something is drawn, not at the top of a command: matplotlib takes a while to load.
-Everything that a colour shows is also shown by a shape or a hatch. Pictures of arrays come from `array_pictures`.
+Everything that a colour shows is also shown by a shape or a hatch. Pictures of arrays are in array_pictures.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator
 
 from qflow.analysis.measures.tables import LayerTable, SensitivityRow, SensitivityTable
-from qflow.report.array_pictures import badcase_grid, layer_histogram, nothing, save
+from qflow.report.array_pictures import nothing, save
 from qflow.report.drawing import (
     BLUE,
     GREEN,
@@ -31,7 +31,6 @@ from qflow.report.drawing import (
     start_position,
 )
 
-__all__ = ["badcase_grid", "error_along_network", "layer_histogram", "sensitivity_bars"]
 HATCHES = {"qint8": "", "qint16": "////", "float16": "...."}
 WORST = 5
 """Operators that are named because of their own error."""

@@ -3,4 +3,17 @@
 No other package imports optuna. Solvers and strategies see dictionaries and arrays, never a model.
 """
 
-__all__ = ["assign", "cost_terms", "domain", "loop", "objective", "outcome", "strategies", "study", "surrogate"]
+__all__ = [
+    "assign",
+    "cost_terms",
+    "domain",
+    "interrupts",
+    "loop",
+    "objective",
+    "outcome",
+    "proposal",
+    "reconcile",
+    "strategies",
+    "study",
+    "surrogate",
+]

@@ -26,16 +26,12 @@ from typing import Any, TypeAlias
 from urllib.parse import quote
 
 from qflow.core.errors import QflowError, TrialError
-from qflow.search.domain import Choice, Scalar, Values, all_points, applies, point_key
+from qflow.search.domain import Choice, Values, all_points, applies, point_key
 from qflow.search.interrupts import Terminated, interrupts
 from qflow.search.outcome import FailedTrial, FinishedTrial, Marker, Outcome, Tracker
-from qflow.search.reconcile import INTERRUPTED, LASTING, LOST, check_invariants, finished, given_up, reconcile
-from qflow.search.study import Proposal, Study
-
-__all__ = [
-    "Driver", "Evaluate", "FailedTrial", "FinishedTrial", "Outcome", "Scalar", "Terminated", "Tracker",
-    "check_invariants", "driving", "interrupts", "reconcile", "run_trials",
-]  # fmt: skip
+from qflow.search.proposal import Proposal
+from qflow.search.reconcile import INTERRUPTED, LASTING, LOST, finished, given_up, reconcile
+from qflow.search.study import Study
 
 Evaluate: TypeAlias = Callable[[Values, Path], Outcome]
 ASKS = 30  # proposals in a row that repeat known trials, after which the space counts as exhausted

@@ -34,13 +34,17 @@ class Outcome:
         """Raise TrialError unless all objectives are present and finite and no constraint is NaN."""
         if len(self.objectives) != n_objectives:
             raise TrialError(
-                f"A trial gives {n_objectives} objectives, but got {len(self.objectives)}. Absent is failed."
+                f"A trial gives {n_objectives} objectives, but got {len(self.objectives)}. Return all of them."
             )
         if not all(_finite(value) for value in self.objectives):
-            raise TrialError(f"Objectives are finite numbers, but got {self.objectives}. Absent is failed.")
+            raise TrialError(
+                f"Objectives are finite numbers, but got {self.objectives}. Raise TrialError for a trial that fails."
+            )
         for name, value in self.constraints.items():
             if not isinstance(value, (int, float)) or math.isnan(value):
-                raise TrialError(f"A constraint is a number, but got {value!r} for {name}. Absent is failed.")
+                raise TrialError(
+                    f"A constraint is a number, but got {value!r} for {name}. Raise TrialError for a trial that fails."
+                )
 
 
 def _finite(value: object) -> bool:

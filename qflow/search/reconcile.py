@@ -12,7 +12,8 @@ import logging
 import math
 
 from qflow.search.outcome import FinishedTrial, Marker, Tracker
-from qflow.search.study import Study, StudyTrial
+from qflow.search.proposal import StudyTrial
+from qflow.search.study import Study
 
 MAX_RETRY = 2
 LOST = "lost"  # the process died; this counts as a try

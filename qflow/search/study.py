@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 from qflow.core import record
 from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.store import exclusive
-from qflow.search.database import LOCK_TIMEOUT, open_storage, place_of
+from qflow.search.database import open_storage, place_of
 from qflow.search.domain import (
     Choice,
     Domain,
@@ -40,9 +40,7 @@ from qflow.search.domain import (
     parents_first,
     space_dict,
 )
-from qflow.search.proposal import SAMPLERS, Proposal, StudyTrial, check_arguments
-
-__all__ = ["LOCK_TIMEOUT", "SAMPLERS", "Proposal", "Study", "StudyTrial"]
+from qflow.search.proposal import Proposal, StudyTrial, check_arguments
 
 _STATES = {
     TrialState.RUNNING: "running",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from qflow.config.settings import SAMPLERS, check_executor, plain, sensitivity_settings, trial_settings
+from qflow.config.settings import check_executor, plain, sensitivity_settings, trial_settings
 from qflow.config.space import search_space
 from qflow.core.errors import ConfigError
+from qflow.search.proposal import SAMPLERS
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -9,6 +9,7 @@ from pathlib import Path
 from qflow.config.settings import trial_settings, with_params
 from qflow.core.dtype import QDtype
 from qflow.core.errors import TrialError
+from qflow.core.qconfig import QConfig
 from qflow.core.store import write_whole
 from qflow.report.console import SummaryRow, python_command, summary_table
 from qflow.search.objective import CONSTRAINT, accurate, nearest_miss, over_budget
@@ -85,10 +86,7 @@ def verdict(session: Session, best: FinishedTrial | None, shown: FinishedTrial) 
     """Return whether the goal is met, and if not, by how much it is missed and what to relax."""
     goal, int16 = str(session.goal), session.baselines.get("all-int16")
     if best is not None:
-        m, saved = best.outcome.metrics, ""
-        if int16 is not None and accurate(int16):
-            less = round(100.0 * (1.0 - m["cost/latency_ms"] / int16.outcome.metrics["cost/latency_ms"]))
-            saved = f", predicted latency {f'{less}% below' if less > 0 else 'not below'} all-int16"
+        saved = f", {_against_int16(session, best, int16)}" if int16 is not None and accurate(int16) else ""
         return f"{'goal':<12}{goal}: met{saved}"
     over = over_budget(shown)
     if over and accurate(shown):
@@ -102,6 +100,24 @@ def verdict(session: Session, best: FinishedTrial | None, shown: FinishedTrial) 
     else:
         advice = f"raise objective.max_drop (to {shown.outcome.metrics['accuracy/drop']:.4f}) or search.n_trials"
     return f"{'goal':<12}{goal}: missed by {miss:.4f}; {advice}"
+
+
+def _against_int16(session: Session, best: FinishedTrial, int16: FinishedTrial) -> str:
+    """Return by how much the predicted latency is below all-int16's, and the ratio of BPU times with its interval.
+
+    The ratio says how surely the two differ: what is fixed in one network cancels in it.
+    """
+    saved = 1.0 - best.outcome.metrics["cost/latency_ms"] / int16.outcome.metrics["cost/latency_ms"]
+    if round(100.0 * saved) <= 0:
+        return "predicted latency not below all-int16"
+    change = session.evaluator.pricer.change(_applied(session, int16), _applied(session, best))
+    bpu = f"{change.ratio:.2f} of its BPU time [{change.low:.2f}, {change.high:.2f}]"
+    return f"predicted latency {saved:.0%} below all-int16 ({bpu})"
+
+
+def _applied(session: Session, trial: FinishedTrial) -> QConfig:
+    """Return the qconfig of a trial as the device runs it."""
+    return session.evaluator.resolve(trial_settings(with_params(session.config, trial.params)).qconfig)[1]
 
 
 def document(session: Session, table: str, text: str, shown: FinishedTrial) -> str:
@@ -118,8 +134,7 @@ def document(session: Session, table: str, text: str, shown: FinishedTrial) -> s
 
 def raised(session: Session, trial: FinishedTrial) -> dict[str, list[str]]:
     """Return the fp16 and int16 operators of a trial's mix by dtype, the most sensitive first."""
-    settings = trial_settings(with_params(session.config, trial.params)).qconfig
-    qconfig, scores = session.evaluator.resolve(settings)[1], session.evaluator.scores
+    qconfig, scores = _applied(session, trial), session.evaluator.scores
     found = {
         d.value: sorted(qconfig.names(d), key=lambda n: -scores.get(n, 0.0)) for d in (QDtype.float16, QDtype.qint16)
     }

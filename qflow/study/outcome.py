@@ -9,8 +9,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from qflow.config.settings import owner, plain
-from qflow.search.loop import FailedTrial, FinishedTrial, Outcome
 from qflow.search.objective import Goal, meets
+from qflow.search.outcome import FailedTrial, FinishedTrial, Outcome
 from qflow.trial.record import TrialResult, run_metrics
 
 

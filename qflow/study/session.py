@@ -13,16 +13,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from qflow.analysis.checks.model_check import check_model
 from qflow.config.settings import resolved_yaml, trial_settings, with_params
 from qflow.config.space import configured, module_settings
-from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, QflowError, TrackingError
 from qflow.core.record import to_json
 from qflow.report.console import Console, duration
-from qflow.report.files import write_study, write_trial
-from qflow.search.loop import Driver, FailedTrial, FinishedTrial, Outcome, driving
+from qflow.report.files import write_trial
+from qflow.search.loop import Driver, driving
 from qflow.search.objective import Goal, aims, best_trial, meets
+from qflow.search.outcome import FailedTrial, FinishedTrial, Outcome
 from qflow.search.strategies import ERROR_SHARE, RATIO
 from qflow.search.study import Study
 from qflow.study.budget import Budget
@@ -34,7 +33,6 @@ from qflow.study.outcome import outcome, switches, trial_line, trial_params
 from qflow.tasks.early_stop import bounds_of
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.tracking.views import save_view, study_url
-from qflow.trial.diagnosis import Diagnosis
 from qflow.trial.evaluator import Evaluator
 
 PROFILE = "profile.report"  # artifact of the study's run: a copy of the measured report
@@ -285,16 +283,3 @@ class Session:
         searched = [key for key in self.study.space if key not in (RATIO, ERROR_SHARE)]  # shown as share of int16
         key = save_view(self.tracker, self.study.name, params=searched)
         return study_url(host, self.tracker.experiment_id, self.study.name, key)
-
-    def log_stage_tables(self, diagnosis: Diagnosis, tags: Mapping[str, str]) -> None:
-        """Log sensitivities, bad cases, the model check of all-int16 and the analysis with its page and pictures; then
-        set `tags`, which thus mark a complete upload.
-        """
-        from qflow.report.analysis_files import write_analysis  # imports matplotlib and plotly, which are slow to load
-
-        requested, applied = self.evaluator.template(QDtype.qint16)
-        check = check_model(self.evaluator.graph, requested, applied)
-        with tempfile.TemporaryDirectory() as folder:
-            write_study(Path(folder), self.evaluator.sensitivities, self.evaluator.badcases, check)
-            write_analysis(diagnosis, Path(folder) / "analysis", f"{self.study.name}: all-int8 on its bad cases")
-            self.tracker.log_study(self.study_run, folder=Path(folder), tags=tags)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from qflow.analysis.checks.model_check import check_model
@@ -12,6 +14,7 @@ from qflow.config.settings import plain, trial_settings, with_params
 from qflow.core.dtype import QDtype
 from qflow.core.errors import TrialError
 from qflow.core.settings import QConfigSettings
+from qflow.report.files import write_study
 from qflow.search.domain import Choice
 from qflow.search.objective import CONSTRAINT, meets
 from qflow.search.outcome import FinishedTrial
@@ -94,8 +97,23 @@ def diagnose(session: Session) -> None:
     with console.stage("advice") as say:
         advice = diagnosis.advise()
         first = f", first {advice[0].op}: {advice[0].cause} ({advice[0].source})" if advice else ""
-        session.log_stage_tables(diagnosis, {ANALYSIS: key})
+        log_tables(session, diagnosis, {ANALYSIS: key})
         say(f"{len(advice)} operators stand out{first}")
+
+
+def log_tables(session: Session, diagnosis: Diagnosis, tags: Mapping[str, str]) -> None:
+    """Log sensitivities, bad cases, the model check of all-int16, and the analysis with its page and pictures.
+
+    `tags` are set last, so that they mark a complete upload.
+    """
+    from qflow.report.analysis_files import write_analysis  # imports matplotlib and plotly, which are slow to load
+
+    evaluator = session.evaluator
+    check = check_model(evaluator.graph, *evaluator.template(QDtype.qint16))
+    with tempfile.TemporaryDirectory() as folder:
+        write_study(Path(folder), evaluator.sensitivities, evaluator.badcases, check)
+        write_analysis(diagnosis, Path(folder) / "analysis", f"{session.study.name}: all-int8 on its bad cases")
+        session.tracker.log_study(session.study_run, folder=Path(folder), tags=tags)
 
 
 def baseline(session: Session, label: str) -> FinishedTrial:

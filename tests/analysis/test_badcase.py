@@ -1,4 +1,5 @@
 """Bad cases: planted ones are found, in bounded memory, and a search that was cut goes on as if it had not been."""
+# Long: the exactness, files and resumption of one search are tested on the same trained models and direct computation.
 
 import gc
 import itertools
@@ -10,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from qflow.analysis.badcases.files import BadcaseInputs, load_badcases, save_badcases
-from qflow.analysis.badcases.find import badcase_text, find_badcases
+from qflow.analysis.badcases.files import BadcaseInputs, badcase_text, load_badcases, save_badcases
+from qflow.analysis.badcases.find import find_badcases
 from qflow.analysis.badcases.worst_samples import WorstSamples
 from qflow.analysis.measures.metrics import Custom, badness, distance, metric_names, worst_first
 from qflow.analysis.measures.tables import BadcaseTable, Finding

@@ -5,7 +5,7 @@ import copy
 import pytest
 from support.models import Wide
 
-from qflow.analysis.badcases.find import badcase_text
+from qflow.analysis.badcases.files import badcase_text
 from qflow.analysis.checks.model_check import check_text
 from qflow.core.dtype import QDtype
 from qflow.core.record import from_dict, plain

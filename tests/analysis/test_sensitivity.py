@@ -1,4 +1,5 @@
 """The sensitivity table: exact by replay, estimated where that pays, and honest about which is which."""
+# Long: exact, estimated and screened scores are compared with one naive loop on the same network.
 
 import math
 

@@ -1,4 +1,5 @@
-"""The guide's accuracy debugging as a library: its own lines, its files, and a bad operator that the tools must name."""
+"""The guide's accuracy debugging as a library: the guide's lines, the files, and a planted bad operator that is named."""
+# Long: all tests use one analysis of one model, and the table of mistakes covers every public call.
 
 import dataclasses
 import subprocess
@@ -490,10 +491,10 @@ def test_what_is_no_pair(analysis):
     ("call", "message"),
     [
         (lambda qa, x: qa.run(), r"comes first, but got none\. Call auto_find_bad_case, set_bad_case"),
-        (lambda qa, x: qa.compare_per_layer(), r"A bad case comes first"),
-        (lambda qa, x: qa.sensitivity(), r"A bad case comes first"),
-        (lambda qa, x: qa.advise(), r"A bad case comes first"),
-        (lambda qa, x: qa.save_bad_case(), r"A bad case comes first"),
+        (lambda qa, x: qa.compare_per_layer(), r"A bad case is needed first"),
+        (lambda qa, x: qa.sensitivity(), r"A bad case is needed first"),
+        (lambda qa, x: qa.advise(), r"A bad case is needed first"),
+        (lambda qa, x: qa.save_bad_case(), r"A bad case is needed first"),
         (lambda qa, x: qa.load_bad_case(), r"read from badcase.pt, but got FileNotFoundError"),
         (lambda qa, x: qa.load_bad_case(__file__), r"Rename it, or give its folder"),
         (lambda qa, x: qa.auto_find_bad_case(x, metric="L2"), r"one of Cosine, .*custom, in any case, but got 'L2'"),
@@ -534,8 +535,8 @@ def test_what_is_no_pair(analysis):
         (lambda qa, x: qa.set_bad_case(x[0]) and qa.sensitivity(metric="custom"), r"Atol, in any case, but got 'cus"),
         (lambda qa, x: qa.set_bad_case(x[0]) and qa.sensitivity(output_names=["x"]), r"box, score, but got \['x'\]"),
         (lambda qa, x: qa.set_bad_case(x[0]) and qa.sensitivity(output_names=()), r"box, score, but got none"),
-        (lambda qa, x: qa.set_bad_case(x[0]) and qa.sensitivity(prefixes="z"), r"A filter leaves rows, but got none"),
-        (lambda qa, x: qa.set_bad_case(x[0]) and qa.compare_per_layer("z"), r"A filter leaves rows, but got none"),
+        (lambda qa, x: qa.set_bad_case(x[0]) and qa.sensitivity(prefixes="z"), r"No row matches prefixes"),
+        (lambda qa, x: qa.set_bad_case(x[0]) and qa.compare_per_layer("z"), r"No row matches prefixes"),
     ],
 )
 def test_mistakes_are_one_line(analysis, call, message):

@@ -48,7 +48,9 @@ def test_the_planted_operator_is_found_advised_on_and_mended(done):
     advice = json.loads((out / "advice.json").read_text())
     assert advice[0]["line"] == "qconfig.modules={loud: qint16}"
     assert "loud: rounding (activation" in result.stdout
-    before, after = (float(w) for w in result.stdout.split("moves the outputs from ")[1].split()[:3:2])
+    before, after = (
+        float(w) for w in result.stdout.split("changes the outputs' distance to float from ")[1].split()[:3:2]
+    )
     assert after < 0.2 * before
     assert "The error starts to grow at loud." in (out / "compare_per_layer_out.txt").read_text()
 
@@ -64,7 +66,9 @@ def test_the_line_that_is_advised_can_be_given_to_a_command(done, tmp_path):
 def test_stages_and_filters_are_chosen(tmp_path):
     mix = ["qconfig.error_share=0.5", "+experiment=int8_int16"]  # its search is not for this command
     result = run_qflow("analyze", *CUSTOM, *FEW, *mix, "stages=[layers]", cwd=tmp_path)
-    assert result.returncode == 0 and "what qconfig chooses by" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0 and "qconfig picks operators by their order" in result.stdout, (
+        result.stdout + result.stderr
+    )
     result = run_qflow("analyze", *CUSTOM, *FEW, "stages=[layers]", "prefixes=[loud]", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     out = tmp_path / "qflow_out" / "analyze" / "own"
@@ -118,7 +122,9 @@ def test_what_int16_cannot_hold_is_advised_fp16(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     advice = json.loads((tmp_path / "qflow_out" / "analyze" / "exposure-qint16" / "advice.json").read_text())
     assert {(a["op"], a["spec"]) for a in advice} >= {(f"level[{op}]", "float16") for op in ("add", "mean", "square")}
-    before, after = (float(w) for w in result.stdout.split("moves the outputs from ")[1].split()[:3:2])
+    before, after = (
+        float(w) for w in result.stdout.split("changes the outputs' distance to float from ")[1].split()[:3:2]
+    )
     assert after < 0.05 * before
 
 

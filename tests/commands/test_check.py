@@ -17,13 +17,13 @@ def test_a_users_model_is_checked(tmp_path):
     record = json.loads((folder / "model_check.json").read_text())
     assert {row["applied"] for row in record["rows"]} >= {"qint16"}
     lowered = sum(row["applied"] != row["requested"] for row in record["rows"])
-    assert f"{len(record['rows'])} rows, {lowered} not as asked" in done.stdout
+    assert f"{len(record['rows'])} rows, {lowered} not as requested" in done.stdout
     assert len(done.stdout.splitlines()) < 20
 
 
 def test_hints_are_not_counted_as_not_as_asked(tmp_path):
     done = run_qflow("check", *CUSTOM, cwd=tmp_path)
-    assert "8 rows, 0 not as asked" in done.stdout, done.stdout + done.stderr
+    assert "8 rows, 0 not as requested" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 """What the tool chain lowers silently is lowered here with its reason; what it cannot do is refused."""
+# Long: the cases of every device rule share the same graphs and the same rules of nash-m.
 
 from dataclasses import replace
 

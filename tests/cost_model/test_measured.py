@@ -3,12 +3,10 @@
 import json
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 from support.networks import MODEL, all_at, network
 
-from qflow.commands.promote import identity
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.graph import ModelGraph, OpKind, OpNode
@@ -135,15 +133,3 @@ def test_what_no_board_measured_is_refused_in_one_line(tmp_path, text, says):
 def test_a_report_that_is_gone_is_named(tmp_path):
     with pytest.raises(ConfigError, match="lies at device.profile, but got .*none.json: No such file"):
         profile_digest(str(tmp_path / "none.json"))
-
-
-def test_a_rebuild_asks_for_the_report_of_the_run(monkeypatch):
-    same = {"weights": "w", "data": "d"}
-    monkeypatch.setattr("qflow.study.manifest.manifest", lambda _: {**same, "profile": "abc"})
-
-    def reasons(logged):
-        return identity(None, SimpleNamespace(manifest=logged))
-
-    assert reasons({**same, "profile": "abc"}) == []
-    assert reasons({**same, "profile": "def"}) == ["measured times are not those of the run: abc instead of def"]
-    assert reasons(same) == ["measured times are not those of the run: abc instead of none"]  # of an older run

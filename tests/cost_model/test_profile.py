@@ -1,4 +1,5 @@
 """Reports of the three tools are read as documented and joined to the operators that took the time."""
+# Long: the reports of all three tools are built once, and read, damaged and joined by all tests.
 
 import json
 

@@ -24,7 +24,7 @@ def headings(report):
     yield from zip(names, cells, strict=False)
 
 
-def test_every_figure_of_the_tables_has_its_unit():
+def test_every_number_of_the_tables_has_its_unit():
     graph = network()
     units = (r"\((ms|share|%|count|elements|bytes|kB|10\^6|frames/s)\)", "10\\^6 MACs")
     for heading, cell in headings(predict(graph, all_at(graph, QDtype.qint8), MODEL)):

@@ -1,4 +1,5 @@
 """Every method against a direct computation on the raw values."""
+# Long: all methods are compared with direct computations on one table of distributions.
 
 import math
 

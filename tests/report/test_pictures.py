@@ -11,9 +11,9 @@ from PIL import Image
 from support.synthetic import layer_row, layers, names, sensitivity
 
 from qflow.analysis.measures.tables import LayerTable, SensitivityRow, SensitivityTable
-from qflow.report.array_pictures import as_picture
+from qflow.report.array_pictures import as_picture, badcase_grid, layer_histogram
 from qflow.report.drawing import bar_color, common_prefix, shorten
-from qflow.report.pictures import badcase_grid, error_along_network, layer_histogram, sensitivity_bars
+from qflow.report.pictures import error_along_network, sensitivity_bars
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from support.spaces import spaces
 
 from qflow.search.domain import Choice, Condition, Interval, Range, applicable, applies, point_key
-from qflow.search.study import SAMPLERS, Study, _sampler
+from qflow.search.proposal import SAMPLERS
+from qflow.search.study import Study, _sampler
 
 pytestmark = pytest.mark.slow  # real stores on disk
 

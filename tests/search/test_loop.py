@@ -1,4 +1,5 @@
 """The loop on a real store: order, continuation, failures, and kills at every step."""
+# Long: every kind of failure and kill is tested on one harness.
 
 from __future__ import annotations
 
@@ -14,13 +15,9 @@ from support.harness import SPACE, Harness, outcome
 
 from qflow.core.errors import TrackingError, TrialError
 from qflow.search.domain import Choice, Range
-from qflow.search.loop import (
-    FAILURES,
-    FailedTrial,
-    driving,
-    interrupts,
-)
-from qflow.search.outcome import MARKER_LIMIT, Marker
+from qflow.search.interrupts import interrupts
+from qflow.search.loop import FAILURES, driving
+from qflow.search.outcome import MARKER_LIMIT, FailedTrial, Marker
 from qflow.search.reconcile import MAX_RETRY
 
 pytestmark = pytest.mark.slow  # real stores on disk

@@ -1,4 +1,5 @@
 """Every strategy under one contract, on a synthetic problem whose bad operators and optimum are known."""
+# Long: all strategies run through one contract on the same synthetic problem.
 
 from __future__ import annotations
 

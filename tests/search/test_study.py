@@ -12,7 +12,8 @@ import pytest
 from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.store import build_aside, exclusive, sqlite_path
 from qflow.search.domain import Choice, Interval, Range
-from qflow.search.study import SAMPLERS, Study
+from qflow.search.proposal import SAMPLERS
+from qflow.search.study import Study
 
 pytestmark = pytest.mark.slow  # real stores on disk
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from qflow.search.domain import Choice, Interval
-from qflow.search.loop import (
-    FailedTrial,
-    FinishedTrial,
-    Outcome,
-    check_invariants,
-    run_trials,
-)
+from qflow.search.loop import run_trials
+from qflow.search.outcome import FailedTrial, FinishedTrial, Outcome
+from qflow.search.reconcile import check_invariants
 from qflow.search.study import Study
 from qflow.tracking.mlflow_tracker import MlflowTracker
 

@@ -3,6 +3,7 @@
 Each entry is a builder without arguments and example inputs at batch 2; `revive` gives live statistics, because an
 equality on zero heads or untouched batch norms would say nothing (random weights of the usual size otherwise).
 """
+# Long: one table of networks that several test files iterate over.
 
 import torch
 import torch.nn.functional as F

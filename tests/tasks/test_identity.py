@@ -1,4 +1,4 @@
-"""Whatever a task's metrics depend on changes its identity; nothing else does, and every process computes the same one."""
+"""Whatever a task's metrics depend on changes its identity, nothing else does, and every process computes the same."""
 
 import functools
 import subprocess

@@ -220,6 +220,7 @@ def test_whatever_a_calibration_setting_changes_a_shared_evaluator_sees(field, n
         )
         return evaluator.run_qconfig(qconfig, qconfig, TrialSettings(calibration=calibration)).metric
 
+    # Long: the model, task and qconfig of this test are built in it.
     base = {"method": METHODS.get(field, "mse"), "batch_size": 16, "steps": 4}
     settings = CalibrationSettings(**base)
     changed = CalibrationSettings(**{**base, field: FIELDS[field]})

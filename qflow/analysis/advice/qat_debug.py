@@ -85,8 +85,8 @@ def qat_debug(
     """Run the five stages and name the first at fault. `model` and `prepared` (calibrated) are left as they are.
 
     `batches()` gives (model inputs, batch) in the same order each time; `build` makes an optimizer of parameter
-    groups. A stage passes if it loses at most `tolerance`, in the metric's units (stage 3: only rounding). `goal` is the
-    largest accepted drop from float; the verdict says whether QAT meets it.
+    groups. A stage passes if it loses at most `tolerance`, in the metric's units (stage 3: only rounding). `goal` is
+    the largest accepted drop from float; the verdict says whether QAT meets it.
     """
     float_metric = evaluate(model)
     with prepared.quantized():

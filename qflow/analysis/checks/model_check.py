@@ -98,7 +98,7 @@ def _bounded(graph: ModelGraph, applied: QConfig) -> list[Finding]:
 
 
 def _observer(op: OpQConfig, method: str) -> str:
-    """What sets the output scale. int16 takes the largest value with a margin unless the operator has an observer of its own."""
+    """What sets the output scale: for int16 the largest value with a margin, unless the operator has its own observer."""
     if op.output is None or not op.output.is_integer:
         return ""
     if op.pinned_scale() is not None:
@@ -133,7 +133,7 @@ def _suspicious(node: OpNode, op: OpQConfig) -> list[Finding]:
 
 
 def check_text(check: ModelCheck) -> str:
-    """`model_check_result.txt`: the guide's sections in its order, with the requested dtypes and why others were applied."""
+    """`model_check_result.txt`: the guide's sections, with the requested dtypes and the reasons for others."""
     lines = ["Fusable modules are listed below:" if check.unfused else "All fusable modules are fused in model!"]
     types = {row.op: row.op_type for row in check.rows}
     for first, second, why in check.unfused:
