@@ -3,7 +3,9 @@
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+from qflow.core.version import VERSION
+
+__version__ = VERSION
 
 # Imported on first use, so that `import qflow` and --help stay fast.
 _PLACES = {

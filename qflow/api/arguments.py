@@ -58,7 +58,7 @@ def chosen_rows(rows: Sequence[Candidate], prefixes: tuple[str, ...], types: tup
         if row.node.name.startswith(prefixes) or is_of(types, row.node.op_type, group_type(row.node))
     ]
     if not found:
-        raise ConfigError(f"No row matches prefixes {prefixes} or types {types}. Give others.")
+        raise ConfigError(f"prefixes and types choose rows, but got none by {prefixes} and {types}. Give others.")
     return found
 
 

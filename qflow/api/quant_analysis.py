@@ -206,7 +206,7 @@ class QuantAnalysis:
         """
         table = filtered(self._last("layers") or self.run(), *filters(prefixes, types))
         if not table.rows:
-            raise ConfigError(f"No row matches prefixes {prefixes} or types {types}. Give others.")
+            raise ConfigError(f"prefixes and types choose rows, but got none by {prefixes} and {types}. Give others.")
         for ending, text in (("txt", layers_text(table)), ("csv", layers_csv(table))):
             (self.out_dir / f"compare_per_layer_out.{ending}").write_text(text)
         return table

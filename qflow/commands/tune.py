@@ -1,6 +1,7 @@
 """python -m qflow.tune +experiment=int8_int16: tune the precision mix of a model, every trial tracked.
 
-Exit code 0: the goal is met; 1: it is not (the nearest miss is named); 2: a mistake in what was asked.
+Exit code 0: the goal is met; 1: it is not (the nearest miss is named); 2: a mistake in the command line
+or configuration.
 """
 
 from __future__ import annotations

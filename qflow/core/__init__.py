@@ -19,4 +19,5 @@ __all__ = [
     "store",
     "table_setter",
     "template",
+    "version",
 ]

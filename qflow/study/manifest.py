@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from qflow import __version__
 from qflow.core.errors import ConfigError
 from qflow.core.record import digest
+from qflow.core.version import VERSION
 from qflow.trial.evaluator import Evaluator
 
 PACKAGES = ("torch", "numpy", "mlflow", "optuna", "hydra-core")
@@ -20,7 +20,7 @@ PACKAGES = ("torch", "numpy", "mlflow", "optuna", "hydra-core")
 def manifest(evaluator: Evaluator) -> dict[str, Any]:
     """Return versions, threads, and digests of weights, graph and data."""
     return {
-        "qflow": __version__,
+        "qflow": VERSION,
         "python": platform.python_version(),
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
         "device": evaluator.task.device,

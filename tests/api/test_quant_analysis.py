@@ -1,4 +1,4 @@
-"""The guide's accuracy debugging as a library: the guide's lines, the files, and a planted bad operator that is named."""
+"""The guide's accuracy debugging as a library: its own lines, its files, and a planted bad operator that is named."""
 # Long: all tests use one analysis of one model, and the table of mistakes covers every public call.
 
 import dataclasses
@@ -490,7 +490,7 @@ def test_what_is_no_pair(analysis):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda qa, x: qa.run(), r"comes first, but got none\. Call auto_find_bad_case, set_bad_case"),
+        (lambda qa, x: qa.run(), r"is needed first, but got none\. Call auto_find_bad_case, set_bad_case"),
         (lambda qa, x: qa.compare_per_layer(), r"A bad case is needed first"),
         (lambda qa, x: qa.sensitivity(), r"A bad case is needed first"),
         (lambda qa, x: qa.advise(), r"A bad case is needed first"),
@@ -535,8 +535,14 @@ def test_what_is_no_pair(analysis):
         (lambda qa, x: qa.set_bad_case(x[0]) and qa.sensitivity(metric="custom"), r"Atol, in any case, but got 'cus"),
         (lambda qa, x: qa.set_bad_case(x[0]) and qa.sensitivity(output_names=["x"]), r"box, score, but got \['x'\]"),
         (lambda qa, x: qa.set_bad_case(x[0]) and qa.sensitivity(output_names=()), r"box, score, but got none"),
-        (lambda qa, x: qa.set_bad_case(x[0]) and qa.sensitivity(prefixes="z"), r"No row matches prefixes"),
-        (lambda qa, x: qa.set_bad_case(x[0]) and qa.compare_per_layer("z"), r"No row matches prefixes"),
+        (
+            lambda qa, x: qa.set_bad_case(x[0]) and qa.sensitivity(prefixes="z"),
+            r"prefixes and types choose rows, but got none",
+        ),
+        (
+            lambda qa, x: qa.set_bad_case(x[0]) and qa.compare_per_layer("z"),
+            r"prefixes and types choose rows, but got none",
+        ),
     ],
 )
 def test_mistakes_are_one_line(analysis, call, message):

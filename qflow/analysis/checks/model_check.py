@@ -98,7 +98,7 @@ def _bounded(graph: ModelGraph, applied: QConfig) -> list[Finding]:
 
 
 def _observer(op: OpQConfig, method: str) -> str:
-    """What sets the output scale: for int16 the largest value with a margin, unless the operator has its own observer."""
+    """What sets the output scale: at int16 minmax with a margin, unless the operator has its own observer."""
     if op.output is None or not op.output.is_integer:
         return ""
     if op.pinned_scale() is not None:
