@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,6 +140,7 @@ def conf_dir() -> Path:
     return Path(__file__).resolve().parents[2] / "conf"
 
 
+@functools.cache
 def register_schemas() -> None:
     """Register the schemas with Hydra under the names that conf/*.yaml use."""
     store = ConfigStore.instance()

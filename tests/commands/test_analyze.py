@@ -87,7 +87,7 @@ def test_the_advised_mix_is_analysed_as_the_next_model(done, tmp_path):
     assert [r["quant_dtype"] for r in rows if (r["op_name"], r["sensitive_type"]) == ("loud", "activation")] == [
         "qint16"
     ]
-    moved = [float(result.stdout.split("outputs from ")[1].split()[0]) for result in (done[0], result)]
+    moved = [float(result.stdout.split("distance to float from ")[1].split()[0]) for result in (done[0], result)]
     assert moved[1] < 0.2 * moved[0]
 
 
