@@ -85,6 +85,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_mistake_gets_one_line(case, capsys):
     arguments, message = REFUSED[case]

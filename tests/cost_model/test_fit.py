@@ -244,6 +244,7 @@ def test_a_fitted_file_is_read_back_as_it_was_written(tmp_path, published):
     assert cost_section(fitted).startswith("cost:\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"oe_version": "3.2.0"}, {"float16_kinds": []}])
 @pytest.mark.parametrize("name", ["nash-m", "nash-e", "nash-m-oe32"])
 def test_a_new_file_has_the_rules_of_the_device_that_was_fitted(tmp_path, published, name, changes):
