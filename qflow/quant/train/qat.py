@@ -114,7 +114,7 @@ def train(
     `resume`, the steps in `checkpoint` are skipped, so `batches` must have the same order. `model` is called in place
     of `prepared`: its compiled or DistributedDataParallel form, which is made inside `qat_state`, because that decides
     which parameters have gradients (scales and statistics are then those of rank 0, so keep the model of rank 0). With
-    `quantized` False all quantizers are off (a step of the guide's debug order). Raises DivergedError, and DataError
+    `quantized` False all quantizers are off (a stage of qat_debug). Raises DivergedError, and DataError
     if there is no data.
     """
     settings = settings or QatSettings()
@@ -138,7 +138,7 @@ def run_steps(
     checkpoint: Path | None = None,
     resume: bool = False,
 ) -> TrainingReport:
-    """The training loop alone, for any model in its current mode (the debug order fine-tunes the float model so)."""
+    """The training loop alone, for any model in its current mode (qat_debug fine-tunes the float model with it)."""
     steps, findings = settings.capped()
     for finding in findings:
         log.warning(finding)
