@@ -6,7 +6,6 @@ import os
 import tempfile
 from pathlib import Path
 
-from qflow.config.settings import trial_settings, with_params
 from qflow.core.dtype import QDtype
 from qflow.core.errors import TrialError
 from qflow.core.qconfig import QConfig
@@ -117,7 +116,7 @@ def _against_int16(session: Session, best: FinishedTrial, int16: FinishedTrial) 
 
 def _applied(session: Session, trial: FinishedTrial) -> QConfig:
     """Return the qconfig of a trial as the device runs it."""
-    return session.evaluator.resolve(trial_settings(with_params(session.config, trial.params)).qconfig)[1]
+    return session.evaluator.resolve(session.qconfig_at(trial.params))[1]
 
 
 def document(session: Session, table: str, text: str, shown: FinishedTrial) -> str:

@@ -17,6 +17,7 @@ from qflow.config.settings import resolved_yaml, trial_settings, with_params
 from qflow.config.space import configured, module_settings
 from qflow.core.errors import ConfigError, QflowError, TrackingError
 from qflow.core.record import to_json
+from qflow.core.settings import QConfigSettings
 from qflow.report.console import Console, duration
 from qflow.report.files import write_trial
 from qflow.search.loop import Driver, driving
@@ -209,6 +210,10 @@ class Session:
         """Number of points that this start has left out because of their cost."""
         return len(self.driver.screened) if self.driver else 0
 
+    def qconfig_at(self, params: Mapping[str, Any]) -> QConfigSettings:
+        """Return the settings of the qconfig of a trial at `params`; keys that they leave open are as configured."""
+        return trial_settings(with_params(self.config, params)).qconfig
+
     def _reason_against(self, params: Mapping[str, Any]) -> str:
         budgets, int16 = self.goal.budgets, self.baselines.get("all-int16")
         if int16 is not None and meets(int16) and next(iter(self.goal.ranking), "") == "cost/latency_ms":
@@ -216,8 +221,8 @@ class Session:
         if not budgets:
             return ""
         try:
-            settings = trial_settings(with_params(self.config, params)).qconfig
-            return "" if self.evaluator.precisions.within(settings, budgets) else "it costs too much to be the best"
+            within = self.evaluator.precisions.within(self.qconfig_at(params), budgets)
+            return "" if within else "it costs too much to be the best"
         except QflowError:
             return ""  # the trial will fail with this error as its reason
 

@@ -10,10 +10,9 @@ from typing import Any
 
 from qflow.analysis.checks.model_check import check_model
 from qflow.analysis.layers.text import layers_line
-from qflow.config.settings import plain, trial_settings, with_params
+from qflow.config.settings import plain, trial_settings
 from qflow.core.dtype import QDtype
 from qflow.core.errors import TrialError
-from qflow.core.settings import QConfigSettings
 from qflow.report.files import write_study
 from qflow.search.domain import Choice
 from qflow.search.objective import CONSTRAINT, meets
@@ -220,7 +219,9 @@ def _met_by_calibration(session: Session, int8: FinishedTrial) -> bool:
 def _by_ratio(session: Session, int8_baseline: FinishedTrial, int16_baseline: FinishedTrial) -> None:
     int8 = best_calibration(session) or int8_baseline
     if not _met_by_calibration(session, int8):
-        ratios = session.evaluator.precisions.int16_ratios(_without_int16(session, int8.params), session.goal.budgets)
+        ratios = session.evaluator.precisions.int16_ratios(
+            session.qconfig_at({**int8.params, RATIO: 0.0}), session.goal.budgets
+        )
         with session.pass_or_fail():
             raise_until_met(session.measure, int8.params, RATIO, ratios)
 
@@ -231,16 +232,11 @@ def _by_assignment(session: Session, int8_baseline: FinishedTrial, int16_baselin
         assign(
             session.measure,
             {**int8.params, RATIO: 0.0},
-            session.evaluator.precisions.problem(_without_int16(session, int8.params), session.goal.budgets),
+            session.evaluator.precisions.problem(session.qconfig_at({**int8.params, RATIO: 0.0}), session.goal.budgets),
             max_drop=session.goal.max_drop,
             int8_drop=int8.outcome.metrics["accuracy/drop"],
             int16_drop=int16_baseline.outcome.metrics["accuracy/drop"],
         )
-
-
-def _without_int16(session: Session, point: Mapping[str, Any]) -> QConfigSettings:
-    """Return the settings at `point` with an int16 ratio of 0."""
-    return trial_settings(with_params(session.config, {**point, RATIO: 0.0})).qconfig
 
 
 def raise_float16(session: Session) -> FinishedTrial | None:

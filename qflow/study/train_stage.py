@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qflow.config.settings import trial_settings, with_params
+from qflow.config.settings import trial_settings
 from qflow.core.dtype import QDtype
 from qflow.search.objective import best_trial, nearest_miss, over_budget
 from qflow.search.outcome import FinishedTrial
@@ -124,12 +124,11 @@ def _demote(session: Session, trained: FinishedTrial) -> None:
     """Demote int16 operators under the same training, which may have made most of them unnecessary."""
     point = {k: v for k, v in trained.params.items() if k not in (RATIO, ASSIGNMENT, ERROR_SHARE)}
     precisions = session.evaluator.precisions
-    settings = trial_settings(with_params(session.config, trained.params)).qconfig
-    int16 = set(precisions.resolve(settings)[1].names(QDtype.qint16))
+    int16 = set(precisions.resolve(session.qconfig_at(trained.params))[1].names(QDtype.qint16))
     mix = "".join("6" if name in int16 else "8" for name in precisions.promotable)
     if "6" not in mix:
         return
-    without_int16 = trial_settings(with_params(session.config, {**point, RATIO: 0.0})).qconfig
+    without_int16 = session.qconfig_at({**point, RATIO: 0.0})
 
     def ask(assignment: str, label: str) -> FinishedTrial | None:
         return session.measure({**point, RATIO: 0.0, ASSIGNMENT: assignment}, f"QAT {label}")

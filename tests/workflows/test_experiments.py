@@ -44,6 +44,14 @@ def test_a_mix_is_searched_on_the_real_task(tmp_path):
     )  # fmt: skip
     drops = dict(re.findall(r"^(all-int16|all-int8) +0\.\d+ +([+-]0\.\d+)", done.stdout, re.MULTILINE))
     assert float(drops["all-int8"]) > 0.02 > float(drops["all-int16"])
+    times = dict(re.findall(r"^(all-int16|best mix) +\S+ +\S+ +(\d\.\d+)", done.stdout, re.MULTILINE))
+    verdict = re.search(
+        r"predicted latency (\d+)% below all-int16 \((.*) of its BPU time \[(.*), (.*)\]\)", done.stdout
+    )
+    below = 100 * (1 - float(times["best mix"]) / float(times["all-int16"]))
+    ratio, low, high = map(float, verdict.groups()[1:])
+    assert int(verdict[1]) == pytest.approx(below, abs=1)
+    assert low <= ratio <= high and ratio < 1.0
 
 
 def test_evaluations_are_a_budget_and_what_was_evaluated_before_is_free(tmp_path):
