@@ -23,7 +23,7 @@ from qflow.core.dtype import QDtype
 from qflow.core.graph import ModelGraph, OpNode
 from qflow.core.op_spec import check_op, parse_observer
 from qflow.core.qconfig import OpQConfig
-from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, Setter, TemplateSetter, covers
+from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, Setter, TemplateSetter, covers, holds, stands_for
 from qflow.core.table_setter import TableSetter, table_rows
 from qflow.core.template import (
     GEMM_TO_GRID_INT16,
@@ -214,7 +214,7 @@ class ModuleNameQconfigSetter(ModuleNameSetter):
 
 def _shortened(name: str, operators: Sequence[str]) -> str:
     """Return `name` with trailing parts cut until it is an operator, or unchanged if that never happens."""
-    if any(covers(name, op) for op in operators):
+    if any(covers(name, op) or holds(name, op) for op in operators):
         return name
     part = name
     while "." in part:
@@ -293,4 +293,4 @@ def plugin_ranking(setters: Setter | Sequence[Setter], graph: ModelGraph) -> lis
     if not any(isinstance(setter, (ModuleNameSetter, TableSetter)) for setter in rules):
         return None
     names = [node.name for node in graph.quantized]
-    return list(dict.fromkeys(op for key in keys for op in names if covers(_shortened(key, names), op)))
+    return list(dict.fromkeys(op for key in keys for op in names if stands_for(_shortened(key, names), op, graph)))

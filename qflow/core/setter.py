@@ -76,8 +76,9 @@ class ModuleNameSetter:
     """Explicit operator or module names -> what to set, in any form of op_spec.py: `qint16`, `qint8/qint16`,
     `qint8@0.05`, `qint16@0..200`, a mapping, or an OpQConfig.
 
-    The name of a module (`backbone.stem`) sets the whole subtree, as with the plugin's setter. If two names cover an
-    operator, the first one wins.
+    The name of a module (`backbone.stem`) sets the whole subtree, as with the plugin's setter. The name of a module
+    that only holds constants (`word`, an embedding) sets these: `const[word.weight]`. If two names cover an operator,
+    the first one wins.
     """
 
     dtypes: Mapping[str, str | Mapping[str, Any] | OpQConfig]
@@ -88,7 +89,8 @@ class ModuleNameSetter:
         return {name: parse_op(value, f"qconfig[{name}]") for name, value in self.dtypes.items()}
 
     def __call__(self, node: OpNode, graph: ModelGraph) -> Answer:
-        return first_answer(self._one(name, f, node) for name, f in self.fields.items() if covers(name, node.name))
+        named = ((name, f) for name, f in self.fields.items() if stands_for(name, node.name, graph))
+        return first_answer(self._one(name, f, node) for name, f in named)
 
     def _one(self, name: str, fields: Mapping[str, Any], node: OpNode) -> Answer:
         rule, own = f"module name {name}", "observer" in fields
@@ -100,7 +102,7 @@ class ModuleNameSetter:
     def check(self, graph: ModelGraph) -> None:
         """Refuse a name that covers no operator: such a setting would silently do nothing. Raises ConfigError."""
         for name, value in self.dtypes.items():
-            covered = [node for node in graph.quantized if covers(name, node.name)]
+            covered = [node for node in graph.quantized if stands_for(name, node.name, graph)]
             if not covered:
                 raise ConfigError(
                     f"A module name must be an operator with a quantizer, or a module of the model, but got {name}. "
@@ -125,6 +127,21 @@ def covers(name: str, op_name: str) -> bool:
     return op_name == name or op_name.startswith((f"{name}.", f"{name}[", f"{name}("))
 
 
+def holds(name: str, op_name: str) -> bool:
+    """Whether `op_name` is the constant `name` (`pos`, `word.weight`) or one of the module `name` (`word`)."""
+    return op_name == f"const[{name}]" or op_name.startswith(f"const[{name}.")
+
+
+def stands_for(name: str, op_name: str, graph: ModelGraph) -> bool:
+    """Whether `name` in a setting sets the operator `op_name`: it covers it, or holds it and covers no operator.
+
+    A module that has operators too leaves its constants to follow what reads them.
+    """
+    return covers(name, op_name) or (
+        holds(name, op_name) and not any(covers(name, node.name) for node in graph.quantized)
+    )
+
+
 def way_out(name: str, graph: ModelGraph) -> str:
     """The way out for an error about `name`, which is no operator with a quantizer: what to write instead."""
     for node in graph.nodes:
@@ -132,7 +149,9 @@ def way_out(name: str, graph: ModelGraph) -> str:
             return f"It is fused into {node.name}: name that one."
         if node.name == name:
             owner = next((n.name for n in graph.quantized if n.quantizer == node.quantizer), None)
-            return f"It shares the quantizer of {owner}." if owner else "It keeps the precision of what it reads."
+            if owner or not graph.sources(name):
+                return f"It shares the quantizer of {owner}." if owner else "It keeps the precision of what it reads."
+            return f"It keeps the precision of what it reads: name {', '.join(graph.sources(name))}."
     names = [n.name for n in graph.quantized]
     close = [n for n in names if name.split(".")[-1] in n][:3] or difflib.get_close_matches(name, names, 3)
     return "Use one of the names in the model check" + (f", for example {', '.join(close)}." if close else ".")

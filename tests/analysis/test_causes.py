@@ -1,5 +1,6 @@
 """The cause that an advice names, and its line: following it lowers the error as far as it says."""
 
+import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from support.advice import advised, error_with
@@ -133,6 +134,46 @@ def test_a_weight_beyond_its_scale_asks_for_a_new_calibration(tmp_path):
     assert "calibrate the model again" in found.text
     qflow.calibrate(prepared, data)
     assert error_with(model, prepared, data, {}) == exact
+
+
+class Words(nn.Module):
+    """A table with one channel far from the others, a learnt position and a buffer, read before a layer norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.word, self.norm, self.head = nn.Embedding(50, 32), nn.LayerNorm(32), nn.Linear(32, 8)
+        with torch.no_grad():
+            self.word.weight *= 0.05
+            self.word.weight[:, 3] += 1.0
+
+    def forward(self, ids):
+        return self.head(self.norm(self.word(ids)))
+
+
+class Rows(Words):
+    """The same table as a parameter that is indexed."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(self.word.weight.detach().clone())
+
+    def forward(self, ids):
+        return self.head(self.norm(self.table[ids]))
+
+
+@pytest.mark.parametrize(
+    ("model", "constant", "name"), [(Words, "const[word.weight]", "word"), (Rows, "const[table]", "table")]
+)
+def test_a_sensitive_constant_has_a_line_under_its_own_name(model, constant, name, tmp_path):
+    torch.manual_seed(0)
+    model, data = model(), [torch.randint(0, 50, (4, 12)) for _ in range(3)]
+    prepared, advice = advised(model, data, tmp_path)
+    found = advice[constant]
+    assert (found.cause, found.line) == ("constant", override({constant: "qint16"}))
+    assert "must be" not in found.text  # no message about another name
+    before, after = error_with(model, prepared, data, {}), error_with(model, prepared, data, {constant: found.spec})
+    assert after < 0.8 * before
+    assert error_with(model, prepared, data, {name: found.spec}) == after
 
 
 def test_a_small_scale_can_be_pasted():

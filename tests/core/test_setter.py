@@ -182,6 +182,32 @@ def test_a_named_constant_is_what_its_name_says():
     assert resolve(with_constant(), setters, "nash-m", propagate=False).ops["const[pos]"].known_range == (-2, 2)
 
 
+def table(*more):
+    const = OpNode("const[word.weight]", OpKind.constant, "constant", (), (9, 4), "const[word.weight]")
+    rows = OpNode("word[embedding]", OpKind.order, "torch.embedding", (const.name,), (1, 4))
+    norm = OpNode("norm", OpKind.layer_norm, "LayerNorm", (rows.name,), (1, 4), "norm")
+    return ModelGraph((const, rows, norm, *more), (("0", norm.name),))
+
+
+@pytest.mark.parametrize("name", ["word", "word.weight", "const[word.weight]"])
+def test_the_name_of_an_embedding_sets_its_table(name):
+    ops = resolve(table(), [ModuleNameSetter({name: "qint16"}), TemplateSetter(QDtype.qint8)], "nash-m").ops
+    assert [op.output for op in ops.values()] == ["qint16", "qint8"]
+
+
+def test_a_module_with_operators_leaves_its_constants_to_follow_what_reads_them():
+    within = OpNode("word.act", OpKind.lut, "SiLU", ("norm",), (1, 4), "word.act")
+    setters = [ModuleNameSetter({"word": "qint16"}), TemplateSetter(QDtype.qint8)]
+    ops = resolve(table(within), setters, "nash-m").ops
+    assert ops["word.act"].output == "qint16"
+    assert ops["const[word.weight]"].output == "qint8"
+
+
+def test_a_look_up_has_no_precision_of_its_own_and_the_message_names_what_has():
+    with pytest.raises(ConfigError, match=r"of what it reads: name const\[word.weight\]\."):
+        resolve(table(), [ModuleNameSetter({"word[embedding]": "qint16"}), TemplateSetter(QDtype.qint8)], "nash-m")
+
+
 def test_a_constant_read_as_a_weight_or_by_a_high_precision_output_is_int8():
     graph = with_constant(OpKind.linear)
     assert resolve(graph, TemplateSetter(QDtype.qint16), "nash-m").ops["const[pos]"].output == "qint8"

@@ -100,15 +100,12 @@ class _Maker:
         case = self.case(node, row)
         source = "input" if node.kind == OpKind.input else "activation"
         cause = cause_of(case, self.prepared.graph, self.stats)
-        text, spec, target = cause.text, cause.spec, node.name
-        if cause.name == "constant":
-            readers = self.prepared.graph.consumers[node.name]
-            target = readers[0] if readers else node.name
-        if spec == "qint16" and target == node.name and (better := self.float16(node)):
+        text, spec = cause.text, cause.spec
+        if spec == "qint16" and (better := self.float16(node)):
             text, spec = f"{text}; {better}", "float16"
         if "@" in spec and node.weight and self.prepared.weights[node.weight].dtype == QDtype.qint16:
             spec += "/qint16"  # the line leaves the weight as it is
-        return self.made(node.name, cause.name, source, {**case.values(), **cause.values}, text, target, spec, gain)
+        return self.made(node.name, cause.name, source, {**case.values(), **cause.values}, text, spec, gain)
 
     def float16(self, node: OpNode) -> str:
         """The scores at int16 and fp16 as text, if int16 does not help and fp16 is better and allowed; else ""."""
@@ -121,11 +118,11 @@ class _Maker:
         values, spread = self.weight_values(node, row)
         if values["largest over range"] > CUT:
             text = "the weight exceeds the range of its scale, so it has changed since: calibrate the model again"
-            return self.made(node.name, "truncation", "weight", values, text, node.name, "", gain)
+            return self.made(node.name, "truncation", "weight", values, text, "", gain)
         text = "the weight's resolution is too low"
         if spread > 100.0:
             text += f": single values of a channel are {spread:.0f} times the usual one, clip or regularize them"
-        return self.made(node.name, "rounding", "weight", values, text, node.name, WEIGHT_ONLY, gain)
+        return self.made(node.name, "rounding", "weight", values, text, WEIGHT_ONLY, gain)
 
     def dual(self, node: OpNode, activation: SensitivityRow, weight: SensitivityRow, gain: float) -> Advice:
         activated = self.activation(node, activation, gain)
@@ -143,7 +140,6 @@ class _Maker:
             "weight and activation",
             {**own, "weight values over median": values["largest over median"]},
             text + ("" if reason else "int16 for both"),
-            node.name,
             "qint16" if reason else "qint16/qint16",
             gain,
         )
@@ -178,19 +174,18 @@ class _Maker:
         source: str,
         values: Mapping[str, float],
         text: str,
-        target: str,
         spec: str,
         gain: float,
     ) -> Advice:
         """The advice, without an override if the device would undo it or nothing would change."""
-        node = self.prepared.graph.by_name[target]
+        node = self.prepared.graph.by_name[op]
         if spec == "qint16" and node.quantizer and _dtype(self.prepared, node, "activation") == spec:
-            text, spec = f"{text}; {target} is int16 already", ""
-        reason = self.refused(target, spec) if spec else ""
+            text, spec = f"{text}; it is int16 already", ""
+        reason = self.refused(op, spec) if spec else ""
         if reason:
             text, spec = f"{text}; {spec} is not kept here: {reason}", ""
         kept = tuple((k, v) for k, v in values.items() if math.isfinite(v))
-        line = override({target: spec}) if spec else ""
+        line = override({op: spec}) if spec else ""
         if spec and not line:
-            text += f"; its name cannot stand on a command line, in a file write modules: {{'{target}': {spec}}}"
-        return Advice(op, cause, source, kept, text, line, gain, target if spec else "", spec)
+            text += f"; its name cannot stand on a command line, in a file write modules: {{'{op}': {spec}}}"
+        return Advice(op, cause, source, kept, text, line, gain, op if spec else "", spec)

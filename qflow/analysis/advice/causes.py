@@ -3,11 +3,11 @@
 The cause is the first of these that applies. (Truncation stands twice: where another scale mends it, that comes before
 all that int16 would be advised for.)
 
-    constant          the operator is a parameter or buffer, which takes the precision of the operator that reads it
     huge mask value   before a softmax, values below -1000: no dtype can represent both them and the scores
     known range       the range follows from the operator (sigmoid, softmax, clamp), and the scale covers more than
                       twice as much, or cuts values off although it covers at least about half of it
     truncation        a fixed scale that holds the float range of all calls has at most a quarter of the squared error
+    constant          a parameter, a buffer or the table of an embedding, whose resolution is too low
     shared module     one scale serves calls whose 99.9 % thresholds of |x| differ by a factor of more than 2
     calibration data  on the bad cases |x| exceeds 1.5 times the largest value during calibration
     truncation        the squared error beyond the range is larger than that of rounding, scale^2 / 12
@@ -117,14 +117,14 @@ class Cause:
 def cause_of(case: Case, graph: ModelGraph, stats: CalibrationStats) -> Cause:
     """Return the first cause that applies (see the module's docstring)."""
     h = case.histogram
-    if case.node.kind == OpKind.constant:
-        text = "a constant takes the precision of its reader: raise that, or scale the constant down in the model"
-        return Cause("constant", text, "qint16")
     if h is not None and min(h.batch_min, default=0.0) < -FAR_BELOW and _masks(case.node, graph):
         text = "a huge finite mask takes the range from the scores: write masked_fill(mask, float('-inf'))"
         return Cause("huge mask value", text)
     if found := _known_range(case, graph) or _mended(case):
         return found
+    if case.node.kind == OpKind.constant:
+        text = "the resolution is too low for this constant of the model: raise it, or scale it down in the model"
+        return Cause("constant", text, "qint16")
     reach = call_reach(stats, case.node.quantizer or "")
     low, high = min(reach.values(), default=0.0), max(reach.values(), default=0.0)
     if reach and high > UNLIKE_CALLS * low:
