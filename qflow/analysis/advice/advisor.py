@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from qflow.analysis.advice.causes import CUT, Case, cause_of
 from qflow.analysis.advice.override import WEIGHT_ONLY, override
+from qflow.analysis.checks.mask_check import FiniteMask, finite_masks
 from qflow.analysis.measures.tables import Advice, LayerTable, SensitivityRow, SensitivityTable
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
@@ -56,7 +57,7 @@ def advise(
     weights = {r.op_name: r for r in rows if r.sensitive_type == "weight" and r.score > noise}
     activations = {r.op_name: r for r in rows if r.sensitive_type == "activation" and r.score > noise}
     scores = {(r.op_name, r.quant_dtype): r.score for r in table.rows if r.sensitive_type == "activation"}
-    maker = _Maker(prepared, stats, layers, refused, scores, noise)
+    maker = _Maker(prepared, stats, layers, refused, scores, noise, finite_masks(prepared, stats))
     found = []
     for name in dict.fromkeys([*activations, *weights]):
         activation, weight = activations.get(name), weights.get(name)
@@ -87,6 +88,7 @@ class _Maker:
     scores: Mapping[tuple[str, str], float]
     """Scores of activations by operator and dtype."""
     noise: float
+    masks: Mapping[str, FiniteMask]
 
     def case(self, node: OpNode, row: SensitivityRow) -> Case:
         quantizer = self.prepared.outputs[node.quantizer or ""]
@@ -99,7 +101,7 @@ class _Maker:
     def activation(self, node: OpNode, row: SensitivityRow, gain: float) -> Advice:
         case = self.case(node, row)
         source = "input" if node.kind == OpKind.input else "activation"
-        cause = cause_of(case, self.prepared.graph, self.stats)
+        cause = cause_of(case, self.prepared.graph, self.stats, self.masks.get(node.name))
         text, spec = cause.text, cause.spec
         if spec == "qint16" and (better := self.float16(node)):
             text, spec = f"{text}; {better}", "float16"

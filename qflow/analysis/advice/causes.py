@@ -3,7 +3,7 @@
 The cause is the first of these that applies. (Truncation stands twice: where another scale mends it, that comes before
 all that int16 would be advised for.)
 
-    huge mask value   before a softmax, values below -1000: no dtype can represent both them and the scores
+    huge mask value   a finite mask of a softmax leaves the scores hardly any codes (checks/mask_check.py)
     known range       the range follows from the operator (sigmoid, softmax, clamp), and the scale covers more than
                       twice as much, or cuts values off although it covers at least about half of it
     truncation        a fixed scale that holds the float range of all calls has at most a quarter of the squared error
@@ -23,7 +23,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from qflow.analysis.checks.calibration_check import FAR_BELOW, UNLIKE_CALLS, call_reach
+from qflow.analysis.checks.calibration_check import UNLIKE_CALLS, call_reach
+from qflow.analysis.checks.mask_check import FEW, WAY_OUT, FiniteMask, mask_text
 from qflow.analysis.measures.tables import LayerRow
 from qflow.core.dtype import QDtype
 from qflow.core.graph import ModelGraph, OpKind, OpNode
@@ -114,12 +115,11 @@ class Cause:
     values: Mapping[str, float] = field(default_factory=dict)
 
 
-def cause_of(case: Case, graph: ModelGraph, stats: CalibrationStats) -> Cause:
-    """Return the first cause that applies (see the module's docstring)."""
+def cause_of(case: Case, graph: ModelGraph, stats: CalibrationStats, mask: FiniteMask | None) -> Cause:
+    """Return the first cause that applies (see the module's docstring); `mask` is one that the values hold."""
     h = case.histogram
-    if h is not None and min(h.batch_min, default=0.0) < -FAR_BELOW and _masks(case.node, graph):
-        text = "a huge finite mask takes the range from the scores: write masked_fill(mask, float('-inf'))"
-        return Cause("huge mask value", text)
+    if mask is not None and mask.codes < FEW:
+        return Cause("huge mask value", f"{mask_text(mask)}: {WAY_OUT}")
     if found := _known_range(case, graph) or _mended(case):
         return found
     if case.node.kind == OpKind.constant:
@@ -170,21 +170,3 @@ def _cut_off(case: Case) -> str:
     if share > 0.0:
         return f"{share:.3%} of the values are cut off"
     return f"the bad cases reach {case.largest:.3g}, but the scale covers {case.reach:.3g}"
-
-
-def _masks(node: OpNode, graph: ModelGraph) -> bool:
-    """Return whether a softmax reads the result, through adds and moves."""
-    seen, stack = set(), [node.name]
-    while stack:
-        for reader in consumers_of(graph, stack.pop()):
-            if reader.kind == OpKind.softmax:
-                return True
-            if reader.name not in seen and reader.kind in (OpKind.add, OpKind.move, OpKind.arithmetic):
-                seen.add(reader.name)
-                stack.append(reader.name)
-    return False
-
-
-def consumers_of(graph: ModelGraph, name: str) -> tuple[OpNode, ...]:
-    """Return the operators that read the result of `name`."""
-    return tuple(graph.by_name[reader] for reader in graph.consumers[name])

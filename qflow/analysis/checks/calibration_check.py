@@ -7,6 +7,7 @@ The guide's model check looks at names and dtypes only. The statistics show more
     range            int8 with |x| up to more than 10 (the manual's rule of thumb)
     infinities       -inf that masks no softmax (quant/trace/masks.py): it saturates at the smallest code
     finite masks     a value far below all scores that reaches a softmax: it takes the range from the scores
+                     (mask_check.py)
     fp16             |x| beyond 65504
     accumulator      sum |w_q| x largest input code of an output channel exceeds int32, or its bias does
     dead channels    all weights of an output channel are zero
@@ -17,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qflow.analysis.checks.mask_check import WAY_OUT, FiniteMask, finite_masks, mask_findings
 from qflow.analysis.measures.tables import Finding
 from qflow.core.device import input_dtypes
 from qflow.core.dtype import QDtype
@@ -28,7 +30,6 @@ from qflow.quant.model.weighted import WeightedLeaf
 
 UNLIKE_CALLS = 2.0
 INT8_RANGE = 10.0
-FAR_BELOW = 1000.0  # a value so far below the others is a mask and not a score: its exp is 0 in float32
 INT32 = 2**31 - 1
 HALF_RANGE = 65504.0
 UNSEEN = (
@@ -45,8 +46,10 @@ def calibration_findings(
         Finding(text.split(" ")[0], "error" if "not reached" in text else "check", text.partition(" ")[2])
         for text in extra
     ]
+    masks = finite_masks(prepared, stats)
     for node in prepared.graph.quantized:
-        found += _range(node, stats, qconfig, node.quantizer in prepared.plan.masks)
+        found += _range(node, stats, qconfig, node.quantizer in prepared.plan.masks, masks.get(node.name))
+    found += mask_findings(masks)
     for name in stats.unseen:
         op, at, line = name.partition(" at ")  # a functional comes with the user's line
         found.append(Finding(op, "check", f"ran{at}{line} {UNSEEN}"))
@@ -56,8 +59,14 @@ def calibration_findings(
     return tuple(found)
 
 
-def _range(node: OpNode, stats: CalibrationStats, qconfig: QConfig, masks: bool) -> list[Finding]:
-    """`masks`: the node's result only reaches a softmax, so that -inf in it is a mask and is kept."""
+def _range(
+    node: OpNode, stats: CalibrationStats, qconfig: QConfig, masks: bool, finite: FiniteMask | None
+) -> list[Finding]:
+    """Findings on the range of one operator.
+
+    `masks`: the node's result only reaches a softmax, so that -inf in it is a mask and is kept. `finite`: a finite mask
+    that its values hold; the range is that of the other values then.
+    """
     histogram = stats.histograms.get(node.quantizer or "")
     if histogram is None:
         return []
@@ -68,17 +77,12 @@ def _range(node: OpNode, stats: CalibrationStats, qconfig: QConfig, masks: bool)
             "float('-inf')) right before a softmax, elsewhere take a finite value near the others"
         )
         found.append(Finding(node.name, "check", text))
-    low = min(histogram.batch_min, default=0.0)
-    if masks and low < -FAR_BELOW:
-        text = (
-            f"values down to {low:.4g} before a softmax: such a mask takes the range from the scores in every integer "
-            "dtype. Write masked_fill(mask, float('-inf')) right before the softmax: -inf does not count in the range"
-        )
-        found.append(Finding(node.name, "check", text))
-        return found
     if qconfig.ops[node.name].output == QDtype.float16 and histogram.largest > HALF_RANGE:
-        text = f"|x| up to {histogram.largest:.4g} in float16, which ends at {HALF_RANGE:g}: try qint16"
+        way = "try qint16" if finite is None else WAY_OUT
+        text = f"|x| up to {histogram.largest:.4g} in float16, which ends at {HALF_RANGE:g}: {way}"
         found.append(Finding(node.name, "check", text))
+    if finite is not None:
+        return found
     pinned = qconfig.ops[node.name].pinned_scale()
     output = qconfig.ops[node.name].output
     if output == QDtype.qint8 and histogram.largest > INT8_RANGE and pinned is None:
