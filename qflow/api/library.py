@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from qflow.analysis.checks.calibration_check import calibration_findings
-from qflow.analysis.checks.model_check import check_model
+from qflow.analysis.checks.model_check import check_model, grouped
 from qflow.analysis.measures.tables import Finding, ModelCheck
 from qflow.api.plugin_names import plugin_ranking
 from qflow.config.device_file import load_cost, load_rules
@@ -69,6 +69,10 @@ class Prepared(QuantizedModel):
     settings: CalibrationSettings = CalibrationSettings()
     stats: CalibrationStats | None = None
     findings: tuple[Finding, ...] = ()
+    silent: Sequence[str] = ()
+    """What `apply_scales` reported of operators without values."""
+    scores: Mapping[str, float] = {}
+    """Activation sensitivities of the last analysis by operator: the check tells by them what is worth a look."""
     _warned = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -174,7 +178,7 @@ def calibrate(
     prepared.stats = collect(prepared, batches(), sampling=prepared.settings.sampling)
     _set_scales(prepared)
     set_fake_quantize(prepared, FakeQuantState.VALIDATION)
-    return prepared.findings
+    return grouped(prepared.findings)
 
 
 def set_fake_quantize(prepared: Prepared, state: FakeQuantState) -> None:
@@ -220,8 +224,18 @@ def cost(prepared: Prepared, inputs: Any = None) -> CostReport:
 
 def _set_scales(prepared: Prepared) -> None:
     assert prepared.stats is not None
-    extra = apply_scales(prepared, prepared.stats, prepared.applied, prepared.settings)
-    prepared.findings = calibration_findings(prepared, prepared.stats, prepared.applied, extra)
+    prepared.silent = apply_scales(prepared, prepared.stats, prepared.applied, prepared.settings)
+    ranked(prepared, prepared.scores)
+
+
+def ranked(prepared: Prepared, scores: Mapping[str, float]) -> None:
+    """Keep activation sensitivities by operator, and renew the findings of calibration, which depend on them."""
+    prepared.scores = scores
+    if prepared.stats is not None:
+        rules = load_rules(prepared.march)
+        prepared.findings = calibration_findings(
+            prepared, prepared.stats, prepared.applied, prepared.silent, rules, scores
+        )
 
 
 def _first(value: Any) -> Any:

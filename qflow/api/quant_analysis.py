@@ -45,7 +45,7 @@ from qflow.api.arguments import (
     whole,
 )
 from qflow.api.cases import Items, kept_cases, not_items, require_fit, require_numbers
-from qflow.api.library import Prepared
+from qflow.api.library import Prepared, ranked
 from qflow.api.model_pair import ModelPair, on, only, same
 from qflow.api.plugin_names import ModuleNameQconfigSetter
 from qflow.core.errors import ConfigError, DataError, ModelError
@@ -239,6 +239,7 @@ class QuantAnalysis:
                 rows = rows if names is None else pair.live(rows, cases[0])
                 table = sensitivity(pair.model, pair.prepared, cases, settings=settings, rows=rows)
         self._done["sensitivity"] = pair.state, table
+        ranked(pair.prepared, table.activation_scores())
         write_sensitive_ops(table, self.out_dir)
         return dataclasses.replace(table, rows=table.rows[::-1]) if reverse else table
 

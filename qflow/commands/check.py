@@ -41,7 +41,7 @@ def check(config: DictConfig) -> int:
     requested, applied = evaluator.resolve(settings.qconfig)
     stats = evaluator.calibrate(settings.calibration)
     silent = apply_scales(evaluator.prepared, stats, applied, settings.calibration)
-    found = calibration_findings(evaluator.prepared, stats, applied, silent)
+    found = calibration_findings(evaluator.prepared, stats, applied, silent, evaluator.rules, evaluator.scores)
     result = check_model(evaluator.graph, requested, applied, found, settings.calibration.method)
     folder = root_dir(config) / "check" / evaluator.task.name
     folder.mkdir(parents=True, exist_ok=True)

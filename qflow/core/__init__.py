@@ -11,6 +11,7 @@ __all__ = [
     "known_range",
     "op_spec",
     "qconfig",
+    "raisable",
     "record",
     "resolve",
     "setter",

@@ -17,6 +17,7 @@ from qflow.analysis.advice.advisor import advise
 from qflow.analysis.advice.override import override, setting
 from qflow.analysis.badcases.files import BadcaseInputs
 from qflow.analysis.checks.calibration_check import calibration_findings
+from qflow.analysis.checks.model_check import grouped
 from qflow.analysis.layers.compare import compare_layers, filtered
 from qflow.analysis.measures.distances import Distances
 from qflow.analysis.measures.tables import (
@@ -174,7 +175,7 @@ class Diagnosis:
     def all_findings(self) -> tuple[Finding, ...]:
         """The findings of all steps: bad cases, layers, sensitivity, then calibration."""
         own = [t.findings for t in (self.badcases, self.layers, self.sensitivity) if t is not None]
-        return (*(finding for found in own for finding in found), *self.findings)
+        return grouped((*(finding for found in own for finding in found), *self.findings))
 
     def qconfig(self, modules: Mapping[str, str]) -> QConfig:
         """Return the qconfig of the model with `modules` set in addition, as the device would run it."""
@@ -206,7 +207,12 @@ class Diagnosis:
         evaluator, applied = self.evaluator, self.qconfig({})
         extra = evaluator.apply(applied)
         return calibration_findings(
-            evaluator.prepared, evaluator.calibrate(evaluator.default_calibration), applied, extra
+            evaluator.prepared,
+            evaluator.calibrate(evaluator.default_calibration),
+            applied,
+            extra,
+            evaluator.rules,
+            evaluator.scores,
         )
 
     def _outputs_off(self) -> float:

@@ -73,7 +73,7 @@ class Evaluator(SharedState):
         else:
             found = self._evaluation(key, progress)
         self.hits += self.evaluations == ran
-        findings = findings_of(model, stats, applied, calibrated, found.overflowed, report)
+        findings = findings_of(model, stats, applied, calibrated, found.overflowed, report, self.precisions)
         result = TrialResult(
             metric=found.metric,
             drop=self.task.drop(self.float_metric, found.metric),

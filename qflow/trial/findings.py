@@ -12,6 +12,7 @@ from qflow.core.qconfig import QConfig
 from qflow.quant.model.calibrate import CalibrationStats
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.train.qat import TrainingReport
+from qflow.trial.precisions import Precisions
 
 
 def require_all_ran(model: QuantizedModel) -> None:
@@ -33,9 +34,10 @@ def findings_of(
     calibrated: list[str],
     overflowed: Mapping[str, int],
     report: TrainingReport | None,
+    precisions: Precisions,
 ) -> tuple[Finding, ...]:
     """Return the findings of calibration (`calibrated` are those of `apply_scales`), evaluation and training."""
-    found = calibration_findings(model, stats, applied, calibrated)
+    found = calibration_findings(model, stats, applied, calibrated, precisions.rules, precisions.scores)
     found += tuple(
         Finding(name, "check", f"{count} values beyond half precision: calibration.float16_clip=true, or qint16")
         for name, count in overflowed.items()

@@ -12,13 +12,13 @@ The gain is the row's share of the sum of all scores.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from qflow.analysis.advice.causes import CUT, Case, cause_of
 from qflow.analysis.advice.override import WEIGHT_ONLY, override
 from qflow.analysis.checks.mask_check import FiniteMask, finite_masks
+from qflow.analysis.checks.range_check import noise_level
 from qflow.analysis.measures.tables import Advice, LayerTable, SensitivityRow, SensitivityTable
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
@@ -27,7 +27,6 @@ from qflow.quant.model.calibrate import CalibrationStats
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.model.weighted import WeightedLeaf
 
-NOISE = 0.05  # of the most sensitive row
 MOST = 16  # operators with an advice
 FLOAT16_BETTER = 0.5  # float16 is better if its score is less than this times that of int16
 
@@ -53,7 +52,7 @@ def advise(
         )
     finite = [r.score for r in rows if math.isfinite(r.score)]
     total = sum(finite) or 1.0
-    noise = max(NOISE * max(finite, default=0.0), statistics.median(finite) if finite else 0.0)
+    noise = noise_level(finite)
     weights = {r.op_name: r for r in rows if r.sensitive_type == "weight" and r.score > noise}
     activations = {r.op_name: r for r in rows if r.sensitive_type == "activation" and r.score > noise}
     scores = {(r.op_name, r.quant_dtype): r.score for r in table.rows if r.sensitive_type == "activation"}

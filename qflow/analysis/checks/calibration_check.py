@@ -4,23 +4,23 @@ The guide's model check looks at names and dtypes only. The statistics show more
 
     shared module    case B: its calls see similar values, which is harmless; case C: one scale serves calls of
                      different range, so the module should be copied; C if their 99.9 % thresholds differ by more than 2
-    range            int8 with |x| up to more than 10 (the manual's rule of thumb)
-    infinities       -inf that masks no softmax (quant/trace/masks.py): it saturates at the smallest code
+    ranges           beyond int8 or fp16, infinities, fixed scales (range_check.py)
     finite masks     a value far below all scores that reaches a softmax: it takes the range from the scores
                      (mask_check.py)
-    fp16             |x| beyond 65504
     accumulator      sum |w_q| x largest input code of an output channel exceeds int32, or its bias does
     dead channels    all weights of an output channel are zero
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
-from qflow.analysis.checks.mask_check import WAY_OUT, FiniteMask, finite_masks, mask_findings
+from qflow.analysis.checks.range_check import range_findings
 from qflow.analysis.measures.tables import Finding
-from qflow.core.device import input_dtypes
+from qflow.core.device import DeviceRules, input_dtypes
 from qflow.core.dtype import QDtype
 from qflow.core.graph import OpNode
 from qflow.core.qconfig import QConfig
@@ -29,9 +29,8 @@ from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.model.weighted import WeightedLeaf
 
 UNLIKE_CALLS = 2.0
-INT8_RANGE = 10.0
+SHARED = "shared module"
 INT32 = 2**31 - 1
-HALF_RANGE = 65504.0
 UNSEEN = (
     "on the calibration data but not while the model was traced (a branch on the data?): left in float. Skip the "
     "module that branches, or give an example that takes this path"
@@ -39,17 +38,22 @@ UNSEEN = (
 
 
 def calibration_findings(
-    prepared: QuantizedModel, stats: CalibrationStats, qconfig: QConfig, extra: list[str]
+    prepared: QuantizedModel,
+    stats: CalibrationStats,
+    qconfig: QConfig,
+    extra: Sequence[str],
+    rules: DeviceRules | None = None,
+    scores: Mapping[str, float] | None = None,
 ) -> tuple[Finding, ...]:
-    """Findings on a calibrated model; `extra` are those of `apply_scales`."""
+    """Findings on a calibrated model; `extra` are those of `apply_scales`.
+
+    `rules` of the device tell which operators can be raised, `scores` (activation sensitivities) which are worth it.
+    """
     found = [
         Finding(text.split(" ")[0], "error" if "not reached" in text else "check", text.partition(" ")[2])
         for text in extra
     ]
-    masks = finite_masks(prepared, stats)
-    for node in prepared.graph.quantized:
-        found += _range(node, stats, qconfig, node.quantizer in prepared.plan.masks, masks.get(node.name))
-    found += mask_findings(masks)
+    found += range_findings(prepared, stats, qconfig, rules, scores or {})
     for name in stats.unseen:
         op, at, line = name.partition(" at ")  # a functional comes with the user's line
         found.append(Finding(op, "check", f"ran{at}{line} {UNSEEN}"))
@@ -57,41 +61,6 @@ def calibration_findings(
     found += _shared(stats)
     found += _weights(prepared, qconfig)
     return tuple(found)
-
-
-def _range(
-    node: OpNode, stats: CalibrationStats, qconfig: QConfig, masks: bool, finite: FiniteMask | None
-) -> list[Finding]:
-    """Findings on the range of one operator.
-
-    `masks`: the node's result only reaches a softmax, so that -inf in it is a mask and is kept. `finite`: a finite mask
-    that its values hold; the range is that of the other values then.
-    """
-    histogram = stats.histograms.get(node.quantizer or "")
-    if histogram is None:
-        return []
-    found = []
-    if histogram.infinite and not masks:
-        text = (
-            f"{histogram.infinite} infinite values saturate at the end of the codes: a mask is masked_fill(mask, "
-            "float('-inf')) right before a softmax, elsewhere take a finite value near the others"
-        )
-        found.append(Finding(node.name, "check", text))
-    if qconfig.ops[node.name].output == QDtype.float16 and histogram.largest > HALF_RANGE:
-        way = "try qint16" if finite is None else WAY_OUT
-        text = f"|x| up to {histogram.largest:.4g} in float16, which ends at {HALF_RANGE:g}: {way}"
-        found.append(Finding(node.name, "check", text))
-    if finite is not None:
-        return found
-    pinned = qconfig.ops[node.name].pinned_scale()
-    output = qconfig.ops[node.name].output
-    if output == QDtype.qint8 and histogram.largest > INT8_RANGE and pinned is None:
-        text = f"|x| up to {histogram.largest:.4g} in qint8: above {INT8_RANGE:g} int8 is not advised, try qint16"
-        found.append(Finding(node.name, "check", text))
-    if pinned is not None and output is not None and pinned * -output.qmin < 0.5 * histogram.largest:
-        text = f"fixed scale covers {pinned * -output.qmin:.4g}, but values reach {histogram.largest:.4g}"
-        found.append(Finding(node.name, "check", text))
-    return found
 
 
 def _precision() -> list[Finding]:
@@ -119,12 +88,12 @@ def _shared(stats: CalibrationStats) -> list[Finding]:
         low, high = min(reach, key=lambda n: reach[n]), max(reach, key=lambda n: reach[n])
         if reach[high] > UNLIKE_CALLS * reach[low]:
             text = (
-                f"shared module, case C: {high} reaches {reach[high]:.4g} and {low} {reach[low]:.4g} under one scale: "
+                f"{SHARED}, case C: {high} reaches {reach[high]:.4g} and {low} {reach[low]:.4g} under one scale: "
                 "give each call a module of its own"
             )
             found.append(Finding(quantizer, "check", text))
         else:
-            text = f"shared module, case B: its {len(calls)} calls see similar values"
+            text = f"{SHARED}, case B: its {len(calls)} calls see similar values"
             found.append(Finding(quantizer, "info", text))
     return found
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+from qflow.analysis.checks.calibration_check import SHARED
 from qflow.analysis.measures.tables import CheckRow, Finding, ModelCheck, text_table
 from qflow.core.device import input_dtypes
 from qflow.core.dtype import QDtype
 from qflow.core.graph import GEMM_KINDS, ModelGraph, OpKind, OpNode
-from qflow.core.known_range import bounded
 from qflow.core.qconfig import OpQConfig, QConfig
+
+LISTED = 4  # operators named after the first of a group
 
 
 def check_model(
@@ -29,11 +31,24 @@ def check_model(
             dtypes = f"{op.output}" if same else f"requested {wanted.output}, applied {op.output}"
             findings.append(Finding(node.name, "info", f"{dtypes}: {op.fallback}"))
         findings += _suspicious(node, op)
-    findings += _calls(graph, {finding.op.partition("(")[0] for finding in extra})
-    findings += [Finding(a, "check", f"could fuse with {b} but does not: {why}") for a, b, why in graph.unfused]
+    findings += _calls(graph, extra)
+    findings += _unfused(graph)
     findings += [Finding(note.split(": ")[0], "check", note.partition(": ")[2] or note) for note in graph.notes]
-    findings += [*_float_inputs(graph), *extra, *_bounded(graph, applied), *_quantized_outputs(graph, applied)]
-    return ModelCheck(applied.march, len(graph.nodes), rows, dict(graph.calls), graph.unfused, tuple(findings))
+    findings += [*_float_inputs(graph), *extra, *_quantized_outputs(graph, applied)]
+    return ModelCheck(applied.march, len(graph.nodes), rows, dict(graph.calls), graph.unfused, grouped(findings))
+
+
+def grouped(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Return the findings in order, each text once: the first operator's, with the names of the others."""
+    same: dict[tuple[str, str], dict[str, None]] = {}
+    for finding in findings:
+        same.setdefault((finding.level, finding.message), {})[finding.op] = None
+    found = []
+    for (level, message), names in same.items():
+        first, *others = names
+        also = f" ({len(others)} more: {', '.join(others[:LISTED])}{', ...' * (len(others) > LISTED)})"
+        found.append(Finding(first, level, message + also * bool(others)))
+    return tuple(found)
 
 
 def _row(node: OpNode, graph: ModelGraph, requested: QConfig, applied: QConfig, method: str) -> CheckRow:
@@ -53,12 +68,21 @@ def _row(node: OpNode, graph: ModelGraph, requested: QConfig, applied: QConfig, 
     )
 
 
-def _calls(graph: ModelGraph, seen: set[str]) -> Iterator[Finding]:
-    """Shared modules, and modules that tracing never called; `seen` are those that calibration has called."""
+def _unfused(graph: ModelGraph) -> Iterator[Finding]:
+    """Pairs that could fuse, once for all calls of a shared module."""
+    pairs = {(a.partition("(")[0], b.partition("(")[0]): why for a, b, why in reversed(graph.unfused)}
+    for (first, second), why in reversed(pairs.items()):
+        yield Finding(first, "check", f"could fuse with {second} but does not: {why}")
+
+
+def _calls(graph: ModelGraph, extra: Sequence[Finding]) -> Iterator[Finding]:
+    """Shared modules that calibration (`extra`) has not compared, and modules that neither it nor tracing called."""
+    seen = {finding.op.partition("(")[0] for finding in extra}
+    compared = {finding.op for finding in extra if finding.message.startswith(SHARED)}
     owning = {name for node in graph.nodes for name in (node.quantizer, node.weight) if name}
     for path, count in graph.calls.items():
-        if count > 1 and path in owning:
-            text = f"shared module, called {count} times with one set of scales: compare its calls"
+        if count > 1 and path in owning and path not in compared:
+            text = f"{SHARED}, called {count} times with one set of scales: compare its calls"
             yield Finding(path, "check", text)
     for path, count in graph.calls.items():
         if count == 0 and path not in seen:
@@ -84,16 +108,6 @@ def _float_inputs(graph: ModelGraph) -> list[Finding]:
         for node in graph.quantized
         for producer in node.inputs
         if not graph.source(producer)
-    ]
-
-
-def _bounded(graph: ModelGraph, applied: QConfig) -> list[Finding]:
-    """Operators whose function bounds their result, without a fixed scale yet."""
-    free = {n for n, op in applied.ops.items() if op.output is not None and op.pinned_scale() is None}
-    return [
-        Finding(name, "info", f"its function bounds it to {low:g}..{high:g}: a fixed scale would fit exactly")
-        for name, (low, high) in bounded(graph).items()
-        if name in free
     ]
 
 
