@@ -6,10 +6,15 @@ file in its folder or from a shipped one: `defaults: [nash-m, _self_]`. The comm
     mine/device/my-board.yaml:   defaults: [nash-m, _self_]
                                  rules: {float16_kinds: []}
     python -m qflow.tune --config-dir mine +experiment=int8_int16 device=my-board
+
+A file is merged once, because that takes most of the time of a short analysis; it is merged again as soon as it, or one
+that it starts from, has another content.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,15 +60,45 @@ def load_cost(name_or_path: str | Path) -> CostModel:
     return CostModel(march=_needed(node, "march", name_or_path), **OmegaConf.to_container(node.cost))  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class _Source:
+    """A file that a device was merged from: what asked for it, where it was found and what it held."""
+
+    name: str | Path
+    beside: Path | None
+    path: Path
+    content: bytes
+
+    def unchanged(self) -> bool:
+        try:
+            return _find(self.name, self.beside) == self.path and self.path.read_bytes() == self.content
+        except (ConfigError, OSError):
+            return False
+
+
+_MERGED: dict[str, tuple[list[_Source], DictConfig]] = {}
+
+
 def _load(name_or_path: str | Path) -> DictConfig:
-    """Load a device file over its defaults. Raises ConfigError for unknown keys and wrong types."""
+    """Return a device file merged over its defaults, read-only. Raises ConfigError for unknown keys and wrong types."""
+    sources, device = _MERGED.get(str(name_or_path), ([], None))
+    if device is None or not all(source.unchanged() for source in sources):
+        sources = []
+        device = _merged(name_or_path, sources)
+        _MERGED[str(name_or_path)] = sources, device
+    return device
+
+
+def _merged(name_or_path: str | Path, sources: list[_Source]) -> DictConfig:
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(TuneSchema), {"device": _body(_find(name_or_path), ())})
+        body = _body(name_or_path, None, (), sources)
+        merged = OmegaConf.merge(OmegaConf.structured(TuneSchema), {"device": body})
         device = merged.device
         OmegaConf.to_container(device, throw_on_missing=False)
     except OmegaConfBaseException as error:
         raise ConfigError(f"Device file {name_or_path}: {explain(error)}") from error
     assert isinstance(device, DictConfig)
+    OmegaConf.set_readonly(device, True)
     return device
 
 
@@ -78,20 +113,23 @@ def _find(name_or_path: str | Path, beside: Path | None = None) -> Path:
     )
 
 
-def _body(path: Path, loading: tuple[Path, ...]) -> Any:
-    """Return the file's own keys merged over those of its defaults."""
+def _body(name: str | Path, beside: Path | None, loading: tuple[Path, ...], sources: list[_Source]) -> Any:
+    """Return the file's own keys merged over those of its defaults; the files are added to `sources`."""
+    path = _find(name, beside)
     if path in loading:
         raise ConfigError(f"A device file starts from another one, but got a circle of defaults at {path}.")
     try:
-        loaded = OmegaConf.load(path)
+        content = path.read_bytes()
+        loaded = OmegaConf.load(StringIO(content.decode()))
     except (YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"A device file is YAML, but got {path}: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"A device file holds march, oe_version, rules and cost, but got a list in {path}.")
+    sources.append(_Source(name, beside, path, content))
     own = OmegaConf.masked_copy(loaded, [str(key) for key in loaded if key != "defaults"])
     parents = [str(entry) for entry in loaded.get("defaults") or []]
     order = parents if "_self_" in parents else [*parents, "_self_"]
-    parts = [own if e == "_self_" else _body(_find(e, path.parent), (*loading, path)) for e in order]
+    parts = [own if e == "_self_" else _body(e, path.parent, (*loading, path), sources) for e in order]
     return OmegaConf.merge(*parts)
 
 

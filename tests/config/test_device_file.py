@@ -1,5 +1,7 @@
 """Device files: the shipped ones, and a user's own through the library or through --config-dir."""
 
+from time import perf_counter
+
 import pytest
 
 from qflow.config.command import run_command
@@ -41,6 +43,43 @@ def test_a_users_file_may_start_from_a_shipped_one(tmp_path):
     assert (rules.march, list(rules.float16_kinds)) == ("nash-m", [])
     assert rules.int8_inputs == load_rules("nash-m").int8_inputs
     assert load_cost(str(path)).clock_ghz == 1.2
+
+
+def test_an_edited_file_is_read_again(tmp_path):
+    path, base = tmp_path / "board.yaml", tmp_path / "base.yaml"
+    base.write_text("defaults: [nash-m, _self_]\nrules: {matmul_int16_inputs: 0}\n")
+    path.write_text("defaults: [base, _self_]\nrules: {float16_kinds: []}\n")
+    assert (load_rules(path).matmul_int16_inputs, load_rules(path).fused_add_int8) == (0, True)
+    base.write_text("defaults: [nash-m, _self_]\nrules: {matmul_int16_inputs: 2}\n")  # of the same length
+    assert load_rules(path).matmul_int16_inputs == 2
+    path.write_text("defaults: [base, _self_]\nrules: {fused_add_int8: false}\n")
+    assert not load_rules(path).fused_add_int8
+    path.write_text("rules: {no_such_rule: 1}\n")
+    with pytest.raises(ConfigError, match="no_such_rule"):
+        load_rules(path)
+
+
+def test_a_file_that_appears_beside_takes_the_place_of_the_shipped_one(tmp_path):
+    path, beside = tmp_path / "board.yaml", tmp_path / "nash-m.yaml"
+    path.write_text("defaults: [nash-m, _self_]\n")
+    assert load_rules(path).march == "nash-m"
+    beside.write_text("march: beside\noe_version: 1.0.0\n")
+    assert load_rules(path).march == "beside"
+    beside.unlink()
+    assert load_rules(path).march == "nash-m"
+
+
+def test_a_file_is_merged_once_and_what_it_gave_cannot_change_it(tmp_path):
+    path = tmp_path / "board.yaml"
+    path.write_text("defaults: [nash-m, _self_]\n")
+    started = perf_counter()
+    rules = load_rules(path)
+    merged = perf_counter() - started
+    rules.int8_inputs["resize"].append(7)
+    started = perf_counter()
+    again = [load_rules(path) for _ in range(10)]
+    assert perf_counter() - started < 5.0 * merged
+    assert all(r.int8_inputs["resize"] == [0] for r in again)
 
 
 WHOLE = "march: mine\noe_version: 1.0.0\n"
