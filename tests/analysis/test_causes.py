@@ -176,6 +176,20 @@ def test_a_sensitive_constant_has_a_line_under_its_own_name(model, constant, nam
     assert error_with(model, prepared, data, {name: found.spec}) == after
 
 
+def test_bad_cases_far_beyond_the_calibration_data_ask_for_such_data(tmp_path):
+    torch.manual_seed(0)
+    model, data = Convs(), pictures()
+    data[2] *= 4.0
+    prepared, advice = advised(model, data, tmp_path, calibration=[data[0]], settings=MINMAX)
+    found = advice["quant[x]"]
+    assert (found.cause, found.line) == ("calibration data", "")
+    before = error_with(model, prepared, data[2:3], {})
+    scale = found.text.rpartition("a scale of ")[2].partition(" ")[0]
+    assert error_with(model, prepared, data[2:3], {"quant[x]": f"qint8@{scale}"}) < before
+    qflow.calibrate(prepared, data)
+    assert error_with(model, prepared, data[2:3], {}) < 0.5 * before
+
+
 def test_a_small_scale_can_be_pasted():
     line = override({"c2": "qint8@3.91e-05"})
     assert OverridesParser.create().parse_override(line).value() == {"c2": "qint8@3.91e-05"}

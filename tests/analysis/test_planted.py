@@ -187,6 +187,18 @@ def test_weight_and_activation_both_sensitive_is_dual_int16(digits):
     assert advice[0].line == "qconfig.modules={conv2: qint16}"
 
 
+def test_where_the_output_stays_int8_a_sensitive_weight_is_raised_alone(digits):
+    def ruin(prepared):
+        prepared.outputs["conv2"].scale.mul_(12.0)
+        prepared.weights["conv2"].scale.mul_(12.0)
+
+    only_int8 = lambda operator, spec: "its reader takes int8 only" if spec.startswith("qint16") else ""  # noqa: E731
+    _, _, advice = examine(copy.deepcopy(digits[0]), digits[1], tamper=ruin, refused=only_int8)
+    assert (advice[0].op, advice[0].source) == ("conv2", "weight")
+    assert advice[0].line == "qconfig.modules={conv2: {weight: qint16}}"
+    assert advice[0].text.endswith("its output is sensitive too, but stays int8: its reader takes int8 only")
+
+
 REFUSED = ["1", "null", "a'b", "-1", "1e3", "\u00e9", "nan"]
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qflow.analysis.advice.causes import CUT, Case, cause_of
 from qflow.analysis.advice.override import WEIGHT_ONLY, override
@@ -133,6 +133,10 @@ class _Maker:
         own = {**self.case(node, activation).values(), "weight score": weight.score}
         text = "weight and activation are both sensitive: "
         reason = self.refused(node.name, "qint16/qint16")
+        output = self.refused(node.name, "qint16")
+        if output and not self.refused(node.name, WEIGHT_ONLY):  # half of it can be had
+            alone = self.weight(node, weight, gain * weight.score / (activation.score + weight.score))
+            return replace(alone, text=f"{alone.text}; its output is sensitive too, but stays int8: {output}")
         if reason:
             text += "the device has no dual int16 here; in the float model, clip or regularize the weight"
         return self.made(

@@ -131,7 +131,9 @@ def cause_of(case: Case, graph: ModelGraph, stats: CalibrationStats, mask: Finit
         text = "its calls need different scales: give each call a module of its own, or raise it to int16"
         return Cause("shared module", text, "qint16", {"call min": low, "call max": high})
     if h is not None and case.largest > FAR * h.largest:
-        text = "the bad cases go far beyond the calibration data: add such samples to it"
+        scale = case.largest / -case.dtype.qmin
+        text = "the bad cases go far beyond the calibration data: add such samples to it "
+        text += f"(a scale of {scale:.3g} holds them)"
         return Cause("calibration data", text, "", {"calibration max": h.largest})
     if case.clip_error() > case.rounding:
         text = f"{_cut_off(case)}, and {case.dtype} cannot both cover and resolve them: raise it to int16"
