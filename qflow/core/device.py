@@ -6,7 +6,8 @@ The real tool chain lowers int16 to int8 silently in several places. This module
     1. an operator whose output is int8 only is lowered
     2. at an input that takes int8 only, the producer is lowered, unless the operator asks for qint8 at that position
     3. fp16 that reaches a GEMM or an int8-only position is cast there; between vector operators it stays
-    4. of the int16 inputs of a matmul the most sensitive stays (plugin mode: the order of its name setters)
+    4. of the int16 inputs of a product of two activations (a matmul, or a conv or linear whose weight is computed) the
+       most sensitive stays (plugin mode: the order of its name setters)
     5. an int16 x int16 GEMM has no int32 output: it is quantized to int16
     6. a requested input dtype that the producer has anyway is removed (no cast)
 
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field, replace
 
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
-from qflow.core.graph import GEMM_KINDS, WEIGHTED_KINDS, ModelGraph, OpKind, OpNode
+from qflow.core.graph import GEMM_KINDS, ModelGraph, OpKind, OpNode
 from qflow.core.known_range import function_of
 from qflow.core.qconfig import OpQConfig, QConfig
 
@@ -74,7 +75,7 @@ def apply_rules(
 ) -> QConfig:
     """Return the qconfig that the device will run, with the reason for each change in `OpQConfig.fallback`.
 
-    `scores` rank the two producers of a matmul: the more sensitive one keeps int16 (without scores the first one).
+    `scores` rank the two producers of a product: the more sensitive one keeps int16 (without scores the first one).
     `ranking` selects the plugin's rule instead: operators in the order of its name setters. Raises ConfigError where no
     fallback helps: int16 x int16, fp16 without a float path, a high-precision output inside the model.
     """
@@ -89,8 +90,8 @@ def apply_rules(
     for node in graph.nodes:
         state.cast_floats(node)
     for node in graph.nodes:
-        if node.kind == OpKind.matmul:
-            state.spare_matmul(node, scores or {}, ranking)
+        if node.two_activations:
+            state.spare_product(node, scores or {}, ranking)
     for node in graph.nodes:
         state.bound_accumulator(node)
     state.drop_equal_inputs()
@@ -202,13 +203,15 @@ class _Applied:
             dtype = QDtype.qint8 if int8 or op.output == QDtype.qint8 else QDtype.qint16
             self.ask(node, i, dtype, f"reads fp16 from {self.graph.source(producer)[0]}: cast to {dtype} at its input")
 
-    def spare_matmul(self, node: OpNode, scores: Mapping[str, float], ranking: Sequence[str] | None) -> None:
-        """Lower the int16 inputs of a matmul beyond those that the device allows.
+    def spare_product(self, node: OpNode, scores: Mapping[str, float], ranking: Sequence[str] | None) -> None:
+        """Lower the int16 inputs of a product of two activations beyond those that the device allows.
 
         Positions are counted, not producers: both inputs of q @ q^T are q, so q is lowered.
         """
-        allowed = self.device.matmul_int16_inputs
-        int16 = [i for i, dtypes in enumerate(self.arriving(node)) if QDtype.qint16 in dtypes]
+        matmul = node.kind == OpKind.matmul
+        allowed = self.device.matmul_int16_inputs if matmul else 1 + self.dual(node)
+        factors = self.arriving(node)[: None if matmul else 2]  # the bias of a convolution is no factor
+        int16 = [i for i, dtypes in enumerate(factors) if QDtype.qint16 in dtypes]
         if ranking is None:
             int16.sort(key=lambda i: (-self._score(node, i, scores), self._first(node, i)))
         else:  # if neither is ranked, the first producer is lowered
@@ -236,7 +239,7 @@ class _Applied:
         op, arriving = self.op(node), self.arriving(node)
         if op is None or node.kind not in GEMM_KINDS or not arriving:
             return []
-        if node.kind in WEIGHTED_KINDS and node.weight is not None:
+        if not node.two_activations:
             return [max(arriving[0], key=lambda d: d.rank), op.weight or QDtype.qint8] if arriving[0] else []
         return [max(at, key=lambda d: d.rank) for at in arriving[:2] if at]
 

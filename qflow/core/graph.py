@@ -82,6 +82,11 @@ class OpNode:
         return "Add" in self.fused_types
 
     @property
+    def two_activations(self) -> bool:
+        """True if a GEMM multiplies two activations: a matmul, or a conv or linear whose weight is computed."""
+        return self.kind == OpKind.matmul or (self.kind in WEIGHTED_KINDS and self.weight is None)
+
+    @property
     def macs(self) -> int:
         """Multiply-accumulates of one call; 0 for an operator that is no GEMM or has no known weights."""
         if self.kind == OpKind.matmul:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from qflow.core.dtype import QDtype
-from qflow.core.graph import GEMM_KINDS, ModelGraph, OpKind
+from qflow.core.graph import ModelGraph, OpKind
 from qflow.core.qconfig import OpQConfig, QConfig
 from qflow.cost_model.work import OpWork, work_of
 
@@ -45,7 +45,7 @@ def under(works: Sequence[OpWork], ops: Ops) -> Iterator[OpFeatures]:
         yield OpFeatures(
             work=work,
             input_dtype=computed,
-            weight_dtype=_weight_dtype(work, op, known),
+            weight_dtype=_weight_dtype(work, op, arriving),
             output_dtype=op.output if op else None,
             cast=0 if work.transparent else _casts(work, op, ops, computed),
             weight_bytes=_stored_bytes(work, op) if work.weights else 0,
@@ -67,12 +67,11 @@ def _arriving(work: OpWork, op: OpQConfig | None, ops: Ops) -> list[list[QDtype]
     ]
 
 
-def _weight_dtype(work: OpWork, op: OpQConfig | None, inputs: Sequence[QDtype]) -> QDtype | None:
-    if work.kind == OpKind.matmul:
-        return min(inputs, key=_rank) if len(inputs) > 1 else QDtype.qint8
-    if work.kind in GEMM_KINDS:
-        return (op.weight if op else None) or QDtype.qint8  # a functional's weight is a constant
-    return None
+def _weight_dtype(work: OpWork, op: OpQConfig | None, arriving: Sequence[Sequence[QDtype]]) -> QDtype | None:
+    if work.two_activations:
+        factors = [d for at in arriving[:2] for d in at if d != QDtype.float32]
+        return min(factors, key=_rank) if len(factors) > 1 else QDtype.qint8
+    return ((op.weight if op else None) or QDtype.qint8) if work.gemm else None
 
 
 def _stored_bytes(work: OpWork, op: OpQConfig | None) -> int:
@@ -84,7 +83,7 @@ def _casts(work: OpWork, op: OpQConfig | None, ops: Ops, to: QDtype) -> int:
     """Elements that must be cast: because another input has a higher dtype, because the qconfig sets the dtype of the
     input, or because one side is integer and the other fp16.
     """
-    several = len(work.inputs) > 1 and work.kind != OpKind.matmul
+    several = len(work.inputs) > 1 and not work.two_activations
     total = 0
     for i, owners in enumerate(work.inputs):
         held = [ops[owner].output for owner in owners]

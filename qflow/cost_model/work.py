@@ -66,6 +66,11 @@ class OpWork:
         return ENGINES.get(self.kind, "host")
 
     @property
+    def two_activations(self) -> bool:
+        """True if a GEMM multiplies two activations, so that it has no weight of its own."""
+        return bool(self.gemm) and not self.weight
+
+    @property
     def transparent(self) -> bool:
         """True if values pass unchanged, in the dtype that they have."""
         return self.kind in TRANSPARENT_KINDS

@@ -207,6 +207,30 @@ def test_other_marches_take_no_int16_in_a_matmul_and_oe32_takes_two(nash_m):
     assert applied(matmul_graph(), replace(nash_m, matmul_int16_inputs=2)).names(QDtype.qint8) == ()
 
 
+# ---- a convolution or linear layer whose weight is computed is a product of two activations, as a matmul is
+
+
+@pytest.mark.parametrize("kind", [OpKind.conv, OpKind.conv_transpose, OpKind.linear])
+def test_of_two_int16_factors_a_computed_weight_is_lowered_as_in_a_matmul(nash_m, kind):
+    a, b, m = matmul_graph().nodes
+    product = replace(m, kind=kind, op_type={OpKind.conv: "torch.conv2d"}.get(kind, f"torch.{kind}"))
+    graph = ModelGraph((a, b, product), (("0", "[matmul]"),))
+    assert applied(graph, nash_m).names(QDtype.qint8) == ("b",)
+    lowered = applied(graph, nash_m, scores={"a": 0.1, "b": 0.9})
+    assert lowered.names(QDtype.qint8) == ("a",)
+    assert lowered.ops["a"].fallback == "[matmul] takes 1 int16 input only"
+    dual = replace(nash_m, dual_int16=True, dual_int16_ops=["conv2d", "linear"])
+    assert applied(graph, dual).names(QDtype.qint8) == (("b",) if kind == OpKind.conv_transpose else ())
+    assert applied(graph, replace(nash_m, matmul_int16_inputs=0)).names(QDtype.qint8) == ("b",)
+
+
+def test_the_computed_bias_of_a_product_is_no_factor(nash_m):
+    a, b, m = matmul_graph().nodes
+    bias = replace(a, name="bias", quantizer="bias")
+    product = replace(m, kind=OpKind.linear, op_type="torch.linear", inputs=("a", "b", "bias"))
+    assert applied(ModelGraph((bias, a, b, product), (("0", "[matmul]"),)), nash_m).names(QDtype.qint8) == ("b",)
+
+
 # ---- int16 x int16
 
 
@@ -272,9 +296,12 @@ def graphs(draw):
     for i in range(1, draw(st.integers(2, 9))):
         kind = draw(st.sampled_from(FLOWING + [OpKind.constant]))
         two = kind in (OpKind.matmul, OpKind.add, OpKind.mul, OpKind.concat, OpKind.grid_sample, OpKind.conv)
-        names = [draw(st.sampled_from([n.name for n in nodes])) for _ in range(1 + two)]
         weighted = kind in (OpKind.conv, OpKind.linear, OpKind.conv_transpose)
-        fused = ("Add",) if kind == OpKind.conv and draw(st.booleans()) else ()
+        computed = weighted and draw(st.booleans())  # the weight is an activation
+        two |= computed
+        names = [draw(st.sampled_from([n.name for n in nodes])) for _ in range(1 + two)]
+        fused = ("Add",) if kind == OpKind.conv and not computed and draw(st.booleans()) else ()
+        names = names if fused or computed or kind != OpKind.conv else names[:1]
         nodes.append(
             OpNode(
                 name=f"op{i}",
@@ -282,10 +309,10 @@ def graphs(draw):
                 op_type={OpKind.conv: "torch.nn.modules.conv.Conv2d", OpKind.linear: "torch.linear"}.get(
                     kind, kind.value
                 ),
-                inputs=() if kind == OpKind.constant else tuple(names if fused or kind != OpKind.conv else names[:1]),
+                inputs=() if kind == OpKind.constant else tuple(names),
                 shape=(1, 8),
                 quantizer=None if kind in TRANSPARENT_KINDS else f"op{i}",
-                weight=f"op{i}" if weighted else None,
+                weight=f"op{i}" if weighted and not computed else None,
                 fused_types=fused,
             )
         )
@@ -322,7 +349,7 @@ def test_rules_applied_twice_change_nothing_and_are_never_refused(graph, data):
         arriving = input_dtypes(graph, once, node.name)
         if node.kind.value in device.int8_inputs and node.inputs:
             assert arriving[0] != "qint16"
-        if node.kind == OpKind.matmul and device.matmul_int16_inputs == 1:
+        if node.two_activations and rules != "3.2.0":
             assert arriving.count(QDtype.qint16) <= 1
 
 

@@ -130,10 +130,12 @@ def test_a_transposed_convolution_applies_its_kernel_at_every_input_position(ker
     assert graph.by_name["0"].macs == macs
 
 
-def test_a_matmul_is_priced_by_both_its_inputs():
+@pytest.mark.parametrize("kind", [OpKind.matmul, OpKind.conv])
+def test_a_product_of_two_activations_is_priced_by_both(kind):
     a = OpNode("a", OpKind.lut, "SiLU", (), (1, 16, 16), "a")
     b = OpNode("b", OpKind.lut, "SiLU", (), (1, 16, 16), "b")
-    m = OpNode("m", OpKind.matmul, "matmul", ("a", "b"), (1, 16, 16), "m", attrs={"inner": 16})
+    sizes = {"inner": 16} if kind == OpKind.matmul else {"in": 16, "out": 16, "groups": 1, "kernel": 1, "weights": 256}
+    m = OpNode("m", kind, "torch.conv2d", ("a", "b"), (1, 16, 16), "m", attrs=sizes)
     graph = ModelGraph((a, b, m), (("0", "m"),))
     int8 = all_at(graph, QDtype.qint8)
     times = [

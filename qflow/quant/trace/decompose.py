@@ -1,4 +1,4 @@
-"""Fused attention functions written out in operators that can be quantized one by one.
+"""Fused attention functions, and sums with a product, written out in operators that can be quantized one by one.
 
 To a function mode `scaled_dot_product_attention` and `multi_head_attention_forward` are one call each. A prepared
 model computes them as the device does: projections, scaled query times key, mask, softmax, times value. The result
@@ -132,11 +132,19 @@ def _projections(
     return [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
 
 
-def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    return torch.matmul(left, right) + bias
+def _add_product(
+    input: Tensor, *factors: Tensor, beta: float = 1, alpha: float = 1, out: Tensor | None = None, **named: Tensor
+) -> Tensor:
+    """The sum beta * input + alpha * (left @ right): addmm, baddbmm, addmv; only the names of the factors differ."""
+    left, right = (*factors, *(named[name] for name in _FACTORS if name in named))
+    result = torch.matmul(left, right)
+    result = result if alpha == 1 else result * alpha
+    if beta != 0:
+        result = result + (input if beta == 1 else input * beta)
+    return result if out is None else out.copy_(result)
 
 
-def _plain_attention(args: Any, kwargs: Any) -> bool:
+def _any(args: Any, kwargs: Any) -> bool:
     return True
 
 
@@ -146,15 +154,15 @@ def _plain_heads(args: Any, kwargs: Any) -> bool:
     return all(value is None for value in learnt) and not add_zero
 
 
-def _plain_sum(args: Any, kwargs: Any) -> bool:
-    return bool(kwargs.get("alpha", 1) == 1 and kwargs.get("beta", 1) == 1)
-
-
+_FACTORS = ("mat1", "mat", "batch1", "mat2", "vec", "batch2")
 _PARTS: dict[Any, tuple[Callable[..., bool], Callable[..., Any]]] = {
-    F.scaled_dot_product_attention: (_plain_attention, attention),
+    F.scaled_dot_product_attention: (_any, attention),
     F.multi_head_attention_forward: (_plain_heads, multi_head_attention),
-    torch.addmm: (_plain_sum, _addmm),
-    torch.baddbmm: (_plain_sum, _addmm),
+    **{
+        getattr(owner, name): (_any, _add_product)
+        for owner in (torch, Tensor)
+        for name in ("addmm", "baddbmm", "addmv")
+    },
 }
 
 

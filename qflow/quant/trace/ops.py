@@ -31,7 +31,7 @@ _FUNCTIONS: dict[OpKind, str] = {
     OpKind.conv: "conv1d conv2d conv3d",
     OpKind.conv_transpose: "conv_transpose1d conv_transpose2d conv_transpose3d",
     OpKind.linear: "linear",
-    OpKind.matmul: "matmul bmm mm einsum",
+    OpKind.matmul: "matmul bmm mm mv dot inner tensordot einsum",
     OpKind.norm: "batch_norm",
     OpKind.layer_norm: "layer_norm group_norm instance_norm rms_norm normalize local_response_norm",
     OpKind.relu: "relu relu6 clamp clip clamp_min clamp_max hardtanh threshold",
@@ -55,14 +55,16 @@ _FUNCTIONS: dict[OpKind, str] = {
     "squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave tile chunk split tensor_split unbind "
     "getitem narrow select diagonal contiguous clone detach roll flip rot90 pad pixel_shuffle pixel_unshuffle "
     "channel_shuffle dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout identity to float half double "
-    "bfloat16 type type_as unfold tril triu as_strided meshgrid copy T mT H mH data",
+    "bfloat16 long int short char byte bool type type_as unfold tril triu as_strided meshgrid copy T mT H mH data",
 }
 FUNCTION_KINDS: dict[str, OpKind] = {name: kind for kind, names in _FUNCTIONS.items() for name in names.split()}
 
-# Number of tensor arguments that are values; those after them are weights, statistics, indices or slopes.
-VALUE_ARGUMENTS = {OpKind.norm: 1, OpKind.layer_norm: 1, OpKind.lut: 1, OpKind.softmax: 1}
 # Functionals that multiply with a weight, and the name of that argument.
 WEIGHT_ARGUMENT = {OpKind.conv: "weight", OpKind.conv_transpose: "weight", OpKind.linear: "weight"}
+# Number of tensor arguments that are values. Those after them are biases, statistics, indices or slopes: they are
+# inputs only if they are computed from the model's inputs.
+VALUE_ARGUMENTS = {OpKind.norm: 1, OpKind.layer_norm: 1, OpKind.lut: 1, OpKind.softmax: 1}
+VALUE_ARGUMENTS |= dict.fromkeys(WEIGHT_ARGUMENT, 2)
 
 # Functions whose result does not depend on the values of the arguments: it is a constant.
 CONSTANTS = frozenset(

@@ -7,6 +7,7 @@ is `const[pos_embed]`, after its parameter or buffer, or else `const[scope[add]]
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,7 +134,9 @@ def function_attrs(kind: OpKind, sources: Sequence[Tensor], args: Any, kwargs: A
     if kind == OpKind.matmul and args and isinstance(args[0], str):
         return {"inner": _contracted(args[0], sources)}
     if kind == OpKind.matmul and len(sources) > 1:
-        return {"inner": int(sources[0].shape[-1])}
+        dims = kwargs.get("dims", args[2] if len(args) > 2 else 1)  # of tensordot: a number, or a list for each side
+        summed = range(-dims, 0) if isinstance(dims, int) else dims[0] if isinstance(dims, (list, tuple)) else (-1,)
+        return {"inner": math.prod(sources[0].shape[d] for d in summed)}
     if kind in (OpKind.conv, OpKind.linear, OpKind.conv_transpose) and len(sources) > 1:
         transposed = kind == OpKind.conv_transpose
         position = 7 if transposed else 6

@@ -138,12 +138,13 @@ class Tracer(CallNames, TorchFunctionMode):
         fresh = bool(args) and outputs[0] is args[0] and self.producer(outputs[0]) is None
         count = 1 if weight is not None else VALUE_ARGUMENTS.get(kind, len(ordered))
         values = [t for _, t in ordered]
+        read = [(s, t) for i, (s, t) in enumerate(ordered) if i < count or self.producer(t) is not None]
         self.record(
             unique,
             kind,
             f"torch.{name}",
             None,
-            [(slot, t) for slot, t in ordered[:count] if not (fresh and t is outputs[0])],
+            [(slot, t) for slot, t in read if not (fresh and t is outputs[0])],
             outputs,
             weight=weight,
             attrs=function_attrs(kind, values, args, kwargs),
