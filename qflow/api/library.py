@@ -112,15 +112,18 @@ def prepare(
     qconfig_setter: Setter | Sequence[Setter] = (),
     march: str = "nash-m",
     skip: engine.Skip = (),
+    fold_functional_norms: bool = False,
 ) -> Prepared:
     """Return a traced, fused and configured copy of `model` (in eval mode). The first setter that answers decides.
 
     `example_inputs` is a tensor, a tuple to splat or a dict of keywords, batch first. `march` is a name (nash-m,
-    nash-e, nash-m-oe32, ...) or a device file. `skip` names modules (one or several) that stay float. Operators without
-    an answer are int8, and outputs of GEMMs that leave the model high-precision. Raises ModelError or ConfigError.
+    nash-e, nash-m-oe32, ...) or a device file. `skip` names modules (one or several) that stay float.
+    `fold_functional_norms` folds an `F.batch_norm` on a module's own statistics (in a subclass of nn.BatchNorm2d, for
+    example) as it would fold an nn.BatchNorm2d; the plugin goes by module type. Operators without an answer are int8,
+    and outputs of GEMMs that leave the model high-precision. Raises ModelError or ConfigError.
     """
     given = setters_of(qconfig_setter)
-    prepared = engine.prepare(model, example_inputs, skip)
+    prepared = engine.prepare(model, example_inputs, skip, fold_functional_norms)
     prepared.__class__ = Prepared
     assert isinstance(prepared, Prepared)
     prepared.march, prepared.sample = march, tree_map(_first, example_inputs)

@@ -125,6 +125,8 @@ class QuantSchema:
 
     skip: list[str] = field(default_factory=list)
     """Modules, by name or class name, that stay in float."""
+    fold_functional_norms: bool = False
+    """Fold F.batch_norm on a module's own statistics as an nn.BatchNorm2d; the plugin goes by module type."""
 
 
 @dataclass(kw_only=True)

@@ -37,6 +37,7 @@ def make_evaluator(config: DictConfig) -> Evaluator:
         default_calibration=trial_settings(config).calibration,
         eval_batch=config.task.batch_size,
         skip=tuple(config.quant.skip),
+        fold_functional_norms=config.quant.fold_functional_norms,
         training=build_training(config),
         own_metric=own_metric(config),
         profile=config.device.profile,

@@ -19,6 +19,7 @@ FREE = (
 )
 SINCE = (
     "search.when",
+    "quant.fold_functional_norms",
     "objective.optimize",
     "qconfig.float16_count",
     "qconfig.assignment",

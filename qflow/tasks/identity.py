@@ -34,7 +34,7 @@ class Identity:
     unidentified: tuple[str, ...] = ()
 
 
-def of_task(task: Task, skip: Sequence[str] = ()) -> Identity:
+def of_task(task: Task, skip: Sequence[str] = (), fold_functional_norms: bool = False) -> Identity:
     """What all results on a task depend on: weights, data, all code, versions and threads."""
     objects = ContentDigest()
     if hasattr(task.metric, "reset"):
@@ -49,6 +49,7 @@ def of_task(task: Task, skip: Sequence[str] = ()) -> Identity:
         "parts": [objects.digest, settings.digest],
         "code": [own_sources(), loaded_sources(objects.packages | settings.packages)],  # last: modules load when used
         "skip": list(skip),
+        "fold_functional_norms": fold_functional_norms,
         "versions": [platform.python_version(), torch.__version__, np.__version__],
         "machine": [task.device, _machine(task.device), torch.get_num_threads()],
     }

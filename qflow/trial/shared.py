@@ -57,6 +57,8 @@ class SharedState:
     float_metric: float = float("nan")
     skip: tuple[str, ...] = ()
     """Modules or classes that stay in float."""
+    fold_functional_norms: bool = False
+    """`F.batch_norm` on a module's own statistics is folded as an nn.BatchNorm2d is."""
     eval_samples: int = 0
     eval_batch: int = 32
     cache: Cache = field(default_factory=Cache)
@@ -103,13 +105,13 @@ class SharedState:
     @cached_property
     def identity(self) -> Identity:
         """Everything that results depend on beside settings. Every sample is read once for it."""
-        return of_task(self.task, self.skip)
+        return of_task(self.task, self.skip, self.fold_functional_norms)
 
     def prepare(self) -> QuantizedModel:
         """Trace on the first evaluation batch, prove the float graph, and trace again at the deployed shape."""
         batch, _ = next(batches(self.task, "evaluation", min(self.eval_batch, 4), limit=1))
         example = model_inputs(self.task, batch)
-        self._prepared = prepare(self.task.model, example, self.skip)
+        self._prepared = prepare(self.task.model, example, self.skip, self.fold_functional_norms)
         way_out = f"Give the shape it is deployed at: task.deploy_shape is {self.task.deploy_shape}."
         self._deploy = graph_at(self._prepared, deploy_inputs(self.task, example), way_out)
         return self._prepared

@@ -104,7 +104,7 @@ def test_a_larger_batch_never_costs_less(name):
 @pytest.mark.parametrize("name", GRAPHS)
 def test_fusing_saves_only_what_is_held_between_the_fused(name, monkeypatch):
     """Batch norm, add and ReLU fused or apart: they are free in integers, so the same time comes out."""
-    monkeypatch.setattr("qflow.quant.model.plan._Fuser.join", lambda *_: None)
+    monkeypatch.setattr("qflow.quant.model.fusion.Fuser.join", lambda *_: None)
     model, x = zoo()[name]
     apart = make_plan(trace(model, x), model).graph
     assert (len(apart.nodes) > len(GRAPHS[name].nodes)) == any(n.fused for n in GRAPHS[name].nodes)

@@ -25,7 +25,8 @@ def graph_at(prepared: QuantizedModel, inputs: Any, way_out: str = "Give inputs=
     try:
         tracer = Tracer(model)
         tracer.given = prepared.plan.sites
-        graph = make_plan(trace(model, inputs, skipped, tracer), model, skipped).graph
+        tape = trace(model, inputs, skipped, tracer)
+        graph = make_plan(tape, model, skipped, prepared.plan.fold_functional_norms).graph
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"The model must run at the shape that is costed, but got: {text}. {way_out}") from error

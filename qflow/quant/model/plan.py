@@ -1,25 +1,20 @@
-"""From tape to plan: which operators fuse, where quantizers are placed, and the fused graph as data.
+"""From tape to plan: where quantizers are placed, and the fused graph as data.
 
-Fusion follows the plugin: conv / linear / transposed conv, then batch norm, then add, then ReLU or ReLU6, each
-optional, in this order. Nothing fuses across a value that another operator reads, nor around a shared module. A
-group is named after its first module, or after its add; its quantizer comes after its last member.
+A fused group (fusion.py) is named after its first module, or after its add; its quantizer comes after its last member.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from qflow.core.graph import TRANSPARENT_KINDS, WEIGHTED_KINDS, ModelGraph, OpKind, OpNode
+from qflow.quant.model.fusion import Fuser
 from qflow.quant.trace.masks import before_softmax, keeping, pure_masks
 from qflow.quant.trace.tape import Op, Tape, Weight
-
-RELU_TYPES = frozenset(
-    {"torch.relu", "torch.relu6", "torch.nn.modules.activation.ReLU", "torch.nn.modules.activation.ReLU6"}
-)
 
 
 @dataclass(frozen=True)
@@ -51,110 +46,24 @@ class Plan:
     """Leaf or skipped module -> its last recorded call."""
     visited: frozenset[str]
     """Operator calls that every forward pass makes: `known` without constants and writes."""
+    functional_norms: Mapping[str, str] = field(default_factory=dict)
+    """Call of `F.batch_norm` that is folded into the operator before it -> the module with its statistics."""
+    fold_functional_norms: bool = False
     masks: frozenset[str] = frozenset()
     """Output quantizers that keep -inf, because it masks a softmax (trace/masks.py)."""
 
 
-class _Fuser:
-    def __init__(self, tape: Tape, model: nn.Module) -> None:
-        self.ops = tape.ops
-        self.calls = tape.calls
-        self.modules = dict(model.named_modules())
-        self.readers: dict[int, list[int]] = {op.index: [] for op in tape.ops}
-        for op in tape.ops:
-            for source in op.inputs:
-                self.readers[source].append(op.index)
-        self.leaving = {index for _, index in tape.outputs}
-        self.taken: set[int] = set()
-        self.unfused: list[tuple[str, str, str]] = []
-
-    def shared(self, op: Op) -> bool:
-        return op.module is not None and self.calls.get(op.module, 1) > 1
-
-    def join(self, current: Op, candidate: Op) -> Op | None:
-        """`candidate` if it may join the group after `current`; otherwise None, and the reason is kept in `unfused`."""
-        if candidate.index in self.taken:
-            return None
-        reason = ""
-        if candidate.kind == OpKind.norm and current.kind == OpKind.linear and len(current.shape) != 2:
-            reason = "a batch norm over dim 1 is not over the features of a linear layer with more than two dims"
-        elif len(self.readers[current.index]) > 1 or current.index in self.leaving:
-            reason = f"{current.name} has several consumers"
-        elif self.shared(current):
-            reason = f"{current.name} is a shared module"
-        elif candidate.kind == OpKind.norm and self.shared(candidate):  # a shared ReLU has no state: it may fuse
-            reason = f"{candidate.name} is a shared module"
-        if reason:
-            self.unfused.append((current.name, candidate.name, reason))
-            return None
-        return candidate
-
-    def follow(self, current: Op, kind: str) -> Op | None:
-        """The operator of the wanted kind that reads `current`, if it may join the group."""
-        if current.attrs.get("attention_output"):
-            return None  # the plugin treats nn.MultiheadAttention as one module: nothing fuses into it
-        for index in self.readers[current.index]:
-            candidate = self.ops[index]
-            if kind == "norm":
-                wanted = self.is_norm(current, candidate)
-            elif kind == "add":
-                wanted = candidate.kind == OpKind.add and len(candidate.inputs) == 2
-                wanted = wanted and not any(self.ops[i].kind == OpKind.constant for i in candidate.inputs)
-                # `alpha` counts as a third operand; a sum that broadcasts cannot be done in the accumulators
-                wanted = wanted and len(candidate.operands) <= 2
-                wanted = wanted and all(self.ops[i].shape == candidate.shape for i in candidate.inputs)
-            else:
-                wanted = candidate.op_type in RELU_TYPES
-            if wanted:
-                return self.join(current, candidate)
-        return None
-
-    def is_norm(self, current: Op, candidate: Op) -> bool:
-        """True for a batch norm that can be folded; for another one, `unfused` gets the reason."""
-        reason = ""
-        if candidate.kind == OpKind.norm and candidate.module is None:
-            reason = "a functional batch norm owns no module: use nn.BatchNorm2d"
-        elif candidate.kind == OpKind.norm:
-            module = self.modules[candidate.module or ""]
-            if not getattr(module, "track_running_stats", False):
-                reason = "a batch norm without running statistics cannot be folded"
-        elif candidate.scope != current.scope and "BatchNorm" in self.scope_type(candidate):
-            reason = f"{self.scope_type(candidate)} is not recognised as a batch norm: use nn.BatchNorm2d in eval mode"
-        else:
-            return False
-        if reason:
-            self.unfused.append((current.name, candidate.module or candidate.scope or candidate.name, reason))
-        return not reason
-
-    def scope_type(self, op: Op) -> str:
-        return type(self.modules[op.scope]).__name__ if op.scope in self.modules and op.module is None else ""
-
-    def groups(self) -> dict[int, list[Op]]:
-        """Index of the head -> members. If two convs feed one add, the later conv takes it: its accumulator sums up."""
-        found: dict[int, list[Op]] = {}
-        for head in reversed(self.ops):
-            if head.kind not in WEIGHTED_KINDS or (head.module is None and head.weight is None):
-                continue
-            members = [head]
-            for kind in ("norm", "add", "relu"):
-                member = self.follow(members[-1], kind)
-                if member is not None:
-                    members.append(member)
-                    self.taken.add(member.index)
-            found[head.index] = members
-        return found
-
-
-def make_plan(tape: Tape, model: nn.Module, skip: Collection[str] = ()) -> Plan:
+def make_plan(tape: Tape, model: nn.Module, skip: Collection[str] = (), fold_functional_norms: bool = False) -> Plan:
     """Fuse the tape of `model` and place quantizers. The model is only read."""
-    fuser = _Fuser(tape, model)
+    fuser = Fuser(tape, model, fold_functional_norms)
     groups = fuser.groups()
     live = _live(tape)
     inside = {op.index: head for head, members in groups.items() for op in members[1:]}
     by_last: dict[int, list[Op]] = {members[-1].index: members for members in groups.values()}
     masked = before_softmax(tape.ops, fuser.readers, fuser.leaving)
     layout = _Layout(tape, masked)
-    folds: dict[str, str] = {}
+    norms = _folded(groups, live)
+    functional_norms = {norm.name: norm.statistics for norm in norms.values() if norm.statistics}
     for op in tape.ops:
         if op.index not in live or (op.index in groups and len(groups[op.index]) > 1):
             continue
@@ -162,15 +71,17 @@ def make_plan(tape: Tape, model: nn.Module, skip: Collection[str] = ()) -> Plan:
             continue
         members = by_last.get(op.index, [op])
         layout.place(members, reenters=bool(fuser.readers[op.index]))
-        for member in members[1:2]:
-            if member.kind == OpKind.norm and members[0].module and member.module:
-                folds[members[0].module] = member.module
     graph = ModelGraph(
         nodes=tuple(layout.nodes),
         outputs=tuple((name, layout.name_of[index]) for name, index in tape.outputs),
         calls=tape.calls,
         unfused=tuple(reversed(fuser.unfused)),
-        notes=(*tape.notes, *_dead_notes(tape, live), *_unknown_notes(layout.nodes, tape.ops)),
+        notes=(
+            *tape.notes,
+            *_dead_notes(tape, live),
+            *_norm_notes(functional_norms),
+            *_unknown_notes(layout.nodes, tape.ops),
+        ),
     )
     return Plan(
         graph,
@@ -178,7 +89,7 @@ def make_plan(tape: Tape, model: nn.Module, skip: Collection[str] = ()) -> Plan:
         layout.constants_at,
         {op.name: op.weight for op in tape.ops if op.weight is not None and op.index in live},
         layout.reads,
-        folds,
+        {path: norm.owner or "" for path, norm in norms.items()},
         frozenset(name for name, count in Counter(layout.output_at.values()).items() if count > 1),
         frozenset(skip),
         tape.names,
@@ -186,8 +97,23 @@ def make_plan(tape: Tape, model: nn.Module, skip: Collection[str] = ()) -> Plan:
         frozenset(key[0] for key in tape.sites),
         {op.module: op.name for op in tape.ops if op.module},
         tape.names - {op.name for op in tape.ops if op.kind == OpKind.constant or op.op_type == "torch.setitem"},
+        functional_norms=functional_norms,
+        fold_functional_norms=fold_functional_norms,
         masks=frozenset(layout.masks),
     )
+
+
+def _folded(groups: Mapping[int, list[Op]], live: Collection[int]) -> dict[str, Op]:
+    """Module path of a weighted operator -> the batch norm that is folded into its weight."""
+    return {
+        members[0].module: members[1]
+        for members in groups.values()
+        if members[-1].index in live
+        and members[0].module
+        and len(members) > 1
+        and members[1].kind == OpKind.norm
+        and members[1].owner
+    }
 
 
 def _live(tape: Tape) -> set[int]:
@@ -282,6 +208,15 @@ def _dead_notes(tape: Tape, live: set[int]) -> list[str]:
         f"{op.name}: computed, but no output depends on it: left in float"
         for op in tape.ops
         if op.index not in live and (op.kind in WEIGHTED_KINDS or op.kind == OpKind.input)
+    ]
+
+
+def _norm_notes(folded: Mapping[str, str]) -> list[str]:
+    if not folded:
+        return []
+    first, more = next(iter(folded)), f" and {len(folded) - 1} more" if len(folded) > 1 else ""
+    return [
+        f"{first}: folded{more} because of fold_functional_norms: the plugin folds an nn.BatchNorm2d only, so split"
     ]
 
 

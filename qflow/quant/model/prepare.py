@@ -30,12 +30,15 @@ TOLERANCE = 1e-4
 """In float32, a float graph with decomposed attention may differ from the model by this much, relative to the norm."""
 
 
-def prepare(model: nn.Module, example_inputs: Any, skip: Skip = ()) -> QuantizedModel:
+def prepare(
+    model: nn.Module, example_inputs: Any, skip: Skip = (), fold_functional_norms: bool = False
+) -> QuantizedModel:
     """Trace `model` (eval mode) on `example_inputs`, fuse, place quantizers, and prove the float graph unchanged.
 
     `example_inputs` is a tensor, a tuple to splat or a dict of keyword arguments; the batch axis comes first.
-    `skip` are module names, class names or classes that stay in float. Raises ModelError where the model cannot
-    run, has no float output, or the comparison fails.
+    `skip` are module names, class names or classes that stay in float. `fold_functional_norms` folds an `F.batch_norm`
+    on a module's own statistics as an nn.BatchNorm2d. Raises ModelError where the model cannot run, has no float
+    output, or the comparison fails.
     """
     if model.training:
         raise ModelError("A model is prepared in eval mode, but got one in train mode. Call model.eval() first.")
@@ -47,7 +50,7 @@ def prepare(model: nn.Module, example_inputs: Any, skip: Skip = ()) -> Quantized
         raise ModelError(f"A model is plain PyTorch, but got TorchScript at {scripted}. Give the original module.")
     tape = _trace(model, example_inputs, paths)
     _refuse_unseen(tape, model, example_inputs, paths)
-    prepared = QuantizedModel(model, make_plan(tape, model, paths)).eval()
+    prepared = QuantizedModel(model, make_plan(tape, model, paths, fold_functional_norms)).eval()
     try:
         _verify(model, prepared, example_inputs, TOLERANCE if tape.decomposed else 0.0)
     except ModelError as error:

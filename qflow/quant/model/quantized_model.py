@@ -16,11 +16,12 @@ from qflow.core.errors import ModelError
 from qflow.core.graph import ModelGraph, OpKind, OpNode
 from qflow.core.qconfig import OpQConfig, QConfig
 from qflow.core.settings import CalibrationSettings
+from qflow.quant.model.leaf import leaf_type
 from qflow.quant.model.model_state import QuantizerStateMixin
 from qflow.quant.model.plan import Plan
 from qflow.quant.model.run import Collected, Run, set_current_run
 from qflow.quant.model.runtime import EnterScope, LeaveSkipped, Mode, enter_skipped, leaf_class, leave_scope
-from qflow.quant.model.weighted import WeightedLeaf
+from qflow.quant.model.weighted import NormScope, WeightedLeaf
 from qflow.quant.trace.calling import argument_names, map_named
 from qflow.quant.trace.ops import is_leaf
 from qflow.quant.trace.order import Order, Ordering
@@ -86,6 +87,9 @@ class QuantizedModel(QuantizerStateMixin):
             elif is_leaf(module):
                 self._swap_leaf(path, module, modules)
             elif path:
+                if path in self.plan.functional_norms.values():
+                    module.__class__ = leaf_type(NormScope, type(module))
+                    module.qflow_path = path  # type: ignore[assignment]
                 module.register_forward_pre_hook(EnterScope(path))
                 module.register_forward_hook(leave_scope, always_call=True)
         for weight in self.plan.weights_at.values():

@@ -57,7 +57,12 @@ class Mode(TorchFunctionMode):
             # As in Leaf: backward needs the operator's own result, and the user's tensor gets the quantized one.
             run.advance(key, base, call)
             return first.copy_(run.finish(call, func(first.clone(), *args[1:], **kwargs), None))
-        out = func(*args, **kwargs)
+        norm = run.plan.functional_norms.get(call)
+        if norm in run.folded:  # the weight before it has it already
+            run.folded.discard(norm)
+            out = args[0] if args else kwargs["input"]
+        else:
+            out = func(*args, **kwargs)
         if run.order is not None:
             out = run.order(name, call or base, out, args, kwargs)
         if not is_operator(out):

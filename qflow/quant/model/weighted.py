@@ -40,8 +40,8 @@ from qflow.quant.values.fake_quant import FakeQuant
 DEAD = 1e-5  # with a smaller factor the scale of the folded weight would be clamped to its minimum
 
 
-class NormLeaf(Leaf):
-    """A batch norm; it is the identity if the operator before it has folded it into its weight."""
+class FoldableNorm(Leaf):
+    """A module with running statistics that the operator before it can fold into its weight."""
 
     qflow_fixed = False
     """True: the norm stays in eval mode when the model is put into train mode."""
@@ -50,6 +50,18 @@ class NormLeaf(Leaf):
     def train(self, mode: bool = True) -> Any:
         """Train or eval mode; a fixed norm stays in eval mode."""
         return super().train(mode and not self.qflow_fixed)  # type: ignore[misc]
+
+
+class NormScope(FoldableNorm):
+    """A module of the user's that calls `F.batch_norm` on its own statistics: the call is folded (runtime.py)."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward."""
+        return super(Leaf, self).forward(*args, **kwargs)  # type: ignore[misc]
+
+
+class NormLeaf(FoldableNorm):
+    """A batch norm; it is the identity if the operator before it has folded it into its weight."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The norm; if it is folded, the input, through the output quantizer of the norm if it has one."""

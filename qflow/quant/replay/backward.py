@@ -96,7 +96,7 @@ class Backward:
         name = function_name(op.call.function) if op.call.function is not None else ""
         read = references((op.call.args, op.call.kwargs))
         identity = name in ("detach", "data") or isinstance(self.ops.modules.get(op.module or ""), nn.Identity)
-        if op.module in self.ops.folded or (identity and len(read) == 1):
+        if op.owner in self.ops.folded or (identity and len(read) == 1):
             return lambda gradient: [(read[0], gradient)]
         leaf = self.ops.leaves.get(op.module or "")
         if isinstance(leaf, WeightedLeaf):

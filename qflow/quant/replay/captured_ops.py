@@ -64,7 +64,7 @@ class Ops:
         self.ordering = {i for i, f in functions if f is not None and function_name(f) in ORDER_CHANGING}
         self.patches: dict[tuple[bool, str], list[Patch]] = {}
         self.folded = {norm: weighted for weighted, norm in plan.folds.items()}
-        norms = {op.module: op.index for op in self.ops if op.module in self.folded}
+        norms = {op.owner: op.index for op in self.ops if op.owner in self.folded}
         self.ends = {op.index: norms[plan.folds[op.module]] for op in self.ops if op.module in plan.folds}
         """Weighted op -> its folded batch norm, whose result is that of both."""
         self.raw: frozenset[int] = frozenset()
@@ -140,7 +140,7 @@ class Ops:
             args, kwargs = _with_argument(args, kwargs, slot, quantizer)
         leaf: Any = self.leaves.get(op.module or "")
         weight = prepared.weights.get(op.module or "")
-        if op.module in self.folded and prepared.weights[self.folded[op.module]].active:
+        if op.owner in self.folded and prepared.weights[self.folded[op.owner]].active:
             values: Values = (args[0] if args else kwargs["input"],)
         elif weight is not None and weight.active and isinstance(leaf, WeightedLeaf):
             folded, bias = leaf.folded()

@@ -48,7 +48,7 @@ class FoldedOps(Ops):
 
     def run(self, op: Op, args: Any, kwargs: Any) -> Values:
         """Run the float op with its norm folded in; the norm itself is the identity."""
-        if op.module in self.folded:
+        if op.owner in self.folded:
             return (args[0] if args else kwargs["input"],)
         leaf = self.leaves.get(op.module or "")
         if isinstance(leaf, WeightedLeaf) and op.kind != OpKind.skipped:

@@ -75,7 +75,7 @@ def _by_definition(ops: Ops, op: Op, axes: Axes) -> int | None:
     read = references((op.call.args, op.call.kwargs))
     leaf = ops.leaves.get(op.module or "")
     identity = isinstance(ops.modules.get(op.module or ""), nn.Identity) and op.kind != OpKind.skipped
-    if op.module in ops.folded or identity:
+    if op.owner in ops.folded or identity:
         return axes[read[0].op][read[0].position]
     if isinstance(leaf, WeightedLeaf) and op.kind != OpKind.skipped and len(read) == 1:
         axis, ndim = axes[read[0].op][read[0].position], len(op.shape)

@@ -74,10 +74,17 @@ class Op:
     weight: Weight | None = None
     attrs: dict[str, int] = field(default_factory=dict)
     operands: tuple[float | None, ...] = ()
+    statistics: str | None = None
+    """Of `F.batch_norm`: path of the module whose running statistics, gain, bias and eps it applies."""
     call: Call | None = None
     """Only a capture keeps it."""
     complex: bool = False
     """True if its (first) result is complex: such a result is not `floating`, and it is no jump (order.py)."""
+
+    @property
+    def owner(self) -> str | None:
+        """Path of the module whose parameters the op applies: its own, or that of the statistics."""
+        return self.module or self.statistics
 
 
 @dataclass
