@@ -101,14 +101,23 @@ def _quantized_outputs(graph: ModelGraph, applied: QConfig) -> Iterator[Finding]
 
 def _float_inputs(graph: ModelGraph) -> list[Finding]:
     """Operators that read values which no quantizer has seen (an integer tensor cast to float)."""
-    return [
-        Finding(
-            node.name, "check", f"float32 input: no quantizer stands behind {producer}. Give the model float inputs"
-        )
-        for node in graph.quantized
-        for producer in node.inputs
-        if not graph.source(producer)
-    ]
+    found = []
+    for node in graph.quantized:
+        for producer in node.inputs:
+            if graph.source(producer):
+                continue
+            if _of_integer_input(graph, producer):
+                text = f"float32 input: no quantizer stands behind {producer}. Give the model float inputs"
+                found.append(Finding(node.name, "check", text))
+            else:
+                text = f"float32 input: {producer} is a mask or an index that the model computes: it has no scale"
+                found.append(Finding(node.name, "info", text))
+    return found
+
+
+def _of_integer_input(graph: ModelGraph, producer: str) -> bool:
+    node = graph.by_name[producer]
+    return "integer_input" in node.attrs or any(_of_integer_input(graph, source) for source in node.inputs)
 
 
 def _observer(op: OpQConfig, method: str) -> str:

@@ -185,10 +185,26 @@ class _Layout:
             weight=_weight_name(head),
             fused=tuple(m.name for m in members if m is not named),
             fused_types=tuple(_fused_type(m) for m in members[1:]),
-            attrs=head.attrs,
+            attrs={**head.attrs, "integer_input": 1} if self.of_integer_input(members) else head.attrs,
             operands=head.operands,
         )
         return node, tuple((name, slot) for _, name, slot in inputs)
+
+    def of_integer_input(self, members: list[Op]) -> bool:
+        """True if the float result is made of an integer input of the model, not of a mask or index of its own."""
+        read = [index for member in members for index in member.inputs]
+        if not members[-1].floating or any(self.ops[index].floating for index in read):
+            return False
+        seen: set[int] = set()
+        while read:
+            index = read.pop()
+            if self.ops[index].floating or index in seen:
+                continue
+            if self.ops[index].kind == OpKind.input:
+                return True
+            seen.add(index)
+            read.extend(self.ops[index].inputs)
+        return False
 
 
 def _weight_name(op: Op) -> str | None:

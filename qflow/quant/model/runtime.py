@@ -85,7 +85,10 @@ def quantizable(name: str, args: Any, kwargs: Any, out: Any) -> bool:
     return bool(tensors_in((args, kwargs))) and any(t.is_floating_point() for t in tensors_in(out))
 
 
-_IN_PLACE = frozenset(f"__i{n}__" for n in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod", "and", "or"))
+_IN_PLACE = frozenset(
+    f"__i{n}__"
+    for n in ("add", "sub", "mul", "div", "truediv", "floordiv", "pow", "mod", "and", "or", "xor", "lshift", "rshift")
+)
 
 
 def in_place_form(func: Any) -> bool | int:

@@ -43,7 +43,8 @@ _FUNCTIONS: dict[OpKind, str] = {
     OpKind.mul: "mul",
     OpKind.arithmetic: "sub rsub div neg maximum minimum addcmul addcdiv lerp floor_divide remainder fmod where "
     "masked_fill atan2 scatter scatter_add index_add index_put fold eq ne gt ge lt le logical_and logical_or "
-    "logical_not isnan isinf isfinite any all",
+    "logical_xor logical_not bitwise_and bitwise_or bitwise_xor bitwise_not bitwise_left_shift bitwise_right_shift "
+    "isnan isinf isneginf isposinf isfinite isclose any all",
     OpKind.concat: "cat concat concatenate stack hstack vstack dstack",
     OpKind.resize: "interpolate upsample",
     OpKind.max_pool: "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d",
@@ -52,7 +53,8 @@ _FUNCTIONS: dict[OpKind, str] = {
     OpKind.reduce: "mean sum amax amin max min var std norm vector_norm cumsum prod logsumexp",
     OpKind.order: "topk sort argsort argmax argmin gather index_select take_along_dim embedding masked_select",
     OpKind.move: "reshape view view_as flatten unflatten ravel permute transpose swapaxes swapdims movedim moveaxis t "
-    "squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave tile chunk split tensor_split unbind "
+    "squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave tile chunk split split_with_sizes "
+    "tensor_split hsplit vsplit dsplit fliplr flipud unbind "
     "getitem narrow select diagonal contiguous clone detach roll flip rot90 pad pixel_shuffle pixel_unshuffle "
     "channel_shuffle dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout identity to float half double "
     "bfloat16 long int short char byte bool type type_as unfold tril triu as_strided meshgrid copy T mT H mH data",
@@ -78,23 +80,34 @@ DATA_DEPENDENT = frozenset(
 # In-place functions that fill a tensor with a constant.
 FILLS = frozenset(["zero", "fill"])
 
-ALIASES = {"truediv": "div", "true_divide": "div", "multiply": "mul", "subtract": "sub", "divide": "div"}
-ALIASES |= {"iadd": "add", "imul": "mul", "rtruediv": "rdiv", "rdiv": "rdiv", "negative": "neg", "absolute": "abs"}
+ALIASES = {"true_divide": "div", "multiply": "mul", "subtract": "sub", "divide": "div"}
+ALIASES |= {"negative": "neg", "absolute": "abs", "arctan2": "atan2", "fix": "trunc"}
+ALIASES |= {f"arc{name}": f"a{name}" for name in ("sin", "cos", "tan")}
 ALIASES |= {"linalg_vector_norm": "vector_norm", "scaled_dot_product_attention": "attention"}
 ALIASES |= {"safe_softmax": "softmax"}
+ALIASES |= {"not_equal": "ne", "greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le"}
+# Python's operators; `__iand__` and `__rand__` are `and` too.
+_SYMBOLS = {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "invert": "bitwise_not"}
+_SYMBOLS |= {"lshift": "bitwise_left_shift", "rshift": "bitwise_right_shift"}
+_SYMBOLS |= {"truediv": "div", "floordiv": "floor_divide", "mod": "remainder"}
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def function_name(function: object) -> str:
-    """Canonical name of a torch function: `__radd__`, `add_` and `Tensor.add` are all `add`."""
+    """Canonical name of a torch function: `__radd__`, `add_` and `Tensor.add` are all `add`, `__iand__` `bitwise_and`.
+
+    Reflected functions whose arguments change places keep an `r`: `rsub`, `rdiv`, `rpow`.
+    """
     name = str(getattr(function, "__name__", type(function).__name__))
     if name == "__get__":  # an attribute such as Tensor.shape
         return str(getattr(getattr(function, "__self__", None), "__name__", "get"))
-    dunder = name.startswith("__") and name.endswith("__")
     core = name.strip("_")
-    if dunder and core not in FUNCTION_KINDS and core[:1] in "ir" and core[1:] in FUNCTION_KINDS:
-        core = core[1:]
+    if name.startswith("__") and name.endswith("__"):
+        core = {"rtruediv": "rdiv"}.get(core, core)
+        if core not in FUNCTION_KINDS and core not in _SYMBOLS and core[:1] in "ir":
+            core = core[1:] if core[1:] in FUNCTION_KINDS or core[1:] in _SYMBOLS else core
+        return _SYMBOLS.get(core, core)
     return ALIASES.get(core, core)
 
 

@@ -90,8 +90,9 @@ class Tracer(Recording, TorchFunctionMode):
     def note_writes(self, name: str, args: Any, out: Any, versions: list[tuple[Tensor, int]]) -> None:
         if name in DATA_DEPENDENT and not isinstance(out, Tensor) and versions:
             self.note_site(f"a Python value is taken from a tensor by {name}")
-        by_mask = name == "getitem" and any(t.dtype == torch.bool for t in tensors_in(args[1:]))
-        if by_mask or name == "masked_select":
+        chosen = tensors_in(args[1:]) if args else [t for t, _ in versions]
+        masks = [t for t in chosen if t.dtype == torch.bool and self.producer(t) is not None]
+        if name in ("getitem", "masked_select") and masks:
             self.note_site(f"{name} with a boolean mask gives a size that depends on the data")
         if name == "setitem" and args[2:] and self.is_value(args[2]):
             self.note_site("setitem writes a constant that has no quantizer")
