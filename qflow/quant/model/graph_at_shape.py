@@ -13,13 +13,14 @@ from qflow.quant.model.leaf import Leaf
 from qflow.quant.model.plan import make_plan
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.trace.trace import trace
-from qflow.quant.trace.tracer import Tracer
+from qflow.quant.trace.tracer import PYTHON_VALUE, Tracer
 
 
 def graph_at(prepared: QuantizedModel, inputs: Any, way_out: str = "Give inputs=....") -> ModelGraph:
     """The fused graph of `prepared` traced again on `inputs`.
 
-    Raises ModelError if the model does not run there or has other operators; the message ends with `way_out`.
+    A loop over the samples may run operators without a quantizer more or less often there. Raises ModelError if the
+    model does not run there or has other quantized operators; the message ends with `way_out`.
     """
     model, skipped = _unswapped(prepared.model), prepared.plan.skipped
     try:
@@ -30,10 +31,12 @@ def graph_at(prepared: QuantizedModel, inputs: Any, way_out: str = "Give inputs=
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"The model must run at the shape that is costed, but got: {text}. {way_out}") from error
-    odd = sorted({n.name for n in graph.nodes} ^ {n.name for n in prepared.graph.nodes})
+    odd = sorted({n.name for n in graph.quantized} ^ {n.name for n in prepared.graph.quantized})
     if odd:
         rule = "The model has the same operators at the shape that is costed"
-        raise ModelError(f"{rule}, but got differences at {odd[:3]}: a branch on the size. {way_out}")
+        taken = next((note for note in graph.notes + prepared.graph.notes if PYTHON_VALUE in note), None)
+        why = "a branch on the size" if taken is None else f"perhaps a branch on a value ({taken})"
+        raise ModelError(f"{rule}, but got differences at {odd[:3]}: {why}. {way_out}")
     return graph
 
 

@@ -118,8 +118,11 @@ def _folded(groups: Mapping[int, list[Op]], live: Collection[int]) -> dict[str, 
 
 def _live(tape: Tape) -> set[int]:
     """Operators that an output depends on; the others are bookkeeping of the user's Python code."""
+    return _upstream(tape, [index for _, index in tape.outputs])
+
+
+def _upstream(tape: Tape, stack: list[int]) -> set[int]:
     live: set[int] = set()
-    stack = [index for _, index in tape.outputs]
     while stack:
         index = stack.pop()
         if index not in live:
@@ -220,10 +223,11 @@ def _fused_type(op: Op) -> str:
 
 
 def _dead_notes(tape: Tape, live: set[int]) -> list[str]:
+    decisive = _upstream(tape, list(tape.read_by_python))
     return [
         f"{op.name}: computed, but no output depends on it: left in float"
         for op in tape.ops
-        if op.index not in live and (op.kind in WEIGHTED_KINDS or op.kind == OpKind.input)
+        if op.index not in live | decisive and (op.kind in WEIGHTED_KINDS or op.kind == OpKind.input)
     ]
 
 

@@ -28,6 +28,8 @@ class Recording(CallNames):
         super().__init__()
         self.ops: list[Op] = []
         self.notes: list[str] = []
+        self.read_by_python: set[int] = set()
+        """Ops from whose result a Python value was taken, which the code after it may depend on."""
         self.scopes: list[str] = [""]
         self.fingerprints: dict[str, tuple[str, tuple[float, ...]]] = {}
         self.producers: dict[int, tuple[weakref.ref[Tensor], int]] = {}
@@ -91,9 +93,10 @@ class Recording(CallNames):
             self.producers[id(tensor)] = (weakref.ref(tensor), op.index)
             self.aliases.add(tensor)
 
-    def record_write(self, target: Tensor, value: Any) -> None:
-        """Record `target[...] = value` as an op with both as inputs, so that the producer of `value` is not lost."""
-        sources = [(i, t) for i, t in enumerate([target, *tensors_in(value)]) if self.producer(t) is not None]
+    def record_write(self, target: Tensor, value: Any, place: Any = ()) -> None:
+        """Record `target[place] = value` as an op with all three as inputs, so that none of their producers is lost."""
+        tensors = [target, *tensors_in(place), *tensors_in(value)]
+        sources = [(i, t) for i, t in enumerate(tensors) if self.producer(t) is not None]
         if sources:
             self.record(
                 self.unique(f"{self.scopes[-1]}[setitem]"), OpKind.move, "torch.setitem", None, sources, [target]

@@ -101,6 +101,8 @@ class Tape:
     """Functional, function and line in the user's code, index at this site -> name of the call (sites.py)."""
     decomposed: frozenset[str]
     """Functions that were decomposed (decompose.py): the float graph equals the model to rounding, not bit for bit."""
+    read_by_python: frozenset[int]
+    """Ops from whose result a Python value was taken."""
     fingerprints: dict[str, tuple[str, tuple[float, ...]]]
     """Constant, or output without a producer -> its reader, and sums of its values; inputs must not change them."""
 

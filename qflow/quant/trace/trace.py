@@ -142,5 +142,6 @@ def trace(model: nn.Module, inputs: Any, skip: Collection[str] = (), tracer: Tra
         names=frozenset(tracer.names),
         sites=tracer.sites,
         decomposed=frozenset(tracer.decomposed),
+        read_by_python=frozenset(tracer.read_by_python),
         fingerprints=tracer.fingerprints,
     )

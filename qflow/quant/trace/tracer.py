@@ -31,6 +31,7 @@ from qflow.quant.trace.ops import (
 from qflow.quant.trace.recording import Recording
 from qflow.quant.trace.tape import Call, function_attrs, operands, tensors_in
 
+PYTHON_VALUE = "a Python value is taken from a tensor"
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
 
@@ -63,7 +64,7 @@ class Tracer(Recording, TorchFunctionMode):
         out = func(*args, **kwargs)
         self.note_writes(name, args, out, [(t, v) for t, v in versions if self.producer(t) is not None])
         if name == "setitem" and len(args) == 3:
-            self.record_write(args[0], args[2])
+            self.record_write(args[0], args[2], args[1])
         if is_operator(out):
             unique = self.called(f"{self.scopes[-1]}[{name}]")
             if name not in CONSTANTS:
@@ -89,7 +90,8 @@ class Tracer(Recording, TorchFunctionMode):
 
     def note_writes(self, name: str, args: Any, out: Any, versions: list[tuple[Tensor, int]]) -> None:
         if name in DATA_DEPENDENT and not isinstance(out, Tensor) and versions:
-            self.note_site(f"a Python value is taken from a tensor by {name}")
+            self.note_site(f"{PYTHON_VALUE} by {name}")
+            self.read_by_python.update(i for i in (self.producer(t) for t, _ in versions) if i is not None)
         chosen = tensors_in(args[1:]) if args else [t for t, _ in versions]
         masks = [t for t in chosen if t.dtype == torch.bool and self.producer(t) is not None]
         if name in ("getitem", "masked_select") and masks:
