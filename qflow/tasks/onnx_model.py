@@ -50,7 +50,7 @@ def load(path: str | Path) -> nn.Module:
 
 
 def _constants_to_initializers(graph: Any) -> None:
-    """Turn Constant nodes, and Identity nodes on initializers, into initializers, where onnx2torch looks for weights."""
+    """Turn Constant nodes, and Identity nodes on initializers, into initializers: there weights are looked for."""
     from onnx import numpy_helper
 
     leaving = {value.name for value in graph.output}

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import qflow
+from qflow.analysis.sensitivity.measure import sensitivity
 from qflow.core.errors import ModelError
 
 
@@ -147,3 +148,33 @@ def test_an_out_argument_is_quantized_where_it_lies():
         _, held = prepared(x)
     codes = held / prepared.outputs["[add]"].scale
     assert torch.allclose(codes, codes.round(), atol=1e-3)
+
+
+class Given(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.o = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.o(torch.cat([torch.clamp(self.a(x), min=0)[:, :4], (x[:, :1] + 1.0).expand(-1, 4)], 1))
+
+
+class Written(Given):
+    def forward(self, x):
+        held, both, plus = (torch.empty(x.shape[0], size) for size in (8, 8, 1))
+        torch.clamp(self.a(x), min=0, out=held)
+        torch.add(x[:, :1], 1.0, out=plus)
+        return self.o(torch.cat([held[:, :4], plus.expand(-1, 4)], 1, out=both))
+
+
+def test_out_arguments_are_replayed_as_what_they_hold():
+    x, tables = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)), []
+    for kind in (Given, Written):
+        model = kind().eval()
+        prepared = qflow.prepare(model, x)
+        qflow.calibrate(prepared, [x])
+        table = sensitivity(model, prepared, [x])
+        assert not table.findings
+        tables.append([(row.op_name, row.sensitive_type, row.score) for row in table.rows])
+    assert tables[0] == tables[1]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from qflow.core.errors import ModelError
 from qflow.core.graph import ModelGraph
 from qflow.quant.model.leaf import Leaf
 from qflow.quant.model.plan import make_plan
 from qflow.quant.model.quantized_model import QuantizedModel
-from qflow.quant.trace.trace import trace
-from qflow.quant.trace.tracer import PYTHON_VALUE, Tracer
+from qflow.quant.trace.trace import trace_filled
+from qflow.quant.trace.tracer import PYTHON_VALUE
 
 
 def graph_at(prepared: QuantizedModel, inputs: Any, way_out: str = "Give inputs=....") -> ModelGraph:
@@ -24,9 +25,7 @@ def graph_at(prepared: QuantizedModel, inputs: Any, way_out: str = "Give inputs=
     """
     model, skipped = _unswapped(prepared.model), prepared.plan.skipped
     try:
-        tracer = Tracer(model)
-        tracer.given = prepared.plan.sites
-        tape = trace(model, inputs, skipped, tracer)
+        tape = trace_filled(model, inputs, skipped, prepared.plan.sites)
         graph = make_plan(tape, model, skipped, prepared.plan.fold_functional_norms).graph
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -42,7 +41,8 @@ def graph_at(prepared: QuantizedModel, inputs: Any, way_out: str = "Give inputs=
 
 def _unswapped(model: nn.Module) -> nn.Module:
     """A copy of the user's model with its original classes; it shares the tensors with the prepared model."""
-    shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    held = [value for module in model.modules() for value in tree_leaves(vars(module))]  # caches among them
+    shared: dict[int, Any] = {id(t): t for t in held if isinstance(t, Tensor)}
     original = copy.deepcopy(model, shared).eval()
     for module in original.modules():
         if isinstance(module, Leaf):

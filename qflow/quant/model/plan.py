@@ -45,7 +45,7 @@ class Plan:
     last_call: dict[str, str]
     """Leaf or skipped module -> its last recorded call."""
     visited: frozenset[str]
-    """Operator calls that every forward pass makes: `known` without constants and writes."""
+    """Operator calls that every forward pass makes: those that depend on the inputs. Others may fill a cache."""
     functional_norms: Mapping[str, str] = field(default_factory=dict)
     """Call of `F.batch_norm` that is folded into the operator before it -> the module with its statistics."""
     fold_functional_norms: bool = False
@@ -96,7 +96,7 @@ def make_plan(tape: Tape, model: nn.Module, skip: Collection[str] = (), fold_fun
         tape.sites,
         frozenset(key[0] for key in tape.sites),
         {op.module: op.name for op in tape.ops if op.module},
-        tape.names - {op.name for op in tape.ops if op.kind == OpKind.constant or op.op_type == "torch.setitem"},
+        frozenset(op.name for op in tape.ops if op.kind != OpKind.constant and op.op_type != "torch.setitem"),
         functional_norms=functional_norms,
         fold_functional_norms=fold_functional_norms,
         masks=frozenset(layout.masks),

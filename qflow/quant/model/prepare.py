@@ -22,7 +22,7 @@ from qflow.quant.model.verify import holder, verify_float
 from qflow.quant.trace.calling import map_named
 from qflow.quant.trace.ops import is_leaf
 from qflow.quant.trace.tape import Tape
-from qflow.quant.trace.trace import trace
+from qflow.quant.trace.trace import trace, trace_filled
 
 Skip = str | type[nn.Module] | Sequence[str | type[nn.Module]]
 """Modules that stay float: by path, class name or class; one, or several."""
@@ -44,10 +44,10 @@ def prepare(
         raise ModelError("A model is prepared in eval mode, but got one in train mode. Call model.eval() first.")
     if is_leaf(model):
         raise ModelError(f"A model holds modules, but got a single {type(model).__name__}. Wrap it in nn.Sequential.")
-    scripted = next((n or "model" for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    _refuse_compiled(model)
     paths = skipped_paths(model, skip)
-    if scripted is not None:
-        raise ModelError(f"A model is plain PyTorch, but got TorchScript at {scripted}. Give the original module.")
+    if not any(module.training for module in model.modules()):
+        model.eval()  # empties caches that eval() empties, as it will in the copy: what fills them is traced
     tape = _trace(model, example_inputs, paths)
     _refuse_unseen(tape, model, example_inputs, paths)
     prepared = QuantizedModel(model, make_plan(tape, model, paths, fold_functional_norms)).eval()
@@ -62,6 +62,23 @@ def prepare(
             f"{found}. Make it a method."
         ) from error
     return prepared
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    """Raise ModelError for TorchScript and torch.compile: the operators of compiled code cannot be traced."""
+    for path, module in model.named_modules():
+        at = path or "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(f"A model is plain PyTorch, but got TorchScript at {at}. Give the original module.")
+        if "_orig_mod" in module._modules:
+            way_out = f"Give {path or 'model'}._orig_mod in its place, and compile what prepare returns."
+        elif module._compiled_call_impl is not None:
+            way_out = "Give the model before its compile() was called, and compile what prepare returns."
+        elif hasattr(module.forward, "_torchdynamo_orig_callable"):
+            way_out = "Leave out torch.compile on its forward, and compile what prepare returns."
+        else:
+            continue
+        raise ModelError(f"A model is plain PyTorch, but got torch.compile at {at}. {way_out}")
 
 
 def _verify(model: nn.Module, prepared: QuantizedModel, inputs: Any, tolerance: float) -> None:
@@ -120,7 +137,7 @@ def _nearest(model: nn.Module, wanted: str) -> str:
 def _trace(model: nn.Module, inputs: Any, skip: Collection[str]) -> Tape:
     state = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
-        tape = trace(model, inputs, skip)
+        tape = trace_filled(model, inputs, skip)
     except QflowError:
         raise
     except Exception as error:  # the user's forward may raise anything
@@ -128,7 +145,8 @@ def _trace(model: nn.Module, inputs: Any, skip: Collection[str]) -> Tape:
         raise ModelError(
             f"The model must run on a batch of its data, but got: {text}. Check task.model and task.data."
         ) from error
-    changed = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, state[name])]
+    known = [(name, buffer) for name, buffer in model.named_buffers() if name in state]  # others are caches, now filled
+    changed = [name for name, buffer in known if not torch.equal(buffer, state[name])]
     if changed:
         raise ModelError(
             f"A model in eval mode keeps no state between calls, but got {changed[0]} changed by one. "

@@ -89,6 +89,7 @@ class Capture(Tracer):
         name = "" if module is not None else function_name(function)
         if name in TAKES_VALUE and function not in _CASTS and isinstance(args[0] if args else None, Tensor):
             self._frozen(name, args[0])
+        kwargs = {key: value for key, value in kwargs.items() if key != "out"}  # a replay needs the result alone
         first = args[0] if args else None
         if module is not None:
             in_place = bool(getattr(function, "inplace", False))
@@ -128,11 +129,11 @@ class Capture(Tracer):
         """Note that this batch cannot be replayed; the first reason is kept."""
         self.reason = self.reason or reason
 
-    def record_write(self, target: Tensor, value: Any) -> None:
+    def record_write(self, target: Tensor, value: Any, place: Any = ()) -> None:
         """As in Tracer; a write that is not `target[...] = value` itself went through a view of the target."""
         if self.call is None or function_name(self.call.function) != "setitem":
             self.give_up(f"{self.ops[-1].name} writes into a view")
-        super().record_write(target, value)
+        super().record_write(target, value, place)
 
     def record(self, name: str, kind: OpKind, *rest: Any, **more: Any) -> None:
         """As in Tracer, and keep the op's values."""
@@ -177,10 +178,13 @@ def capture(model: nn.Module, plan: Plan, inputs: Any, memory: float, inner: boo
 
     With `inner`, values inside fused groups are kept too. Raises ReplayError if the batch cannot be replayed.
     """
-    tracer = Capture(model, plan, memory, inner)
-    tracer.given = plan.sites  # functionals get the same names as in the prepared model
-    tape = trace(model, inputs, plan.skipped, tracer)
-    strange = sorted(set(tape.names) - plan.known)
+    for _ in range(2):  # the first pass may have filled a cache
+        tracer = Capture(model, plan, memory, inner)
+        tracer.given = plan.sites  # functionals get the same names as in the prepared model
+        tape = trace(model, inputs, plan.skipped, tracer)
+        strange = sorted(set(tape.names) - plan.known)
+        if not strange:
+            break
     if tracer.reason or strange:
         raise ReplayError(tracer.reason or f"{strange[0]} was not seen when the model was prepared")
     tensors = [tensor for _, tensor in input_tensors(model, inputs)]

@@ -7,8 +7,9 @@ in a prepared model, and `self.conv.forward(x)` is the same operator as `self.co
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -145,3 +146,30 @@ def trace(model: nn.Module, inputs: Any, skip: Collection[str] = (), tracer: Tra
         read_by_python=frozenset(tracer.read_by_python),
         fingerprints=tracer.fingerprints,
     )
+
+
+def trace_filled(
+    model: nn.Module,
+    inputs: Any,
+    skip: Collection[str] = (),
+    given: Mapping[tuple[str, str, int, int], str] | None = None,
+) -> Tape:
+    """As `trace`, with caches filled. What fills them is known, because train() or eval() may empty them again.
+
+    Names are those of the filled model. `given` are names by call site from an earlier trace (call_names.py).
+    """
+
+    def traced() -> Tape:
+        tracer = Tracer(model)
+        tracer.given = given
+        return trace(model, inputs, skip, tracer)
+
+    buffers = {name for name, _ in model.named_buffers()}
+    first = traced()
+    if first.names == {op.name for op in first.ops}:
+        return first  # every call depends on the inputs
+    second = traced()
+    if first.names == second.names and buffers.issuperset(name for name, _ in model.named_buffers()):
+        return first
+    filling = {site: f"{name} for a cache" for site, name in first.sites.items() if site not in second.sites}
+    return replace(second, names=second.names.union(filling.values()), sites={**second.sites, **filling})
