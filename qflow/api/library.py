@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from qflow.analysis.checks.calibration_check import calibration_findings
 from qflow.analysis.checks.model_check import check_model, grouped
@@ -40,7 +39,8 @@ from qflow.quant.model.calibrate import CalibrationStats, apply_scales, collect,
 from qflow.quant.model.graph_at_shape import graph_at
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.model.run import Collected
-from qflow.quant.trace.binding import inputs_of
+from qflow.quant.trace.binding import example_of, inputs_of
+from qflow.quant.trace.calling import batch_size, cut
 
 
 class FakeQuantState(str, Enum):
@@ -74,9 +74,18 @@ class Prepared(QuantizedModel):
     scores: Mapping[str, float] = {}
     """Activation sensitivities of the last analysis by operator: the check tells by them what is worth a look."""
     _warned = False
+    _calibrated = False
+    """True as soon as nothing has to be said about a missing calibration."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; warn once if operators ran that were not traced."""
+        """Run the model; warn once if it is not calibrated, and once if operators ran that were not traced."""
+        if not self._calibrated and self._collect is None and not torch.compiler.is_compiling():
+            self._calibrated = True  # or the user knows now
+            if self.uncalibrated and not any(quantizer.enabled for quantizer in self._quantizers()):
+                warnings.warn(
+                    "The prepared model is not calibrated and computes in float. Call qflow.calibrate first.",
+                    stacklevel=4,  # skips the frames of nn.Module
+                )
         out = super().forward(*args, **kwargs)
         quiet = self._warned or torch.compiler.is_compiling() or self.training or self._collect is not None
         if not quiet and self.unseen:  # during calibration this becomes a finding
@@ -116,17 +125,18 @@ def prepare(
 ) -> Prepared:
     """Return a traced, fused and configured copy of `model` (in eval mode). The first setter that answers decides.
 
-    `example_inputs` is a tensor, a tuple to splat or a dict of keywords, batch first. `march` is a name (nash-m,
+    `example_inputs` is a tensor, a tuple to splat or a dict of keywords, batch first; or a batch of the data loader, of
+    which what `forward` does not take (targets, other keys) is left out. `march` is a name (nash-m,
     nash-e, nash-m-oe32, ...) or a device file. `skip` names modules (one or several) that stay float.
     `fold_functional_norms` folds an `F.batch_norm` on a module's own statistics (in a subclass of nn.BatchNorm2d, for
     example) as it would fold an nn.BatchNorm2d; the plugin goes by module type. Operators without an answer are int8,
     and outputs of GEMMs that leave the model high-precision. Raises ModelError or ConfigError.
     """
-    given = setters_of(qconfig_setter)
+    given, example_inputs = setters_of(qconfig_setter), example_of(model, example_inputs)
     prepared = engine.prepare(model, example_inputs, skip, fold_functional_norms)
     prepared.__class__ = Prepared
     assert isinstance(prepared, Prepared)
-    prepared.march, prepared.sample = march, tree_map(_first, example_inputs)
+    prepared.march, prepared.sample = march, cut(example_inputs, batch_size(example_inputs), 0, 1)
     configure(prepared, (*given, HighPrecisionOutput(), TemplateSetter(QDtype.qint8)))
     return prepared
 
@@ -200,6 +210,7 @@ def set_fake_quantize(prepared: Prepared, state: FakeQuantState) -> None:
             f"Quantizers need scales, but got an uncalibrated model ({prepared.uncalibrated[0]} first). Call "
             "qflow.calibrate first."
         )
+    prepared._calibrated = True  # a state that the user has chosen
     for quantizer in prepared._keys().values():
         quantizer.enabled = state == FakeQuantState.VALIDATION
 
@@ -239,11 +250,6 @@ def ranked(prepared: Prepared, scores: Mapping[str, float]) -> None:
         prepared.findings = calibration_findings(
             prepared, prepared.stats, prepared.applied, prepared.silent, rules, scores
         )
-
-
-def _first(value: Any) -> Any:
-    """Return the first sample of a batch, whose first dimension is the batch."""
-    return value[:1].clone() if isinstance(value, Tensor) and value.ndim else value
 
 
 def _size(inputs: Any) -> int:

@@ -259,7 +259,8 @@ def run(model: Callable[..., Any], inputs: Any) -> Any:
 def deploy_inputs(task: Task, example: Any) -> Any:
     """Random inputs of `task.deploy_shape` in the structure of `example`; its first sample if there is no shape."""
     if task.deploy_shape is None:
-        return tree_map(lambda v: v[:1] if isinstance(v, Tensor) else v, example)
+        size = next((len(v) for v in tree_flatten(example)[0] if isinstance(v, Tensor) and v.ndim), 1)
+        return tree_map(lambda v: v[:1] if isinstance(v, Tensor) and v.ndim and len(v) == size else v, example)
     generator = torch.Generator().manual_seed(0)
 
     def at(shape: Sequence[int], like: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 import copy
 import functools
 import threading
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -112,7 +113,34 @@ def test_what_the_users_code_raises_is_one_line():
         qflow.prepare(locked, X)
 
 
-Two = namedtuple("Two", "feat other")
+@dataclass(frozen=True)
+class Record:
+    feat: torch.Tensor
+    other: object
+
+
+class Plain:
+    def __init__(self, feat, other):
+        self.feat, self.other = feat, other
+
+
+class Slotted:
+    __slots__ = ("feat", "other")
+
+    def __init__(self, feat, other):
+        self.feat, self.other = feat, other
+
+
+class Output(OrderedDict):
+    """A mapping whose items are attributes, too."""
+
+    def __init__(self, feat, other):
+        super().__init__(feat=feat)
+        self.feat = feat
+
+
+FORMS = {"namedtuple": namedtuple("Two", "feat other"), "dataclass": Record, "object": Plain, "slots": Slotted}
+FORMS["mapping with attributes"] = Output
 
 
 class Skipped(nn.Module):
@@ -121,7 +149,9 @@ class Skipped(nn.Module):
         self.form = form
 
     def forward(self, x):
-        return {"feat": x.sigmoid()} if self.form == "dict" else Two(x.sigmoid(), None)
+        if self.form == "dict":
+            return {"feat": x.sigmoid()}
+        return FORMS[self.form](x.sigmoid(), None)
 
 
 class Around(Conv):
@@ -134,13 +164,26 @@ class Around(Conv):
         return self.o(y["feat"] if self.form == "dict" else y.feat)
 
 
-@pytest.mark.parametrize("form", ["dict", "namedtuple"])
+@pytest.mark.parametrize("form", ["dict", *FORMS])
 def test_a_skipped_module_may_give_any_structure(form):
     prepared = qflow.prepare(Around(form).eval(), X, skip=["skipped"])
     qflow.calibrate(prepared, [X])
     with torch.no_grad(), prepared.quantized():
         prepared(X)
         assert "skipped" in prepared.ran
+    assert prepared.graph.by_name["o"].inputs == ("skipped",)
+
+
+@pytest.mark.parametrize("form", [Plain, Slotted, Output])
+def test_a_model_may_return_an_object_of_its_own(form):
+    class Returns(Conv):
+        def forward(self, x):
+            return form(self.a(x), None)
+
+    prepared = qflow.prepare(Returns().eval(), X)
+    assert prepared.graph.outputs == (("feat", "a"),)
+    qflow.calibrate(prepared, [X])
+    assert isinstance(prepared(X), form)
 
 
 def test_training_a_frozen_model_is_refused():

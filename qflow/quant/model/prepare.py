@@ -19,7 +19,7 @@ from qflow.core.signature import mismatch
 from qflow.quant.model.plan import make_plan
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.model.verify import holder, verify_float
-from qflow.quant.trace.calling import map_named
+from qflow.quant.trace.calling import batch_size, map_named
 from qflow.quant.trace.ops import is_leaf
 from qflow.quant.trace.tape import Tape
 from qflow.quant.trace.trace import trace, trace_filled
@@ -84,7 +84,7 @@ def _refuse_compiled(model: nn.Module) -> None:
 def _verify(model: nn.Module, prepared: QuantizedModel, inputs: Any, tolerance: float) -> None:
     verify_float(model, prepared, inputs, tolerance)
     try:
-        verify_float(model, prepared, map_named(_other_batch, inputs), tolerance)
+        verify_float(model, prepared, _one_more(inputs), tolerance)
     except QflowError:
         raise
     except Exception as error:  # the user's forward may raise anything
@@ -188,6 +188,7 @@ def _other_floats(name: str, value: Tensor) -> Tensor:
     return value * 0.97 + 0.003 if value.is_floating_point() else value
 
 
-def _other_batch(name: str, value: Tensor) -> Tensor:
-    """The same data at batch size n + 1: the first sample is repeated at the end."""
-    return torch.cat([value, value[:1]]) if value.ndim > 0 else value
+def _one_more(inputs: Any) -> Any:
+    """The same data at batch size n + 1: the first sample is repeated at the end; tensors without a batch stay."""
+    size = batch_size(inputs)
+    return map_named(lambda name, t: torch.cat([t, t[:1]]) if t.ndim and t.shape[0] == size else t, inputs)

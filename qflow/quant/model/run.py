@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qflow.core.settings import CalibrationSettings
 from qflow.quant.model.plan import Plan
+from qflow.quant.trace.calling import all_tensors, map_named
 from qflow.quant.trace.order import Ordering
 from qflow.quant.trace.sites import Site, call_site
-from qflow.quant.trace.tape import tensors_in
 from qflow.quant.values.fake_quant import FakeQuant
 from qflow.quant.values.observer import Histogram
 
@@ -116,7 +116,7 @@ class Run:
 
     def _show(self, call: str, out: Any) -> None:
         if self.watch is not None:
-            for tensor in (out,) if isinstance(out, Tensor) else tensors_in(out):
+            for tensor in (out,) if isinstance(out, Tensor) else all_tensors(out):
                 self.watch(call, tensor.detach())
 
     def quantizes(self, name: str) -> bool:
@@ -167,10 +167,10 @@ class Run:
             self._show(name, out)
         quantizer_name = self.plan.output_at.get(name)
         if quantizer_name is None:
-            if name not in self.plan.known and any(t.is_floating_point() for t in tensors_in(out)):
+            if name not in self.plan.known and any(t.is_floating_point() for t in all_tensors(out)):
                 self.unseen.add(name)
             return out
-        value = out if isinstance(out, Tensor) else tensors_in(out)[0]
+        value = out if isinstance(out, Tensor) else all_tensors(out)[0]
         quantizer = self.outputs[quantizer_name]
         self.depth += 1  # the arithmetic of the quantizer itself must not count as operators
         try:
@@ -190,7 +190,7 @@ class Run:
             self.depth -= 1
         if isinstance(out, Tensor):
             return quantized
-        return tree_map(lambda t: quantized if t is value else t, out)
+        return map_named(lambda _, t: quantized if t is value else t, out)
 
 
 _current = threading.local()

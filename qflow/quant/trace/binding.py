@@ -1,4 +1,4 @@
-"""Take the model's inputs from an item of a data loader: at most as many as the example inputs have."""
+"""Take the model's inputs from an item of a data loader: those that `forward` takes, or as many as an example has."""
 
 from __future__ import annotations
 
@@ -9,7 +9,29 @@ from typing import Any
 from torch import Tensor, nn
 
 from qflow.core.errors import DataError
-from qflow.core.signature import arguments
+from qflow.core.signature import arguments, keywords
+
+
+def example_of(model: nn.Module, item: Any) -> Any:
+    """The example inputs in `item`, without what `forward` does not take: keys of a dict, targets after the inputs.
+
+    `item` itself if it fits, or if nothing in it does.
+    """
+    needed = [p.name for p in arguments(model.forward) if p.default is p.empty]
+    if isinstance(item, Mapping):
+        return (keywords(model.forward, item) or (item,)) if set(needed) <= set(item) or len(needed) == 1 else item
+    if not isinstance(item, (tuple, list)) or not item:
+        return item
+    if isinstance(item[0], Mapping) and needed and set(needed) <= set(item[0]):
+        return example_of(model, item[0])
+    try:
+        inspect.signature(model.forward).bind(*item)
+    except TypeError:  # more items than arguments
+        first = item[0]
+        if isinstance(first, (tuple, list)):
+            return tuple(first) if len(needed) > 1 else (first,)
+        return example_of(model, first) if isinstance(first, Mapping) else tuple(item[: max(len(needed), 1)])
+    return item
 
 
 def inputs_of(model: nn.Module, example: Any, item: Any) -> Any:

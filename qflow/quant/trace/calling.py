@@ -5,12 +5,18 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+
+from qflow.quant.trace.tape import tensors_in
+
+_OTHERS = frozenset(sys.stdlib_module_names) | {"torch", "numpy"}
+"""Packages whose objects are no containers of the user's."""
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
@@ -55,9 +61,28 @@ def named_tensors(structure: Any, prefix: str = "") -> list[tuple[str, Tensor]]:
             for i, value in enumerate(structure)
             for pair in named_tensors(value, f"{prefix}-{i}" if prefix else str(i))
         ]
-    if hasattr(structure, "__dataclass_fields__"):
-        return named_tensors({key: getattr(structure, key) for key in structure.__dataclass_fields__}, prefix)
-    return []
+    return named_tensors(attributes(structure), prefix) if attributes(structure) else []
+
+
+def all_tensors(structure: Any) -> list[Tensor]:
+    """The tensors of nested arguments, in order, and then those inside objects, which torch's pytrees do not open."""
+    found = tensors_in(structure)
+    return [*found, *(t for _, t in named_tensors(structure) if not any(t is f for f in found))]
+
+
+def attributes(structure: Any) -> dict[str, Any]:
+    """Fields of a dataclass, or attributes of an object of the user's that holds tensors; empty for anything else.
+
+    Of a plain object only tensors and containers count: it may refer to anything, also to what refers back to it.
+    """
+    kind = type(structure)
+    if hasattr(kind, "__dataclass_fields__"):
+        return {key: getattr(structure, key) for key in kind.__dataclass_fields__ if hasattr(structure, key)}
+    if isinstance(structure, (type, nn.Module)) or callable(structure) or kind.__module__.partition(".")[0] in _OTHERS:
+        return {}
+    slots = [name for cls in kind.__mro__ for name in getattr(cls, "__slots__", ()) if hasattr(structure, name)]
+    held = {**getattr(structure, "__dict__", {}), **{name: getattr(structure, name) for name in slots}}
+    return {key: v for key, v in held.items() if isinstance(v, (Tensor, Mapping, tuple, list))}
 
 
 def map_named(function: Callable[[str, Tensor], Any], structure: Any, prefix: str = "") -> Any:
@@ -68,19 +93,30 @@ def map_named(function: Callable[[str, Tensor], Any], structure: Any, prefix: st
         pairs = {k: map_named(function, v, f"{prefix}-{k}" if prefix else str(k)) for k, v in structure.items()}
         if type(structure) is dict or not isinstance(structure, MutableMapping):
             return pairs
-        made = copy.copy(structure)
-        made.update(pairs)
+        made = _copy(structure)
+        for key, value in pairs.items():
+            made[key] = value
+            if isinstance(key, str) and getattr(structure, key, None) is structure[key]:  # of a ModelOutput
+                object.__setattr__(made, key, value)
         return made
     if isinstance(structure, (tuple, list)):
         items = [map_named(function, v, f"{prefix}-{i}" if prefix else str(i)) for i, v in enumerate(structure)]
         return type(structure)(*items) if hasattr(structure, "_fields") else type(structure)(items)
-    if hasattr(structure, "__dataclass_fields__") and not isinstance(structure, type):
-        made = copy.copy(structure)
-        for key in structure.__dataclass_fields__:
-            inner = map_named(function, {key: getattr(structure, key)}, prefix)
-            object.__setattr__(made, key, inner[key])  # frozen ones too
+    inner = map_named(function, held, prefix) if (held := attributes(structure)) else {}
+    changed = [key for key in inner if inner[key] is not held[key]]
+    made = _copy(structure) if changed else structure
+    for key in changed:
+        object.__setattr__(made, key, inner[key])  # frozen ones too
+    return made
+
+
+def _copy(structure: Any) -> Any:
+    try:
+        return copy.copy(structure)
+    except TypeError:  # a dict of the user's whose __init__ takes other arguments than copy gives
+        made = type(structure).__new__(type(structure))
+        made.__dict__.update(structure.__dict__)
         return made
-    return structure
 
 
 @functools.lru_cache(maxsize=64)

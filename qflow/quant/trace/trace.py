@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from qflow.core.graph import OpKind
-from qflow.quant.trace.calling import copied, input_tensors, named_tensors, run_model
+from qflow.quant.trace.calling import all_tensors, copied, input_tensors, named_tensors, run_model
 from qflow.quant.trace.ops import is_leaf, module_kind
-from qflow.quant.trace.tape import Tape, module_attrs, tensors_in
+from qflow.quant.trace.tape import Tape, module_attrs
 from qflow.quant.trace.tracer import Tracer
 
 
@@ -52,13 +52,13 @@ class _Hooks:
         self.tracer.leaf_depth += 1
 
     def record(self, path: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        tracer, outputs = self.tracer, tensors_in(out)
+        tracer, outputs = self.tracer, all_tensors(out)
         if tracer.leaf_depth > 1 or not outputs:
             return
         skipped = path in self.skip
         kind = OpKind.skipped if skipped else module_kind(module) or OpKind.other
         op_type = f"{type(module).__module__}.{type(module).__qualname__}"
-        sources = list(enumerate(tensors_in((args, kwargs))))
+        sources = list(enumerate(all_tensors((args, kwargs))))
         attrs = {} if skipped else module_attrs(module, [t for _, t in sources])
         tracer.record(tracer.unique(path), kind, op_type, path, sources, outputs, attrs=attrs)
         for tensor in outputs:
