@@ -45,7 +45,7 @@ def load(path: str | Path) -> nn.Module:
         raise ModelError(f"An ONNX file holds operators that onnx2torch converts, but got: {text}.") from error
     for module in model.modules() if free else ():
         if hasattr(module, "ignore_bs_ch_size"):  # of a resize to constant sizes, which name the batch
-            module.ignore_bs_ch_size = True
+            module.ignore_bs_ch_size = True  # type: ignore[assignment]
     return model.eval()
 
 

@@ -114,7 +114,8 @@ def _copy(structure: Any) -> Any:
     try:
         return copy.copy(structure)
     except TypeError:  # a dict of the user's whose __init__ takes other arguments than copy gives
-        made = type(structure).__new__(type(structure))
+        kind: Any = type(structure)
+        made = kind.__new__(kind)
         made.__dict__.update(structure.__dict__)
         return made
 
