@@ -14,7 +14,8 @@ from hydra import compose, initialize_config_dir
 
 from qflow.config.command_schema import conf_dir, register_schemas
 from qflow.config.overrides import rewrite
-from qflow.study.stages import ALL_INT8, ALL_INT16, baseline, begin
+from qflow.study.baselines import ALL_INT8, ALL_INT16, baseline
+from qflow.study.stages import begin
 from qflow.study.start import open_session
 from qflow.trial.evaluator import Evaluator
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from qflow.search.objective import accurate, meets, over_budget
 from qflow.search.outcome import FinishedTrial
+from qflow.study.mixes import search_mix
 from qflow.study.session import Session
-from qflow.study.stages import search_mix
 
 from . import int8, int16
 
@@ -28,11 +28,11 @@ def run(session: Session) -> None:
         mix(session, int8_baseline, int16_baseline)
 
 
-def mix(session: Session, int8_baseline: FinishedTrial, int16_baseline: FinishedTrial) -> None:
+def mix(session: Session, int8_baseline: FinishedTrial | None, int16_baseline: FinishedTrial) -> None:
     """Search the cheapest mix that meets the goal, unless all-int8 meets it or exceeds a budget."""
     if meets(int8_baseline):
         return
-    over = over_budget(int8_baseline)
+    over = over_budget(int8_baseline) if int8_baseline else {}
     if over:
         found = ", ".join(f"{name} by {by:.4g}" for name, by in over.items())
         session.decide("int8/int16", f"all-int8 itself exceeds {found}: relax the budget or change the model")
@@ -42,12 +42,12 @@ def mix(session: Session, int8_baseline: FinishedTrial, int16_baseline: Finished
     if best is not None:
         m = best.outcome.metrics
         fp16 = f" beside {m['qconfig/n_float16']:.0f} in fp16" if m.get("qconfig/n_float16") else ""
+        ends = {"all-int8": int8_baseline, "all-int16": int16_baseline}
+        against = [f"{t.outcome.metrics['cost/latency_ms']:.3f} {label}" for label, t in ends.items() if t]
         session.decide(
             "int8/int16",
             f"trial {best.number} meets the goal with {m['qconfig/n_int16']:.0f} int16 operators{fp16}: drop "
-            f"{m['accuracy/drop']:+.4f}, {m['cost/latency_ms']:.3f} ms against "
-            f"{int8_baseline.outcome.metrics['cost/latency_ms']:.3f} all-int8 and "
-            f"{int16_baseline.outcome.metrics['cost/latency_ms']:.3f} all-int16",
+            f"{m['accuracy/drop']:+.4f}, {m['cost/latency_ms']:.3f} ms against {' and '.join(against)}",
         )
     else:
         session.decide("int8/int16", "no mix that was tried meets the goal")

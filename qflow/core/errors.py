@@ -18,6 +18,10 @@ class ModelError(QflowError):
     """The model cannot be traced, prepared or run."""
 
 
+class NotFiniteError(ModelError):
+    """An output of the model is NaN or infinite."""
+
+
 class DataError(QflowError):
     """The data are empty, too few, not finite, or not in the form that the model takes."""
 
@@ -27,6 +31,12 @@ class TrialError(QflowError):
 
     lasting = False
     """True if the trial itself is the cause, so that another try would fail too."""
+
+
+class BrokenMixError(TrialError):
+    """The outputs of a quantized model are not finite where those of the float model are: the mix misses any goal."""
+
+    lasting = True
 
 
 class TrackingError(QflowError):

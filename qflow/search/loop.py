@@ -125,7 +125,8 @@ class Driver:
                 self.finished[key] = finished(trial)
             elif given_up(trial):
                 run = trial.run_id or ""
-                self.failed[key] = FailedTrial(trial.number, run, trial.params, trial.label, trial.reason)
+                lasting = trial.ending == LASTING
+                self.failed[key] = FailedTrial(trial.number, run, trial.params, trial.label, trial.reason, lasting)
 
     @property
     def trials(self) -> list[FinishedTrial]:
@@ -271,7 +272,8 @@ class Driver:
     def _fail(self, proposal: Proposal, run_id: str, ending: str, reason: str) -> FailedTrial:
         self.study.fail(proposal.number, ending, reason)
         self.checkpoint("failed")
-        failed = FailedTrial(proposal.number, run_id, proposal.params, proposal.label, reason)
+        lasting = ending == LASTING
+        failed = FailedTrial(proposal.number, run_id, proposal.params, proposal.label, reason, lasting)
         self.failed[point_key(proposal.params)] = failed
         self.tracker.end(run_id, "FAILED", reason)
         return failed

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 from qflow.core.errors import ConfigError
 from qflow.search.outcome import FinishedTrial
@@ -106,13 +106,14 @@ def over_budget(trial: FinishedTrial) -> dict[str, float]:
     return {name: by for name, by in trial.outcome.constraints.items() if name != CONSTRAINT and not by <= 0.0}
 
 
-def accurate(trial: FinishedTrial) -> bool:
-    """Return whether the drop of the trial is known to meet the goal, whatever the trial costs."""
-    return trial.outcome.constraints.get(CONSTRAINT, math.nan) <= 0.0  # NaN compares false: a missing drop misses
+def accurate(trial: FinishedTrial | None) -> TypeGuard[FinishedTrial]:
+    """Return whether the drop of the trial is known to meet the goal, whatever it costs. None, which failed, misses."""
+    # NaN compares false: a missing drop misses
+    return trial is not None and trial.outcome.constraints.get(CONSTRAINT, math.nan) <= 0.0
 
 
-def meets(trial: FinishedTrial) -> bool:
-    """Return whether the trial is known to meet the goal, budgets included."""
+def meets(trial: FinishedTrial | None) -> TypeGuard[FinishedTrial]:
+    """Return whether the trial is known to meet the goal, budgets included. None, which failed, misses."""
     return accurate(trial) and not over_budget(trial)
 
 

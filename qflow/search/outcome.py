@@ -92,13 +92,17 @@ class FinishedTrial:
 
 @dataclass(frozen=True)
 class FailedTrial:
-    """A trial that could not be evaluated, with the reason; it is never the best."""
+    """A trial that could not be evaluated, with the reason; it is never the best.
+
+    If it is `lasting`, the point itself is the cause (TrialError.lasting), and another try would fail too.
+    """
 
     number: int
     run_id: str
     params: Mapping[str, Scalar]
     label: str
     reason: str
+    lasting: bool = False
 
 
 class Tracker(Protocol):

@@ -15,6 +15,7 @@ spent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeAlias
 
@@ -41,11 +42,6 @@ class BudgetSpent(Exception):
     """No further trial may start, because trials, evaluations or time are used up; the text names which."""
 
 
-def meets(trial: FinishedTrial | None) -> bool:
-    """Return whether the trial ran and is accurate enough; a failed trial counts as a miss."""
-    return trial is not None and accurate(trial)
-
-
 def raise_until_met(
     measure: Measure, base: Values, key: str, values: Sequence[Scalar], patience: int = 2
 ) -> FinishedTrial | None:
@@ -60,7 +56,7 @@ def raise_until_met(
     def ask(count: int) -> bool:
         if count not in trials:
             trials[count] = measure({**base, key: values[count]}, f"{key.split('.')[-1]}={_short(values[count])}")
-        return meets(trials[count])
+        return accurate(trials[count])
 
     if len(values) < 2:
         return None
@@ -89,7 +85,7 @@ def assign(
     problem: Problem,
     *,
     max_drop: float,
-    int8_drop: float,
+    int8_drop: float | None,
     int16_drop: float,
     patience: int = 3,
     explore: bool = True,
@@ -97,11 +93,13 @@ def assign(
     """Search the cheapest assignment that meets the goal, demote what it does not need, then explore the front.
 
     No mix is measured that exceeds a limit of the problem. `int8_drop` and `int16_drop` are the measured drops of the
-    baselines; they relate predicted errors to drops. Demotion ends after `patience` operators in a row that prove
-    needed. With `explore` the rest of the budget is spent on the Pareto front of drop against latency.
+    baselines; they relate predicted errors to drops. `int8_drop` is None if the outputs of all int8 are not finite.
+    Demotion ends after `patience` operators in a row that prove needed. With `explore` the rest of the budget is spent
+    on the Pareto front of drop against latency.
     """
-    ends = {problem.all_int8: int8_drop, problem.all_int16: int16_drop}
-    seen: dict[str, FinishedTrial | None] = {}
+    measured = {problem.all_int8: int8_drop, problem.all_int16: int16_drop}
+    ends = {mix: drop for mix, drop in measured.items() if drop is not None}
+    seen: dict[str, FinishedTrial | None] = {mix: None for mix in measured if mix not in ends}
 
     def ask(mix: str, label: str) -> FinishedTrial | None:
         if mix not in seen:
@@ -123,11 +121,11 @@ def _bracket(ask: Ask, problem: Problem, max_drop: float, ends: Mapping[str, flo
     the most accurate mix within them takes its place.
     """
     top, best = problem.all_int16, None
-    low_drop, high_drop = ends[top], max(ends[problem.all_int8], max_drop)
+    low_drop, high_drop = ends[top], max(ends.get(problem.all_int8, math.inf), max_drop)
     if not problem.within(top):
         top = problem.most_accurate()
         trial = None if top in ends else ask(top, "most accurate within the limits")
-        if trial is None or not meets(trial):
+        if not accurate(trial):
             return None
         best, low_drop = top, _drop(trial)
     low, high = problem.error(top), problem.budget(1.0)  # the goal is met at `low` and missed at `high`
@@ -135,14 +133,14 @@ def _bracket(ask: Ask, problem: Problem, max_drop: float, ends: Mapping[str, flo
     for _ in range(REFINEMENTS):
         if high - low <= NARROW * (high - least):
             break
-        slope = (max_drop - low_drop) / (high_drop - low_drop) if high_drop > low_drop else 0.5
+        slope = (max_drop - low_drop) / (high_drop - low_drop) if low_drop < high_drop < math.inf else 0.5
         budget = low + min(max(slope, 0.02), 0.8) * (high - low)
         mix = problem.cheapest(budget)
         if mix in (top, best):  # known to meet the goal
             low = budget
             continue
         trial = ask(mix, f"assigned {mix.count('6')}")
-        if trial is not None and meets(trial):
+        if accurate(trial):
             best, low, low_drop = mix, budget, min(_drop(trial), max_drop)
         else:
             high = max(problem.error(mix), low)
@@ -168,7 +166,7 @@ def demote(ask: Ask, problem: Problem, mix: str, patience: int, missed: Collecti
         group = left[:size]
         lower = "".join("8" if i in group else letter for i, letter in enumerate(mix))
         worth = problem.price(lower) <= problem.price(mix) + SAME_MS and problem.within(lower)
-        if worth and lower not in known and meets(ask(lower, f"demoted {len(group)}")):
+        if worth and lower not in known and accurate(ask(lower, f"demoted {len(group)}")):
             mix, left, needed = lower, left[len(group) :], 0
             size = max(min(size, len(left)), 1)
         elif len(group) > 1:

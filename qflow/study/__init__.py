@@ -1,3 +1,15 @@
 """A study: its start, stages, budget, best trial, Pareto set, and end."""
 
-__all__ = ["assemble", "checks", "finish", "manifest", "session", "stages", "start", "train_stage"]
+__all__ = [
+    "assemble",
+    "baselines",
+    "causes",
+    "checks",
+    "finish",
+    "manifest",
+    "mixes",
+    "session",
+    "stages",
+    "start",
+    "train_stage",
+]

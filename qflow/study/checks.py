@@ -33,6 +33,12 @@ def check_study(config: DictConfig) -> None:
     """Raise ConfigError for a search with points that no trial can run. Only studies have a search."""
     check_config(config)
     space = search_space(config)
+    if config.qconfig.template != "qint8":
+        raise ConfigError(
+            f"A study measures all-int8 and all-int16 and promotes operators from int8, but got qconfig.template="
+            f"{config.qconfig.template}. Leave it out, or name operators: qconfig.modules={{<name>: "
+            f"{config.qconfig.template}}}."
+        )
     _check_loss(config, "qat.steps" in space)
     searched = sorted(key for key in space if key.startswith("qat."))
     if searched and config.qat.apply == "after_search":

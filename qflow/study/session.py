@@ -195,6 +195,12 @@ class Session:
         found = self.driver.measure(point, label)
         return found if isinstance(found, FinishedTrial) else None
 
+    def broken(self, point: Mapping[str, Any]) -> bool:
+        """Return whether the trial at `point` failed because of the point itself, as outputs that are not finite do."""
+        assert self.driver is not None
+        found = self.driver.known({**self.base(), **point})
+        return isinstance(found, FailedTrial) and found.lasting
+
     def sample(self) -> bool:
         """Evaluate the sampler's next point; return False if the space is exhausted. Raises BudgetSpent.
 

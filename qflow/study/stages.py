@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qflow.analysis.checks.model_check import check_model
 from qflow.analysis.layers.text import layers_line
-from qflow.config.settings import plain, trial_settings
+from qflow.analysis.measures.tables import SensitivityTable
+from qflow.config.settings import trial_settings
 from qflow.core.dtype import QDtype
-from qflow.core.errors import TrialError
 from qflow.report.files import write_study
-from qflow.search.domain import Choice
-from qflow.search.objective import CONSTRAINT, meets
-from qflow.search.outcome import FinishedTrial
-from qflow.search.strategies import FLOAT16, RATIO, BudgetSpent, assign, raise_until_met
 from qflow.study.session import Session
 from qflow.study.train_stage import leave_for_training
 from qflow.trial.diagnosis import Diagnosis
-from qflow.trial.evaluator import Evaluator
 
 ALL_INT16, ALL_INT8 = "all-int16", "all-int8"
 TOP = 3  # how many operators a reason names
@@ -115,141 +110,23 @@ def log_tables(session: Session, diagnosis: Diagnosis, tags: Mapping[str, str]) 
         session.tracker.log_study(session.study_run, folder=Path(folder), tags=tags)
 
 
-def baseline(session: Session, label: str) -> FinishedTrial:
-    """Measure the baseline `label`, all-int16 or all-int8, with searched modules at its dtype, all else as configured.
+def rank_again(session: Session, title: str, point: Mapping[str, Any]) -> SensitivityTable:
+    """Find the bad cases of the mix at `point` and rank its quantizers: each branch of the guide debugs its own model.
 
-    Raises TrialError if the trial fails, because a study cannot judge trials without its baselines.
+    The ranking decides which operators the branch promotes. Its tables are logged in the folder `title`.
     """
-    found = session.measure(baseline_point(session, label), label)
-    if found is None:
-        raise TrialError(f"A study needs its baseline {label}, but that trial failed. Its line above says why.")
-    session.baselines[label] = found
-    return found
-
-
-def baseline_point(session: Session, label: str) -> dict[str, Any]:
-    """Return the point of the baseline `label`."""
-    modules = [key for key in session.study.space if key.startswith("qconfig.modules.")]
-    ratio, dtype = (1.0, "qint16") if label == ALL_INT16 else (0.0, "qint8")
-    return {**session.base(), **dict.fromkeys(modules, dtype), RATIO: ratio}
-
-
-def int16_miss_reason(evaluator: Evaluator) -> str:
-    """Return why all-int16 loses accuracy, with sensitivities.
-
-    The cause is an operator that the device keeps at int8, activations that are too coarse at int16, or an operator
-    whose weight and activation both need int16 (dual int16).
-    """
-    table = evaluator.sensitivities
-    if table is None:
-        return "see the sensitivities"
-    weights, at8 = table.weight_scores("qint8"), table.activation_scores("qint8")
-    at16 = table.activation_scores("qint16")
-    applied = evaluator.template(QDtype.qint16)[1].ops.items()
-    held = {name: op.fallback for name, op in applied if op.output == QDtype.qint8 and op.fallback}
-    hard = max(held, key=lambda name: at8.get(name, 0.0), default="")
-    if hard and at8.get(hard, 0.0) >= max([*weights.values(), *at16.values()], default=0.0):
-        return f"{hard} stays int8 (activation {at8.get(hard, 0.0):.3g}): {held[hard]}"
-    both = {name: min(score, at8.get(name, 0.0)) for name, score in weights.items()}
-    coarse = max(at16, key=lambda name: at16[name], default="")
-    heavy = max(both, key=lambda name: both[name], default="")
-    if coarse and at16[coarse] >= max(weights.values(), default=0.0):
-        top = sorted(at16, key=lambda name: -at16[name])[:TOP]
-        return "int16 itself is too coarse on " + ", ".join(f"{name} ({at16[name]:.3g})" for name in top)
-    if heavy:
-        return f"dual int16 suspected on {heavy}: weight {weights[heavy]:.3g}, activation {at8.get(heavy, 0.0):.3g}"
-    return "see the sensitivities"
-
-
-def search_mix(session: Session, int8_baseline: FinishedTrial, int16_baseline: FinishedTrial) -> None:
-    """Search the int16 operators by `search.strategy`, until the strategy ends or the budget is spent."""
-    strategies: Mapping[str, Callable[[Session, FinishedTrial, FinishedTrial], None]] = {
-        "optuna": _by_sampler,
-        "ratio": _by_ratio,
-        "assign": _by_assignment,
-    }
-    before, hits = len(session.trials), session.evaluator.hits
-    with session.console.stage("search") as say:
-        ended = "done"
-        try:
-            strategies[session.config.search.strategy](session, int8_baseline, int16_baseline)
-        except BudgetSpent as spent:
-            ended = str(spent)
-        searched = len(session.trials) - before
-        known = session.evaluator.hits - hits
-        parts = [f"{searched} trials by {session.config.search.strategy}", f"{known} already evaluated"]
-        parts += [f"{session.screened} left out that cost too much to be the best"] if session.screened else []
-        say(f"{', '.join(parts)}; {ended}")
-
-
-def _by_sampler(session: Session, int8_baseline: FinishedTrial, int16_baseline: FinishedTrial) -> None:
-    """Measure the points of `search.enqueue`, completed by the values of all-int8, then those of the sampler."""
-    for point in plain(session.config.search.enqueue):
-        known = {k: v for k, v in point.items() if k in session.study.space and k not in session.kept}
-        if known:  # skips a point that sets none of the searched keys
-            session.measure(
-                {**baseline_point(session, ALL_INT8), **known},
-                " ".join(f"{k.split('.')[-1]}={v}" for k, v in known.items()),
-            )
-    while session.sample():
-        pass
-
-
-def best_calibration(session: Session) -> FinishedTrial | None:
-    """Return the all-int8 trial with the best of the searched calibration methods (the guide's basic tuning)."""
-    base = baseline_point(session, ALL_INT8)
-    methods = session.study.space.get("calibration.method")
-    points = [{**base, "calibration.method": m} for m in methods.values] if isinstance(methods, Choice) else [base]
-    trials = [t for p in points if (t := session.measure(p, f"all-int8 {_method(session, p)}")) is not None]
-    return min(trials, key=lambda t: t.outcome.constraints[CONSTRAINT], default=None)
-
-
-def _method(session: Session, point: Mapping[str, Any]) -> str:
-    return str(point.get("calibration.method", session.config.calibration.method))
-
-
-def _met_by_calibration(session: Session, int8: FinishedTrial) -> bool:
-    if not meets(int8):
-        return False
-    drop = int8.outcome.metrics["accuracy/drop"]
-    session.decide(ALL_INT8, f"drop {drop:+.4f} under {_method(session, int8.params)}: no operator needs int16")
-    return True
-
-
-def _by_ratio(session: Session, int8_baseline: FinishedTrial, int16_baseline: FinishedTrial) -> None:
-    int8 = best_calibration(session) or int8_baseline
-    if not _met_by_calibration(session, int8):
-        ratios = session.evaluator.precisions.int16_ratios(
-            session.qconfig_at({**int8.params, RATIO: 0.0}), session.goal.budgets
-        )
-        with session.pass_or_fail():
-            raise_until_met(session.measure, int8.params, RATIO, ratios)
-
-
-def _by_assignment(session: Session, int8_baseline: FinishedTrial, int16_baseline: FinishedTrial) -> None:
-    int8 = best_calibration(session) or int8_baseline
-    if not _met_by_calibration(session, int8):
-        assign(
-            session.measure,
-            {**int8.params, RATIO: 0.0},
-            session.evaluator.precisions.problem(session.qconfig_at({**int8.params, RATIO: 0.0}), session.goal.budgets),
-            max_drop=session.goal.max_drop,
-            int8_drop=int8.outcome.metrics["accuracy/drop"],
-            int16_drop=int16_baseline.outcome.metrics["accuracy/drop"],
-        )
-
-
-def raise_float16(session: Session) -> FinishedTrial | None:
-    """Find the fewest fp16 operators with which all int16 meets the goal; return None if no number of them does."""
-    order = session.evaluator.precisions.float16_order
-    base = baseline_point(session, ALL_INT16)
-    with session.console.stage("fp16") as say:
-        with session.pass_or_fail():
-            best = raise_until_met(session.measure, base, FLOAT16, list(range(len(order) + 1)), patience=0)
-        chosen = order[: int(best.params[FLOAT16] or 0)] if best else ()
-        say(
-            f"{len(chosen)} of {len(order)} operators that gain from fp16 suffice: {', '.join(chosen)}"
-            if best
-            else f"operators that gain from fp16: {len(order)}; no number of them meets the goal"
-        )
-    return best
+    evaluator, console = session.evaluator, session.console
+    applied = evaluator.resolve(session.qconfig_at(point))[1]
+    with console.stage("bad cases") as say, console.bar("bad cases", evaluator.badcase_stage.steps, "steps") as advance:
+        cases = evaluator.find_badcases(advance, applied=applied)
+        say(f"{title}: the {len(cases.chosen)} worst of {cases.samples} samples by {cases.metric}")
+    with console.stage("sensitivity") as say, console.bar("sensitivity", evaluator.quantizers, "quantizers") as advance:
+        ranked = evaluator.rank(advance, applied)
+        top = ranked.rows[0]
+        say(f"{title}: {len(ranked.rows)} rows, most sensitive: {top.op_name} ({top.sensitive_type} {top.score:.3g})")
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / title.replace("/", "_")
+        place.mkdir()
+        write_study(place, ranked, cases, check_model(evaluator.graph, *evaluator.resolve(session.qconfig_at(point))))
+        session.tracker.log_study(session.study_run, folder=Path(folder))
+    return ranked

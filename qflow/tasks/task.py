@@ -14,6 +14,7 @@ forward takes, and the keys of a dict that are arguments of its forward; `data.m
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import DataLoader, Subset
 
-from qflow.core.errors import ConfigError, DataError, ModelError, QflowError
+from qflow.core.errors import ConfigError, DataError, ModelError, NotFiniteError, QflowError
 from qflow.core.signature import arguments, keywords, mismatch
 from qflow.tasks.early_stop import bounds_of, out_of_reach, require_within
 
@@ -196,7 +197,8 @@ def evaluate(
     bounds (early_stop.py). Samples that were not run then count as the worst, so that the metric is never better than
     in a full evaluation.
 
-    Raises ModelError if an output is not finite or the model cannot take a batch, DataError for bad data.
+    Raises NotFiniteError if an output or the metric is not finite, ModelError if the model cannot take a batch,
+    DataError for bad data.
     """
     stateful = hasattr(task.metric, "update") and hasattr(task.metric, "compute")
     if stateful and hasattr(task.metric, "reset"):
@@ -208,7 +210,7 @@ def evaluate(
             outputs = run(model, model_inputs(task, batch))
             for tensor in tree_flatten(outputs)[0]:
                 if isinstance(tensor, Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    raise ModelError("Outputs of a model are finite, but got NaN or inf. Check weights and data.")
+                    raise NotFiniteError("Outputs of a model are finite, but got NaN or inf. Check weights and data.")
             if stateful:
                 _scored(task.metric.update, outputs, batch)
             else:
@@ -226,8 +228,8 @@ def evaluate(
                 if (worst := out_of_reach(bounds, task.direction, total, count, samples, least)) is not None:
                     return worst, count
     value = float(task.metric.compute()) if stateful else total / count
-    if value != value:
-        raise ModelError("A metric is a number, but got NaN. Check task.metric.")
+    if not math.isfinite(value):
+        raise NotFiniteError(f"A metric is a finite number, but got {value}. Check task.metric.")
     return value, count
 
 

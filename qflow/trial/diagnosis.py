@@ -19,7 +19,6 @@ from qflow.analysis.badcases.files import BadcaseInputs
 from qflow.analysis.checks.calibration_check import calibration_findings
 from qflow.analysis.checks.model_check import grouped
 from qflow.analysis.layers.compare import compare_layers, filtered
-from qflow.analysis.measures.distances import Distances
 from qflow.analysis.measures.tables import (
     Advice,
     BadcaseTable,
@@ -37,8 +36,8 @@ from qflow.core.errors import ConfigError
 from qflow.core.qconfig import QConfig
 from qflow.core.settings import QConfigSettings
 from qflow.quant.replay.capture import ReplayError
-from qflow.quant.trace.calling import batch_size, call_model, named_tensors
 from qflow.trial.evaluator import Evaluator
+from qflow.trial.outputs import outputs_off
 from qflow.trial.precisions import Precisions
 from qflow.trial.shared import Progress, silent
 
@@ -119,9 +118,9 @@ class Diagnosis:
         modules = {a.target: a.spec for a in chosen}
         touched = {a.op for a in chosen} | set(modules)
         self._calibrated()
-        old, before = self._measured(touched, table), self._outputs_off()
+        old, before = self._measured(touched, table), outputs_off(evaluator)
         evaluator.apply(self.qconfig(modules))
-        new, after = self._measured(touched), self._outputs_off()
+        new, after = self._measured(touched), outputs_off(evaluator)
         self._calibrated()
         rows = [
             FidelityRow(*key, old[key].quant_dtype, row.quant_dtype, old[key].score, row.score)
@@ -214,19 +213,6 @@ class Diagnosis:
             evaluator.rules,
             evaluator.scores,
         )
-
-    def _outputs_off(self) -> float:
-        """Return the merged distance of the outputs from float, with all quantizers on."""
-        evaluator = self.evaluator
-        distances = Distances(evaluator.sensitivity_settings.metric, 1)
-        with torch.no_grad():
-            for inputs in evaluator.cases():
-                with evaluator.prepared.recording_order() as order:
-                    plain = dict(named_tensors(call_model(evaluator.prepared, inputs)))
-                distances.reference(plain, batch_size(inputs))
-                with evaluator.prepared.quantized(), evaluator.prepared.following(order):
-                    distances.add(0, dict(named_tensors(call_model(evaluator.prepared, inputs))))
-        return distances.result(0)[0]
 
 
 def histogram_of(evaluator: Evaluator, operator: str) -> dict[str, Any]:

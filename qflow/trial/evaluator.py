@@ -5,10 +5,13 @@ A qconfig with scales that was evaluated before is not evaluated again.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qflow.analysis.checks.model_check import check_model
+from qflow.core.dtype import QDtype
+from qflow.core.errors import BrokenMixError, NotFiniteError
 from qflow.core.qconfig import QConfig
 from qflow.core.record import digest
 from qflow.core.settings import TrialSettings
@@ -69,9 +72,9 @@ class Evaluator(SharedState):
         if qat.steps:
             place = self.training_folder(split_for(self.task, "train", qat.augment))
             model, report = train_trial(self.task, self.prepared, self.training, qat, applied, calibration, place)
-            found = self._evaluated(model, progress)
+            found = self._evaluated(model, applied, progress)
         else:
-            found = self._evaluation(key, progress)
+            found = self._evaluation(key, applied, progress)
         self.hits += self.evaluations == ran
         findings = findings_of(model, stats, applied, calibrated, found.overflowed, report, self.precisions)
         result = TrialResult(
@@ -92,22 +95,36 @@ class Evaluator(SharedState):
             self._trained[key] = result
         return result
 
-    def _evaluation(self, key: str, progress: Progress) -> Evaluation:
+    def _evaluation(self, key: str, applied: QConfig, progress: Progress) -> Evaluation:
         """Return the evaluation of the calibrated model: a full one if known, else one that ended early for `least`."""
         for known in [key] if self.least is None else [key, [key, self.least]]:
             if (found := self.cache.known("evaluation", known, Evaluation)) is not None:
                 return found
-        found = self._evaluated(self.prepared, progress)
+        found = self._evaluated(self.prepared, applied, progress)
         stopped = found.samples < self.eval_samples
         return self.cache.keep("evaluation", [key, self.least] if stopped else key, found)
 
-    def _evaluated(self, model: QuantizedModel, progress: Progress) -> Evaluation:
-        """Evaluate `model`: the metric, the number of samples, and the overflowed values by operator."""
+    def _evaluated(self, model: QuantizedModel, applied: QConfig, progress: Progress) -> Evaluation:
+        """Evaluate `model` under `applied`: the metric, the number of samples, and the overflowed values by operator.
+
+        Raises BrokenMixError if an output is not finite.
+        """
         self.evaluations += 1
         with model.quantized():
-            metric, samples = evaluate(self.task, model, self.eval_batch, progress, self.least)
+            try:
+                metric, samples = evaluate(self.task, model, self.eval_batch, progress, self.least)
+            except NotFiniteError:
+                raise BrokenMixError(self._broken(applied)) from None
             require_all_ran(model)
         return Evaluation(metric, samples, dict(model.overflowed))
+
+    def _broken(self, applied: QConfig) -> str:
+        """Return why outputs that are not finite fail a trial, with the operators that alone cause it at int8."""
+        alone = [name for name in applied.names(QDtype.qint8) if math.isinf(self.scores.get(name, 0.0))]
+        cause = f"Already alone at int8, {', '.join(alone)} has this effect: give it int16 (qconfig.modules)."
+        return "A mix gives finite outputs and a finite metric, but got NaN or inf. " + (
+            cause if alone else "Give more operators int16."
+        )
 
     def training_folder(self, split: str) -> Path | None:
         """Return the folder of the checkpoints for this task, loss, optimizer and training split, or None."""

@@ -120,16 +120,20 @@ class SensitivityTable:
     """Of the whole model, for one sample."""
 
     def activation_scores(self, dtype: str | None = None) -> dict[str, float]:
-        """Operator -> activation sensitivity at `dtype` (the lowest in the table), larger is more sensitive."""
+        """Operator -> activation sensitivity at `dtype` (by default its lowest), larger is more sensitive."""
         return self._scores("activation", dtype)
 
     def weight_scores(self, dtype: str | None = None) -> dict[str, float]:
-        """Operator -> weight sensitivity at `dtype` (the lowest in the table)."""
+        """Operator -> weight sensitivity at `dtype` (by default its lowest)."""
         return self._scores("weight", dtype)
 
     def _scores(self, kind: str, dtype: str | None) -> dict[str, float]:
-        found = dtype or self.dtypes[0] if self.rows else ""
-        return {r.op_name: r.score for r in self.rows if r.sensitive_type == kind and r.quant_dtype == found}
+        found: dict[str, float] = {}
+        for at in [dtype] if dtype else self.dtypes:
+            for r in self.rows:
+                if r.sensitive_type == kind and r.quant_dtype == at:
+                    found.setdefault(r.op_name, r.score)
+        return found
 
     @property
     def dtypes(self) -> tuple[str, ...]:

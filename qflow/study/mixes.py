@@ -1,0 +1,113 @@
+"""The search of a mix: of int16 operators by the chosen strategy, and of fp16 operators in all-int16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from qflow.config.settings import plain
+from qflow.search.outcome import FinishedTrial
+from qflow.search.strategies import FLOAT16, RATIO, BudgetSpent, assign, raise_until_met
+from qflow.study.baselines import ALL_INT8, ALL_INT16, baseline_point, calibrated_point
+from qflow.study.session import Session
+from qflow.study.stages import rank_again
+
+Baseline = FinishedTrial | None
+
+
+def search_mix(session: Session, low: Baseline, high: FinishedTrial) -> None:
+    """Search the int16 operators between two baselines by `search.strategy`, until it ends or the budget is spent.
+
+    `low` is None if its outputs are not finite; `high` meets the goal.
+    """
+    strategies: Mapping[str, Callable[[Session, Baseline, FinishedTrial], None]] = {
+        "optuna": _by_sampler,
+        "ratio": _by_ratio,
+        "assign": _by_assignment,
+    }
+    before, hits = len(session.trials), session.evaluator.hits
+    with session.console.stage("search") as say:
+        ended = "done"
+        try:
+            strategies[session.config.search.strategy](session, low, high)
+        except BudgetSpent as spent:
+            ended = str(spent)
+        searched = len(session.trials) - before
+        known = session.evaluator.hits - hits
+        parts = [f"{searched} trials by {session.config.search.strategy}", f"{known} already evaluated"]
+        parts += [f"{session.screened} left out that cost too much to be the best"] if session.screened else []
+        say(f"{', '.join(parts)}; {ended}")
+
+
+def _by_sampler(session: Session, low: Baseline, high: FinishedTrial) -> None:
+    """Measure the points of `search.enqueue`, completed by the values of all-int8, then those of the sampler."""
+    base = _from(session, low)
+    for point in plain(session.config.search.enqueue):
+        known = {k: v for k, v in point.items() if k in session.study.space and k not in session.kept}
+        if known:  # skips a point that sets none of the searched keys
+            session.measure({**base, **known}, " ".join(f"{k.split('.')[-1]}={v}" for k, v in known.items()))
+    while session.sample():
+        pass
+
+
+def _by_ratio(session: Session, low: Baseline, high: FinishedTrial) -> None:
+    point = _from(session, low)
+    ratios = session.evaluator.precisions.int16_ratios(session.qconfig_at(point), session.goal.budgets)
+    with session.pass_or_fail():
+        raise_until_met(session.measure, point, RATIO, ratios)
+
+
+def _by_assignment(session: Session, low: Baseline, high: FinishedTrial) -> None:
+    point = _from(session, low)
+    assign(
+        session.measure,
+        point,
+        session.evaluator.precisions.problem(session.qconfig_at(point), session.goal.budgets),
+        max_drop=session.goal.max_drop,
+        int8_drop=low.outcome.metrics["accuracy/drop"] if low else None,
+        int16_drop=high.outcome.metrics["accuracy/drop"],
+    )
+
+
+def _from(session: Session, low: Baseline) -> dict[str, Any]:
+    """Return the point with no int16 operator, under the calibration of the baseline `low`."""
+    return {**calibrated_point(low or baseline_point(session, ALL_INT8)), RATIO: 0.0}
+
+
+@contextmanager
+def own_ranking(session: Session) -> Iterator[None]:
+    """Let a branch rank the operators of its own model; afterwards the ranking is as before."""
+    evaluator = session.evaluator
+    before = evaluator.badcases, evaluator.sensitivities
+    try:
+        yield
+    finally:
+        evaluator.badcases, evaluator.sensitivities = before
+
+
+def raise_float16(session: Session, int16: Baseline) -> tuple[FinishedTrial | None, dict[str, str]]:
+    """Find the fewest fp16 operators with which all-int16 meets the goal, ranked by the errors of all-int16.
+
+    Return the trial, or None if no number of them meets the goal, and the settings of the operators in fp16.
+    """
+    base = {**calibrated_point(int16 or baseline_point(session, ALL_INT16)), RATIO: 1.0}
+    with own_ranking(session):
+        rank_again(session, ALL_INT16, base)
+        order = session.evaluator.precisions.float16_order
+        settings = [f"qconfig.modules.{name}" for name in order]
+
+        def measure(point: Mapping[str, Any], label: str) -> FinishedTrial | None:
+            count = int(point[FLOAT16])
+            return session.measure({**base, **dict.fromkeys(settings[:count], "float16")}, label)
+
+        with session.console.stage("fp16") as say:
+            with session.pass_or_fail():
+                best = raise_until_met(measure, base, FLOAT16, list(range(len(order) + 1)), patience=0)
+            chosen = [name for name, key in zip(order, settings, strict=True) if best and key in best.params]
+            say(
+                f"{len(chosen)} of {len(order)} operators that gain from fp16 suffice: {', '.join(chosen)}"
+                if best
+                else f"operators that gain from fp16: {len(order)}; no number of them meets the goal"
+            )
+    return best, {key: "float16" for key in settings if best and key in best.params}

@@ -1,0 +1,40 @@
+"""How far the outputs of the quantized model are from float on the bad cases, with all quantizers on."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from qflow.analysis.measures.distances import Distances
+from qflow.core.settings import TrialSettings
+from qflow.quant.model.calibrate import apply_scales
+from qflow.quant.trace.calling import batch_size, call_model, named_tensors
+from qflow.trial.shared import SharedState
+
+
+def outputs_off(state: SharedState) -> float:
+    """Return the distance of the outputs under the present scales from float, merged over outputs and samples.
+
+    It is measured in `sensitivity.metric`, as a row of the sensitivity table.
+    """
+    distances = Distances(state.sensitivity_settings.metric, 1)
+    with torch.no_grad():
+        for inputs in state.cases():
+            with state.prepared.recording_order() as order:
+                plain = dict(named_tensors(call_model(state.prepared, inputs)))
+            distances.reference(plain, batch_size(inputs))
+            with state.prepared.quantized(), state.prepared.following(order):
+                distances.add(0, dict(named_tensors(call_model(state.prepared, inputs))))
+    return distances.result(0)[0]
+
+
+def outputs_off_under(state: SharedState, settings: TrialSettings) -> float:
+    """Return `outputs_off` under the qconfig and the calibration of `settings`; infinity for outputs without one.
+
+    It takes two forward passes over the bad cases, so calibration methods can be ordered without an evaluation.
+    """
+    calibration = settings.calibration
+    apply_scales(state.prepared, state.calibrate(calibration), state.resolve(settings.qconfig)[1], calibration)
+    found = outputs_off(state)
+    return math.inf if math.isnan(found) else found
