@@ -26,12 +26,13 @@ def branch(session: Session, int16_baseline: FinishedTrial | None) -> FinishedTr
 
     All further trials keep these fp16 operators.
     """
-    found, chosen = raise_float16(session, int16_baseline)
+    found, order = raise_float16(session, int16_baseline)
     if found is None:
-        session.decide(
-            "int16/fp16", "no number of fp16 operators meets the goal; change the float model, or train (qat)"
-        )
+        missed = f"the goal is missed even with fp16 on all {len(order)} operators that gain from it"
+        reason = missed if order else "the goal is missed, and no operator gains from fp16"
+        session.decide("int16/fp16", f"{reason}; change the float model, or train (qat)")
         return None
+    chosen = {key: "float16" for key in order if key in found.params}
     session.kept |= chosen
     names, drop = [key.removeprefix("qconfig.modules.") for key in chosen], found.outcome.metrics["accuracy/drop"]
     session.decide(

@@ -42,8 +42,8 @@ def mix(session: Session, int8_baseline: FinishedTrial | None, int16_baseline: F
     if best is not None:
         m = best.outcome.metrics
         fp16 = f" beside {m['qconfig/n_float16']:.0f} in fp16" if m.get("qconfig/n_float16") else ""
-        ends = {"all-int8": int8_baseline, "all-int16": int16_baseline}
-        against = [f"{t.outcome.metrics['cost/latency_ms']:.3f} {label}" for label, t in ends.items() if t]
+        ends = {label: t for label, t in session.baselines.items() if t in (int8_baseline, int16_baseline)}
+        against = [f"{t.outcome.metrics['cost/latency_ms']:.3f} {label}" for label, t in ends.items()]
         session.decide(
             "int8/int16",
             f"trial {best.number} meets the goal with {m['qconfig/n_int16']:.0f} int16 operators{fp16}: drop "

@@ -32,7 +32,7 @@ def int16_miss_reason(evaluator: Evaluator, table: SensitivityTable, applied: QC
     if first.sensitive_type == "weight":
         return _weights(evaluator, high, at8)
     if first.quant_dtype == "qint8":
-        held = applied.ops[first.op_name].fallback
+        held = applied.ops[first.op_name].fallback.removeprefix("no int16: ")
         return f"{first.op_name} stays int8 (activation {first.score:.3g}): {held or 'its precision is pinned'}"
     coarse = [row for row in high if row.sensitive_type == "activation" and row.quant_dtype == "qint16"]
     return "int16 itself is too coarse on " + _named(coarse)
@@ -53,19 +53,18 @@ def _finer(row: SensitivityRow, applied: QConfig) -> bool:
 def _weights(evaluator: Evaluator, high: list[SensitivityRow], at8: SensitivityTable) -> str:
     """Return which int8 weights lose accuracy, and for which of them int8 input would lose it too."""
     weights = sorted((row for row in high if row.sensitive_type == "weight"), key=lambda row: -row.score)
-    scores = at8.activation_scores("qint8")
-    graph = evaluator.graph
+    scores, dual = at8.activation_scores("qint8"), []
     for row in weights:
-        node = next(n for n in graph.nodes if n.weight is not None and row.op_name in (n.name, n.weight))
-        inputs = [name for source in node.inputs[:1] for name in graph.source(source)]
-        loss = {name: scores[name] for name in inputs if name in scores}
-        worst = max(loss, key=loss.__getitem__, default="")
-        if worst and loss[worst] >= row.score and not evaluator.rules.dual_int16:
-            return (
-                f"dual int16 suspected on {row.op_name}: weight {row.score:.3g}, and its input {worst} "
-                f"{loss[worst]:.3g} at int8, which {evaluator.rules.march} needs for an int16 weight"
-            )
-    return f"int8 weights are too coarse on {_named(weights)}"
+        node = next(n for n in evaluator.graph.nodes if n.weight is not None and row.op_name in (n.name, n.weight))
+        inputs = [name for source in node.inputs[:1] for name in evaluator.graph.source(source)]
+        worst = max(inputs, key=lambda name: scores.get(name, 0.0), default="")
+        if scores.get(worst, 0.0) >= row.score and not evaluator.rules.dual_int16:
+            dual.append(f"{row.op_name} (weight {row.score:.3g}, its input {worst} {scores[worst]:.3g} at int8)")
+    return (
+        f"dual int16 suspected on {', '.join(dual[:TOP])}"
+        if dual
+        else f"int8 weights are too coarse: {_named(weights)}"
+    )
 
 
 def _named(rows: list[SensitivityRow]) -> str:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from qflow.config.settings import plain
+from qflow.core.op_spec import parse_op
+from qflow.core.setter import covers
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import FLOAT16, RATIO, BudgetSpent, assign, raise_until_met
 from qflow.study.baselines import ALL_INT8, ALL_INT16, baseline_point, calibrated_point
@@ -86,20 +88,21 @@ def own_ranking(session: Session) -> Iterator[None]:
         evaluator.badcases, evaluator.sensitivities = before
 
 
-def raise_float16(session: Session, int16: Baseline) -> tuple[FinishedTrial | None, dict[str, str]]:
+def raise_float16(session: Session, int16: Baseline) -> tuple[FinishedTrial | None, list[str]]:
     """Find the fewest fp16 operators with which all-int16 meets the goal, ranked by the errors of all-int16.
 
-    Return the trial, or None if no number of them meets the goal, and the settings of the operators in fp16.
+    Return the trial, or None if no number of them meets the goal, and the settings (`qconfig.modules.<name>`) of all
+    operators that gain from fp16, in that order; those of the trial's point are in fp16.
     """
     base = {**calibrated_point(int16 or baseline_point(session, ALL_INT16)), RATIO: 1.0}
     with own_ranking(session):
         rank_again(session, ALL_INT16, base)
-        order = session.evaluator.precisions.float16_order
+        order = [name for name in session.evaluator.precisions.float16_order if not _pinned(session, name)]
         settings = [f"qconfig.modules.{name}" for name in order]
 
         def measure(point: Mapping[str, Any], label: str) -> FinishedTrial | None:
-            count = int(point[FLOAT16])
-            return session.measure({**base, **dict.fromkeys(settings[:count], "float16")}, label)
+            raised = dict.fromkeys(settings[: int(point[FLOAT16])], "float16")
+            return session.measure({**base, **raised}, label)
 
         with session.console.stage("fp16") as say:
             with session.pass_or_fail():
@@ -110,4 +113,10 @@ def raise_float16(session: Session, int16: Baseline) -> tuple[FinishedTrial | No
                 if best
                 else f"operators that gain from fp16: {len(order)}; no number of them meets the goal"
             )
-    return best, {key: "float16" for key in settings if best and key in best.params}
+    return best, settings
+
+
+def _pinned(session: Session, operator: str) -> bool:
+    """Return whether `qconfig.modules` decides the output of an operator."""
+    modules = plain(session.config.qconfig.modules)
+    return any("output" in parse_op(value, name) and covers(name, operator) for name, value in modules.items())

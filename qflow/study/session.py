@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from qflow.analysis.measures.tables import BadcaseTable, SensitivityTable
 from qflow.config.settings import resolved_yaml, trial_settings, with_params
 from qflow.config.space import configured, module_settings
 from qflow.core.errors import ConfigError, QflowError, TrackingError
@@ -60,6 +61,8 @@ class Session:
     """Values that every further trial gets: a chosen fp16 count, or no training if that is a stage of its own."""
     baselines: dict[str, FinishedTrial] = field(default_factory=dict)
     """The trials that others are compared with, by label (all-int16, all-int8, ...)."""
+    rankings: dict[str, tuple[BadcaseTable, SensitivityTable]] = field(default_factory=dict)
+    """Bad cases and sensitivities of further models that a branch has ranked, by digest of the qconfig."""
     decisions: list[tuple[str, str]] = field(default_factory=list)
     """(stage, text) of each decision with its reason."""
 

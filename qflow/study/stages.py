@@ -113,10 +113,14 @@ def log_tables(session: Session, diagnosis: Diagnosis, tags: Mapping[str, str]) 
 def rank_again(session: Session, title: str, point: Mapping[str, Any]) -> SensitivityTable:
     """Find the bad cases of the mix at `point` and rank its quantizers: each branch of the guide debugs its own model.
 
-    The ranking decides which operators the branch promotes. Its tables are logged in the folder `title`.
+    The ranking decides which operators the branch promotes. Its tables are logged in the folder `title`; a model that
+    was ranked before is not ranked or logged again.
     """
     evaluator, console = session.evaluator, session.console
-    applied = evaluator.resolve(session.qconfig_at(point))[1]
+    requested, applied = evaluator.resolve(session.qconfig_at(point))
+    if applied.digest in session.rankings:
+        evaluator.badcases, evaluator.sensitivities = session.rankings[applied.digest]
+        return evaluator.sensitivities
     with console.stage("bad cases") as say, console.bar("bad cases", evaluator.badcase_stage.steps, "steps") as advance:
         cases = evaluator.find_badcases(advance, applied=applied)
         say(f"{title}: the {len(cases.chosen)} worst of {cases.samples} samples by {cases.metric}")
@@ -127,6 +131,7 @@ def rank_again(session: Session, title: str, point: Mapping[str, Any]) -> Sensit
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / title.replace("/", "_")
         place.mkdir()
-        write_study(place, ranked, cases, check_model(evaluator.graph, *evaluator.resolve(session.qconfig_at(point))))
+        write_study(place, ranked, cases, check_model(evaluator.graph, requested, applied))
         session.tracker.log_study(session.study_run, folder=Path(folder))
+    session.rankings[applied.digest] = cases, ranked
     return ranked

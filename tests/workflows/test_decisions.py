@@ -1,0 +1,67 @@
+"""What the tree decides: by the best of the searched calibrations, by baselines that are what their label says."""
+
+import re
+
+import pytest
+from support.commands import run_qflow
+
+pytestmark = pytest.mark.slow  # starts commands as processes of their own
+
+PEAK = ["task=custom", "task.name=peak", "task.model._target_=tree_tasks.peak", "task.data._target_=tree_tasks.Peaks",
+        "task.metric._target_=tree_tasks.Near", "calibration.steps=4"]  # fmt: skip
+FIXED = [f"search.space.calibration.{key}=null" for key in ("method", "batch_size", "steps")]
+DIVIDES = ["task=custom", "task.name=divides", "task.model._target_=tree_tasks.divides",
+           "task.data._target_=tree_tasks.Points", "task.metric._target_=tree_tasks.Off", "calibration.steps=4",
+           "objective.max_drop=0.05", *FIXED]  # fmt: skip
+
+
+def decisions(done):
+    return re.findall(r"^decision +(.*)", done.stdout, re.MULTILINE)
+
+
+def test_a_miss_under_one_calibration_is_no_miss_of_the_baseline(tmp_path):
+    done = run_qflow("tune", "+experiment=full", *PEAK, "search.n_trials=10", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^trial 0 all-int16 .*mse .*misses", done.stdout, re.MULTILINE)
+    int16, int8 = decisions(done)
+    assert int16.startswith("all-int16: drop +0.0000 under minmax meets")
+    assert int8.startswith("all-int8: drop +0.0000 under minmax meets the goal: no operator needs int16")
+
+
+def test_outputs_that_are_not_finite_are_a_miss_of_that_mix_and_the_search_goes_on(tmp_path):
+    arguments = ["+experiment=int8_int16", *DIVIDES, "search.n_trials=6"]
+    done = run_qflow("tune", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert decisions(done)[1] == (
+        "all-int8: its outputs are not finite, which misses the goal: already alone at int8, [exp] does that"
+    )
+    assert re.search(r"^trial 1 all-int8 +failed: A mix gives finite outputs .* \[exp\] has", done.stdout, re.MULTILINE)
+    assert "trial" in decisions(done)[2]
+    again = run_qflow("tune", *arguments, cwd=tmp_path)
+    assert decisions(again) == decisions(done)
+    assert not re.search("^trial", again.stdout, re.MULTILINE)
+
+
+def test_baselines_are_what_their_label_says_whatever_the_ratio_promotes(tmp_path):
+    found = {}
+    for kind in ("activation", "weight", "both"):
+        done = run_qflow(
+            "tune", "+experiment=int8_int16", *DIVIDES, "search.n_trials=2", f"qconfig.sensitive_type={kind}",
+            f"study=divides/{kind}", cwd=tmp_path,
+        )  # fmt: skip
+        found[kind] = re.findall(r"^(trial \d all-int.*?) +\d+\.\d s", done.stdout, re.MULTILINE)
+    assert found["activation"] == found["weight"] == found["both"] != []
+
+
+def test_pinned_operators_are_kept_and_named_in_the_label(tmp_path):
+    done = run_qflow(
+        "tune", "+experiment=int8", *DIVIDES, "search.n_trials=2", "qconfig.modules={\\[exp\\]: qint16}", cwd=tmp_path
+    )
+    assert "trial 0 all-int8 ([exp] qint16) " in done.stdout, done.stdout + done.stderr
+    assert decisions(done)[0].startswith("all-int8: pinned by qconfig.modules or qconfig.rules")
+
+
+def test_a_template_that_would_turn_all_int8_into_int16_is_refused(tmp_path):
+    done = run_qflow("tune", "+experiment=int8_int16", *DIVIDES, "qconfig.template=qint16", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "but got qconfig.template=qint16. Leave it out" in done.stderr
