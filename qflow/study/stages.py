@@ -17,7 +17,16 @@ from qflow.report.files import write_study
 from qflow.search.domain import Choice
 from qflow.search.objective import CONSTRAINT, meets
 from qflow.search.outcome import FinishedTrial
-from qflow.search.strategies import FLOAT16, RATIO, BudgetSpent, assign, raise_until_met
+from qflow.search.strategies import (
+    ASSIGNMENT,
+    FLOAT16,
+    RATIO,
+    SENSITIVE_TYPE,
+    BudgetSpent,
+    assign,
+    raise_until_met,
+)
+from qflow.study.int16_weights import raise_weights, weights_searched
 from qflow.study.session import Session
 from qflow.study.train_stage import leave_for_training
 from qflow.trial.diagnosis import Diagnosis
@@ -25,6 +34,8 @@ from qflow.trial.evaluator import Evaluator
 
 ALL_INT16, ALL_INT8 = "all-int16", "all-int8"
 TOP = 3  # how many operators a reason names
+Strategy = Callable[[Session, FinishedTrial, FinishedTrial, Mapping[str, Any]], None]
+"""Takes the session, the baselines at int8 and int16, and the values that make weights part of the search."""
 ANALYSIS = "qflow.analysis"  # tag of a study's run: the digest of the inputs of its layers and advice
 
 
@@ -128,10 +139,12 @@ def baseline(session: Session, label: str) -> FinishedTrial:
 
 
 def baseline_point(session: Session, label: str) -> dict[str, Any]:
-    """Return the point of the baseline `label`."""
+    """Return the point of the baseline `label`. Its weights are int8, also where they are searched."""
     modules = [key for key in session.study.space if key.startswith("qconfig.modules.")]
     ratio, dtype = (1.0, "qint16") if label == ALL_INT16 else (0.0, "qint8")
-    return {**session.base(), **dict.fromkeys(modules, dtype), RATIO: ratio}
+    outputs = session.qconfig_at(session.base()).sensitive_type == "activation"
+    weights = {} if outputs else {SENSITIVE_TYPE: "activation"}
+    return {**session.base(), **dict.fromkeys(modules, dtype), **weights, RATIO: ratio}
 
 
 def int16_miss_reason(evaluator: Evaluator) -> str:
@@ -163,16 +176,19 @@ def int16_miss_reason(evaluator: Evaluator) -> str:
 
 def search_mix(session: Session, int8_baseline: FinishedTrial, int16_baseline: FinishedTrial) -> None:
     """Search the int16 operators by `search.strategy`, until the strategy ends or the budget is spent."""
-    strategies: Mapping[str, Callable[[Session, FinishedTrial, FinishedTrial], None]] = {
+    strategies: Mapping[str, Strategy] = {
         "optuna": _by_sampler,
         "ratio": _by_ratio,
         "assign": _by_assignment,
     }
+    weights = weights_searched(session, int16_baseline)
     before, hits = len(session.trials), session.evaluator.hits
     with session.console.stage("search") as say:
         ended = "done"
         try:
-            strategies[session.config.search.strategy](session, int8_baseline, int16_baseline)
+            if weights.get(SENSITIVE_TYPE) == "both":
+                raise_weights(session, baseline_point(session, ALL_INT8), QDtype.qint8)
+            strategies[session.config.search.strategy](session, int8_baseline, int16_baseline, weights)
         except BudgetSpent as spent:
             ended = str(spent)
         searched = len(session.trials) - before
@@ -182,17 +198,22 @@ def search_mix(session: Session, int8_baseline: FinishedTrial, int16_baseline: F
         say(f"{', '.join(parts)}; {ended}")
 
 
-def _by_sampler(session: Session, int8_baseline: FinishedTrial, int16_baseline: FinishedTrial) -> None:
+def _by_sampler(session: Session, int8: FinishedTrial, int16: FinishedTrial, weights: Mapping[str, Any]) -> None:
     """Measure the points of `search.enqueue`, completed by the values of all-int8, then those of the sampler."""
     for point in plain(session.config.search.enqueue):
         known = {k: v for k, v in point.items() if k in session.study.space and k not in session.kept}
         if known:  # skips a point that sets none of the searched keys
             session.measure(
-                {**baseline_point(session, ALL_INT8), **known},
+                {**baseline_point(session, ALL_INT8), **weights, **known},
                 " ".join(f"{k.split('.')[-1]}={v}" for k, v in known.items()),
             )
-    while session.sample():
-        pass
+    before = dict(session.kept)
+    session.kept |= weights
+    try:
+        while session.sample():
+            pass
+    finally:
+        session.kept = before
 
 
 def best_calibration(session: Session) -> FinishedTrial | None:
@@ -216,26 +237,29 @@ def _met_by_calibration(session: Session, int8: FinishedTrial) -> bool:
     return True
 
 
-def _by_ratio(session: Session, int8_baseline: FinishedTrial, int16_baseline: FinishedTrial) -> None:
-    int8 = best_calibration(session) or int8_baseline
+def _by_ratio(session: Session, int8: FinishedTrial, int16: FinishedTrial, weights: Mapping[str, Any]) -> None:
+    int8 = best_calibration(session) or int8
     if not _met_by_calibration(session, int8):
+        base = {**int8.params, **weights}
         ratios = session.evaluator.precisions.int16_ratios(
-            session.qconfig_at({**int8.params, RATIO: 0.0}), session.goal.budgets
+            session.qconfig_at({**base, RATIO: 0.0}), session.goal.budgets
         )
         with session.pass_or_fail():
-            raise_until_met(session.measure, int8.params, RATIO, ratios)
+            raise_until_met(session.measure, base, RATIO, ratios)
 
 
-def _by_assignment(session: Session, int8_baseline: FinishedTrial, int16_baseline: FinishedTrial) -> None:
-    int8 = best_calibration(session) or int8_baseline
+def _by_assignment(session: Session, int8: FinishedTrial, int16: FinishedTrial, weights: Mapping[str, Any]) -> None:
+    int8 = best_calibration(session) or int8
     if not _met_by_calibration(session, int8):
+        base = {**int8.params, **weights, RATIO: 0.0}
         assign(
             session.measure,
-            {**int8.params, RATIO: 0.0},
-            session.evaluator.precisions.problem(session.qconfig_at({**int8.params, RATIO: 0.0}), session.goal.budgets),
+            base,
+            session.evaluator.precisions.problem(session.qconfig_at(base), session.goal.budgets),
             max_drop=session.goal.max_drop,
             int8_drop=int8.outcome.metrics["accuracy/drop"],
-            int16_drop=int16_baseline.outcome.metrics["accuracy/drop"],
+            int16_drop=int16.outcome.metrics["accuracy/drop"],
+            top=str(int16.params.get(ASSIGNMENT, "")),
         )
 
 
