@@ -202,11 +202,13 @@ class Problem:
     def _pruned(self, mix: str, max_error: float) -> str:
         """Return `mix` with int16 operators demoted that neither error budget, limits nor time need.
 
-        The solver leaves promotions in that cost nothing.
+        The solver leaves promotions in that cost nothing. Some do so only together with those that one operator reads
+        beside them.
         """
-        for o in sorted((o for o in self.operators if mix[o.place] == "6"), key=lambda o: o.gain):
-            lower = mix[: o.place] + "8" + mix[o.place + 1 :]
+        singles = [(o.place,) for o in sorted(self.operators, key=lambda o: o.gain)]
+        for group in (*singles, *sorted(group for group in self.time.terms if len(group) > 1)):
+            lower = "".join("8" if i in group else letter for i, letter in enumerate(mix))
             fits = self.error(lower) <= max_error and self.time(lower) <= self.time(mix) + SLACK
-            if fits and self.within(lower):
+            if lower != mix and fits and self.within(lower):
                 mix = lower
         return mix
