@@ -71,7 +71,7 @@ class QConfigSettings:
     """Number of operators of the vector unit that get fp16: those whose error falls most from int16 to fp16."""
     assignment: str = ""
     """Instead of a ratio: one letter for each operator that can be int16, in graph order; 8 is int8, 6 is int16. With
-    sensitive_type=both one letter for each weight follows."""
+    sensitive_type=both one letter for each weight may follow."""
     error_share: float | None = None
     """Instead of a ratio: the cheapest mix that leaves at most this share of the error that int16 can remove."""
     modules: Mapping[str, Any] = field(default_factory=dict)

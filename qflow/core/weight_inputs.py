@@ -30,7 +30,7 @@ def _deciding(graph: ModelGraph, source: str) -> set[str]:
     """Return the operators whose own precision decides that of the output of `source`."""
     if graph.by_name[source].kind != OpKind.constant:
         return {source}
-    found, stack = set(), [source]
+    found, stack = set[str](), [source]
     while stack:
         for reader in graph.consumers[stack.pop()]:
             (stack.append if graph.by_name[reader].quantizer is None else found.add)(reader)

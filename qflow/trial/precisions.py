@@ -89,11 +89,11 @@ class Precisions(Resolver):
             for name, place in places.items()
         ]
         pairs = [(outputs[i], place) for name, place in weights.items() for i in sorted(allowed[name]) if i in outputs]
-        beside = {name for name, place in weights.items() if place not in dict(map(reversed, pairs))}
-        highest = self.mix(settings, outputs, beside)
+        excluded = {place for _, place in pairs}
+        highest = self.mix(settings, outputs, (name for name, place in weights.items() if place not in excluded))
         costs = self._costs(settings, [LATENCY, *(BUDGETS[name] for name in budgets)])
-        groups, alone = self._read_together(weights), [place for name, place in weights.items() if name not in beside]
-        time, *bounded = (cost_terms(cost, highest, groups, alone) for cost in costs)
+        groups = self._read_together(weights)
+        time, *bounded = (cost_terms(cost, highest, groups, sorted(excluded)) for cost in costs)
         limits = (Limit(cost, most) for cost, most in zip(bounded, budgets.values(), strict=True))
         return Problem(tuple(operators), time, len(highest), tuple(limits), tuple(pairs))
 

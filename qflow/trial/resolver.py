@@ -194,17 +194,17 @@ class Resolver:
         if not text:
             return None
         weights = self.weighted if settings.sensitive_type == "both" else ()
-        letters = len(self.promotable) + len(weights)
-        if len(text) != letters:
-            more = f" and the {len(weights)} weights" if weights else ""
+        outputs = len(self.promotable)
+        if len(text) not in (outputs, outputs + len(weights)):
+            more = f", and may have one for each of the {len(weights)} weights" if weights else ""
             raise ConfigError(
-                f"qconfig.assignment has a letter for each of the {len(self.promotable)} operators that can be int16"
-                f"{more}, but got {len(text)}. qflow.check lists them."
+                f"qconfig.assignment has a letter for each of the {outputs} operators that can be int16{more}, but got "
+                f"{len(text)}. qflow.check lists them."
             )
         chosen = [letter == "6" for letter in text]
         return Assigned(
             tuple(name for name, int16 in zip(self.promotable, chosen, strict=False) if int16),
-            tuple(name for name, int16 in zip(weights, chosen[len(self.promotable) :], strict=True) if int16),
+            tuple(name for name, int16 in zip(weights, chosen[outputs:], strict=False) if int16),
         )
 
     def _explained(self, applied: QConfig) -> QConfig:
