@@ -23,7 +23,7 @@ from qflow.quant.trace.trace import trace
 from qflow.trial.precisions import Precisions
 
 BOTH = QConfigSettings(sensitive_type="both")
-KINDS = (OpKind.conv, OpKind.linear, OpKind.lut, OpKind.add, OpKind.move, OpKind.max_pool, OpKind.concat)
+KINDS = (OpKind.conv, OpKind.linear, OpKind.lut, OpKind.add, OpKind.matmul, OpKind.move, OpKind.max_pool, OpKind.concat)
 INT16, INT8 = QDtype.qint16, QDtype.qint8
 
 
@@ -33,7 +33,7 @@ def node(name, kind, inputs, quantizer=None, weight=None):
         name=name, kind=kind, op_type=kind.value, inputs=tuple(inputs), shape=(1, 16, 4, 4),
         quantizer=None if transparent else quantizer or name,
         weight=(weight or name) if kind in WEIGHTED_KINDS else None,
-        attrs={"in": 16, "out": 16, "groups": 1, "kernel": 1, "weights": 256} if kind in WEIGHTED_KINDS else {},
+        attrs={"in": 16, "out": 16, "groups": 1, "kernel": 1, "weights": 256, "inner": 16},
     )  # fmt: skip
 
 
@@ -218,7 +218,7 @@ def graphs(draw):
             nodes.append(node(f"{of}({i})", kind, [draw(earlier)], of, of))
             continue
         kind = draw(st.sampled_from(KINDS))
-        count = 2 if kind in (OpKind.add, OpKind.concat) else 1
+        count = 2 if kind in (OpKind.add, OpKind.concat, OpKind.matmul) else 1
         nodes.append(node(f"op{i}", kind, [draw(earlier) for _ in range(count)]))
     read = {name for n in nodes for name in n.inputs}
     nodes = [n for n in nodes if n.kind != OpKind.constant or n.name in read]
@@ -227,9 +227,9 @@ def graphs(draw):
 
 
 def require_legal(made, asked):
-    """No operator multiplies int16 by int16: neither as requested nor, which would raise, as applied."""
+    """No operator multiplies int16 by int16: never as applied, which would raise, and only a user's key requests it."""
     requested, applied = made.resolve(asked)
-    for qconfig in (requested, applied):
+    for qconfig in (applied,) if asked.modules else (requested, applied):
         for n in made.graph.nodes:
             if n.weight is None or made.rules.dual(n) or not n.inputs:
                 continue
