@@ -1,15 +1,22 @@
 """The int16 baseline: python -m qflow.tune +experiment=int16
 
-All operators run at int16, which is the upper bound of the accuracy of int8/int16. If it misses the goal under every
-searched calibration method, the decision names the operators that cause this, by the sensitivities of all-int16.
+All operators run at int16, which is the upper bound of the accuracy of int8/int16 with int8 weights. If it misses the
+goal under every searched calibration method, the decision names the operators that cause this, by the sensitivities of
+all-int16, and int16 weights are tried where a weight is the cause.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from qflow.core.dtype import QDtype
 from qflow.search.objective import CONSTRAINT, accurate
 from qflow.search.outcome import FinishedTrial
 from qflow.study.baselines import ALL_INT16, baseline, baseline_point, method_of
 from qflow.study.causes import int16_miss_reason
+from qflow.study.int16_weights import raise_weights, weights_that_matter
 from qflow.study.mixes import own_ranking
 from qflow.study.session import Session
 from qflow.study.stages import rank_again
@@ -17,7 +24,9 @@ from qflow.study.stages import rank_again
 
 def run(session: Session) -> None:
     """Measure in this order."""
-    branch(session)
+    int16 = branch(session)
+    if not accurate(int16):
+        with_weights(session, int16)
 
 
 def branch(session: Session) -> FinishedTrial | None:
@@ -33,14 +42,48 @@ def branch(session: Session) -> FinishedTrial | None:
         miss = (
             f"misses the goal by {int16.outcome.constraints[CONSTRAINT]:.4f}" if int16 else "its outputs are not finite"
         )
-        session.decide(ALL_INT16, f"{miss}: {_reason(session, int16)}; int16/fp16 is next (+experiment=int16_fp16)")
+        weights = weights_that_matter(session, _point(session, int16), QDtype.qint16)
+        following = "int16 weights are next" if weights else "int16/fp16 is next (+experiment=int16_fp16)"
+        session.decide(ALL_INT16, f"{miss}: {_reason(session, int16)}; {following}")
     return int16
 
 
 def _reason(session: Session, int16: FinishedTrial | None) -> str:
     """Rank all-int16 on its own bad cases, and return why it misses the goal."""
-    evaluator, point = session.evaluator, int16.params if int16 else baseline_point(session, ALL_INT16)
+    evaluator, point = session.evaluator, _point(session, int16)
     at8 = evaluator.sensitivities or evaluator.rank()
     with own_ranking(session):
         table = rank_again(session, ALL_INT16, point)
         return int16_miss_reason(evaluator, table, evaluator.resolve(session.qconfig_at(point))[1], at8)
+
+
+def _point(session: Session, int16: FinishedTrial | None) -> Mapping[str, Any]:
+    return int16.params if int16 else baseline_point(session, ALL_INT16)
+
+
+def with_weights(session: Session, int16: FinishedTrial | None) -> FinishedTrial | None:
+    """Return the trial with the fewest int16 weights, and all else at int16 that may be, that meets the goal, or None.
+
+    Where the device does not multiply int16 by int16, the inputs of these weights are int8.
+    """
+    point = _point(session, int16)
+    order = weights_that_matter(session, point, QDtype.qint16)
+    if not order:
+        return None
+    found = raise_weights(session, point, QDtype.qint16)
+    if found is None:
+        tried = [t for t in session.trials if t.outcome.metrics["qconfig/n_int16_weights"]]
+        least = min((t.outcome.metrics["accuracy/drop"] for t in tried), default=math.nan)
+        session.decide(
+            "int16 weights",
+            f"the drop is {least:+.4f} at least with up to {len(order)} int16 weights; int16/fp16 is next",
+        )
+        return None
+    count = int(found.outcome.metrics["qconfig/n_int16_weights"])
+    session.baselines["int16-weights"] = found
+    session.decide(
+        "int16 weights",
+        f"int16 for {count} of {len(order)} weights that gain from it reduces the drop of all-int16 to "
+        f"{found.outcome.metrics['accuracy/drop']:+.4f}: {', '.join(order[:count])}; no operator needs fp16",
+    )
+    return found

@@ -2,7 +2,7 @@
 
     float model -> trace, fuse, check -> calibrate -> bad cases -> layer by layer -> sensitivity -> advice
         -> all-int16 and all-int8 (the baselines)
-        all-int16 misses the goal:   stop; all-int16 is the upper bound of int8/int16 accuracy
+        all-int16 misses the goal:   stop, unless int16 weights (with int8 inputs) make up for it
         all-int8 meets the goal:     stop; no operator needs int16
         -> search calibration and int16 for the cheapest mix that meets the goal (search.strategy)
         -> train if no mix meets it, then demote int16 operators (qat.apply=after_search)
@@ -24,8 +24,9 @@ from . import int8, int16
 def run(session: Session) -> None:
     """Measure in this order."""
     int16_baseline, int8_baseline = int16.branch(session), int8.branch(session)
-    if accurate(int16_baseline):
-        mix(session, int8_baseline, int16_baseline)
+    high = int16_baseline if accurate(int16_baseline) else int16.with_weights(session, int16_baseline)
+    if high is not None:
+        mix(session, int8_baseline, high)
 
 
 def mix(session: Session, int8_baseline: FinishedTrial | None, int16_baseline: FinishedTrial) -> None:
@@ -42,11 +43,12 @@ def mix(session: Session, int8_baseline: FinishedTrial | None, int16_baseline: F
     if best is not None:
         m = best.outcome.metrics
         fp16 = f" beside {m['qconfig/n_float16']:.0f} in fp16" if m.get("qconfig/n_float16") else ""
+        weights = f" and {n:.0f} int16 weight{'s' * (n > 1)}" if (n := m.get("qconfig/n_int16_weights", 0.0)) else ""
         ends = {label: t for label, t in session.baselines.items() if t in (int8_baseline, int16_baseline)}
         against = [f"{t.outcome.metrics['cost/latency_ms']:.3f} {label}" for label, t in ends.items()]
         session.decide(
             "int8/int16",
-            f"trial {best.number} meets the goal with {m['qconfig/n_int16']:.0f} int16 operators{fp16}: drop "
+            f"trial {best.number} meets the goal with {m['qconfig/n_int16']:.0f} int16 operators{weights}{fp16}: drop "
             f"{m['accuracy/drop']:+.4f}, {m['cost/latency_ms']:.3f} ms against {' and '.join(against)}",
         )
     else:

@@ -21,4 +21,5 @@ __all__ = [
     "table_setter",
     "template",
     "version",
+    "weight_inputs",
 ]

@@ -65,6 +65,12 @@ class DeviceRules:
         if not 0 <= self.matmul_int16_inputs <= 2:
             raise ConfigError(f"rules.matmul_int16_inputs is 0, 1 or 2, but got {self.matmul_int16_inputs}.")
 
+    def dual(self, node: OpNode) -> bool:
+        """Return whether the device multiplies int16 by int16 for this operator."""
+        if node.kind == OpKind.matmul:
+            return self.matmul_int16_inputs > 1
+        return self.dual_int16 and function_of(node) in self.dual_int16_ops
+
 
 def apply_rules(
     graph: ModelGraph,
@@ -199,7 +205,7 @@ class _Applied:
                     f"On {self.device.march} {node.name} ({node.kind}) takes int8 input only, but got float16 from "
                     f"{self.graph.source(producer)[0]}. Use qint8 or qint16 there."
                 )
-            int8 = i in positions or (op.weight == QDtype.qint16 and not self.dual(node))
+            int8 = i in positions or (op.weight == QDtype.qint16 and not self.device.dual(node))
             dtype = QDtype.qint8 if int8 or op.output == QDtype.qint8 else QDtype.qint16
             self.ask(node, i, dtype, f"reads fp16 from {self.graph.source(producer)[0]}: cast to {dtype} at its input")
 
@@ -209,7 +215,7 @@ class _Applied:
         Positions are counted, not producers: both inputs of q @ q^T are q, so q is lowered.
         """
         matmul = node.kind == OpKind.matmul
-        allowed = self.device.matmul_int16_inputs if matmul else 1 + self.dual(node)
+        allowed = self.device.matmul_int16_inputs if matmul else 1 + self.device.dual(node)
         factors = self.arriving(node)[: None if matmul else 2]  # the bias of a convolution is no factor
         int16 = [i for i, dtypes in enumerate(factors) if QDtype.qint16 in dtypes]
         if ranking is None:
@@ -243,15 +249,9 @@ class _Applied:
             return [max(arriving[0], key=lambda d: d.rank), op.weight or QDtype.qint8] if arriving[0] else []
         return [max(at, key=lambda d: d.rank) for at in arriving[:2] if at]
 
-    def dual(self, node: OpNode) -> bool:
-        """Return whether the device multiplies int16 by int16 for this operator."""
-        if node.kind == OpKind.matmul:
-            return self.device.matmul_int16_inputs > 1
-        return self.device.dual_int16 and function_of(node) in self.device.dual_int16_ops
-
     def bound_accumulator(self, node: OpNode) -> None:
         op = self.op(node)
-        if op is None or op.output is not None or self.device.dual_high_precision or not self.dual(node):
+        if op is None or op.output is not None or self.device.dual_high_precision or not self.device.dual(node):
             return
         if self.multiplied(node) == [QDtype.qint16] * 2:
             reason = "int16 x int16 has no high-precision output: qint16"
@@ -273,7 +273,7 @@ class _Applied:
         op, rules = self.op(node), self.device
         assert op is not None
         inputs = [dtype for at in self.arriving(node) for dtype in at]
-        if self.multiplied(node) == [QDtype.qint16] * 2 and not self.dual(node):
+        if self.multiplied(node) == [QDtype.qint16] * 2 and not self.device.dual(node):
             raise ConfigError(
                 f"{rules.march} under OpenExplorer {rules.oe_version} has no int16 x int16, but got int16 weight and "
                 f"int16 input for {node.name}. Keep the weight at qint8, or its producer's output at qint8."

@@ -87,6 +87,10 @@ class QConfig:
         """Return the operators whose output is `dtype`."""
         return tuple(name for name, op in self.ops.items() if op.output == dtype)
 
+    def weights(self, dtype: QDtype) -> tuple[str, ...]:
+        """Return the operators whose weight is `dtype`."""
+        return tuple(name for name, op in self.ops.items() if op.weight == dtype)
+
     def diff(self, other: QConfig) -> dict[str, tuple[OpQConfig | None, OpQConfig | None]]:
         """Return the operators whose effective precision differs, as (self, other)."""
         names = dict.fromkeys([*self.ops, *other.ops])

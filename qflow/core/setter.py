@@ -218,6 +218,16 @@ class ChosenSetter:
         return OpQConfig(output=self.dtype, weight=weight, rule=f"{self.why}: {place} of {len(self.chosen)}")
 
 
+@dataclass(frozen=True)
+class WeightSetter:
+    """The weights of the `chosen` operators get int16; other setters decide their outputs."""
+
+    chosen: Sequence[str]
+
+    def __call__(self, node: OpNode, graph: ModelGraph) -> Overlay | None:
+        return Overlay({"weight": QDtype.qint16}, "assigned int16 weight") if node.name in self.chosen else None
+
+
 def share_of(ratio: float, total: int) -> int:
     """How many of `total` a ratio takes, rounded up; a ratio computed as k/n gives back k."""
     return math.ceil(round(ratio * total, 9))

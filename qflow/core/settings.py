@@ -70,14 +70,16 @@ class QConfigSettings:
     float16_count: int = 0
     """Number of operators of the vector unit that get fp16: those whose error falls most from int16 to fp16."""
     assignment: str = ""
-    """Instead of a ratio: one letter for each operator that can be int16, in graph order; 8 is int8, 6 is int16."""
+    """Instead of a ratio: one letter for each operator that can be int16, in graph order; 8 is int8, 6 is int16. With
+    sensitive_type=both one letter for each weight may follow."""
     error_share: float | None = None
     """Instead of a ratio: the cheapest mix that leaves at most this share of the error that int16 can remove."""
     modules: Mapping[str, Any] = field(default_factory=dict)
     """Operator or module name -> its precision, in a form of core/op_spec.py: `qint16`, `qint8/qint16` with the weight,
     a fixed scale `qint8@0.05`, a known range `qint16@0..200`, or a mapping. It overrides all other rules."""
     sensitive_type: str = "activation"
-    """Rows that the ratio promotes: `activation` (outputs), `weight` or `both`."""
+    """What is promoted: `activation` (outputs), `weight` or `both`, ranked together. With `both`, of a weight and its
+    input, which the device takes at int16 only one at a time, the more sensitive one is promoted."""
     counting: str = "operators"
     """Units that the ratio counts: `operators` that can be promoted, or `rows` of the table as in the plugin."""
     ranking: str = "score"
@@ -103,7 +105,7 @@ class QConfigSettings:
         _one_of("qconfig.sensitive_type", self.sensitive_type, ("activation", "weight", "both"))
         _one_of("qconfig.counting", self.counting, ("operators", "rows"))
         _one_of("qconfig.ranking", self.ranking, ("score", "score_per_ms"))
-        if self.ranking != "score" and (self.sensitive_type, self.counting) != ("activation", "operators"):
+        if self.ranking != "score" and (self.sensitive_type == "weight" or self.counting == "rows"):
             raise ConfigError(
                 f"qconfig.ranking=score_per_ms counts operators by activation, but got {self.sensitive_type} counted "
                 f"by {self.counting}. Use qconfig.ranking=score."

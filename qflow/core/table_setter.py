@@ -1,6 +1,7 @@
 """The setter that promotes the most sensitive quantizers of a sensitivity table. There are two ways of counting:
 
-    operators   (qflow's) the rows that can be promoted are selected first, by type, origin dtype and candidates;
+    operators   (qflow's) the rows that can be promoted are selected first, by type, origin dtype and candidates, and
+                of a weight and its input, which the device takes at int16 only one at a time, the row that comes first;
                 then the first k = ceil(selected x ratio) are promoted, so that ratio 1.0 promotes all
     rows        (the plugin's) the first k = ceil(rows x ratio) rows of the table are taken, including weight rows and
                 rows that are int16 already; then those of another type or dtype are discarded, so that 20 % can
@@ -12,7 +13,7 @@ Source of the plugin's rule: reference, section 2.7. Rows keep the order of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -75,6 +76,9 @@ class TableSetter:
     dtype: QDtype = QDtype.qint16
     candidates: Sequence[str] | None = None
     qconfig: OpQConfig | None = None
+    weights: Mapping[str, Collection[str]] | None = None
+    """Operators whose weight can be int16 on the device, each with those whose outputs must be int8 then; None takes
+    all weights. It holds for counting=operators."""
 
     def __post_init__(self) -> None:
         _one_of("counting", self.counting, COUNTINGS)
@@ -97,12 +101,19 @@ class TableSetter:
         if self.counting == "rows":
             return self.rows
         allowed = None if self.candidates is None else set(self.candidates)
-        # rules against int16 outputs do not apply to weights
-        return tuple(
-            row
-            for row in self.rows
-            if self._fits(row) and (allowed is None or row.sensitive_type == "weight" or row.op_name in allowed)
-        )
+        found, int16, held = [], set[str](), set[str]()
+        for row in filter(self._fits, self.rows):
+            if row.sensitive_type == "weight" and self.weights is not None:
+                inputs = self.weights.get(row.op_name)
+                if inputs is None or not int16.isdisjoint(inputs):
+                    continue
+                held.update(inputs)
+            elif row.sensitive_type == "activation":  # rules against int16 outputs do not apply to weights
+                if row.op_name in held or (allowed is not None and row.op_name not in allowed):
+                    continue
+                int16.add(row.op_name)
+            found.append(row)
+        return tuple(found)
 
     @cached_property
     def chosen(self) -> tuple[TableRow, ...]:

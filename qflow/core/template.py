@@ -8,7 +8,7 @@ if no template has one. The all-int8, all-int16 and high-precision templates are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qflow.core.dtype import QDtype
@@ -22,6 +22,7 @@ from qflow.core.setter import (
     SensitiveSetter,
     Setter,
     TemplateSetter,
+    WeightSetter,
 )
 from qflow.core.settings import QConfigSettings
 from qflow.core.table_setter import TableRow, TableSetter
@@ -99,19 +100,29 @@ class TemplateQconfigSetter:
         return replace(default, weight=weight, rule=default.rule or f"template default {default.output}")
 
 
+@dataclass(frozen=True)
+class Assigned:
+    """The operators whose output and those whose weight an assignment sets to int16."""
+
+    outputs: tuple[str, ...]
+    weights: tuple[str, ...] = ()
+
+
 def trial_setters(
     settings: QConfigSettings,
     candidates: Sequence[str],
     scores: Mapping[str, float],
     rows: Sequence[TableRow] = (),
     float16: Sequence[str] = (),
-    assigned: Sequence[str] | None = None,
+    assigned: Assigned | None = None,
+    weights: Mapping[str, Collection[str]] | None = None,
 ) -> list[Setter]:
     """Return the setters of one trial in order: names, fp16, int16, high-precision outputs, templates, the rest.
 
-    `float16` are the operators that get fp16; `assigned` those that get int16, in place of a ratio. `candidates` are
-    the operators that can be int16 on the device (ratio_candidates), `scores` activation sensitivities. `rows`
-    (table_rows of the sensitivity table) are needed for weights and for counting rows. Raises ConfigError.
+    `float16` are the operators that get fp16; `assigned` the outputs and weights that get int16, in place of a ratio.
+    `candidates` are the operators that can be int16 on the device (ratio_candidates), `scores` activation
+    sensitivities. `rows` (table_rows of the sensitivity table) are needed for weights and for counting rows; `weights`
+    are those that sensitive_type=both may promote (TableSetter.weights). Raises ConfigError.
     """
     plain = settings.sensitive_type == "activation" and settings.counting == "operators"
     if not plain and settings.int16_ratio > 0 and not rows:
@@ -122,7 +133,7 @@ def trial_setters(
     candidates = [name for name in candidates if name not in float16]
     sensitive: Setter = SensitiveSetter(scores, candidates, settings.int16_ratio)
     if assigned is not None:
-        sensitive = ChosenSetter(tuple(assigned), QDtype.qint16, "assigned int16")
+        sensitive = ChosenSetter(assigned.outputs, QDtype.qint16, "assigned int16")
     elif not plain:
         sensitive = TableSetter(
             tuple(rows),
@@ -130,9 +141,11 @@ def trial_setters(
             sensitive_type=settings.sensitive_type,
             counting=settings.counting,
             candidates=candidates,
+            weights=weights if settings.sensitive_type == "both" else None,
         )
     return [
         ModuleNameSetter(settings.modules),
+        *([WeightSetter(assigned.weights)] if assigned and assigned.weights else []),
         ChosenSetter(tuple(float16), QDtype.float16, "sensitive at int16"),
         sensitive,  # before the high-precision outputs, whose weights it may promote
         HighPrecisionOutput(),

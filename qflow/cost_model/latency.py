@@ -211,6 +211,17 @@ class Pricer:
             found[name] = self._difference(touched, qconfig.ops, ops)
         return found
 
+    def weight_promotions(self, qconfig: QConfig, dtype: QDtype = QDtype.qint16) -> dict[str, float]:
+        """Operator -> added time in ms if its weight alone is raised to `dtype`; weights at this or a higher dtype are
+        left out.
+        """
+        found = {}
+        for name, op in qconfig.ops.items():
+            if op.weight is not None and op.weight.rank < dtype.rank:
+                ops = {**qconfig.ops, name: replace(op, weight=dtype)}
+                found[name] = self._difference(self.readers.get(name, ()), qconfig.ops, ops)
+        return found
+
     def _difference(
         self, works: Sequence[OpWork], before: Mapping[str, OpQConfig], after: Mapping[str, OpQConfig]
     ) -> float:

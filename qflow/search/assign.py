@@ -7,7 +7,9 @@ The errors of single operators are added up as if they were independent; strateg
 Costs are sums over groups of operators (cost_terms.py), with one variable for each group, so that a cost which several
 operators share is counted once. HiGHS (scipy.optimize.milp) solves the program within `GAP` of what int16 adds, or
 returns the best solution that it finds in `NODES` nodes. A cost that is not such a sum is approximated, but each limit
-is checked against the exact cost. A mix is a string with one letter for each operator: 8 for int8, 6 for int16.
+is checked against the exact cost. A mix is a string with one letter for each operator: 8 for int8, 6 for int16. The
+weight of an operator may have a letter of its own; where the device takes no int16 weight with an int16 input, the two
+letters exclude each other: at most one of them is 6.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ class Operator:
     int8_error: float
     int16_error: float
     place: int
+    weight: bool = False
+    """The letter is for the weight of the operator, not for its output."""
 
     @property
     def gain(self) -> float:
@@ -65,13 +69,15 @@ class Problem:
     """The operators whose precision is free, in graph order, the time of a mix in ms, and the limits of a mix.
 
     A mix has `letters` letters. Those of operators that are not free stay 8 and have no effect. An int8 error that is
-    not finite counts as the largest finite error, because an unknown error may be large.
+    not finite counts as the largest finite error, because an unknown error may be large. `exclusions` are pairs of
+    letters that cannot both be 6; the cost of such a mix is never asked for.
     """
 
     operators: tuple[Operator, ...]
     time: CostTerms
     letters: int
     limits: tuple[Limit, ...] = ()
+    exclusions: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         known = [e for o in self.operators for e in (o.int8_error, o.int16_error) if math.isfinite(e)]
@@ -95,8 +101,16 @@ class Problem:
         return self._loss.estimates(mixes)
 
     def within(self, mix: str) -> bool:
-        """Return whether `mix` keeps every limit."""
-        return all(limit.holds(mix) for limit in self.limits)
+        """Return whether the device takes `mix`, and it keeps every limit."""
+        legal = not any(mix[a] == mix[b] == "6" for a, b in self.exclusions)
+        return legal and all(limit.holds(mix) for limit in self.limits)
+
+    def flipped(self, mix: str, place: int) -> str:
+        """Return `mix` with one letter changed. A promotion demotes what it excludes."""
+        if mix[place] == "6":
+            return mix[:place] + "8" + mix[place + 1 :]
+        excluded = {b if a == place else a for a, b in self.exclusions if place in (a, b)}
+        return "".join("6" if i == place else "8" if i in excluded else letter for i, letter in enumerate(mix))
 
     @property
     def all_int8(self) -> str:
@@ -105,12 +119,19 @@ class Problem:
 
     @cached_property
     def all_int16(self) -> str:
-        """The mix with all free operators at int16."""
-        return self._with(o.place for o in self.operators)
+        """The mix with the outputs of all free operators at int16, and all weights at int8."""
+        return self._with(o.place for o in self.operators if not o.weight)
+
+    @cached_property
+    def finest(self) -> str:
+        """The mix of least predicted error, whatever it costs; of mixes without weights it is all int16."""
+        if not self.exclusions:
+            return self._with(o.place for o in self.operators)
+        return replace(self, limits=()).most_accurate()
 
     def budget(self, share: float) -> float:
         """Return the error budget that leaves `share` (0..1) of the error that int16 can remove."""
-        low, high = self.error(self.all_int16), self.error(self.all_int8)
+        low, high = self.error(self.finest), self.error(self.all_int8)
         return low + share * max(high - low, 0.0)
 
     def cheapest(self, max_error: float) -> str:
@@ -118,7 +139,9 @@ class Problem:
         if self.error(self.all_int8) <= max_error and self.within(self.all_int8):
             return self.all_int8
         loss = self._loss
-        least = loss.base - sum(max(o.gain, 0.0) for o in self.operators)
+        least = (
+            self.error(self.finest) if self.exclusions else loss.base - sum(max(o.gain, 0.0) for o in self.operators)
+        )
         reach = SLACK * (loss.base - least)  # rounding must not put a budget that all int16 just meets out of reach
         found = self._solved(self.time, [Row(loss.terms, max(max_error, least + reach) - loss.base)])
         if found is None or max_error < least - reach:
@@ -146,10 +169,11 @@ class Problem:
         Where the terms of a limit predict less than the exact cost, the limit is tightened by the difference.
         """
         places = [o.place for o in self.operators]
+        one_of = [Row({(a,): 1.0, (b,): 1.0}, 1.0) for a, b in self.exclusions]
         bounds = [limit.most - limit.cost.base for limit in self.limits]
         for _ in range(TIGHTENED):
             limited = [Row(limit.cost.terms, bound) for limit, bound in zip(self.limits, bounds, strict=True)]
-            chosen = solve(least.terms, [*rows, *limited], places)
+            chosen = solve(least.terms, [*rows, *limited, *one_of], places)
             if chosen is None:
                 return None
             mix = self._with(chosen)
@@ -178,11 +202,13 @@ class Problem:
     def _pruned(self, mix: str, max_error: float) -> str:
         """Return `mix` with int16 operators demoted that neither error budget, limits nor time need.
 
-        The solver leaves promotions in that cost nothing.
+        The solver leaves promotions in that cost nothing. Some do so only together with those that one operator reads
+        beside them.
         """
-        for o in sorted((o for o in self.operators if mix[o.place] == "6"), key=lambda o: o.gain):
-            lower = mix[: o.place] + "8" + mix[o.place + 1 :]
+        singles = [(o.place,) for o in sorted(self.operators, key=lambda o: o.gain)]
+        for group in (*singles, *sorted(group for group in self.time.terms if len(group) > 1)):
+            lower = "".join("8" if i in group else letter for i, letter in enumerate(mix))
             fits = self.error(lower) <= max_error and self.time(lower) <= self.time(mix) + SLACK
-            if fits and self.within(lower):
+            if lower != mix and fits and self.within(lower):
                 mix = lower
         return mix

@@ -52,11 +52,14 @@ class CostTerms:
         return float(self.estimates([mix])[0])
 
 
-def cost_terms(exact: Callable[[str], float], mix: str, groups: Iterable[Group]) -> CostTerms:
+def cost_terms(
+    exact: Callable[[str], float], mix: str, groups: Iterable[Group], alone: Iterable[int] = ()
+) -> CostTerms:
     """Return the terms of `exact` for the operators at int16 in `mix`, each alone and in `groups`.
 
     One group of `mix` at a time is set to int8. The change of the cost, less the terms of the groups within this group,
-    is the term of the group. The result is exact if the cost has no other terms than these.
+    is the term of the group. The result is exact if the cost has no other terms than these. For the places of `alone`,
+    which cannot be int16 in `mix`, the term is what each of them adds to all int8.
     """
     places = {i for i, letter in enumerate(mix) if letter == "6"}
     wanted = {(i,) for i in places} | {tuple(sorted(places & set(group))) for group in groups}
@@ -66,4 +69,6 @@ def cost_terms(exact: Callable[[str], float], mix: str, groups: Iterable[Group])
         within = sum(found[part] for part in found if set(part) < set(group)) if len(group) > 1 else 0.0
         found[group] = highest - exact(lower) - within
     terms = {group: amount for group, amount in found.items() if abs(amount) > NOTHING * abs(highest)}
-    return CostTerms(exact, highest - sum(terms.values()), terms)
+    base, lowest = highest - sum(terms.values()), "8" * len(mix)
+    added = {(i,): exact(lowest[:i] + "6" + lowest[i + 1 :]) - exact(lowest) for i in alone}
+    return CostTerms(exact, base, terms | {g: amount for g, amount in added.items() if abs(amount) > NOTHING * highest})

@@ -1,7 +1,8 @@
 """The goal, the objectives, and the choice of the best trial. A trial that lacks a measurement is never the best.
 
 The objectives are a mapping of run metrics to directions. Among the trials that meet the goal, the best is the one with
-the best objectives other than the accuracy, compared in the given order, and then with the least drop.
+the best objectives other than the accuracy, compared in the given order; of those that are equal, the one with the
+fewest promoted operators, and then with the least drop. Without another objective the least drop comes first.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ BUDGETS = {
     "max_traffic_mb": "cost/traffic_mb",
 }
 """Key of `objective` -> the run metric that it bounds."""
+PROMOTED = ("qconfig/n_int16", "qconfig/n_int16_weights", "qconfig/n_float16")
+DIGITS = 9  # metrics that differ only after so many decimals are equal: sums over operators in another order
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,8 @@ def meets(trial: FinishedTrial | None) -> TypeGuard[FinishedTrial]:
 
 
 def best_trial(trials: Sequence[FinishedTrial], ranking: Directions = LEAST_LATENCY) -> FinishedTrial | None:
-    """Return the best trial by `ranking` among those that meet the goal. The smaller drop, then age, breaks ties."""
-    met = [t for t in trials if meets(t)]
-    return min(met, key=lambda t: (*_costs(t, ranking), t.outcome.constraints[CONSTRAINT], t.number), default=None)
+    """Return the best trial by `ranking` among those that meet the goal; `merit` says what breaks ties."""
+    return min(filter(meets, trials), key=lambda t: merit(t, ranking), default=None)
 
 
 def nearest_miss(trials: Sequence[FinishedTrial], ranking: Directions = LEAST_LATENCY) -> FinishedTrial | None:
@@ -132,8 +134,24 @@ def nearest_miss(trials: Sequence[FinishedTrial], ranking: Directions = LEAST_LA
     known = [t for t in trials if CONSTRAINT in t.outcome.constraints]
     within = [t for t in known if not over_budget(t)]
     if not within and any(map(accurate, known)):
-        return min(filter(accurate, known), key=lambda t: (*_costs(t, ranking), t.outcome.constraints[CONSTRAINT]))
-    return min(within or known, key=lambda t: (t.outcome.constraints[CONSTRAINT], *_costs(t, ranking)), default=None)
+        return min(filter(accurate, known), key=lambda t: merit(t, ranking))
+    return min(within or known, key=lambda t: (t.outcome.constraints[CONSTRAINT], *merit(t, ranking)), default=None)
+
+
+def merit(trial: FinishedTrial, ranking: Directions) -> tuple[float, ...]:
+    """Return the key by which trials are ordered, the best first.
+
+    It consists of the ranked metrics, the number of promoted outputs and weights, the drop, and the age. Without ranked
+    metrics accuracy is the only aim, so the drop comes first.
+    """
+    drop, promoted = trial.outcome.constraints[CONSTRAINT], promotions(trial)
+    costs = [round(cost, DIGITS) for cost in _costs(trial, ranking)]
+    return (*costs, promoted, drop, trial.number) if costs else (drop, promoted, trial.number)
+
+
+def promotions(trial: FinishedTrial) -> float:
+    """Return how many outputs and weights the trial has at int16 or fp16."""
+    return sum(trial.outcome.metrics.get(name, 0.0) for name in PROMOTED)
 
 
 def pareto_set(trials: Sequence[FinishedTrial], directions: Sequence[str]) -> list[FinishedTrial]:

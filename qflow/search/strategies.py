@@ -27,7 +27,7 @@ from qflow.search.surrogate import Surrogate
 
 STRATEGIES = ("optuna", "ratio", "assign")
 RATIO, FLOAT16, ASSIGNMENT = "qconfig.int16_ratio", "qconfig.float16_count", "qconfig.assignment"
-ERROR_SHARE = "qconfig.error_share"
+ERROR_SHARE, SENSITIVE_TYPE = "qconfig.error_share", "qconfig.sensitive_type"
 NARROW = 0.02  # relative width of a bracket of error budgets below which it is not narrowed further
 REFINEMENTS = 8  # how many mixes are measured at most to narrow the bracket of error budgets
 BUDGETS = 64  # error budgets for each of which a candidate for the front is solved
@@ -87,6 +87,7 @@ def assign(
     max_drop: float,
     int8_drop: float | None,
     int16_drop: float,
+    top: str = "",
     patience: int = 3,
     explore: bool = True,
 ) -> None:
@@ -94,10 +95,12 @@ def assign(
 
     No mix is measured that exceeds a limit of the problem. `int8_drop` and `int16_drop` are the measured drops of the
     baselines; they relate predicted errors to drops. `int8_drop` is None if the outputs of all int8 are not finite.
+    `top` is the mix of `int16_drop`, which is known to meet the goal, if that is not all int16 but has int16 weights.
     Demotion ends after `patience` operators in a row that prove needed. With `explore` the rest of the budget is spent
     on the Pareto front of drop against latency.
     """
-    measured = {problem.all_int8: int8_drop, problem.all_int16: int16_drop}
+    top = top or problem.all_int16
+    measured = {problem.all_int8: int8_drop, top: int16_drop}
     ends = {mix: drop for mix, drop in measured.items() if drop is not None}
     seen: dict[str, FinishedTrial | None] = {mix: None for mix in measured if mix not in ends}
 
@@ -106,21 +109,21 @@ def assign(
             seen[mix] = measure({**base, ASSIGNMENT: mix}, label)
         return seen[mix]
 
-    found = _bracket(ask, problem, max_drop, ends)
+    found = _bracket(ask, problem, max_drop, ends, top)
     if found is not None:
         demote(ask, problem, found, patience, missed=[problem.all_int8])
     if explore:
         _explore(ask, problem, seen, ends)
 
 
-def _bracket(ask: Ask, problem: Problem, max_drop: float, ends: Mapping[str, float]) -> str | None:
+def _bracket(ask: Ask, problem: Problem, max_drop: float, ends: Mapping[str, float], top: str) -> str | None:
     """Return the cheapest mix found that meets the goal, or None.
 
     The error budget is bracketed between one that meets the goal and one that misses it. The next budget is
-    interpolated from the drops measured at both ends, at some distance from the ends. If all int16 exceeds the limits,
-    the most accurate mix within them takes its place.
+    interpolated from the drops measured at both ends, at some distance from the ends. If `top` (all int16) exceeds the
+    limits, the most accurate mix within them takes its place.
     """
-    top, best = problem.all_int16, None
+    best: str | None = None
     low_drop, high_drop = ends[top], max(ends.get(problem.all_int8, math.inf), max_drop)
     if not problem.within(top):
         top = problem.most_accurate()

@@ -39,7 +39,7 @@ class Surrogate:
         """
         found = dict(zip(mixes, self._levels(mixes), strict=True))
         for mix in self.front:
-            others = [_flipped(mix, o.place) for o in self.problem.operators]
+            others = [self.problem.flipped(mix, o.place) for o in self.problem.operators]
             level, *levels = self._levels([mix, *others])
             for other, at in zip(others, levels, strict=True):
                 found[other] = min(self.drops[mix] + min(at - level, 0.0), found.get(other, np.inf))
@@ -57,10 +57,6 @@ class Surrogate:
         drops, prices = (worst or 1.0 for worst in self.worst)
         behind = min((max(drop - d, 0.0) / drops + max(price - p, 0.0) / prices for d, p in self.points), default=0.0)
         return added, -behind
-
-
-def _flipped(mix: str, place: int) -> str:
-    return mix[:place] + ("8" if mix[place] == "6" else "6") + mix[place + 1 :]
 
 
 def hypervolume(points: Sequence[tuple[float, float]], worst: tuple[float, float]) -> float:

@@ -6,6 +6,7 @@ __all__ = [
     "causes",
     "checks",
     "finish",
+    "int16_weights",
     "manifest",
     "mixes",
     "session",

@@ -68,7 +68,7 @@ def _print_lines(session: Session, text: str, shown: FinishedTrial, place: Path)
     say(f"{'qconfig':<12}{shown.outcome.tags['qflow.qconfig']} of trial {shown.number}, run {shown.run_id}{how}")
     for dtype, names in raised(session, shown).items():
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        say(f"{dtype:<12}{', '.join(names[:NAMED])}{more}")
+        say(f"{dtype:<11} {', '.join([*names][:NAMED])}{more}")
     say(f"{'decisions':<12}{place}")
     say(f"{'runs':<12}{session.tracker.uri}")
     say(f"{'study':<12}{session.study.name} in experiment {session.config.tracking.experiment}")
@@ -121,23 +121,28 @@ def _applied(session: Session, trial: FinishedTrial) -> QConfig:
 
 def document(session: Session, table: str, text: str, shown: FinishedTrial) -> str:
     """Return the result in Markdown: table, verdict, each decision with its reason, and the promoted operators."""
-    scores = session.evaluator.scores
     lines = [f"# {session.study.name}", "", "```", table, text, "```", "", "## Decisions", ""]
     lines += [f"{i}. **{stage}**: {words}" for i, (stage, words) in enumerate(session.decisions, 1)]
     count = len(session.evaluator.graph.quantized)
     for dtype, names in raised(session, shown).items():
         lines += ["", f"## {dtype} ({len(names)} of {count} operators)", ""]
-        lines += [f"- `{name}`: int8 sensitivity {scores.get(name, 0.0):.3g}" for name in names]
+        lines += [f"- `{name}`: int8 sensitivity {score:.3g}" for name, score in names.items()]
     return "\n".join(lines) + "\n"
 
 
-def raised(session: Session, trial: FinishedTrial) -> dict[str, list[str]]:
-    """Return the fp16 and int16 operators of a trial's mix by dtype, the most sensitive first."""
-    qconfig, scores = _applied(session, trial), session.evaluator.scores
-    found = {
-        d.value: sorted(qconfig.names(d), key=lambda n: -scores.get(n, 0.0)) for d in (QDtype.float16, QDtype.qint16)
+def raised(session: Session, trial: FinishedTrial) -> dict[str, dict[str, float]]:
+    """Return the fp16 and int16 operators of a trial's mix and their int8 sensitivity, the most sensitive first.
+
+    The keys are the dtype of the outputs, and `int16 weight` for operators with an int16 weight.
+    """
+    qconfig, precisions = _applied(session, trial), session.evaluator.precisions
+    names = {d.value: (qconfig.names(d), precisions.scores) for d in (QDtype.float16, QDtype.qint16)}
+    names["int16 weight"] = qconfig.weights(QDtype.qint16), precisions.weight_scores
+    return {
+        key: {name: scores.get(name, 0.0) for name in sorted(found, key=lambda n: -scores.get(n, 0.0))}
+        for key, (found, scores) in names.items()
+        if found
     }
-    return {dtype: names for dtype, names in found.items() if names}
 
 
 def promote_command(session: Session) -> str:

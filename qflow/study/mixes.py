@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 from qflow.config.settings import plain
+from qflow.core.dtype import QDtype
 from qflow.core.op_spec import parse_op
 from qflow.core.setter import covers
 from qflow.search.outcome import FinishedTrial
-from qflow.search.strategies import FLOAT16, RATIO, BudgetSpent, assign, raise_until_met
+from qflow.search.strategies import ASSIGNMENT, FLOAT16, RATIO, SENSITIVE_TYPE, BudgetSpent, assign, raise_until_met
 from qflow.study.baselines import ALL_INT8, ALL_INT16, baseline_point, calibrated_point
+from qflow.study.int16_weights import raise_weights, weights_searched
 from qflow.study.session import Session
 from qflow.study.stages import rank_again
 
-Baseline = FinishedTrial | None
+Baseline: TypeAlias = FinishedTrial | None
+Strategy: TypeAlias = Callable[[Session, dict[str, Any], Baseline, FinishedTrial], None]
+"""Takes the session, the point without int16 to start from, and the baselines at int8 and int16."""
 
 
 def search_mix(session: Session, low: Baseline, high: FinishedTrial) -> None:
@@ -23,16 +27,20 @@ def search_mix(session: Session, low: Baseline, high: FinishedTrial) -> None:
 
     `low` is None if its outputs are not finite; `high` meets the goal.
     """
-    strategies: Mapping[str, Callable[[Session, Baseline, FinishedTrial], None]] = {
+    strategies: Mapping[str, Strategy] = {
         "optuna": _by_sampler,
         "ratio": _by_ratio,
         "assign": _by_assignment,
     }
+    weights = weights_searched(session, high)
+    base = {**calibrated_point(low or baseline_point(session, ALL_INT8)), **weights, RATIO: 0.0}
     before, hits = len(session.trials), session.evaluator.hits
     with session.console.stage("search") as say:
         ended = "done"
         try:
-            strategies[session.config.search.strategy](session, low, high)
+            if weights.get(SENSITIVE_TYPE) == "both":
+                raise_weights(session, base, QDtype.qint8)
+            strategies[session.config.search.strategy](session, base, low, high)
         except BudgetSpent as spent:
             ended = str(spent)
         searched = len(session.trials) - before
@@ -42,39 +50,37 @@ def search_mix(session: Session, low: Baseline, high: FinishedTrial) -> None:
         say(f"{', '.join(parts)}; {ended}")
 
 
-def _by_sampler(session: Session, low: Baseline, high: FinishedTrial) -> None:
+def _by_sampler(session: Session, base: dict[str, Any], low: Baseline, high: FinishedTrial) -> None:
     """Measure the points of `search.enqueue`, completed by the values of all-int8, then those of the sampler."""
-    base = _from(session, low)
     for point in plain(session.config.search.enqueue):
         known = {k: v for k, v in point.items() if k in session.study.space and k not in session.kept}
         if known:  # skips a point that sets none of the searched keys
             session.measure({**base, **known}, " ".join(f"{k.split('.')[-1]}={v}" for k, v in known.items()))
-    while session.sample():
-        pass
+    before = dict(session.kept)
+    session.kept |= {key: value for key, value in base.items() if key == SENSITIVE_TYPE}
+    try:
+        while session.sample():
+            pass
+    finally:
+        session.kept = before
 
 
-def _by_ratio(session: Session, low: Baseline, high: FinishedTrial) -> None:
-    point = _from(session, low)
-    ratios = session.evaluator.precisions.int16_ratios(session.qconfig_at(point), session.goal.budgets)
+def _by_ratio(session: Session, base: dict[str, Any], low: Baseline, high: FinishedTrial) -> None:
+    ratios = session.evaluator.precisions.int16_ratios(session.qconfig_at(base), session.goal.budgets)
     with session.pass_or_fail():
-        raise_until_met(session.measure, point, RATIO, ratios)
+        raise_until_met(session.measure, base, RATIO, ratios)
 
 
-def _by_assignment(session: Session, low: Baseline, high: FinishedTrial) -> None:
-    point = _from(session, low)
+def _by_assignment(session: Session, base: dict[str, Any], low: Baseline, high: FinishedTrial) -> None:
     assign(
         session.measure,
-        point,
-        session.evaluator.precisions.problem(session.qconfig_at(point), session.goal.budgets),
+        base,
+        session.evaluator.precisions.problem(session.qconfig_at(base), session.goal.budgets),
         max_drop=session.goal.max_drop,
         int8_drop=low.outcome.metrics["accuracy/drop"] if low else None,
         int16_drop=high.outcome.metrics["accuracy/drop"],
+        top=str(high.params.get(ASSIGNMENT, "")),
     )
-
-
-def _from(session: Session, low: Baseline) -> dict[str, Any]:
-    """Return the point with no int16 operator, under the calibration of the baseline `low`."""
-    return {**calibrated_point(low or baseline_point(session, ALL_INT8)), RATIO: 0.0}
 
 
 @contextmanager

@@ -61,9 +61,10 @@ def trial_line(trial: FinishedTrial | FailedTrial, accuracy: str) -> str:
     verdict = "meets" if meets(trial) else "misses"
     amount = f"{p['calibration.batch_size']}x{p['calibration.steps']}"
     stopped = f"  stopped {t}: at worst" if (t := trial.outcome.tags.get("qflow.stopped")) else ""
+    weights = f"  int16 weights {count:.0f}" if (count := m.get("qconfig/n_int16_weights")) else ""
     trained = f"  QAT {m['qat/steps']:.0f} steps" if "qat/steps" in m else ""
     return (
         f"{name:<24} {m[accuracy]:.4f} drop {m['accuracy/drop']:+.4f} {m['cost/latency_ms']:7.3f} ms  int16 "
         f"{m['qconfig/int16_ratio']:.2f}  {p['calibration.method']:<10} {amount:<7} {verdict:<6} {trial.seconds:5.1f} s"
-        f"{trained}{stopped}"
+        f"{weights}{trained}{stopped}"
     )

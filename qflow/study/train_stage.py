@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from qflow.config.settings import trial_settings
-from qflow.core.dtype import QDtype
 from qflow.search.objective import best_trial, nearest_miss, over_budget
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import ASSIGNMENT, ERROR_SHARE, RATIO, BudgetSpent, demote, halving
@@ -124,11 +123,10 @@ def _demote(session: Session, trained: FinishedTrial) -> None:
     """Demote int16 operators under the same training, which may have made most of them unnecessary."""
     point = {k: v for k, v in trained.params.items() if k not in (RATIO, ASSIGNMENT, ERROR_SHARE)}
     precisions = session.evaluator.precisions
-    int16 = set(precisions.resolve(session.qconfig_at(trained.params))[1].names(QDtype.qint16))
-    mix = "".join("6" if name in int16 else "8" for name in precisions.promotable)
+    without_int16 = session.qconfig_at({**point, RATIO: 0.0})
+    mix = precisions.mix_of(session.qconfig_at(trained.params))
     if "6" not in mix:
         return
-    without_int16 = session.qconfig_at({**point, RATIO: 0.0})
 
     def ask(assignment: str, label: str) -> FinishedTrial | None:
         return session.measure({**point, RATIO: 0.0, ASSIGNMENT: assignment}, f"QAT {label}")

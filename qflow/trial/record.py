@@ -64,6 +64,9 @@ RUN_METRICS: Mapping[str, Callable[[TrialResult], float | None]] = {
     **{name: _of_cost(read) for name, read in COST_METRICS.items()},
     "qconfig/int16_ratio": lambda trial: trial.qconfig.share(QDtype.qint16),
     "qconfig/n_int16": lambda trial: float(len(trial.qconfig.names(QDtype.qint16))),
+    "qconfig/n_int16_weights": lambda trial: float(
+        sum(op.weight == QDtype.qint16 for op in trial.qconfig.ops.values())
+    ),
     "qconfig/n_float16": lambda trial: float(len(trial.qconfig.names(QDtype.float16))),
     "qconfig/n_int8": lambda trial: float(len(trial.qconfig.names(QDtype.qint8))),
     "calibration/samples": lambda trial: float(trial.calibration_samples),

@@ -154,3 +154,75 @@ def test_assign_measures_only_mixes_within_the_limits(share):
     assert asked[0] == bounded.most_accurate()
     assert 10 < len(asked) == len(set(asked))
     assert all(map(bounded.within, asked))
+
+
+def weighted(seed, count=5, exclude=True):
+    """Outputs in a chain, the last ones with a weight each, whose letter excludes that of the operator before."""
+    rng = random.Random(seed)
+    ms = [rng.uniform(0.1, 1.0) for _ in range(2 * count - 1)]
+    pairs = tuple((i, count + i) for i in range(count - 1)) if exclude else ()
+
+    def price(mix):
+        assert not any(mix[a] == mix[b] == "6" for a, b in pairs), "the device has no such mix"
+        return sum(m for m, letter in zip(ms, mix, strict=True) if letter == "6")
+
+    operators = tuple(Operator(str(i), rng.random(), 0.0, i, weight=i >= count) for i in range(2 * count - 1))
+    alone = range(count, 2 * count - 1) if exclude else ()
+    highest = "6" * count + ("8" if exclude else "6") * (count - 1)
+    return Problem(operators, cost_terms(price, highest, [], alone), 2 * count - 1, exclusions=pairs)
+
+
+@pytest.mark.parametrize("exclude", [True, False])
+@pytest.mark.parametrize("seed", range(8))
+def test_with_weights_both_answers_are_the_optima_of_all_legal_mixes(seed, exclude):
+    problem = weighted(seed, exclude=exclude)
+    legal = [mix for mix in mixes(9) if problem.within(mix)]
+    assert (len(legal) < 2**9) == exclude
+    least = min(map(problem.error, legal))
+    assert problem.error(problem.finest) == pytest.approx(least)
+    assert problem.budget(0.0) == pytest.approx(least)
+    assert problem.all_int16 == "666668888"
+    for share in (0.0, 0.1, 0.4, 0.8):
+        budget = problem.budget(share)
+        found = problem.cheapest(budget)
+        assert found in legal and problem.error(found) <= budget * (1 + 1e-6)
+        optimum = min(problem.price(mix) for mix in legal if problem.error(mix) <= budget * (1 + 1e-9))
+        assert problem.price(found) == pytest.approx(optimum, rel=1e-3)
+        accurate = problem.most_accurate(share * problem.price(problem.all_int16))
+        within = [m for m in legal if problem.price(m) <= share * problem.price(problem.all_int16) + 1e-9]
+        assert accurate in within
+        assert problem.error(accurate) == pytest.approx(min(map(problem.error, within)), rel=1e-3)
+
+
+def test_a_promotion_demotes_what_it_excludes():
+    problem = weighted(0)
+    assert problem.flipped("666668888", 6) == "686668688"
+    assert problem.flipped("686668688", 1) == "666668888"
+    assert problem.flipped("666668888", 4) == "666688888"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_assign_starts_from_a_mix_with_weights_where_all_int16_misses(seed):
+    problem, asked = weighted(seed), []
+    hard = max((o for o in problem.operators if o.weight), key=lambda o: o.gain)
+    top = problem.flipped(problem.all_int16, hard.place)
+
+    def measure(point, label=""):
+        mix = point[ASSIGNMENT]
+        assert problem.within(mix)
+        asked.append(mix)
+        drop = 0.0 if mix[hard.place] == "6" else 0.5
+        metrics = {"accuracy/drop": drop, "cost/latency_ms": problem.price(mix)}
+        return FinishedTrial(0, "", point, label, Outcome((drop,), {CONSTRAINT: drop - 0.1}, {}, metrics), 0.0)
+
+    assign(measure, {}, problem, max_drop=0.1, int8_drop=0.5, int16_drop=0.0, top=top, explore=False)
+    only = problem.flipped(problem.all_int8, hard.place)
+    assert min((m for m in asked if m[hard.place] == "6"), key=problem.price) == only
+
+
+def test_promotions_that_cost_nothing_together_are_demoted_together():
+    """Either of the two operators that one operator reads costs a cast at int16 alone, both together cost nothing."""
+    price = lambda mix: 0.5 * (mix[0] != mix[1]) + (mix[2] == "6")  # noqa: E731
+    operators = (Operator("a", 0.01, 0.0, 0), Operator("b", 0.01, 0.0, 1), Operator("c", 1.0, 0.0, 2))
+    problem = Problem(operators, cost_terms(price, "666", [(0, 1)]), 3)
+    assert problem._pruned("666", 0.1) == "886"

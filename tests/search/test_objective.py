@@ -140,3 +140,32 @@ def test_the_pareto_set_is_what_nothing_dominates(data, directions):
         assert (trial in members) == (not dominated)
     for trial in (t for t in known if t not in members):
         assert any(dominates(costs(member), costs(trial)) for member in members)
+
+
+def test_at_equal_cost_the_fewer_promoted_operators_win_then_the_smaller_drop():
+    def mix(number, drop, latency=0.5, **promoted):
+        counts = {f"qconfig/n_{name}": float(count) for name, count in promoted.items()}
+        metrics = {"accuracy/drop": drop, "cost/latency_ms": latency, "cost/int16_mac_share": 0.0, **counts}
+        return FinishedTrial(number, "", {}, "", Outcome((0.9, latency), GOAL.constraints(metrics), {}, metrics), 1.0)
+
+    two, one, weight = mix(0, 0.0, int16=2), mix(1, 0.005, int16=1), mix(2, 0.005, int16=0, int16_weights=2)
+    assert best_trial([two, one, weight]) is one
+    assert best_trial([two, weight, mix(3, 0.001, int16=1, int16_weights=1)]).number == 0  # of equal counts: the drop
+    assert best_trial([one, mix(4, 0.0, int16=0, float16=2)]) is one
+    assert best_trial([one, mix(5, 0.009, latency=0.5 + 1e-12)]).number == 5  # sums in another order are no difference
+    assert best_trial([one, mix(6, 0.009, latency=0.51)]) is one
+    assert best_trial([one, two], {}) is two  # accuracy alone: the drop comes first
+    assert nearest_miss([mix(7, 0.5, int16=3), mix(8, 0.5, int16=1)]).number == 8
+
+
+@given(
+    st.permutations(
+        [(n, drop, ms, k) for n, (drop, ms, k) in enumerate([(0.0, 0.5, 2), (0.002, 0.5, 1), (0.0, 0.6, 0)])]
+    )
+)
+def test_the_best_does_not_depend_on_the_order_of_the_trials(rows):
+    trials = []
+    for number, drop, ms, count in rows:
+        metrics = {"accuracy/drop": drop, "cost/latency_ms": ms, "cost/int16_mac_share": 0.0, "qconfig/n_int16": count}
+        trials.append(FinishedTrial(number, "", {}, "", Outcome((), GOAL.constraints(metrics), {}, metrics), 1.0))
+    assert best_trial(trials).number == 1
