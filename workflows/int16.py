@@ -14,7 +14,7 @@ from typing import Any
 from qflow.core.dtype import QDtype
 from qflow.search.objective import CONSTRAINT, accurate
 from qflow.search.outcome import FinishedTrial
-from qflow.study.baselines import ALL_INT16, baseline, baseline_point, method_of
+from qflow.study.baselines import ALL_INT16, baseline, baseline_point, method_of, retry_calibrations
 from qflow.study.causes import int16_miss_reason
 from qflow.study.int16_weights import raise_weights, weights_that_matter
 from qflow.study.mixes import own_ranking
@@ -71,8 +71,9 @@ def with_weights(session: Session, int16: FinishedTrial | None) -> FinishedTrial
     if not order:
         return None
     found = raise_weights(session, point, QDtype.qint16)
+    tried = [t for t in session.trials if t.outcome.metrics["qconfig/n_int16_weights"]]
+    found = found or retry_calibrations(session, tried)
     if found is None:
-        tried = [t for t in session.trials if t.outcome.metrics["qconfig/n_int16_weights"]]
         least = min((t.outcome.metrics["accuracy/drop"] for t in tried), default=math.nan)
         session.decide(
             "int16 weights",

@@ -7,14 +7,14 @@ A baseline is what its label says, whatever else is configured. Operators that t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qflow.config.settings import current, trial_settings
 from qflow.core.dtype import QDtype
 from qflow.core.errors import TrialError
 from qflow.search.domain import Choice
-from qflow.search.objective import CONSTRAINT, accurate
+from qflow.search.objective import CONSTRAINT, accurate, nearest_miss
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import RATIO, BudgetSpent
 from qflow.study.session import Session
@@ -92,6 +92,16 @@ def best_calibration(session: Session, point: Mapping[str, Any], label: str) -> 
             if accurate(trial):
                 break
     return min(trials, key=lambda t: t.outcome.constraints[CONSTRAINT], default=None)
+
+
+def retry_calibrations(session: Session, missed: Sequence[FinishedTrial]) -> FinishedTrial | None:
+    """Measure the nearest miss among `missed` under the other searched calibrations; return it if one meets the goal.
+
+    A branch is given up only after that, because its mixes were tried under one calibration.
+    """
+    nearest = nearest_miss(missed, session.goal.ranking)
+    found = best_calibration(session, nearest.params, nearest.label) if nearest is not None else None
+    return found if accurate(found) else None
 
 
 def _other_methods(session: Session, point: Mapping[str, Any]) -> list[dict[str, Any]]:

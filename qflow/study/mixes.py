@@ -12,7 +12,7 @@ from qflow.core.op_spec import parse_op
 from qflow.core.setter import covers
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import ASSIGNMENT, FLOAT16, RATIO, SENSITIVE_TYPE, BudgetSpent, assign, raise_until_met
-from qflow.study.baselines import ALL_INT8, ALL_INT16, baseline_point, calibrated_point
+from qflow.study.baselines import ALL_INT8, ALL_INT16, baseline_point, calibrated_point, retry_calibrations
 from qflow.study.int16_weights import raise_weights, weights_searched
 from qflow.study.session import Session
 from qflow.study.stages import rank_again
@@ -41,6 +41,8 @@ def search_mix(session: Session, low: Baseline, high: FinishedTrial) -> None:
             if weights.get(SENSITIVE_TYPE) == "both":
                 raise_weights(session, base, QDtype.qint8)
             strategies[session.config.search.strategy](session, base, low, high)
+            if session.best is None:
+                retry_calibrations(session, session.trials[before:])
         except BudgetSpent as spent:
             ended = str(spent)
         searched = len(session.trials) - before
@@ -113,6 +115,7 @@ def raise_float16(session: Session, int16: Baseline) -> tuple[FinishedTrial | No
         with session.console.stage("fp16") as say:
             with session.pass_or_fail():
                 best = raise_until_met(measure, base, FLOAT16, list(range(len(order) + 1)), patience=0)
+                best = best or retry_calibrations(session, [t for t in session.trials if t.params.keys() & {*settings}])
             chosen = [name for name, key in zip(order, settings, strict=True) if best and key in best.params]
             say(
                 f"{len(chosen)} of {len(order)} operators that gain from fp16 suffice: {', '.join(chosen)}"
