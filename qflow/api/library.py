@@ -39,6 +39,7 @@ from qflow.quant.model.calibrate import CalibrationStats, apply_scales, collect,
 from qflow.quant.model.graph_at_shape import graph_at
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.model.run import Collected
+from qflow.quant.model.sequences import in_order
 from qflow.quant.trace.binding import example_of, inputs_of
 from qflow.quant.trace.calling import batch_size, cut
 
@@ -122,6 +123,7 @@ def prepare(
     march: str = "nash-m",
     skip: engine.Skip = (),
     fold_functional_norms: bool = False,
+    cached_attrs: str | Sequence[str] = (),
 ) -> Prepared:
     """Return a traced, fused and configured copy of `model` (in eval mode). The first setter that answers decides.
 
@@ -129,11 +131,13 @@ def prepare(
     which what `forward` does not take (targets, other keys) is left out. `march` is a name (nash-m,
     nash-e, nash-m-oe32, ...) or a device file. `skip` names modules (one or several) that stay float.
     `fold_functional_norms` folds an `F.batch_norm` on a module's own statistics (in a subclass of nn.BatchNorm2d, for
-    example) as it would fold an nn.BatchNorm2d; the plugin goes by module type. Operators without an answer are int8,
-    and outputs of GEMMs that leave the model high-precision. Raises ModelError or ConfigError.
+    example) as it would fold an nn.BatchNorm2d; the plugin goes by module type. `cached_attrs` names the attributes in
+    which the model keeps state from call to call (`head.memory`); their present values start a sequence
+    (`reset_state`). Operators without an answer are int8, and outputs of GEMMs that leave the model high-precision.
+    Raises ModelError or ConfigError.
     """
     given, example_inputs = setters_of(qconfig_setter), example_of(model, example_inputs)
-    prepared = engine.prepare(model, example_inputs, skip, fold_functional_norms)
+    prepared = engine.prepare(model, example_inputs, skip, fold_functional_norms, cached_attrs)
     prepared.__class__ = Prepared
     assert isinstance(prepared, Prepared)
     prepared.march, prepared.sample = march, cut(example_inputs, batch_size(example_inputs), 0, 1)
@@ -170,15 +174,22 @@ def configure(prepared: Prepared, setters: Setter | Sequence[Setter]) -> QConfig
 
 
 def calibrate(
-    prepared: Prepared, data: Iterable[Any], settings: CalibrationSettings | None = None, steps: int | None = None
+    prepared: Prepared,
+    data: Iterable[Any],
+    settings: CalibrationSettings | None = None,
+    steps: int | None = None,
+    sequences: Sequence[int] | None = None,
 ) -> tuple[Finding, ...]:
     """Calibrate in one pass over `data`: set the scales by `settings`, switch the quantizers on, return the findings.
 
     Items of `data` are model inputs, or (inputs, target) pairs as from data loaders: what the example inputs lacked
-    (more positional items, other keys of a dict) is left out. At most `steps` batches are read. Raises DataError for
-    empty data, NaN, or items that do not fit.
+    (more positional items, other keys of a dict) is left out. At most `steps` batches are read. With `cached_attrs` an
+    item is a frame, of one sequence or of several at once, and `sequences` are the lengths of the sequences in items
+    (None: one sequence); each begins at the start, as the model does afterwards. Raises DataError for empty data, NaN,
+    or items that do not fit or are out of order.
     """
     prepared.settings = settings or prepared.settings
+    data = frames_of(prepared, data, sequences)
 
     def batches() -> Iterable[tuple[Any, int]]:
         for step, batch in enumerate(data):
@@ -191,7 +202,19 @@ def calibrate(
     prepared.stats = collect(prepared, batches(), sampling=prepared.settings.sampling)
     _set_scales(prepared)
     set_fake_quantize(prepared, FakeQuantState.VALIDATION)
+    if prepared.cached is not None:
+        prepared.reset_state()
     return grouped(prepared.findings)
+
+
+def frames_of(prepared: Prepared, data: Iterable[Any], sequences: Sequence[int] | None) -> Iterable[Any]:
+    """Return `data`; for a model with state, with its state at the start before each sequence. Raises ConfigError."""
+    if prepared.cached is not None:
+        return in_order(data, sequences, prepared.reset_state)
+    if sequences is not None:
+        way_out = "Prepare the model with cached_attrs, or leave out sequences."
+        raise ConfigError(f"sequences are for a model with state, but got one without cached_attrs. {way_out}")
+    return data
 
 
 def set_fake_quantize(prepared: Prepared, state: FakeQuantState) -> None:
