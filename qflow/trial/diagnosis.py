@@ -79,10 +79,12 @@ class Diagnosis:
     def compare_layers(self, progress: Progress = silent) -> LayerTable | None:
         """Compare every operator call on the bad cases, float against calibrated; `progress` counts calls.
 
+        A model with state is compared on the worst frame, from the state before it.
+
         Returns None and adds a finding if the operator calls of the model cannot be replayed.
         """
         evaluator = self.evaluator
-        (cases,) = evaluator.cases()
+        cases = evaluator.cases()[0]
         self.findings = self._calibrated()
         memory = evaluator.sensitivity_settings.memory_mb
         try:

@@ -16,8 +16,9 @@ from qflow.quant.model.calibrate import apply_scales
 from qflow.quant.model.model_state import forward_state
 from qflow.quant.model.quantized_model import QuantizedModel, scales
 from qflow.tasks.identity import Identity, of_training
-from qflow.tasks.task import evaluate, split_for
+from qflow.tasks.task import split_for
 from qflow.trial.findings import findings_of, require_all_ran
+from qflow.trial.frames import evaluate_from_start
 from qflow.trial.record import Evaluation, TrialResult
 from qflow.trial.shared import Progress, SharedState, silent
 from qflow.trial.training import Training, float_weights, train_trial, training_key
@@ -105,7 +106,7 @@ class Evaluator(SharedState):
         """Evaluate `model`: the metric, the number of samples, and the overflowed values by operator."""
         self.evaluations += 1
         with model.quantized():
-            metric, samples = evaluate(self.task, model, self.eval_batch, progress, self.least)
+            metric, samples = evaluate_from_start(self.task, model, self.eval_batch, progress, self.least)
             require_all_ran(model)
         return Evaluation(metric, samples, dict(model.overflowed))
 
