@@ -42,6 +42,8 @@ from qflow.trial.evaluator import Evaluator
 from qflow.trial.precisions import Precisions
 from qflow.trial.shared import Progress, silent
 
+PICTURE_BINS = 1024  # of a histogram picture
+
 
 @dataclass
 class Diagnosis:
@@ -237,11 +239,11 @@ def histogram_of(evaluator: Evaluator, operator: str) -> dict[str, Any]:
     histogram = evaluator.calibrate(evaluator.default_calibration).histograms[node.quantizer or ""]
     quantizer = evaluator.prepared.outputs[node.quantizer or ""]
     dtype = quantizer.dtype or QDtype.qint8
-    counts = histogram.counts.clone()
+    counts = histogram.linear(PICTURE_BINS)
     counts[0] += histogram.zeros
     return {
         "counts": counts.numpy(),
-        "edges": torch.linspace(0.0, histogram.limit or 1.0, len(counts) + 1).numpy(),
+        "edges": torch.linspace(0.0, histogram.largest or 1.0, PICTURE_BINS + 1).numpy(),
         "scale": float(quantizer.scale),
         "dtype_name": str(dtype),
         "qmin": dtype.qmin,

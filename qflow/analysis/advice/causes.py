@@ -68,17 +68,7 @@ class Case:
 
     def clipped(self) -> tuple[float, float]:
         """(share of the calibration values beyond the range, mean squared error that cutting them off makes)."""
-        h = self.histogram
-        if h is None or not h.limit or not h.size:
-            return 0.0, 0.0
-        width = h.limit / len(h.counts)
-        share = error = 0.0
-        first = int(self.reach / width)
-        for i, count in enumerate(h.counts[first:].tolist(), first):
-            over = (i + 0.5) * width - self.reach
-            if over > 0 and count:
-                share, error = share + count, error + count * over * over
-        return share / h.size, error / h.size
+        return self.histogram.beyond(self.reach) if self.histogram else (0.0, 0.0)
 
     def clip_error(self) -> float:
         """Mean squared error beyond the range: that of the calibration values, or the larger one on the bad cases.

@@ -78,7 +78,7 @@ def _precision() -> list[Finding]:
 def call_reach(stats: CalibrationStats, quantizer: str) -> dict[str, float]:
     """Call of a shared module -> 99.9th percentile of |x|; empty if the module is not shared."""
     calls = stats.calls.get(quantizer, {})
-    return {name: h.percentile(99.9) if h.largest else 0.0 for name, h in calls.items()}
+    return {name: h.cut(99.9) if h.largest else 0.0 for name, h in calls.items()}
 
 
 def _shared(stats: CalibrationStats) -> list[Finding]:
