@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from qflow.analysis.advice.advisor import advise
-from qflow.analysis.advice.override import override, setting
 from qflow.analysis.badcases.files import BadcaseInputs
 from qflow.analysis.checks.calibration_check import calibration_findings
 from qflow.analysis.checks.model_check import grouped
 from qflow.analysis.layers.compare import compare_layers, filtered
 from qflow.analysis.measures.distances import Distances
+from qflow.analysis.measures.override import override, setting
 from qflow.analysis.measures.tables import (
     Advice,
     BadcaseTable,

@@ -270,6 +270,11 @@ def test_kl_and_percentile_cut_outliers_that_minmax_keeps():
         assert threshold(made, method) < 50, method
 
 
+def test_kl_keeps_values_that_are_all_far_from_zero():
+    x = torch.sigmoid(torch.randn(200_000, generator=torch.Generator().manual_seed(0)) / 3)
+    assert threshold(histogram(x), "kl") > histogram(x).percentile(95.0)
+
+
 @pytest.mark.parametrize("far", [1e3, 1e5, -1e30])
 def test_a_far_value_costs_the_others_no_resolution(far):
     x = torch.randn(200_000, generator=torch.Generator().manual_seed(0))

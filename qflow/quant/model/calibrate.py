@@ -182,16 +182,24 @@ def _divisor(dtype: QDtype, settings: CalibrationSettings) -> float:
     return -dtype.qmin - (0.5 if settings.divisor == "plugin" else 0.0)
 
 
+def folded_weights(prepared: QuantizedModel, stats: CalibrationStats) -> dict[str, Tensor]:
+    """Weight quantizer -> its weight with the batch norm folded in; functionals' weights as the pass saw them."""
+    modules = dict(prepared.model.named_modules())
+    leaves = {name: modules.get(name) for name in prepared.weights}
+    with torch.no_grad():
+        own = {name: leaf.folded()[0].detach() for name, leaf in leaves.items() if isinstance(leaf, WeightedLeaf)}
+    return {**stats.weights, **own}
+
+
 def set_weight_scales(prepared: QuantizedModel, stats: CalibrationStats, settings: CalibrationSettings) -> None:
     """Set the scales of all weights: largest |w| per output channel (or `weight_axis`), batch norm folded in."""
-    modules = dict(prepared.model.named_modules())
+    weights = folded_weights(prepared, stats)
     with torch.no_grad():
         for name, quantizer in prepared.weights.items():
             quantizer.clear_scale()
             if quantizer.dtype is None or not quantizer.dtype.is_integer:
                 continue
-            leaf = modules.get(name)
-            weight = leaf.folded()[0] if isinstance(leaf, WeightedLeaf) else stats.weights.get(name)
+            weight = weights.get(name)
             if weight is None:
                 quantizer.dtype = QDtype.float32  # not reached: the finding about its operator's output says so
                 continue

@@ -8,13 +8,20 @@ from torch import Tensor
 KL_BINS = 1024
 KL_LEVELS = 128
 KL_WINDOW = 9
+MOST_BEYOND = 0.05
 
 
 def least_divergence(counts: Tensor, beyond: float) -> int:
-    """Threshold of least KL divergence, in bins; smoothed over 9 neighbours, the last minimum, as in the plugin."""
+    """Threshold of least KL divergence, in bins; smoothed over 9 neighbours, the last minimum, as in the plugin.
+
+    A threshold leaves at most 5 % of the values beyond it. Where no value is near 0 (a sigmoid around 0.5), one below
+    all values would otherwise be best: both histograms then hold everything in their last bin, and are equal.
+    """
     smooth = divergences(counts, beyond).unfold(0, KL_WINDOW, 1).sum(1)
-    index = int((smooth == smooth.min()).nonzero().max())
-    return KL_LEVELS + index + KL_WINDOW // 2
+    first = KL_LEVELS + KL_WINDOW // 2
+    within = counts.cumsum(0)[first - 1 : first - 1 + len(smooth)]
+    smooth[within < (1.0 - MOST_BEYOND) * (counts.sum() + beyond)] = torch.inf
+    return first + int((smooth == smooth.min()).nonzero().max())
 
 
 def divergences(counts: Tensor, beyond: float = 0.0) -> Tensor:

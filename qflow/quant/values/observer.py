@@ -190,10 +190,13 @@ class Histogram:
         """Lower edges, upper edges and counts of the bins that hold values, ascending."""
         return self.bins.filled(self.largest)
 
-    def beyond(self, threshold: float) -> tuple[float, float]:
-        """(share of the values above `threshold`, mean over all values of the squared error of clipping them)."""
+    def beyond(self, threshold: float, most: float = math.inf) -> tuple[float, float]:
+        """(share of the values above `threshold`, mean over all values of the squared error of clipping them).
+
+        Values above `most` are left out.
+        """
         lower, upper, counts = self.filled()
-        over = ((lower + upper) / 2 - threshold).clamp_min_(0.0)
+        over = ((lower + upper) / 2 - threshold).clamp_min_(0.0).masked_fill_(lower >= most, 0.0)
         size = max(self.size, 1.0)
         return float(counts[over > 0].sum()) / size, float(over.square() @ counts) / size
 
