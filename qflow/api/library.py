@@ -77,9 +77,10 @@ class Prepared(QuantizedModel):
     _warned = False
     _calibrated = False
     """True as soon as nothing has to be said about a missing calibration."""
+    _warned_of_weights = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; warn once if it is not calibrated, and once if operators ran that were not traced."""
+        """Run the model; warn once without calibration, once of operators that were not traced, once of changed weights."""
         if not self._calibrated and self._collect is None and not torch.compiler.is_compiling():
             self._calibrated = True  # or the user knows now
             if self.uncalibrated and not any(quantizer.enabled for quantizer in self._quantizers()):
@@ -88,8 +89,8 @@ class Prepared(QuantizedModel):
                     stacklevel=4,  # skips the frames of nn.Module
                 )
         out = super().forward(*args, **kwargs)
-        quiet = self._warned or torch.compiler.is_compiling() or self.training or self._collect is not None
-        if not quiet and self.unseen:  # during calibration this becomes a finding
+        quiet = torch.compiler.is_compiling() or self.training or self._collect is not None
+        if not quiet and not self._warned and self.unseen:  # during calibration this becomes a finding
             self._warned = True
             first = min(self.unseen)
             warnings.warn(
@@ -97,7 +98,17 @@ class Prepared(QuantizedModel):
                 "first. Prepare with inputs of this kind.",
                 stacklevel=4,  # skips the frames of nn.Module
             )
+        changed = [] if quiet or self._warned_of_weights else [n for n, q in self.weights.items() if q.changed]
+        if changed:
+            self._warned_of_weights = True
+            warnings.warn(f"{changed[0]}: {_changed(changed)}.", stacklevel=4)
         return out
+
+    def forget_activations(self) -> None:
+        """Forget the scales, statistics and findings that belong to the activations of other weights."""
+        super().forget_activations()
+        text = "other float weights were loaded: the scales of activations are gone, calibrate again"
+        self.stats, self.findings = None, (Finding("model", "error", text),)
 
     def settings_state(self) -> dict[str, Any]:
         """Return the extra state as plain values."""
@@ -245,7 +256,9 @@ def check(prepared: Prepared) -> ModelCheck:
         Finding(op, "check", f"ran{at}{line} but not while the model was traced: left in float")
         for op, at, line in (name.partition(" at ") for name in sorted(prepared.unseen - known))
     ]
-    found = (*prepared.findings, *since)
+    changed = prepared.follow_weights()
+    edited = [Finding(changed[0], "check", _changed(changed))] if changed else []
+    found = (*prepared.findings, *since, *edited)
     return check_model(prepared.graph, prepared.requested, prepared.applied, found, prepared.settings.method)
 
 
@@ -273,6 +286,12 @@ def ranked(prepared: Prepared, scores: Mapping[str, float]) -> None:
         prepared.findings = calibration_findings(
             prepared, prepared.stats, prepared.applied, prepared.silent, rules, scores
         )
+
+
+def _changed(weights: Sequence[str]) -> str:
+    others = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
+    text = "changed after calibration: the scale follows, those of activations do not, calibrate again"
+    return f"this weight{others} {text}"
 
 
 def _size(inputs: Any) -> int:

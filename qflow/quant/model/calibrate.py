@@ -85,6 +85,8 @@ def _run(prepared: QuantizedModel, inputs: Any) -> None:
 
 def gathered(prepared: QuantizedModel, found: Collected, samples: int = 0, steps: int = 0) -> CalibrationStats:
     """The statistics in `found` as a record; `found` comes from the last forward passes of `prepared`."""
+    for quantizer in prepared.weights.values():
+        quantizer.forget_weight()  # the statistics are those of the present weights
     unseen = tuple(sorted(prepared.unseen))
     return CalibrationStats(found.histograms, samples, steps, found.calls, found.weights, unseen)
 
@@ -203,5 +205,6 @@ def set_weight_scales(prepared: QuantizedModel, stats: CalibrationStats, setting
             if weight is None:
                 quantizer.dtype = QDtype.float32  # not reached: the finding about its operator's output says so
                 continue
+            quantizer.follow(weight)
             others = [d for d in range(weight.ndim) if d != quantizer.axis]
             quantizer.set_scale(weight.abs().amax(dim=others) / _divisor(quantizer.dtype, settings))

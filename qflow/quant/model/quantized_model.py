@@ -290,6 +290,7 @@ def _refuse_left_out(norms: Collection[str]) -> None:
 
 def scales(prepared: QuantizedModel) -> dict[str, float | list[float]]:
     """All scales by quantizer name: `name` for an output, `name.weight` for a weight (one scale for each channel)."""
+    prepared.follow_weights()
     found: dict[str, float | list[float]] = {name: float(q.scale) for name, q in prepared.outputs.items()}
     found.update({f"{name}.weight": q.scale.flatten().tolist() for name, q in prepared.weights.items()})
     return found
