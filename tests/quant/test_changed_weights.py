@@ -134,6 +134,7 @@ def test_a_call_with_other_weights_uses_their_scales_and_leaves_its_own():
     assert float((swapped - right).norm() / right.norm()) < 0.05
     assert torch.equal(prepared(X), before[0])
     assert qflow.scales(prepared) == before[1]
+    assert not [f for f in qflow.check(prepared).findings if "changed" in f.message]
 
 
 def test_loaded_float_weights_forget_the_scales_of_activations():

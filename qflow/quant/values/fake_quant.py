@@ -36,6 +36,7 @@ class FakeQuant(nn.Module):
     scale: Tensor
     sides: Tensor | None
     extent: Tensor | None
+    present: Tensor | None
 
     def __init__(self, name: str, channels: int | None = None, axis: int = 0, ndim: int = 0) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class FakeQuant(nn.Module):
         self.follows = True
         """A weight's scale follows another weight outside training; false while QAT keeps weight scales."""
         self.changed = False
-        """True if the weight was found to be another one than at the last calibration."""
+        """True if the last weight seen is another one than at the last calibration."""
         self._unset = "was never calibrated"
         self._enabled = False
         self._checked = False  # True once the scale is known to be above 0; each check would synchronize a GPU
@@ -68,8 +69,9 @@ class FakeQuant(nn.Module):
         self.register_buffer("scale", torch.zeros(shape))
         # Moving averages of -low and high in units of the scale; both start at the calibrated one.
         self.register_buffer("sides", torch.zeros(2) if ndim == 0 else None)
-        # Largest |w| of each scale's channel, of the weight that the scale was set for.
+        # Largest |w| of each scale's channel: of the weight at calibration, and of the last one seen.
         self.register_buffer("extent", None, persistent=False)
+        self.register_buffer("present", None, persistent=False)
 
     def set_axis(self, axis: int, shape: Sequence[int]) -> None:
         """Use a scale for each index of `axis` of a weight of `shape`, or one for -1. ConfigError: no such axis."""
@@ -78,7 +80,8 @@ class FakeQuant(nn.Module):
         scales = [size if i == axis else 1 for i, size in enumerate(shape)]
         if list(self.scale.shape) != scales:
             self.scale = torch.zeros(scales, device=self.scale.device)
-            self._checked, self.cached, self.extent = False, None, None
+            self._checked, self.cached = False, None
+            self.forget_weight()
         self.axis = axis
 
     @property
@@ -159,19 +162,16 @@ class FakeQuant(nn.Module):
         Weights are the same if the largest |w| of each channel is, within the rounding of their dtype.
         """
         extent = self._extent(weight)
-        if self.extent is not None:
-            known = self.extent.to(extent)
-            close = 8.0 * torch.finfo(extent.dtype).eps  # a batch norm is folded in anew, maybe on another device
-            if torch.equal(known, extent) or torch.allclose(known, extent, rtol=close, atol=0.0):
-                return
-            self.changed = True
+        if self.extent is None or self.present is None:
+            self.extent = self.present = extent
+        elif not _close(self.present, extent):
+            self.present, self.changed = extent, not _close(self.extent, extent)
             if self.calibrated:
                 self.scale.copy_(self.measured(weight))
-        self.extent = extent
 
     def forget_weight(self) -> None:
         """Take the next weight as the one that the scale was set for."""
-        self.extent, self.changed = None, False
+        self.extent, self.present, self.changed = None, None, False
 
     def scale_for(self, x: Tensor) -> Tensor | float:
         """The scale for this call; a moving scale is first updated with `x`. Raises ModelError if there is none.
@@ -263,7 +263,7 @@ class FakeQuant(nn.Module):
         before = None if self.extent is None else self.extent.dtype
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         if self.extent is not None and self.extent.dtype != before:
-            self.extent = None  # in another precision, a weight with a batch norm folded in differs by rounding
+            self.extent = self.present = None  # with a batch norm folded in, weights differ by the precision's rounding
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -275,3 +275,9 @@ class FakeQuant(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
         self._checked, self.cached = False, None
         self.forget_weight()
+
+
+def _close(known: Tensor, extent: Tensor) -> bool:
+    """True but for rounding: a batch norm is folded in anew, maybe on another device."""
+    known = known.to(extent)
+    return torch.equal(known, extent) or torch.allclose(known, extent, rtol=8 * torch.finfo(extent.dtype).eps, atol=0.0)
