@@ -210,7 +210,8 @@ def calibrate(
             yield inputs, _size(inputs)
 
     set_fake_quantize(prepared, FakeQuantState.FLOAT)
-    prepared.stats = collect(prepared, batches(), sampling=prepared.settings.sampling)
+    by_batch = prepared.settings.averaging_constant is not None
+    prepared.stats = collect(prepared, batches(), sampling=prepared.settings.sampling, by_batch=by_batch)
     _set_scales(prepared)
     set_fake_quantize(prepared, FakeQuantState.VALIDATION)
     if prepared.cached is not None:
@@ -238,7 +239,7 @@ def set_fake_quantize(prepared: Prepared, state: FakeQuantState) -> None:
         prepared.stats = gathered(prepared, found)
         _set_scales(prepared)
     if state == FakeQuantState.CALIBRATION:
-        prepared._collect, prepared.unseen = Collected(prepared.settings.sampling), set()
+        prepared._collect, prepared.unseen = _collected(prepared.settings), set()
     elif state == FakeQuantState.VALIDATION and prepared.uncalibrated:
         raise ModelError(
             f"Quantizers need scales, but got an uncalibrated model ({prepared.uncalibrated[0]} first). Call "
@@ -286,6 +287,10 @@ def ranked(prepared: Prepared, scores: Mapping[str, float]) -> None:
         prepared.findings = calibration_findings(
             prepared, prepared.stats, prepared.applied, prepared.silent, rules, scores
         )
+
+
+def _collected(settings: CalibrationSettings) -> Collected:
+    return Collected(settings.sampling, settings.averaging_constant is not None)
 
 
 def _changed(weights: Sequence[str]) -> str:

@@ -152,9 +152,10 @@ class SharedState:
             stream = batches(self.task, split, settings.batch_size, settings.steps, begin=begin)
             inputs = ((model_inputs(self.task, b), size) for b, size in stream)
             with seeded():
-                return collect(self.prepared, inputs, progress, settings.sampling)
+                return collect(self.prepared, inputs, progress, settings.sampling, by_batch)
 
-        key = [settings.batch_size, settings.steps, settings.sampling, self.augmented(settings)]
+        by_batch = settings.averaging_constant is not None
+        key = [settings.batch_size, settings.steps, settings.sampling, by_batch, self.augmented(settings)]
         return self.cache.get("calibration", key, passed, CalibrationStats)
 
     def augmented(self, settings: CalibrationSettings) -> str:

@@ -14,14 +14,15 @@ from qflow.core.errors import ConfigError, DataError
 from qflow.core.settings import METHODS, CalibrationSettings
 from qflow.quant.values.bins import MOST_OCTAVES, PER_OCTAVE
 from qflow.quant.values.divergence import KL_LEVELS, KL_WINDOW, divergences, least_divergence
-from qflow.quant.values.observer import MIX_PERCENTILES, WHOLE, Histogram
+from qflow.quant.values.observer import MIX_PERCENTILES, Histogram
+from qflow.quant.values.sample import WHOLE
 
 CUTTING = ("minmax", "percentile", "mse", "kl", "mix", "clip", "clip_std")
 DTYPES = (QDtype.qint8, QDtype.qint16)
 
 
-def histogram(*batches, sampling=1):
-    made = Histogram(sampling)
+def histogram(*batches, sampling=1, by_batch=False):
+    made = Histogram(sampling, by_batch=by_batch)
     for batch in batches:
         made.update(batch, "x")
     return made
@@ -179,6 +180,37 @@ def test_minmax_is_the_largest_value_or_the_moving_average_of_both_ends(data):
             high += 0.1 * (float(batch.max()) - high)
         averaged = threshold(histogram(*batches), "minmax", averaging_constant=0.1)
         assert averaged == pytest.approx(max(-low, high))
+
+
+@pytest.mark.parametrize("method", ["percentile", "mse", "kl", "mix", "clip_std"])
+def test_with_a_constant_each_batch_has_a_threshold_and_they_are_averaged(method, data):
+    made = histogram(*data, by_batch=True)
+    low = high = None
+    for batch in data:
+        own = threshold(histogram(batch), method)
+        ends = max(float(batch.min()), -own), min(float(batch.max()), own)
+        low, high = ends if low is None else (low + 0.3 * (ends[0] - low), high + 0.3 * (ends[1] - high))
+    averaged = threshold(made, method, averaging_constant=0.3)
+    assert averaged == pytest.approx(max(-low, high), rel=1e-3)
+    assert threshold(made, method) == threshold(histogram(*data), method)  # without the constant, all values at once
+    last = threshold(made, method, averaging_constant=1.0)
+    assert last == pytest.approx(threshold(histogram(data[-1]), method), rel=1e-3)
+
+
+def test_with_a_constant_small_batches_miss_outliers():
+    x = torch.randn(64, 2_000, generator=torch.Generator().manual_seed(0))
+    x[::16] *= 20.0  # every 16th sample
+    for method in ("minmax", "percentile", "mse", "kl", "mix", "clip_std"):
+        found = [
+            threshold(histogram(*x.roll(-1, 0).split(size), by_batch=True), method, averaging_constant=0.01)
+            for size in (4, 16)
+        ]
+        assert found[0] < 0.7 * found[1], method
+
+
+def test_a_constant_needs_batches(data):
+    with pytest.raises(DataError, match="needs statistics of each batch, but got none. Calibrate with it"):
+        threshold(histogram(*data), "mse", averaging_constant=0.01)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -42,14 +42,17 @@ def collect(
     batches: Iterable[tuple[Any, int]],
     on_step: Callable[[int], None] = lambda step: None,
     sampling: int = CalibrationSettings.sampling,
+    by_batch: bool = False,
 ) -> CalibrationStats:
     """Run the float model over `batches` of (model inputs, batch size) and gather all statistics in one pass.
+
+    `by_batch` keeps the statistics of each batch too, which an averaging constant needs.
 
     The model is in eval mode meanwhile, because the noise of dropout would enter the statistics and batch norms would
     update theirs. Raises DataError for an empty calibration set, NaN, or data that the model does not take.
     """
     samples = steps = 0
-    with torch.no_grad(), _evaluating(prepared), prepared.collecting(sampling) as found:
+    with torch.no_grad(), _evaluating(prepared), prepared.collecting(sampling, by_batch) as found:
         for inputs, size in batches:
             _run(prepared, inputs)
             samples, steps = samples + size, steps + 1

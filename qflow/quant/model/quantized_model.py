@@ -230,9 +230,9 @@ class QuantizedModel(TemporalStateMixin, QuantizerStateMixin):
             yield self
 
     @contextmanager
-    def collecting(self, sampling: int = CalibrationSettings.sampling) -> Iterator[Collected]:
+    def collecting(self, sampling: int = CalibrationSettings.sampling, by_batch: bool = False) -> Iterator[Collected]:
         """Forward passes run in float and collect statistics, as in the plugin's CALIBRATION state."""
-        self._collect, before = Collected(sampling), self._collect
+        self._collect, before = Collected(sampling, by_batch), self._collect
         try:
             with self._switched(set()):
                 yield self._collect

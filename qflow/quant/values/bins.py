@@ -20,6 +20,7 @@ from qflow.core.dtype import QDtype
 BITS = 8
 PER_OCTAVE = 2**BITS
 MOST_OCTAVES = 32
+THIN_OCTAVES = 12
 SMALLEST = float(torch.finfo(torch.float32).tiny)  # 2^-126; what is smaller counts as zero
 _MANTISSA, _BIAS, _MAGNITUDE = 23, 127, 0x7FFFFFFF  # of IEEE 754 binary32
 
@@ -48,7 +49,7 @@ class LogBins:
         sums = rows.sum(1).tolist()
         stored = [row for row in range(1, octaves) if sums[row]]  # row 0 holds zeros and numbers below 2^-126
         made = cls([row - _BIAS for row in stored], rows[_at(stored)].mul(weight))
-        made._fold()
+        made._fold(MOST_OCTAVES)
         return made, sums[0] * weight
 
     def merge(self, other: LogBins) -> None:
@@ -61,10 +62,16 @@ class LogBins:
             self.octaves = union
         rows = [union.index(octave) for octave in other.octaves]
         self.counts[_at(rows)] += other.counts
-        self._fold()
+        self._fold(MOST_OCTAVES)
 
-    def _fold(self) -> None:
-        extra = len(self.octaves) - MOST_OCTAVES
+    def thinned(self) -> LogBins:
+        """A copy in float32 with the highest 12 octaves, enough for one batch at int8: 12 KB at most."""
+        made = LogBins(self.octaves, self.counts)
+        made._fold(THIN_OCTAVES)
+        return LogBins(made.octaves, made.counts.to(torch.float32))
+
+    def _fold(self, most: int) -> None:
+        extra = len(self.octaves) - most
         if extra > 0:
             folded = float(self.counts[:extra].sum())
             self.octaves, self.counts = self.octaves[extra:], self.counts[extra:].clone()
@@ -75,7 +82,7 @@ class LogBins:
         start = torch.tensor(self.octaves, dtype=torch.float64).exp2().unsqueeze(1)
         lower = (start * (1.0 + torch.arange(PER_OCTAVE, dtype=torch.float64) / PER_OCTAVE)).flatten()
         upper = lower + (start / PER_OCTAVE).expand(-1, PER_OCTAVE).flatten()
-        counts = self.counts.flatten()
+        counts = self.counts.flatten().to(torch.float64)
         held = counts > 0
         return lower[held].clamp_(max=largest), upper[held].clamp_(max=largest), counts[held]
 

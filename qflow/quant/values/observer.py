@@ -24,8 +24,10 @@ of the 128 codes of int8. All other values are near.
 
 The scale is T / -qmin (guide: 0.0078 x 128 = 0.9984), or T / 127.5 with divisor "plugin". int16 suffers from clipping
 before it suffers from rounding, so it takes the largest |x| x int16_margin, unless the operator itself sets a method.
-Far values are clipped at int16 as well by the methods that cut outliers (percentile, kl), and by mse and mix where this
-lowers the squared error.
+Far values are clipped at int16 too by percentile and kl, and by mse and mix where this lowers the squared error.
+
+With an averaging constant c (plugin: 0.01), the ends of each batch, clamped to the batch's own threshold, enter a
+moving average, v += c (v_batch - v), which starts with the first batch. Each batch then keeps its bins: 12 KB at most.
 
 Only every `sampling`-th value enters bins and moments, but at least 65536 values of a batch; smallest and largest
 are always those of all values.
@@ -34,7 +36,8 @@ are always those of all values.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,9 +49,9 @@ from qflow.core.op_spec import check_op
 from qflow.core.settings import CalibrationSettings
 from qflow.quant.values.bins import SMALLEST, LogBins, placed, quantization_error, spread
 from qflow.quant.values.divergence import KL_BINS, least_divergence
+from qflow.quant.values.sample import ends_of, sample_of
 
 MIX_PERCENTILES = (99.9, 99.95, 99.99, 99.993, 99.995, 99.997, 99.999, 99.9995, 99.9999)
-WHOLE = 65536  # at least this many values of a batch are used, so that the tails of small tensors are kept
 FAR = 32.0  # module docstring: when a value is far
 FAR_SHARE = 1e-4
 FAR_VALUES = 256
@@ -70,50 +73,52 @@ class Histogram:
     squares: float = 0.0
     batch_min: list[float] = field(default_factory=list)
     batch_max: list[float] = field(default_factory=list)
+    by_batch: bool = False
+    """Keep the statistics of each batch too, for moving averages."""
+    batches: list[Histogram] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._thresholds: dict[Any, float] = {}  # many trials ask for the same one, and mse takes milliseconds
 
     def update(self, x: Tensor, name: str) -> None:
         """Add one batch of values. Raises DataError for NaN."""
         x = x.detach()
-        low, high = _ends(x, name)
+        low, high = ends_of(x, name)
         if math.isinf(low) or math.isinf(high):
             kept = x[torch.isfinite(x)]
             self.infinite += x.numel() - kept.numel()
-            x, (low, high) = kept, _ends(kept, name)
+            x, (low, high) = kept, ends_of(kept, name)
         if x.numel() == 0:
             return
         largest = max(-low, high)
         if largest < SMALLEST:
             low = high = largest = 0.0
-        self.batch_min.append(low)
-        self.batch_max.append(high)
+        batch = Histogram(batch_min=[low], batch_max=[high])
         if largest == 0.0:
-            self.zeros += x.numel()
+            batch.zeros = float(x.numel())
         else:
-            self._count(x, largest)
+            batch._count(sample_of(x, self.sampling, len(self.batch_max) + 1), x.numel())
+        self._merge(batch)
+        if self.by_batch:
+            batch.bins = batch.bins.thinned()
+            self.batches.append(batch)
 
-    def _count(self, x: Tensor, largest: float) -> None:
-        sample = self._sample(x).float().contiguous()  # else each kernel below would stride through memory
-        weight = x.numel() / sample.numel()
+    def _count(self, sample: Tensor, number: int) -> None:
+        """Count `sample`, which stands for `number` values."""
+        sample = sample.float().contiguous()  # else each kernel below would stride through memory
+        weight, largest = number / sample.numel(), self.largest
         scaled = sample.mul(1.0 / largest)  # so sums of squares cannot overflow, even with large mask values
-        self.total += weight * largest * float(scaled.sum())
-        self.squares += weight * largest**2 * float(scaled.dot(scaled))
-        bins, zeros = LogBins.of(sample, weight)
-        self.zeros += zeros
-        self.bins.merge(bins)
+        self.total = weight * largest * float(scaled.sum())
+        self.squares = weight * largest**2 * float(scaled.dot(scaled))
+        self.bins, self.zeros = LogBins.of(sample, weight)
 
-    def _sample(self, x: Tensor) -> Tensor:
-        """Every n-th value in memory order.
-
-        n has no divisor in common with any size, so no row, column or channel is preferred, and the first value
-        changes from batch to batch.
-        """
-        if not x.is_contiguous() and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            x = x.permute(0, 2, 3, 1)  # a view in memory order; the order of values does not matter here
-        values = x.flatten()
-        step = max(1, min(self.sampling, x.numel() // WHOLE))
-        while math.gcd(step, x.numel()) > 1:
-            step += 1
-        return values[len(self.batch_max) % step :: step]
+    def _merge(self, batch: Histogram) -> None:
+        self.bins.merge(batch.bins)
+        self.zeros, self.total = self.zeros + batch.zeros, self.total + batch.total
+        self.squares += batch.squares
+        self.batch_min += batch.batch_min
+        self.batch_max += batch.batch_max
+        self._thresholds.clear()
 
     @property
     def largest(self) -> float:
@@ -145,9 +150,17 @@ class Histogram:
         check_op({"output": dtype, "observer": method}, "calibration")
         if self.largest == 0.0:
             return 0.0
+        key = dtype, settings, method
+        if key not in self._thresholds:
+            self._thresholds[key] = self._threshold(dtype, settings, method)
+        return self._thresholds[key]
+
+    def _threshold(self, dtype: QDtype, settings: CalibrationSettings, method: str | None) -> float:
         if dtype == QDtype.qint16 and method in (None, "minmax"):
             return self._covering(method or settings.method, dtype) * settings.int16_margin
         method = method or settings.method
+        if settings.averaging_constant is not None and method not in ("minmax", "clip"):
+            return self._averaged(dtype, settings, method, settings.averaging_constant)
         if method == "percentile":
             return self.cut(settings.percentile)
         if method == "kl":
@@ -220,11 +233,17 @@ class Histogram:
         """Smallest and largest value; with an averaging constant, their moving averages over batches."""
         if constant is None:
             return min(self.batch_min), max(self.batch_max)
-        low, high = self.batch_min[0], self.batch_max[0]
-        for batch_low, batch_high in zip(self.batch_min[1:], self.batch_max[1:], strict=True):
-            low += constant * (batch_low - low)
-            high += constant * (batch_high - high)
-        return low, high
+        return _moving(self.batch_min, constant), _moving(self.batch_max, constant)
+
+    def _averaged(self, dtype: QDtype, settings: CalibrationSettings, method: str, constant: float) -> float:
+        """Both ends of each batch are clamped to the batch's own threshold; then they enter a moving average."""
+        if not self.batches:
+            raise DataError("An averaging constant needs statistics of each batch, but got none. Calibrate with it.")
+        whole = replace(settings, averaging_constant=None)
+        thresholds = [batch.threshold(dtype, whole, method) for batch in self.batches]
+        low = _moving([max(low, -t) for low, t in zip(self.batch_min, thresholds, strict=True)], constant)
+        high = _moving([min(high, t) for high, t in zip(self.batch_max, thresholds, strict=True)], constant)
+        return max(-low, high)
 
     def _clamped(self, low: float, high: float, floor: float, ceiling: float) -> float:
         low, high = (min(max(end, floor), ceiling) for end in (low, high))
@@ -255,11 +274,9 @@ class Histogram:
         return 0.0 if rank <= self.zeros else float(lower[index] + upper[index]) / 2
 
 
-def _ends(x: Tensor, name: str) -> tuple[float, float]:
-    """Smallest and largest value, in one device transfer; zeros for an empty tensor. Raises DataError for NaN."""
-    if x.numel() == 0:
-        return 0.0, 0.0
-    low, high = torch.stack([x.amin(), x.amax()]).tolist()  # two reductions: aminmax is slower than both (measured)
-    if math.isnan(low) or math.isnan(high):
-        raise DataError(f"Calibration takes numbers and infinities, but got nan at {name}. Check data and model.")
-    return low, high
+def _moving(values: list[float], constant: float) -> float:
+    """The moving average v += c (v_batch - v), which starts with the first batch."""
+    found = values[0]
+    for value in values[1:]:
+        found += constant * (value - found)
+    return found
