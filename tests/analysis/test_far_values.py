@@ -87,6 +87,15 @@ def test_the_advice_mends_it(model, readings):
     assert error(prepared_on(model, readings, "mse", qflow.QDtype.qint8, settings), model, readings) < 0.05
 
 
+def test_far_values_that_a_scale_cuts_off_are_no_truncation(model, readings):
+    prepared = prepared_on(model, readings, "percentile", qflow.QDtype.qint8)
+    table = sensitivity(model, prepared, [readings[64:128]])  # with the defect
+    assert not {a.cause for a in advise(prepared, prepared.stats, table, None, lambda operator, spec: "")} & {
+        "truncation",
+        "far values",
+    }
+
+
 def test_peaks_of_a_bounded_function_are_no_defects():
     class Peaks(nn.Module):
         def forward(self, x):
