@@ -80,7 +80,7 @@ class Prepared(QuantizedModel):
     _warned_of_weights = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; warn once without calibration, once of operators that were not traced, once of changed weights."""
+        """Run the model; warn once if it is not calibrated, if operators were not traced, if weights changed since."""
         if not self._calibrated and self._collect is None and not torch.compiler.is_compiling():
             self._calibrated = True  # or the user knows now
             if self.uncalibrated and not any(quantizer.enabled for quantizer in self._quantizers()):
