@@ -39,15 +39,6 @@ def folder_at(path: str | Path) -> Path:
     return Path(path)
 
 
-def refuse_cached(*attrs: Any) -> None:
-    """Raise ConfigError if one of `attrs` is not None."""
-    if any(a is not None for a in attrs):
-        raise ConfigError(
-            "Cached attributes are not supported: operators are replayed one by one, so a state between calls would be "
-            "lost. Make the state an input and an output of forward."
-        )
-
-
 def chosen_rows(rows: Sequence[Candidate], prefixes: tuple[str, ...], types: tuple[str, ...]) -> Sequence[Candidate]:
     """Filter rows as `filtered` does for layers. Raises ConfigError if no row is left."""
     if not prefixes and not types:

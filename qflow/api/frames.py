@@ -28,7 +28,7 @@ def to_frame(record: Any) -> pandas.DataFrame:
 def _rows(record: Any) -> list[dict[str, Any]]:
     if isinstance(record, BadcaseTable):
         return [
-            {"output": output, "metric": metric, "rank": rank, "sample": sample, "value": value}
+            {"output": output, "metric": metric, "rank": rank, **_place(record, sample), "value": value}
             for output, row in record.top.items()
             for metric, worst in row.items()
             for rank, (sample, value) in enumerate(worst)
@@ -45,6 +45,11 @@ def _rows(record: Any) -> list[dict[str, Any]]:
             f"A frame is made of what QuantAnalysis or qflow.check returns, but got {type(record).__name__}."
         )
     return [_flat(row) for row in rows]
+
+
+def _place(table: BadcaseTable, sample: int) -> dict[str, int]:
+    frame = table.frame(sample)
+    return {"sample": sample} if frame is None else {"sample": sample, "sequence": frame[0], "frame": frame[1]}
 
 
 def _flat(row: Any) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from qflow.quant.model.calibrate import CalibrationStats, apply_scales, collect,
 from qflow.quant.model.graph_at_shape import graph_at
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.model.run import Collected
+from qflow.quant.model.sequences import in_order
 from qflow.quant.trace.binding import example_of, inputs_of
 from qflow.quant.trace.calling import batch_size, cut
 
@@ -76,9 +77,10 @@ class Prepared(QuantizedModel):
     _warned = False
     _calibrated = False
     """True as soon as nothing has to be said about a missing calibration."""
+    _warned_of_weights = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; warn once if it is not calibrated, and once if operators ran that were not traced."""
+        """Run the model; warn once if it is not calibrated, if operators were not traced, if weights changed since."""
         if not self._calibrated and self._collect is None and not torch.compiler.is_compiling():
             self._calibrated = True  # or the user knows now
             if self.uncalibrated and not any(quantizer.enabled for quantizer in self._quantizers()):
@@ -87,8 +89,8 @@ class Prepared(QuantizedModel):
                     stacklevel=4,  # skips the frames of nn.Module
                 )
         out = super().forward(*args, **kwargs)
-        quiet = self._warned or torch.compiler.is_compiling() or self.training or self._collect is not None
-        if not quiet and self.unseen:  # during calibration this becomes a finding
+        quiet = torch.compiler.is_compiling() or self.training or self._collect is not None
+        if not quiet and not self._warned and self.unseen:  # during calibration this becomes a finding
             self._warned = True
             first = min(self.unseen)
             warnings.warn(
@@ -96,7 +98,17 @@ class Prepared(QuantizedModel):
                 "first. Prepare with inputs of this kind.",
                 stacklevel=4,  # skips the frames of nn.Module
             )
+        changed = [] if quiet or self._warned_of_weights else [n for n, q in self.weights.items() if q.changed]
+        if changed:
+            self._warned_of_weights = True
+            warnings.warn(f"{changed[0]}: {_changed(changed)}.", stacklevel=4)
         return out
+
+    def forget_activations(self) -> None:
+        """Forget the scales, statistics and findings that belong to the activations of other weights."""
+        super().forget_activations()
+        text = "other float weights were loaded: the scales of activations are gone, calibrate again"
+        self.stats, self.findings = None, (Finding("model", "error", text),)
 
     def settings_state(self) -> dict[str, Any]:
         """Return the extra state as plain values."""
@@ -122,6 +134,7 @@ def prepare(
     march: str = "nash-m",
     skip: engine.Skip = (),
     fold_functional_norms: bool = False,
+    cached_attrs: str | Sequence[str] = (),
 ) -> Prepared:
     """Return a traced, fused and configured copy of `model` (in eval mode). The first setter that answers decides.
 
@@ -129,11 +142,13 @@ def prepare(
     which what `forward` does not take (targets, other keys) is left out. `march` is a name (nash-m,
     nash-e, nash-m-oe32, ...) or a device file. `skip` names modules (one or several) that stay float.
     `fold_functional_norms` folds an `F.batch_norm` on a module's own statistics (in a subclass of nn.BatchNorm2d, for
-    example) as it would fold an nn.BatchNorm2d; the plugin goes by module type. Operators without an answer are int8,
-    and outputs of GEMMs that leave the model high-precision. Raises ModelError or ConfigError.
+    example) as it would fold an nn.BatchNorm2d; the plugin goes by module type. `cached_attrs` names the attributes in
+    which the model keeps state from call to call (`head.memory`); their present values start a sequence
+    (`reset_state`). Operators without an answer are int8, and outputs of GEMMs that leave the model high-precision.
+    Raises ModelError or ConfigError.
     """
     given, example_inputs = setters_of(qconfig_setter), example_of(model, example_inputs)
-    prepared = engine.prepare(model, example_inputs, skip, fold_functional_norms)
+    prepared = engine.prepare(model, example_inputs, skip, fold_functional_norms, cached_attrs)
     prepared.__class__ = Prepared
     assert isinstance(prepared, Prepared)
     prepared.march, prepared.sample = march, cut(example_inputs, batch_size(example_inputs), 0, 1)
@@ -170,15 +185,22 @@ def configure(prepared: Prepared, setters: Setter | Sequence[Setter]) -> QConfig
 
 
 def calibrate(
-    prepared: Prepared, data: Iterable[Any], settings: CalibrationSettings | None = None, steps: int | None = None
+    prepared: Prepared,
+    data: Iterable[Any],
+    settings: CalibrationSettings | None = None,
+    steps: int | None = None,
+    sequences: Sequence[int] | None = None,
 ) -> tuple[Finding, ...]:
     """Calibrate in one pass over `data`: set the scales by `settings`, switch the quantizers on, return the findings.
 
     Items of `data` are model inputs, or (inputs, target) pairs as from data loaders: what the example inputs lacked
-    (more positional items, other keys of a dict) is left out. At most `steps` batches are read. Raises DataError for
-    empty data, NaN, or items that do not fit.
+    (more positional items, other keys of a dict) is left out. At most `steps` batches are read. With `cached_attrs` an
+    item is a frame, of one sequence or of several at once, and `sequences` are the lengths of the sequences in items
+    (None: one sequence); each begins at the start, as the model does afterwards. Raises DataError for empty data, NaN,
+    or items that do not fit or are out of order.
     """
     prepared.settings = settings or prepared.settings
+    data = frames_of(prepared, data, sequences)
 
     def batches() -> Iterable[tuple[Any, int]]:
         for step, batch in enumerate(data):
@@ -188,10 +210,23 @@ def calibrate(
             yield inputs, _size(inputs)
 
     set_fake_quantize(prepared, FakeQuantState.FLOAT)
-    prepared.stats = collect(prepared, batches(), sampling=prepared.settings.sampling)
+    by_batch = prepared.settings.averaging_constant is not None
+    prepared.stats = collect(prepared, batches(), sampling=prepared.settings.sampling, by_batch=by_batch)
     _set_scales(prepared)
     set_fake_quantize(prepared, FakeQuantState.VALIDATION)
+    if prepared.cached is not None:
+        prepared.reset_state()
     return grouped(prepared.findings)
+
+
+def frames_of(prepared: Prepared, data: Iterable[Any], sequences: Sequence[int] | None) -> Iterable[Any]:
+    """Return `data`; for a model with state, with its state at the start before each sequence. Raises ConfigError."""
+    if prepared.cached is not None:
+        return in_order(data, sequences, prepared.reset_state)
+    if sequences is not None:
+        way_out = "Prepare the model with cached_attrs, or leave out sequences."
+        raise ConfigError(f"sequences are for a model with state, but got one without cached_attrs. {way_out}")
+    return data
 
 
 def set_fake_quantize(prepared: Prepared, state: FakeQuantState) -> None:
@@ -204,7 +239,7 @@ def set_fake_quantize(prepared: Prepared, state: FakeQuantState) -> None:
         prepared.stats = gathered(prepared, found)
         _set_scales(prepared)
     if state == FakeQuantState.CALIBRATION:
-        prepared._collect, prepared.unseen = Collected(prepared.settings.sampling), set()
+        prepared._collect, prepared.unseen = _collected(prepared.settings), set()
     elif state == FakeQuantState.VALIDATION and prepared.uncalibrated:
         raise ModelError(
             f"Quantizers need scales, but got an uncalibrated model ({prepared.uncalibrated[0]} first). Call "
@@ -222,7 +257,9 @@ def check(prepared: Prepared) -> ModelCheck:
         Finding(op, "check", f"ran{at}{line} but not while the model was traced: left in float")
         for op, at, line in (name.partition(" at ") for name in sorted(prepared.unseen - known))
     ]
-    found = (*prepared.findings, *since)
+    changed = prepared.follow_weights()
+    edited = [Finding(changed[0], "check", _changed(changed))] if changed else []
+    found = (*prepared.findings, *since, *edited)
     return check_model(prepared.graph, prepared.requested, prepared.applied, found, prepared.settings.method)
 
 
@@ -250,6 +287,16 @@ def ranked(prepared: Prepared, scores: Mapping[str, float]) -> None:
         prepared.findings = calibration_findings(
             prepared, prepared.stats, prepared.applied, prepared.silent, rules, scores
         )
+
+
+def _collected(settings: CalibrationSettings) -> Collected:
+    return Collected(settings.sampling, settings.averaging_constant is not None)
+
+
+def _changed(weights: Sequence[str]) -> str:
+    others = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
+    text = "changed after calibration: the scale follows, those of activations do not, calibrate again"
+    return f"this weight{others} {text}"
 
 
 def _size(inputs: Any) -> int:

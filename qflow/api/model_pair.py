@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from qflow.analysis.advice.override import setting
+from qflow.analysis.measures.override import setting
 from qflow.analysis.sensitivity.candidates import Candidate
 from qflow.api.library import Prepared
 from qflow.api.plugin_names import plugin_ranking

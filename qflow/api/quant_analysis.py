@@ -9,7 +9,7 @@
 
 These differences from the plugin are on purpose: a bad case is one sample, not one item of the loader; the worst over
 all outputs compares each output with its own mean, so that an output of large numbers does not always decide; `.pt`
-files hold builtin types only. Cached attributes (state from call to call) and several devices are refused.
+files hold builtin types only. Several devices are refused.
 """
 
 from __future__ import annotations
@@ -34,24 +34,16 @@ from qflow.analysis.measures.tables import Advice, BadcaseTable, LayerTable, Sen
 from qflow.analysis.sensitivity.candidates import candidates
 from qflow.analysis.sensitivity.measure import sensitivity
 from qflow.analysis.sensitivity.sensitive_ops import write_sensitive_ops
-from qflow.api.arguments import (
-    Names,
-    chosen_rows,
-    filters,
-    folder_at,
-    metric_name,
-    names_of,
-    refuse_cached,
-    whole,
-)
+from qflow.api.arguments import Names, chosen_rows, filters, folder_at, metric_name, names_of, whole
 from qflow.api.cases import Items, kept_cases, not_items, require_fit, require_numbers
 from qflow.api.library import Prepared, ranked
 from qflow.api.model_pair import ModelPair, on, only, same
 from qflow.api.plugin_names import ModuleNameQconfigSetter
+from qflow.api.states import Frames, compared, with_state
 from qflow.core.errors import ConfigError, DataError, ModelError
 from qflow.core.settings import COMPARISONS, SensitivitySettings
 from qflow.quant.replay.capture import ReplayError
-from qflow.quant.trace.calling import batch_size, copied
+from qflow.quant.trace.calling import copied
 
 SPARE = 4  # at least so many inputs are kept, because the means and thus the ranking change during the search
 
@@ -105,6 +97,7 @@ class QuantAnalysis:
         cached_attrs: Any = None,
         topk: int = 1,
         compare: str = "fair",
+        sequences: Sequence[int] | None = None,
     ) -> BadcaseTable:
         """Search all items of `data_generator`, or `num_steps` of them, and set the worst sample as the bad case.
 
@@ -114,20 +107,22 @@ class QuantAnalysis:
         `[1, ...]`, and its order from bad to good, `ascending` or `descending`. The `topk` worst samples become bad
         cases, on all of which sensitivity runs. With `compare="fair"` the worst have the largest sum over outputs of
         distance / mean distance of the output; with `"raw"`, as in the plugin, the worst number in any output.
+        If the model was prepared with `cached_attrs`, items are frames in order, `sequences` are the lengths of the
+        sequences in items (None: one), and both models run from the state of the float model before each frame.
         Writes badcase.txt, badcase.pt and all_badcase_info.pt. Raises ConfigError or DataError.
         """
-        refuse_cached(cached_attrs)
         custom = custom_metric(metric, custom_metric_func, custom_metric_order_seq)
         name = metric_name(metric, (*COMPARISONS, CUSTOM))
         whole("topk", topk, "bad cases")
         if isinstance(data_generator, (Tensor, Mapping)) or not isinstance(data_generator, Iterable):
             raise not_items(data_generator)
         inputs, pair, items = BadcaseInputs(), self.pair, Items(self.pair, data_generator)
+        frames = Frames(pair, cached_attrs, sequences)
         with items.explained(device), pair.at_work(device, self.post_process) as target:
             table = find_badcases(
                 pair.model,
                 pair.prepared,
-                ((item, batch_size(item)) for item in items.on(target)),
+                frames.of(items.on(target)),
                 metric=name,
                 count=max(topk, SPARE),
                 num_steps=num_steps,
@@ -135,7 +130,7 @@ class QuantAnalysis:
                 compare=compare,
                 inputs=inputs,
             )
-        table = kept_cases(table, inputs, topk)
+        table = kept_cases(frames.named(table), inputs, topk)
         save_badcases(self.out_dir, table, inputs)
         samples = {i: (x, (None, None)) for i, x in inputs.samples.items()}
         first = inputs.samples[table.chosen[0]]
@@ -147,10 +142,12 @@ class QuantAnalysis:
     ) -> SavedBadcases:
         """Set `data`, an item as in `auto_find_bad_case`, as the bad case.
 
-        Raises DataError if the models do not take it, or if it holds NaN.
+        A model with `cached_attrs` starts from `baseline_model_cached_attr`, values by attribute, or from the start of
+        a sequence (the other argument is None or equal). Raises ConfigError; DataError if the models do not take the
+        item, or if it holds NaN.
         """
-        refuse_cached(baseline_model_cached_attr, analysis_model_cached_attr)
         inputs = self.pair.inputs(data)
+        inputs = with_state(self.pair, inputs, baseline_model_cached_attr, analysis_model_cached_attr)
         require_numbers(self.pair, inputs)
         require_fit(self.pair, inputs, "a bad case")
         return self._set(SavedBadcases(copied(on("cpu", inputs))))
@@ -173,10 +170,10 @@ class QuantAnalysis:
         folder = path.parent if path.name == CASE_FILE else path
         if folder.is_file():
             raise DataError(f"A bad case is read from {CASE_FILE}, but got {path.name}. Rename it, or give its folder.")
-        saved = load_badcases(folder)
-        refuse_cached(*saved.attrs, *(a for _, attrs in saved.samples.values() for a in attrs))
-        samples = {i: (self.pair.inputs(x), attrs) for i, (x, attrs) in saved.samples.items()}
-        saved = dataclasses.replace(saved, inputs=self.pair.inputs(saved.inputs), samples=samples)
+        saved, pair = load_badcases(folder), self.pair
+        samples = {i: (with_state(pair, pair.inputs(x), *attrs), attrs) for i, (x, attrs) in saved.samples.items()}
+        inputs = with_state(pair, pair.inputs(saved.inputs), *saved.attrs)
+        saved = dataclasses.replace(saved, inputs=inputs, samples=samples)
         require_fit(self.pair, saved.inputs, "a bad case")
         alike = tuple(i for i, (x, _) in samples.items() if same(x, saved.inputs))
         if not alike:  # the bad case was set by hand after the search
@@ -233,7 +230,7 @@ class QuantAnalysis:
         case, pair = self._case(None), self.pair
         with pair.at_work(device, self.post_process) as target:
             outputs = pair.outputs(on(target, case), names)
-            cases = [on(target, case) for case in self._worst(settings.metric, outputs)]
+            cases = [compared(on(target, case), names) for case in self._worst(settings.metric, outputs)]
             rows = chosen_rows(candidates(pair.prepared), *filters(prefixes, types))
             with pair.hooked(None if names is None else only(outputs)):
                 rows = rows if names is None else pair.live(rows, cases[0])

@@ -125,7 +125,8 @@ def run_stages(
     evaluator = diagnosis.evaluator
     with console.stage("bad cases") as say, console.bar("bad cases", evaluator.badcase_stage.steps, "steps") as advance:
         table = diagnosis.find_badcases(advance)
-        say(f"the {len(table.chosen)} worst of {table.samples} samples by {table.metric}: {list(table.chosen[:6])}")
+        shown = ", ".join(map(table.shown, table.chosen[:6]))
+        say(f"the {len(table.chosen)} worst of {table.samples} samples by {table.metric}: [{shown}]")
     for finding in table.findings:
         console.say(f"{'':<12} {finding.op}: {finding.message}")
     if "layers" in stages or "advice" in stages:

@@ -26,6 +26,7 @@ def build_task(config: DictConfig) -> Task:
         "stated_metric": node.float_metric,
         "tolerance": node.tolerance,
         "deploy_shape": plain(node).get("deploy_shape"),
+        "cached_attrs": tuple(node.cached_attrs),
     }
     if node._target_:
         task = _call({"_target_": node._target_}, "task")

@@ -27,6 +27,8 @@ class TaskSchema:
     """Shape at which cost is computed: one list, or a mapping for named inputs; null takes one evaluated sample."""
     batch_size: int = 32
     """Evaluation batch size."""
+    cached_attrs: list[str] = field(default_factory=list)
+    """Attributes in which the model keeps state from frame to frame; the data are then sequences."""
 
 
 @dataclass(kw_only=True)

@@ -123,6 +123,8 @@ class ModelGraph:
     """Fusable pairs that were not fused: first operator, second operator, reason."""
     notes: tuple[str, ...] = ()
     """Notes of tracing: data-dependent sites, constants, operators left in float."""
+    state: tuple[str, ...] = ()
+    """Operators whose result the model keeps as temporal state and reads in its next call."""
 
     @cached_property
     def by_name(self) -> dict[str, OpNode]:
@@ -171,9 +173,10 @@ class ModelGraph:
     def high_precision(self) -> tuple[str, ...]:
         """GEMMs whose result leaves the model and is read by no operator: their output needs no quantizer.
 
-        On J6E/M such a GEMM outputs its int32 accumulator (guide: high-precision output).
+        On J6E/M such a GEMM outputs its int32 accumulator (guide: high-precision output). Temporal state is read by the
+        next call, so it is quantized.
         """
-        outputs = {producer for _, producer in self.outputs}
+        outputs = {producer for _, producer in self.outputs} - set(self.state)
 
         def leaves(name: str) -> bool:
             readers = self.consumers[name]

@@ -28,7 +28,7 @@ class CalibrationSettings:
     """Read `task.data.calibration_augmented` (with flips, for example) in place of `calibration`."""
     percentile: float = 99.99
     averaging_constant: float | None = None
-    """Constant of the moving average of batch maxima for minmax (the plugin's 0.01); null takes the overall maximum."""
+    """Constant of a moving average of the batches' thresholds (the plugin's 0.01); null takes all values at once."""
     int16_margin: float = 1.25
     divisor: str = "guide"
     clip_min: float = -1.0

@@ -42,7 +42,8 @@ def write_badcases(folder: Path, table: BadcaseTable, inputs: BadcaseInputs | No
     if not all(leaves):
         return {}  # an input without any image or vector cannot be drawn
     images = [found[0][0].float().numpy() for found in leaves]
-    captions = [f"sample {i}" + (" (worst)" if i == table.worst.get(table.metric) else "") for i in shown]
+    what = "frame" if table.sequences else "sample"
+    captions = [f"{what} {table.shown(i)}{' (worst)' * (i == table.worst.get(table.metric))}" for i in shown]
     badcase_grid(images, captions, folder / "badcases.png")
     return {"Bad cases": folder / "badcases.png"}
 

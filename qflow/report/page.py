@@ -175,13 +175,14 @@ def _findings(findings: Sequence[Finding]) -> str:
 
 
 def _badcases(table: BadcaseTable) -> str:
+    shown = table.shown
     rows = [
-        [("name", escape(output)), ("", escape(metric)), ("", str(i)), ("", number(table.value[output][metric]))]
+        [("name", escape(output)), ("", escape(metric)), ("", shown(i)), ("", number(table.value[output][metric]))]
         for output, metrics in table.index.items()
         for metric, i in metrics.items()
     ]
-    worst = ", ".join(f"{metric} {index}" for metric, index in table.worst.items())
-    chosen = ", ".join(map(str, table.chosen))
+    worst = ", ".join(f"{metric} {table.shown(index)}" for metric, index in table.worst.items())
+    chosen = ", ".join(map(table.shown, table.chosen))
     text = f"{table.samples} samples. Worst over all outputs: {worst}. Analysed by {table.metric}: {chosen}."
     return f"<p>{escape(text)}</p>" + _table(("output", "metric", "worst sample", "value"), rows)
 

@@ -25,6 +25,7 @@ def check_config(config: DictConfig) -> None:
     check_executor(config)
     _check_loss(config, bool(settings.qat.steps))
     _check_float16(config, bool(settings.qconfig.float16_count))
+    _check_trains(config, bool(settings.qat.steps))
     if config.task.batch_size < 1:
         raise ConfigError(f"task.batch_size is at least 1, but got {config.task.batch_size}.")
 
@@ -40,6 +41,7 @@ def check_study(config: DictConfig) -> None:
             f"{config.qconfig.template}}}."
         )
     _check_loss(config, "qat.steps" in space)
+    _check_trains(config, "qat.steps" in space)
     searched = sorted(key for key in space if key.startswith("qat."))
     if searched and config.qat.apply == "after_search":
         raise ConfigError(
@@ -56,6 +58,14 @@ def _check_loss(config: DictConfig, trains: bool) -> None:
     if trains and not plain(config.qat.loss).get("_target_"):
         raise ConfigError(
             "QAT needs a loss, but got none. Set qat.loss._target_ to a function of (outputs, batch), or use qat=none."
+        )
+
+
+def _check_trains(config: DictConfig, trains: bool) -> None:
+    if trains and config.task.cached_attrs:
+        raise ConfigError(
+            "QAT trains on single samples in random order, but got a model with state, task.cached_attrs="
+            f"{list(config.task.cached_attrs)}. Use qat=none."
         )
 
 

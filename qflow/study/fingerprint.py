@@ -24,6 +24,7 @@ SINCE = (
     "qconfig.float16_count",
     "qconfig.assignment",
     "qconfig.error_share",
+    "task.cached_attrs",
 )  # left out if empty, so that studies from before these keys existed continue
 LEGIBLE = 40  # characters up to which the fingerprint holds a setting as text; a longer one as its digest
 

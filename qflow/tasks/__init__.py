@@ -1,3 +1,16 @@
 """What is tuned: a task of model, data and metric, built-in tasks, and the digests that identify a user's task."""
 
-__all__ = ["content_digest", "digits", "dual", "early_stop", "exposure", "identity", "onnx_model", "perception", "task"]
+__all__ = [
+    "content_digest",
+    "digits",
+    "dual",
+    "early_stop",
+    "exposure",
+    "identity",
+    "loading",
+    "onnx_model",
+    "perception",
+    "sequences",
+    "task",
+    "temporal",
+]

@@ -20,8 +20,10 @@ from torch.utils.data import DataLoader
 
 from qflow.core.record import DIGEST_CHARS
 from qflow.tasks.content_digest import ContentDigest, bytes_of
+from qflow.tasks.loading import loaded, seeded
+from qflow.tasks.sequences import lengths_of
 from qflow.tasks.sources import loaded_sources, own_sources
-from qflow.tasks.task import Task, loaded, model_inputs, seeded
+from qflow.tasks.task import Task, model_inputs
 
 SPLITS = ("calibration", "evaluation")
 
@@ -49,6 +51,7 @@ def of_task(task: Task, skip: Sequence[str] = (), fold_functional_norms: bool = 
         "parts": [objects.digest, settings.digest],
         "code": [own_sources(), loaded_sources(objects.packages | settings.packages)],  # last: modules load when used
         "skip": list(skip),
+        "state": list(task.cached_attrs),
         "fold_functional_norms": fold_functional_norms,
         "versions": [platform.python_version(), torch.__version__, np.__version__],
         "machine": [task.device, _machine(task.device), torch.get_num_threads()],
@@ -93,7 +96,8 @@ def split_digest(task: Task, split: str, unidentified: list[str]) -> str:
             samples.add([batch, model_inputs(task, batch)], f"task.data.{split}")
             samples.forget()
     unidentified += samples.unidentified[:1]
-    return f"{len(data)}:{samples.digest}"
+    sequences = f"{list(lengths_of(data, split))}:" if task.cached_attrs and split in SPLITS else ""
+    return f"{len(data)}:{sequences}{samples.digest}"
 
 
 def weights_digest(model: torch.nn.Module) -> str:

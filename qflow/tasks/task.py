@@ -10,26 +10,27 @@
 
 A batch is a tensor, a sequence (inputs, target, ...), or a dict. The model gets as many items of a sequence as its
 forward takes, and the keys of a dict that are arguments of its forward; `data.model_inputs` replaces this rule.
+
+The samples of a model with temporal state (`cached_attrs`) are frames: sequences.py says in which order they are read.
 """
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
-from qflow.core.errors import ConfigError, DataError, ModelError, NotFiniteError, QflowError
+from qflow.core.errors import ConfigError, DataError, ModelError, NotFiniteError
 from qflow.core.signature import arguments, keywords, mismatch
 from qflow.tasks.early_stop import bounds_of, out_of_reach, require_within
+from qflow.tasks.loading import loaded
+from qflow.tasks.sequences import in_batches, in_parallel, lengths_of
 
 DIRECTIONS = ("maximize", "minimize")
 
@@ -48,6 +49,8 @@ class Task:
     tolerance: float = 0.002
     deploy_shape: tuple[int, ...] | Mapping[str, Sequence[int]] | None = None
     device: str = "cpu"
+    cached_attrs: tuple[str, ...] = ()
+    """Attributes in which the model keeps state from frame to frame."""
 
     def drop(self, float_metric: float, metric: float) -> float:
         """Loss against float in units of the metric; positive means worse, for either direction."""
@@ -64,6 +67,8 @@ def make_task(*, name: str, model: Any, data: Any, metric: Any, device: str = "c
                 f"task.data gives map-style datasets calibration and evaluation, but {type(data).__name__} has no "
                 f"{part} that can be indexed. Add it."
             )
+        if stated.get("cached_attrs"):
+            lengths_of(_split(data, part), part)
     direction = getattr(metric, "direction", None)
     if direction is None and getattr(metric, "higher_is_better", None) is not None:
         direction = "maximize" if metric.higher_is_better else "minimize"
@@ -106,21 +111,6 @@ def split_for(task: Task, part: str, augment: bool) -> str:
     return name if augment else part
 
 
-@contextmanager
-def seeded() -> Iterator[None]:
-    """Fix the random seeds inside, so that a data set that draws random numbers gives the same samples every time."""
-    ours, numpys = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
-            yield
-    finally:
-        random.setstate(ours)
-        np.random.set_state(numpys)
-
-
 def model_inputs(task: Task, batch: Any) -> Any:
     """The part of a batch that goes to the model, as positional arguments or keywords (module docstring)."""
     if hasattr(task.data, "model_inputs"):
@@ -140,20 +130,30 @@ def model_inputs(task: Task, batch: Any) -> Any:
 
 
 def batches(
-    task: Task, split: str, batch_size: int, limit: int | None = None, indices: Sequence[int] | None = None
+    task: Task,
+    split: str,
+    batch_size: int,
+    limit: int | None = None,
+    indices: Sequence[int] | None = None,
+    begin: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Any, int]]:
     """At most `limit` pairs (batch, its size) of `split` in order, or of its samples `indices`, on the task's device.
 
-    Raises DataError for an empty split, values that are not finite, or samples that cannot be batched.
+    With `cached_attrs` these are frames in order, and `begin` is called before the first ones of sequences. Raises
+    DataError for an empty split, values that are not finite, or samples that cannot be batched.
     """
     data = getattr(task.data, split)
-    size = len(data)
-    if size == 0:
+    if len(data) == 0:
         raise DataError(f"task.data.{split} holds samples, but got none. Check paths and filters of task.data.")
-    wanted: Sequence[int] = range(size) if indices is None else indices
-    chosen = Subset(data, wanted if limit is None else wanted[: limit * batch_size])
-    loader = DataLoader(chosen, batch_size=batch_size, collate_fn=getattr(task.data, "collate", None))
-    for batch in loaded(loader, split):
+    if task.cached_attrs and indices is None:
+        steps = in_parallel(lengths_of(data, split), batch_size)[:limit]
+    else:
+        steps = in_batches(range(len(data)) if indices is None else indices, batch_size)[:limit]
+    order: Any = [step.samples for step in steps]
+    loader = DataLoader(data, batch_sampler=order, collate_fn=getattr(task.data, "collate", None))
+    for step, batch in zip(steps, loaded(loader, split), strict=True):
+        if step.begins:
+            begin()
         batch = _moved(batch, task.device)
         inputs = model_inputs(task, batch)
         tensors = [t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)]
@@ -165,37 +165,19 @@ def batches(
         yield batch, len(tensors[0])
 
 
-def loaded(loader: DataLoader[Any], split: str) -> Iterator[Any]:
-    """The batches of `loader`. Raises DataError for whatever the user's data set or collate raises."""
-    iterator = iter(loader)
-    while True:
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        except QflowError:
-            raise
-        except Exception as error:  # the user's code may raise anything
-            text = " ".join(str(error).split())
-            raise DataError(
-                f"Samples of task.data.{split} must load and batch together, but got {type(error).__name__}: {text}. "
-                "Correct the data set, or give task.data a collate."
-            ) from error
-        yield batch
-
-
 def evaluate(
     task: Task,
     model: Callable[..., Any],
     batch_size: int,
     on_batch: Callable[[int], None] = lambda done: None,
     least: float | None = None,
+    begin: Callable[[], None] = lambda: None,
 ) -> tuple[float, int]:
     """Metric of `model` over the evaluation data, and the number of samples.
 
     With `least` the evaluation ends as soon as the remaining samples cannot bring the metric to it, by the metric's
     bounds (early_stop.py). Samples that were not run then count as the worst, so that the metric is never better than
-    in a full evaluation.
+    in a full evaluation. `begin` begins sequences, as in `batches`.
 
     Raises NotFiniteError if an output or the metric is not finite, ModelError if the model cannot take a batch,
     DataError for bad data.
@@ -206,7 +188,7 @@ def evaluate(
     total, count, samples = 0.0, 0, len(task.data.evaluation)
     bounds = bounds_of(task.metric) if least is not None else None
     with torch.no_grad():
-        for batch, size in batches(task, "evaluation", batch_size):
+        for batch, size in batches(task, "evaluation", batch_size, begin=begin):
             outputs = run(model, model_inputs(task, batch))
             for tensor in tree_flatten(outputs)[0]:
                 if isinstance(tensor, Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from qflow.analysis.measures.tables import BadcaseTable
 from qflow.core.record import digest
 from qflow.core.settings import SensitivitySettings
 from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.model.sequences import Along
 from qflow.tasks.content_digest import ContentDigest
 from qflow.tasks.identity import Identity
 from qflow.tasks.task import Task, batches, model_inputs
+from qflow.trial.frames import chosen_frames, frames
 
 LONG = 16  # steps; a longer search saves its state
 
@@ -39,8 +41,8 @@ class BadcaseStage:
 
     @property
     def steps(self) -> int:
-        """Number of batches that are searched."""
-        return -(-self.samples // self.batch_size)
+        """Number of batches that are searched; those of a model with state are single frames."""
+        return self.samples if self.task.cached_attrs else -(-self.samples // self.batch_size)
 
     @cached_property
     def _own(self) -> ContentDigest:
@@ -68,11 +70,11 @@ class BadcaseStage:
         state: tuple[Path, str] | None,
     ) -> BadcaseTable:
         """Search the calibrated model. `state` is the state file with the name of the search that it belongs to."""
-        stream = batches(self.task, "calibration", self.batch_size, indices=range(self.samples))
-        return find_badcases(
+        along = None if prepared.cached is None else Along(self.task.model, prepared.cached)
+        table = find_badcases(
             self.task.model,
             prepared,
-            ((model_inputs(self.task, batch), size) for batch, size in stream),
+            self._stream(along),
             metric=self.settings.metric if self.own is None else CUSTOM,
             count=self.settings.bad_cases,
             on_step=progress,
@@ -82,6 +84,14 @@ class BadcaseStage:
             state=state[0] if state else None,
             identity=state[1] if state else "",
         )
+        return table if along is None else replace(table, sequences=tuple(along.sequences))
+
+    def _stream(self, along: Along | None) -> Iterator[tuple[Any, int]]:
+        """The model inputs of each step with their number; of a model with state, a frame."""
+        if along is not None:
+            return ((frame, 1) for frame in frames(self.task, along, self.samples))
+        stream = batches(self.task, "calibration", self.batch_size, indices=range(self.samples))
+        return ((model_inputs(self.task, batch), size) for batch, size in stream)
 
     def state(
         self, folder: Path | None, identity: Callable[[], Identity], key: Any, say: Callable[[str], None]
@@ -99,8 +109,12 @@ class BadcaseStage:
         name = digest([task.content, key])
         return folder / f"{name}.pt", name
 
-    def read(self, table: BadcaseTable, inputs: BadcaseInputs) -> None:
+    def read(self, prepared: QuantizedModel, table: BadcaseTable, inputs: BadcaseInputs) -> None:
         """Read the inputs of the samples that are named in `table`, which came from the cache."""
-        for index in named_samples(table):
-            ((batch, _),) = batches(self.task, "calibration", 1, indices=[index])
-            inputs.update(model_inputs(self.task, batch), index, 1, [*inputs.samples, index])
+        named = list(named_samples(table))
+        if prepared.cached is not None:
+            found: list[Any] = [*chosen_frames(self.task, prepared.cached, named)]
+        else:
+            found = [model_inputs(self.task, b) for b, _ in batches(self.task, "calibration", 1, indices=named)]
+        for index, one in zip(named, found, strict=True):
+            inputs.update(one, index, 1, [*inputs.samples, index])

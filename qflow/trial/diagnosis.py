@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from qflow.analysis.advice.advisor import advise
-from qflow.analysis.advice.override import override, setting
 from qflow.analysis.badcases.files import BadcaseInputs
 from qflow.analysis.checks.calibration_check import calibration_findings
 from qflow.analysis.checks.model_check import grouped
 from qflow.analysis.layers.compare import compare_layers, filtered
+from qflow.analysis.measures.override import override, setting
 from qflow.analysis.measures.tables import (
     Advice,
     BadcaseTable,
@@ -40,6 +40,8 @@ from qflow.trial.evaluator import Evaluator
 from qflow.trial.outputs import outputs_off
 from qflow.trial.precisions import Precisions
 from qflow.trial.shared import Progress, silent
+
+PICTURE_BINS = 1024  # of a histogram picture
 
 
 @dataclass
@@ -78,10 +80,12 @@ class Diagnosis:
     def compare_layers(self, progress: Progress = silent) -> LayerTable | None:
         """Compare every operator call on the bad cases, float against calibrated; `progress` counts calls.
 
+        A model with state is compared on the worst frame, from the state before it.
+
         Returns None and adds a finding if the operator calls of the model cannot be replayed.
         """
         evaluator = self.evaluator
-        (cases,) = evaluator.cases()
+        cases = evaluator.cases()[0]
         self.findings = self._calibrated()
         memory = evaluator.sensitivity_settings.memory_mb
         try:
@@ -221,11 +225,11 @@ def histogram_of(evaluator: Evaluator, operator: str) -> dict[str, Any]:
     histogram = evaluator.calibrate(evaluator.default_calibration).histograms[node.quantizer or ""]
     quantizer = evaluator.prepared.outputs[node.quantizer or ""]
     dtype = quantizer.dtype or QDtype.qint8
-    counts = histogram.counts.clone()
+    counts = histogram.linear(PICTURE_BINS)
     counts[0] += histogram.zeros
     return {
         "counts": counts.numpy(),
-        "edges": torch.linspace(0.0, histogram.limit or 1.0, len(counts) + 1).numpy(),
+        "edges": torch.linspace(0.0, histogram.largest or 1.0, PICTURE_BINS + 1).numpy(),
         "scale": float(quantizer.scale),
         "dtype_name": str(dtype),
         "qmin": dtype.qmin,

@@ -19,8 +19,9 @@ from qflow.quant.model.calibrate import apply_scales
 from qflow.quant.model.model_state import forward_state
 from qflow.quant.model.quantized_model import QuantizedModel, scales
 from qflow.tasks.identity import Identity, of_training
-from qflow.tasks.task import evaluate, split_for
+from qflow.tasks.task import split_for
 from qflow.trial.findings import findings_of, require_all_ran
+from qflow.trial.frames import evaluate_from_start
 from qflow.trial.record import Evaluation, TrialResult
 from qflow.trial.shared import Progress, SharedState, silent
 from qflow.trial.training import Training, float_weights, train_trial, training_key
@@ -112,7 +113,7 @@ class Evaluator(SharedState):
         self.evaluations += 1
         with model.quantized():
             try:
-                metric, samples = evaluate(self.task, model, self.eval_batch, progress, self.least)
+                metric, samples = evaluate_from_start(self.task, model, self.eval_batch, progress, self.least)
             except NotFiniteError:
                 raise BrokenMixError(self._broken(applied)) from None
             require_all_ran(model)

@@ -18,7 +18,7 @@ from qflow.analysis.sensitivity.candidates import Candidate, candidates, finer
 from qflow.analysis.sensitivity.measure import sensitivity
 from qflow.core.device import DeviceRules
 from qflow.core.dtype import QDtype
-from qflow.core.errors import ConfigError, DataError
+from qflow.core.errors import ConfigError
 from qflow.core.graph import ModelGraph
 from qflow.core.qconfig import QConfig
 from qflow.core.record import digest
@@ -32,9 +32,11 @@ from qflow.quant.model.graph_at_shape import graph_at
 from qflow.quant.model.prepare import prepare
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.tasks.identity import Identity, of_task, split_digest
-from qflow.tasks.task import Task, batches, deploy_inputs, evaluate, model_inputs, seeded, split_for
+from qflow.tasks.loading import seeded
+from qflow.tasks.task import Task, batches, deploy_inputs, model_inputs, split_for
 from qflow.trial.badcases import BadcaseStage
 from qflow.trial.cache import Cache
+from qflow.trial.frames import beginning, chosen_frames, evaluate_from_start, require_samples
 from qflow.trial.precisions import Precisions
 from qflow.trial.record import Evaluation
 
@@ -89,7 +91,7 @@ class SharedState:
                 self.cache.leave_disk(self.identity.unidentified[0])
 
         def evaluated() -> Evaluation:
-            return Evaluation(*evaluate(self.task, self.task.model, self.eval_batch, progress))
+            return Evaluation(*evaluate_from_start(self.task, self.task.model, self.eval_batch, progress))
 
         found = self.cache.get("float", self.eval_batch, evaluated, Evaluation)
         metric, self.eval_samples = found.metric, found.samples
@@ -111,7 +113,8 @@ class SharedState:
         """Trace on the first evaluation batch, prove the float graph, and trace again at the deployed shape."""
         batch, _ = next(batches(self.task, "evaluation", min(self.eval_batch, 4), limit=1))
         example = model_inputs(self.task, batch)
-        self._prepared = prepare(self.task.model, example, self.skip, self.fold_functional_norms)
+        task, fold = self.task, self.fold_functional_norms
+        self._prepared = prepare(task.model, example, self.skip, fold, task.cached_attrs)
         way_out = f"Give the shape it is deployed at: task.deploy_shape is {self.task.deploy_shape}."
         self._deploy = graph_at(self._prepared, deploy_inputs(self.task, example), way_out)
         return self._prepared
@@ -145,12 +148,14 @@ class SharedState:
 
         def passed() -> CalibrationStats:
             self.require_samples(settings.batch_size, settings.steps, split)
-            stream = batches(self.task, split, settings.batch_size, settings.steps)
+            begin = beginning(self.task, self.prepared)
+            stream = batches(self.task, split, settings.batch_size, settings.steps, begin=begin)
             inputs = ((model_inputs(self.task, b), size) for b, size in stream)
             with seeded():
-                return collect(self.prepared, inputs, progress, settings.sampling)
+                return collect(self.prepared, inputs, progress, settings.sampling, by_batch)
 
-        key = [settings.batch_size, settings.steps, settings.sampling, self.augmented(settings)]
+        by_batch = settings.averaging_constant is not None
+        key = [settings.batch_size, settings.steps, settings.sampling, by_batch, self.augmented(settings)]
         return self.cache.get("calibration", key, passed, CalibrationStats)
 
     def augmented(self, settings: CalibrationSettings) -> str:
@@ -167,12 +172,7 @@ class SharedState:
 
     def require_samples(self, batch_size: int, steps: int, split: str = "calibration") -> None:
         """Raise DataError if a split holds fewer samples than `batch_size` x `steps`."""
-        available, wanted = len(getattr(self.task.data, split)), batch_size * steps
-        if 0 < available < wanted:
-            raise DataError(
-                f"Calibration takes batch_size x steps = {wanted} samples, but got {available} in "
-                f"task.data.{split}. Lower calibration.batch_size or calibration.steps, or their search."
-            )
+        require_samples(self.task, batch_size, steps, split)
 
     def check_data(self) -> None:
         """Read one batch of each split, so that data that cannot work raise before anything long runs."""
@@ -200,7 +200,7 @@ class SharedState:
 
         self.badcases = self.cache.get("badcases", key, searched, BadcaseTable)
         if inputs is not None and not inputs.samples:  # the table came from the cache
-            stage.read(self.badcases, inputs)
+            stage.read(self.prepared, self.badcases, inputs)
         return self.badcases
 
     @property
@@ -218,8 +218,10 @@ class SharedState:
         return apply_scales(self.prepared, self.calibrate(calibration), applied, calibration)
 
     def cases(self) -> list[Any]:
-        """Return the model inputs of the bad cases, as one batch."""
+        """Return the model inputs of the bad cases as one batch; with state, each as a frame with the state before."""
         worst = (self.badcases or self.find_badcases()).chosen
+        if (cached := self.prepared.cached) is not None:
+            return [*chosen_frames(self.task, cached, list(worst))]
         return [model_inputs(self.task, b) for b, _ in batches(self.task, "calibration", len(worst), indices=worst)]
 
     @property

@@ -26,7 +26,8 @@ from qflow.quant.model.model_state import forward_state
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.train.checkpoint import read_checkpoint
 from qflow.quant.train.qat import TrainingReport, parameter_groups, train
-from qflow.tasks.task import Task, loaded, model_inputs, split_for
+from qflow.tasks.loading import loaded
+from qflow.tasks.task import Task, model_inputs, split_for
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +45,11 @@ class TrainBatches:
     """Iterates over (model inputs, batch) of the training split, in an order that `qat.seed` decides."""
 
     def __init__(self, task: Task, settings: QatSettings) -> None:
+        if task.cached_attrs:
+            raise ConfigError(
+                "QAT trains on single samples in random order, but got a model with state, task.cached_attrs="
+                f"{list(task.cached_attrs)}. Use qat=none."
+            )
         self.split, batch_size = split_for(task, "train", settings.augment), settings.batch_size
         data = getattr(task.data, self.split, None)
         if data is None or len(data) < batch_size:

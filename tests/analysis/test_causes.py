@@ -8,7 +8,7 @@ from torch import nn
 
 import qflow
 from qflow import ModuleNameQconfigSetter
-from qflow.analysis.advice.override import override
+from qflow.analysis.measures.override import override
 from qflow.core.settings import CalibrationSettings
 
 MINMAX = CalibrationSettings(method="minmax")

@@ -8,8 +8,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch import nn
 
 from qflow.analysis.advice.advisor import advise
-from qflow.analysis.advice.override import override
 from qflow.analysis.layers.compare import compare_layers
+from qflow.analysis.measures.override import override
 from qflow.analysis.sensitivity.candidates import candidates
 from qflow.analysis.sensitivity.measure import sensitivity
 from qflow.core.dtype import QDtype

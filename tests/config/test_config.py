@@ -185,7 +185,7 @@ def test_help_config_and_completion_work_from_any_folder_without_torch(tmp_path)
     shown = python("-X", "importtime", "-m", "qflow.tune", "--help", cwd=tmp_path)
     assert shown.returncode == 0
     assert "python -m qflow.tune +experiment=<name>" in shown.stdout
-    assert "task: custom, digits, dual, exposure, perception" in shown.stdout
+    assert "task: custom, digits, dual, exposure, perception, temporal" in shown.stdout
     imported = {line.rsplit("|", 1)[-1].strip() for line in shown.stderr.splitlines() if "|" in line}
     assert not imported & {"torch", "mlflow", "optuna", "pandas", "sklearn"}
     job = python("-m", "qflow.tune", "--cfg", "job", BASE, cwd=tmp_path)

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ModelError
-from qflow.quant.values.fake_quant import EPS, FakeQuant, _StraightThrough, quantize_dequantize
+from qflow.quant.values.fake_quant import EPS, FakeQuant
+from qflow.quant.values.grid import StraightThrough, quantize_dequantize
 
 
 @pytest.mark.parametrize(("dtype", "qmin", "qmax"), [("qint8", -128, 127), ("qint16", -32768, 32767)])
@@ -95,7 +96,7 @@ def test_gradient_bounds_are_exact_to_the_last_ulp(kind, qmin, qmax):
                 around.append(step)
         x = torch.cat(around).requires_grad_()
         code = (x.detach() * (1.0 / scale)).round()
-        _StraightThrough.apply(x, scale, qmin, qmax).sum().backward()
+        StraightThrough.apply(x, scale, qmin, qmax).sum().backward()
         assert torch.equal(x.grad != 0, (code >= qmin) & (code <= qmax))
 
 

@@ -16,7 +16,7 @@ from qflow.core.setter import TemplateSetter
 from qflow.core.settings import CalibrationSettings
 from qflow.quant.model.calibrate import apply_scales, collect
 from qflow.quant.model.prepare import prepare
-from qflow.quant.values.fake_quant import quantize_dequantize
+from qflow.quant.values.grid import quantize_dequantize
 
 BITS = (8, 16)
 VALUES = ("normal", "saturated", "signs", "sparse", "tail")

@@ -1,3 +1,3 @@
 """Advice: what to change, ordered by expected gain, and at which stage a training goes wrong."""
 
-__all__ = ["advisor", "override", "qat_debug", "text"]
+__all__ = ["advisor", "qat_debug", "text"]

@@ -15,10 +15,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from qflow.analysis.advice.causes import CUT, Case, cause_of
-from qflow.analysis.advice.override import WEIGHT_ONLY, override
+from qflow.analysis.advice.causes import CUT, FAR_VALUES, Case, cause_of
 from qflow.analysis.checks.mask_check import FiniteMask, finite_masks
 from qflow.analysis.checks.range_check import noise_level
+from qflow.analysis.checks.scale_check import near_specs
+from qflow.analysis.measures.override import WEIGHT_ONLY, override
 from qflow.analysis.measures.tables import Advice, LayerTable, SensitivityRow, SensitivityTable
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
@@ -27,7 +28,7 @@ from qflow.quant.model.calibrate import CalibrationStats
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.model.weighted import WeightedLeaf
 
-MOST = 16  # operators with an advice
+MOST = 16  # operators with an advice, beside those with far values
 FLOAT16_BETTER = 0.5  # float16 is better if its score is less than this times that of int16
 
 
@@ -54,9 +55,12 @@ def advise(
     total = sum(finite) or 1.0
     noise = noise_level(finite)
     weights = {r.op_name: r for r in rows if r.sensitive_type == "weight" and r.score > noise}
-    activations = {r.op_name: r for r in rows if r.sensitive_type == "activation" and r.score > noise}
+    near = near_specs(prepared, stats)  # far values are cut off at every operator that they reach, or at none
+    activations = {
+        r.op_name: r for r in rows if r.sensitive_type == "activation" and (r.score > noise or r.op_name in near)
+    }
     scores = {(r.op_name, r.quant_dtype): r.score for r in table.rows if r.sensitive_type == "activation"}
-    maker = _Maker(prepared, stats, layers, refused, scores, noise, finite_masks(prepared, stats))
+    maker = _Maker(prepared, stats, layers, refused, scores, noise, finite_masks(prepared, stats), near)
     found = []
     for name in dict.fromkeys([*activations, *weights]):
         activation, weight = activations.get(name), weights.get(name)
@@ -68,7 +72,8 @@ def advise(
             found.append(maker.weight(nodes[name], weight, gain))
         elif activation is not None:
             found.append(maker.activation(nodes[name], activation, gain))
-    return tuple(sorted(found, key=lambda a: -a.gain)[:MOST])
+    ordered = sorted(found, key=lambda a: -a.gain)
+    return tuple(a for place, a in enumerate(ordered) if place < MOST or a.cause == FAR_VALUES)
 
 
 def _dtype(prepared: QuantizedModel, node: OpNode, sensitive_type: str) -> str:
@@ -88,6 +93,8 @@ class _Maker:
     """Scores of activations by operator and dtype."""
     noise: float
     masks: Mapping[str, FiniteMask]
+    near: Mapping[str, str]
+    """Operators whose scale covers far values, with a setting that cuts them off."""
 
     def case(self, node: OpNode, row: SensitivityRow) -> Case:
         quantizer = self.prepared.outputs[node.quantizer or ""]
@@ -100,7 +107,7 @@ class _Maker:
     def activation(self, node: OpNode, row: SensitivityRow, gain: float) -> Advice:
         case = self.case(node, row)
         source = "input" if node.kind == OpKind.input else "activation"
-        cause = cause_of(case, self.prepared.graph, self.stats, self.masks.get(node.name))
+        cause = cause_of(case, self.prepared.graph, self.stats, self.masks.get(node.name), self.near.get(node.name, ""))
         text, spec = cause.text, cause.spec
         if spec == "qint16" and (better := self.float16(node)):
             text, spec = f"{text}; {better}", "float16"

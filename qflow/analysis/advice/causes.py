@@ -4,6 +4,8 @@ The cause is the first of these that applies. (Truncation stands twice: where an
 all that int16 would be advised for.)
 
     huge mask value   a finite mask of a softmax leaves the scores hardly any codes (checks/mask_check.py)
+    far values        a few values far beyond all others leave those hardly any codes (checks/scale_check.py); where a
+                      scale cuts them off, this is no truncation
     known range       the range follows from the operator (sigmoid, softmax, clamp), and the scale covers more than
                       twice as much, or cuts values off although it covers at least about half of it
     truncation        a fixed scale that holds the float range of all calls has at most a quarter of the squared error
@@ -32,6 +34,7 @@ from qflow.core.known_range import bounded
 from qflow.quant.model.calibrate import CalibrationStats
 from qflow.quant.values.observer import Histogram
 
+FAR_VALUES = "far values"
 FAR = 1.5  # bad cases are far beyond the calibration data above this times their largest value
 CUT = 1.05  # values are cut off if they exceed the range by more than this
 MENDED = 0.25  # another scale mends a truncation if it leaves at most this part of the squared error
@@ -68,24 +71,16 @@ class Case:
 
     def clipped(self) -> tuple[float, float]:
         """(share of the calibration values beyond the range, mean squared error that cutting them off makes)."""
-        h = self.histogram
-        if h is None or not h.limit or not h.size:
-            return 0.0, 0.0
-        width = h.limit / len(h.counts)
-        share = error = 0.0
-        first = int(self.reach / width)
-        for i, count in enumerate(h.counts[first:].tolist(), first):
-            over = (i + 0.5) * width - self.reach
-            if over > 0 and count:
-                share, error = share + count, error + count * over * over
-        return share / h.size, error / h.size
+        return self.histogram.beyond(self.reach) if self.histogram else (0.0, 0.0)
 
     def clip_error(self) -> float:
         """Mean squared error beyond the range: that of the calibration values, or the larger one on the bad cases.
 
         The operator's own error on the bad cases, |base - single| / |base|, counts where these exceed the range; what
-        rounding explains is left out.
+        rounding explains is left out. Far values do not count.
         """
+        if self.histogram is not None and self.histogram.near < self.histogram.largest:
+            return self.histogram.beyond(self.reach, self.histogram.near)[1]
         measured = 0.0
         for row in self.layers if self.largest > CUT * self.reach else ():
             if row.single_error is not None and row.base_model_mean is not None and row.base_model_var is not None:
@@ -115,11 +110,17 @@ class Cause:
     values: Mapping[str, float] = field(default_factory=dict)
 
 
-def cause_of(case: Case, graph: ModelGraph, stats: CalibrationStats, mask: FiniteMask | None) -> Cause:
-    """Return the first cause that applies (see the module's docstring); `mask` is one that the values hold."""
+def cause_of(case: Case, graph: ModelGraph, stats: CalibrationStats, mask: FiniteMask | None, near: str = "") -> Cause:
+    """Return the first cause that applies (see the module's docstring).
+
+    `mask` is one that the values hold; `near` is a setting that cuts far values off.
+    """
     h = case.histogram
     if mask is not None and mask.codes < FEW:
         return Cause("huge mask value", f"{mask_text(mask)}: {WAY_OUT}")
+    if near and h is not None:
+        text = "a few values lie far beyond all others: take them out of the data, or let this scale cut them off"
+        return Cause(FAR_VALUES, text, near, {"largest but far": h.near})
     if found := _known_range(case, graph) or _mended(case):
         return found
     if case.node.kind == OpKind.constant:

@@ -6,6 +6,7 @@ The `.pt` files hold builtin types and tensors only: `torch.load(weights_only=Tr
 from __future__ import annotations
 
 import pickle
+from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from qflow.analysis.measures.tables import BadcaseTable, text_table
 from qflow.core.errors import DataError
 from qflow.core.settings import COMPARISONS
 from qflow.quant.trace.calling import cut
+from qflow.quant.trace.state import Frame
 
 SHOWN = tuple(metric for metric in COMPARISONS if metric != "Atol")  # the guide's columns
 CASE_FILE, INFO_FILE = "badcase.pt", "all_badcase_info.pt"
@@ -84,9 +86,10 @@ class SavedBadcases:
 def badcase_text(table: BadcaseTable) -> str:
     """The guide's three tables: its five metrics, and the user's own if there is one."""
     shown = [*SHOWN, *(m for m in table.worst if m not in COMPARISONS)]
-    index = [[n, *(str(row[m]) for m in shown)] for n, row in table.index.items()]
+    index = [[n, *(table.shown(row[m]) for m in shown)] for n, row in table.index.items()]
     value = [[n, *(f"{row[m]:.6g}" for m in shown)] for n, row in table.value.items()]
-    worst = [[m, str(table.worst[m])] for m in shown]
+    worst = [[m, table.shown(table.worst[m])] for m in shown]
+    frames = ["An index is sequence:frame, both from 0."] if table.sequences else []
     return "\n".join(
         [
             "The bad case input index of each output:",
@@ -95,6 +98,7 @@ def badcase_text(table: BadcaseTable) -> str:
             text_table(["Name/Index", *shown], value),
             "The bad case input index of the worst output:",
             text_table(["metric", "dataloader index"], worst),
+            *frames,
         ]
     )
 
@@ -104,15 +108,15 @@ def save_badcases(
 ) -> None:
     """Write `badcase.txt`, `badcase.pt` (the first chosen sample) and `all_badcase_info.pt` into `folder`.
 
-    `attrs` are cached attributes by sample. Raises DataError if the inputs of that sample were not kept, or hold
-    anything but tensors and builtin types.
+    `attrs` are cached attributes by sample; the state of a frame is stored as those of both models. Raises DataError if
+    the inputs of that sample were not kept, or hold anything but tensors and builtin types.
     """
     case = table.chosen[0]
     if case not in inputs.samples:
         raise DataError(
             f"Files of bad cases hold inputs, but got none of sample {case}. Give `inputs` to find_badcases."
         )
-    held = {i: (_builtin(x), _builtin((attrs or {}).get(i, (None, None)))) for i, x in inputs.samples.items()}
+    held: dict[int, Any] = {i: _builtin(_parts(x, (attrs or {}).get(i))) for i, x in inputs.samples.items()}
     rows = [[name, *(row[metric] for metric in SHOWN)] for name, row in table.index.items()]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "badcase.txt").write_text(badcase_text(table))
@@ -120,6 +124,12 @@ def save_badcases(
     samples: dict[Any, Any] = dict(held)
     samples[CHOSEN] = [i for i in table.chosen if i in held]
     torch.save((rows, dict(table.worst), samples), folder / INFO_FILE)
+
+
+def _parts(case: Any, attrs: Attrs | None) -> tuple[Any, Attrs]:
+    if isinstance(case, Frame):
+        return case.inputs, (case.state, case.state)
+    return case, attrs or (None, None)
 
 
 def load_badcases(folder: Path) -> SavedBadcases:
@@ -151,7 +161,7 @@ def _builtin(value: Any) -> Any:
         return value.detach().as_subclass(Tensor)
     if isinstance(value, Mapping):
         return {key: _builtin(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, (tuple, list, deque)):
         return (tuple if isinstance(value, tuple) else list)(_builtin(item) for item in value)
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         return value

@@ -17,6 +17,7 @@ from qflow.analysis.measures.metrics import Custom, distances, smallest_is_worst
 from qflow.analysis.measures.tables import BadcaseTable, Finding
 from qflow.core.errors import DataError
 from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.model.temporal_state import at_start
 from qflow.quant.trace.calling import call_model, cut, named_tensors
 from qflow.quant.trace.order import Jump, Order, jumps, may_change_order
 from qflow.quant.trace.tape import Tape
@@ -239,13 +240,15 @@ class Search:
 
 def _same_weights(model: nn.Module, prepared: QuantizedModel) -> QuantizedModel | None:
     """`prepared`, or a copy of it if its weights were trained, with the weights of `model`; None if they do not fit."""
-    wanted, own = _tensors(model.state_dict()), _tensors(prepared.float_state_dict())
+    with at_start(model, prepared.cached):
+        state = copy.deepcopy(model.state_dict())
+    wanted, own = _tensors(state), _tensors(prepared.float_state_dict())
     if wanted.keys() != own.keys() or any(wanted[k].shape != own[k].shape for k in own):
         return None
     if all(torch.equal(wanted[k], own[k]) for k in own):
         return prepared
     twin = copy.deepcopy(prepared)
-    twin.load_float_state_dict(model.state_dict())
+    twin.load_float_state_dict(state)
     return twin
 
 

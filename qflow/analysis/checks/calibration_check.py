@@ -5,6 +5,7 @@ The guide's model check looks at names and dtypes only. The statistics show more
     shared module    case B: its calls see similar values, which is harmless; case C: one scale serves calls of
                      different range, so the module should be copied; C if their 99.9 % thresholds differ by more than 2
     ranges           beyond int8 or fp16, infinities, fixed scales (range_check.py)
+    scales           far values take the codes from all others, scales at the device's floor (scale_check.py)
     finite masks     a value far below all scores that reaches a softmax: it takes the range from the scores
                      (mask_check.py)
     accumulator      sum |w_q| x largest input code of an output channel exceeds int32, or its bias does
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from qflow.analysis.checks.range_check import range_findings
+from qflow.analysis.checks.scale_check import scale_findings
 from qflow.analysis.measures.tables import Finding
 from qflow.core.device import DeviceRules, input_dtypes
 from qflow.core.dtype import QDtype
@@ -54,6 +56,7 @@ def calibration_findings(
         for text in extra
     ]
     found += range_findings(prepared, stats, qconfig, rules, scores or {})
+    found += scale_findings(prepared, stats, qconfig)
     for name in stats.unseen:
         op, at, line = name.partition(" at ")  # a functional comes with the user's line
         found.append(Finding(op, "check", f"ran{at}{line} {UNSEEN}"))
@@ -78,7 +81,7 @@ def _precision() -> list[Finding]:
 def call_reach(stats: CalibrationStats, quantizer: str) -> dict[str, float]:
     """Call of a shared module -> 99.9th percentile of |x|; empty if the module is not shared."""
     calls = stats.calls.get(quantizer, {})
-    return {name: h.percentile(99.9) if h.largest else 0.0 for name, h in calls.items()}
+    return {name: h.cut(99.9) if h.largest else 0.0 for name, h in calls.items()}
 
 
 def _shared(stats: CalibrationStats) -> list[Finding]:

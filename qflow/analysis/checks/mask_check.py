@@ -21,7 +21,7 @@ from qflow.analysis.measures.tables import Finding
 from qflow.core.graph import GEMM_KINDS, ModelGraph, OpKind, OpNode
 from qflow.quant.model.calibrate import CalibrationStats
 from qflow.quant.model.quantized_model import QuantizedModel
-from qflow.quant.values.observer import BINS, Histogram
+from qflow.quant.values.observer import Histogram
 
 APART = 16.0  # exp(-16) = 1e-7, the resolution of float32
 FEW = 32  # codes for the scores; a quarter of what int8 has
@@ -97,18 +97,15 @@ def mask_text(mask: FiniteMask) -> str:
 
 def _apart(h: Histogram, either_sign: bool) -> tuple[float, float] | None:
     """(smallest value, largest |x| of the scores) if an empty stretch parts the values; else None."""
-    filled = h.counts.nonzero().flatten()
-    if not h.limit or not len(filled):
-        return None
-    width, low, high = h.limit / BINS, min(h.batch_min), max(h.batch_max)
-    upper, edge = 0.0, 0.0
-    for index in filled.tolist():
-        edge = index * width
-        if edge - upper > APART and edge >= 2.0 * upper:
+    lower_edges, upper_edges, _ = h.filled()
+    upper = 0.0
+    for lower, next_upper in zip(lower_edges.tolist(), upper_edges.tolist(), strict=True):
+        if lower - upper > APART and lower >= 2.0 * upper:
             break
-        upper = edge + width
+        upper = next_upper
     else:
         return None
+    low, high = min(h.batch_min), max(h.batch_max)
     negative = high <= upper
     if not negative and not (either_sign and low >= -upper):
         return None

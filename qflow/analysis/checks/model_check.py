@@ -93,7 +93,8 @@ def _quantized_outputs(graph: ModelGraph, applied: QConfig) -> Iterator[Finding]
     """GEMMs that leave the model through a quantizer, where a high-precision output may have been meant."""
     owners = {node.quantizer: node.name for node in graph.quantized}
     leaving = [graph.by_name[owners[graph.by_name[s].quantizer]] for _, p in graph.outputs for s in graph.source(p)]
-    for node in {n.name: n for n in leaving}.values():
+    kept = {s for name in graph.state for s in graph.source(name)}  # the next call reads temporal state
+    for node in {n.name: n for n in leaving if n.name not in kept}.values():
         if node.kind in GEMM_KINDS and applied.ops[node.name].output is not None:
             text = "a GEMM before an output, but not a high-precision output: read elsewhere or moved"
             yield Finding(node.name, "info", text)

@@ -62,7 +62,7 @@ def range_findings(
         histogram, op = stats.histograms.get(node.quantizer or ""), qconfig.ops[node.name]
         if histogram is not None:
             found += _limits(node, histogram, op, node.quantizer in prepared.plan.masks, masks.get(node.name))
-            reach = max(map(abs, op.known_range)) if op.known_range is not None else histogram.largest
+            reach = max(map(abs, op.known_range)) if op.known_range is not None else histogram.near
             if op.output == QDtype.qint8 and op.fixed_scale is None and node.name not in masks and reach > INT8_RANGE:
                 wide[node.name] = reach
     names = tuple(wide) if rules is None else raisable(prepared.graph, rules, tuple(wide))
@@ -89,11 +89,12 @@ def _limits(node: OpNode, histogram: Histogram, op: OpQConfig, masks: bool, fini
     pinned = op.pinned_scale()
     if pinned is not None and op.output is not None and finite is None:
         covers = pinned * -op.output.qmin
-        told = f"fixed scale covers {covers:.4g}, but values reach {histogram.largest:.4g}"
-        if covers < 0.5 * histogram.largest:
+        near = histogram.near  # a fixed scale may cut far values off (scale_check.py)
+        told = f"fixed scale covers {covers:.4g}, but values reach {near:.4g}"
+        if covers < 0.5 * near:
             found.append(told)
-        if op.output == QDtype.qint8 and 0.0 < histogram.largest < FEW_CODES * pinned:
-            found.append(f"{told}, {histogram.largest / pinned:.1f} of 128 codes: {NARROW}")
+        if op.output == QDtype.qint8 and 0.0 < near < FEW_CODES * pinned:
+            found.append(f"{told}, {near / pinned:.1f} of 128 codes: {NARROW}")
     return [Finding(node.name, "check", text) for text in found]
 
 

@@ -1,3 +1,3 @@
-"""The tables that hold the results of an analysis, and the distances between float and quantized values."""
+"""The tables that hold the results of an analysis, the overrides that apply them, and distances between values."""
 
-__all__ = ["distances", "layer_metrics", "metrics", "tables"]
+__all__ = ["distances", "layer_metrics", "metrics", "override", "tables"]

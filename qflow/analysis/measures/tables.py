@@ -17,6 +17,9 @@ class BadcaseTable:
     always win; `worst_raw[metric]` is the plugin's choice, which compares the plain numbers. `chosen` are the bad
     cases that the analysis runs on, worst first under `metric`. A NaN distance is stored as the worst infinity;
     `findings` count these, and name the outputs that were left out and whatever makes the comparison doubtful.
+
+    For a model with state, samples are frames; `sequences` pairs the number of frames of each sequence with the number
+    of sequences that ran in parallel.
     """
 
     samples: int
@@ -28,6 +31,21 @@ class BadcaseTable:
     top: dict[str, dict[str, tuple[tuple[int, float], ...]]] = field(default_factory=dict)
     worst_raw: dict[str, int] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
+    sequences: tuple[tuple[int, int], ...] = ()
+
+    def frame(self, sample: int) -> tuple[int, int] | None:
+        """Sequence and frame of a sample, both from 0; None for samples that are not frames."""
+        before = 0
+        for count, parallel in self.sequences:
+            if sample < count * parallel:
+                return before + sample % parallel, sample // parallel
+            sample, before = sample - count * parallel, before + parallel
+        return None
+
+    def shown(self, sample: int) -> str:
+        """A sample in a text: its position, or `sequence:frame`."""
+        frame = self.frame(sample)
+        return str(sample) if frame is None else f"{frame[0]}:{frame[1]}"
 
 
 @dataclass(frozen=True)

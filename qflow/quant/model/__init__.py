@@ -9,5 +9,8 @@ __all__ = [
     "quantized_model",
     "run",
     "runtime",
+    "sequences",
+    "temporal",
+    "temporal_state",
     "weighted",
 ]

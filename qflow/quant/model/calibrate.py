@@ -42,14 +42,17 @@ def collect(
     batches: Iterable[tuple[Any, int]],
     on_step: Callable[[int], None] = lambda step: None,
     sampling: int = CalibrationSettings.sampling,
+    by_batch: bool = False,
 ) -> CalibrationStats:
     """Run the float model over `batches` of (model inputs, batch size) and gather all statistics in one pass.
+
+    `by_batch` keeps the statistics of each batch too, which an averaging constant needs.
 
     The model is in eval mode meanwhile, because the noise of dropout would enter the statistics and batch norms would
     update theirs. Raises DataError for an empty calibration set, NaN, or data that the model does not take.
     """
     samples = steps = 0
-    with torch.no_grad(), _evaluating(prepared), prepared.collecting(sampling) as found:
+    with torch.no_grad(), _evaluating(prepared), prepared.collecting(sampling, by_batch) as found:
         for inputs, size in batches:
             _run(prepared, inputs)
             samples, steps = samples + size, steps + 1
@@ -85,6 +88,8 @@ def _run(prepared: QuantizedModel, inputs: Any) -> None:
 
 def gathered(prepared: QuantizedModel, found: Collected, samples: int = 0, steps: int = 0) -> CalibrationStats:
     """The statistics in `found` as a record; `found` comes from the last forward passes of `prepared`."""
+    for quantizer in prepared.weights.values():
+        quantizer.forget_weight()  # the statistics are those of the present weights
     unseen = tuple(sorted(prepared.unseen))
     return CalibrationStats(found.histograms, samples, steps, found.calls, found.weights, unseen)
 
@@ -182,18 +187,27 @@ def _divisor(dtype: QDtype, settings: CalibrationSettings) -> float:
     return -dtype.qmin - (0.5 if settings.divisor == "plugin" else 0.0)
 
 
+def folded_weights(prepared: QuantizedModel, stats: CalibrationStats) -> dict[str, Tensor]:
+    """Weight quantizer -> its weight with the batch norm folded in; functionals' weights as the pass saw them."""
+    modules = dict(prepared.model.named_modules())
+    leaves = {name: modules.get(name) for name in prepared.weights}
+    with torch.no_grad():
+        own = {name: leaf.folded()[0].detach() for name, leaf in leaves.items() if isinstance(leaf, WeightedLeaf)}
+    return {**stats.weights, **own}
+
+
 def set_weight_scales(prepared: QuantizedModel, stats: CalibrationStats, settings: CalibrationSettings) -> None:
     """Set the scales of all weights: largest |w| per output channel (or `weight_axis`), batch norm folded in."""
-    modules = dict(prepared.model.named_modules())
+    weights = folded_weights(prepared, stats)
     with torch.no_grad():
         for name, quantizer in prepared.weights.items():
             quantizer.clear_scale()
             if quantizer.dtype is None or not quantizer.dtype.is_integer:
                 continue
-            leaf = modules.get(name)
-            weight = leaf.folded()[0] if isinstance(leaf, WeightedLeaf) else stats.weights.get(name)
+            weight = weights.get(name)
             if weight is None:
                 quantizer.dtype = QDtype.float32  # not reached: the finding about its operator's output says so
                 continue
+            quantizer.follow(weight)
             others = [d for d in range(weight.ndim) if d != quantizer.axis]
             quantizer.set_scale(weight.abs().amax(dim=others) / _divisor(quantizer.dtype, settings))

@@ -13,6 +13,8 @@ from qflow.core.graph import ModelGraph
 from qflow.quant.model.leaf import Leaf
 from qflow.quant.model.plan import make_plan
 from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.model.temporal import settled
+from qflow.quant.model.temporal_state import at_start
 from qflow.quant.trace.trace import trace_filled
 from qflow.quant.trace.tracer import PYTHON_VALUE
 
@@ -23,9 +25,11 @@ def graph_at(prepared: QuantizedModel, inputs: Any, way_out: str = "Give inputs=
     A loop over the samples may run operators without a quantizer more or less often there. Raises ModelError if the
     model does not run there or has other quantized operators; the message ends with `way_out`.
     """
-    model, skipped = _unswapped(prepared.model), prepared.plan.skipped
+    with at_start(prepared.model, prepared.cached):
+        model, skipped = _unswapped(prepared.model), prepared.plan.skipped
     try:
-        tape = trace_filled(model, inputs, skipped, prepared.plan.sites)
+        shown = inputs if prepared.cached is None else settled(model, prepared.cached, inputs)
+        tape = trace_filled(model, shown, skipped, prepared.plan.sites)
         graph = make_plan(tape, model, skipped, prepared.plan.fold_functional_norms).graph
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ModelError
+from qflow.quant.model.weighted import WeightedLeaf
 from qflow.quant.values.fake_quant import FakeQuant
 
 SCHEMA = 1
@@ -74,8 +75,66 @@ class QuantizerStateMixin(nn.Module):
         return self.model.state_dict()
 
     def load_float_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Any:
-        """Load parameters and buffers of the float model; scales stay as they are."""
-        return self.model.load_state_dict(state, strict)
+        """Load parameters and buffers of the float model.
+
+        If they differ from the present ones, weight scales follow, and all other scales are forgotten, because the
+        activations will be others: calibrate again.
+        """
+        own = self.model.state_dict()
+        same = all(_equal(own[name], value) for name, value in state.items() if name in own)
+        found = self.model.load_state_dict(state, strict)
+        if not same:
+            self.follow_weights()
+            self.forget_activations()
+        return found
+
+    def forget_activations(self) -> None:
+        """Clear the scales that belong to the activations of other weights."""
+        prepared = cast("HasQuantizers", self)
+        for quantizer in (*prepared.outputs.values(), *cast("Iterable[FakeQuant]", prepared.requants)):
+            quantizer.clear_scale("lost its scale when other float weights were loaded")
+        for quantizer in prepared.weights.values():
+            quantizer.changed = False
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's; the saved scales are those of the saved weights."""
+        self.follow_weights()
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's; the loaded scales belong to the loaded weights."""
+        found = super().load_state_dict(*args, **kwargs)
+        self.know_weights()
+        return found
+
+    # ---- weights that change after calibration --------------------------------------------------------------------
+
+    def know_weights(self) -> None:
+        """Take the present weights as those that their scales were set for."""
+        for quantizer in cast("HasQuantizers", self).weights.values():
+            quantizer.forget_weight()
+        self.follow_weights()
+
+    @torch.no_grad()
+    def follow_weights(self) -> list[str]:
+        """Let weight scales follow weights that were changed; return the names of all that changed since calibration.
+
+        A forward pass does the same for the weights that it reads. Weights of functionals are only seen there.
+        """
+        quantizers = cast("HasQuantizers", self).weights
+        for leaf in (module for module in self.model.modules() if isinstance(module, WeightedLeaf)):
+            quantizer = quantizers.get(leaf.qflow_path)
+            integer = quantizer is not None and quantizer.dtype is not None and quantizer.dtype.is_integer
+            if quantizer is not None and integer and quantizer.follows:
+                quantizer.follow(leaf.folded()[0])
+        return [name for name, quantizer in quantizers.items() if quantizer.changed]
+
+
+def _equal(own: Any, loaded: Any) -> bool:
+    """True if a state holds what the model has already."""
+    if not isinstance(own, Tensor) or not isinstance(loaded, Tensor):
+        return True  # an extra state of a user's module
+    return own.shape == loaded.shape and torch.equal(own, loaded.to(own))
 
 
 def pack(state: Mapping[str, Any]) -> Tensor:

@@ -82,6 +82,7 @@ def make_plan(tape: Tape, model: nn.Module, skip: Collection[str] = (), fold_fun
             *_norm_notes(functional_norms),
             *_unknown_notes(layout.nodes, tape.ops),
         ),
+        state=tuple(dict.fromkeys(layout.name_of[index] for index in tape.state if index in layout.name_of)),
     )
     return Plan(
         graph,

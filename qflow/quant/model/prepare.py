@@ -8,22 +8,28 @@ is computed outside of torch operators (NumPy, TorchScript) is found by tracing 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from qflow.core.errors import ModelError, QflowError
 from qflow.core.signature import mismatch
+from qflow.quant.model.find_state import held_values, unnamed_state
 from qflow.quant.model.plan import make_plan
 from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.model.temporal import settled, verify_sequence
 from qflow.quant.model.verify import holder, verify_float
-from qflow.quant.trace.calling import batch_size, map_named
+from qflow.quant.trace.calling import batch_size, map_named, state_tensors
 from qflow.quant.trace.ops import is_leaf
+from qflow.quant.trace.state import cached_state
 from qflow.quant.trace.tape import Tape
 from qflow.quant.trace.trace import trace, trace_filled
 
+T = TypeVar("T")
 Skip = str | type[nn.Module] | Sequence[str | type[nn.Module]]
 """Modules that stay float: by path, class name or class; one, or several."""
 TOLERANCE = 1e-4
@@ -31,14 +37,19 @@ TOLERANCE = 1e-4
 
 
 def prepare(
-    model: nn.Module, example_inputs: Any, skip: Skip = (), fold_functional_norms: bool = False
+    model: nn.Module,
+    example_inputs: Any,
+    skip: Skip = (),
+    fold_functional_norms: bool = False,
+    cached_attrs: str | Iterable[str] = (),
 ) -> QuantizedModel:
     """Trace `model` (eval mode) on `example_inputs`, fuse, place quantizers, and prove the float graph unchanged.
 
     `example_inputs` is a tensor, a tuple to splat or a dict of keyword arguments; the batch axis comes first.
     `skip` are module names, class names or classes that stay in float. `fold_functional_norms` folds an `F.batch_norm`
-    on a module's own statistics as an nn.BatchNorm2d. Raises ModelError where the model cannot run, has no float
-    output, or the comparison fails.
+    on a module's own statistics as an nn.BatchNorm2d. `cached_attrs` are the attributes in which the model keeps state
+    from call to call; their present values are the state at the start of a sequence. Raises ModelError where the model
+    cannot run, has no float output, keeps other state, or the comparison fails.
     """
     if model.training:
         raise ModelError("A model is prepared in eval mode, but got one in train mode. Call model.eval() first.")
@@ -48,11 +59,16 @@ def prepare(
     paths = skipped_paths(model, skip)
     if not any(module.training for module in model.modules()):
         model.eval()  # empties caches that eval() empties, as it will in the copy: what fills them is traced
-    tape = _trace(model, example_inputs, paths)
-    _refuse_unseen(tape, model, example_inputs, paths)
-    prepared = QuantizedModel(model, make_plan(tape, model, paths, fold_functional_norms)).eval()
+    cached = cached_state(model, cached_attrs)
+    inputs = example_inputs
+    if cached is not None:
+        inputs = _runs(model, example_inputs, functools.partial(settled, model, cached, example_inputs))
+    tape = _trace(model, inputs, paths)
+    _refuse_unseen(tape, model, inputs, paths)
+    prepared = QuantizedModel(model, make_plan(tape, model, paths, fold_functional_norms), cached).eval()
+    tolerance = TOLERANCE if tape.decomposed else 0.0
     try:
-        _verify(model, prepared, example_inputs, TOLERANCE if tape.decomposed else 0.0)
+        _verify(model, prepared, inputs, tolerance)
     except ModelError as error:
         found = holder(model)
         if not found:
@@ -83,8 +99,11 @@ def _refuse_compiled(model: nn.Module) -> None:
 
 def _verify(model: nn.Module, prepared: QuantizedModel, inputs: Any, tolerance: float) -> None:
     verify_float(model, prepared, inputs, tolerance)
+    if prepared.cached is not None:
+        verify_sequence(model, prepared, inputs.inputs, tolerance)
     try:
-        verify_float(model, prepared, _one_more(inputs), tolerance)
+        if (more := _at_other_batch(model, prepared, inputs)) is not None:
+            verify_float(model, prepared, more, tolerance)
     except QflowError:
         raise
     except Exception as error:  # the user's forward may raise anything
@@ -92,6 +111,23 @@ def _verify(model: nn.Module, prepared: QuantizedModel, inputs: Any, tolerance: 
             f"The model must run at any batch size, but at one more sample got: {first_line(error)}. "
             "Take the batch size from the input's shape."
         ) from error
+
+
+def _at_other_batch(model: nn.Module, prepared: QuantizedModel, inputs: Any) -> Any:
+    """The inputs at batch size n + 1; None for a state that starts as tensors for batch size n, which is noted."""
+    cached = prepared.cached
+    if cached is None:
+        return _one_more(inputs)
+    try:
+        return settled(model, cached, _one_more(inputs.inputs))
+    except Exception:  # whatever a state of another batch size causes
+        held = [name for name, _ in state_tensors(cached.initial)]
+        if not held:
+            raise
+        graph = prepared.graph
+        note = f"{held[0]} starts with a batch size of its own: only that of the example inputs was checked"
+        prepared.plan = replace(prepared.plan, graph=replace(graph, notes=(*graph.notes, note)))
+        return None
 
 
 def first_line(error: Exception) -> str:
@@ -134,10 +170,9 @@ def _nearest(model: nn.Module, wanted: str) -> str:
     return f"There are: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}."
 
 
-def _trace(model: nn.Module, inputs: Any, skip: Collection[str]) -> Tape:
-    state = {name: buffer.clone() for name, buffer in model.named_buffers()}
+def _runs(model: nn.Module, inputs: Any, call: Callable[[], T]) -> T:
     try:
-        tape = trace_filled(model, inputs, skip)
+        return call()
     except QflowError:
         raise
     except Exception as error:  # the user's forward may raise anything
@@ -145,12 +180,17 @@ def _trace(model: nn.Module, inputs: Any, skip: Collection[str]) -> Tape:
         raise ModelError(
             f"The model must run on a batch of its data, but got: {text}. Check task.model and task.data."
         ) from error
-    known = [(name, buffer) for name, buffer in model.named_buffers() if name in state]  # others are caches, now filled
-    changed = [name for name, buffer in known if not torch.equal(buffer, state[name])]
-    if changed:
+
+
+def _trace(model: nn.Module, inputs: Any, skip: Collection[str]) -> Tape:
+    before = held_values(model)
+    tape = _runs(model, inputs, lambda: trace_filled(model, inputs, skip))
+    state = unnamed_state(model, inputs, map_named(_other_values, inputs), before)
+    if state:
+        named = ", ".join(f'"{path}"' for path in state) + "," * (len(state) == 1)
         raise ModelError(
-            f"A model in eval mode keeps no state between calls, but got {changed[0]} changed by one. "
-            "Reset it in forward."
+            f"A model in eval mode keeps no state between calls, but got {', '.join(state)} changed by one. Name all "
+            f"its state, cached_attrs=({named}) (task.cached_attrs in a task), or reset it in forward."
         )
     names = [name for name, _ in tape.outputs]
     if len(set(names)) < len(names):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,31 +20,27 @@ from qflow.quant.model.model_state import QuantizerStateMixin
 from qflow.quant.model.plan import Plan
 from qflow.quant.model.run import Collected, Run, set_current_run
 from qflow.quant.model.runtime import EnterScope, LeaveSkipped, Mode, enter_skipped, leaf_class, leave_scope
+from qflow.quant.model.temporal_state import TemporalStateMixin, copy_at_start
 from qflow.quant.model.weighted import NormScope, WeightedLeaf
 from qflow.quant.trace.calling import argument_names, map_named
 from qflow.quant.trace.ops import is_leaf
 from qflow.quant.trace.order import Order, Ordering
+from qflow.quant.trace.state import CachedState
 from qflow.quant.values.fake_quant import FakeQuant
 from qflow.quant.values.precision import full_precision
 
 
-class QuantizedModel(QuantizerStateMixin):
+class QuantizedModel(TemporalStateMixin, QuantizerStateMixin):
     """The user's model with a quantizer after every operator and on every weight, all switched off at first.
 
     It is called like the float model. `outputs` and `weights` hold the quantizers by operator and module name. `only`,
     `quantized` and `collecting` switch them and restore the switches on leaving.
     """
 
-    def __init__(self, float_model: nn.Module, plan: Plan) -> None:
+    def __init__(self, float_model: nn.Module, plan: Plan, cached: CachedState | None = None) -> None:
         super().__init__()
-        self.plan = plan
-        try:
-            self.model = copy.deepcopy(float_model)
-        except Exception as error:  # whatever the model holds may refuse
-            text = (str(error) or type(error).__name__).splitlines()[0]
-            raise ModelError(
-                f"A model can be copied (copy.deepcopy), but got: {text}. Keep what cannot be copied outside of it."
-            ) from error
+        self.plan, self.cached = plan, cached
+        self.model = copy_at_start(float_model, cached)
         self.outputs = {node.quantizer: FakeQuant(node.quantizer) for node in plan.graph.quantized if node.quantizer}
         self.weights: dict[str, FakeQuant] = {}
         self.weight_shapes: dict[str, tuple[tuple[int, ...], int]] = {}
@@ -145,6 +140,7 @@ class QuantizedModel(QuantizerStateMixin):
         before = set_current_run(run)
         try:
             args, kwargs = self._quantize_inputs(run, args, kwargs)
+            self._quantize_state(run)
             with full_precision(), Mode(run):
                 out = self.model(*args, **kwargs)
             if run.folded:
@@ -234,9 +230,9 @@ class QuantizedModel(QuantizerStateMixin):
             yield self
 
     @contextmanager
-    def collecting(self, sampling: int = CalibrationSettings.sampling) -> Iterator[Collected]:
+    def collecting(self, sampling: int = CalibrationSettings.sampling, by_batch: bool = False) -> Iterator[Collected]:
         """Forward passes run in float and collect statistics, as in the plugin's CALIBRATION state."""
-        self._collect, before = Collected(sampling), self._collect
+        self._collect, before = Collected(sampling, by_batch), self._collect
         try:
             with self._switched(set()):
                 yield self._collect
@@ -294,6 +290,7 @@ def _refuse_left_out(norms: Collection[str]) -> None:
 
 def scales(prepared: QuantizedModel) -> dict[str, float | list[float]]:
     """All scales by quantizer name: `name` for an output, `name.weight` for a weight (one scale for each channel)."""
+    prepared.follow_weights()
     found: dict[str, float | list[float]] = {name: float(q.scale) for name, q in prepared.outputs.items()}
     found.update({f"{name}.weight": q.scale.flatten().tolist() for name, q in prepared.weights.items()})
     return found

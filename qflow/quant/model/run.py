@@ -26,6 +26,8 @@ class Collected:
 
     sampling: int = CalibrationSettings.sampling
     """Every n-th value enters the bins (values/observer.py)."""
+    by_batch: bool = False
+    """Whether each batch keeps its own statistics, for moving averages."""
     histograms: dict[str, Histogram] = field(default_factory=dict)
     """Output quantizer -> its histogram over all its calls."""
     calls: dict[str, dict[str, Histogram]] = field(default_factory=dict)
@@ -41,7 +43,7 @@ class Collected:
 
     def _of(self, kept: dict[str, Histogram], name: str) -> Histogram:
         if name not in kept:
-            kept[name] = Histogram(self.sampling)
+            kept[name] = Histogram(self.sampling, by_batch=self.by_batch)
         return kept[name]
 
 

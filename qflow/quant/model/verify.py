@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qflow.core.errors import ModelError
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.trace.calling import call_model, named_tensors
+from qflow.quant.trace.state import owner_of
 
 
 def verify_float(model: nn.Module, prepared: QuantizedModel, inputs: Any, tolerance: float = 0.0) -> None:
@@ -30,13 +31,20 @@ def verify_float(model: nn.Module, prepared: QuantizedModel, inputs: Any, tolera
         _same_operators(prepared, visited)
     finally:
         prepared.watch, prepared.unseen = None, set()
+    same_tensors(expected, got, tolerance)
+
+
+def same_tensors(
+    expected: list[tuple[str, Tensor]], got: list[tuple[str, Tensor]], tolerance: float, where: str = ""
+) -> None:
+    """Raise ModelError unless names, shapes and values are equal; `where` follows the name in the message."""
     if [(n, t.shape) for n, t in expected] != [(n, t.shape) for n, t in got]:
         raise ModelError(
             f"The traced model must give the outputs {_shapes(expected)}, but got {_shapes(got)}. Keep no tensors "
             "between calls."
         )
     for (name, a), (_, b) in zip(expected, got, strict=True):
-        _same_values(name, a, b, tolerance)
+        _same_values(name + where, a, b, tolerance)
 
 
 def _same_operators(prepared: QuantizedModel, visited: set[str]) -> None:
@@ -99,11 +107,16 @@ def _content(cell: Any) -> Any:
 
 
 class Observed(nn.Module):
-    """A module whose forward is `function`."""
+    """A module whose forward is `function`, a method of a prepared model."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
         self.function = function
+
+    @property
+    def qflow_state_owner(self) -> nn.Module:
+        """The module whose attributes hold temporal state (trace/state.py)."""
+        return owner_of(self.function.__self__)  # type: ignore[attr-defined]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)

@@ -145,7 +145,8 @@ class WeightedLeaf(Leaf):
         """The folded weight, quantized, and the bias. Without gradients they are cached until a source changes.
 
         The key of the cache is the identity, version and address of each source; an address alone may belong to a new
-        tensor. A write through `.data` changes none of them: it takes effect when the quantizer is switched.
+        tensor. A write through `.data` changes none of them: it is noticed by a few values of the weight (on a CPU:
+        reading them from a GPU would wait for it), and takes effect at the latest when the quantizer is switched.
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             quantizer.cached = None
@@ -154,12 +155,13 @@ class WeightedLeaf(Leaf):
         sources, settings = self._sources(quantizer), self._settings(quantizer)
         identities = [id(source) for source in sources]
         if quantizer.cached is not None:
-            known, tensors, views, versions, kept_settings, result = quantizer.cached
+            known, tensors, views, versions, kept_settings, few, result = quantizer.cached
             if (
                 known == identities
                 and versions == [t._version for t in tensors]
                 and views == [t.data_ptr() for t in tensors]
                 and kept_settings == settings
+                and few[0].tolist() == few[1]
             ):
                 found: tuple[Tensor, Tensor | None] = result[0]
                 return found
@@ -171,7 +173,8 @@ class WeightedLeaf(Leaf):
             # themselves are kept alive for their identities.
             held = (quantized, [t.detach() for t in tensors])
             addresses, versions = [t.data_ptr() for t in tensors], [t._version for t in tensors]
-            quantizer.cached = identities, tensors, addresses, versions, settings, held
+            few = _few_values(tensors[0])
+            quantizer.cached = identities, tensors, addresses, versions, settings, (few, few.tolist()), held
         return quantized
 
     def _sources(self, quantizer: FakeQuant) -> tuple[Tensor | None, ...]:
@@ -202,6 +205,13 @@ class WeightedLeaf(Leaf):
     def run_with(self, weight: Tensor, bias: Tensor | None, input: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
         """Run the operator with this weight and bias in place of its own."""
         raise AssertionError("every weighted leaf class defines run_with")
+
+
+def _few_values(weight: Tensor) -> Tensor:
+    """A view of about 16 values from all over a weight; of none on a GPU."""
+    if weight.device.type != "cpu" or not weight.is_contiguous():
+        return torch.empty(0)
+    return weight.detach().view(-1)[:: max(1, weight.numel() // 16)]
 
 
 class ConvLeaf(WeightedLeaf):

@@ -23,6 +23,7 @@ from qflow.quant.model.plan import Plan
 from qflow.quant.model.runtime import writes_first
 from qflow.quant.trace.calling import input_tensors
 from qflow.quant.trace.ops import FILLS, function_name
+from qflow.quant.trace.state import Frame, without
 from qflow.quant.trace.tape import Call, Op, Ref, Tape
 from qflow.quant.trace.trace import trace
 from qflow.quant.trace.tracer import Tracer
@@ -178,11 +179,17 @@ def capture(model: nn.Module, plan: Plan, inputs: Any, memory: float, inner: boo
 
     With `inner`, values inside fused groups are kept too. Raises ReplayError if the batch cannot be replayed.
     """
+    if isinstance(inputs, Frame):
+        own = sorted(inputs.state.keys() - without(inputs.state, plan.skipped).keys())
+        if own:
+            raise ReplayError(f"a skipped module keeps the state {own[0]}")
     for _ in range(2):  # the first pass may have filled a cache
         tracer = Capture(model, plan, memory, inner)
         tracer.given = plan.sites  # functionals get the same names as in the prepared model
         tape = trace(model, inputs, plan.skipped, tracer)
-        strange = sorted(set(tape.names) - plan.known)
+        # before the first frame of a sequence, constants of its own may fill the state
+        names = {op.name for op in tape.ops} if isinstance(inputs, Frame) else tape.names
+        strange = sorted(names - plan.known)
         if not strange:
             break
     if tracer.reason or strange:

@@ -105,6 +105,8 @@ class Tape:
     """Ops from whose result a Python value was taken."""
     fingerprints: dict[str, tuple[str, tuple[float, ...]]]
     """Constant, or output without a producer -> its reader, and sums of its values; inputs must not change them."""
+    state: list[int] = field(default_factory=list)
+    """Ops whose result is kept as temporal state (state.py), returned or not."""
 
 
 _PLAIN = (int, float, bool, str, type(None))

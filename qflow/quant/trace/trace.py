@@ -13,11 +13,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qflow.core.graph import OpKind
-from qflow.quant.trace.calling import all_tensors, copied, input_tensors, named_tensors, run_model
+from qflow.quant.trace.calling import (
+    all_tensors,
+    copied,
+    fresh_state,
+    input_tensors,
+    named_tensors,
+    run_model,
+    state_tensors,
+)
 from qflow.quant.trace.ops import is_leaf, module_kind
+from qflow.quant.trace.state import Frame, FrameOutputs, without
 from qflow.quant.trace.tape import Tape, module_attrs
 from qflow.quant.trace.tracer import Tracer
 
@@ -106,20 +115,21 @@ class _Hooks:
 
 
 def trace(model: nn.Module, inputs: Any, skip: Collection[str] = (), tracer: Tracer | None = None) -> Tape:
-    """Record one forward pass of `model` on `inputs` (a tensor, a tuple to splat, or a dict of keywords).
+    """Record one forward pass of `model` on `inputs` (a tensor, a tuple to splat, a dict of keywords, or a `Frame`).
 
     `skip` are paths of modules that stay float; each is one operator on the tape. The model is neither copied nor
     changed; it runs under no_grad in its current mode. `tracer` is by default a new `Tracer`.
     """
     tracer = tracer or Tracer(model)
     inputs = copied(inputs)
-    for name, tensor in input_tensors(model, inputs):
+    shown = Frame(inputs.inputs, without(inputs.state, skip)) if isinstance(inputs, Frame) else inputs
+    for name, tensor in input_tensors(model, shown):
         tracer.record(tracer.unique(f"quant[{name}]"), OpKind.input, "QuantStub", None, [], [tensor])
     hooks = _Hooks(tracer, skip)
     with torch.no_grad(), hooks.on(), tracer:
         outputs = run_model(model, inputs)
     named = []
-    for name, tensor in named_tensors(outputs):
+    for name, tensor in _leaving(tracer, inputs, outputs, skip):
         index = tracer.producer(tensor)
         if index is not None:
             named.append((name, index))
@@ -145,7 +155,25 @@ def trace(model: nn.Module, inputs: Any, skip: Collection[str] = (), tracer: Tra
         decomposed=frozenset(tracer.decomposed),
         read_by_python=frozenset(tracer.read_by_python),
         fingerprints=tracer.fingerprints,
+        state=[i for _, t in _state(outputs) if (i := tracer.producer(t)) is not None],
     )
+
+
+def _state(outputs: Any) -> list[tuple[str, Tensor]]:
+    return state_tensors(outputs.after) if isinstance(outputs, FrameOutputs) else []
+
+
+def _leaving(tracer: Tracer, inputs: Any, outputs: Any, skip: Collection[str]) -> list[tuple[str, Tensor]]:
+    """The named outputs. A state tensor that the model returns too, or only moves on, is no output of its own."""
+    if not isinstance(outputs, FrameOutputs) or inputs.outputs is not None:
+        return named_tensors(outputs)
+
+    def moved(tensor: Tensor) -> bool:
+        index = tracer.producer(tensor)
+        return index is not None and tracer.ops[index].kind == OpKind.input
+
+    fresh = fresh_state(replace(outputs, after=without(outputs.after, skip)), moved)
+    return [*named_tensors(outputs.outputs), *((name, tensor) for _, name, tensor in fresh)]
 
 
 def trace_filled(

@@ -64,6 +64,8 @@ def qat_state(
         _set_weight_scales(prepared)
         for quantizer, kept in before.items():
             quantizer.margin, quantizer.half_step, quantizer.averaging_constant = kept
+            quantizer.follows = True
+        prepared.know_weights()
 
 
 def _quantizers(prepared: QuantizedModel) -> dict[FakeQuant, str]:
@@ -120,6 +122,7 @@ def _set_moving(
     quantizer.margin = calibration.int16_margin if int16 else 1.0
     quantizer.half_step = 0.5 if calibration.divisor == "plugin" else 0.0
     if role == "weight":
+        quantizer.follows = False
         constant = 1.0 if settings.moving_weights else 0.0
     else:
         constant = settings.averaging_constant if settings.moving else 0.0

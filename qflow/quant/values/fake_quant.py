@@ -1,20 +1,16 @@
-"""Fake quantization: quantize, clamp and dequantize in float, with a straight-through gradient.
-
-    y = clamp(round(x / scale), qmin, qmax) * scale        half to even, zero point 0
-
-It is written in four element-wise kernels, because torch's builtin is scalar code on CPU (measured 11 times slower) and
-maps NaN to qmin * scale, which hides divergence; here NaN stays NaN. The gradient passes where the code of x lies
-within qmin..qmax (torch's own mask, bit for bit) and is zero outside.
+"""Fake quantization: a quantizer with a dtype, a scale and a switch, which puts values on its grid (values/grid.py).
 
 In training, a scale may move, as in the plugin. For activations, the ends of each batch enter a moving average,
 v += c * (v_batch - v) with c = averaging_constant, which starts from the calibrated range, and
 scale = max(-low, high) * margin / divisor (the margin is for int16, which suffers from clipping before it suffers from
 rounding). For weights there is no average: the scale follows from the current values. c = 0 keeps the scale.
+
+Outside training, the scale of a weight follows too if the weight is found to be another one than that which it was set
+for (edited, merged, pruned, swapped in): a scale of other values would cut it off or waste its codes.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,71 +20,10 @@ from torch import Tensor, nn
 
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, ModelError
-from qflow.quant.values.half import overflows, to_half
+from qflow.quant.values.grid import HalfStraightThrough, StraightThrough, quantize_dequantize, quantize_dequantize_
+from qflow.quant.values.half import overflows
 
 EPS = float(torch.finfo(torch.float32).eps)  # smallest scale, as in the plugin
-
-
-def quantize_dequantize(x: Tensor, scale: Tensor | float, qmin: int, qmax: int) -> Tensor:
-    """`x` on the grid of `scale`: a number, or a tensor that broadcasts (one scale per channel of a weight)."""
-    inverse = 1.0 / (scale if isinstance(scale, float) else scale.to(x.dtype))
-    return x.mul(inverse).round_().clamp_(qmin, qmax).mul_(scale)
-
-
-def quantize_dequantize_(x: Tensor, scale: Tensor | float, qmin: int, qmax: int) -> Tensor:
-    """As `quantize_dequantize`, but in place."""
-    inverse = 1.0 / (scale if isinstance(scale, float) else scale.to(x.dtype))
-    return x.mul_(inverse).round_().clamp_(qmin, qmax).mul_(scale)
-
-
-@functools.lru_cache(maxsize=4096)
-def gradient_bounds(scale: float, qmin: int, qmax: int, double: bool) -> tuple[float, float]:
-    """Open interval of the x whose code is not clamped, exact in the arithmetic of the forward pass.
-
-    Nominally ((qmin - 0.5) * scale, (qmax + 0.5) * scale). As x * (1 / scale) is rounded, the last ulps are tested one
-    by one. A tie rounds half to even: qmin - 0.5 goes to qmin and is inside, qmax + 0.5 is outside.
-    """
-    kind = np.float64 if double else np.float32
-    inverse, infinity = kind(1.0 / scale), kind(np.inf)
-    low, high = kind((qmin - 0.5) * scale), kind((qmax + 0.5) * scale)
-    for _ in range(4):  # two ulps are enough: one of the product, one of the bound
-        low = np.nextafter(low, -infinity) if low * inverse >= qmin - 0.5 else low
-        high = np.nextafter(high, infinity) if high * inverse < qmax + 0.5 else high
-    for _ in range(4):
-        above, below = np.nextafter(low, infinity), np.nextafter(high, -infinity)
-        low = above if above * inverse < qmin - 0.5 else low
-        high = below if below * inverse >= qmax + 0.5 else high
-    return float(low), float(high)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The forward saves only x: a saved mask would cost as much memory traffic as the quantization itself."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor | float, qmin: int, qmax: int) -> Tensor:
-        ctx.limits, ctx.number = (qmin, qmax), None if isinstance(scale, Tensor) else scale
-        ctx.save_for_backward(x, *([scale] if isinstance(scale, Tensor) else []))
-        return quantize_dequantize(x, scale, qmin, qmax)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *scale = ctx.saved_tensors
-        qmin, qmax = ctx.limits
-        if scale:
-            code = x.mul(1.0 / scale[0].to(x.dtype)).round_()
-            return grads[0] * ((code >= qmin) & (code <= qmax)), None, None, None
-        low, high = gradient_bounds(ctx.number, qmin, qmax, x.dtype == torch.float64)
-        return torch.ops.aten.hardtanh_backward(grads[0], x, low, high), None, None, None
-
-
-class _HalfStraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, clip: bool) -> Tensor:
-        return to_half(x, clip)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0], None  # casting the gradient to half would flush small gradients to zero
 
 
 class FakeQuant(nn.Module):
@@ -100,6 +35,8 @@ class FakeQuant(nn.Module):
 
     scale: Tensor
     sides: Tensor | None
+    extent: Tensor | None
+    present: Tensor | None
 
     def __init__(self, name: str, channels: int | None = None, axis: int = 0, ndim: int = 0) -> None:
         super().__init__()
@@ -116,6 +53,11 @@ class FakeQuant(nn.Module):
         """The divisor is -qmin minus this: 0 as in the guide, 0.5 as in the plugin."""
         self.keeps_mask = False
         """True: -inf stays -inf, because it masks a softmax (trace/masks.py)."""
+        self.follows = True
+        """A weight's scale follows another weight outside training; false while QAT keeps weight scales."""
+        self.changed = False
+        """True if the last weight seen is another one than at the last calibration."""
+        self._unset = "was never calibrated"
         self._enabled = False
         self._checked = False  # True once the scale is known to be above 0; each check would synchronize a GPU
         self._overflowed: Tensor | int = 0
@@ -127,6 +69,9 @@ class FakeQuant(nn.Module):
         self.register_buffer("scale", torch.zeros(shape))
         # Moving averages of -low and high in units of the scale; both start at the calibrated one.
         self.register_buffer("sides", torch.zeros(2) if ndim == 0 else None)
+        # Largest |w| of each scale's channel: of the weight at calibration, and of the last one seen.
+        self.register_buffer("extent", None, persistent=False)
+        self.register_buffer("present", None, persistent=False)
 
     def set_axis(self, axis: int, shape: Sequence[int]) -> None:
         """Use a scale for each index of `axis` of a weight of `shape`, or one for -1. ConfigError: no such axis."""
@@ -136,6 +81,7 @@ class FakeQuant(nn.Module):
         if list(self.scale.shape) != scales:
             self.scale = torch.zeros(scales, device=self.scale.device)
             self._checked, self.cached = False, None
+            self.forget_weight()
         self.axis = axis
 
     @property
@@ -178,8 +124,9 @@ class FakeQuant(nn.Module):
                 self.sides.copy_(self.scale)
         self._checked = True
 
-    def clear_scale(self) -> None:
-        """Clear the scale, so that the quantizer does not depend on an earlier calibration."""
+    def clear_scale(self, why: str = "was never calibrated") -> None:
+        """Clear the scale, so that the quantizer does not depend on an earlier calibration; `why` is for the error."""
+        self._unset = why
         self.scale.zero_()
         if self.sides is not None:
             self.sides.zero_()
@@ -202,8 +149,29 @@ class FakeQuant(nn.Module):
 
     def measured(self, weight: Tensor) -> Tensor:
         """The scale of `weight` from its values: largest |w| of each channel, divided by the divisor."""
+        return (self._extent(weight) / self.divisor()).clamp_min_(EPS)
+
+    def _extent(self, weight: Tensor) -> Tensor:
         others = [d for d in range(weight.ndim) if self.scale.shape[d] == 1]
-        return (weight.detach().abs().amax(dim=others, keepdim=True) / self.divisor()).clamp_min_(EPS)
+        return weight.detach().abs().amax(dim=others, keepdim=True)
+
+    @torch.no_grad()
+    def follow(self, weight: Tensor) -> None:
+        """Set the scale to that of `weight` if it is another one than before; its first weight only gets known.
+
+        Weights are the same if the largest |w| of each channel is, within the rounding of their dtype.
+        """
+        extent = self._extent(weight)
+        if self.extent is None or self.present is None:
+            self.extent = self.present = extent
+        elif not _close(self.present, extent):
+            self.present, self.changed = extent, not _close(self.extent, extent)
+            if self.calibrated:
+                self.scale.copy_(self.measured(weight))
+
+    def forget_weight(self) -> None:
+        """Take the next weight as the one that the scale was set for."""
+        self.extent, self.present, self.changed = None, None, False
 
     def scale_for(self, x: Tensor) -> Tensor | float:
         """The scale for this call; a moving scale is first updated with `x`. Raises ModelError if there is none.
@@ -216,6 +184,8 @@ class FakeQuant(nn.Module):
             self._check()
         if moves:
             self._move(x)
+        elif self.per_channel and self.follows and not torch.compiler.is_compiling():
+            self.follow(x)
         scale = self.scale
         if scale.ndim == 0 and scale.device.type == "cpu" and not torch.compiler.is_compiling():
             return float(scale)
@@ -239,7 +209,7 @@ class FakeQuant(nn.Module):
 
     def _check(self) -> None:
         if not self.calibrated:
-            raise ModelError(f"A quantizer needs a scale, but {self.name} was never calibrated. Calibrate first.")
+            raise ModelError(f"A quantizer needs a scale, but {self.name} {self._unset}. Calibrate first.")
         self._checked = True
 
     def forward(self, x: Tensor, scale: Tensor | float | None = None) -> Tensor:
@@ -250,12 +220,12 @@ class FakeQuant(nn.Module):
         if self.dtype == QDtype.float16:
             if not torch.compiler.is_compiling():
                 self._overflowed = self._overflowed + overflows(x)
-            out: Tensor = _HalfStraightThrough.apply(x, self.clip)  # type: ignore[no-untyped-call]
+            out: Tensor = HalfStraightThrough.apply(x, self.clip)  # type: ignore[no-untyped-call]
             return torch.where(torch.isneginf(x), x, out) if self.keeps_mask and self.clip else out
         if scale is None:
             scale = self.scale_for(x)
         if torch.is_grad_enabled() and x.requires_grad:
-            out = _StraightThrough.apply(x, scale, self.dtype.qmin, self.dtype.qmax)  # type: ignore[no-untyped-call]
+            out = StraightThrough.apply(x, scale, self.dtype.qmin, self.dtype.qmax)  # type: ignore[no-untyped-call]
         else:
             out = quantize_dequantize(x, scale, self.dtype.qmin, self.dtype.qmax)
         return torch.where(torch.isneginf(x), x, out) if self.keeps_mask else out
@@ -289,6 +259,13 @@ class FakeQuant(nn.Module):
             qmax = min(qmax, int(np.rint(np.float32(top) * np.float32(1.0 / scale))))
         return (quantize_dequantize_ if in_place else quantize_dequantize)(x, scale, 0, qmax)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        before = None if self.extent is None else self.extent.dtype
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if self.extent is not None and self.extent.dtype != before:
+            self.extent = self.present = None  # with a batch norm folded in, weights differ by the precision's rounding
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "cached": None}
 
@@ -297,3 +274,10 @@ class FakeQuant(nn.Module):
             state_dict.setdefault(prefix + "sides", state_dict[prefix + "scale"].expand(2))
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
         self._checked, self.cached = False, None
+        self.forget_weight()
+
+
+def _close(known: Tensor, extent: Tensor) -> bool:
+    """True but for rounding: a batch norm is folded in anew, maybe on another device."""
+    known = known.to(extent)
+    return torch.equal(known, extent) or torch.allclose(known, extent, rtol=8 * torch.finfo(extent.dtype).eps, atol=0.0)

@@ -1,4 +1,4 @@
-"""Writes an advice as the command-line override that applies it."""
+"""Writes precisions of operators as the command-line override that sets them."""
 
 from __future__ import annotations
 

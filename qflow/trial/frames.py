@@ -1,0 +1,67 @@
+"""Frames of a task in order: where sequences begin, and the float model's state before each frame.
+
+Outside of a run, the model of a task holds the state at the start of a sequence. A task without `cached_attrs` has
+samples instead of frames, and nothing to reset.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from qflow.core.errors import DataError
+from qflow.quant.model.sequences import Along
+from qflow.quant.trace.state import CachedState, Frame, cached_state
+from qflow.tasks.sequences import in_parallel, lengths_of
+from qflow.tasks.task import Task, batches, evaluate, model_inputs
+
+
+def beginning(task: Task, model: nn.Module) -> Callable[[], None]:
+    """Return a function that puts a float or prepared model of the task at the start of a sequence."""
+    cached = cached_state(task.model, task.cached_attrs)
+    return _nothing if cached is None else functools.partial(cached.reset, model)
+
+
+def _nothing() -> None:
+    """A model without state is always at the start."""
+
+
+def evaluate_from_start(
+    task: Task, model: nn.Module, batch_size: int, progress: Callable[[int], None], least: float | None = None
+) -> tuple[float, int]:
+    """`evaluate` with the model at the start of every sequence, and at the end."""
+    begin = beginning(task, model)
+    try:
+        return evaluate(task, model, batch_size, progress, least, begin)
+    finally:
+        begin()
+
+
+def frames(task: Task, along: Along, count: int) -> Iterator[Frame]:
+    """Yield the first `count` calibration frames, one at a time, with the state of the float model before each."""
+    for batch, _ in batches(task, "calibration", 1, limit=count, begin=along.begin):
+        yield along.frame(model_inputs(task, batch))
+
+
+def chosen_frames(task: Task, cached: CachedState, samples: list[int]) -> list[Frame]:
+    """Return these calibration frames, in this order, with the state of the float model before each."""
+    stream, wanted = frames(task, Along(task.model, cached), max(samples) + 1), set(samples)
+    found = {i: frame for i, frame in enumerate(stream) if i in wanted}
+    return [found[i] for i in samples]
+
+
+def require_samples(task: Task, batch_size: int, steps: int, split: str) -> None:
+    """Raise DataError if a split holds fewer samples than `batch_size` x `steps`, or frames for fewer steps."""
+    data: Any = getattr(task.data, split)
+    available, wanted, what = len(data), batch_size * steps, "batch_size x steps = {} samples"
+    if task.cached_attrs:
+        available, wanted = len(in_parallel(lengths_of(data, split), batch_size)), steps
+        what = "steps = {} frames of batch_size sequences"
+    if 0 < available < wanted:
+        raise DataError(
+            f"Calibration takes {what.format(wanted)}, but got {available} in task.data.{split}. Lower "
+            "calibration.batch_size or calibration.steps, or their search."
+        )
