@@ -8,6 +8,7 @@ __all__ = [
     "finish",
     "int16_weights",
     "manifest",
+    "missed",
     "mixes",
     "session",
     "stages",

@@ -83,7 +83,7 @@ def best_calibration(session: Session, point: Mapping[str, Any], label: str) -> 
         raise TrialError(f"A study needs {label}, but that trial failed. Its line above says why.")
     trials = [first] if first is not None else []
     if not accurate(first):
-        for at in _other_methods(session, point)[: (session.config.search.n_trials - 2) // 4]:
+        for at in other_methods(session, point)[: (session.config.search.n_trials - 2) // 4]:
             try:
                 trial = session.measure(at, f"{label} {at[METHOD]}")
             except BudgetSpent:
@@ -104,7 +104,7 @@ def retry_calibrations(session: Session, missed: Sequence[FinishedTrial]) -> Fin
     return found if accurate(found) else None
 
 
-def _other_methods(session: Session, point: Mapping[str, Any]) -> list[dict[str, Any]]:
+def other_methods(session: Session, point: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return `point` with each other searched calibration method that gives another model, the most promising first."""
     domain = session.study.space.get(METHOD)
     points = [{**point, METHOD: method} for method in (domain.values if isinstance(domain, Choice) else ())]

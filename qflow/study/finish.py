@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -13,9 +14,11 @@ from qflow.core.store import write_whole
 from qflow.report.console import SummaryRow, python_command, summary_table
 from qflow.search.objective import CONSTRAINT, accurate, nearest_miss, over_budget
 from qflow.search.outcome import FinishedTrial
+from qflow.study.missed import not_tried, tried
 from qflow.study.session import Session
 
 NAMED = 12  # how many operators the console lists per dtype
+FEW_SAMPLES = 3  # a miss by so few samples is no safe verdict
 
 
 def finish(session: Session) -> int:
@@ -93,12 +96,24 @@ def verdict(session: Session, best: FinishedTrial | None, shown: FinishedTrial) 
         return f"{'goal':<12}{goal}: missed, over {found}; relax that budget, or objective.max_drop"
     miss = shown.outcome.constraints[CONSTRAINT]
     if int16 is not None and int16.outcome.metrics["accuracy/drop"] > session.goal.max_drop:
-        advice = "all-int16 misses the goal too: see the decisions; the cause may be a known range or a hard weight"
-        if not session.config.qat.steps:
-            advice += "; or train: qat=<yours> qat.apply=after_search"
+        advice = "all-int16 misses the goal too: the decisions name the cause"
     else:
         advice = f"raise objective.max_drop (to {shown.outcome.metrics['accuracy/drop']:.4f}) or search.n_trials"
-    return f"{'goal':<12}{goal}: missed by {miss:.4f}; {advice}"
+    lines = [f"{'goal':<12}{goal}: missed by {miss:.4f}{_samples(session, shown)}; {advice}"]
+    lines.append(f"{'tried':<12}{tried(session)}")
+    if rest := not_tried(session):
+        lines.append(f"{'not tried':<12}{rest}")
+    return "\n".join(lines)
+
+
+def _samples(session: Session, shown: FinishedTrial) -> str:
+    """Return by how many samples the goal is missed if they are few; only for a metric that counts samples."""
+    samples, miss = session.evaluator.eval_samples, shown.outcome.constraints[CONSTRAINT]
+    hits = [samples * value for value in (session.evaluator.float_metric, shown.outcome.metrics[session.accuracy])]
+    few = math.ceil(round(samples * miss, 6))
+    if few > FEW_SAMPLES or any(abs(hit - round(hit)) > 1e-6 * samples for hit in hits):
+        return ""
+    return f", which is {few} of {samples} samples: evaluate on more before you rely on it"
 
 
 def _against_int16(session: Session, best: FinishedTrial, int16: FinishedTrial) -> str:
