@@ -122,10 +122,7 @@ class SharedState:
     @property
     def prepared(self) -> QuantizedModel:
         """The prepared model."""
-        if self._prepared is None:
-            self.prepare()
-        assert self._prepared is not None
-        return self._prepared
+        return self._prepared if self._prepared is not None else self.prepare()
 
     @property
     def graph(self) -> ModelGraph:
