@@ -215,7 +215,7 @@ class _Applied:
         Positions are counted, not producers: both inputs of q @ q^T are q, so q is lowered.
         """
         matmul = node.kind == OpKind.matmul
-        allowed = self.device.matmul_int16_inputs if matmul else 1 + self.dual(node)
+        allowed = self.device.matmul_int16_inputs if matmul else 1 + self.device.dual(node)
         factors = self.arriving(node)[: None if matmul else 2]  # the bias of a convolution is no factor
         int16 = [i for i, dtypes in enumerate(factors) if QDtype.qint16 in dtypes]
         if ranking is None:
