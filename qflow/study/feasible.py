@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.settings import QConfigSettings
+from qflow.search.domain import Choice, Domain, Interval
 from qflow.search.objective import Goal
 from qflow.tasks.task import Task, split_for
 from qflow.trial.evaluator import Evaluator
+from qflow.trial.frames import steps_of
+
+BATCH_SIZE, STEPS = "calibration.batch_size", "calibration.steps"
 
 
 def check_feasible(evaluator: Evaluator, goal: Goal, switched: Sequence[QConfigSettings]) -> None:
@@ -21,6 +26,32 @@ def check_feasible(evaluator: Evaluator, goal: Goal, switched: Sequence[QConfigS
     check_budgets(evaluator, goal)
     for settings in switched:
         evaluator.resolve(replace(settings, int16_ratio=0.0))
+
+
+def within_data(space: Mapping[str, Domain], task: Task) -> tuple[dict[str, Domain], list[str]]:
+    """Return the search space without values that ask for more calibration data than there are, and what is left out.
+
+    A calibration set that is too small is used whole, so of the values that do so the smallest one is enough.
+    """
+    found, said = dict(space), []
+    most = {BATCH_SIZE: len(task.data.calibration)}
+    for key in (BATCH_SIZE, STEPS):
+        if key == STEPS:
+            sizes = [int(v) for v in found[BATCH_SIZE].points()] if BATCH_SIZE in found else []  # type: ignore[arg-type]
+            most[STEPS] = steps_of(task, min(sizes, default=1))
+        domain = found.get(key)
+        if isinstance(domain, Choice):
+            values = sorted(v for v in domain.values if isinstance(v, (int, float)))
+            whole = next((v for v in values if v >= most[key]), math.inf)
+            left_out = [str(v) for v in values if v > whole]
+            if left_out:
+                kept = tuple(v for v in domain.values if str(v) not in left_out)
+                found[key] = replace(domain, values=kept)
+                said.append(f"{key}: {', '.join(left_out)} left out, because {whole} reads the whole calibration set")
+        elif isinstance(domain, Interval) and domain.high > max(most[key], domain.low):
+            found[key] = replace(domain, high=max(most[key], domain.low))
+            said.append(f"{key}: up to {max(most[key], int(domain.low))}, which reads the whole calibration set")
+    return found, said
 
 
 def check_augmented(task: Task, calibration: bool, training: bool) -> None:

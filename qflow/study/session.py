@@ -130,16 +130,6 @@ class Session:
         domain = self.study.space.get(key)
         return domain.contains(True) if domain else bool(OmegaConf.select(self.config, key))
 
-    def largest_calibration(self) -> tuple[int, int]:
-        """Return the largest batch size and number of steps among the default and the search space."""
-        sizes = []
-        for key in ("batch_size", "steps"):
-            default = int(getattr(self.evaluator.default_calibration, key))
-            domain = self.study.space.get(f"calibration.{key}")
-            points = [int(p) for p in (domain.points() if domain else ()) if isinstance(p, (int, float))]
-            sizes.append(max([default, *points]))
-        return sizes[0], sizes[1]
-
     def drive(self) -> None:
         """Take the right to add trials; reconcile and report the trials of an earlier start."""
         self.driver = self.stack.enter_context(

@@ -20,6 +20,7 @@ from qflow.trial.diagnosis import Diagnosis
 
 ALL_INT16, ALL_INT8 = "all-int16", "all-int8"
 TOP = 3  # how many operators a reason names
+FEW_STEPS = 10  # the guide recommends 10 to 100 steps of calibration
 ANALYSIS = "qflow.analysis"  # tag of a study's run: the digest of the inputs of its layers and advice
 
 
@@ -27,7 +28,6 @@ def begin(session: Session) -> None:
     """Run the first stages: float metric, model check, opening of the study, calibration, analysis of all-int8."""
     evaluator, console = session.evaluator, session.console
     task = evaluator.task
-    evaluator.require_samples(*session.largest_calibration())
     evaluator.check_data()
     with console.stage("float") as say, console.bar("float", len(task.data.evaluation), "samples") as advance:
         metric = evaluator.measure_float(advance)
@@ -38,7 +38,14 @@ def begin(session: Session) -> None:
     settings = evaluator.default_calibration
     with console.stage("calibrate") as say, console.bar("calibrate", settings.steps, "steps") as advance:
         stats = evaluator.calibrate(settings, advance)
-        say(f"{stats.samples} samples in {stats.steps} steps, one pass for every method and dtype")
+        asked = settings.batch_size * settings.steps
+        whole = f", the whole set (batch_size x steps asks for {asked})" if stats.samples < asked else ""
+        say(f"{stats.samples} samples in {stats.steps} steps{whole}, one pass for every method and dtype")
+    if stats.steps < FEW_STEPS:
+        console.say(
+            f"{'hint':<12} the guide asks for 10 to 100 calibration steps, but these are {stats.steps}: take more data "
+            "or a smaller calibration.batch_size"
+        )
     diagnose(session)
     leave_for_training(session)
     if session.config.search.early_stop:

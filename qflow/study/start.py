@@ -13,6 +13,7 @@ from qflow.report.console import Console
 from qflow.search.objective import Goal
 from qflow.search.study import Study
 from qflow.study.assemble import make_evaluator
+from qflow.study.feasible import within_data
 from qflow.study.session import Session
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.trial.record import RUN_METRICS
@@ -30,16 +31,19 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
     evaluator = make_evaluator(config)
     accuracy = f"accuracy/{evaluator.task.metric_name}"
     goal = Goal(**plain(config.objective)).aimed(accuracy, evaluator.task.direction, (accuracy, *RUN_METRICS))
+    space, left_out = within_data(search_space(config), evaluator.task)
     study = Study.open(
         root,
         config.study,
-        space=search_space(config),
+        space=space,
         directions=tuple(goal.optimize.values()),
         sampler=config.search.sampler,
         seed=config.seed,
         n_trials=config.search.n_trials,
     )
     session = Session(config, evaluator, goal, Console(started=started), tracker, study, root)
+    for text in left_out:
+        session.console.say(f"{'space':<12} {text}")
     evaluator.cache.folder, evaluator.cache.say = root / "cache", session.console.say
     evaluator.checkpoints, evaluator.searches = root / "cache" / "training", root / "cache" / "searches"
     status = "FAILED"

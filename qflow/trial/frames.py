@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 
-from qflow.core.errors import DataError
 from qflow.quant.model.sequences import Along
 from qflow.quant.trace.state import CachedState, Frame, cached_state
 from qflow.tasks.sequences import in_parallel, lengths_of
@@ -53,15 +52,9 @@ def chosen_frames(task: Task, cached: CachedState, samples: list[int]) -> list[F
     return [found[i] for i in samples]
 
 
-def require_samples(task: Task, batch_size: int, steps: int, split: str) -> None:
-    """Raise DataError if a split holds fewer samples than `batch_size` x `steps`, or frames for fewer steps."""
+def steps_of(task: Task, batch_size: int, split: str = "calibration") -> int:
+    """Return in how many batches a split is read whole; with `cached_attrs`, of frames of so many sequences."""
     data: Any = getattr(task.data, split)
-    available, wanted, what = len(data), batch_size * steps, "batch_size x steps = {} samples"
     if task.cached_attrs:
-        available, wanted = len(in_parallel(lengths_of(data, split), batch_size)), steps
-        what = "steps = {} frames of batch_size sequences"
-    if 0 < available < wanted:
-        raise DataError(
-            f"Calibration takes {what.format(wanted)}, but got {available} in task.data.{split}. Lower "
-            "calibration.batch_size or calibration.steps, or their search."
-        )
+        return len(in_parallel(lengths_of(data, split), batch_size))
+    return -(-len(data) // batch_size)

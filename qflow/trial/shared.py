@@ -36,7 +36,7 @@ from qflow.tasks.loading import seeded
 from qflow.tasks.task import Task, batches, deploy_inputs, model_inputs, split_for
 from qflow.trial.badcases import BadcaseStage
 from qflow.trial.cache import Cache
-from qflow.trial.frames import beginning, chosen_frames, evaluate_from_start, require_samples
+from qflow.trial.frames import beginning, chosen_frames, evaluate_from_start, steps_of
 from qflow.trial.precisions import Precisions
 from qflow.trial.record import Evaluation
 
@@ -139,20 +139,20 @@ class SharedState:
     def calibrate(self, settings: CalibrationSettings, progress: Progress = silent) -> CalibrationStats:
         """Collect statistics of `steps` batches of `batch_size` in one pass, which serves all methods and dtypes.
 
-        Raises DataError if the calibration set holds fewer samples.
+        A smaller calibration set is used whole, as the guide asks.
         """
         split = split_for(self.task, "calibration", settings.augment)
+        steps = min(settings.steps, steps_of(self.task, settings.batch_size, split))
 
         def passed() -> CalibrationStats:
-            self.require_samples(settings.batch_size, settings.steps, split)
             begin = beginning(self.task, self.prepared)
-            stream = batches(self.task, split, settings.batch_size, settings.steps, begin=begin)
+            stream = batches(self.task, split, settings.batch_size, steps, begin=begin)
             inputs = ((model_inputs(self.task, b), size) for b, size in stream)
             with seeded():
                 return collect(self.prepared, inputs, progress, settings.sampling, by_batch)
 
         by_batch = settings.averaging_constant is not None
-        key = [settings.batch_size, settings.steps, settings.sampling, by_batch, self.augmented(settings)]
+        key = [settings.batch_size, steps, settings.sampling, by_batch, self.augmented(settings)]
         return self.cache.get("calibration", key, passed, CalibrationStats)
 
     def augmented(self, settings: CalibrationSettings) -> str:
@@ -166,10 +166,6 @@ class SharedState:
         for part in unidentified:
             self.cache.leave_disk(part)
         return found
-
-    def require_samples(self, batch_size: int, steps: int, split: str = "calibration") -> None:
-        """Raise DataError if a split holds fewer samples than `batch_size` x `steps`."""
-        require_samples(self.task, batch_size, steps, split)
 
     def check_data(self) -> None:
         """Read one batch of each split, so that data that cannot work raise before anything long runs."""

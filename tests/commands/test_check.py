@@ -34,7 +34,6 @@ def test_hints_are_not_counted_as_not_as_asked(tmp_path):
         (["+qconfig.modules={loud: qint7}"], "is one of qint8, qint16, float16, float32"),
         (["+qconfig.modules={nowhere: qint16}"], "but got nowhere"),
         (["+qconfig.modules={loud: float16}"], "but got"),
-        (["calibration.steps=100000"], "Calibration takes batch_size x steps"),
         (["calibration.sampling=0"], "calibration.sampling"),
         (["search.sampler=foo"], "search.sampler is one of tpe"),
         (["task.data._target_=user_task.Broken"], "must load and batch together, but got OSError: no file 0"),

@@ -8,8 +8,9 @@ from qflow.config.space import module_settings, search_space
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.setter import covers
+from qflow.search.domain import Choice, Interval
 from qflow.search.objective import Goal
-from qflow.study.feasible import check_budgets, check_feasible
+from qflow.study.feasible import check_budgets, check_feasible, within_data
 
 
 @pytest.fixture
@@ -109,3 +110,21 @@ def test_the_metrics_that_can_be_optimized_are_those_of_a_run(evaluator):
     found = outcome(result, goal, "accuracy/accuracy", {}, result.samples)
     assert set(found.metrics) == {"accuracy/accuracy", *RUN_METRICS} - {"qat/steps", "qat/loss"}
     assert found.objectives == (found.metrics["cost/traffic_mb"],)
+
+
+def test_the_space_of_calibrations_ends_where_the_data_do(digits_task):
+    samples = len(digits_task.data.calibration)
+    space = {
+        "calibration.batch_size": Choice((16, samples, 2 * samples)),
+        "calibration.steps": Choice((4, samples // 16, samples // 16 + 1, 10 * samples)),
+        "qconfig.int16_ratio": Interval(0.0, 1.0),
+    }
+    found, said = within_data(space, digits_task)
+    assert found["calibration.batch_size"].values == (16, samples)
+    assert found["calibration.steps"].values == (4, samples // 16)
+    assert found["qconfig.int16_ratio"] == space["qconfig.int16_ratio"]
+    assert [text.split(":")[0] for text in said] == ["calibration.batch_size", "calibration.steps"]
+    assert f"{2 * samples} left out, because {samples} reads the whole calibration set" in said[0]
+    steps = {"calibration.steps": Interval(1, 10**6, integer=True)}
+    assert within_data(steps, digits_task)[0]["calibration.steps"].high == samples
+    assert within_data(found, digits_task) == (found, [])

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qflow.core.errors import ConfigError, DataError
+from qflow.core.errors import ConfigError
 from qflow.core.settings import CalibrationSettings, QConfigSettings, TrialSettings
 from qflow.trial.cache import Cache
 
@@ -75,9 +75,14 @@ def test_a_ratio_without_sensitivities_is_refused(evaluator):
         trial(evaluator, 0.5)
 
 
-def test_too_few_calibration_samples_are_refused(evaluator):
-    with pytest.raises(DataError, match="batch_size x steps = 6400 samples, but got 512"):
-        trial(evaluator, batch_size=64, steps=100)
+def test_a_small_calibration_set_is_used_whole(evaluator):
+    """The guide: if the training set is small, use it all for calibration."""
+    whole = trial(evaluator, batch_size=64, steps=100)
+    assert whole.calibration_samples == 512
+    exact = trial(evaluator, batch_size=64, steps=8)
+    assert (exact.scales, exact.evaluated) == (whole.scales, False)
+    uneven = evaluator.calibrate(CalibrationSettings(batch_size=100, steps=100))
+    assert (uneven.samples, uneven.steps) == (512, 6)
 
 
 def test_a_float_metric_other_than_stated_is_refused(evaluator):
