@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,10 @@ def root_dir(config: DictConfig) -> Path:
 
     Raises ConfigError if it cannot be created.
     """
-    root = Path(config.root or "qflow_out").expanduser().resolve()
+    given = Path(config.root or "qflow_out")
+    with suppress(RuntimeError):  # a folder may be called ~x where no user x has a home
+        given = given.expanduser()
+    root = given.resolve()
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

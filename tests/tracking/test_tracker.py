@@ -12,6 +12,8 @@ import pandas as pd
 import pytest
 
 from qflow.core.errors import TrackingError
+from qflow.search.domain import Choice
+from qflow.search.study import Study
 from qflow.tracking.mlflow_tracker import BATCH, MlflowTracker, find_tables, rounded
 
 pytestmark = pytest.mark.slow  # real stores on disk
@@ -213,3 +215,21 @@ def test_a_study_is_found_in_another_experiment(tracker, store):
     other = MlflowTracker.open(None, store, "elsewhere")
     assert other.find_study("s") is None
     assert (other.experiments_with("s"), other.experiments_with("t")) == (["experiment"], [])
+
+
+@pytest.mark.parametrize("name", ["a%20b", "{x}?y#z", "%%2F & é@\\ [x]:$HOME;~\n日本", "out.v1"])
+def test_a_study_lives_in_a_folder_of_any_name(tmp_path, name):
+    root = tmp_path / "in" / name
+    root.mkdir(parents=True)
+    write_table(tmp_path / "files" / "deep" / "table.json")
+    tracker = MlflowTracker.open(None, root, "experiment")
+    run_id = start(tracker)
+    commit(tracker, run_id, folder=tmp_path / "files")
+    found = tracker.download(run_id, "deep/table.json", tmp_path / "down")
+    assert pd.read_json(found, orient="split").equals(TABLE)
+    assert MlflowTracker.open(tracker.uri, root, "experiment").find_study("task/stage")
+    study = Study.open(root, "task/stage", space={"x": Choice((1, 2))}, directions=("minimize",))
+    study.ask()
+    assert len(Study.open(root, "task/stage", space=study.space, directions=study.directions).trials()) == 1
+    assert list((tmp_path / "in").iterdir()) == [root]
+    assert {p.name for p in tmp_path.iterdir()} == {"in", "files", "down"}
