@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from qflow.config.settings import check_executor, plain, sensitivity_settings, trial_settings
 from qflow.config.space import search_space
 from qflow.core.errors import ConfigError
+from qflow.core.names import check_study_name
 from qflow.search.proposal import SAMPLERS
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def check_config(config: DictConfig) -> None:
 
 def check_study(config: DictConfig) -> None:
     """Raise ConfigError for a search with points that no trial can run. Only studies have a search."""
+    check_study_name(config.study)
     check_config(config)
     space = search_space(config)
     if config.qconfig.template != "qint8":

@@ -15,6 +15,7 @@ from qflow.search.study import Study
 from qflow.study.assemble import make_evaluator
 from qflow.study.feasible import within_data
 from qflow.study.session import Session
+from qflow.tracking.limits import check_metric_name
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.trial.record import RUN_METRICS
 
@@ -29,6 +30,7 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
     root = root_dir(config)
     tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
     evaluator = make_evaluator(config)
+    check_metric_name(evaluator.task.metric_name)
     accuracy = f"accuracy/{evaluator.task.metric_name}"
     goal = Goal(**plain(config.objective)).aimed(accuracy, evaluator.task.direction, (accuracy, *RUN_METRICS))
     space, left_out = within_data(search_space(config), evaluator.task)
