@@ -56,6 +56,15 @@ REFUSED = {
     "threads": ([BASE, "executor.threads=-3"], "executor.threads is at least 0 (0 leaves it to torch), but got -3"),
     "a march without its rules": ([BASE, "device.march=nash-x"], "but got device.march=nash-x. Choose a device file"),
     "no device file": ([BASE, "device=nowhere.yaml"], "but got nowhere.yaml, which is no file"),
+    "no option": (
+        [BASE, "calibration=3"],
+        "names an option of a group, but got Config group override must be a string",
+    ),
+    "a blank that split a value": ([BASE, "file"], "is key=value, but got 'file' without =. Quote a value with blanks"),
+    "a module's own signs": (
+        [BASE, "qconfig.modules.[add](1)=qint16"],
+        "Paste: 'qconfig.modules={\\[add\\]\\(1\\): qint16}'",
+    ),
     "loss that does not import": (
         [BASE, "qat=default", "qat.optimizer._targt_=x"],
         "got qat.optimizer._targt_. Keys of qat.optimizer: _target_",
