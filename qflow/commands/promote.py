@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from qflow.config.command import run_command
+from qflow.config.quoting import assignment
 from qflow.config.settings import load_resolved, plain, root_dir, trial_settings
 from qflow.core.errors import PromotionError, TrackingError
 
@@ -104,7 +105,7 @@ def best_run(tracker: MlflowTracker, study: str) -> str:
     if found is None and (elsewhere := tracker.experiments_with(study)):
         raise TrackingError(
             f"A study is looked for in its tracking.experiment, but got {study}, which is in {', '.join(elsewhere)}. "
-            f"Add tracking.experiment={elsewhere[0]}."
+            f"Add {assignment('tracking.experiment', elsewhere[0])}."
         )
     if found is None:
         raise TrackingError(
