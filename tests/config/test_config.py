@@ -152,6 +152,16 @@ def test_a_trial_is_the_configuration_with_its_parameters_in_place():
     assert config.calibration.method != "kl"
 
 
+def test_rates_of_modules_keep_their_ratio_to_a_rate_that_a_trial_tries():
+    config = compose(BASE, "qat.learning_rate=1e-3", "qat.rates={backbone: 1e-4, head.cls: 2e-3}")
+    assert trial_settings(config).qat.rates == {"backbone": 1e-4, "head.cls": 2e-3}
+    tried = trial_settings(config, {"qat.learning_rate": 1e-5}).qat
+    assert (tried.learning_rate, tried.rates) == (1e-5, {"backbone": 1e-6, "head.cls": 2e-5})
+    stated = trial_settings(config, {"qat.learning_rate": 1e-5, "qat.rates.backbone": 0.5}).qat
+    assert stated.rates == {"backbone": 0.5, "head.cls": 2e-5}
+    assert trial_settings(config, {"qat.learning_rate": 1e-3}).qat.rates == {"backbone": 1e-4, "head.cls": 2e-3}
+
+
 def test_a_resolved_configuration_comes_back():
     config = compose(BASE, "calibration.steps=7", "root=/nowhere")
     back = load_resolved(resolved_yaml(config))
