@@ -9,14 +9,18 @@ __version__ = VERSION
 
 # Imported on first use, so that `import qflow` and --help stay fast.
 _PLACES = {
-    "qflow.api.library": "prepare configure calibrate check cost set_fake_quantize FakeQuantState Prepared",
+    "qflow.api.library": "prepare configure calibrate check cost set_fake_quantize FakeQuantState",
+    "qflow.api.prepared": "Prepared",
+    "qflow.api.plugin_check": "check_qat_model",
+    "qflow.api.qat_mode": "PrepareMethod QATMode get_qat_mode set_qat_mode",
+    "qflow.api.training": "train",
     "qflow.api.quant_analysis": "QuantAnalysis",
     "qflow.api.frames": "to_frame",
     "qflow.analysis.checks.model_check": "check_text",
     "qflow.core.dtype": "QDtype",
     "qflow.core.qconfig": "OpQConfig QConfig",
     "qflow.core.setter": "HighPrecisionOutput TemplateSetter",
-    "qflow.core.settings": "CalibrationSettings",
+    "qflow.core.settings": "CalibrationSettings QatSettings",
     "qflow.quant.model.quantized_model": "scales",
 }
 _HOME = {name: place for place, names in _PLACES.items() for name in names.split()}

@@ -1,3 +1,3 @@
 """The Python interface of `import qflow`: prepare, calibrate, check, cost; QuantAnalysis; the plugin's names."""
 
-__all__ = ["frames", "library", "plugin_names", "quant_analysis"]
+__all__ = ["frames", "library", "plugin_check", "plugin_names", "prepared", "qat_mode", "quant_analysis", "training"]

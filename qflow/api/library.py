@@ -11,33 +11,31 @@ Functions and states have the plugin's names; `docs/library.md` compares them.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qflow.analysis.checks.calibration_check import calibration_findings
 from qflow.analysis.checks.model_check import check_model, grouped
 from qflow.analysis.measures.tables import Finding, ModelCheck
 from qflow.api.plugin_names import plugin_ranking
+from qflow.api.prepared import Prepared, text_of_changed
+from qflow.api.qat_mode import PrepareMethod, enter_qat, get_qat_mode, leave_qat, require_traced, with_keywords
 from qflow.config.device_file import load_cost, load_rules
 from qflow.core.device import apply_rules
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, ModelError
 from qflow.core.qconfig import QConfig
-from qflow.core.record import from_dict, plain
 from qflow.core.resolve import resolve
 from qflow.core.setter import HighPrecisionOutput, Setter, TemplateSetter
 from qflow.core.settings import CalibrationSettings
 from qflow.cost_model.latency import predict
 from qflow.cost_model.records import CostReport
 from qflow.quant.model import prepare as engine
-from qflow.quant.model.calibrate import CalibrationStats, apply_scales, collect, gathered
+from qflow.quant.model.calibrate import apply_scales, collect, gathered
 from qflow.quant.model.graph_at_shape import graph_at
-from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.model.run import Collected
 from qflow.quant.model.sequences import in_order
 from qflow.quant.trace.binding import example_of, inputs_of
@@ -51,90 +49,23 @@ class FakeQuantState(str, Enum):
     """Quantizers pass float values and collect statistics."""
     VALIDATION = "validation"
     """Quantizers quantize with the calibrated scales."""
+    QAT = "qat"
+    """Quantizers quantize and their scales follow the data; the model is in train mode."""
     FLOAT = "_float"
     """Quantizers are off: the model computes exactly as the float model."""
 
 
-class Prepared(QuantizedModel):
-    """A prepared model with its qconfig, both as requested and as the device will run it.
-
-    The state dict holds everything but the statistics. Loaded into a model that was prepared from the same inputs, with
-    any setters, it makes this model compute and check like the saved one. Another qconfig needs a new calibration.
-    """
-
-    requested: QConfig
-    applied: QConfig
-    march: str
-    sample: Any
-    """The first sample of the example inputs; the cost is predicted at its shape."""
-    settings: CalibrationSettings = CalibrationSettings()
-    stats: CalibrationStats | None = None
-    findings: tuple[Finding, ...] = ()
-    silent: Sequence[str] = ()
-    """What `apply_scales` reported of operators without values."""
-    scores: Mapping[str, float] = {}
-    """Activation sensitivities of the last analysis by operator: the check tells by them what is worth a look."""
-    _warned = False
-    _calibrated = False
-    """True as soon as nothing has to be said about a missing calibration."""
-    _warned_of_weights = False
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; warn once if it is not calibrated, if operators were not traced, if weights changed since."""
-        if not self._calibrated and self._collect is None and not torch.compiler.is_compiling():
-            self._calibrated = True  # or the user knows now
-            if self.uncalibrated and not any(quantizer.enabled for quantizer in self._quantizers()):
-                warnings.warn(
-                    "The prepared model is not calibrated and computes in float. Call qflow.calibrate first.",
-                    stacklevel=4,  # skips the frames of nn.Module
-                )
-        out = super().forward(*args, **kwargs)
-        quiet = torch.compiler.is_compiling() or self.training or self._collect is not None
-        if not quiet and not self._warned and self.unseen:  # during calibration this becomes a finding
-            self._warned = True
-            first = min(self.unseen)
-            warnings.warn(
-                f"{len(self.unseen)} operators ran that the example inputs did not reach and stay float, {first} "
-                "first. Prepare with inputs of this kind.",
-                stacklevel=4,  # skips the frames of nn.Module
-            )
-        changed = [] if quiet or self._warned_of_weights else [n for n, q in self.weights.items() if q.changed]
-        if changed:
-            self._warned_of_weights = True
-            warnings.warn(f"{changed[0]}: {_changed(changed)}.", stacklevel=4)
-        return out
-
-    def forget_activations(self) -> None:
-        """Forget the scales, statistics and findings that belong to the activations of other weights."""
-        super().forget_activations()
-        text = "other float weights were loaded: the scales of activations are gone, calibrate again"
-        self.stats, self.findings = None, (Finding("model", "error", text),)
-
-    def settings_state(self) -> dict[str, Any]:
-        """Return the extra state as plain values."""
-        kept = ("requested", "applied", "march", "settings", "findings")
-        return {**super().settings_state(), "library": {name: plain(getattr(self, name)) for name in kept}}
-
-    def restore_settings(self, state: Mapping[str, Any]) -> None:
-        """Restore the state that `settings_state` returned. Raises ModelError for a state without a qconfig."""
-        if "library" not in state:
-            raise ModelError("A state of qflow.prepare holds its qconfig, but got none. Save that of the same kind.")
-        super().restore_settings(state)
-        saved = state["library"]
-        self.requested, self.applied = (from_dict(QConfig, saved[name]) for name in ("requested", "applied"))
-        self.settings = from_dict(CalibrationSettings, saved["settings"])
-        self.march, self.stats = saved["march"], None
-        self.findings = tuple(from_dict(Finding, finding) for finding in saved["findings"])
-
-
 def prepare(
     model: nn.Module,
-    example_inputs: Any,
+    example_inputs: Any = None,
     qconfig_setter: Setter | Sequence[Setter] = (),
     march: str = "nash-m",
     skip: engine.Skip = (),
     fold_functional_norms: bool = False,
     cached_attrs: str | Sequence[str] = (),
+    *,
+    method: PrepareMethod | str = PrepareMethod.JIT_STRIP,
+    example_kw_inputs: Mapping[str, Any] | None = None,
 ) -> Prepared:
     """Return a traced, fused and configured copy of `model` (in eval mode). The first setter that answers decides.
 
@@ -145,13 +76,16 @@ def prepare(
     example) as it would fold an nn.BatchNorm2d; the plugin goes by module type. `cached_attrs` names the attributes in
     which the model keeps state from call to call (`head.memory`); their present values start a sequence
     (`reset_state`). Operators without an answer are int8, and outputs of GEMMs that leave the model high-precision.
-    Raises ModelError or ConfigError.
+    `method` is JIT or JIT_STRIP. `example_kw_inputs` joins `example_inputs`. Raises ModelError or ConfigError.
     """
-    given, example_inputs = setters_of(qconfig_setter), example_of(model, example_inputs)
+    given = setters_of(qconfig_setter)
+    require_traced(method)
+    example_inputs = example_of(model, with_keywords(model, example_inputs, example_kw_inputs))
     prepared = engine.prepare(model, example_inputs, skip, fold_functional_norms, cached_attrs)
     prepared.__class__ = Prepared
     assert isinstance(prepared, Prepared)
     prepared.march, prepared.sample = march, cut(example_inputs, batch_size(example_inputs), 0, 1)
+    prepared.qat_mode = get_qat_mode()
     configure(prepared, (*given, HighPrecisionOutput(), TemplateSetter(QDtype.qint8)))
     return prepared
 
@@ -230,24 +164,33 @@ def frames_of(prepared: Prepared, data: Iterable[Any], sequences: Sequence[int] 
 
 
 def set_fake_quantize(prepared: Prepared, state: FakeQuantState) -> None:
-    """Switch all quantizers. Forward passes between CALIBRATION and VALIDATION calibrate the model."""
+    """Switch all quantizers. Forward passes between CALIBRATION and VALIDATION calibrate the model.
+
+    QAT is for a training loop of your own (`qflow.train` has one): it sets train mode, moves scales with the data, and
+    batch norms follow `prepared.qat_mode`. Any other state ends it: eval mode, scales as they are then. A copy that is
+    made in the QAT state does not leave it. Raises ModelError for QAT or VALIDATION before the calibration.
+    """
     if not isinstance(state, FakeQuantState):
         states = ", ".join(f"FakeQuantState.{s.name}" for s in FakeQuantState)
         raise ConfigError(f"A state is one of {states}, but got {state!r}. Write qflow.FakeQuantState.<name>.")
+    leave_qat(prepared)
     found, prepared._collect = prepared._collect, None
     if found is not None and found.histograms:
         prepared.stats = gathered(prepared, found)
         _set_scales(prepared)
     if state == FakeQuantState.CALIBRATION:
         prepared._collect, prepared.unseen = _collected(prepared.settings), set()
-    elif state == FakeQuantState.VALIDATION and prepared.uncalibrated:
+    quantizes = state in (FakeQuantState.VALIDATION, FakeQuantState.QAT)
+    if quantizes and prepared.uncalibrated:
         raise ModelError(
             f"Quantizers need scales, but got an uncalibrated model ({prepared.uncalibrated[0]} first). Call "
             "qflow.calibrate first."
         )
     prepared._calibrated = True  # a state that the user has chosen
     for quantizer in prepared._keys().values():
-        quantizer.enabled = state == FakeQuantState.VALIDATION
+        quantizer.enabled = quantizes
+    if state == FakeQuantState.QAT:
+        enter_qat(prepared, prepared.qat_mode, prepared.applied, prepared.settings)
 
 
 def check(prepared: Prepared) -> ModelCheck:
@@ -258,7 +201,7 @@ def check(prepared: Prepared) -> ModelCheck:
         for op, at, line in (name.partition(" at ") for name in sorted(prepared.unseen - known))
     ]
     changed = prepared.follow_weights()
-    edited = [Finding(changed[0], "check", _changed(changed))] if changed else []
+    edited = [Finding(changed[0], "check", text_of_changed(changed))] if changed else []
     found = (*prepared.findings, *since, *edited)
     return check_model(prepared.graph, prepared.requested, prepared.applied, found, prepared.settings.method)
 
@@ -291,12 +234,6 @@ def ranked(prepared: Prepared, scores: Mapping[str, float]) -> None:
 
 def _collected(settings: CalibrationSettings) -> Collected:
     return Collected(settings.sampling, settings.averaging_constant is not None)
-
-
-def _changed(weights: Sequence[str]) -> str:
-    others = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
-    text = "changed after calibration: the scale follows, those of activations do not, calibrate again"
-    return f"this weight{others} {text}"
 
 
 def _size(inputs: Any) -> int:

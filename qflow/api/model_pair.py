@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from qflow.analysis.measures.override import setting
 from qflow.analysis.sensitivity.candidates import Candidate
-from qflow.api.library import Prepared
 from qflow.api.plugin_names import plugin_ranking
+from qflow.api.prepared import Prepared
 from qflow.config.device_file import load_rules
 from qflow.core.device import apply_rules
 from qflow.core.errors import ConfigError, ModelError

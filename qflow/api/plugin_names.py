@@ -19,9 +19,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qflow.api.plugin_qconfigs import (
+    default_calib_8bit_fake_quant_qconfig,
+    default_calib_8bit_weight_16bit_act_fake_quant_qconfig,
+    default_calib_8bit_weight_32bit_out_fake_quant_qconfig,
+    default_qat_8bit_fake_quant_qconfig,
+    default_qat_8bit_fixed_act_fake_quant_qconfig,
+    default_qat_8bit_weight_16bit_act_fake_quant_qconfig,
+    default_qat_8bit_weight_16bit_fixed_act_fake_quant_qconfig,
+    default_qat_8bit_weight_32bit_out_fake_quant_qconfig,
+    float16,
+    get_qconfig,
+    qint8,
+    qint16,
+)
 from qflow.core.dtype import QDtype
 from qflow.core.graph import ModelGraph, OpNode
-from qflow.core.op_spec import check_op, parse_observer
 from qflow.core.qconfig import OpQConfig
 from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, Setter, TemplateSetter, covers, holds, stands_for
 from qflow.core.table_setter import TableSetter, table_rows
@@ -74,45 +87,6 @@ __all__ = [
     "sensitive_op_qat_8bit_weight_16bit_act_qconfig_setter",
     "sensitive_op_qat_8bit_weight_16bit_fixed_act_qconfig_setter",
 ]
-
-
-def get_qconfig(
-    observer: object = "minmax",
-    in_dtype: object = None,
-    weight_dtype: object = "qint8",
-    out_dtype: object = "qint8",
-    fix_scale: bool = False,
-) -> OpQConfig:
-    """Return a qconfig as the plugin's get_qconfig (2.2) does. Dtypes are names or torch dtypes.
-
-    A list as `in_dtype` goes by input position. `out_dtype=None` asks for a high-precision output. `fix_scale` keeps
-    the calibrated scale in QAT (it sets no fixed scale). Weights are observed with minmax per output channel whatever
-    `observer` is. Raises ConfigError.
-    """
-    inputs = in_dtype if isinstance(in_dtype, (list, tuple)) else [in_dtype]
-    asked = tuple(None if d is None else QDtype.parse(d, "in_dtype") for d in inputs)
-    made = OpQConfig(
-        output=None if out_dtype is None else QDtype.parse(out_dtype, "out_dtype"),
-        weight=None if weight_dtype is None else QDtype.parse(weight_dtype, "weight_dtype"),
-        input=asked if any(asked) else None,
-        observer=None if observer is None else parse_observer(observer, "observer"),
-        frozen=bool(fix_scale),
-    )
-    check_op({"output": made.output, "observer": made.observer}, "get_qconfig")
-    return made
-
-
-qint8, qint16, float16 = QDtype.qint8, QDtype.qint16, QDtype.float16
-
-# 2.3: default qconfigs
-default_calib_8bit_fake_quant_qconfig = get_qconfig("mse")
-default_qat_8bit_fake_quant_qconfig = get_qconfig("minmax")
-default_qat_8bit_fixed_act_fake_quant_qconfig = get_qconfig("minmax", fix_scale=True)
-default_calib_8bit_weight_16bit_act_fake_quant_qconfig = get_qconfig("mse", out_dtype=qint16)
-default_qat_8bit_weight_16bit_act_fake_quant_qconfig = get_qconfig("minmax", out_dtype=qint16)
-default_qat_8bit_weight_16bit_fixed_act_fake_quant_qconfig = get_qconfig("minmax", out_dtype=qint16, fix_scale=True)
-default_calib_8bit_weight_32bit_out_fake_quant_qconfig = get_qconfig("mse", out_dtype=None)
-default_qat_8bit_weight_32bit_out_fake_quant_qconfig = get_qconfig("minmax", out_dtype=None)
 
 
 # 2.5: templates

@@ -36,9 +36,10 @@ from qflow.analysis.sensitivity.measure import sensitivity
 from qflow.analysis.sensitivity.sensitive_ops import write_sensitive_ops
 from qflow.api.arguments import Names, chosen_rows, filters, folder_at, metric_name, names_of, whole
 from qflow.api.cases import Items, kept_cases, not_items, require_fit, require_numbers
-from qflow.api.library import Prepared, ranked
+from qflow.api.library import ranked
 from qflow.api.model_pair import ModelPair, on, only, same
 from qflow.api.plugin_names import ModuleNameQconfigSetter
+from qflow.api.prepared import Prepared
 from qflow.api.states import Frames, compared, with_state
 from qflow.core.errors import ConfigError, DataError, ModelError
 from qflow.core.settings import COMPARISONS, SensitivitySettings

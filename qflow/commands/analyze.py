@@ -166,7 +166,7 @@ def debug_qat(config: DictConfig) -> int:
     from qflow.quant.model.calibrate import apply_scales
     from qflow.study.assemble import make_evaluator
     from qflow.tasks.task import evaluate
-    from qflow.trial.training import TrainBatches
+    from qflow.trial.training import TrainBatches, check_training
 
     settings = trial_settings(config)
     evaluator = make_evaluator(config)
@@ -175,6 +175,7 @@ def debug_qat(config: DictConfig) -> int:
             "qat_debug needs a training, but got none. Choose a qat=<name> with steps and a loss._target_."
         )
     training, task = evaluator.training, evaluator.task
+    check_training(task, training, settings.qat)
     _, applied = evaluator.resolve(settings.qconfig)
     apply_scales(evaluator.prepared, evaluator.calibrate(settings.calibration), applied, settings.calibration)
 

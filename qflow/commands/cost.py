@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qflow.config.command import run_command
+from qflow.config.device_file import require_cost
 from qflow.config.settings import plain, resolved_yaml, root_dir, trial_settings
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
@@ -34,6 +35,7 @@ def main() -> None:
 
 def cost(config: DictConfig) -> int:
     """Report or fit. Returns 1 where the prediction should not be published."""
+    require_cost(config.device, config.device.march)
     if config.mode == "fit":
         return fit(config)
     if config.mode != "report":

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
+
 from qflow.config.command import run_command
+from qflow.config.quoting import assignment
 from qflow.config.settings import load_resolved, plain, root_dir, trial_settings
 from qflow.core.errors import PromotionError, TrackingError
 
@@ -50,13 +53,16 @@ def promote(config: DictConfig) -> int:
     """Pick, rebuild, compare, register. Returns 0, or 1 with every reason printed."""
     from qflow.report.files import BUNDLE
     from qflow.tracking.mlflow_tracker import MlflowTracker
-    from qflow.tracking.registry import champion, register
+    from qflow.tracking.registry import champion, check_alias, register
 
+    alias = config.tracking.alias
+    check_alias(alias)
     root = root_dir(config)
     tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
     run_id = config.run or best_run(tracker, config.study)
     with tempfile.TemporaryDirectory() as folder:
         trial = load(tracker, run_id, Path(folder))
+        name = registered_name(config, trial)
         print(f"{'run':<12}{run_id}, qconfig {trial.qconfig.digest}, of {trial.tags.get('qflow.study', '?')}")
         print(f"{'rebuild':<12}the trial, from its run and your code", flush=True)
         reasons = compare(trial)
@@ -64,7 +70,6 @@ def promote(config: DictConfig) -> int:
             for reason in reasons:
                 print(f"{'refused':<12}{reason}")
             return 1
-    name, alias = trial.config.tracking.registered_model, config.tracking.alias
     before = champion(tracker, name, alias)
     if before is not None and before[1] == run_id:
         print(f"{'champion':<12}{name} version {before[0]} is this run already; alias {alias} stays")
@@ -85,13 +90,22 @@ def promote(config: DictConfig) -> int:
     return 0
 
 
+def registered_name(config: DictConfig, trial: LoggedTrial) -> str:
+    """Return the name in the registry: the one that the command states, else that of the run."""
+    from qflow.tracking.limits import model_name
+
+    unresolved: Any = OmegaConf.to_container(config.tracking, resolve=False)
+    stated = "${" not in unresolved["registered_model"]  # the default follows task.name
+    return model_name((config if stated else trial.config).tracking.registered_model)
+
+
 def best_run(tracker: MlflowTracker, study: str) -> str:
     """Run id of the study's best trial. Raises TrackingError for an unknown study, PromotionError without one."""
     found = tracker.find_study(study)
     if found is None and (elsewhere := tracker.experiments_with(study)):
         raise TrackingError(
             f"A study is looked for in its tracking.experiment, but got {study}, which is in {', '.join(elsewhere)}. "
-            f"Add tracking.experiment={elsewhere[0]}."
+            f"Add {assignment('tracking.experiment', elsewhere[0])}."
         )
     if found is None:
         raise TrackingError(

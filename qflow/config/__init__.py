@@ -5,4 +5,14 @@ against the schemas (unknown keys, types), `trial_settings` builds the records o
 every value that the search space can propose goes through the same two steps.
 """
 
-__all__ = ["build", "command", "command_schema", "device_cost", "device_file", "overrides", "settings", "space"]
+__all__ = [
+    "build",
+    "command",
+    "command_schema",
+    "device_cost",
+    "device_file",
+    "overrides",
+    "quoting",
+    "settings",
+    "space",
+]

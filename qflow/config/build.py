@@ -81,7 +81,7 @@ def _call(node: Mapping[str, Any], where: str) -> Any:
 
     try:
         return instantiate(node)
-    except HydraException as error:
+    except (HydraException, SystemExit) as error:  # the user's module may end the process
         cause = error.__cause__ or error
-        text = " ".join(str(cause).split())
+        text = " ".join(str(cause).split()) if isinstance(error, HydraException) else f"SystemExit({error.code})"
         raise ConfigError(f"{where}._target_ must import and run, but got: {text}") from error

@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from io import TextIOWrapper
 from typing import NoReturn
 
 from hydra.errors import HydraException
@@ -18,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from qflow.config.command_schema import GROUPS, SCHEMAS, conf_dir, register_schemas
-from qflow.config.overrides import options_first, own_device, rewrite
+from qflow.config.overrides import options_first, own_device, require_single, rewrite
 from qflow.core.errors import ConfigError, QflowError
 from qflow.process.allocator import keep_freed_memory
 from qflow.process.waiting import wait_briefly
@@ -35,16 +36,8 @@ def run_command(name: str, act: Callable[[DictConfig], int], argv: Sequence[str]
     A QflowError is printed as one line and exits with 2; with QFLOW_DEBUG=1 it keeps its traceback. Hydra's own flags
     (--help, --cfg job, --shell-completion, --config-dir) work.
     """
-    import hydra
-
-    wait_briefly()
-    keep_freed_memory()
+    _set_up()
     debug = os.environ.get("QFLOW_DEBUG", "") not in ("", "0")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
-    warnings.filterwarnings("ignore", message=".*version_base.*")
-    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs errors that it raises too
-    sys.path.insert(0, os.getcwd())  # the user's own task is found from the working folder
-    register_schemas()
     arguments = list(sys.argv[1:] if argv is None else argv)
     ends: list[int | BaseException] = []
 
@@ -56,9 +49,11 @@ def run_command(name: str, act: Callable[[DictConfig], int], argv: Sequence[str]
             ends.append(error)
 
     try:
+        if name != "tune":
+            require_single(arguments, f"qflow.{name}" if name != "train_float" else f"workflows.{name}")
         with ExitStack() as folders:
             sys.argv = [sys.argv[0], *options_first(rewrite(own_device(arguments, folders)))]
-            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
+            _compose(name, job)
         if ends and isinstance(ends[0], BaseException):
             raise ends[0]
         sys.stdout.flush()
@@ -81,8 +76,31 @@ def run_command(name: str, act: Callable[[DictConfig], int], argv: Sequence[str]
     raise SystemExit(ends[0] if ends else 0)
 
 
+def _compose(name: str, job: Callable[[DictConfig], None]) -> None:
+    import hydra
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
+    except ValueError as error:  # an option of a group that is no name
+        raise ConfigError(f"An override sets a key, or names an option of a group, but got {error}.") from error
+
+
+def _set_up() -> None:
+    """Set up the process: its console, threads and memory, where modules are found, and what Hydra prints."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name must not end a study where the console is ASCII
+    wait_briefly()
+    keep_freed_memory()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
+    warnings.filterwarnings("ignore", message=".*version_base.*")
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs errors that it raises too
+    sys.path.insert(0, os.getcwd())  # the user's own task is found from the working folder
+    register_schemas()
+
+
 def _fail(message: str, code: int = 2) -> NoReturn:
-    print(f"qflow: {' '.join(message.split())}", file=sys.stderr)
+    print(f"qflow: {' '.join(line.strip() for line in message.splitlines())}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -144,8 +162,19 @@ def explain(error: Exception, config: str = "tune") -> str:
         return f"A value is needed for {key}, but got none. Set {key}=..., or add +experiment=<name>."
     if key == "tags" and "Set[str]" in text:  # Hydra's own object for choice(...) or interval(...)
         return UNQUOTED
-    if "no viable alternative" in text or "mismatched input" in text or "extraneous input" in text:
-        return f"An override is key=value with closed brackets and quotes, but got {text.split(' at input ')[-1]}."
+    if wrong := _grammar(text):
+        return wrong
     if key and key not in text:
         return f"{text.rstrip('.')}, for {key}."
     return text if len(text) > 8 else first
+
+
+def _grammar(text: str) -> str:
+    """Return one line for an error of Hydra's parser; "" for another error."""
+    if re.search("no viable alternative|mismatched input|extraneous input|LexerNoViableAlt|token recognition", text):
+        got = text.split(" at input ")[-1].removeprefix("LexerNoViableAltException: ").rstrip("^ ")
+        return f"An override is key=value with closed brackets and quotes, but got {got or 'an empty one'}."
+    if "missing EQUAL" in text:
+        got = text.partition("override ")[2].partition(" missing EQUAL")[0]
+        return f"An override is key=value, but got {got} without =. Quote a value with blanks: 'key=\"a b\"'."
+    return ""

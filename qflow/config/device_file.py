@@ -51,13 +51,18 @@ def load_cost(name_or_path: str | Path) -> CostModel:
     from qflow.cost_model.model import CostModel
 
     node = _load(name_or_path)
-    missing = sorted(key for key in node.cost if OmegaConf.is_missing(node.cost, key))
+    require_cost(node, name_or_path)
+    return CostModel(march=_needed(node, "march", name_or_path), **OmegaConf.to_container(node.cost))  # type: ignore[arg-type]
+
+
+def require_cost(device: DictConfig, name: object) -> None:
+    """Raise ConfigError if a device has no whole cost section; its rules alone serve `check` and the library."""
+    missing = sorted(key for key in device.cost if OmegaConf.is_missing(device.cost, key))
     if missing:
         raise ConfigError(
-            f"A device file needs cost.{', cost.'.join(missing)}, but got none in {name_or_path}. Start from a shipped "
+            f"A device file needs cost.{', cost.'.join(missing)}, but got none in {name}. Start from a shipped "
             "one: defaults: [nash-m, _self_]."
         )
-    return CostModel(march=_needed(node, "march", name_or_path), **OmegaConf.to_container(node.cost))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
 from hydra.errors import HydraException
 
 from qflow.config.command_schema import conf_dir
+from qflow.config.quoting import assignment, in_braces, mended
 from qflow.core.errors import ConfigError
 
 VALUED = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p")
@@ -67,6 +68,32 @@ def options_first(arguments: Sequence[str]) -> list[str]:
     return options + overrides
 
 
+def require_single(arguments: Sequence[str], name: str) -> None:
+    """Raise ConfigError for several values of a key, and for -m, at a command that runs one configuration."""
+    for argument in arguments:
+        override = _parsed(argument)
+        if argument == "-m" or (len(argument) > 3 and "--multirun".startswith(argument)):
+            raise ConfigError(f"{name} runs one configuration, but got {argument}. Leave it out.")
+        if override is None or not override.is_sweep_override():
+            continue
+        (key, _, text), value = argument.partition("="), override.value()
+        if key.lstrip("+").startswith("search."):
+            continue  # a study would search it, and this command searches nothing
+        listed = isinstance(value, ChoiceSweep) and value.simple_form
+        raise ConfigError(
+            f"{name} takes one value for a key, but got {argument}. Write {_first(key, value)}"
+            f"{f', or {assignment(key, text)} for a text with commas' if listed else ''}; qflow.tune searches several."
+        )
+
+
+def _first(key: str, sweep: object) -> str:
+    """Return `key=value`, as it is pasted into a shell, with the first value of a sweep."""
+    first = sweep.list[0] if isinstance(sweep, ChoiceSweep) else getattr(sweep, "start", None)
+    if isinstance(first, (str, QuotedString)):
+        return assignment(key, getattr(first, "text", first))
+    return f"{key}={first}" if isinstance(first, (int, float)) else f"{key}=<value>"
+
+
 def rewrite(arguments: Sequence[str]) -> list[str]:
     """Rewrite short forms: `experiment=x` to `+experiment=x`, and `key=choice(a,b)` to a search of the key.
 
@@ -107,10 +134,29 @@ def _assigned(key: str, value: str) -> str:
     return f"++{found[1]}={{{found[2]}: {value}}}"
 
 
+def _braced(argument: str) -> str:
+    """Return `group.name=value` as `group={name: value}`, in which a name may have any character; else ""."""
+    key, _, value = argument.lstrip("+").partition("=")
+    found = NAMED.match(key)
+    if found is None or not found[2]:
+        return ""
+    return in_braces(found[1], found[2], value)
+
+
 def _parsed(argument: str) -> Override | None:
     if argument.startswith("-") or "=" not in argument:
         return None
     try:
         return OverridesParser.create().parse_override(argument)
-    except HydraException:
+    except HydraException as error:
+        if line := mended(argument):
+            raise ConfigError(
+                "A value with other characters than letters, digits and /-\\+.$%*@?| is in quotes, but got "
+                f"{' '.join(argument.split())}. Paste: {line}"
+            ) from error
+        if line := _braced(argument):
+            raise ConfigError(
+                f"A module's name with other characters than words and dots is in braces, but got {argument}. "
+                f"Paste: {line}"
+            ) from error
         return None  # Hydra will report the error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,11 @@ def with_params(config: DictConfig, params: Mapping[str, Scalar]) -> DictConfig:
     """Return a copy of the configuration with dotted keys set; types are checked. Raises ConfigError.
 
     If modules are searched, the longest names come first in `qconfig.modules`, because the first name that covers an
-    operator decides, and a submodule must be able to differ from its parent.
+    operator decides, and a submodule must be able to differ from its parent. If the learning rate is, the rates of
+    single modules keep their ratio to it, as the guide asks.
     """
     changed = config.copy()
-    for key, value in params.items():
+    for key, value in {**_kept_ratios(config, params), **params}.items():
         try:
             if mapping := owner(key):
                 node = OmegaConf.select(changed, mapping)
@@ -58,6 +60,14 @@ def with_params(config: DictConfig, params: Mapping[str, Scalar]) -> DictConfig:
         modules: dict[str, Any] = plain(changed.qconfig.modules)
         changed.qconfig.modules = dict(sorted(modules.items(), key=lambda entry: -len(entry[0])))
     return changed
+
+
+def _kept_ratios(config: DictConfig, params: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return `qat.rates` in proportion to a changed `qat.learning_rate`."""
+    before, after = config.qat.learning_rate, params.get("qat.learning_rate")
+    if not isinstance(after, (int, float)) or not before or after == before:
+        return {}
+    return {f"qat.rates.{name}": float(f"{rate * after / before:.12g}") for name, rate in config.qat.rates.items()}
 
 
 def owner(key: str) -> str:
@@ -100,7 +110,10 @@ def root_dir(config: DictConfig) -> Path:
 
     Raises ConfigError if it cannot be created.
     """
-    root = Path(config.root or "qflow_out").expanduser().resolve()
+    given = Path(config.root or "qflow_out")
+    with suppress(RuntimeError):  # a folder may be called ~x where no user x has a home
+        given = given.expanduser()
+    root = given.resolve()
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

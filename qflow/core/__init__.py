@@ -9,6 +9,7 @@ __all__ = [
     "errors",
     "graph",
     "known_range",
+    "names",
     "op_spec",
     "qconfig",
     "raisable",

@@ -178,7 +178,8 @@ class QatSettings:
     """Fixed unless there is a scheduler; there is no warm-up."""
     weight_decay: float = 0.0
     rates: Mapping[str, float] = field(default_factory=dict)
-    """Module name prefix -> learning rate of what is below it; the longest prefix wins."""
+    """Module name prefix -> learning rate of what is below it; the longest prefix wins. Where a search changes
+    learning_rate, they keep their ratio to it."""
     loss: Mapping[str, object] = field(default_factory=dict)
     """`_target_` of the user's loss, which returns a scalar for (model outputs, batch)."""
     optimizer: Mapping[str, object] = field(default_factory=lambda: {"_target_": "torch.optim.AdamW"})
@@ -227,6 +228,16 @@ class QatSettings:
             _within("qat.float_steps", self.float_steps, 1, 1_000_000_000)
         if self.clip_gradients is not None:
             _within("qat.clip_gradients", self.clip_gradients, 1e-12, math.inf)
+
+    @property
+    def unchecked(self) -> str:
+        """A hint if nothing says how long the float training was, so that the guide's share cannot be checked."""
+        if not self.steps or self.float_steps is not None:
+            return ""
+        return (
+            f"whether {self.steps} steps are at most {self.max_share * 100:g} % of the float training is not checked: "
+            "state its steps, qat.float_steps=<n>"
+        )
 
     def capped(self) -> tuple[int, list[str]]:
         """Return the number of steps, and a finding if they are cut to the guide's share of the float steps."""

@@ -9,26 +9,38 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from urllib.parse import unquote
 
 from qflow.core.errors import TrackingError
 
 SQLITE = "sqlite:///"
+SQLITE_QUOTED = "sqlite+pysqlite:///"
+"""The same store with its driver named. MLflow makes a folder by the text that follows `sqlite:///`, without decoding
+it, so a path with escapes is written in this form."""
 
 
 def sqlite_url(path: Path) -> str:
-    """Return the SQLAlchemy URL of a database file, absolute, so that it is valid in any working folder."""
-    return f"{SQLITE}{path.absolute()}"
+    """Return the SQLAlchemy URL of a database file, absolute, so that it is valid in any working folder.
+
+    Escaped are the characters that SQLAlchemy reads as part of a URL (`%`, `?`), that Optuna fills in (`{`, `}`), and
+    control characters, which would break a printed line.
+    """
+    text = str(path.absolute())
+    quoted = re.sub(r"[%?{}\x00-\x1f\x7f]", lambda found: f"%{ord(found[0]):02X}", text)
+    return f"{SQLITE}{text}" if quoted == text else f"{SQLITE_QUOTED}{quoted}"
 
 
 def sqlite_path(url: str) -> Path | None:
     """Return the absolute path of a SQLite URL; None for another kind of store."""
-    if not url.startswith(SQLITE):
+    scheme = next((s for s in (SQLITE, SQLITE_QUOTED) if url.startswith(s)), None)
+    if scheme is None:
         return None
-    return Path(url[len(SQLITE) :].partition("?")[0]).absolute()
+    return Path(unquote(url.removeprefix(scheme).partition("?")[0])).absolute()
 
 
 @contextmanager
@@ -75,8 +87,9 @@ def build_aside(path: Path, create: Callable[[str], None]) -> None:
     with exclusive(path.with_name(f".{path.name}.lock")):
         if path.exists():
             return
-        for leftover in path.parent.glob(f"{path.name}.init-*"):
-            leftover.unlink()  # of a process that was killed, since we hold the lock
+        for file in path.parent.iterdir():
+            if file.name.startswith(f"{path.name}.init-"):
+                file.unlink()  # of a process that was killed, since we hold the lock
         aside = path.with_name(f"{path.name}.init-{os.getpid()}")
         create(sqlite_url(aside))
         with closing(sqlite3.connect(aside)) as connection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -83,12 +84,12 @@ def duration(seconds: float) -> str:
 
 
 def python_command() -> str:
-    """How the user calls this Python: `python` if that is this one, else its path, relative if it is below here."""
+    """The shell's word for this Python: `python` if that is this one, else its path, relative if it is below here."""
     found = shutil.which("python")
     if found and os.path.samefile(found, sys.executable) and os.path.dirname(found) == os.path.dirname(sys.executable):
         return "python"
     relative = os.path.relpath(sys.executable)
-    return sys.executable if relative.startswith("..") else relative
+    return shlex.quote(sys.executable if relative.startswith("..") else relative)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def place_of(storage: str | Path) -> tuple[str, Path]:
         file = sqlite_path(text)
         return text, file.parent if file else Path(tempfile.gettempdir())
     path = Path(storage).absolute()
-    file = path if path.suffix else path / "optuna.db"
+    file = path if path.suffix and not path.is_dir() else path / "optuna.db"  # a folder's name may hold a dot
     return sqlite_url(file), file.parent
 
 

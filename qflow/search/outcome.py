@@ -17,7 +17,7 @@ from qflow.core import record
 from qflow.core.errors import QflowError, TrialError
 from qflow.search.domain import Scalar
 
-MARKER_LIMIT = 8000  # characters of a tag that MLflow keeps; it cuts longer ones without an error
+MARKER_LIMIT = 60_000  # characters that the text columns of every database hold
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Marker:
     seconds: float = 0.0
 
     def to_json(self) -> str:
-        """Return canonical JSON. Raises TrialError if a value has no JSON form or MLflow would cut the text."""
+        """Return canonical JSON. Raises TrialError if a value has no JSON form or the text is too long to be stored."""
         try:
             text = record.to_json(self)
         except QflowError as error:

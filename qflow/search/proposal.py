@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qflow.core.errors import ConfigError
+from qflow.core.names import check_study_name
 from qflow.search.domain import Choice, Scalar, Space, parents_first
 
 SAMPLERS = ("tpe", "nsga2", "gp", "random")
@@ -40,8 +40,7 @@ class StudyTrial:
 
 def check_arguments(name: str, space: Space, directions: tuple[str, ...], sampler: str) -> None:
     """Raise ConfigError for arguments with which no study can be opened."""
-    if not re.fullmatch(r"[\w.+=@-]+(/[\w.+=@-]+)*", name):
-        raise ConfigError(f"A study name is words, dots, dashes and slashes, but got {name!r}. Rename it.")
+    check_study_name(name)
     if not space:
         raise ConfigError(
             "A search needs a key that is open, but got a value for every one. Leave one out, or write a range for it: "

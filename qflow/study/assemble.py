@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from qflow.analysis.measures.metrics import CUSTOM, Custom, custom_metric
 from qflow.config.build import build_task, build_training, get_function
+from qflow.config.device_file import require_cost
 from qflow.config.settings import plain, sensitivity_settings, trial_settings
 from qflow.core.device import DeviceRules
 from qflow.core.dtype import QDtype
@@ -32,7 +33,7 @@ def make_evaluator(config: DictConfig) -> Evaluator:
     return Evaluator(
         task=build_task(config),
         rules=DeviceRules(march=march, oe_version=config.device.oe_version, **plain(config.device.rules)),
-        cost_model=CostModel(march=march, **plain(config.device.cost)),
+        cost_model=cost_model(config),
         sensitivity_settings=sensitivity_settings(config),
         default_calibration=trial_settings(config).calibration,
         eval_batch=config.task.batch_size,
@@ -43,6 +44,16 @@ def make_evaluator(config: DictConfig) -> Evaluator:
         profile=config.device.profile,
         profile_dtype=QDtype.parse(config.device.profile_dtype, "device.profile_dtype"),
     )
+
+
+def cost_model(config: DictConfig) -> CostModel | str:
+    """Return the device's cost model, or why it has none."""
+    device = config.device
+    try:
+        require_cost(device, device.march)
+    except ConfigError as error:
+        return str(error)
+    return CostModel(march=device.march, **plain(device.cost))
 
 
 def own_metric(config: DictConfig) -> Custom | None:

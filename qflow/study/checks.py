@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from qflow.config.device_file import require_cost
 from qflow.config.settings import check_executor, plain, sensitivity_settings, trial_settings
 from qflow.config.space import search_space
 from qflow.core.errors import ConfigError
+from qflow.core.names import check_study_name
 from qflow.search.proposal import SAMPLERS
 
 if TYPE_CHECKING:
@@ -32,7 +34,9 @@ def check_config(config: DictConfig) -> None:
 
 def check_study(config: DictConfig) -> None:
     """Raise ConfigError for a search with points that no trial can run. Only studies have a search."""
+    check_study_name(config.study)
     check_config(config)
+    require_cost(config.device, config.device.march)
     space = search_space(config)
     if config.qconfig.template != "qint8":
         raise ConfigError(

@@ -7,6 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from qflow.config.quoting import assignment
 from qflow.core.dtype import QDtype
 from qflow.core.errors import TrialError
 from qflow.core.qconfig import QConfig
@@ -162,15 +163,14 @@ def raised(session: Session, trial: FinishedTrial) -> dict[str, dict[str, float]
 
 def promote_command(session: Session) -> str:
     """Return the command that promotes this study's best trial, with all settings that differ from the defaults."""
-    config = session.config
-    words = [f"{python_command()} -m qflow.promote"]
-    if config.study != "perception/int8_int16":
-        words.append(f"study={config.study}")
-    if session.root != Path("qflow_out").resolve() and "QFLOW_HOME" not in os.environ:
-        words.append(f"root={session.root}")
-    if config.tracking.uri:
-        words.append(f"tracking.uri={config.tracking.uri}")
-    if config.task.name != "perception":
-        words.append(f"tracking.experiment={config.tracking.experiment}")
-        words.append(f"tracking.registered_model={config.tracking.registered_model}")
-    return " ".join(words)
+    config, default = session.config, Path(os.environ.get("QFLOW_HOME") or "qflow_out")
+    named = {
+        "study": (config.study, "perception/int8_int16"),
+        "root": (str(session.root), str(default.expanduser().resolve())),
+        "tracking.uri": (config.tracking.uri or "", ""),
+        "tracking.experiment": (config.tracking.experiment, "perception"),
+        "tracking.registered_model": (config.tracking.registered_model, "perception"),
+        "tracking.alias": (config.tracking.alias, "champion"),
+    }
+    words = [assignment(key, value) for key, (value, usual) in named.items() if value != usual]
+    return " ".join([f"{python_command()} -m qflow.promote", *words])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from omegaconf import DictConfig
 from qflow.config.settings import owner, plain
 from qflow.search.objective import Goal, meets
 from qflow.search.outcome import FailedTrial, FinishedTrial, Outcome
+from qflow.tracking.limits import param_name
 from qflow.trial.record import TrialResult, run_metrics
 
 
@@ -31,7 +31,7 @@ def trial_params(config: DictConfig) -> dict[str, Any]:
 
 def switches(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return the searched modules under names that MLflow allows: `[add](1)` becomes `_add__1_`."""
-    return {re.sub(r"[^\w.\-/ :]", "_", key): value for key, value in params.items() if owner(key)}
+    return {param_name(key): value for key, value in params.items() if owner(key)}
 
 
 def outcome(result: TrialResult, goal: Goal, accuracy: str, params: Mapping[str, Any], samples: int) -> Outcome:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from omegaconf import DictConfig
 
-from qflow.config.settings import plain, root_dir
+from qflow.config.settings import plain, root_dir, trial_settings
 from qflow.config.space import search_space
 from qflow.report.console import Console
 from qflow.search.objective import Goal
@@ -15,8 +15,10 @@ from qflow.search.study import Study
 from qflow.study.assemble import make_evaluator
 from qflow.study.feasible import within_data
 from qflow.study.session import Session
+from qflow.tracking.limits import check_metric_name
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.trial.record import RUN_METRICS
+from qflow.trial.training import check_training
 
 
 @contextmanager
@@ -29,6 +31,10 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
     root = root_dir(config)
     tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
     evaluator = make_evaluator(config)
+    check_metric_name(evaluator.task.metric_name)
+    space, qat = search_space(config), trial_settings(config).qat
+    if evaluator.training and qat.steps and not any(key.startswith("qat.") for key in space):  # else each trial checks
+        check_training(evaluator.task, evaluator.training, qat)
     accuracy = f"accuracy/{evaluator.task.metric_name}"
     goal = Goal(**plain(config.objective)).aimed(accuracy, evaluator.task.direction, (accuracy, *RUN_METRICS))
     space, left_out = within_data(search_space(config), evaluator.task)

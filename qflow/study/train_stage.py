@@ -37,6 +37,8 @@ def leave_for_training(session: Session) -> None:
         session.console.say(
             f"{'training':<12} each trial is trained after its calibration: {qat.steps} steps (qat.steps)"
         )
+    if hint := trial_settings(session.config).qat.unchecked:
+        session.console.say(f"{'':<12} {hint}")
 
 
 def train_nearest(session: Session) -> None:

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import DataLoader
 
 from qflow.core.errors import ConfigError, DataError, ModelError, NotFiniteError
+from qflow.core.names import check_task_name
 from qflow.core.signature import arguments, keywords, mismatch
 from qflow.tasks.early_stop import bounds_of, out_of_reach, require_within
 from qflow.tasks.loading import loaded
@@ -51,6 +52,9 @@ class Task:
     device: str = "cpu"
     cached_attrs: tuple[str, ...] = ()
     """Attributes in which the model keeps state from frame to frame."""
+
+    def __post_init__(self) -> None:
+        check_task_name(self.name)
 
     def drop(self, float_metric: float, metric: float) -> float:
         """Loss against float in units of the metric; positive means worse, for either direction."""

@@ -6,6 +6,7 @@ import getpass
 import http.client
 import logging
 import os
+import re
 import subprocess
 import threading
 import urllib.error
@@ -34,7 +35,7 @@ def open_client(uri: str | None, folder: Path, experiment: str) -> tuple[MlflowC
     """
     uri = uri or sqlite_url(folder / "mlflow.db")
     scheme = uri.partition(":")[0].partition("+")[0] if "://" in uri else "file"
-    artifacts: str | None = str((folder / "artifacts").absolute())
+    artifacts: str | None = _address(folder / "artifacts")
     if scheme in ("http", "https"):
         _require_answer(uri)
         artifacts = None  # the server chooses the place
@@ -92,13 +93,19 @@ def _health(uri: str) -> str:
     return ""
 
 
+def _address(folder: Path) -> str:
+    """Return the address of a local folder for MLflow: its path, or a file URI if the path holds URL characters."""
+    path = folder.absolute()  # MLflow decodes %20 in a plain path too
+    return str(path) if re.fullmatch(r"[\w/.\- ]*", str(path)) else path.as_uri()
+
+
 def _create_database(url: str) -> None:
     """Create the database with MLflow's migrations, and close it."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     file = sqlite_path(url)
     assert file is not None
-    store = SqlAlchemyStore(url, str(file.parent / "artifacts"))  # type: ignore[no-untyped-call]
+    store = SqlAlchemyStore(url, _address(file.parent / "artifacts"))  # type: ignore[no-untyped-call]
     store.engine.dispose()
     engines = getattr(SqlAlchemyStore, "_engine_map", {})  # MLflow caches engines by URL, and this file is renamed next
     engines.pop(url, None)

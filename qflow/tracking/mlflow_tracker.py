@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qflow.core.errors import TrackingError
-from qflow.tracking import connect
+from qflow.tracking import connect, limits
 from qflow.tracking.connect import SCHEMA
+from qflow.tracking.limits import rounded
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -51,6 +52,7 @@ class MlflowTracker:
         Raises TrackingError if the server does not answer within 5 s, the store is of a kind that is not supported, or
         the experiment was written by a qflow with another schema.
         """
+        limits.check_experiment_name(experiment)
         start = time.monotonic()
         client, uri, experiment_id = connect.open_client(uri, folder, experiment)
         tracker = cls(client, uri, experiment_id)
@@ -159,7 +161,8 @@ class MlflowTracker:
         """Return (run id, trial number, status, marker) of every trial run; it takes 2.5 ms per run."""
         with self._call():
             runs = self._search(f"tags.`qflow.study` = {_quoted(study)} and tags.`qflow.kind` = 'trial'")
-        return [(r.info.run_id, int(r.data.tags["qflow.trial"]), r.info.status, r.data.tags.get(RESULT)) for r in runs]
+        found = [(r.info, limits.joined(r.data.tags)) for r in runs]
+        return [(info.run_id, int(tags["qflow.trial"]), info.status, tags.get(RESULT)) for info, tags in found]
 
     def end(self, run_id: str, status: str, reason: str | None = None) -> None:
         """End a run as FINISHED, FAILED or KILLED; the reason is stored in the tag `qflow.end_reason`."""
@@ -213,7 +216,7 @@ class MlflowTracker:
 
     def run_tags(self, run_id: str) -> dict[str, str]:
         """Return the tags of a run."""
-        return dict(self._run(run_id).data.tags)
+        return limits.joined(self._run(run_id).data.tags)
 
     @contextmanager
     def calling(self) -> Iterator[MlflowClient]:
@@ -240,7 +243,7 @@ class MlflowTracker:
         if not params:
             return {}
         kept = self.run_params(run_id)
-        changed = {k: v for k, v in params.items() if k in kept and kept[k] != str(v)}
+        changed = {k: v for k, v in params.items() if k in kept and kept[k] != limits.param_value(v)}
         if changed:
             tags["qflow.changed_params"] = json.dumps(changed, sort_keys=True)
         return {k: v for k, v in params.items() if k not in kept}
@@ -253,8 +256,8 @@ class MlflowTracker:
 
         now = int(time.time() * 1000)
         values = [Metric(key, rounded(value), now, 0) for key, value in metrics.items()]
-        texts = [Param(key, str(value)) for key, value in params.items()]
-        marks = [RunTag(key, str(value)) for key, value in tags.items()]
+        texts = [Param(key, limits.param_value(value)) for key, value in params.items()]
+        marks = [RunTag(key, part) for key, part in limits.tag_parts(tags).items()]
         if len(texts) > BATCH or len(values) > METRIC_BATCH:
             self.client.log_batch(run_id, metrics=values, params=texts)
             values, texts = [], []
@@ -272,11 +275,6 @@ class MlflowTracker:
             self._depth -= 1
             if self._depth == 0:
                 self.seconds += time.monotonic() - start
-
-
-def rounded(value: float) -> float:
-    """Return `value` with 6 significant digits, because MLflow's run list prints every digit."""
-    return float(f"{value:.6g}")
 
 
 def find_tables(folder: Path) -> list[str]:

@@ -53,7 +53,7 @@ class SharedState:
 
     task: Task
     rules: DeviceRules
-    cost_model: CostModel
+    cost_model: CostModel | str  # a text says why the device has none; then nothing can be priced
     sensitivity_settings: SensitivitySettings = field(default_factory=SensitivitySettings)
     default_calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     float_metric: float = float("nan")
@@ -284,11 +284,10 @@ class SharedState:
 
     @cached_property
     def pricer(self) -> Pricer:
-        """The cost model on the deployed graph, with the measured profile if there is one.
-
-        Raises ConfigError for a profile that cannot be read or that names no operator of the model.
-        """
-        if self.profile is None:
-            return Pricer(self.deploy_graph, self.cost_model)
-        measured, self.unmatched = measure(self.profile, self.deploy_graph, self.template(self.profile_dtype)[1])
+        """The cost model on the deployed graph, with the measured profile. ConfigError if one of them is unusable."""
+        if isinstance(self.cost_model, str):
+            raise ConfigError(self.cost_model)
+        measured = None
+        if self.profile is not None:
+            measured, self.unmatched = measure(self.profile, self.deploy_graph, self.template(self.profile_dtype)[1])
         return Pricer(self.deploy_graph, self.cost_model, measured)

@@ -26,6 +26,8 @@ from qflow.quant.model.model_state import forward_state
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.train.checkpoint import read_checkpoint
 from qflow.quant.train.qat import TrainingReport, parameter_groups, train
+from qflow.quant.train.qat_state import require_trainable
+from qflow.quant.train.schedule import check_schedule
 from qflow.tasks.loading import loaded
 from qflow.tasks.task import Task, model_inputs, split_for
 
@@ -93,6 +95,8 @@ def train_trial(
     groups = parameter_groups(trained, settings.rates, settings.learning_rate, settings.weight_decay)
     optimizer = training.optimizer(groups, lr=settings.learning_rate)
     scheduler = training.scheduler(optimizer) if training.scheduler is not None and settings.scheduled else None
+    schedule = training.scheduler if settings.scheduled else None
+    found = check_schedule(groups, training.optimizer, schedule, settings.learning_rate, settings.capped()[0])
     batches = TrainBatches(task, settings)
     place = None
     if checkpoints is not None:
@@ -102,7 +106,17 @@ def train_trial(
         trained, batches, training.loss, optimizer, scheduler, settings,
         qconfig=qconfig, calibration=calibration, checkpoint=place, resume=place is not None,
     )  # fmt: skip
-    return trained, report
+    return trained, replace(report, findings=(*report.findings, *found))
+
+
+def check_training(task: Task, training: Training, settings: QatSettings) -> None:
+    """Raise ConfigError or DataError for a training that cannot run: its parameters, rates, optimizer or data."""
+    require_trainable(task.model)
+    require_trainable(task.model, settings.freeze)
+    groups = parameter_groups(task.model, settings.rates, settings.learning_rate, settings.weight_decay)
+    schedule = training.scheduler if settings.scheduled else None
+    check_schedule(groups, training.optimizer, schedule, settings.learning_rate, settings.capped()[0])
+    TrainBatches(task, settings)
 
 
 def training_key(

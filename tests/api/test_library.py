@@ -61,6 +61,18 @@ def test_module_names_are_raised_to_int16_and_read_back():
     assert rows["stem.0"].applied == "qint8"
 
 
+def test_a_fix_scale_is_kept_and_the_check_says_which_kind():
+    model, example = build("resnet")
+    named = {"quant[x]": qflow.get_qconfig(fix_scale=8.0 / 128), "stem.0": qflow.get_qconfig("mse", fix_scale=True)}
+    prepared = qflow.prepare(model, example, qflow.ModuleNameQconfigSetter(named))
+    qflow.calibrate(prepared, [example])
+    assert qflow.scales(prepared)["quant[x]"] == 0.0625
+    check = qflow.check(prepared)
+    assert ("quant[x]", "Fixed scale 0.0625") in [(f.op, f.message) for f in check.findings]
+    rows = {row.op: row.observer for row in check.rows}
+    assert (rows["quant[x]"], rows["stem.0"]) == ("fixed scale", "mse, kept in QAT")
+
+
 def test_a_skipped_module_stays_float_and_what_it_gives_is_quantized_again():
     class Decoder(nn.Module):
         def forward(self, x):

@@ -62,6 +62,18 @@ def test_get_qconfig_takes_torch_dtypes_names_and_observer_classes():
         get_qconfig(out_dtype="qint4")
 
 
+def test_fix_scale_is_the_plugins_switch_or_a_scale():
+    assert (get_qconfig(fix_scale=True).frozen, get_qconfig(fix_scale=True).fixed_scale) == (True, None)
+    made = get_qconfig(fix_scale=8.0 / 128)
+    assert (made.frozen, made.fixed_scale) == (False, 0.0625)
+    assert get_qconfig(out_dtype="qint16", fix_scale=3.05e-05).pinned_scale() == 3.05e-05
+    for odd in (1, 0, -0.5, 0.0, math.nan, math.inf, "0.5", None):
+        with pytest.raises(ConfigError, match=r"fix_scale is True .*, but got .*Write fix_scale=True"):
+            get_qconfig(fix_scale=odd)
+    with pytest.raises(ConfigError, match="fixed_scale is for an integer output"):
+        get_qconfig(out_dtype=None, fix_scale=0.5)
+
+
 SETTERS = {  # name -> output of op2 (a look-up), output of op3 (a conv), observer, frozen
     "default_calibration_qconfig_setter": ("qint8", "qint8", "mse", False),
     "default_qat_qconfig_setter": ("qint8", "qint8", "minmax", False),

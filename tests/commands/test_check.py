@@ -52,3 +52,25 @@ def test_a_module_is_left_out_by_name(tmp_path):
     done = run_qflow("check", *CUSTOM, "quant.skip=[inner]", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "inner." not in (tmp_path / "qflow_out" / "check" / "own" / "model_check_result.txt").read_text()
+
+
+RULES = "march: my-npu\noe_version: '1.0'\nrules: {int8_outputs: [linear], matmul_int16_inputs: 2}\n"
+
+
+def test_the_rules_of_an_npu_without_cost_serve_the_check_alone(tmp_path):
+    (tmp_path / "npu.yaml").write_text(RULES)
+    done = run_qflow("check", *CUSTOM, "device=npu.yaml", "qconfig.template=qint16", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "march my-npu" in done.stdout
+    ranked = run_qflow(
+        "check", *CUSTOM, "device=npu.yaml", "qconfig.ranking=score_per_ms", "qconfig.int16_ratio=0.5",
+        "sensitivity.bad_cases=4", "sensitivity.search_samples=32", cwd=tmp_path,
+    )  # fmt: skip
+    for refused in (
+        run_qflow("cost", *CUSTOM, "device=npu.yaml", cwd=tmp_path),
+        run_qflow("tune", *CUSTOM, "+experiment=int8", "device=npu.yaml", cwd=tmp_path),
+        ranked,  # by sensitivity per ms
+    ):
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stdout + refused.stderr
+        assert "A device file needs cost.attention_gmac_per_ms_ghz" in refused.stderr
+        assert "got none in my-npu" in refused.stderr

@@ -23,6 +23,7 @@ def test_trials_are_trained_and_keep_their_weights(studied, tmp_path):
     folder, done = studied
     assert done.returncode == 0, done.stdout + done.stderr
     assert "each trial is trained after its calibration: 6 steps" in done.stdout
+    assert "qat.float_steps=<n>" not in done.stdout
     assert done.stdout.count("QAT 4 steps") == 2
     tracker = open_tracker(folder)
     for run, *_ in tracker.trial_runs("own/int8_int16"):
@@ -63,6 +64,11 @@ def test_the_debug_order_names_the_stage(tmp_path):
         (["task.data._target_=user_task.Data"], "QAT needs task.data.train"),
         (["+qat.rates={nowhere: 0.1}"], "qat.rates names modules, but got 'nowhere'"),
         (["qat.loss._target_=user_task.wild_loss"], "is finite, but got"),
+        (["task.model._target_=user_task.frozen"], "QAT trains parameters, but got a model in which all are frozen"),
+        (["qat.freeze=[inner,loud,quiet]"], "got qat.freeze=[inner,loud,quiet], which covers them all"),
+        (["qat.batch_size=1024"], "at least one batch of 1024, but got 512 samples"),
+        (["qat.scheduler._target_=torch.optim.lr_scheduler.LinearLR"], "no warm-up, but got a rate that rises"),
+        (["qat.scheduler._target_=torch.optim.lr_scheduler.ReduceLROnPlateau"], "stepped without arguments"),
     ],
 )
 def test_what_cannot_train_is_refused_in_one_line(arguments, says, tmp_path):

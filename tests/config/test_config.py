@@ -56,6 +56,15 @@ REFUSED = {
     "threads": ([BASE, "executor.threads=-3"], "executor.threads is at least 0 (0 leaves it to torch), but got -3"),
     "a march without its rules": ([BASE, "device.march=nash-x"], "but got device.march=nash-x. Choose a device file"),
     "no device file": ([BASE, "device=nowhere.yaml"], "but got nowhere.yaml, which is no file"),
+    "no option": (
+        [BASE, "calibration=3"],
+        "names an option of a group, but got Config group override must be a string",
+    ),
+    "a blank that split a value": ([BASE, "file"], "is key=value, but got 'file' without =. Quote a value with blanks"),
+    "a module's own signs": (
+        [BASE, "qconfig.modules.[add](1)=qint16"],
+        "Paste: 'qconfig.modules={\\[add\\]\\(1\\): qint16}'",
+    ),
     "loss that does not import": (
         [BASE, "qat=default", "qat.optimizer._targt_=x"],
         "got qat.optimizer._targt_. Keys of qat.optimizer: _target_",
@@ -141,6 +150,16 @@ def test_a_trial_is_the_configuration_with_its_parameters_in_place():
     settings = trial_settings(config, {"calibration.method": "kl", "qconfig.int16_ratio": 0.25})
     assert (settings.calibration.method, settings.qconfig.int16_ratio) == ("kl", 0.25)
     assert config.calibration.method != "kl"
+
+
+def test_rates_of_modules_keep_their_ratio_to_a_rate_that_a_trial_tries():
+    config = compose(BASE, "qat.learning_rate=1e-3", "qat.rates={backbone: 1e-4, head.cls: 2e-3}")
+    assert trial_settings(config).qat.rates == {"backbone": 1e-4, "head.cls": 2e-3}
+    tried = trial_settings(config, {"qat.learning_rate": 1e-5}).qat
+    assert (tried.learning_rate, tried.rates) == (1e-5, {"backbone": 1e-6, "head.cls": 2e-5})
+    stated = trial_settings(config, {"qat.learning_rate": 1e-5, "qat.rates.backbone": 0.5}).qat
+    assert stated.rates == {"backbone": 0.5, "head.cls": 2e-5}
+    assert trial_settings(config, {"qat.learning_rate": 1e-3}).qat.rates == {"backbone": 1e-4, "head.cls": 2e-3}
 
 
 def test_a_resolved_configuration_comes_back():

@@ -264,3 +264,8 @@ def test_the_schema_has_the_fields_and_defaults_of_the_settings():
     for f in dataclasses.fields(schema):
         a, b = getattr(schema, f.name), getattr(settings, f.name)
         assert (tuple(a) if isinstance(a, list) else a) == b
+
+
+def test_the_share_of_the_float_steps_is_checked_or_said_not_to_be():
+    assert "qat.float_steps=<n>" in QatSettings(steps=10).unchecked
+    assert QatSettings(steps=10, float_steps=100).unchecked == QatSettings().unchecked == ""

@@ -19,8 +19,8 @@ def compose(*overrides, name="tune"):
         return hydra_compose(name, overrides=rewrite(overrides))
 
 
-def run(capsys, *arguments):
-    """Exit code and standard error of the tune command, stopped before it builds anything."""
+def run(capsys, *arguments, command="tune"):
+    """Exit code and standard error of a command, stopped before it builds anything."""
     from qflow.commands.tune import find_workflow
     from qflow.study.checks import check_study
 
@@ -32,7 +32,7 @@ def run(capsys, *arguments):
     argv = sys.argv
     try:
         with pytest.raises(SystemExit) as stop:
-            run_command("tune", act, [*arguments, "hydra.run.dir=."])
+            run_command(command, act, [*arguments, "hydra.run.dir=."])
     finally:
         sys.argv = argv
     return stop.value.code, capsys.readouterr().err

@@ -20,6 +20,10 @@ def model():
     return Net().eval()
 
 
+def frozen():
+    return model().requires_grad_(False)
+
+
 class Data:
     """Dict batches; `label` is no argument of forward."""
 

@@ -11,8 +11,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from qflow.core.errors import TrackingError
-from qflow.tracking.mlflow_tracker import BATCH, MlflowTracker, find_tables, rounded
+from qflow.core.errors import ConfigError, TrackingError
+from qflow.search.domain import Choice
+from qflow.search.study import Study
+from qflow.tracking import limits
+from qflow.tracking.limits import rounded
+from qflow.tracking.mlflow_tracker import BATCH, MlflowTracker, find_tables
 
 pytestmark = pytest.mark.slow  # real stores on disk
 
@@ -213,3 +217,75 @@ def test_a_study_is_found_in_another_experiment(tracker, store):
     other = MlflowTracker.open(None, store, "elsewhere")
     assert other.find_study("s") is None
     assert (other.experiments_with("s"), other.experiments_with("t")) == (["experiment"], [])
+
+
+@pytest.mark.parametrize("name", ["a%20b", "{x}?y#z", "%%2F & é@\\ [x]:$HOME;~\n日本", "out.v1"])
+def test_a_study_lives_in_a_folder_of_any_name(tmp_path, name):
+    root = tmp_path / "in" / name
+    root.mkdir(parents=True)
+    write_table(tmp_path / "files" / "deep" / "table.json")
+    tracker = MlflowTracker.open(None, root, "experiment")
+    run_id = start(tracker)
+    commit(tracker, run_id, folder=tmp_path / "files")
+    found = tracker.download(run_id, "deep/table.json", tmp_path / "down")
+    assert pd.read_json(found, orient="split").equals(TABLE)
+    assert MlflowTracker.open(tracker.uri, root, "experiment").find_study("task/stage")
+    study = Study.open(root, "task/stage", space={"x": Choice((1, 2))}, directions=("minimize",))
+    study.ask()
+    assert len(Study.open(root, "task/stage", space=study.space, directions=study.directions).trials()) == 1
+    assert list((tmp_path / "in").iterdir()) == [root]
+    assert {p.name for p in tmp_path.iterdir()} == {"in", "files", "down"}
+
+
+def test_texts_beyond_mlflows_limits_are_kept_whole_or_cut_in_sight(tracker, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")  # MLflow then refuses what is too long
+    run_id = start(tracker)
+    for text in ("x" * 20_000 + "end", "y" * limits.TAG, "short"):  # a shorter text after a longer one
+        commit(tracker, run_id, outcome_json=text, params={}, tags={"mlflow.note.content": text})
+        assert tracker.result(run_id) == text
+        assert [marker for *_, marker in tracker.trial_runs("task/stage")] == [text]
+    long = {"qconfig.note": "z" * 9000}
+    study = tracker.open_study(
+        "task/stage", tags={"qflow.fingerprint": "f" * 9000}, params=long, description="d" * 9000
+    )
+    assert tracker.run_params(study)["qconfig.note"] == "z" * 5999 + "…"
+    assert tracker.run_tags(study)["qflow.fingerprint"] == "f" * 9000
+    assert tracker.run_tags(study)["mlflow.note.content"].endswith("d…")
+    tracker.open_study("task/stage", tags={}, params=long, description="")  # the cut value has not changed
+    assert "qflow.changed_params" not in tracker.run_tags(study)
+
+
+def test_every_metric_name_that_passes_is_stored(tracker):
+    run_id = start(tracker)
+    for name in ("map@0.5:0.95 (val) %", "m" * 300, "a//b", "../a", "/a", "a/", "精度?", "a\n"):
+        with pytest.raises(ConfigError, match=r"Give the metric another: name = '(.+)'") as caught:
+            limits.check_metric_name(name)
+        assert "\n" not in str(caught.value)
+    for name in ("map_0.5:0.95 _val_ _", "精度/top1", "m" * 200, "a b.c-d"):
+        limits.check_metric_name(name)
+        tracker.log_study(run_id, metrics={f"accuracy/{name}": 1.0})
+        assert tracker.run_metrics(run_id)[f"accuracy/{name}"] == 1.0
+
+
+def test_a_searched_module_of_any_name_is_a_param(tracker):
+    run_id = start(tracker)
+    keys = ["qconfig.modules.[add](1)", f"qconfig.modules.{'deep.' * 80}conv", f"qconfig.modules.{'deep.' * 80}fc"]
+    names = [limits.param_name(key) for key in keys]
+    tracker.log_study(run_id, params=dict.fromkeys(names, "qint16"))
+    assert names[0] == "qconfig.modules._add__1_"
+    assert set(tracker.run_params(run_id)) == set(names)
+    assert len(set(names)) == 3
+
+
+@pytest.mark.parametrize("name", ["", "x" * 501])
+def test_an_experiments_name_is_checked_before_the_store_opens(tmp_path, name):
+    with pytest.raises(ConfigError, match="tracking.experiment has 1 to 500 characters"):
+        MlflowTracker.open(None, tmp_path, name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_registered_model_gets_a_name_that_the_registry_takes():
+    assert limits.model_name("exp: a=b/c") == "exp- a=b-c"
+    for name in ("", "..", "/"):
+        with pytest.raises(ConfigError, match=r"tracking\.registered_model="):
+            limits.model_name(name)

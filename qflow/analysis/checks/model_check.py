@@ -127,7 +127,8 @@ def _observer(op: OpQConfig, method: str) -> str:
         return ""
     if op.pinned_scale() is not None:
         return "fixed scale"
-    return "minmax" if op.output == QDtype.qint16 and not op.own_observer else op.observer or method
+    observer = "minmax" if op.output == QDtype.qint16 and not op.own_observer else op.observer or method
+    return f"{observer}, kept in QAT" if op.frozen else observer
 
 
 def fused_type(node: OpNode) -> str:

@@ -1,3 +1,3 @@
-"""Quantization-aware training: the loop, its state, its checkpoints, and the first bad operator when it diverges."""
+"""Quantization-aware training: the loop, its state, checkpoints, losses and rates; the first bad operator."""
 
-__all__ = ["checkpoint", "qat"]
+__all__ = ["checkpoint", "loss", "qat", "qat_state", "schedule"]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -32,11 +31,10 @@ from qflow.quant.trace.calling import call_model
 from qflow.quant.train.checkpoint import load_checkpoint, random_state, restore_random, save_checkpoint
 from qflow.quant.train.first_bad import first_bad
 from qflow.quant.train.interrupt import interrupts_held
-from qflow.quant.train.qat_state import qat_state, train_mode, under
+from qflow.quant.train.loss import Loss, loss_value, runaway
+from qflow.quant.train.qat_state import qat_state, require_trainable, train_mode, under
 
 log = logging.getLogger(__name__)
-
-Loss = Callable[[Any, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,10 +70,11 @@ def parameter_groups(
     """Optimizer groups of the trainable parameters; each parameter has the rate of its longest prefix in `rates`.
 
     Prefixes are module or parameter paths of the user's model (`backbone`, `head.cls`). Parameters without a prefix
-    have `learning_rate`. Raises ConfigError for a prefix without a parameter.
+    have `learning_rate`. Raises ConfigError for a prefix without a parameter, and if all parameters are frozen.
     """
     inner = getattr(prepared, "module", prepared)  # DistributedDataParallel
     inner = inner.model if isinstance(inner, QuantizedModel) else inner
+    require_trainable(inner)
     named = list(inner.named_parameters())
     unknown = [prefix for prefix in rates if not any(under(name, prefix) for name, _ in named)]
     if unknown:
@@ -209,12 +208,7 @@ class _Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         device = next(self.model.parameters()).device.type
         with torch.autocast(device, torch.bfloat16) if self.settings.amp else nullcontext():
-            value = self.loss(call_model(self.model, inputs), batch)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ConfigError(f"A loss is one number, but got {shape}. Return its mean.")
-        if not value.requires_grad:
-            raise ConfigError("QAT trains parameters, but got a loss that depends on none. Unfreeze some of the model.")
+            value = loss_value(self.loss, call_model(self.model, inputs), batch)
         number = float(value.detach())
         self._refuse_runaway(number, inputs, random)
         value.backward()  # type: ignore[no-untyped-call]
@@ -227,18 +221,14 @@ class _Trainer:
         self.step += 1
 
     def _refuse_runaway(self, number: float, inputs: Any, random: Tensor) -> None:
-        first = self.losses[: self.settings.first_losses]
-        usual = statistics.median(first) if len(first) == self.settings.first_losses else 0.0
-        runaway = usual > 0 and number > self.settings.divergence * usual
-        if math.isfinite(number) and not runaway:
+        rule = runaway(self.losses, number, self.settings)
+        if math.isfinite(number) and not rule:
             return
         name = what = ""
         if self.prepared is not None:
             torch.set_rng_state(random)
             name, what = first_bad(self.prepared, inputs, self.calibrated, self.settings.divergence)
-        rule = "A loss is finite"
-        if runaway:
-            rule = f"A loss stays below {self.settings.divergence:g} times its first values (about {usual:g})"
+        rule = rule or "A loss is finite"
         where = f"the first bad operator is {name} ({what})" if name else "no operator left its range"
         self._stop(f"{rule}, but got {number:g} at step {self.step + 1}; {where}.", name)
 
@@ -257,6 +247,8 @@ class _Trainer:
     def _stop(self, message: str, first_bad_operator: str) -> None:
         report = self.report(False, message)
         advice = "Lower qat.learning_rate, or see qat_debug."
+        if not self.step and not first_bad_operator:  # before the first step no rate matters
+            advice = "See what qat.loss returns for the first batch."
         raise DivergedError(f"{message} {advice}", self.step + 1, first_bad_operator, report)
 
     def report(self, finished: bool, reason: str = "", findings: Iterable[str] = ()) -> TrainingReport:

@@ -8,10 +8,11 @@ batch norms  They are in one of three modes (quant/model/weighted.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
+from torch import nn
 
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, ModelError
@@ -53,6 +54,7 @@ def qat_state(
             _set_moving(quantizer, role, settings, calibration or CalibrationSettings(), quantizer in fixed)
         for parameter in frozen:
             parameter.requires_grad_(False)
+        require_trainable(prepared.model, settings.freeze)
         with prepared.quantized() if quantized else nullcontext():
             train_mode(prepared, settings)
             yield prepared
@@ -66,6 +68,17 @@ def qat_state(
             quantizer.margin, quantizer.half_step, quantizer.averaging_constant = kept
             quantizer.follows = True
         prepared.know_weights()
+
+
+def require_trainable(model: nn.Module, freeze: Sequence[str] = ()) -> None:
+    """Raise ConfigError if no parameter of `model` is trained because each is frozen or below a prefix of `freeze`."""
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if all(any(under(name, prefix) for prefix in freeze) for name in trained):
+        what = (
+            f"qat.freeze=[{','.join(freeze)}], which covers them all" if freeze else "a model in which all are frozen"
+        )
+        way = "Leave one out." if freeze else "Set requires_grad on some."
+        raise ConfigError(f"QAT trains parameters, but got {what}. {way}")
 
 
 def _quantizers(prepared: QuantizedModel) -> dict[FakeQuant, str]:
