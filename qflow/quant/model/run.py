@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,9 @@ from qflow.quant.trace.order import Ordering
 from qflow.quant.trace.sites import Site, call_site
 from qflow.quant.values.fake_quant import FakeQuant
 from qflow.quant.values.observer import Histogram
+
+Needed = Mapping[str, frozenset[str]]
+"""Scope -> some of its functionals (`head[mul]`)."""
 
 
 @dataclass
@@ -77,6 +80,9 @@ class Run:
     """Called with every operator's name and its result before its quantizer."""
     order: Ordering | None = None
     """Records the order that operators such as topk return, or makes them follow a recorded one."""
+
+    needed: Needed | None = None
+    """The functionals on which an active quantizer acts; the others only run. None: all are followed."""
 
     @property
     def plain(self) -> bool:
@@ -193,6 +199,18 @@ class Run:
         if isinstance(out, Tensor):
             return quantized
         return map_named(lambda _, t: quantized if t is value else t, out)
+
+
+def functionals_of(plan: Plan, outputs: Collection[str], weights: Collection[str]) -> Needed:
+    """The functionals that give or read what these output and weight quantizers quantize."""
+    calls = {call for call, name in plan.output_at.items() if name in outputs}
+    calls |= {call for call, slots in plan.constants_at.items() if not set(slots.values()).isdisjoint(outputs)}
+    calls |= {call for call, weight in plan.weights_at.items() if weight.name in weights}
+    found: dict[str, set[str]] = {}
+    for (base, *_), call in plan.sites.items():
+        if call in calls:
+            found.setdefault(base.rpartition("[")[0], set()).add(base)
+    return {scope: frozenset(bases) for scope, bases in found.items()}
 
 
 _current = threading.local()
