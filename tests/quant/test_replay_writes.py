@@ -290,3 +290,19 @@ def test_a_python_value_that_quantizers_change_is_no_replay(what):
     model, inputs, prepared = masked_model(OF_VALUES[what])
     with pytest.raises(ReplayError, match="a Python value is taken from"):
         capture(model, prepared.plan, inputs, INF)
+
+
+@torch.no_grad()
+def test_an_operator_that_the_example_did_not_reach_is_replayed_in_float():
+    """The model was prepared without padding."""
+    torch.manual_seed(0)
+    model, x, mask = Masked(all_of_a_mask).eval(), torch.randn(4, ROWS, WIDTH), torch.ones(4, ROWS, dtype=torch.long)
+    prepared = calibrated(model, (x, mask))
+    padded = mask.clone()
+    padded[:, 2] = 0
+    variants = [row.variant for row in candidates(prepared)]
+    plain, wanted = dict(named_tensors(call_model(model, (x, padded)))), full(prepared, (x, padded), variants)
+    captured = capture(model, prepared.plan, (x, padded), INF)
+    assert any("masked_fill" in op.name for op in captured.tape.ops)
+    for i, got in Replay(model, prepared, captured).run(variants):
+        assert disagreement(got, wanted[i], plain, 1e-2) < 1e-3, variants[i].name

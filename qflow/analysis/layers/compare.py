@@ -63,7 +63,7 @@ def _one_by_one(
     rows: list[LayerRow] = []
     for done, op in enumerate(walk.ops.ops, 1):
         row = walk.row(op)
-        if op.name in prepared.plan.known:  # others only pass on what was written into a tensor (replay/views.py)
+        if op.name in walk.captured.tape.names:  # others only pass on what was written into a tensor (replay/views.py)
             rows.append(row)
         on_op(done)
     return rows, error_start(rows, walk.sources), walk.rows.findings

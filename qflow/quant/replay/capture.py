@@ -269,10 +269,11 @@ def capture(model: nn.Module, plan: Plan, inputs: Any, memory: float, inner: boo
         tracer.given = plan.sites  # functionals get the same names as in the prepared model
         tape = trace(model, inputs, plan.skipped, tracer)
         # before the first frame of a sequence, constants of its own may fill the state
-        names = {op.name for op in tape.ops} if isinstance(inputs, Frame) else tape.names
-        strange = sorted(names - plan.known)
-        if not strange:
+        named = {op.name for op in tape.ops} if isinstance(inputs, Frame) else tape.names
+        if named & tape.names <= plan.known:
             break
+    # a functional that was not traced stays float; a further call of a module has the quantizers of another call
+    strange = [op.name for op in tape.ops if op.module is not None and op.name not in plan.known]
     if tracer.reason or strange:
         raise ReplayError(tracer.reason or f"{strange[0]} was not seen when the model was prepared")
     tensors = [tensor for _, tensor in input_tensors(model, inputs)]
