@@ -248,6 +248,16 @@ def without_inner(captured: Captured, plan: Plan) -> Captured:
     return replace(captured, values=values)
 
 
+def _not_as_in_float(op: Op) -> bool:
+    """True if a prepared model does not simply run this call in float, although it was not traced.
+
+    A further call of a module has the quantizers of its last traced call, and a hook of the whole model that sorts does
+    not follow the float order.
+    """
+    name = function_name(op.call.function) if op.call is not None and op.call.function is not None else ""
+    return op.module is not None or name in ORDER_CHANGING
+
+
 def _mapped(function: Callable[[Any], Any], structure: Any) -> Any:
     """As tree_map, but cheaper for flat arguments."""
     if type(structure) is tuple and all(type(v) not in (tuple, list, dict) for v in structure):
@@ -272,8 +282,7 @@ def capture(model: nn.Module, plan: Plan, inputs: Any, memory: float, inner: boo
         named = {op.name for op in tape.ops} if isinstance(inputs, Frame) else tape.names
         if named & tape.names <= plan.known:
             break
-    # a functional that was not traced stays float; a further call of a module has the quantizers of another call
-    strange = [op.name for op in tape.ops if op.module is not None and op.name not in plan.known]
+    strange = [op.name for op in tape.ops if op.name not in plan.known and _not_as_in_float(op)]
     if tracer.reason or strange:
         raise ReplayError(tracer.reason or f"{strange[0]} was not seen when the model was prepared")
     tensors = [tensor for _, tensor in input_tensors(model, inputs)]
