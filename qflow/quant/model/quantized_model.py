@@ -144,8 +144,7 @@ class QuantizedModel(TemporalStateMixin, QuantizerStateMixin):
             self._quantize_state(run)
             with full_precision(), Mode(run):
                 out = self.model(*args, **kwargs)
-            if run.folded:
-                _refuse_left_out(run.folded)
+            run.require_norms()
         finally:
             set_current_run(before)
             self.ran |= run.ran
@@ -282,13 +281,6 @@ class QuantizedModel(TemporalStateMixin, QuantizerStateMixin):
             self._needed = before_needed
             for key, quantizer in quantizers.items():
                 switch(quantizer, "enabled", before[key])
-
-
-def _refuse_left_out(norms: Collection[str]) -> None:
-    raise ModelError(
-        f"A batch norm that is folded into the operator before it runs after it, but got {min(norms)} left out of this "
-        "forward pass. Take the same path for all inputs, or put nn.Identity before the norm, so that it is not folded."
-    )
 
 
 def scales(prepared: QuantizedModel) -> dict[str, float | list[float]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from qflow.core.errors import ModelError
 from qflow.core.settings import CalibrationSettings
 from qflow.quant.model.plan import Plan
 from qflow.quant.trace.calling import all_tensors, map_named
@@ -169,6 +170,15 @@ class Run:
         args, kwargs = tree_unflatten(leaves, spec)
         return args, kwargs
 
+    def require_norms(self) -> None:
+        """Raise ModelError if a batch norm that is folded into the operator before it has not run after it."""
+        if self.folded:
+            raise ModelError(
+                "A batch norm that is folded into the operator before it runs after it, but got "
+                f"{min(self.folded)} left out of this forward pass. Take the same path for all inputs, or put "
+                "nn.Identity before the norm, so that it is not folded."
+            )
+
     def finish(self, name: str, out: Any, first: Any) -> Any:
         """Quantize the result `out` of operator `name`; if it is `first` (an in-place operator), in place."""
         if self.watch is not None:
@@ -202,10 +212,12 @@ class Run:
 
 
 def functionals_of(plan: Plan, outputs: Collection[str], weights: Collection[str]) -> Needed:
-    """The functionals that give or read what these output and weight quantizers quantize."""
+    """The functionals that give or read what these quantizers quantize, and norms folded into these weights."""
+    norms = {plan.folds.get(name) for name in weights}
     calls = {call for call, name in plan.output_at.items() if name in outputs}
     calls |= {call for call, slots in plan.constants_at.items() if not set(slots.values()).isdisjoint(outputs)}
     calls |= {call for call, weight in plan.weights_at.items() if weight.name in weights}
+    calls |= {call for call, norm in plan.functional_norms.items() if norm in norms}
     found: dict[str, set[str]] = {}
     for (base, *_), call in plan.sites.items():
         if call in calls:

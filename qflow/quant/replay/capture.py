@@ -23,7 +23,7 @@ from qflow.core.graph import TRANSPARENT_KINDS, WEIGHTED_KINDS, OpKind
 from qflow.quant.model.plan import Plan
 from qflow.quant.model.runtime import writes_first
 from qflow.quant.replay.views import Views, rewritten, seen_anew, zeroed
-from qflow.quant.trace.calling import input_tensors
+from qflow.quant.trace.calling import all_tensors, input_tensors
 from qflow.quant.trace.ops import FILLS, function_name
 from qflow.quant.trace.order import INDEX_ONLY, ORDER_CHANGING
 from qflow.quant.trace.state import Frame, without
@@ -125,7 +125,11 @@ class Capture(Tracer):
             _mapped(lambda v: self._reference(v, False), dict(kwargs)) if kwargs else {},
             in_place and isinstance(first, Tensor),
         )
-        tensors = [] if module in self.plan.skipped else tensors_in((args, kwargs))
+        tensors = tensors_in((args, kwargs))
+        if module in self.plan.skipped:  # its forward is the user's: it may take objects, and its results have no paths
+            if any(self.producer(t) is not None for t in all_tensors((args, kwargs))[len(tensors) :]):
+                self.give_up(f"{module} takes tensors inside an object")
+            tensors = []
         self.views.called(call, None if module is None else function, tensors)
         return call
 
