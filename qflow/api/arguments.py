@@ -7,7 +7,8 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from qflow.analysis.layers.compare import group_type, is_of
+from qflow.analysis.layers.compare import is_of
+from qflow.analysis.layers.rows import group_type
 from qflow.analysis.sensitivity.candidates import Candidate
 from qflow.core.errors import ConfigError
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,6 @@ from qflow.api.prepared import Prepared
 from qflow.api.states import Frames, compared, with_state
 from qflow.core.errors import ConfigError, DataError, ModelError
 from qflow.core.settings import COMPARISONS, SensitivitySettings
-from qflow.quant.replay.capture import ReplayError
 from qflow.quant.trace.calling import copied
 
 SPARE = 4  # at least so many inputs are kept, because the means and thus the ranking change during the search
@@ -187,8 +185,9 @@ class QuantAnalysis:
     def run(self, device: Any = None, index: int | None = None) -> LayerTable:
         """Run both models on the bad case, or on searched sample `index`, and compare every operator.
 
-        Values are compared while the models run, and nothing is dumped. Raises ConfigError without a bad case or for
-        an index that is not kept, ReplayError if the operator calls of the model cannot be replayed.
+        Values are compared while the models run, and nothing is dumped. Where the operator calls of the model cannot
+        be run one by one, full forward passes are compared, and `findings` says what is empty then and why. Raises
+        ConfigError without a bad case or for an index that is not kept.
         """
         case = self._case(index)
         with self.pair.at_work(device) as target:
@@ -244,16 +243,13 @@ class QuantAnalysis:
     def advise(self) -> tuple[Advice, ...]:
         """Return what to change, by expected gain, from the last sensitivity and comparison (run if there is none).
 
-        If layers cannot be compared, the advice follows from sensitivity and calibration alone. `setter` applies it.
-        Writes abnormal_layer_advisor.txt. Raises ModelError without calibration statistics.
+        `setter` applies it. Writes abnormal_layer_advisor.txt. Raises ModelError without calibration statistics.
         """
         stats = self.pair.prepared.stats
         if stats is None:
             where = "a state dict does not hold them. Call qflow.calibrate."
             raise ModelError(f"Advice rests on calibration statistics, but got none: {where}")
-        table, layers = self._last("sensitivity") or self.sensitivity(), self._last("layers")
-        with suppress(ReplayError):
-            layers = layers or self.run()
+        table, layers = self._last("sensitivity") or self.sensitivity(), self._last("layers") or self.run()
         found = advise(self.pair.prepared, stats, table, layers, self.pair.refused)
         (self.out_dir / "abnormal_layer_advisor.txt").write_text(advice_text(found, None))
         return found

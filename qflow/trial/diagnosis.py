@@ -35,7 +35,6 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.qconfig import QConfig
 from qflow.core.settings import QConfigSettings
-from qflow.quant.replay.capture import ReplayError
 from qflow.trial.evaluator import Evaluator
 from qflow.trial.outputs import outputs_off
 from qflow.trial.precisions import Precisions
@@ -77,23 +76,16 @@ class Diagnosis:
         self.badcases = self.evaluator.find_badcases(progress, self.inputs, self.applied)
         return self.badcases
 
-    def compare_layers(self, progress: Progress = silent) -> LayerTable | None:
+    def compare_layers(self, progress: Progress = silent) -> LayerTable:
         """Compare every operator call on the bad cases, float against calibrated; `progress` counts calls.
 
         A model with state is compared on the worst frame, from the state before it.
-
-        Returns None and adds a finding if the operator calls of the model cannot be replayed.
         """
         evaluator = self.evaluator
         cases = evaluator.cases()[0]
         self.findings = self._calibrated()
         memory = evaluator.sensitivity_settings.memory_mb
-        try:
-            self.layers = compare_layers(
-                evaluator.task.model, evaluator.prepared, cases, memory_mb=memory, on_op=progress
-            )
-        except ReplayError as error:
-            self.findings += (Finding("layers", "check", f"no layer-by-layer comparison: {error.reason}"),)
+        self.layers = compare_layers(evaluator.task.model, evaluator.prepared, cases, memory_mb=memory, on_op=progress)
         return self.layers
 
     def rank(self, progress: Progress = silent) -> SensitivityTable:

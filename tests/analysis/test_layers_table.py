@@ -1,6 +1,7 @@
 """The layer table: every operator call, float against calibrated, in the guide's columns."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from support.zoo import NAMES, build
 from torch import nn
 
 from qflow.analysis.layers.compare import _Walk, compare_layers, filtered
-from qflow.analysis.layers.text import COLUMNS, layers_csv, layers_text
+from qflow.analysis.layers.text import COLUMNS, layers_csv, layers_line, layers_text
 from qflow.analysis.measures.layer_metrics import compare, divergence
 from qflow.analysis.measures.tables import LayerTable
 from qflow.core.record import from_dict, plain
-from qflow.quant.replay.capture import capture
+from qflow.quant.replay.capture import ReplayError, capture
 from qflow.quant.trace.calling import call_model, named_tensors
 
 GUIDE = [
@@ -42,6 +43,70 @@ def test_both_models_end_where_their_own_forwards_end(name):
         base, own, _ = ends[ref.op]
         assert torch.allclose(base[ref.position].float(), plain_outputs[output].float(), atol=1e-5)
         assert torch.equal(own[ref.position], wanted[output]), output
+
+
+@pytest.mark.parametrize("memory_mb", [2048, 0.01], ids=["one pair of passes", "as many as the memory asks for"])
+@pytest.mark.parametrize("name", ["resnet", "vision_transformer", "detr", "temporal"])
+def test_full_forwards_give_the_same_columns_but_those_of_operators_alone(name, memory_mb, monkeypatch):
+    model, inputs = build(name)
+    prepared = calibrated(model, inputs)
+    wanted = compare_layers(model, prepared, inputs)
+
+    def refused(*_, **__):
+        raise ReplayError("some reason")
+
+    monkeypatch.setattr("qflow.analysis.layers.compare.capture", refused)
+    table = compare_layers(model, prepared, inputs, memory_mb=memory_mb)
+    rows = {row.mod_name: row for row in table.rows}
+    left = [replace(row, index=0, single_error=None) for row in wanted.rows if row.mod_name in rows]
+    assert [replace(row, index=0) for row in rows.values()] == left
+    assert all(row.base_op_type == "torch.setitem" for row in wanted.rows if row.mod_name not in rows)
+    assert table.start == ""
+    (finding,) = (f for f in table.findings if f.op == "layers")
+    assert finding.message.endswith("the error of each operator alone and where the error starts: some reason")
+    assert finding.message in layers_line(table)
+    assert "some reason" in layers_text(table).splitlines()[-1]
+    assert not any(f.op == "layers" for f in wanted.findings)
+
+
+class Branches(nn.Module):
+    """The calibrated model takes another branch than float: 1.0 is no multiple of its scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        one = self.a(x)
+        return self.b(one) if bool((one == 1.0).all()) else self.c(one)[:, :3]
+
+
+def test_operators_that_only_one_of_the_models_runs_are_counted():
+    torch.manual_seed(0)
+    model, x = Branches().eval(), torch.randn(4, 6)
+    with torch.no_grad():
+        model.a.weight.zero_()
+        model.a.bias.fill_(1.0)
+    prepared = calibrated(model, x)
+    prepared.outputs["a"].set_scale(0.3)
+    table = compare_layers(model, prepared, x)
+    rows = {row.mod_name: row for row in table.rows}
+    assert rows["a"].L1 > 0.0
+    assert rows["b"].L1 is None
+    assert any(f.op == "b" and "1 operators have another shape" in f.message for f in table.findings)
+
+
+def test_what_an_operator_raises_when_it_is_run_alone_is_no_refusal(monkeypatch):
+    model, inputs = build("resnet")
+    prepared = calibrated(model, inputs)
+
+    def raises(*_):
+        raise RuntimeError("view size is not compatible")
+
+    monkeypatch.setattr(_Walk, "row", raises)
+    table = compare_layers(model, prepared, inputs)
+    assert any("RuntimeError: view size is not compatible" in f.message for f in table.findings)
+    assert sum(row.Cosine is not None for row in table.rows) > 5
 
 
 def test_every_call_has_a_row_and_groups_are_blank_but_at_their_end():

@@ -6,13 +6,14 @@ import math
 import pandas as pd
 import pytest
 import torch
-from support.models import WritesThroughView
+from support.models import WritesByStrides
 from support.zoo import build
 from torch import nn
 
 from qflow.analysis.measures.distances import Distances
 from qflow.analysis.measures.tables import SensitivityRow, SensitivityTable
 from qflow.analysis.sensitivity.candidates import candidates
+from qflow.analysis.sensitivity.chunks import joined
 from qflow.analysis.sensitivity.health import health
 from qflow.analysis.sensitivity.measure import sensitivity
 from qflow.analysis.sensitivity.sensitive_ops import write_sensitive_ops
@@ -139,12 +140,48 @@ def test_where_an_estimate_does_not_pay_every_row_is_measured_and_that_is_said(n
 
 
 def test_a_model_that_cannot_be_replayed_is_run_in_full_and_that_is_said():
-    model, x = WritesThroughView().eval(), torch.randn(12, 3, 6, 6)
+    model, x = WritesByStrides().eval(), torch.randn(12, 3, 6, 6)
     prepared = calibrated(model, x)
     table = sensitivity(model, prepared, [x])
     assert any("replay was given up" in f.message for f in table.findings)
     wanted = naive(model, prepared, x, "L1")
     pd.testing.assert_series_equal(scores(table).sort_index(), wanted.sort_index(), rtol=1e-3, atol=1e-9)
+
+
+def test_full_forwards_run_all_bad_cases_at_once():
+    """At most 1.3 forwards a row, though each bad case comes alone."""
+    model, x = WritesByStrides().eval(), torch.randn(6, 3, 6, 6)
+    prepared = calibrated(model, x)
+    calls = []
+    prepared.model.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    table = sensitivity(model, prepared, [x[:1], x[1:2], x[2:]])
+    assert len(calls) <= 1.3 * len(table.rows)
+    assert set(calls) == {6}
+    wanted = naive(model, prepared, x, "L1")
+    pd.testing.assert_series_equal(scores(table).sort_index(), wanted.sort_index(), rtol=1e-3, atol=1e-9)
+
+
+def test_bad_cases_that_change_each_other_in_one_batch_are_run_apart():
+    class Centred(WritesByStrides):
+        def forward(self, x):
+            return super().forward(x) - x.mean((0, 1, 2, 3))
+
+    model, x = Centred().eval(), torch.randn(4, 3, 6, 6)
+    prepared = calibrated(model, x)
+    calls = []
+    prepared.model.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    sensitivity(model, prepared, [x[:2], x[2:]])
+    assert set(calls) == {2}
+
+
+def test_batches_are_joined_if_only_their_samples_differ():
+    a, b = torch.ones(2, 3), torch.zeros(1, 3)
+    both = joined([{"x": a, "scale": 2.0}, {"x": b, "scale": 2.0}])
+    assert both["scale"] == 2.0
+    assert torch.equal(both["x"], torch.cat([a, b]))
+    assert torch.equal(joined([(a, a.new_ones(5)), (b, a.new_ones(5))])[1], a.new_ones(5))
+    for other in ({"x": b, "scale": 3.0}, {"x": b[:, :2], "scale": 2.0}, {"x": b.double(), "scale": 2.0}, {"x": b}):
+        assert joined([{"x": a, "scale": 2.0}, other]) is None
 
 
 class ReadsNumber(nn.Module):

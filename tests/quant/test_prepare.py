@@ -87,6 +87,22 @@ def test_int16_activations_are_closer_than_int8(name):
     assert errors[QDtype.qint16] < 0.05 * errors[QDtype.qint8]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_one_quantizer_alone_gives_what_it_gives_while_every_operator_is_followed(name):
+    """With few quantizers on, only the functionals that they act on are followed, and attention stays undivided."""
+    _, example, prepared = calibrated(name)
+    for i, node in enumerate(n for n in prepared.graph.quantized if prepared.outputs[n.quantizer].dtype):
+        weights = [node.weight] if node.weight in prepared.weights and i % 2 else []
+        with prepared.only([] if weights else [node.quantizer], weights):
+            found = outputs(prepared, example)
+            assert prepared.ran == set(weights or [node.quantizer])
+            prepared.watch = lambda name, value: None
+            wanted = outputs(prepared, example)
+            prepared.watch = None
+        for a, b in zip(found, wanted, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5), node.name
+
+
 @pytest.mark.parametrize("name", ["resnet", "unet"])
 def test_folding_the_batch_norm_changes_nothing_but_the_rounding(name):
     """With the weight quantizer on a grid far below float noise, the folded model is the float model."""

@@ -1,17 +1,21 @@
 """Replay of single operators against full forward passes: the same outputs, whatever the model does."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
-from support.models import WritesThroughView
-from support.replays import INF, calibrated, full
+import torch.nn.functional as F
+from support.models import revive
+from support.replays import INF, Made, calibrated, full
 from support.zoo import NAMES, build
 from torch import nn
 
 from qflow.analysis.measures.distances import Distances, disagreement
 from qflow.analysis.sensitivity.candidates import candidates
 from qflow.analysis.sensitivity.measure import sensitivity
+from qflow.core.dtype import QDtype
+from qflow.quant.model.prepare import prepare
 from qflow.quant.replay.capture import ReplayError, capture
 from qflow.quant.replay.replay import Replay, full_forward
 from qflow.quant.replay.samples import axes_by_running
@@ -134,16 +138,6 @@ def test_a_shared_weight_is_perturbed_at_all_its_calls():
     assert torch.allclose(got["0"], full_forward(prepared, x, variant)["0"], rtol=1e-5, atol=1e-6)
 
 
-@torch.no_grad()
-def test_a_write_through_a_view_is_no_replay_and_says_so():
-    """Pitfall P21: the values of the base change with it."""
-    torch.manual_seed(0)
-    model, x = WritesThroughView().eval(), torch.randn(2, 3, 6, 6)
-    prepared = calibrated(model, x)
-    with pytest.raises(ReplayError, match="view"):
-        capture(model, prepared.plan, x, INF)
-
-
 class Views(nn.Module):
     """Takes a feature map apart by its strides: what lies channels last cannot be viewed so."""
 
@@ -199,3 +193,53 @@ def test_capturing_leaves_model_and_inputs_alone():
     assert torch.equal(inputs, given)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@dataclasses.dataclass
+class Hidden:
+    state: torch.Tensor
+
+
+class GivesObject(nn.Module):
+    """A module that gives its result in an object, and one that takes it so."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.gives = Made(lambda m, x: Hidden(m.fc(x)), fc=nn.Linear(6, 6))
+        self.takes = Made(lambda m, hidden: m.fc(hidden.state), fc=nn.Linear(6, 6))
+
+    def forward(self, x):
+        hidden = self.gives(self.before(x))
+        return self.after(hidden.state + self.takes(hidden))
+
+
+@torch.no_grad()
+def test_a_skipped_module_may_give_an_object_but_not_take_one():
+    torch.manual_seed(0)
+    model, x = GivesObject().eval(), torch.randn(4, 6)
+    prepared = calibrated(model, x, skip=["gives"])
+    variants = [row.variant for row in candidates(prepared)]
+    for i, got in Replay(model, prepared, capture(model, prepared.plan, x, INF)).run(variants):
+        assert torch.allclose(got["0"], full_forward(prepared, x, variants[i])["0"], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ReplayError, match="takes takes tensors inside an object"):
+        capture(model, calibrated(model, x, skip=["gives", "takes"]).plan, x, INF)
+
+
+class OwnNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+@torch.no_grad()
+def test_a_functional_norm_is_folded_with_its_weight_alone_too():
+    torch.manual_seed(0)
+    model = revive(nn.Sequential(nn.Conv2d(3, 4, 3), OwnNorm(4), nn.ReLU(), nn.Conv2d(4, 2, 1)))
+    x = torch.randn(2, 3, 8, 8)
+    prepared = prepare(model, x, fold_functional_norms=True)
+    assert prepared.plan.functional_norms
+    plain = model(x)
+    with prepared.only(weights=["0"]):
+        prepared.weights["0"].retype(QDtype.qint16)
+        prepared.weights["0"].set_scale(torch.full_like(prepared.weights["0"].scale, 1e-4))
+        assert torch.allclose(prepared(x), plain, atol=1e-2)

@@ -17,17 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qflow.analysis.measures.layer_metrics import EMPTY, compare, relative_error
+from qflow.analysis.layers.forwards import by_forwards
+from qflow.analysis.layers.rows import Rows
 from qflow.analysis.measures.tables import Finding, LayerRow, LayerTable
-from qflow.core.graph import OpNode
 from qflow.quant.model.quantized_model import QuantizedModel
-from qflow.quant.replay.capture import Captured, capture
+from qflow.quant.replay.capture import Captured, capture, reason_of
 from qflow.quant.replay.captured_ops import Ops, Values
 from qflow.quant.trace.calling import batch_size
 from qflow.quant.trace.tape import Op, Ref
 
 GROWS = 2.0  # the error grows at an operator if it is at least so many times the error of the inputs
 STANDS_OUT = 3.0  # ... and at least so many times the median error of an operator alone
+BY_FORWARDS = "full forwards were compared, without the error of each operator alone and where the error starts"
 
 
 def compare_layers(
@@ -40,19 +41,32 @@ def compare_layers(
 ) -> LayerTable:
     """Compare `model` with the calibrated `prepared` on one batch of model inputs.
 
-    Raises ReplayError where the model's calls cannot be run one by one.
+    Where the model's calls cannot be run one by one, full forward passes are compared: a finding gives the reason, and
+    what needs operators run alone is empty.
     """
     with torch.no_grad(), prepared.quantized():
-        captured = capture(model, prepared.plan, inputs, memory_mb * 1e6 / 2, inner=True)
-        walk = _Walk(model, prepared, captured)
-        rows: list[LayerRow] = []
-        for done, op in enumerate(walk.ops.ops, 1):
-            rows.append(walk.row(op, len(rows)))
-            on_op(done)
+        try:
+            rows, start, findings = _one_by_one(model, prepared, inputs, memory_mb * 1e6 / 2, on_op)
+        except Exception as error:
+            reason = reason_of(error)
+            rows, findings = by_forwards(model, prepared, inputs, memory_mb * 1e6, on_op)
+            start, findings = "", [Finding("layers", "info", f"{BY_FORWARDS}: {reason}"), *findings]
     rows = [replace(r, index=i) for i, r in enumerate(rows)]
-    table = LayerTable(samples=batch_size(inputs), rows=tuple(rows))
-    start = error_start(table, walk.sources)
-    return replace(table, start=start, findings=(*walk.findings, *_findings(rows)))
+    return LayerTable(batch_size(inputs), tuple(rows), start, (*findings, *_findings(rows)))
+
+
+def _one_by_one(
+    model: nn.Module, prepared: QuantizedModel, inputs: Any, memory: float, on_op: Callable[[int], None]
+) -> tuple[list[LayerRow], str, list[Finding]]:
+    """The rows, the operator where the error starts to grow, and findings. An operator may raise anything here."""
+    walk = _Walk(model, prepared, capture(model, prepared.plan, inputs, memory, inner=True))
+    rows: list[LayerRow] = []
+    for done, op in enumerate(walk.ops.ops, 1):
+        row = walk.row(op)
+        if op.name in walk.captured.tape.names:  # others only pass on what was written into a tensor (replay/views.py)
+            rows.append(row)
+        on_op(done)
+    return rows, error_start(rows, walk.sources), walk.rows.findings
 
 
 class _Walk:
@@ -66,40 +80,12 @@ class _Walk:
         self.single: dict[int, Values] = {}
         """Values inside a fused group when the group alone is run on float inputs."""
         self.sources: dict[str, tuple[str, ...]] = {}
-        self.findings: list[Finding] = []
-        self.nodes: dict[str, OpNode] = {}
-        for node in prepared.graph.nodes:
-            self.nodes.update(dict.fromkeys((node.name, *node.fused), node))
-        self.last = {names[-1]: names for names in ([*_members(n)] for n in prepared.graph.nodes)}
+        self.rows = Rows(prepared)
 
-    def row(self, op: Op, index: int) -> LayerRow:
+    def row(self, op: Op) -> LayerRow:
         """Run one operator and compare its float, calibrated and single-operator values."""
         base, own, alone = self._values(op)
-        if not self.findings and op.floating and bool(base[0].isnan().any()):
-            text = "the float model itself gives NaN here first: check the bad case and the model"
-            self.findings.append(Finding(op.name, "error", text))
-        node = self.nodes.get(op.name)
-        ends = node is None or op.name in self.prepared.plan.output_at or len(node.fused) == 0
-        columns = compare(base[0], own[0]) if ends else dict.fromkeys(EMPTY)
-        quantizer = self.prepared.outputs.get(self.prepared.plan.output_at.get(op.name, ""))
-        active = quantizer is not None and quantizer.active
-        integer = quantizer is not None and quantizer.dtype is not None and quantizer.dtype.is_integer
-        scale = float(quantizer.scale) if quantizer is not None and active and integer else None
-        atol = columns.get("Atol")
-        row = LayerRow(
-            index=index,
-            mod_name=op.name,
-            base_op_type=op.op_type,
-            analy_op_type=_analysis_type(op, node, ends),
-            shape=op.shape,
-            quant_dtype=str(quantizer.dtype) if quantizer is not None and active else "float32",
-            qscale=scale,
-            max_atol_diff=atol,
-            max_qscale_diff=None if atol is None or not scale else atol / scale,
-            quantizer=node.name if node is not None and quantizer is not None and op.floating else "",
-            single_error=relative_error(base[0], alone[0]) if ends and alone else None,
-            **columns,  # type: ignore[arg-type]
-        )
+        row = self.rows.row(op.name, op.op_type, base[0], own[0], alone[0] if alone else None)
         self.sources[op.name] = tuple(self.captured.tape.ops[i].name for i in self.ops.reads[op.index])
         self._free(op)
         return row
@@ -117,8 +103,8 @@ class _Walk:
             own = self._run(op, base, *self.ops.arguments(call, lambda r: self.calibrated[r.op][r.position]))
             alone = self._run(op, base, *self.ops.arguments(call, self._alone))
         self.plain[op.index], self.calibrated[op.index] = base, own
-        if op.floating and op.name not in self.prepared.plan.output_at and op.name in self.nodes:
-            node = self.nodes[op.name]
+        if op.floating and op.name not in self.prepared.plan.output_at and op.name in self.rows.nodes:
+            node = self.rows.nodes[op.name]
             if node.quantizer is not None or node.fused:
                 self.single[op.index] = alone
         return base, own, alone
@@ -143,38 +129,21 @@ class _Walk:
                     kept.pop(index, None)
 
 
-def _members(node: OpNode) -> tuple[str, ...]:
-    return (node.name, *node.fused)
-
-
-def _analysis_type(op: Op, node: OpNode | None, ends: bool) -> str:
-    """Type in the calibrated model: that of the whole group at its last member, Identity at the others."""
-    if node is None or not node.fused:
-        return op.op_type
-    return group_type(node) if ends else "torch.nn.modules.linear.Identity"
-
-
-def group_type(node: OpNode) -> str:
-    """Type of a whole group in the calibrated model; the operator's own if nothing is fused into it."""
-    kind = node.op_type.rsplit(".", 1)[-1]
-    return f"qflow.{kind}{''.join(node.fused_types)}" if node.fused else node.op_type
-
-
 def is_of(types: Collection[str], *kinds: str) -> bool:
     """True if one of `kinds`, in full or by its last part, is among `types`."""
     return any(name in types for kind in kinds for name in (kind, kind.rsplit(".", 1)[-1]))
 
 
-def error_start(table: LayerTable, sources: dict[str, tuple[str, ...]]) -> str:
+def error_start(rows: Sequence[LayerRow], sources: dict[str, tuple[str, ...]]) -> str:
     """First operator where the error grows: GROWS times that of its inputs, STANDS_OUT times the median error alone.
 
     "" if there is none, because errors only add up. If the operator alone makes less than half of the error, its input
     made it, where a channel of large values can hide it in the relative error: the name of the input is returned.
     """
-    own = [r.single_error for r in table.rows if r.single_error and r.quantizer]
+    own = [r.single_error for r in rows if r.single_error and r.quantizer]
     usual = statistics.median(own) if own else 0.0
     errors: dict[str, tuple[float, str]] = {}  # operator -> error, and the operator whose row has it
-    for row in table.rows:
+    for row in rows:
         before, source = max((errors.get(n, (0.0, "")) for n in sources.get(row.mod_name, ())), default=(0.0, ""))
         if row.error is None or row.single_error is None:  # inside a group: it has the error of its input
             errors[row.mod_name] = before, source

@@ -30,8 +30,9 @@ def layers_text(table: LayerTable) -> str:
         return f"| {' | '.join(padded)} |"
 
     edge = f"+{between}+"
-    start = f"The error starts to grow at {table.start}.\n" if table.start else ""
-    return "\n".join([edge, line(header), f"|{between}|", *map(line, body), edge]) + f"\n{start}"
+    below = [f"The error starts to grow at {table.start}."] if table.start else []
+    below += [f"{way[0].upper()}{way[1:]}." for way in _way(table)]
+    return "\n".join([edge, line(header), f"|{between}|", *map(line, body), edge, *below]) + "\n"
 
 
 def layers_csv(table: LayerTable) -> str:
@@ -54,10 +55,17 @@ def _text(row: LayerRow, name: str) -> str:
     return str(value)
 
 
-def layers_line(table: LayerTable | None) -> str:
+def layers_line(table: LayerTable) -> str:
     """The table in one line for the console."""
-    if table is None:
-        return "left out: this model's calls cannot be run one by one (see the findings)"
-    worst = max(table.rows, key=lambda row: row.single_error or 0.0)
+    if _way(table):
+        largest = max(table.rows, key=lambda row: row.error or 0.0)
+        worst = f"largest accumulated error: {largest.mod_name} ({largest.error or 0.0:.2g})"
+        return "; ".join([worst, *_way(table)])
+    largest = max(table.rows, key=lambda row: row.single_error or 0.0)
     start = f"the error starts to grow at {table.start}; " if table.start else ""
-    return f"{start}largest error of its own: {worst.mod_name} ({worst.single_error or 0.0:.2g})"
+    return f"{start}largest error of its own: {largest.mod_name} ({largest.single_error or 0.0:.2g})"
+
+
+def _way(table: LayerTable) -> list[str]:
+    """How the table was made, if not operator by operator."""
+    return [finding.message for finding in table.findings if finding.op == "layers"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from qflow.analysis.sensitivity.chunks import chunks_of, mixed, sample_bytes
+from qflow.analysis.sensitivity.chunks import chunks_of, joined, mixed, sample_bytes
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.replay.capture import Captured, capture, without_inner
 from qflow.quant.replay.fused import FoldedOps
@@ -21,6 +21,8 @@ class Captures:
 
     def __init__(self, model: nn.Module, prepared: QuantizedModel, memory: float, method: str) -> None:
         self.model, self.prepared, self.memory, self.method = model, prepared, memory, method
+        self.batches: Sequence[Any] = ()
+        self.room = math.inf
         self.reason = ""
         """Why batches were not cut into chunks; "" if they were."""
         self.kept: dict[int, Captured] = {}
@@ -32,16 +34,27 @@ class Captures:
         """`batches` in parts of at most `room` bytes, the first with at most `first` samples; they stay whole if the
         result of a sample depends on the other samples of its batch.
         """
+        self.batches, self.room = batches, room
         cuts = [chunks_of(self.prepared.graph, inputs, room, first) for inputs in batches]
         for i, (inputs, parts) in enumerate(zip(batches, cuts, strict=True)):
             if len(parts) > 1 and not (i == 0 and self.proven(parts[0])):
-                self.reason = self.reason or mixed(self.model, inputs, parts)
+                self.reason = self.reason or mixed(self.model, inputs, parts[:2])
         if not self.reason:
             return [part for parts in cuts for part in parts]
         self.kept.clear()
         self.held = 0.0
         self.ahead = None
         return list(batches)
+
+    def for_forwards(self) -> list[Any]:
+        """The batches of `chunks` in as few parts as fit: joined, if that gives the same outputs, and cut anew."""
+        batches = list(self.batches)
+        if self.reason:
+            return batches
+        whole = joined(batches) if len(batches) > 1 else None
+        if whole is not None and not mixed(self.model, whole, batches):
+            batches = [whole]
+        return [part for inputs in batches for part in chunks_of(self.prepared.graph, inputs, self.room)]
 
     def proven(self, first: Any) -> bool:
         """True if every operator of the first chunk computes its samples independently.

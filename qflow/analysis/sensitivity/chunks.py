@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from qflow.analysis.measures.distances import disagreement
 from qflow.core.graph import ModelGraph, OpKind
@@ -46,17 +46,43 @@ def chunks_of(graph: ModelGraph, inputs: Any, memory: float, first: int = 0) -> 
 
 
 def mixed(model: nn.Module, inputs: Any, parts: Sequence[Any]) -> str:
-    """Why `inputs` may not be cut into `parts`, or "": compares the first two parts run together and run apart."""
-    few = [cut(inputs, batch_size(inputs), 0, batch_size(parts[0]) + batch_size(parts[1])), *parts[:2]]
+    """Why `inputs` may not be cut into `parts`, which it begins with, or "": compares them run together and apart."""
+    few = [cut(inputs, batch_size(inputs), 0, sum(batch_size(part) for part in parts)), *parts]
     try:
         both, *alone = (dict(named_tensors(call_model(model, part))) for part in few)
     except Exception as error:  # whatever the model raises at another batch size
         return f"the model does not run on {batch_size(parts[0])} samples: {' '.join(str(error).split())}"
     for name, pair in both.items():
         apart = [part[name] for part in alone if name in part and part[name].ndim]
-        fits = pair.ndim and len(apart) == 2 and all(t.shape[1:] == pair.shape[1:] for t in apart)
+        fits = pair.ndim and len(apart) == len(parts) and all(t.shape[1:] == pair.shape[1:] for t in apart)
         joined = torch.cat(apart) if fits else pair.new_zeros(())
         gap = disagreement({name: joined}, {name: pair}, {name: torch.zeros_like(pair)})
         if joined.shape != pair.shape or gap > AGREES:
             return f"output {name} of a sample depends on the rest of its batch"
     return ""
+
+
+def joined(batches: Sequence[Any]) -> Any | None:
+    """All batches as one; None if they differ in anything but their samples and the values of these."""
+    flat = [tree_flatten(inputs) for inputs in batches]
+    sizes = [batch_size(inputs) for inputs in batches]
+    if any(spec != flat[0][1] for _, spec in flat):
+        return None
+    leaves = []
+    for parts in zip(*(own for own, _ in flat), strict=True):
+        first = parts[0]
+        if not all(type(part) is type(first) for part in parts):
+            return None
+        if not isinstance(first, Tensor):
+            if any(part != first for part in parts):
+                return None
+            leaves.append(first)
+        elif all(part.ndim and len(part) == size for part, size in zip(parts, sizes, strict=True)):
+            if any(part.shape[1:] != first.shape[1:] or part.dtype != first.dtype for part in parts):
+                return None
+            leaves.append(torch.cat(parts))
+        elif all(part.shape == first.shape and torch.equal(part, first) for part in parts):
+            leaves.append(first)
+        else:
+            return None
+    return tree_unflatten(leaves, flat[0][1])

@@ -18,7 +18,7 @@ from qflow.core.settings import CalibrationSettings
 from qflow.quant.model.leaf import leaf_type
 from qflow.quant.model.model_state import QuantizerStateMixin
 from qflow.quant.model.plan import Plan
-from qflow.quant.model.run import Collected, Run, set_current_run
+from qflow.quant.model.run import Collected, Needed, Run, functionals_of, set_current_run
 from qflow.quant.model.runtime import EnterScope, LeaveSkipped, Mode, enter_skipped, leaf_class, leave_scope
 from qflow.quant.model.temporal_state import TemporalStateMixin, copy_at_start
 from qflow.quant.model.weighted import NormScope, WeightedLeaf
@@ -53,6 +53,7 @@ class QuantizedModel(TemporalStateMixin, QuantizerStateMixin):
         """Called in `observed` with every operator's name and its result before its quantizer."""
         self._collect: Collected | None = None
         self._order: Ordering | None = None
+        self._needed: Needed | None = None
         for name in plan.masks:
             self.outputs[name].keeps_mask = True
         self._swap()
@@ -135,7 +136,7 @@ class QuantizedModel(TemporalStateMixin, QuantizerStateMixin):
         """The forward with every operator followed (`watch`, `ran`, `unseen`), even if no quantizer is active."""
         run = Run(
             self.plan, self.outputs, self.weights, self._arguments, self._collect, watch=self.watch, order=self._order,
-            sited=not torch.compiler.is_compiling(),
+            sited=not torch.compiler.is_compiling(), needed=None if self.watch or self._collect else self._needed,
         )  # fmt: skip
         before = set_current_run(run)
         try:
@@ -143,8 +144,7 @@ class QuantizedModel(TemporalStateMixin, QuantizerStateMixin):
             self._quantize_state(run)
             with full_precision(), Mode(run):
                 out = self.model(*args, **kwargs)
-            if run.folded:
-                _refuse_left_out(run.folded)
+            run.require_norms()
         finally:
             set_current_run(before)
             self.ran |= run.ran
@@ -226,7 +226,7 @@ class QuantizedModel(TemporalStateMixin, QuantizerStateMixin):
         unknown = sorted(name for kind, name in keys - set(self._keys()))
         if unknown or not keys:
             raise ModelError(f"Quantizers are switched by name, but got {unknown or 'no name'}. See the model check.")
-        with self._switched(keys):
+        with self._switched(keys, functionals_of(self.plan, outputs, weights)):
             yield self
 
     @contextmanager
@@ -268,24 +268,19 @@ class QuantizedModel(TemporalStateMixin, QuantizerStateMixin):
         }
 
     @contextmanager
-    def _switched(self, on: Collection[tuple[str, str]]) -> Iterator[None]:
-        quantizers = self._keys()
+    def _switched(self, on: Collection[tuple[str, str]], needed: Needed | None = None) -> Iterator[None]:
+        quantizers, before_needed = self._keys(), self._needed
         before = {key: quantizer.enabled for key, quantizer in quantizers.items()}
-        self.ran, self.unseen = set(), set()
+        self.ran, self.unseen, self._needed = set(), set(), needed
+        switch = object.__setattr__  # nn.Module's own takes ten times as long, and a ranking does it for each row
         for key, quantizer in quantizers.items():
-            quantizer.enabled = key in on
+            switch(quantizer, "enabled", key in on)
         try:
             yield
         finally:
+            self._needed = before_needed
             for key, quantizer in quantizers.items():
-                quantizer.enabled = before[key]
-
-
-def _refuse_left_out(norms: Collection[str]) -> None:
-    raise ModelError(
-        f"A batch norm that is folded into the operator before it runs after it, but got {min(norms)} left out of this "
-        "forward pass. Take the same path for all inputs, or put nn.Identity before the norm, so that it is not folded."
-    )
+                switch(quantizer, "enabled", before[key])
 
 
 def scales(prepared: QuantizedModel) -> dict[str, float | list[float]]:

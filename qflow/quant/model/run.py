@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from qflow.core.errors import ModelError
 from qflow.core.settings import CalibrationSettings
 from qflow.quant.model.plan import Plan
 from qflow.quant.trace.calling import all_tensors, map_named
@@ -18,6 +19,9 @@ from qflow.quant.trace.order import Ordering
 from qflow.quant.trace.sites import Site, call_site
 from qflow.quant.values.fake_quant import FakeQuant
 from qflow.quant.values.observer import Histogram
+
+Needed = Mapping[str, frozenset[str]]
+"""Scope -> some of its functionals (`head[mul]`)."""
 
 
 @dataclass
@@ -77,6 +81,9 @@ class Run:
     """Called with every operator's name and its result before its quantizer."""
     order: Ordering | None = None
     """Records the order that operators such as topk return, or makes them follow a recorded one."""
+
+    needed: Needed | None = None
+    """The functionals on which an active quantizer acts; the others only run. None: all are followed."""
 
     @property
     def plain(self) -> bool:
@@ -163,6 +170,15 @@ class Run:
         args, kwargs = tree_unflatten(leaves, spec)
         return args, kwargs
 
+    def require_norms(self) -> None:
+        """Raise ModelError if a batch norm that is folded into the operator before it has not run after it."""
+        if self.folded:
+            raise ModelError(
+                "A batch norm that is folded into the operator before it runs after it, but got "
+                f"{min(self.folded)} left out of this forward pass. Take the same path for all inputs, or put "
+                "nn.Identity before the norm, so that it is not folded."
+            )
+
     def finish(self, name: str, out: Any, first: Any) -> Any:
         """Quantize the result `out` of operator `name`; if it is `first` (an in-place operator), in place."""
         if self.watch is not None:
@@ -193,6 +209,20 @@ class Run:
         if isinstance(out, Tensor):
             return quantized
         return map_named(lambda _, t: quantized if t is value else t, out)
+
+
+def functionals_of(plan: Plan, outputs: Collection[str], weights: Collection[str]) -> Needed:
+    """The functionals that give or read what these quantizers quantize, and norms folded into these weights."""
+    norms = {plan.folds.get(name) for name in weights}
+    calls = {call for call, name in plan.output_at.items() if name in outputs}
+    calls |= {call for call, slots in plan.constants_at.items() if not set(slots.values()).isdisjoint(outputs)}
+    calls |= {call for call, weight in plan.weights_at.items() if weight.name in weights}
+    calls |= {call for call, norm in plan.functional_norms.items() if norm in norms}
+    found: dict[str, set[str]] = {}
+    for (base, *_), call in plan.sites.items():
+        if call in calls:
+            found.setdefault(base.rpartition("[")[0], set()).add(base)
+    return {scope: frozenset(bases) for scope, bases in found.items()}
 
 
 _current = threading.local()

@@ -21,6 +21,7 @@ from qflow.quant.model.run import Run, current_run
 from qflow.quant.model.weighted import ConvLeaf, ConvTransposeLeaf, LinearLeaf, NormLeaf
 from qflow.quant.trace.decompose import decomposition
 from qflow.quant.trace.ops import CONSTANTS, FILLS, FUNCTION_KINDS, function_name, is_operator
+from qflow.quant.trace.order import ORDER_CHANGING
 from qflow.quant.trace.sites import call_site, user_line
 from qflow.quant.trace.tape import tensors_in
 
@@ -37,6 +38,12 @@ class Mode(TorchFunctionMode):
         run = self.run
         if run.depth:
             return func(*args, **kwargs)
+        name = _NAMES.get(func)
+        if name is None:
+            name = _NAMES[func] = function_name(func)
+        needed = None if run.order is not None and name in ORDER_CHANGING else run.needed
+        if needed is not None and run.scopes[-1] not in needed:
+            return func(*args, **kwargs)  # undivided: no quantizer acts on a part of it
         parts = decomposition(func, args, kwargs)
         if parts is not None:
             before, run.site = run.site, run.site or (call_site() if run.sited else None)
@@ -45,10 +52,9 @@ class Mode(TorchFunctionMode):
                     return parts(*args, **kwargs)
             finally:
                 run.site = before
-        name = _NAMES.get(func)
-        if name is None:
-            name = _NAMES[func] = function_name(func)
         base = f"{run.scopes[-1]}[{name}]"
+        if needed is not None and base not in needed[run.scopes[-1]]:
+            return func(*args, **kwargs)
         key, call = (base, "") if run.sited and base not in run.plan.bases else run.locate(base)
         if call in run.arguments:
             args, kwargs = run.quantize_arguments(call, args, kwargs)

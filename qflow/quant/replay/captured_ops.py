@@ -13,6 +13,7 @@ from qflow.core.graph import OpKind
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.model.weighted import WeightedLeaf
 from qflow.quant.replay.capture import Captured, ReplayError
+from qflow.quant.trace.calling import all_tensors
 from qflow.quant.trace.ops import function_name
 from qflow.quant.trace.order import ORDER_CHANGING, in_order, indices_of
 from qflow.quant.trace.tape import Op, Ref, references, tensors_in
@@ -118,7 +119,7 @@ class Ops:
             module = self.modules[call.module]
             # Operators in the hooks of a leaf module were captured as ops; hooks of a skipped module are part of it.
             forward = module if op.kind == OpKind.skipped else module.forward
-            return tuple(tensors_in(forward(*args, **kwargs)))
+            return tuple(all_tensors(forward(*args, **kwargs)))
         out = call.function(*args, **kwargs)
         return (args[0],) if out is None else tuple(tensors_in(out))  # setitem returns None
 

@@ -77,7 +77,7 @@ def widen(
     except Exception:  # an operator may raise anything at another batch size: captures may show what it needs there
         pass
     try:
-        widths = _by_capture(model, prepared, inputs, captured, size, most)
+        widths = _by_capture(model, prepared, ops, inputs, captured, size, most)
         widths.axes = axes_by_running(ops, captured, size, most, widths.call)
     except ReplayError:
         raise
@@ -87,7 +87,7 @@ def widen(
 
 
 def _by_capture(
-    model: nn.Module, prepared: QuantizedModel, inputs: Any, captured: Captured, size: int, most: int
+    model: nn.Module, prepared: QuantizedModel, ops: Ops, inputs: Any, captured: Captured, size: int, most: int
 ) -> Widths:
     """Widths from captures of both halves, or of other data and both together."""
     if size % 2 == 0:
@@ -102,7 +102,8 @@ def _by_capture(
     if names[0] != names[1] or names[0] != names[2]:
         raise ReplayError("the model takes another path at another batch size or on other data")
     widths = Widths(most, size * most, {}, path_of(captured), {})
-    for op, twice in zip(first.tape.ops, together.tape.ops, strict=True):
+    for live in ops.ops:  # no output depends on the others, such as a test of a mask
+        op, twice = first.tape.ops[live.index], together.tape.ops[live.index]
         values = [found.values.get(op.index) for found in (first, second, together)]
         axis = grown(op.shape, twice.shape, 2)
         if all(v is not None for v in values):

@@ -1,3 +1,16 @@
 """Tracing: one forward pass on an example records the operators of a model, their names and their call sites."""
 
-__all__ = ["binding", "calling", "decompose", "masks", "ops", "order", "sites", "state", "tape", "trace", "tracer"]
+__all__ = [
+    "aliases",
+    "binding",
+    "calling",
+    "decompose",
+    "masks",
+    "ops",
+    "order",
+    "sites",
+    "state",
+    "tape",
+    "trace",
+    "tracer",
+]

@@ -20,7 +20,7 @@ class Aliases:
 
     def add(self, tensor: Tensor) -> None:
         """From here on, `overlapping` finds `tensor`."""
-        key = _storage(tensor)
+        key = storage(tensor)
         if key is not None:
             held = self._live.setdefault(key, [])
             held.append(weakref.ref(tensor))
@@ -30,13 +30,17 @@ class Aliases:
 
     def overlapping(self, written: Tensor) -> list[Tensor]:
         """The other live tensors that share an element with `written`."""
-        key = _storage(written)
-        others = [r() for r in self._live.get(key, ())] if key is not None else []
-        single = {id(t): t for t in others if t is not None and t is not written}
-        return [t for t in single.values() if _overlap(written, t)]
+        return [t for t in self.sharing(written) if t is not written and _overlap(written, t)]
+
+    def sharing(self, tensor: Tensor) -> list[Tensor]:
+        """The live tensors in the memory of `tensor`, itself included if it was added."""
+        key = storage(tensor)
+        found = [r() for r in self._live.get(key, ())] if key is not None else []
+        return list({id(t): t for t in found if t is not None}.values())
 
 
-def _storage(tensor: Tensor) -> int | None:
+def storage(tensor: Tensor) -> int | None:
+    """Identity of the memory of a tensor; None if it has no single one."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse and the like

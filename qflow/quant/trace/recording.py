@@ -110,7 +110,7 @@ class Recording(CallNames):
             return
         root = max(others, key=lambda t: t.numel())
         if root.numel() > written.numel():
-            self.call = None  # no single call returns the root, so a capture cannot replay this write
+            self.call = None  # no call of the model returns the root: a capture finds its own (replay/capture.py)
             self.record_write(root, written)
             index = self.producer(root)
         for other in others:

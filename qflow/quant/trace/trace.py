@@ -28,7 +28,7 @@ from qflow.quant.trace.calling import (
 from qflow.quant.trace.ops import is_leaf, module_kind
 from qflow.quant.trace.state import Frame, FrameOutputs, without
 from qflow.quant.trace.tape import Tape, module_attrs
-from qflow.quant.trace.tracer import Tracer
+from qflow.quant.trace.tracer import Tracer, version
 
 
 class _Hooks:
@@ -37,6 +37,8 @@ class _Hooks:
     def __init__(self, tracer: Tracer, skip: Collection[str]) -> None:
         self.tracer = tracer
         self.skip = skip
+        self.versions: dict[int, int] = {}
+        """Versions of the arguments of the current leaf when it was entered."""
         self.leaves = {path: module for path, module in tracer.modules.items() if path not in skip and is_leaf(module)}
 
     def wrapped(self, path: str, module: nn.Module) -> Any:
@@ -59,6 +61,8 @@ class _Hooks:
         if not self.tracer.leaf_depth:
             self.tracer.call = self.tracer.calling(module, args, kwargs)
         self.tracer.leaf_depth += 1
+        if self.tracer.leaf_depth == 1:
+            self.versions = {id(t): version(t) for t in all_tensors((args, kwargs))}
 
     def record(self, path: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         tracer, outputs = self.tracer, all_tensors(out)
@@ -70,8 +74,9 @@ class _Hooks:
         sources = list(enumerate(all_tensors((args, kwargs))))
         attrs = {} if skipped else module_attrs(module, [t for _, t in sources])
         tracer.record(tracer.unique(path), kind, op_type, path, sources, outputs, attrs=attrs)
-        for tensor in outputs:
-            if any(tensor is t for _, t in sources):  # relu(inplace=True)
+        for tensor in outputs:  # relu(inplace=True) writes into its argument, nn.Identity only gives it back
+            unseen = tensor.is_inference() and getattr(module, "inplace", False)  # such a tensor has no version
+            if unseen or self.versions.get(id(tensor), version(tensor)) != version(tensor):
                 tracer.spread(tensor)
 
     def leave_leaf(self, path: str) -> Any:

@@ -60,7 +60,7 @@ class Tracer(Recording, TorchFunctionMode):
         name = function_name(func)
         self.call = self.calling(func, args, kwargs)
         sources = tensors_in((args, kwargs))
-        versions = [(t, _version(t)) for t in sources]
+        versions = [(t, version(t)) for t in sources]
         out = func(*args, **kwargs)
         self.note_writes(name, args, out, [(t, v) for t, v in versions if self.producer(t) is not None])
         if name == "setitem" and len(args) == 3:
@@ -71,7 +71,7 @@ class Tracer(Recording, TorchFunctionMode):
                 self.record_function(unique, func, sources, args, kwargs, out)
             for tensor in tensors_in(out):
                 self.aliases.add(tensor)
-        changed = [t for t, v in versions if _version(t) != v]  # the written tensor and all that share its memory
+        changed = [t for t, v in versions if version(t) != v]  # the written tensor and all that share its memory
         given = tensors_in(args[0] if name == "setitem" else out)
         for tensor in [t for t in changed if any(t is g for g in given)] or changed:
             self.spread(tensor)
@@ -98,7 +98,7 @@ class Tracer(Recording, TorchFunctionMode):
             self.note_site(f"{name} with a boolean mask gives a size that depends on the data")
         if name == "setitem" and args[2:] and self.is_value(args[2]):
             self.note_site("setitem writes a constant that has no quantizer")
-        if name in ("setitem", *FILLS) or (not tensors_in(out) and any(t._version != v for t, v in versions)):
+        if name in ("setitem", *FILLS) or (not tensors_in(out) and any(version(t) != v for t, v in versions)):
             self.note_site(f"{name} writes into a tensor and is left in float")
 
     def record_function(self, unique: str, func: Any, sources: list[Tensor], args: Any, kwargs: Any, out: Any) -> None:
@@ -152,5 +152,6 @@ class Tracer(Recording, TorchFunctionMode):
             self.ops[index].attrs["attention_output"] = 1
 
 
-def _version(tensor: Tensor) -> int:
+def version(tensor: Tensor) -> int:
+    """Number of writes into the memory of a tensor."""
     return 0 if tensor.is_inference() else tensor._version  # inference tensors have no version

@@ -91,8 +91,8 @@ class FakeQuant(nn.Module):
 
     @enabled.setter
     def enabled(self, on: bool) -> None:
-        self._enabled = on
-        self.cached = None  # evaluations begin with a switch: none of them may use a stale weight
+        # Evaluations begin with a switch: none of them may use a stale weight.
+        vars(self).update(_enabled=on, cached=None)
 
     @property
     def per_channel(self) -> bool:

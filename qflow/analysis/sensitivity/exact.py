@@ -1,0 +1,164 @@
+"""Exact rows of a sensitivity table: the outputs with one quantizer on, by replay or by full forward passes.
+
+A replay (quant/replay/replay.py) computes again only the operators that depend on the quantizer. On the first samples
+the replay of a few quantizers is compared with full forward passes of the prepared model; if it differs, or replay is
+impossible, full forward passes measure every row, and a finding gives the reason. With few samples in a batch, several
+quantizers are replayed at once. Full forward passes run all bad cases in one batch, if that gives the same outputs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+from qflow.analysis.measures.distances import Distances, disagreement
+from qflow.analysis.measures.tables import Finding, SensitivityRow
+from qflow.analysis.sensitivity.candidates import Candidate
+from qflow.analysis.sensitivity.captures import Captures
+from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.replay.capture import Captured, ReplayError, reason_of
+from qflow.quant.replay.captured_ops import Variant
+from qflow.quant.replay.replay import Replay, full_forward
+from qflow.quant.replay.widen import Widths, widen
+from qflow.quant.trace.calling import batch_size, call_model, named_tensors
+from qflow.quant.trace.order import may_change_order
+
+WIDE_BYTES = 1e6  # average bytes of a result of all variants together; beyond it a CPU gains nothing (docs/log.md)
+FEW_SAMPLES = 8  # several variants are run at once for batches of up to so many samples
+CHECKED = 2  # quantizers for which a replay is compared with full forward passes
+AGREES = 1e-3  # difference that counts as equal, over the change by quantization: larger batches run other kernels
+ROUNDING = 1e-4  # relative change of the float outputs that folded batch norms and other kernels may cause
+
+
+class Exact:
+    """Measures rows on the chunks of `captures`, and holds which ways of doing so work for this model."""
+
+    def __init__(
+        self, model: nn.Module, prepared: QuantizedModel, captures: Captures, memory: float, most: int
+    ) -> None:
+        self.model, self.prepared, self.captures = model, prepared, captures
+        self.memory, self.most = memory, most
+        """Bytes that may be held, and the most quantizers that are replayed at once."""
+        self.findings: list[Finding] = []
+        self.infinite = False
+        """True if an output is infinite in the float model."""
+        self.replays, self.reorders = True, may_change_order(prepared.plan.known)
+        self.widths: Widths | None = None
+        self.one_at_a_time = ""
+        """Why several quantizers cannot be replayed at once; "" if they can."""
+
+    def measured(
+        self, chunks: Sequence[Any], rows: Sequence[Candidate], metric: str, on_share: Callable[[float], None]
+    ) -> list[SensitivityRow]:
+        """The rows in their order; by replay if that agrees with full forward passes on the first chunk."""
+        while True:
+            distances = Distances(metric, len(rows))
+            try:
+                for n, inputs in enumerate(chunks):
+                    plain, outputs = self.outputs(n, inputs, [row.variant for row in rows])
+                    distances.reference(plain, batch_size(inputs))
+                    for done, (position, got) in enumerate(outputs, 1):
+                        distances.add(position, got)
+                        on_share((n * len(rows) + done) / (len(chunks) * len(rows)))
+                break
+            except Exception as error:  # an operator may raise anything when it is run alone, or on stacked batches
+                if not self.replays:
+                    raise
+                self._fall_back(reason_of(error))
+                chunks = chunks if self.replays else self.captures.for_forwards()
+        self.findings += distances.findings
+        self.infinite = bool(distances.infinite)
+        return [row.row(*distances.result(position)) for position, row in enumerate(rows)]
+
+    def _fall_back(self, reason: str) -> None:
+        """Take the next slower way: several variants at once, then one at a time, then full forward passes."""
+        if self.widths is not None:
+            self.widths = None
+            self.one_at_a_time = text = f"one quantizer at a time, though samples are few: {reason}"
+        else:
+            self.replays = False
+            text = f"replay was given up: {reason}. Full forward passes were run."
+        self.findings.append(Finding("sensitivity", "info", text))
+
+    def outputs(self, n: int, inputs: Any, variants: Sequence[Variant]) -> tuple[dict[str, Tensor], Any]:
+        """Float outputs of the n-th chunk, and each variant's position with its outputs. Raises ReplayError."""
+        if not self.replays:
+            return dict(named_tensors(call_model(self.model, inputs))), self._full(inputs, variants)
+        captured = self.captures.captured(n, inputs)
+        if n == 0:
+            self.reorders = may_change_order(captured.tape.names)
+        replay = Replay(self.model, self.prepared, captured)
+        replay.widths = self.widened(inputs, captured, replay)
+        plain, outputs = replay.references(), self._replayed(replay, inputs, variants)
+        return plain, self._checked(replay, inputs, variants, outputs) if n == 0 else outputs
+
+    def _replayed(
+        self, replay: Replay, inputs: Any, variants: Sequence[Variant]
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Outputs of each variant by replay, or by full forwards if this batch does not reach it (a branch on data)."""
+        there = [i for i, variant in enumerate(variants) if replay.ops.reaches(variant)]
+        absent = sorted(set(range(len(variants))) - set(there))
+        for i, got in replay.run([variants[i] for i in there]):
+            yield there[i], got
+        for i, got in self._full(inputs, [variants[i] for i in absent]):
+            yield absent[i], got
+
+    def _checked(
+        self, replay: Replay, inputs: Any, variants: Sequence[Variant], outputs: Iterator[tuple[int, dict[str, Tensor]]]
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """`outputs`. Raises ReplayError if the float outputs, or a few of these, differ from full forward passes."""
+        plain = replay.references()
+        rounding = disagreement(replay.replayed(), plain, plain, 1.0)
+        if rounding > ROUNDING:
+            raise ReplayError(f"its float outputs differ from the model's by {rounding:.2g}")
+        worst, nothing = 0.0, max(1e-3, 4.0 * rounding / AGREES)
+        chosen = self.to_check(replay, variants)
+        full = {i: got for i, (_, got) in zip(chosen, self._full(inputs, [variants[i] for i in chosen]), strict=True)}
+        for i, got in outputs:
+            worst = max(worst, disagreement(got, full[i], plain, nothing) if i in full else 0.0)
+            if worst > AGREES:
+                raise ReplayError(f"its outputs differ from full forwards by {worst:.2g} of what quantization does")
+            yield i, got
+
+    def to_check(self, replay: Replay, variants: Sequence[Variant]) -> list[int]:
+        """Positions of a few random variants, one of them not the first of its pass, which is never misplaced."""
+        draw, there = random.Random(0), [i for i, variant in enumerate(variants) if replay.ops.reaches(variant)]
+        behind = [there[i] for together in replay.passes([variants[i] for i in there]) for i in together[1:]]
+        chosen = [draw.choice(behind)] if behind else []
+        rest = [i for i in range(len(variants)) if i not in chosen]
+        return [*chosen, *draw.sample(rest, min(CHECKED - len(chosen), len(rest)))]
+
+    def widened(self, inputs: Any, captured: Captured, replay: Replay) -> Widths | None:
+        """How several variants run at once; None if there are more than a few samples or it does not work."""
+        size = batch_size(inputs)
+        if size > FEW_SAMPLES or not captured.complete or self.one_at_a_time:
+            return None
+        held = [t.numel() * t.element_size() for ts in captured.values.values() for t in ts]
+        fitting = self.memory / 2 / max(sum(held), 1.0) * 8  # at most an eighth of all values is in use at a time
+        most = int(min(WIDE_BYTES * len(held) / max(sum(held), 1.0), fitting, self.most))
+        tight = 4.0 * sum(held) > self.memory / 2  # `widen` captures the batch, another, and both together
+        if most < 2 or tight:
+            return None
+        if self.widths is None:
+            try:
+                self.widths = widen(self.model, self.prepared, replay.ops, inputs, captured, size, most)
+                return self.widths
+            except ReplayError as error:
+                self.one_at_a_time = f"one quantizer at a time, though samples are few: {error.reason}"
+                self.findings.append(Finding("sensitivity", "info", self.one_at_a_time))
+                return None
+        return self.widths.at(captured, size, most)
+
+    def _full(self, inputs: Any, variants: Sequence[Variant]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Outputs of each variant by a full forward pass in which topk and the like use the float order."""
+        order = None
+        if self.reorders and variants:
+            with self.prepared.recording_order() as order:
+                call_model(self.prepared, inputs)
+        for i, variant in enumerate(variants):
+            with nullcontext() if order is None else self.prepared.following(order):
+                yield i, full_forward(self.prepared, inputs, variant)
