@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from qflow.analysis.checks.calibration_check import calibration_findings
 from qflow.analysis.checks.model_check import check_model, grouped
+from qflow.analysis.checks.shared_check import reach_finding
 from qflow.analysis.measures.tables import Finding, ModelCheck
 from qflow.api.plugin_names import plugin_ranking
 from qflow.config.device_file import load_cost, load_rules
@@ -37,6 +38,7 @@ from qflow.cost_model.records import CostReport
 from qflow.quant.model import prepare as engine
 from qflow.quant.model.calibrate import CalibrationStats, apply_scales, collect, gathered
 from qflow.quant.model.graph_at_shape import graph_at
+from qflow.quant.model.module_names import Named
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.model.run import Collected
 from qflow.quant.model.sequences import in_order
@@ -135,6 +137,7 @@ def prepare(
     skip: engine.Skip = (),
     fold_functional_norms: bool = False,
     cached_attrs: str | Sequence[str] = (),
+    split_shared: Named = "report",
 ) -> Prepared:
     """Return a traced, fused and configured copy of `model` (in eval mode). The first setter that answers decides.
 
@@ -144,11 +147,12 @@ def prepare(
     `fold_functional_norms` folds an `F.batch_norm` on a module's own statistics (in a subclass of nn.BatchNorm2d, for
     example) as it would fold an nn.BatchNorm2d; the plugin goes by module type. `cached_attrs` names the attributes in
     which the model keeps state from call to call (`head.memory`); their present values start a sequence
-    (`reset_state`). Operators without an answer are int8, and outputs of GEMMs that leave the model high-precision.
-    Raises ModelError or ConfigError.
+    (`reset_state`). `split_shared` gives each call of a module that is called several times a quantizer of its own:
+    with `auto` in all modules without parameters and buffers, else in those that it names. Operators without an answer
+    are int8, and outputs of GEMMs that leave the model high-precision. Raises ModelError or ConfigError.
     """
     given, example_inputs = setters_of(qconfig_setter), example_of(model, example_inputs)
-    prepared = engine.prepare(model, example_inputs, skip, fold_functional_norms, cached_attrs)
+    prepared = engine.prepare(model, example_inputs, skip, fold_functional_norms, cached_attrs, split_shared)
     prepared.__class__ = Prepared
     assert isinstance(prepared, Prepared)
     prepared.march, prepared.sample = march, cut(example_inputs, batch_size(example_inputs), 0, 1)
@@ -259,7 +263,8 @@ def check(prepared: Prepared) -> ModelCheck:
     ]
     changed = prepared.follow_weights()
     edited = [Finding(changed[0], "check", _changed(changed))] if changed else []
-    found = (*prepared.findings, *since, *edited)
+    reach = reach_finding(prepared, load_rules(prepared.march))
+    found = (*reach, *prepared.findings, *since, *edited)
     return check_model(prepared.graph, prepared.requested, prepared.applied, found, prepared.settings.method)
 
 

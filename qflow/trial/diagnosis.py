@@ -40,6 +40,7 @@ from qflow.trial.evaluator import Evaluator
 from qflow.trial.outputs import outputs_off
 from qflow.trial.precisions import Precisions
 from qflow.trial.shared import Progress, silent
+from qflow.trial.split_gain import split_gain
 
 PICTURE_BINS = 1024  # of a histogram picture
 
@@ -58,6 +59,8 @@ class Diagnosis:
     advice: tuple[Advice, ...] | None = None
     fidelity: Fidelity | None = None
     findings: tuple[Finding, ...] = ()
+    split_gain: tuple[Finding, ...] = ()
+    """Of `findings`, what splitting the calls of shared modules gives."""
 
     @cached_property
     def applied(self) -> QConfig | None:
@@ -86,7 +89,9 @@ class Diagnosis:
         """
         evaluator = self.evaluator
         cases = evaluator.cases()[0]
-        self.findings = self._calibrated()
+        calibrated = self._calibrated()
+        self.split_gain = split_gain(evaluator, self.qconfig({}))
+        self.findings = calibrated + self.split_gain
         memory = evaluator.sensitivity_settings.memory_mb
         try:
             self.layers = compare_layers(

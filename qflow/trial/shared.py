@@ -5,7 +5,7 @@ Each part is computed once and cached by content; a cache hit gives the same num
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -61,6 +61,8 @@ class SharedState:
     """Modules or classes that stay in float."""
     fold_functional_norms: bool = False
     """`F.batch_norm` on a module's own statistics is folded as an nn.BatchNorm2d is."""
+    split_shared: tuple[str, ...] = ()
+    """Modules whose calls get a quantizer each (quant/model/shared_modules.py)."""
     eval_samples: int = 0
     eval_batch: int = 32
     cache: Cache = field(default_factory=Cache)
@@ -107,17 +109,25 @@ class SharedState:
     @cached_property
     def identity(self) -> Identity:
         """Everything that results depend on beside settings. Every sample is read once for it."""
-        return of_task(self.task, self.skip, self.fold_functional_norms)
+        return of_task(self.task, self.skip, self.fold_functional_norms, self.split_shared)
 
     def prepare(self) -> QuantizedModel:
         """Trace on the first evaluation batch, prove the float graph, and trace again at the deployed shape."""
-        batch, _ = next(batches(self.task, "evaluation", min(self.eval_batch, 4), limit=1))
-        example = model_inputs(self.task, batch)
-        task, fold = self.task, self.fold_functional_norms
-        self._prepared = prepare(task.model, example, self.skip, fold, task.cached_attrs)
+        example = self._example()
+        self._prepared = self.prepared_with(self.split_shared, example)
         way_out = f"Give the shape it is deployed at: task.deploy_shape is {self.task.deploy_shape}."
         self._deploy = graph_at(self._prepared, deploy_inputs(self.task, example), way_out)
         return self._prepared
+
+    def prepared_with(self, split_shared: Sequence[str], example: Any = None) -> QuantizedModel:
+        """Return the model prepared with these modules split; `prepared` stays as it is."""
+        task, fold = self.task, self.fold_functional_norms
+        example = self._example() if example is None else example
+        return prepare(task.model, example, self.skip, fold, task.cached_attrs, split_shared)
+
+    def _example(self) -> Any:
+        batch, _ = next(batches(self.task, "evaluation", min(self.eval_batch, 4), limit=1))
+        return model_inputs(self.task, batch)
 
     @property
     def prepared(self) -> QuantizedModel:
