@@ -72,6 +72,7 @@ def own_modules(model: nn.Module, path: str) -> str:
         line = f"self.{name}_1 = copy.deepcopy(self.{name})"
         return f"write {line} in {classes[0]} for its second call (or copy {classes[0]}, if that is called again)"
     if name.isdigit() or any(place.rpartition(".")[2] != name for place in places):
-        return f"put a copy.deepcopy of it at each of its {len(places)} places: {', '.join(places[:3])}, ..."
+        some = ", ".join(places[:3]) + ", ..." * (len(places) > 3)
+        return f"put a copy.deepcopy of it at each of its {len(places)} places: {some}"
     more = f" and of {len(classes) - 1} more classes" if len(classes) > 1 else ""
     return f"write self.{name} = copy.deepcopy(self.{name}) at the end of {classes[0]}.__init__{more}"
