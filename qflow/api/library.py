@@ -23,6 +23,7 @@ from qflow.analysis.checks.calibration_check import calibration_findings
 from qflow.analysis.checks.model_check import check_model, grouped
 from qflow.analysis.checks.shared_check import reach_finding
 from qflow.analysis.measures.tables import Finding, ModelCheck
+from qflow.api.arguments import setters_of
 from qflow.api.plugin_names import plugin_ranking
 from qflow.config.device_file import load_cost, load_rules
 from qflow.core.device import apply_rules
@@ -158,18 +159,6 @@ def prepare(
     prepared.march, prepared.sample = march, cut(example_inputs, batch_size(example_inputs), 0, 1)
     configure(prepared, (*given, HighPrecisionOutput(), TemplateSetter(QDtype.qint8)))
     return prepared
-
-
-def setters_of(given: Any) -> tuple[Setter, ...]:
-    """Return one setter or several as a tuple. Raises ConfigError for anything that is not a setter."""
-    found = tuple(given) if isinstance(given, (list, tuple)) else (given,)
-    for setter in found:
-        if not callable(setter) or isinstance(setter, type):
-            raise ConfigError(
-                f"A qconfig_setter is called with (node, graph), but got {type(setter).__name__}. For names write "
-                "qflow.ModuleNameQconfigSetter({name: qconfig}), for all qflow.TemplateSetter('qint16')."
-            )
-    return found
 
 
 def configure(prepared: Prepared, setters: Setter | Sequence[Setter]) -> QConfig:

@@ -5,7 +5,7 @@ Each part is computed once and cached by content; a cache hit gives the same num
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -113,21 +113,13 @@ class SharedState:
 
     def prepare(self) -> QuantizedModel:
         """Trace on the first evaluation batch, prove the float graph, and trace again at the deployed shape."""
-        example = self._example()
-        self._prepared = self.prepared_with(self.split_shared, example)
+        batch, _ = next(batches(self.task, "evaluation", min(self.eval_batch, 4), limit=1))
+        example = model_inputs(self.task, batch)
+        task, fold = self.task, self.fold_functional_norms
+        self._prepared = prepare(task.model, example, self.skip, fold, task.cached_attrs, self.split_shared)
         way_out = f"Give the shape it is deployed at: task.deploy_shape is {self.task.deploy_shape}."
         self._deploy = graph_at(self._prepared, deploy_inputs(self.task, example), way_out)
         return self._prepared
-
-    def prepared_with(self, split_shared: Sequence[str], example: Any = None) -> QuantizedModel:
-        """Return the model prepared with these modules split; `prepared` stays as it is."""
-        task, fold = self.task, self.fold_functional_norms
-        example = self._example() if example is None else example
-        return prepare(task.model, example, self.skip, fold, task.cached_attrs, split_shared)
-
-    def _example(self) -> Any:
-        batch, _ = next(batches(self.task, "evaluation", min(self.eval_batch, 4), limit=1))
-        return model_inputs(self.task, batch)
 
     @property
     def prepared(self) -> QuantizedModel:

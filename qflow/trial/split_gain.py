@@ -8,7 +8,9 @@ from qflow.analysis.checks.shared_check import SHARED, splittable, unlike_calls
 from qflow.analysis.measures.tables import Finding
 from qflow.core.qconfig import QConfig
 from qflow.quant.model.calibrate import apply_scales
+from qflow.quant.model.prepare import prepare
 from qflow.quant.model.shared_modules import AUTO, SETTING
+from qflow.tasks.task import batches, model_inputs
 from qflow.trial.outputs import outputs_off
 from qflow.trial.shared import SharedState
 
@@ -25,7 +27,10 @@ def split_gain(state: SharedState, applied: QConfig) -> tuple[Finding, ...]:
     shared = [name for name in splittable(prepared) if unlike_calls(stats, name)]
     if not shared:
         return ()
-    apart = state.prepared_with((*state.split_shared, *shared))
+    task, fold = state.task, state.fold_functional_norms
+    batch, _ = next(batches(task, "calibration", 4, limit=1))
+    split = (*state.split_shared, *shared)
+    apart = prepare(task.model, model_inputs(task, batch), state.skip, fold, task.cached_attrs, split)
     owners = {node.quantizer: node.name for node in prepared.graph.quantized}
     known = prepared.graph.by_name
     ops = {node.name: applied.ops[owners[known[node.name].quantizer]] for node in apart.graph.quantized}

@@ -11,7 +11,7 @@ from support.yolo import Classifier, own_activations
 from qflow.core.dtype import QDtype
 from qflow.tasks import digits
 from qflow.trial.diagnosis import Diagnosis
-from qflow.trial.split_gain import outputs_off
+from qflow.trial.outputs import outputs_off
 
 
 def evaluator(model, **options):
@@ -58,7 +58,7 @@ def test_the_gain_is_that_of_the_setting_it_names(model):
     apart = evaluator(model, split_shared=("auto",))
     apart.badcases = shared.badcases
     apart.apply(apart.template(QDtype.qint8)[1])
-    assert float(f"{outputs_off(apart.prepared, apart.cases(), 'L1'):.4g}") == after
+    assert float(f"{outputs_off(apart):.4g}") == after
     assert apart.identity.content["split_shared"] == ["auto"]
     assert apart.identity != shared.identity
 

@@ -74,18 +74,14 @@ def make_plan(
     layout.place_all(groups, live, fuser.readers)
     norms = _folded(groups, live)
     functional_norms = {norm.name: norm.statistics for norm in norms.values() if norm.statistics}
+    notes = [*tape.notes, *_dead_notes(tape, live), *_norm_notes(functional_norms)]
+    notes += [*_split_notes(model, layout.calls), *_unknown_notes(layout.nodes, tape.ops)]
     graph = ModelGraph(
         nodes=tuple(layout.nodes),
         outputs=tuple((name, layout.name_of[index]) for name, index in tape.outputs),
         calls=tape.calls,
         unfused=tuple(reversed(fuser.unfused)),
-        notes=(
-            *tape.notes,
-            *_dead_notes(tape, live),
-            *_norm_notes(functional_norms),
-            *_split_notes(model, layout.calls),
-            *_unknown_notes(layout.nodes, tape.ops),
-        ),
+        notes=tuple(notes),
         state=tuple(dict.fromkeys(layout.name_of[index] for index in tape.state if index in layout.name_of)),
     )
     return Plan(
