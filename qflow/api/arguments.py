@@ -1,4 +1,4 @@
-"""The arguments of `QuantAnalysis`, converted from the plugin's forms to those of qflow's functions."""
+"""The arguments of `prepare` and `QuantAnalysis`, converted from the plugin's forms to those of qflow's functions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from qflow.analysis.layers.compare import is_of
 from qflow.analysis.layers.rows import group_type
 from qflow.analysis.sensitivity.candidates import Candidate
 from qflow.core.errors import ConfigError
+from qflow.core.setter import Setter
 
 Names = str | type | Sequence[str | type] | None
 """Names of modules, of types, or classes: one or several."""
@@ -63,3 +64,15 @@ def names_of(given: Names) -> tuple[str, ...]:
     """Return one name or several as a tuple; a class becomes its full name."""
     several = (given,) if isinstance(given, (str, type)) else tuple(given or ())
     return tuple(f"{v.__module__}.{v.__qualname__}" if isinstance(v, type) else v for v in several)
+
+
+def setters_of(given: Any) -> tuple[Setter, ...]:
+    """Return one setter or several as a tuple. Raises ConfigError for anything that is not a setter."""
+    found = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+    for setter in found:
+        if not callable(setter) or isinstance(setter, type):
+            raise ConfigError(
+                f"A qconfig_setter is called with (node, graph), but got {type(setter).__name__}. For names write "
+                "qflow.ModuleNameQconfigSetter({name: qconfig}), for all qflow.TemplateSetter('qint16')."
+            )
+    return found

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from qflow.analysis.checks.calibration_check import calibration_findings
 from qflow.analysis.checks.model_check import check_model, grouped
+from qflow.analysis.checks.shared_check import reach_finding
 from qflow.analysis.measures.tables import Finding, ModelCheck
+from qflow.api.arguments import setters_of
 from qflow.api.plugin_names import plugin_ranking
 from qflow.api.prepared import Prepared, text_of_changed
 from qflow.api.qat_mode import PrepareMethod, enter_qat, get_qat_mode, leave_qat, require_traced, with_keywords
@@ -36,6 +38,7 @@ from qflow.cost_model.records import CostReport
 from qflow.quant.model import prepare as engine
 from qflow.quant.model.calibrate import apply_scales, collect, gathered
 from qflow.quant.model.graph_at_shape import graph_at
+from qflow.quant.model.module_names import Named
 from qflow.quant.model.run import Collected
 from qflow.quant.model.sequences import in_order
 from qflow.quant.trace.binding import example_of, inputs_of
@@ -63,6 +66,7 @@ def prepare(
     skip: engine.Skip = (),
     fold_functional_norms: bool = False,
     cached_attrs: str | Sequence[str] = (),
+    split_shared: Named = "report",
     *,
     method: PrepareMethod | str = PrepareMethod.JIT_STRIP,
     example_kw_inputs: Mapping[str, Any] | None = None,
@@ -75,31 +79,21 @@ def prepare(
     `fold_functional_norms` folds an `F.batch_norm` on a module's own statistics (in a subclass of nn.BatchNorm2d, for
     example) as it would fold an nn.BatchNorm2d; the plugin goes by module type. `cached_attrs` names the attributes in
     which the model keeps state from call to call (`head.memory`); their present values start a sequence
-    (`reset_state`). Operators without an answer are int8, and outputs of GEMMs that leave the model high-precision.
-    `method` is JIT or JIT_STRIP. `example_kw_inputs` joins `example_inputs`. Raises ModelError or ConfigError.
+    (`reset_state`). `split_shared` gives each call of a module that is called several times a quantizer of its own:
+    with `auto` in all modules without parameters and buffers, else in those that it names. Operators without an answer
+    are int8, and outputs of GEMMs that leave the model high-precision. `method` is JIT or JIT_STRIP.
+    `example_kw_inputs` joins `example_inputs`. Raises ModelError or ConfigError.
     """
     given = setters_of(qconfig_setter)
     require_traced(method)
     example_inputs = example_of(model, with_keywords(model, example_inputs, example_kw_inputs))
-    prepared = engine.prepare(model, example_inputs, skip, fold_functional_norms, cached_attrs)
+    prepared = engine.prepare(model, example_inputs, skip, fold_functional_norms, cached_attrs, split_shared)
     prepared.__class__ = Prepared
     assert isinstance(prepared, Prepared)
     prepared.march, prepared.sample = march, cut(example_inputs, batch_size(example_inputs), 0, 1)
     prepared.qat_mode = get_qat_mode()
     configure(prepared, (*given, HighPrecisionOutput(), TemplateSetter(QDtype.qint8)))
     return prepared
-
-
-def setters_of(given: Any) -> tuple[Setter, ...]:
-    """Return one setter or several as a tuple. Raises ConfigError for anything that is not a setter."""
-    found = tuple(given) if isinstance(given, (list, tuple)) else (given,)
-    for setter in found:
-        if not callable(setter) or isinstance(setter, type):
-            raise ConfigError(
-                f"A qconfig_setter is called with (node, graph), but got {type(setter).__name__}. For names write "
-                "qflow.ModuleNameQconfigSetter({name: qconfig}), for all qflow.TemplateSetter('qint16')."
-            )
-    return found
 
 
 def configure(prepared: Prepared, setters: Setter | Sequence[Setter]) -> QConfig:
@@ -202,7 +196,8 @@ def check(prepared: Prepared) -> ModelCheck:
     ]
     changed = prepared.follow_weights()
     edited = [Finding(changed[0], "check", text_of_changed(changed))] if changed else []
-    found = (*prepared.findings, *since, *edited)
+    reach = reach_finding(prepared, load_rules(prepared.march))
+    found = (*reach, *prepared.findings, *since, *edited)
     return check_model(prepared.graph, prepared.requested, prepared.applied, found, prepared.settings.method)
 
 

@@ -27,6 +27,7 @@ def check(config: DictConfig) -> int:
     """Check the task's model under `qconfig` and `calibration`. Returns 1 where a finding is an error."""
     from qflow.analysis.checks.calibration_check import calibration_findings
     from qflow.analysis.checks.model_check import check_model, check_text
+    from qflow.analysis.checks.shared_check import reach_finding
     from qflow.core.record import to_json
     from qflow.quant.model.calibrate import apply_scales
     from qflow.study.assemble import make_evaluator
@@ -41,7 +42,8 @@ def check(config: DictConfig) -> int:
     requested, applied = evaluator.resolve(settings.qconfig)
     stats = evaluator.calibrate(settings.calibration)
     silent = apply_scales(evaluator.prepared, stats, applied, settings.calibration)
-    found = calibration_findings(evaluator.prepared, stats, applied, silent, evaluator.rules, evaluator.scores)
+    found = reach_finding(evaluator.prepared, evaluator.rules)
+    found += calibration_findings(evaluator.prepared, stats, applied, silent, evaluator.rules, evaluator.scores)
     result = check_model(evaluator.graph, requested, applied, found, settings.calibration.method)
     folder = root_dir(config) / "check" / evaluator.task.name
     folder.mkdir(parents=True, exist_ok=True)

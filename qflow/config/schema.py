@@ -129,6 +129,8 @@ class QuantSchema:
     """Modules, by name or class name, that stay in float."""
     fold_functional_norms: bool = False
     """Fold F.batch_norm on a module's own statistics as an nn.BatchNorm2d; the plugin goes by module type."""
+    split_shared: Any = "report"
+    """Modules whose calls get a quantizer each: report (none), auto (all without parameters and buffers), or names."""
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,7 @@
 """`resolve`: it asks the setters in order for every operator, and returns a complete QConfig.
 
-Constants get the dtype of the operators that read them, unless a setter names them. At the end, known ranges are
+Constants get the dtype of the operators that read them, unless a setter names them. Operators that read one weight
+quantize it alike. At the end, known ranges are
 propagated to all operators whose range follows from them (known_range.py).
 """
 
@@ -46,8 +47,21 @@ def resolve(
         op = replace(answer, input=inputs_by_position(answer, node))
         check_op({"output": op.output, "observer": op.observer}, node.name)
         ops[node.name] = op
+    _one_weight(graph, ops)
     pinned = _pinned(graph, ops, ranges or {}, propagate)
     return QConfig(march=march, ops={node.name: pinned[node.name] for node in graph.quantized})
+
+
+def _one_weight(graph: ModelGraph, ops: dict[str, OpQConfig]) -> None:
+    """Let operators that read one weight (split calls of a module) quantize it as the first of them does."""
+    first = {node.weight: node.name for node in reversed(graph.quantized) if node.weight}
+    for node in graph.quantized:
+        if not node.weight or first[node.weight] == node.name:
+            continue
+        op, lead = ops[node.name], ops[first[node.weight]]
+        if (op.weight, op.weight_axis) != (lead.weight, lead.weight_axis):
+            why = f"its weight is that of {first[node.weight]}: {lead.weight}"
+            ops[node.name] = replace(op, weight=lead.weight, weight_axis=lead.weight_axis, fallback=why)
 
 
 def _names(setter: Setter) -> bool:

@@ -119,8 +119,8 @@ class ModuleNameSetter:
 def covers(name: str, op_name: str) -> bool:
     """Whether the name `name` in a setting stands for the operator `op_name`.
 
-    A module's name stands for all its calls (`conv(1)`), which share one quantizer. Each call of a functional has its
-    own name and quantizer.
+    A module's name stands for all its calls (`conv(1)`), which share one quantizer (unless they are split, see
+    `stands_for`). Each call of a functional has its own name and quantizer.
     """
     if name.endswith("]"):
         return op_name == name
@@ -135,8 +135,11 @@ def holds(name: str, op_name: str) -> bool:
 def stands_for(name: str, op_name: str, graph: ModelGraph) -> bool:
     """Whether `name` in a setting sets the operator `op_name`: it covers it, or holds it and covers no operator.
 
-    A module that has operators too leaves its constants to follow what reads them.
+    A module that has operators too leaves its constants to follow what reads them. If each call of a module has a
+    quantizer (split_shared), the name of a call stands for it alone.
     """
+    if op_name.startswith(f"{name}(") and graph.by_name[op_name].quantizer == op_name:
+        return False
     return covers(name, op_name) or (
         holds(name, op_name) and not any(covers(name, node.name) for node in graph.quantized)
     )

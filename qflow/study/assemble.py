@@ -13,6 +13,7 @@ from qflow.core.device import DeviceRules
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.cost_model.model import CostModel
+from qflow.quant.model.shared_modules import split_names
 from qflow.trial.evaluator import Evaluator
 
 
@@ -39,6 +40,7 @@ def make_evaluator(config: DictConfig) -> Evaluator:
         eval_batch=config.task.batch_size,
         skip=tuple(config.quant.skip),
         fold_functional_norms=config.quant.fold_functional_norms,
+        split_shared=tuple(map(str, split_names(plain(config.quant)["split_shared"]))),
         training=build_training(config),
         own_metric=own_metric(config),
         profile=config.device.profile,

@@ -20,12 +20,14 @@ FREE = (
 SINCE = (
     "search.when",
     "quant.fold_functional_norms",
+    "quant.split_shared",
     "objective.optimize",
     "qconfig.float16_count",
     "qconfig.assignment",
     "qconfig.error_share",
     "task.cached_attrs",
-)  # left out if empty, so that studies from before these keys existed continue
+)  # left out at their defaults, so that studies from before these keys existed continue
+UNSET: tuple[Any, ...] = (None, "", False, 0, {}, [], "report")
 LEGIBLE = 40  # characters up to which the fingerprint holds a setting as text; a longer one as its digest
 
 
@@ -34,7 +36,7 @@ def fingerprint(config: DictConfig, manifest: Mapping[str, Any]) -> dict[str, st
     state = {
         key: text if len(text := to_json(value)) <= LEGIBLE else digest(value)
         for key, value in flat(plain(config))
-        if not key.startswith(FREE) and (value or key not in SINCE)
+        if not key.startswith(FREE) and not (key in SINCE and value in UNSET)
     }
     named = config.objective.optimize
     return {

@@ -27,6 +27,7 @@ def manifest(evaluator: Evaluator) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "weights": evaluator.identity.content["weights"],
         "graph": digest(evaluator.graph),
+        "split_shared": list(evaluator.split_shared),
         "data": digest([evaluator.identity.content["data"], evaluator.augmented(evaluator.default_calibration)]),
         "profile": profile_digest(evaluator.profile) if evaluator.profile else "",
         "eval_samples": evaluator.eval_samples,

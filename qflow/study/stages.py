@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qflow.analysis.checks.model_check import check_model
+from qflow.analysis.checks.shared_check import reach_finding
 from qflow.analysis.layers.text import layers_line
 from qflow.analysis.measures.tables import SensitivityTable
 from qflow.config.settings import trial_settings
@@ -62,7 +63,10 @@ def check(session: Session) -> str:
     for ratio in (0.0, 1.0):  # settings by name that are not allowed raise here, before ten trials fail
         evaluator.resolve(replace(unranked, int16_ratio=ratio))
     requested, applied = evaluator.template(QDtype.qint16)
-    found = check_model(graph, requested, applied).findings
+    reach = reach_finding(evaluator.prepared, evaluator.rules)
+    for finding in reach:
+        session.console.say(f"{'shared':<12} {finding.op}: {finding.message}")
+    found = check_model(graph, requested, applied, reach).findings
     lowered = sum(op.output != requested.ops[name].output for name, op in applied.ops.items())
     fused = sum(bool(node.fused) for node in graph.nodes)
     report = evaluator.cost(applied)
@@ -89,6 +93,8 @@ def diagnose(session: Session) -> None:
     with console.stage("layers") as say:
         unchanged = "with the advice on the study's run: nothing that they depend on has changed"
         say(unchanged if known else layers_line(diagnosis.compare_layers()))
+    for finding in diagnosis.split_gain:
+        console.say(f"{'shared':<12} {finding.op}: {finding.message}")
     with console.stage("sensitivity") as say, console.bar("sensitivity", evaluator.quantizers, "quantizers") as advance:
         ranked = diagnosis.rank(advance)
         top = ranked.rows[0]
@@ -110,7 +116,8 @@ def log_tables(session: Session, diagnosis: Diagnosis, tags: Mapping[str, str]) 
     from qflow.report.analysis_files import write_analysis  # imports matplotlib and plotly, which are slow to load
 
     evaluator = session.evaluator
-    check = check_model(evaluator.graph, *evaluator.template(QDtype.qint16))
+    reach = reach_finding(evaluator.prepared, evaluator.rules)
+    check = check_model(evaluator.graph, *evaluator.template(QDtype.qint16), reach)
     with tempfile.TemporaryDirectory() as folder:
         write_study(Path(folder), evaluator.sensitivities, evaluator.badcases, check)
         write_analysis(diagnosis, Path(folder) / "analysis", f"{session.study.name}: all-int8 on its bad cases")

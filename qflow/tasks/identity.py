@@ -36,7 +36,9 @@ class Identity:
     unidentified: tuple[str, ...] = ()
 
 
-def of_task(task: Task, skip: Sequence[str] = (), fold_functional_norms: bool = False) -> Identity:
+def of_task(
+    task: Task, skip: Sequence[str] = (), fold_functional_norms: bool = False, split_shared: Sequence[str] = ()
+) -> Identity:
     """What all results on a task depend on: weights, data, all code, versions and threads."""
     objects = ContentDigest()
     if hasattr(task.metric, "reset"):
@@ -53,6 +55,7 @@ def of_task(task: Task, skip: Sequence[str] = (), fold_functional_norms: bool = 
         "skip": list(skip),
         "state": list(task.cached_attrs),
         "fold_functional_norms": fold_functional_norms,
+        "split_shared": list(split_shared),
         "versions": [platform.python_version(), torch.__version__, np.__version__],
         "machine": [task.device, _machine(task.device), torch.get_num_threads()],
     }

@@ -39,6 +39,7 @@ from qflow.trial.evaluator import Evaluator
 from qflow.trial.outputs import outputs_off
 from qflow.trial.precisions import Precisions
 from qflow.trial.shared import Progress, silent
+from qflow.trial.split_gain import split_gain
 
 PICTURE_BINS = 1024  # of a histogram picture
 
@@ -57,6 +58,8 @@ class Diagnosis:
     advice: tuple[Advice, ...] | None = None
     fidelity: Fidelity | None = None
     findings: tuple[Finding, ...] = ()
+    split_gain: tuple[Finding, ...] = ()
+    """Of `findings`, what splitting the calls of shared modules gives."""
 
     @cached_property
     def applied(self) -> QConfig | None:
@@ -83,7 +86,9 @@ class Diagnosis:
         """
         evaluator = self.evaluator
         cases = evaluator.cases()[0]
-        self.findings = self._calibrated()
+        calibrated = self._calibrated()
+        self.split_gain = split_gain(evaluator, self.qconfig({}))
+        self.findings = calibrated + self.split_gain
         memory = evaluator.sensitivity_settings.memory_mb
         self.layers = compare_layers(evaluator.task.model, evaluator.prepared, cases, memory_mb=memory, on_op=progress)
         return self.layers

@@ -9,23 +9,26 @@ import torch
 from qflow.analysis.measures.distances import Distances
 from qflow.core.settings import TrialSettings
 from qflow.quant.model.calibrate import apply_scales
+from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.trace.calling import batch_size, call_model, named_tensors
 from qflow.trial.shared import SharedState
 
 
-def outputs_off(state: SharedState) -> float:
+def outputs_off(state: SharedState, prepared: QuantizedModel | None = None) -> float:
     """Return the distance of the outputs under the present scales from float, merged over outputs and samples.
 
-    It is measured in `sensitivity.metric`, as a row of the sensitivity table.
+    It is measured in `sensitivity.metric`, as a row of the sensitivity table. The model is `prepared`, by default that
+    of `state`.
     """
+    model = state.prepared if prepared is None else prepared
     distances = Distances(state.sensitivity_settings.metric, 1)
     with torch.no_grad():
         for inputs in state.cases():
-            with state.prepared.recording_order() as order:
-                plain = dict(named_tensors(call_model(state.prepared, inputs)))
+            with model.recording_order() as order:
+                plain = dict(named_tensors(call_model(model, inputs)))
             distances.reference(plain, batch_size(inputs))
-            with state.prepared.quantized(), state.prepared.following(order):
-                distances.add(0, dict(named_tensors(call_model(state.prepared, inputs))))
+            with model.quantized(), model.following(order):
+                distances.add(0, dict(named_tensors(call_model(model, inputs))))
     return distances.result(0)[0]
 
 

@@ -61,6 +61,8 @@ class SharedState:
     """Modules or classes that stay in float."""
     fold_functional_norms: bool = False
     """`F.batch_norm` on a module's own statistics is folded as an nn.BatchNorm2d is."""
+    split_shared: tuple[str, ...] = ()
+    """Modules whose calls get a quantizer each (quant/model/shared_modules.py)."""
     eval_samples: int = 0
     eval_batch: int = 32
     cache: Cache = field(default_factory=Cache)
@@ -107,14 +109,14 @@ class SharedState:
     @cached_property
     def identity(self) -> Identity:
         """Everything that results depend on beside settings. Every sample is read once for it."""
-        return of_task(self.task, self.skip, self.fold_functional_norms)
+        return of_task(self.task, self.skip, self.fold_functional_norms, self.split_shared)
 
     def prepare(self) -> QuantizedModel:
         """Trace on the first evaluation batch, prove the float graph, and trace again at the deployed shape."""
         batch, _ = next(batches(self.task, "evaluation", min(self.eval_batch, 4), limit=1))
         example = model_inputs(self.task, batch)
         task, fold = self.task, self.fold_functional_norms
-        self._prepared = prepare(task.model, example, self.skip, fold, task.cached_attrs)
+        self._prepared = prepare(task.model, example, self.skip, fold, task.cached_attrs, self.split_shared)
         way_out = f"Give the shape it is deployed at: task.deploy_shape is {self.task.deploy_shape}."
         self._deploy = graph_at(self._prepared, deploy_inputs(self.task, example), way_out)
         return self._prepared

@@ -25,8 +25,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from qflow.analysis.checks.calibration_check import UNLIKE_CALLS, call_reach
 from qflow.analysis.checks.mask_check import FEW, WAY_OUT, FiniteMask, mask_text
+from qflow.analysis.checks.shared_check import UNLIKE_CALLS, call_reach
 from qflow.analysis.measures.tables import LayerRow
 from qflow.core.dtype import QDtype
 from qflow.core.graph import ModelGraph, OpKind, OpNode
@@ -129,7 +129,8 @@ def cause_of(case: Case, graph: ModelGraph, stats: CalibrationStats, mask: Finit
     reach = call_reach(stats, case.node.quantizer or "")
     low, high = min(reach.values(), default=0.0), max(reach.values(), default=0.0)
     if reach and high > UNLIKE_CALLS * low:
-        text = "its calls need different scales: give each call a module of its own, or raise it to int16"
+        text = "its calls need different scales: give each call a module of its own (quant.split_shared tries it), "
+        text += "or raise it to int16"
         return Cause("shared module", text, "qint16", {"call min": low, "call max": high})
     if h is not None and case.largest > FAR * h.largest:
         scale = case.largest / -case.dtype.qmin

@@ -2,8 +2,7 @@
 
 The guide's model check looks at names and dtypes only. The statistics show more:
 
-    shared module    case B: its calls see similar values, which is harmless; case C: one scale serves calls of
-                     different range, so the module should be copied; C if their 99.9 % thresholds differ by more than 2
+    shared module    whether its calls see similar values (shared_check.py)
     ranges           beyond int8 or fp16, infinities, fixed scales (range_check.py)
     scales           far values take the codes from all others, scales at the device's floor (scale_check.py)
     finite masks     a value far below all scores that reaches a softmax: it takes the range from the scores
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from qflow.analysis.checks.range_check import range_findings
 from qflow.analysis.checks.scale_check import scale_findings
+from qflow.analysis.checks.shared_check import case_findings
 from qflow.analysis.measures.tables import Finding
 from qflow.core.device import DeviceRules, input_dtypes
 from qflow.core.dtype import QDtype
@@ -30,8 +30,6 @@ from qflow.quant.model.calibrate import CalibrationStats
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.model.weighted import WeightedLeaf
 
-UNLIKE_CALLS = 2.0
-SHARED = "shared module"
 INT32 = 2**31 - 1
 UNSEEN = (
     "on the calibration data but not while the model was traced (a branch on the data?): left in float. Skip the "
@@ -61,7 +59,7 @@ def calibration_findings(
         op, at, line = name.partition(" at ")  # a functional comes with the user's line
         found.append(Finding(op, "check", f"ran{at}{line} {UNSEEN}"))
     found += _precision()
-    found += _shared(stats)
+    found += case_findings(prepared, stats)
     found += _weights(prepared, qconfig)
     return tuple(found)
 
@@ -75,29 +73,6 @@ def _precision() -> list[Finding]:
     if torch.cuda.is_available() and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32):
         text = "TF32 is on: prepared models switch it off, the float model that they are compared with uses it"
         found.append(Finding("model", "info", text))
-    return found
-
-
-def call_reach(stats: CalibrationStats, quantizer: str) -> dict[str, float]:
-    """Call of a shared module -> 99.9th percentile of |x|; empty if the module is not shared."""
-    calls = stats.calls.get(quantizer, {})
-    return {name: h.cut(99.9) if h.largest else 0.0 for name, h in calls.items()}
-
-
-def _shared(stats: CalibrationStats) -> list[Finding]:
-    found = []
-    for quantizer, calls in stats.calls.items():
-        reach = call_reach(stats, quantizer)
-        low, high = min(reach, key=lambda n: reach[n]), max(reach, key=lambda n: reach[n])
-        if reach[high] > UNLIKE_CALLS * reach[low]:
-            text = (
-                f"{SHARED}, case C: {high} reaches {reach[high]:.4g} and {low} {reach[low]:.4g} under one scale: "
-                "give each call a module of its own"
-            )
-            found.append(Finding(quantizer, "check", text))
-        else:
-            text = f"{SHARED}, case B: its {len(calls)} calls see similar values"
-            found.append(Finding(quantizer, "info", text))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from qflow.analysis.checks.calibration_check import SHARED
+from qflow.analysis.checks.shared_check import SHARED
 from qflow.analysis.measures.tables import CheckRow, Finding, ModelCheck, text_table
 from qflow.core.device import input_dtypes
 from qflow.core.dtype import QDtype
@@ -79,9 +79,9 @@ def _calls(graph: ModelGraph, extra: Sequence[Finding]) -> Iterator[Finding]:
     """Shared modules that calibration (`extra`) has not compared, and modules that neither it nor tracing called."""
     seen = {finding.op.partition("(")[0] for finding in extra}
     compared = {finding.op for finding in extra if finding.message.startswith(SHARED)}
-    owning = {name for node in graph.nodes for name in (node.quantizer, node.weight) if name}
+    quantizers = Counter(node.quantizer for node in graph.nodes)
     for path, count in graph.calls.items():
-        if count > 1 and path in owning and path not in compared:
+        if quantizers[path] > 1 and path not in compared:
             text = f"{SHARED}, called {count} times with one set of scales: compare its calls"
             yield Finding(path, "check", text)
     for path, count in graph.calls.items():

@@ -1,12 +1,14 @@
 """Which operators of a tape fuse, as in the plugin, and why others do not.
 
 A conv, linear or transposed conv fuses with the batch norm, the add and the ReLU or ReLU6 that follow, each optional,
-in this order. Nothing fuses across a value that another operator reads, nor around a shared module.
+in this order. Nothing fuses across a value that another operator reads, nor around a shared module; where its calls
+are split, an add and a ReLU fuse.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 
 from torch import nn
 
@@ -25,7 +27,10 @@ FOLDED = "; fold_functional_norms=true shows what that gives"
 class Fuser:
     """The groups of one tape."""
 
-    def __init__(self, tape: Tape, model: nn.Module, fold_functional_norms: bool = False) -> None:
+    def __init__(
+        self, tape: Tape, model: nn.Module, fold_functional_norms: bool = False, split: Collection[str] = ()
+    ) -> None:
+        self.split = split
         self.fold_functional_norms = fold_functional_norms
         self.norms = Counter(op.owner for op in tape.ops if op.kind == OpKind.norm)
         self.ops = tape.ops
@@ -53,8 +58,8 @@ class Fuser:
             reason = "a batch norm over dim 1 is not over the features of a linear layer with more than two dims"
         elif len(self.readers[current.index]) > 1 or current.index in self.leaving:
             reason = f"{current.name} has several consumers"
-        elif self.shared(current):
-            reason = f"{current.name} is a shared module"
+        elif self.shared(current) and (candidate.kind == OpKind.norm or current.module not in self.split):
+            reason = f"{current.name} is a shared module"  # if split, its calls still have one weight to fold into
         elif candidate.kind == OpKind.norm and self.shared(candidate):  # a shared ReLU has no state: it may fuse
             reason = f"{candidate.name} is a shared module"
         if reason:

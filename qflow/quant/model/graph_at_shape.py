@@ -25,12 +25,13 @@ def graph_at(prepared: QuantizedModel, inputs: Any, way_out: str = "Give inputs=
     A loop over the samples may run operators without a quantizer more or less often there. Raises ModelError if the
     model does not run there or has other quantized operators; the message ends with `way_out`.
     """
+    plan = prepared.plan
     with at_start(prepared.model, prepared.cached):
-        model, skipped = _unswapped(prepared.model), prepared.plan.skipped
+        model = _unswapped(prepared.model)
     try:
         shown = inputs if prepared.cached is None else settled(model, prepared.cached, inputs)
-        tape = trace_filled(model, shown, skipped, prepared.plan.sites)
-        graph = make_plan(tape, model, skipped, prepared.plan.fold_functional_norms).graph
+        tape = trace_filled(model, shown, plan.skipped, plan.sites)
+        graph = make_plan(tape, model, plan.skipped, plan.fold_functional_norms, plan.split).graph
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"The model must run at the shape that is costed, but got: {text}. {way_out}") from error

@@ -183,7 +183,7 @@ def restore_quantizers(prepared: HasQuantizers, state: Mapping[str, Any]) -> Non
         if odd:
             raise ModelError(
                 f"A state fits a model that was prepared alike, but got another quantizer at {odd[0]}. Prepare "
-                "the same model with the same skip."
+                "the same model with the same split_shared and the same skip."
             )
         for name, quantizer in own.items():
             _restore(quantizer, state[kind][name])

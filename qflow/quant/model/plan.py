@@ -13,6 +13,7 @@ from torch import nn
 
 from qflow.core.graph import TRANSPARENT_KINDS, WEIGHTED_KINDS, ModelGraph, OpKind, OpNode
 from qflow.quant.model.fusion import Fuser
+from qflow.quant.model.shared_modules import SETTING, own_modules
 from qflow.quant.trace.masks import before_softmax, keeping, pure_masks
 from qflow.quant.trace.tape import Op, Tape, Weight
 
@@ -49,39 +50,38 @@ class Plan:
     functional_norms: Mapping[str, str] = field(default_factory=dict)
     """Call of `F.batch_norm` that is folded into the operator before it -> the module with its statistics."""
     fold_functional_norms: bool = False
+    split: frozenset[str] = frozenset()
+    """Paths of modules whose calls have a quantizer each, instead of one for all (shared_modules.py)."""
     masks: frozenset[str] = frozenset()
     """Output quantizers that keep -inf, because it masks a softmax (trace/masks.py)."""
 
 
-def make_plan(tape: Tape, model: nn.Module, skip: Collection[str] = (), fold_functional_norms: bool = False) -> Plan:
-    """Fuse the tape of `model` and place quantizers. The model is only read."""
-    fuser = Fuser(tape, model, fold_functional_norms)
+def make_plan(
+    tape: Tape,
+    model: nn.Module,
+    skip: Collection[str] = (),
+    fold_functional_norms: bool = False,
+    split: Collection[str] = (),
+) -> Plan:
+    """Fuse the tape of `model` and place quantizers, in the modules of `split` one for each call.
+
+    The model is only read.
+    """
+    fuser = Fuser(tape, model, fold_functional_norms, split)
     groups = fuser.groups()
     live = _live(tape)
-    inside = {op.index: head for head, members in groups.items() for op in members[1:]}
-    by_last: dict[int, list[Op]] = {members[-1].index: members for members in groups.values()}
-    masked = before_softmax(tape.ops, fuser.readers, fuser.leaving)
-    layout = _Layout(tape, masked)
+    layout = _Layout(tape, before_softmax(tape.ops, fuser.readers, fuser.leaving), split)
+    layout.place_all(groups, live, fuser.readers)
     norms = _folded(groups, live)
     functional_norms = {norm.name: norm.statistics for norm in norms.values() if norm.statistics}
-    for op in tape.ops:
-        if op.index not in live or (op.index in groups and len(groups[op.index]) > 1):
-            continue
-        if op.index in inside and op.index not in by_last:
-            continue
-        members = by_last.get(op.index, [op])
-        layout.place(members, reenters=bool(fuser.readers[op.index]))
+    notes = [*tape.notes, *_dead_notes(tape, live), *_norm_notes(functional_norms)]
+    notes += [*_split_notes(model, layout.calls), *_unknown_notes(layout.nodes, tape.ops)]
     graph = ModelGraph(
         nodes=tuple(layout.nodes),
         outputs=tuple((name, layout.name_of[index]) for name, index in tape.outputs),
         calls=tape.calls,
         unfused=tuple(reversed(fuser.unfused)),
-        notes=(
-            *tape.notes,
-            *_dead_notes(tape, live),
-            *_norm_notes(functional_norms),
-            *_unknown_notes(layout.nodes, tape.ops),
-        ),
+        notes=tuple(notes),
         state=tuple(dict.fromkeys(layout.name_of[index] for index in tape.state if index in layout.name_of)),
     )
     return Plan(
@@ -100,6 +100,7 @@ def make_plan(tape: Tape, model: nn.Module, skip: Collection[str] = (), fold_fun
         frozenset(op.name for op in tape.ops if op.kind != OpKind.constant and op.op_type != "torch.setitem"),
         functional_norms=functional_norms,
         fold_functional_norms=fold_functional_norms,
+        split=frozenset(split),
         masks=frozenset(layout.masks),
     )
 
@@ -135,8 +136,11 @@ def _upstream(tape: Tape, stack: list[int]) -> set[int]:
 class _Layout:
     """The nodes of the fused graph, and where a forward pass finds their quantizers."""
 
-    def __init__(self, tape: Tape, masked: Collection[int]) -> None:
+    def __init__(self, tape: Tape, masked: Collection[int], split: Collection[str]) -> None:
         self.ops = tape.ops
+        self.split = split
+        self.calls: Counter[str] = Counter()
+        """Module of `split` -> number of its quantizers."""
         self.keeping = keeping(tape.ops, masked)
         self.pure_masks = pure_masks(tape.ops, masked)
         self.masks: set[str] = set()
@@ -145,6 +149,18 @@ class _Layout:
         self.output_at: dict[str, str] = {}
         self.constants_at: dict[str, dict[int, str]] = {}
         self.reads: dict[str, tuple[tuple[str, int], ...]] = {}
+
+    def place_all(
+        self, groups: Mapping[int, list[Op]], live: Collection[int], readers: Mapping[int, list[int]]
+    ) -> None:
+        """Append the groups and single operators that an output depends on, each where its last member runs."""
+        inside = {op.index for members in groups.values() for op in members[1:]}
+        by_last = {members[-1].index: members for members in groups.values()}
+        for op in self.ops:
+            if op.index not in live or (op.index in groups and len(groups[op.index]) > 1):
+                continue
+            if op.index not in inside or op.index in by_last:
+                self.place(by_last.get(op.index, [op]), reenters=bool(readers[op.index]))
 
     def place(self, members: list[Op], reenters: bool) -> None:
         """Append the node of one group or single operator; `reenters` is True if another operator reads its result."""
@@ -179,13 +195,16 @@ class _Layout:
         quantized = last.floating and kind not in TRANSPARENT_KINDS
         if head.kind == OpKind.skipped:  # runs on the host; a result that operators read comes back to the device
             quantized = quantized and reenters and head.single
+        own = named.module if named.module not in self.split else None
+        if quantized and named.module and own is None:
+            self.calls[named.module] += 1
         node = OpNode(
             name=named.name,
             kind=kind,
             op_type=head.op_type,
             inputs=tuple(self.name_of[index] for index, _, _ in inputs),
             shape=last.shape,
-            quantizer=(named.module or named.name) if quantized else None,
+            quantizer=(own or named.name) if quantized else None,
             weight=_weight_name(head),
             fused=tuple(m.name for m in members if m is not named),
             fused_types=tuple(_fused_type(m) for m in members[1:]),
@@ -238,6 +257,16 @@ def _norm_notes(folded: Mapping[str, str]) -> list[str]:
     first, more = next(iter(folded)), f" and {len(folded) - 1} more" if len(folded) > 1 else ""
     return [
         f"{first}: folded{more} because of fold_functional_norms: the plugin folds an nn.BatchNorm2d only, so split"
+    ]
+
+
+def _split_notes(model: nn.Module, calls: Mapping[str, int]) -> list[str]:
+    """For each split module: the plugin would give it one quantizer, so the float model has to be changed."""
+    return [
+        f"{path}: each of its {count} calls has a quantizer because of {SETTING}: the plugin has one for a module, "
+        f"so before it gets the model, {own_modules(model, path)}"
+        for path, count in calls.items()
+        if count > 1
     ]
 
 

@@ -7,9 +7,8 @@ is computed outside of torch operators (NumPy, TorchScript) is found by tracing 
 
 from __future__ import annotations
 
-import difflib
 import functools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -19,8 +18,10 @@ from torch import Tensor, nn
 from qflow.core.errors import ModelError, QflowError
 from qflow.core.signature import mismatch
 from qflow.quant.model.find_state import held_values, unnamed_state
+from qflow.quant.model.module_names import Named, matching
 from qflow.quant.model.plan import make_plan
 from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.model.shared_modules import REPORT, split_paths
 from qflow.quant.model.temporal import settled, verify_sequence
 from qflow.quant.model.verify import holder, verify_float
 from qflow.quant.trace.calling import batch_size, map_named, state_tensors
@@ -30,7 +31,7 @@ from qflow.quant.trace.tape import Tape
 from qflow.quant.trace.trace import trace, trace_filled
 
 T = TypeVar("T")
-Skip = str | type[nn.Module] | Sequence[str | type[nn.Module]]
+Skip = Named
 """Modules that stay float: by path, class name or class; one, or several."""
 TOLERANCE = 1e-4
 """In float32, a float graph with decomposed attention may differ from the model by this much, relative to the norm."""
@@ -42,14 +43,16 @@ def prepare(
     skip: Skip = (),
     fold_functional_norms: bool = False,
     cached_attrs: str | Iterable[str] = (),
+    split_shared: Named = REPORT,
 ) -> QuantizedModel:
     """Trace `model` (eval mode) on `example_inputs`, fuse, place quantizers, and prove the float graph unchanged.
 
     `example_inputs` is a tensor, a tuple to splat or a dict of keyword arguments; the batch axis comes first.
     `skip` are module names, class names or classes that stay in float. `fold_functional_norms` folds an `F.batch_norm`
     on a module's own statistics as an nn.BatchNorm2d. `cached_attrs` are the attributes in which the model keeps state
-    from call to call; their present values are the state at the start of a sequence. Raises ModelError where the model
-    cannot run, has no float output, keeps other state, or the comparison fails.
+    from call to call; their present values are the state at the start of a sequence. `split_shared` names modules whose
+    calls get a quantizer each, or is `auto` or `report` (shared_modules.py). Raises ModelError where the model cannot
+    run, has no float output, keeps other state, or the comparison fails.
     """
     if model.training:
         raise ModelError("A model is prepared in eval mode, but got one in train mode. Call model.eval() first.")
@@ -57,6 +60,7 @@ def prepare(
         raise ModelError(f"A model holds modules, but got a single {type(model).__name__}. Wrap it in nn.Sequential.")
     _refuse_compiled(model)
     paths = skipped_paths(model, skip)
+    split = split_paths(model, split_shared, paths)
     if not any(module.training for module in model.modules()):
         model.eval()  # empties caches that eval() empties, as it will in the copy: what fills them is traced
     cached = cached_state(model, cached_attrs)
@@ -65,7 +69,7 @@ def prepare(
         inputs = _runs(model, example_inputs, functools.partial(settled, model, cached, example_inputs))
     tape = _trace(model, inputs, paths)
     _refuse_unseen(tape, model, inputs, paths)
-    prepared = QuantizedModel(model, make_plan(tape, model, paths, fold_functional_norms), cached).eval()
+    prepared = QuantizedModel(model, make_plan(tape, model, paths, fold_functional_norms, split), cached).eval()
     tolerance = TOLERANCE if tape.decomposed else 0.0
     try:
         _verify(model, prepared, inputs, tolerance)
@@ -138,36 +142,8 @@ def first_line(error: Exception) -> str:
 
 def skipped_paths(model: nn.Module, skip: Skip) -> frozenset[str]:
     """Paths of the modules that `skip` names by path, class name or class. Raises ModelError if one has no match."""
-    if isinstance(skip, (str, type)):
-        skip = (skip,)
-    found: set[str] = set()
-    for wanted in skip:
-        paths = {
-            path
-            for path, module in model.named_modules()
-            if path and (path == wanted or type(module).__name__ == wanted or type(module) is wanted)
-        }
-        if not paths:
-            raise ModelError(
-                f"quant.skip names modules or classes of the model, but got {_name_of(wanted)!r}. "
-                f"{_nearest(model, _name_of(wanted))}"
-            )
-        found |= paths
+    found = matching(model, skip, "quant.skip")
     return frozenset(p for p in found if not any(p.startswith(f"{other}.") for other in found))
-
-
-def _name_of(wanted: str | type[nn.Module]) -> str:
-    return wanted if isinstance(wanted, str) else wanted.__name__
-
-
-def _nearest(model: nn.Module, wanted: str) -> str:
-    """A hint with the names most similar to `wanted`, else with the first names of the model."""
-    inside = dict(list(model.named_modules())[1:])
-    names = list(dict.fromkeys([*inside, *(type(m).__name__ for m in inside.values())]))
-    close = difflib.get_close_matches(wanted, names, 3) or [n for n in names if wanted.lower() in n.lower()][:3]
-    if close:
-        return f"Did you mean {', '.join(close)}?"
-    return f"There are: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}."
 
 
 def _runs(model: nn.Module, inputs: Any, call: Callable[[], T]) -> T:
