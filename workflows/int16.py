@@ -75,9 +75,10 @@ def with_weights(session: Session, int16: FinishedTrial | None) -> FinishedTrial
     found = found or retry_calibrations(session, tried)
     if found is None:
         least = min((t.outcome.metrics["accuracy/drop"] for t in tried), default=math.nan)
+        counts = f"up to {len(order)} int16 weights" if len(order) > 1 else "1 int16 weight"
         session.decide(
             "int16 weights",
-            f"the drop is {least:+.4f} at least with up to {len(order)} int16 weights; int16/fp16 is next",
+            f"the goal is missed with {counts}, drop {least:+.4f}; int16/fp16 is next (+experiment=int16_fp16)",
         )
         return None
     count = int(found.outcome.metrics["qconfig/n_int16_weights"])
