@@ -30,7 +30,7 @@ def branch(session: Session, int16_baseline: FinishedTrial | None) -> FinishedTr
     if found is None:
         missed = f"the goal is missed even with fp16 on all {len(order)} operators that gain from it"
         reason = missed if order else "the goal is missed, and no operator gains from fp16"
-        session.decide("int16/fp16", f"{reason}; change the float model, or train (qat)")
+        session.decide("int16/fp16", reason)
         return None
     chosen = {key: "float16" for key in order if key in found.params}
     session.kept |= chosen

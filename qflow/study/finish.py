@@ -97,7 +97,9 @@ def verdict(session: Session, best: FinishedTrial | None, shown: FinishedTrial) 
         return f"{'goal':<12}{goal}: missed, over {found}; relax that budget, or objective.max_drop"
     miss = shown.outcome.constraints[CONSTRAINT]
     if int16 is not None and int16.outcome.metrics["accuracy/drop"] > session.goal.max_drop:
-        advice = "all-int16 misses the goal too: the decisions name the cause"
+        advice = (
+            "all-int16 misses the goal too: the decisions name the cause, which the float model or training may mend"
+        )
     else:
         advice = f"raise objective.max_drop (to {shown.outcome.metrics['accuracy/drop']:.4f}) or search.n_trials"
     lines = [f"{'goal':<12}{goal}: missed by {miss:.4f}{_samples(session, shown)}; {advice}"]

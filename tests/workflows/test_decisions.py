@@ -65,3 +65,22 @@ def test_a_template_that_would_turn_all_int8_into_int16_is_refused(tmp_path):
     done = run_qflow("tune", "+experiment=int8_int16", *DIVIDES, "qconfig.template=qint16", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "but got qconfig.template=qint16. Leave it out" in done.stderr
+
+
+def test_a_missed_goal_comes_with_what_was_tried_and_what_was_not(tmp_path):
+    done = run_qflow("tune", "+experiment=int8_int16", "task=dual", "search.n_trials=8", cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    tried, rest = (re.search(rf"^{name} +(.*)", done.stdout, re.MULTILINE)[1] for name in ("tried", "not tried"))
+    assert tried.startswith("all-int8 under mse, ")
+    assert "; all-int16 under mse" in tried
+    assert rest.endswith("fp16 operators (+experiment=full); training (qat=<yours> qat.apply=after_search)")
+
+
+def test_a_miss_by_one_sample_is_called_that(tmp_path):
+    arguments = ["+experiment=int8", *PEAK, "search.space.calibration.method=null", "search.n_trials=2"]
+    first = run_qflow("tune", *arguments, "study=peak/first", cwd=tmp_path)
+    drop = float(re.search(r"^all-int8: drop \+(\S+)", "\n".join(decisions(first)), re.MULTILINE)[1])
+    assert drop * 64 == pytest.approx(round(drop * 64), abs=0.01)  # the metric counts samples
+    done = run_qflow("tune", *arguments, f"objective.max_drop={drop - 0.01:.4f}", cwd=tmp_path)
+    assert "which is 1 of 64 samples: evaluate on more before you rely on it" in done.stdout, done.stdout
+    assert "samples: evaluate" not in first.stdout
