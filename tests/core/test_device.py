@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.graphs import chain
 
-from qflow.core.device import DeviceRules, apply_rules, input_dtypes
+from qflow.core.device import apply_rules, input_dtypes
+from qflow.core.device_rules import DeviceRules
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.graph import TRANSPARENT_KINDS, ModelGraph, OpKind, OpNode

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from qflow.analysis.measures.tables import Finding
-from qflow.core.device import DeviceRules, apply_rules
+from qflow.core.device import apply_rules
+from qflow.core.device_rules import DeviceRules
 from qflow.core.dtype import QDtype
 from qflow.core.graph import ModelGraph
 from qflow.core.resolve import resolve

@@ -190,8 +190,8 @@ class Advice:
 
     op: str
     cause: str
-    """`truncation`, `rounding`, `shared module`, `known range`, `dual int16`, `constant`, `huge mask value` or
-    `calibration data`."""
+    """`truncation`, `rounding`, `shared module`, `known range`, `dual int16`, `constant`, `huge mask value`,
+    `calibration data` or `values inside`."""
     source: str
     """`input`, `weight`, `activation`, or `weight and activation`."""
     figures: tuple[tuple[str, float], ...]
