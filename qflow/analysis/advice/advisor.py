@@ -128,11 +128,17 @@ class _Maker:
     def inside(self, node: OpNode, rows: Sequence[SensitivityRow], gain: float) -> Advice:
         """The advice for a norm or softmax whose inner values are too coarse; `rows` are theirs."""
         worst = max(rows, key=lambda r: r.score)
-        finer = [self.scores.get((r.op_name, "float16"), 0.0) for r in rows]
+        finer = sum(self.scores.get((r.op_name, "float16"), math.nan) for r in rows)
         values = {"score": sum(r.score for r in rows), "score of the worst": worst.score}
         text = f"the values inside are {worst.quant_dtype} whatever its dtype, and {worst.op_name} is too coarse"
-        helps = worst.quant_dtype != "float16" and sum(finer) < FLOAT16_BETTER * values["score"]
-        return self.made(node.name, "values inside", "activation", values, text, "float16" if helps else "", gain)
+        if worst.quant_dtype == "float16":
+            return self.made(node.name, "values inside", "activation", values, text, "", gain)
+        if math.isnan(finer):
+            text += "; float16 for the operator may help, but has no sensitivities here"
+        else:
+            text += f": at fp16 they lose {finer:.3g} instead of {values['score']:.3g}"
+        spec = "float16" if finer < FLOAT16_BETTER * values["score"] else ""
+        return self.made(node.name, "values inside", "activation", values, text, spec, gain)
 
     def float16(self, node: OpNode) -> str:
         """The scores at int16 and fp16 as text, if int16 does not help and fp16 is better and allowed; else ""."""

@@ -8,11 +8,11 @@ quantizer anyway.
 
     layer, group, instance norm   m = mean(x); d = x - m; v = mean(d^2); r = 1 / sqrt(v + eps); d r w + b
     RMS norm                      v = mean(x^2); r = 1 / sqrt(v + eps); x r w
-    softmax                       d = max(x - max(x), -16); e = exp(d); s = sum(e); e / s
+    softmax                       d = max(x - max(x), -18); e = exp(d); s = sum(e); e / s
     log-softmax                   d = x - max(x); e = exp(d); s = sum(e); d - log(s)
 
-The device accumulates sums in a wider integer, so d^2 has no node. In a softmax, exp(-16) = 1e-7 is 0 in int16 codes;
-without that bound a mask of -10000 would take all codes of d.
+The device accumulates sums in a wider integer, so d^2 has no node. In a softmax, exp(-18) = 1.5e-8 is 0 in int16 and in
+fp16; without that bound a mask of -10000 would take all codes of d.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qflow.quant.trace.decompose import safe_softmax
 
 Node = Callable[[str, Tensor], Tensor]
 """Maps the name of an inner value and the value to the value that the formula goes on with."""
-REACH = 16.0
+REACH = 18.0
 
 
 class Written(NamedTuple):
@@ -109,7 +109,7 @@ def _rms_norm(
 
 def _standardized(node: Node, x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     centred = x - node("var_mean.pre_mean", x.mean(dims, keepdim=True))
-    count = math.prod(x.shape[d] for d in dims)
+    count = math.prod([x.shape[d] for d in dims])
     squares = torch.linalg.vector_norm(centred, dim=dims, keepdim=True).square()
     rsqrt = node("rsqrt", torch.rsqrt(node("var_mean.var", squares / count) + eps))
     return _own(torch.mul, centred, rsqrt)
@@ -124,7 +124,7 @@ def _affine(node: Node, out: Tensor, weight: Tensor | None, bias: Tensor | None)
 
 def _own(function: Callable[..., Tensor], own: Tensor, *more: Any) -> Tensor:
     """`function(own, *more)`; without gradients in place, because new memory costs as much as the arithmetic."""
-    if torch.is_grad_enabled() or own.is_meta:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or own.is_meta:
         return function(own, *more)
     return function(own, *more, out=own)
 
