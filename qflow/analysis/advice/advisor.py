@@ -62,10 +62,6 @@ def advise(
         for r in rows
         if r.sensitive_type == "activation" and r.op_name not in around and (r.score > noise or r.op_name in near)
     }
-    inside: dict[str, list[SensitivityRow]] = {}
-    for row in rows:
-        if row.op_name in around and row.score > noise:
-            inside.setdefault(around[row.op_name].name, []).append(row)
     scores = {(r.op_name, r.quant_dtype): r.score for r in table.rows if r.sensitive_type == "activation"}
     maker = _Maker(prepared, stats, layers, refused, scores, noise, finite_masks(prepared, stats), near)
     found = []
@@ -79,9 +75,9 @@ def advise(
             found.append(maker.weight(nodes[name], weight, gain))
         elif activation is not None:
             found.append(maker.activation(nodes[name], activation, gain))
-    for name, parts in inside.items():
-        own = sum(r.score for r in parts)
-        found.append(maker.inside(nodes[name], parts, own / total if math.isfinite(own) else 1.0))
+    inner = [r for r in rows if r.op_name in around and r.score > noise]
+    for node in dict.fromkeys(around[r.op_name].name for r in inner):
+        found.append(maker.inside(nodes[node], [r for r in inner if r.op_name in nodes[node].inner], total))
     ordered = sorted(found, key=lambda a: -a.gain)
     return tuple(a for place, a in enumerate(ordered) if place < MOST or a.cause == FAR_VALUES)
 
@@ -125,19 +121,20 @@ class _Maker:
             spec += "/qint16"  # the line leaves the weight as it is
         return self.made(node.name, cause.name, source, {**case.values(), **cause.values}, text, spec, gain)
 
-    def inside(self, node: OpNode, rows: Sequence[SensitivityRow], gain: float) -> Advice:
+    def inside(self, node: OpNode, rows: Sequence[SensitivityRow], total: float) -> Advice:
         """The advice for a norm or softmax whose inner values are too coarse; `rows` are theirs."""
-        worst = max(rows, key=lambda r: r.score)
+        worst, own = max(rows, key=lambda r: r.score), sum(r.score for r in rows)
+        gain = own / total if math.isfinite(own) else 1.0
         finer = sum(self.scores.get((r.op_name, "float16"), math.nan) for r in rows)
-        values = {"score": sum(r.score for r in rows), "score of the worst": worst.score}
+        values = {"score": own, "score of the worst": worst.score}
         text = f"the values inside are {worst.quant_dtype} whatever its dtype, and {worst.op_name} is too coarse"
         if worst.quant_dtype == "float16":
             return self.made(node.name, "values inside", "activation", values, text, "", gain)
         if math.isnan(finer):
             text += "; float16 for the operator may help, but has no sensitivities here"
         else:
-            text += f": at fp16 they lose {finer:.3g} instead of {values['score']:.3g}"
-        spec = "float16" if finer < FLOAT16_BETTER * values["score"] else ""
+            text += f": at fp16 they lose {finer:.3g} instead of {own:.3g}"
+        spec = "float16" if finer < FLOAT16_BETTER * own else ""
         return self.made(node.name, "values inside", "activation", values, text, spec, gain)
 
     def float16(self, node: OpNode) -> str:

@@ -138,7 +138,7 @@ class SensitivityTable:
     """Of the whole model, for one sample."""
 
     def activation_scores(self, dtype: str | None = None) -> dict[str, float]:
-        """Operator -> activation sensitivity at `dtype` (by default its lowest), larger is more sensitive."""
+        """Operator, or value inside one, -> activation sensitivity at `dtype` (by default its lowest)."""
         return self._scores("activation", dtype)
 
     def weight_scores(self, dtype: str | None = None) -> dict[str, float]:

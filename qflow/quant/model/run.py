@@ -193,16 +193,16 @@ class Run:
         try:
             if self.collect is not None:
                 with torch.no_grad():
-                    written.run(lambda step, value: self._collected(inner[step], value))
+                    written.run(lambda step, value: self._collected(name, step, inner[step], value))
             if any(self.outputs[quantizer].active for quantizer in inner.values()):
                 return written.run(lambda step, value: self._inner(f"{name}.{step}", inner[step], value))
         finally:
             self.depth -= 1
         return plain(*args, **kwargs)
 
-    def _collected(self, quantizer_name: str, value: Tensor) -> Tensor:
+    def _collected(self, call: str, step: str, quantizer_name: str, value: Tensor) -> Tensor:
         assert self.collect is not None
-        self.collect.update(quantizer_name, value, quantizer_name, shared=False)
+        self.collect.update(quantizer_name, value, f"{call}.{step}", self.plan.output_at[call] in self.plan.shared)
         return value
 
     def _inner(self, key: str, quantizer_name: str, value: Tensor) -> Tensor:
