@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.networks import ResNet
-from qflow.core.device import DeviceRules
+from qflow.core.device_rules import DeviceRules
 from qflow.tasks.digits import Accuracy
 from qflow.tasks.task import Task, make_task
 

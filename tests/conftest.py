@@ -32,7 +32,7 @@ def digits_task():
 
 @pytest.fixture(scope="session")
 def nash_m():
-    from qflow.core.device import DeviceRules
+    from qflow.core.device_rules import DeviceRules
 
     return DeviceRules(
         march="nash-m",

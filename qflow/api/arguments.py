@@ -46,9 +46,7 @@ def chosen_rows(rows: Sequence[Candidate], prefixes: tuple[str, ...], types: tup
     if not prefixes and not types:
         return rows
     found = [
-        row
-        for row in rows
-        if row.node.name.startswith(prefixes) or is_of(types, row.node.op_type, group_type(row.node))
+        row for row in rows if row.name.startswith(prefixes) or is_of(types, row.node.op_type, group_type(row.node))
     ]
     if not found:
         raise ConfigError(f"prefixes and types choose rows, but got none by {prefixes} and {types}. Give others.")

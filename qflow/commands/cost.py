@@ -126,7 +126,7 @@ def write(folder: Path, found: CostReport, promotions: Mapping[str, float], conf
 def fit(config: DictConfig) -> int:
     """Fit the parameters to `data`, print the validation, and write `out`."""
     from qflow.config.device_cost import cost_section, write_cost
-    from qflow.core.device import DeviceRules
+    from qflow.core.device_rules import DeviceRules
     from qflow.cost_model.fit import fit_networks
     from qflow.cost_model.model import CostModel
     from qflow.cost_model.networks import CLOCKS, read_networks

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from qflow.config.device_file import device_names, load_rules
-from qflow.core.device import DeviceRules
+from qflow.core.device_rules import DeviceRules
 from qflow.core.errors import ConfigError
 from qflow.core.record import plain
 

@@ -24,7 +24,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from qflow.config.command import explain
 from qflow.config.command_schema import TuneSchema, conf_dir
-from qflow.core.device import DeviceRules
+from qflow.core.device_rules import DeviceRules
 from qflow.core.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -43,6 +43,7 @@ class RulesSchema:
     dual_high_precision: bool = False
     matmul_int16_inputs: int = 1
     float16_kinds: list[str] = field(default_factory=list)
+    inner_int16: list[str] = field(default_factory=list)
     attention_int8: bool = True
 
 

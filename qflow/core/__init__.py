@@ -5,6 +5,7 @@ This package uses the standard library only, so that a qconfig can be built, com
 
 __all__ = [
     "device",
+    "device_rules",
     "dtype",
     "errors",
     "graph",

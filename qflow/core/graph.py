@@ -43,6 +43,8 @@ class OpKind(str, Enum):
 GEMM_KINDS = frozenset({OpKind.conv, OpKind.conv_transpose, OpKind.linear, OpKind.matmul})
 # The plugin's template gives these a high-precision output (3.0.17: neither Conv1d nor transposed).
 HIGH_PRECISION_KINDS = frozenset({OpKind.conv, OpKind.linear, OpKind.matmul})
+# The device computes these in several steps, with values of their own between them (OpNode.inner).
+COMPOUND_KINDS = frozenset({OpKind.layer_norm, OpKind.softmax})
 WEIGHTED_KINDS = frozenset({OpKind.conv, OpKind.conv_transpose, OpKind.linear})
 # They pass their input values on, all or some of them, so they have no quantizer and use the producer's scale.
 TRANSPARENT_KINDS = frozenset({OpKind.move, OpKind.max_pool, OpKind.order})
@@ -73,8 +75,14 @@ class OpNode:
     fused_types: tuple[str, ...] = ()
     """The operators that follow the first one in the group: BN, Add, ReLU, ReLU6 (as in the plugin's class names)."""
     attrs: Mapping[str, int] = field(default_factory=dict)
+    inner: tuple[str, ...] = ()
+    """Quantizers of the values inside a norm or softmax (`norm3.var_mean.pre_mean`), in order of computation."""
     operands: tuple[float | None, ...] = ()
     """Arguments of an element-wise functional in order: the number, or None for a tensor."""
+
+    def contains(self, name: str) -> bool:
+        """True if `name` is that of a value inside this operator: `norm3.var_mean.pre_mean` is inside `norm3`."""
+        return self.kind in COMPOUND_KINDS and name.startswith(f"{self.name}.")
 
     @property
     def fused_add(self) -> bool:

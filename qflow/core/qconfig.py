@@ -35,6 +35,8 @@ class OpQConfig:
     """Known range (low, high) of the values: the scale is max(|low|, |high|) / -qmin."""
     frozen: bool = False
     """QAT keeps the calibrated scale (the plugin's fix_scale, averaging_constant 0)."""
+    inner: QDtype | None = None
+    """Dtype of the values inside a norm or softmax (`OpNode.inner`), set by the device rules; None: float inside."""
     weight_axis: int | None = None
     """Axis of the weight scales: None for the output channels, -1 for one scale of the whole weight."""
     rule: str = ""
@@ -55,7 +57,8 @@ class OpQConfig:
         )
         # fields at their defaults are left out, so that the digests of earlier studies stay the same
         own = ("own observer",) if self.own_observer and self.observer and self.output == QDtype.qint16 else ()
-        return (*dtypes, self.fixed_scale, *(more if any(m is not None for m in more) else ()), *own)
+        inner = (f"inner {self.inner}",) if self.inner else ()
+        return (*dtypes, self.fixed_scale, *(more if any(m is not None for m in more) else ()), *own, *inner)
 
     def pinned_scale(self) -> float | None:
         """Return the fixed scale, or the one that follows from the known range; None if calibration decides."""

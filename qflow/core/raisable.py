@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qflow.core.device import DeviceRules, apply_rules
+from qflow.core.device import apply_rules
+from qflow.core.device_rules import DeviceRules
 from qflow.core.dtype import QDtype
 from qflow.core.graph import ModelGraph
 from qflow.core.qconfig import QConfig

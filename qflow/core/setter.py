@@ -136,12 +136,15 @@ def stands_for(name: str, op_name: str, graph: ModelGraph) -> bool:
     """Whether `name` in a setting sets the operator `op_name`: it covers it, or holds it and covers no operator.
 
     A module that has operators too leaves its constants to follow what reads them. If each call of a module has a
-    quantizer (split_shared), the name of a call stands for it alone.
+    quantizer (split_shared), the name of a call stands for it alone. A value inside a norm or softmax
+    (`norm3.var_mean.pre_mean`) stands for the whole operator, as in the plugin.
     """
     if op_name.startswith(f"{name}(") and graph.by_name[op_name].quantizer == op_name:
         return False
-    return covers(name, op_name) or (
-        holds(name, op_name) and not any(covers(name, node.name) for node in graph.quantized)
+    return (
+        covers(name, op_name)
+        or graph.by_name[op_name].contains(name)
+        or (holds(name, op_name) and not any(covers(name, node.name) for node in graph.quantized))
     )
 
 

@@ -64,7 +64,8 @@ class TableSetter:
     """Sets the top rows of a sensitivity table to int16: the output for an activation row, the weight for a weight row.
 
     Exactly one of `topk` and `ratio` is given. With `qconfig` (the plugin's default_qconfig), the operator gets this
-    qconfig for a row of either type. `candidates` are the operators that can be int16 on the device; None takes all.
+    qconfig for a row of either type. A row of a value inside a norm or softmax stands for the whole operator.
+    `candidates` are the operators that can be int16 on the device; None takes all.
     """
 
     rows: tuple[TableRow, ...]
@@ -137,7 +138,11 @@ class TableSetter:
     def check(self, graph: ModelGraph) -> None:
         """Raise ConfigError for a table of another model."""
         known = {node.name for node in graph.quantized}
-        missing = [row.op_name for row in self.rows if row.op_name not in known]
+        missing = [
+            row.op_name
+            for row in self.rows
+            if row.op_name not in known and not any(node.contains(row.op_name) for node in graph.quantized)
+        ]
         if missing:
             raise ConfigError(
                 f"A sensitivity table names operators of this model, but got {', '.join(missing[:3])}. Measure it on "
@@ -145,7 +150,8 @@ class TableSetter:
             )
 
     def __call__(self, node: OpNode, graph: ModelGraph) -> Answer:
-        found = self.ranks.get(node.name)
+        named = (types for name, types in self.ranks.items() if name == node.name or node.contains(name))
+        found = next(named, None)
         if not found:
             return None
         asked = f"topk {self.topk}" if self.ratio is None else f"{self.ratio:.3g}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qflow.core.device import DeviceRules
+from qflow.core.device_rules import DeviceRules
 from qflow.core.graph import ModelGraph, OpKind
 
 

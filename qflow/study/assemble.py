@@ -9,7 +9,7 @@ from qflow.analysis.measures.metrics import CUSTOM, Custom, custom_metric
 from qflow.config.build import build_task, build_training, get_function
 from qflow.config.device_file import require_cost
 from qflow.config.settings import plain, sensitivity_settings, trial_settings
-from qflow.core.device import DeviceRules
+from qflow.core.device_rules import DeviceRules
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.cost_model.model import CostModel

@@ -150,7 +150,7 @@ class Diagnosis:
         """Return exact rows of `operators` at their present dtypes, by operator and type; of `known` if complete."""
         evaluator = self.evaluator
         rows = [c for c in candidates(evaluator.prepared) if c.node.name in operators]
-        own = {(c.node.name, c.sensitive_type, str(c.variant.quantizer.dtype)) for c in rows}
+        own = {(c.name, c.sensitive_type, str(c.variant.quantizer.dtype)) for c in rows}
         found = [
             r for r in (known.rows if known else ()) if r.exact and (r.op_name, r.sensitive_type, r.quant_dtype) in own
         ]

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from qflow.analysis.measures.tables import SensitivityTable
-from qflow.core.device import DeviceRules, apply_rules, input_dtypes
+from qflow.core.device import apply_rules, input_dtypes
+from qflow.core.device_rules import DeviceRules
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.graph import ModelGraph
@@ -72,6 +73,7 @@ class Resolver:
     def float16_order(self) -> tuple[str, ...]:
         """Operators that keep fp16 on the device, in the order of how much their error falls from int16 to fp16.
 
+        The errors of the values inside a norm or softmax count too, because fp16 replaces them as well.
         Raises ConfigError without sensitivities at qint16.
         """
         if self.sensitivities is None or "qint16" not in self.sensitivities.dtypes:
@@ -81,7 +83,8 @@ class Resolver:
             )
         at16, at_float = (self.sensitivities.activation_scores(d) for d in ("qint16", "float16"))
         able = [name for name in self.promotable if self._keeps_float16(name)]
-        gain = {name: at16.get(name, 0.0) - at_float.get(name, 0.0) for name in able}
+        parts = {name: (name, *self.graph.by_name[name].inner) for name in able}
+        gain = {name: sum(at16.get(n, 0.0) - at_float.get(n, 0.0) for n in parts[name]) for name in able}
         return tuple(sorted((name for name in able if gain[name] > 0.0), key=lambda name: -gain[name]))
 
     def _keeps_float16(self, name: str) -> bool:

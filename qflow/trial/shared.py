@@ -16,7 +16,7 @@ from qflow.analysis.measures.metrics import Custom
 from qflow.analysis.measures.tables import BadcaseTable, SensitivityTable
 from qflow.analysis.sensitivity.candidates import Candidate, candidates, finer
 from qflow.analysis.sensitivity.measure import sensitivity
-from qflow.core.device import DeviceRules
+from qflow.core.device_rules import DeviceRules
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.graph import ModelGraph
@@ -221,8 +221,9 @@ class SharedState:
 
     @property
     def quantizers(self) -> int:
-        """Number of int8 rows of a sensitivity table: outputs and weights, high-precision outputs apart."""
-        return len(self.graph.quantized) - len(self.graph.high_precision) + len(self.graph.weighted)
+        """Number of rows of a sensitivity table at int8: outputs, values inside them, weights."""
+        inner = sum(len(n.inner) for n in self.graph.quantized if self.template(QDtype.qint8)[1].ops[n.name].inner)
+        return len(self.graph.quantized) - len(self.graph.high_precision) + inner + len(self.graph.weighted)
 
     def rank(self, progress: Progress = silent, applied: QConfig | None = None) -> SensitivityTable:
         """Measure the sensitivity of every quantizer at each of `sensitivity.dtypes`; `progress` counts rows.
@@ -247,7 +248,7 @@ class SharedState:
         rows = own = candidates(self.prepared) if applied else []
         for dtype in (QDtype.parse(name, "sensitivity.dtypes") for name in self.sensitivity_settings.dtypes):
             self.all(QDtype.qint8 if dtype == QDtype.float16 else dtype)
-            rows = rows + finer(candidates(self.prepared, dtype), own)
+            rows = rows + finer(candidates(self.prepared, dtype), own, rows)
         self.apply(base)
         return rows
 

@@ -34,7 +34,8 @@ def split_gain(state: SharedState, applied: QConfig) -> tuple[Finding, ...]:
     owners = {node.quantizer: node.name for node in prepared.graph.quantized}
     known = prepared.graph.by_name
     ops = {node.name: applied.ops[owners[known[node.name].quantizer]] for node in apart.graph.quantized}
-    by_call = {call: h for name in shared for call, h in stats.calls[name].items()}
+    parts = [part for name in shared for part in (name, *known[owners[name]].inner)]
+    by_call = {call: h for part in parts for call, h in stats.calls[part].items()}
     own = replace(stats, histograms={**stats.histograms, **by_call}, calls={})
     apply_scales(apart, own, replace(applied, ops=ops), calibration)
     before, after = outputs_off(state), outputs_off(state, apart)

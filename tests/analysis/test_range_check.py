@@ -7,7 +7,7 @@ from support.zoo import NAMES, build
 from torch import nn
 
 import qflow
-from qflow.core.device import DeviceRules
+from qflow.core.device_rules import DeviceRules
 from qflow.core.graph import ModelGraph, OpKind, OpNode
 from qflow.core.raisable import raisable
 

@@ -171,7 +171,7 @@ def test_a_resolved_configuration_comes_back():
 
 @pytest.mark.parametrize("march", ["nash-m", "nash-e"])
 def test_device_files_fit_their_records(march):
-    from qflow.core.device import DeviceRules
+    from qflow.core.device_rules import DeviceRules
     from qflow.core.graph import OpKind
     from qflow.cost_model.model import CostModel
 
@@ -224,7 +224,7 @@ def test_schemas_mirror_the_records_they_are_checked_into():
 
     from qflow.config import schema
     from qflow.core import settings
-    from qflow.core.device import DeviceRules
+    from qflow.core.device_rules import DeviceRules
     from qflow.cost_model.model import CostModel
 
     def defaults(cls, skip=()):

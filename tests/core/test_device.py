@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.graphs import chain
 
-from qflow.core.device import DeviceRules, apply_rules, input_dtypes
+from qflow.core.device import apply_rules, input_dtypes
+from qflow.core.device_rules import DeviceRules
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.graph import TRANSPARENT_KINDS, ModelGraph, OpKind, OpNode
@@ -358,3 +359,18 @@ def test_rules_applied_twice_change_nothing_and_are_never_refused(graph, data):
 def test_a_template_alone_is_never_refused(graph, dtype):
     requested = resolve(graph, [HighPrecisionOutput(), TemplateSetter(QDtype(dtype))], "nash-m")
     apply_rules(graph, requested, NASH_M)
+
+
+def test_values_inside_a_norm_are_int16_whatever_its_dtype_and_halves_in_fp16():
+    inside = ("op1.var_mean.var", "op1.rsqrt")
+    base = chain(OpKind.input, OpKind.layer_norm, OpKind.lut)
+    graph = replace(base, nodes=(base.nodes[0], replace(base.nodes[1], inner=inside), base.nodes[2]))
+    rules = replace(NASH_M, inner_int16=["layer_norm"])
+    for dtype, inner in (("qint8", QDtype.qint16), ("qint16", QDtype.qint16), ("float16", QDtype.float16)):
+        found = applied(graph, rules, {"op1": dtype})
+        assert found.ops["op1"].inner == inner
+        assert found.ops["op2"].inner is None
+        exact = applied(graph, NASH_M, {"op1": dtype})
+        assert exact.ops["op1"].inner is None
+        assert exact.digest != found.digest
+        assert exact.digest == applied(base, rules, {"op1": dtype}).digest  # a network without inner values

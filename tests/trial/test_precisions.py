@@ -45,6 +45,22 @@ def drawn(problem, count=20):
     return ["".join(letters(k / count)) for k in range(1, count)]
 
 
+def test_the_gain_of_fp16_counts_the_values_inside_an_operator(nash_m):
+    made = precisions("vision_transformer", nash_m)
+    able = [n for n in made.graph.quantized if n.name in made.promotable and made._keeps_float16(n.name)]
+    norm = next(n for n in reversed(able) if n.inner)
+    error = dict.fromkeys([n.name for n in able], 1.0)
+    scores = {"qint16": {**error, norm.inner[1]: 5.0}, "float16": {**dict.fromkeys(error, 0.5), norm.inner[1]: 0.1}}
+    rows = tuple(
+        SensitivityRow(name, "activation", "", score, dtype, 0)
+        for dtype, found in scores.items()
+        for name, score in found.items()
+    )
+    ranked = Precisions(made.graph, nash_m, SensitivityTable("L1", "sum", 1, True, rows), made.pricer)
+    assert ranked.float16_order[0] == norm.name
+    assert set(ranked.float16_order) == set(error)
+
+
 @pytest.fixture(params=NAMES)
 def made(request, nash_m):
     return precisions(request.param, replace(nash_m, fused_add_int8=False))

@@ -12,7 +12,7 @@ The gain is the row's share of the sum of all scores.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qflow.analysis.advice.causes import CUT, FAR_VALUES, Case, cause_of
@@ -45,7 +45,8 @@ def advise(
     has no rows at the model's own dtypes.
     """
     nodes = prepared.graph.by_name
-    rows = [r for r in table.rows if r.quant_dtype == _dtype(prepared, nodes[r.op_name], r.sensitive_type)]
+    around = {name: node for node in nodes.values() for name in node.inner}
+    rows = [r for r in table.rows if r.quant_dtype == _dtype(prepared, nodes.get(r.op_name), r)]
     if table.rows and not rows:
         raise ConfigError(
             f"Advice goes by rows at the model's own dtypes, but got {', '.join(table.dtypes)}. Add them to "
@@ -57,7 +58,9 @@ def advise(
     weights = {r.op_name: r for r in rows if r.sensitive_type == "weight" and r.score > noise}
     near = near_specs(prepared, stats)  # far values are cut off at every operator that they reach, or at none
     activations = {
-        r.op_name: r for r in rows if r.sensitive_type == "activation" and (r.score > noise or r.op_name in near)
+        r.op_name: r
+        for r in rows
+        if r.sensitive_type == "activation" and r.op_name not in around and (r.score > noise or r.op_name in near)
     }
     scores = {(r.op_name, r.quant_dtype): r.score for r in table.rows if r.sensitive_type == "activation"}
     maker = _Maker(prepared, stats, layers, refused, scores, noise, finite_masks(prepared, stats), near)
@@ -72,15 +75,18 @@ def advise(
             found.append(maker.weight(nodes[name], weight, gain))
         elif activation is not None:
             found.append(maker.activation(nodes[name], activation, gain))
+    inner = [r for r in rows if r.op_name in around and r.score > noise]
+    for node in dict.fromkeys(around[r.op_name].name for r in inner):
+        found.append(maker.inside(nodes[node], [r for r in inner if r.op_name in nodes[node].inner], total))
     ordered = sorted(found, key=lambda a: -a.gain)
     return tuple(a for place, a in enumerate(ordered) if place < MOST or a.cause == FAR_VALUES)
 
 
-def _dtype(prepared: QuantizedModel, node: OpNode, sensitive_type: str) -> str:
-    """Dtype in the model; the table may contain candidates at other dtypes as well."""
-    if sensitive_type == "weight":
+def _dtype(prepared: QuantizedModel, node: OpNode | None, row: SensitivityRow) -> str:
+    """Dtype in the model of the quantizer of a row; the table may contain candidates at other dtypes as well."""
+    if node is not None and row.sensitive_type == "weight":
         return str(prepared.weights[node.weight or ""].dtype)
-    return str(prepared.outputs[node.quantizer or ""].dtype)
+    return str(prepared.outputs[row.op_name if node is None else node.quantizer or ""].dtype)
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,22 @@ class _Maker:
         if "@" in spec and node.weight and self.prepared.weights[node.weight].dtype == QDtype.qint16:
             spec += "/qint16"  # the line leaves the weight as it is
         return self.made(node.name, cause.name, source, {**case.values(), **cause.values}, text, spec, gain)
+
+    def inside(self, node: OpNode, rows: Sequence[SensitivityRow], total: float) -> Advice:
+        """The advice for a norm or softmax whose inner values are too coarse; `rows` are theirs."""
+        worst, own = max(rows, key=lambda r: r.score), sum(r.score for r in rows)
+        gain = own / total if math.isfinite(own) else 1.0
+        finer = sum(self.scores.get((r.op_name, "float16"), math.nan) for r in rows)
+        values = {"score": own, "score of the worst": worst.score}
+        text = f"the values inside are {worst.quant_dtype} whatever its dtype, and {worst.op_name} is too coarse"
+        if worst.quant_dtype == "float16":
+            return self.made(node.name, "values inside", "activation", values, text, "", gain)
+        if math.isnan(finer):
+            text += "; float16 for the operator may help, but has no sensitivities here"
+        else:
+            text += f": at fp16 they lose {finer:.3g} instead of {own:.3g}"
+        spec = "float16" if finer < FLOAT16_BETTER * own else ""
+        return self.made(node.name, "values inside", "activation", values, text, spec, gain)
 
     def float16(self, node: OpNode) -> str:
         """The scores at int16 and fp16 as text, if int16 does not help and fp16 is better and allowed; else ""."""
@@ -191,7 +213,7 @@ class _Maker:
     ) -> Advice:
         """The advice, without an override if the device would undo it or nothing would change."""
         node = self.prepared.graph.by_name[op]
-        if spec == "qint16" and node.quantizer and _dtype(self.prepared, node, "activation") == spec:
+        if spec == "qint16" and node.quantizer and str(self.prepared.outputs[node.quantizer].dtype) == spec:
             text, spec = f"{text}; it is int16 already", ""
         reason = self.refused(op, spec) if spec else ""
         if reason:

@@ -22,7 +22,8 @@ from qflow.analysis.checks.range_check import range_findings
 from qflow.analysis.checks.scale_check import scale_findings
 from qflow.analysis.checks.shared_check import case_findings
 from qflow.analysis.measures.tables import Finding
-from qflow.core.device import DeviceRules, input_dtypes
+from qflow.core.device import input_dtypes
+from qflow.core.device_rules import DeviceRules
 from qflow.core.dtype import QDtype
 from qflow.core.graph import OpNode
 from qflow.core.qconfig import QConfig

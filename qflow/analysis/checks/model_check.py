@@ -9,10 +9,12 @@ from qflow.analysis.checks.shared_check import SHARED
 from qflow.analysis.measures.tables import CheckRow, Finding, ModelCheck, text_table
 from qflow.core.device import input_dtypes
 from qflow.core.dtype import QDtype
-from qflow.core.graph import GEMM_KINDS, ModelGraph, OpKind, OpNode
+from qflow.core.graph import COMPOUND_KINDS, GEMM_KINDS, ModelGraph, OpKind, OpNode
 from qflow.core.qconfig import OpQConfig, QConfig
 
 LISTED = 4  # operators named after the first of a group
+SEVERAL_STEPS = frozenset(["glu", "GLU", "logsumexp", "norm", "std", "var", "vector_norm"])
+"""Functions that the device computes in several steps, beside norms and softmaxes."""
 
 
 def check_model(
@@ -34,6 +36,7 @@ def check_model(
     findings += _calls(graph, extra)
     findings += _unfused(graph)
     findings += [Finding(note.split(": ")[0], "check", note.partition(": ")[2] or note) for note in graph.notes]
+    findings += _float_inside(graph, applied)
     findings += [*_float_inputs(graph), *extra, *_quantized_outputs(graph, applied)]
     return ModelCheck(applied.march, len(graph.nodes), rows, dict(graph.calls), graph.unfused, grouped(findings))
 
@@ -98,6 +101,14 @@ def _quantized_outputs(graph: ModelGraph, applied: QConfig) -> Iterator[Finding]
         if node.kind in GEMM_KINDS and applied.ops[node.name].output is not None:
             text = "a GEMM before an output, but not a high-precision output: read elsewhere or moved"
             yield Finding(node.name, "info", text)
+
+
+def _float_inside(graph: ModelGraph, applied: QConfig) -> Iterator[Finding]:
+    """Operators of several steps whose inner values stay float, for want of a formula or of a rule of the device."""
+    for node in graph.quantized:
+        several = node.kind in COMPOUND_KINDS or node.op_type.rpartition(".")[2] in SEVERAL_STEPS
+        if several and applied.ops[node.name].inner is None:
+            yield Finding(node.name, "info", "computed in float inside: the device may round values between its steps")
 
 
 def _float_inputs(graph: ModelGraph) -> list[Finding]:

@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping
 
 from qflow.analysis.checks.mask_check import WAY_OUT, FiniteMask, finite_masks, mask_findings
 from qflow.analysis.measures.tables import Finding
-from qflow.core.device import DeviceRules
+from qflow.core.device_rules import DeviceRules
 from qflow.core.dtype import QDtype
 from qflow.core.graph import OpNode
 from qflow.core.known_range import bounded

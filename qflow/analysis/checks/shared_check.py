@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from qflow.analysis.measures.tables import Finding
-from qflow.core.device import DeviceRules, apply_rules
+from qflow.core.device import apply_rules
+from qflow.core.device_rules import DeviceRules
 from qflow.core.dtype import QDtype
 from qflow.core.graph import ModelGraph
 from qflow.core.resolve import resolve
@@ -89,7 +90,7 @@ def unlike_calls(stats: CalibrationStats, quantizer: str) -> bool:
 
 def case_findings(prepared: QuantizedModel, stats: CalibrationStats) -> Iterator[Finding]:
     """Case B or C for each shared module that the calibration has reached."""
-    for quantizer in stats.calls:
+    for quantizer in (name for name in stats.calls if name in prepared.plan.shared):
         reach = call_reach(stats, quantizer)
         if not unlike_calls(stats, quantizer):
             yield Finding(quantizer, "info", f"{SHARED}, case B: its {len(reach)} calls see similar values")

@@ -138,7 +138,7 @@ class SensitivityTable:
     """Of the whole model, for one sample."""
 
     def activation_scores(self, dtype: str | None = None) -> dict[str, float]:
-        """Operator -> activation sensitivity at `dtype` (by default its lowest), larger is more sensitive."""
+        """Operator, or value inside one, -> activation sensitivity at `dtype` (by default its lowest)."""
         return self._scores("activation", dtype)
 
     def weight_scores(self, dtype: str | None = None) -> dict[str, float]:
@@ -190,8 +190,8 @@ class Advice:
 
     op: str
     cause: str
-    """`truncation`, `rounding`, `shared module`, `known range`, `dual int16`, `constant`, `huge mask value` or
-    `calibration data`."""
+    """`truncation`, `rounding`, `shared module`, `known range`, `dual int16`, `constant`, `huge mask value`,
+    `calibration data` or `values inside`."""
     source: str
     """`input`, `weight`, `activation`, or `weight and activation`."""
     figures: tuple[tuple[str, float], ...]

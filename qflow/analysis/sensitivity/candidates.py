@@ -24,6 +24,16 @@ class Candidate:
     variant: Variant
 
     @property
+    def name(self) -> str:
+        """Name of the operator, or of the value inside it (`norm3.var_mean.pre_mean`)."""
+        return self.variant.quantizer.name if self.inside else self.node.name
+
+    @property
+    def inside(self) -> bool:
+        """True for a value inside a norm or softmax."""
+        return self.variant.quantizer.name in self.node.inner
+
+    @property
     def sensitive_type(self) -> str:
         """`weight` or `activation`."""
         return "weight" if self.variant.weight else "activation"
@@ -37,7 +47,7 @@ class Candidate:
         """The table's row."""
         node = self.node
         return SensitivityRow(
-            op_name=node.name,
+            op_name=self.name,
             sensitive_type=self.sensitive_type,
             op_type=node.op_type,
             score=score,
@@ -53,10 +63,11 @@ def candidates(prepared: QuantizedModel, dtype: QDtype | None = None) -> list[Ca
     """Copies of all quantizers of a calibrated model that change values, at their present dtypes and scales.
 
     With a `dtype`, those that have it or can be converted to it: float16 needs no scale and replaces the dtype of any
-    output; an int8 weight becomes int16 with the same range.
+    output; an int8 weight becomes int16 with the same range. Values inside norms and softmaxes are int16 whatever
+    integer dtype is asked for.
     """
     graph = prepared.graph
-    kept = [(n, n.quantizer, False, prepared.outputs) for n in graph.quantized]
+    kept = [(n, name, False, prepared.outputs) for n in graph.quantized for name in (n.quantizer, *n.inner)]
     kept += [(n, n.weight, True, prepared.weights) for n in graph.weighted]
     found = []
     for node, name, weight, of in kept:
@@ -69,15 +80,20 @@ def candidates(prepared: QuantizedModel, dtype: QDtype | None = None) -> list[Ca
             int16 = _copy(quantizer, dtype)
             int16.scale.mul_(quantizer.divisor() / int16.divisor())
             found.append(Candidate(node, Variant(quantizer.name, weight, int16)))
-        elif dtype in (None, quantizer.dtype):
+        elif dtype in (None, quantizer.dtype) or name in node.inner:
             found.append(Candidate(node, Variant(quantizer.name, weight, _copy(quantizer, quantizer.dtype))))
     return found
 
 
-def finer(rows: Sequence[Candidate], own: Sequence[Candidate]) -> list[Candidate]:
-    """Those of `rows` whose dtype is finer than that of the same quantizer in `own`, or whose quantizer is new."""
+def finer(rows: Sequence[Candidate], own: Sequence[Candidate], known: Sequence[Candidate]) -> list[Candidate]:
+    """Those of `rows` whose dtype is finer than that of the same quantizer in `own`, or whose quantizer is new.
+
+    Rows that are `known` already are left out.
+    """
     has = {row.quantizer: _fineness(row) for row in own}
-    return [row for row in rows if _fineness(row) > has.get(row.quantizer, -1)]
+    there = {(row.quantizer, _fineness(row)) for row in known}
+    finer = [row for row in rows if _fineness(row) > has.get(row.quantizer, -1)]
+    return [row for row in finer if (row.quantizer, _fineness(row)) not in there]
 
 
 def _fineness(row: Candidate) -> int:

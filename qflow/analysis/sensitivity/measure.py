@@ -91,7 +91,7 @@ class _Measure:
         if guessed and found:
             made, text = in_one_unit(made, guessed, found)
             self.findings += [Finding("sensitivity", "info", text)] if text else []
-        order_of = {node.name: i for i, node in enumerate(self.prepared.graph.nodes)}
+        order_of = {n: i for i, node in enumerate(self.prepared.graph.nodes) for n in (node.name, *node.inner)}
         made.sort(key=lambda r: (-r.score, order_of[r.op_name], r.sensitive_type))
         table = SensitivityTable(
             metric=self.settings.metric,

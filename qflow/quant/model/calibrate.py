@@ -126,8 +126,28 @@ def apply_scales(
             # int16 takes the largest value with a margin; an observer from a template concerns int8 only
             method = op.observer if quantizer.dtype == QDtype.qint8 or op.own_observer else None
             quantizer.set_scale(histogram.scale(quantizer.dtype, settings, method))
+    findings += _set_inner_scales(prepared, stats, settings)
     findings += _set_requant_scales(prepared, stats, qconfig, settings)
     set_weight_scales(prepared, stats, settings)
+    return findings
+
+
+def _set_inner_scales(prepared: QuantizedModel, stats: CalibrationStats, settings: CalibrationSettings) -> list[str]:
+    """Set the scales of the values inside norms and softmaxes, as of any int16 value."""
+    findings = []
+    for node in prepared.graph.quantized:
+        for name in node.inner:
+            quantizer, histogram = prepared.outputs[name], stats.histograms.get(name)
+            quantizer.clear_scale()
+            quantizer.clip = settings.float16_clip
+            if quantizer.dtype is None or not quantizer.dtype.is_integer:
+                continue
+            if histogram is not None and histogram.largest:
+                quantizer.set_scale(histogram.scale(quantizer.dtype, settings))
+                continue
+            quantizer.dtype = QDtype.float32
+            if histogram is not None:  # if it is None, the finding about the operator says why
+                findings.append(f"{name} was always zero on the calibration data: left unquantized")
     return findings
 
 

@@ -43,7 +43,7 @@ class Leaf:
 
     def compute(self, run: Run, name: str, *args: Any, **kwargs: Any) -> Any:
         """The operator without its output quantizer."""
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return run.inside(name, self, super().forward, args, kwargs)  # type: ignore[misc]
 
     def result(self, run: Run, name: str, written: Any, *args: Any, **kwargs: Any) -> Any:
         """The operator through its output quantizer; `written` is the tensor that it writes into, or None."""

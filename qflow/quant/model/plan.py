@@ -52,6 +52,8 @@ class Plan:
     fold_functional_norms: bool = False
     split: frozenset[str] = frozenset()
     """Paths of modules whose calls have a quantizer each, instead of one for all (shared_modules.py)."""
+    inner_at: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Call of a norm or softmax -> name of an inner value -> name of its quantizer."""
     masks: frozenset[str] = frozenset()
     """Output quantizers that keep -inf, because it masks a softmax (trace/masks.py)."""
 
@@ -101,6 +103,7 @@ def make_plan(
         functional_norms=functional_norms,
         fold_functional_norms=fold_functional_norms,
         split=frozenset(split),
+        inner_at=layout.inner_at,
         masks=frozenset(layout.masks),
     )
 
@@ -149,6 +152,7 @@ class _Layout:
         self.output_at: dict[str, str] = {}
         self.constants_at: dict[str, dict[int, str]] = {}
         self.reads: dict[str, tuple[tuple[str, int], ...]] = {}
+        self.inner_at: dict[str, dict[str, str]] = {}
 
     def place_all(
         self, groups: Mapping[int, list[Op]], live: Collection[int], readers: Mapping[int, list[int]]
@@ -176,6 +180,8 @@ class _Layout:
             self.masks.add(node.quantizer)
         if node.quantizer is not None and node.kind != OpKind.constant:
             self.output_at[members[-1].name] = node.quantizer
+        if node.inner:
+            self.inner_at[node.name] = dict(zip(members[0].inner, node.inner, strict=True))
 
     def node(self, members: list[Op], reenters: bool) -> tuple[OpNode, tuple[tuple[str, int], ...]]:
         head, last = members[0], members[-1]
@@ -198,17 +204,19 @@ class _Layout:
         own = named.module if named.module not in self.split else None
         if quantized and named.module and own is None:
             self.calls[named.module] += 1
+        quantizer = (own or named.name) if quantized else None
         node = OpNode(
             name=named.name,
             kind=kind,
             op_type=head.op_type,
             inputs=tuple(self.name_of[index] for index, _, _ in inputs),
             shape=last.shape,
-            quantizer=(own or named.name) if quantized else None,
+            quantizer=quantizer,
             weight=_weight_name(head),
             fused=tuple(m.name for m in members if m is not named),
             fused_types=tuple(_fused_type(m) for m in members[1:]),
             attrs={**head.attrs, "integer_input": 1} if self.of_integer_input(members) else head.attrs,
+            inner=tuple(f"{quantizer}.{name}" for name in head.inner) if quantizer else (),
             operands=head.operands,
         )
         return node, tuple((name, slot) for _, name, slot in inputs)

@@ -42,6 +42,9 @@ class QuantizedModel(TemporalStateMixin, QuantizerStateMixin):
         self.plan, self.cached = plan, cached
         self.model = copy_at_start(float_model, cached)
         self.outputs = {node.quantizer: FakeQuant(node.quantizer) for node in plan.graph.quantized if node.quantizer}
+        for name in (name for node in plan.graph.quantized for name in node.inner):
+            self.outputs[name] = FakeQuant(name)
+            self.outputs[name].dtype = None  # float until a qconfig with the device's rules comes
         self.weights: dict[str, FakeQuant] = {}
         self.weight_shapes: dict[str, tuple[tuple[int, ...], int]] = {}
         """Weight quantizer -> the weight's shape and the axis of its output channels."""
@@ -191,6 +194,8 @@ class QuantizedModel(TemporalStateMixin, QuantizerStateMixin):
         for node in rows:
             op = qconfig.ops[node.name]
             self.outputs[node.quantizer].retype(op.output)  # type: ignore[index]
+            for name in node.inner:
+                self.outputs[name].retype(op.inner)
             for position, dtype in enumerate(op.input or ()):
                 if dtype is None:
                     continue

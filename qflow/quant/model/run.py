@@ -15,6 +15,7 @@ from qflow.core.errors import ModelError
 from qflow.core.settings import CalibrationSettings
 from qflow.quant.model.plan import Plan
 from qflow.quant.trace.calling import all_tensors, map_named
+from qflow.quant.trace.compounds import written_out
 from qflow.quant.trace.order import Ordering
 from qflow.quant.trace.sites import Site, call_site
 from qflow.quant.values.fake_quant import FakeQuant
@@ -179,6 +180,41 @@ class Run:
                 "nn.Identity before the norm, so that it is not folded."
             )
 
+    def inside(self, name: str, target: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The result of operator `name`, a call of the module or function `target`, before its quantizer.
+
+        `plain` computes it in float. A norm or softmax goes by its formula if one of its inner quantizers is active.
+        """
+        inner = self.plan.inner_at.get(name)
+        written = written_out(target, args, kwargs) if inner else None
+        if inner is None or written is None:
+            return plain(*args, **kwargs)
+        self.depth += 1
+        try:
+            if self.collect is not None:
+                with torch.no_grad():
+                    written.run(lambda step, value: self._collected(name, step, inner[step], value))
+            if any(self.outputs[quantizer].active for quantizer in inner.values()):
+                return written.run(lambda step, value: self._inner(f"{name}.{step}", inner[step], value))
+        finally:
+            self.depth -= 1
+        return plain(*args, **kwargs)
+
+    def _collected(self, call: str, step: str, quantizer_name: str, value: Tensor) -> Tensor:
+        assert self.collect is not None
+        self.collect.update(quantizer_name, value, f"{call}.{step}", self.plan.output_at[call] in self.plan.shared)
+        return value
+
+    def _inner(self, key: str, quantizer_name: str, value: Tensor) -> Tensor:
+        quantizer = self.outputs[quantizer_name]
+        if not quantizer.active:
+            return value
+        if self.used is not None or torch.is_grad_enabled():
+            return self.quantize(key, quantizer, value)
+        self.ran.add(quantizer_name)
+        quantizer.write(value)  # a formula gives tensors of its own
+        return value
+
     def finish(self, name: str, out: Any, first: Any) -> Any:
         """Quantize the result `out` of operator `name`; if it is `first` (an in-place operator), in place."""
         if self.watch is not None:
@@ -216,6 +252,7 @@ def functionals_of(plan: Plan, outputs: Collection[str], weights: Collection[str
     norms = {plan.folds.get(name) for name in weights}
     calls = {call for call, name in plan.output_at.items() if name in outputs}
     calls |= {call for call, slots in plan.constants_at.items() if not set(slots.values()).isdisjoint(outputs)}
+    calls |= {call for call, inner in plan.inner_at.items() if not set(inner.values()).isdisjoint(outputs)}
     calls |= {call for call, weight in plan.weights_at.items() if weight.name in weights}
     calls |= {call for call, norm in plan.functional_norms.items() if norm in norms}
     found: dict[str, set[str]] = {}

@@ -68,7 +68,7 @@ class Mode(TorchFunctionMode):
             run.folded.discard(norm)
             out = args[0] if args else kwargs["input"]
         else:
-            out = func(*args, **kwargs)
+            out = run.inside(call, func, func, args, kwargs)
         if run.order is not None:
             out = run.order(name, call or base, out, args, kwargs)
         if not is_operator(out):

@@ -14,7 +14,7 @@ from dataclasses import replace
 from torch import nn
 
 from qflow.core.errors import ModelError
-from qflow.core.graph import ModelGraph
+from qflow.core.graph import ModelGraph, OpNode
 from qflow.quant.model.module_names import Named, matching
 from qflow.quant.trace.ops import is_leaf
 
@@ -56,8 +56,12 @@ def stateless(module: nn.Module) -> bool:
 
 def split_graph(graph: ModelGraph, modules: Collection[str]) -> ModelGraph:
     """`graph` with a quantizer for each call of `modules`, which have no weights: splitting does not change fusion."""
-    nodes = (replace(node, quantizer=node.name) if node.quantizer in modules else node for node in graph.nodes)
-    return replace(graph, nodes=tuple(nodes))
+
+    def split(node: OpNode) -> OpNode:
+        inner = (node.name + name.removeprefix(node.quantizer or "") for name in node.inner)
+        return replace(node, quantizer=node.name, inner=tuple(inner))
+
+    return replace(graph, nodes=tuple(split(node) if node.quantizer in modules else node for node in graph.nodes))
 
 
 def own_modules(model: nn.Module, path: str) -> str:

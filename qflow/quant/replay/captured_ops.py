@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.model.weighted import WeightedLeaf
 from qflow.quant.replay.capture import Captured, ReplayError
 from qflow.quant.trace.calling import all_tensors
+from qflow.quant.trace.compounds import written_out
 from qflow.quant.trace.ops import function_name
 from qflow.quant.trace.order import ORDER_CHANGING, in_order, indices_of
 from qflow.quant.trace.tape import Op, Ref, references, tensors_in
@@ -34,7 +35,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Patch:
-    """Where a quantizer acts: on an op's result, on one of its arguments (`slot`), or as its weight.
+    """Where a quantizer acts: on an op's result, on an argument (`slot`), after a step inside it, or as its weight.
 
     `at` is the op whose result changes: for a weight with a folded batch norm, the batch norm after op `op`.
     """
@@ -43,6 +44,7 @@ class Patch:
     at: int
     kind: str
     slot: int = -1
+    step: str = ""
 
 
 class Ops:
@@ -77,6 +79,8 @@ class Ops:
         plan = prepared.plan
         if op.name in plan.output_at:
             self.add(False, plan.output_at[op.name], Patch(op.index, op.index, "result"))
+        for step, name in plan.inner_at.get(op.name, {}).items():
+            self.add(False, name, Patch(op.index, op.index, "inside", step=step))
         for slot, name in plan.constants_at.get(op.name, {}).items():
             self.add(False, name, Patch(op.index, op.index, "argument", slot))
         if op.name in plan.weights_at:
@@ -124,9 +128,11 @@ class Ops:
         return (args[0],) if out is None else tuple(tensors_in(out))  # setitem returns None
 
     def patched(self, op: Op, patch: Patch, quantizer: FakeQuant, args: Any, kwargs: Any) -> Values:
-        """Run the op (with its batch norm) with a quantized weight or argument."""
+        """Run the op (with its batch norm) with a quantized weight or argument, or with one inner value quantized."""
         if patch.kind == "argument":
             return self.run(op, *_with_argument(args, kwargs, patch.slot, quantizer))
+        if patch.kind == "inside":
+            return self._inside(op, {patch.step: quantizer}, args, kwargs)
         leaf: Any = self.leaves[op.module or ""]
         assert isinstance(leaf, WeightedLeaf)
         weight, bias = leaf.folded()
@@ -147,9 +153,19 @@ class Ops:
             folded, bias = leaf.folded()
             values = (leaf.run_with(weight(folded), bias, *args, **kwargs),)
         else:
-            values = self.run(op, args, kwargs)
+            inner = {step: prepared.outputs[name] for step, name in prepared.plan.inner_at.get(op.name, {}).items()}
+            active = any(quantizer.active for quantizer in inner.values())
+            values = self._inside(op, inner, args, kwargs) if active else self.run(op, args, kwargs)
         name = prepared.plan.output_at.get(op.name)
         return values if name is None else (prepared.outputs[name](values[0]), *values[1:])
+
+    def _inside(self, op: Op, quantizers: Mapping[str, FakeQuant], args: Any, kwargs: Any) -> Values:
+        """Run a norm or softmax by its formula with these inner values quantized."""
+        assert op.call is not None
+        target = op.call.function if op.call.module is None else self.modules[op.call.module]
+        written = written_out(target, args, kwargs)
+        assert written is not None
+        return (written.run(lambda step, value: quantizers[step](value) if step in quantizers else value),)
 
     def follows_order(self, op: Op, values: Callable[[], Values], args: Any, kwargs: Any) -> Values | None:
         """The result of an order-changing op in the order of its float `values`; None for any other op."""

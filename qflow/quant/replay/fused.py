@@ -56,8 +56,8 @@ class FoldedOps(Ops):
         return super().run(op, args, kwargs)
 
     def patched(self, op: Op, patch: Patch, quantizer: FakeQuant, args: Any, kwargs: Any) -> Values:
-        """Run the op (with its batch norm) with a quantized weight or argument."""
-        if patch.kind == "argument":
+        """As in Ops, with the weight of `run`."""
+        if patch.kind != "weight":
             return super().patched(op, patch, quantizer, args, kwargs)
         leaf: Any = self.leaves[op.module or ""]
         weight, bias = self.weight(op)

@@ -4,6 +4,7 @@ __all__ = [
     "aliases",
     "binding",
     "calling",
+    "compounds",
     "decompose",
     "masks",
     "ops",

@@ -60,6 +60,7 @@ class Recording(CallNames):
         attrs: dict[str, int] | None = None,
         operands: tuple[float | None, ...] = (),
         statistics: str | None = None,
+        inner: tuple[str, ...] = (),
     ) -> None:
         """Append one op and make it the producer of its outputs. `sources` pair a slot with its tensor."""
         found: list[tuple[int, int]] = []
@@ -85,6 +86,7 @@ class Recording(CallNames):
             attrs=attrs or {},
             operands=operands,
             statistics=statistics,
+            inner=inner,
             call=self.call,
             complex=outputs[0].is_complex(),
         )

@@ -76,6 +76,8 @@ class Op:
     operands: tuple[float | None, ...] = ()
     statistics: str | None = None
     """Of `F.batch_norm`: path of the module whose running statistics, gain, bias and eps it applies."""
+    inner: tuple[str, ...] = ()
+    """Names of the values inside a norm or softmax that the device rounds (compounds.py)."""
     call: Call | None = None
     """Only a capture keeps it."""
     complex: bool = False

@@ -25,6 +25,7 @@ from qflow.quant.trace.calling import (
     run_model,
     state_tensors,
 )
+from qflow.quant.trace.compounds import inner_names
 from qflow.quant.trace.ops import is_leaf, module_kind
 from qflow.quant.trace.state import Frame, FrameOutputs, without
 from qflow.quant.trace.tape import Tape, module_attrs
@@ -73,7 +74,8 @@ class _Hooks:
         op_type = f"{type(module).__module__}.{type(module).__qualname__}"
         sources = list(enumerate(all_tensors((args, kwargs))))
         attrs = {} if skipped else module_attrs(module, [t for _, t in sources])
-        tracer.record(tracer.unique(path), kind, op_type, path, sources, outputs, attrs=attrs)
+        inner = () if skipped else inner_names(module, args, kwargs)
+        tracer.record(tracer.unique(path), kind, op_type, path, sources, outputs, attrs=attrs, inner=inner)
         for tensor in outputs:  # relu(inplace=True) writes into its argument, nn.Identity only gives it back
             unseen = tensor.is_inference() and getattr(module, "inplace", False)  # such a tensor has no version
             if unseen or self.versions.get(id(tensor), version(tensor)) != version(tensor):

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from qflow.core.graph import OpKind
 from qflow.quant.trace.arguments import value_slots
+from qflow.quant.trace.compounds import inner_names
 from qflow.quant.trace.decompose import decomposition
 from qflow.quant.trace.ops import (
     CONSTANTS,
@@ -131,6 +132,7 @@ class Tracer(Recording, TorchFunctionMode):
             attrs=function_attrs(kind, values, args, kwargs),
             operands=operands(kind, name, args, kwargs),
             statistics=self.statistics_of(args, kwargs) if func is F.batch_norm else None,
+            inner=inner_names(func, args, kwargs),
         )
 
     def statistics_of(self, args: Any, kwargs: Any) -> str | None:

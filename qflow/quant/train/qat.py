@@ -179,7 +179,8 @@ def _stream(batches: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
 
 
 def _refuse_amp(prepared: QuantizedModel | None, settings: QatSettings) -> None:
-    int16 = [n for n, q in prepared.outputs.items() if q.dtype == QDtype.qint16] if prepared is not None else []
+    nodes = prepared.graph.quantized if prepared is not None else ()  # norms and softmaxes compute in float32 inside
+    int16 = [n.name for n in nodes if prepared.outputs[n.quantizer or ""].dtype == QDtype.qint16]  # type: ignore[union-attr]
     if settings.amp and int16:
         raise ConfigError(
             f"qat.amp is for int8 alone (bfloat16 has 8 bits), but got {len(int16)} int16 operators, {int16[0]} first. "

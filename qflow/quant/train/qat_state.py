@@ -122,7 +122,7 @@ def _fixed(prepared: QuantizedModel, settings: QatSettings, qconfig: QConfig | N
         pinned = op is not None and (op.frozen or op.pinned_scale() is not None)
         place = node.name.partition("[")[0].partition("(")[0]
         if pinned or any(under(place, prefix) for prefix in settings.freeze):
-            found.add(prepared.outputs[node.quantizer])
+            found |= {prepared.outputs[name] for name in (node.quantizer, *node.inner)}
     frozen = (w for w in prepared.weights if any(under(w, prefix) for prefix in settings.freeze))
     return found | {prepared.weights[w] for w in frozen}
 
