@@ -4,12 +4,13 @@ check, then measure the baselines all-int16 and all-int8
 all-int16 meets the goal:    int8/int16, unless all-int8 meets it too
 neither meets the goal:      int16 weights with int8 inputs, then int8/int16 with weights;
                              if they do not meet it, int16/fp16, then int8/int16/fp16 with these fp16 operators kept
-no mix meets the goal:       training (qat.apply=after_search)
+no mix meets the goal:       mixes that are predicted to meet it; then training (qat.apply=after_search)
 """
 
 from __future__ import annotations
 
 from qflow.search.objective import accurate, meets
+from qflow.study.missed import measure_promising
 from qflow.study.session import Session
 
 from . import int8, int8_int16, int8_int16_fp16, int16
@@ -26,3 +27,4 @@ def run(session: Session) -> None:
             int8_int16.mix(session, int8_baseline, high)
         else:
             int8_int16_fp16.branch(session, int16_baseline)
+    measure_promising(session)

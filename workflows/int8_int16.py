@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from qflow.search.objective import accurate, meets, over_budget
 from qflow.search.outcome import FinishedTrial
+from qflow.study.missed import measure_promising
 from qflow.study.mixes import search_mix
 from qflow.study.session import Session
 
@@ -27,6 +28,7 @@ def run(session: Session) -> None:
     high = int16_baseline if accurate(int16_baseline) else int16.with_weights(session, int16_baseline)
     if high is not None:
         mix(session, int8_baseline, high)
+    measure_promising(session)
 
 
 def mix(session: Session, int8_baseline: FinishedTrial | None, int16_baseline: FinishedTrial) -> None:

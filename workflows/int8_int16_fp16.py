@@ -9,6 +9,7 @@ from __future__ import annotations
 from qflow.search.objective import accurate, meets
 from qflow.search.outcome import FinishedTrial
 from qflow.study.baselines import ALL_INT8, baseline_point, best_calibration
+from qflow.study.missed import measure_promising
 from qflow.study.session import Session
 from qflow.study.stages import rank_again
 
@@ -20,6 +21,7 @@ INT8_FP16 = "int8/fp16"
 def run(session: Session) -> None:
     """Measure in this order."""
     branch(session, int16.branch(session))
+    measure_promising(session)
 
 
 def branch(session: Session, int16_baseline: FinishedTrial | None) -> None:

@@ -37,7 +37,6 @@ def tune(config: DictConfig) -> int:
     check_study(config)
     from qflow.search.strategies import BudgetSpent
     from qflow.study.finish import finish
-    from qflow.study.missed import measure_promising
     from qflow.study.stages import begin
     from qflow.study.start import open_session
     from qflow.study.train_stage import train_nearest
@@ -46,7 +45,6 @@ def tune(config: DictConfig) -> int:
         begin(session)
         try:
             workflow.run(session)
-            measure_promising(session)
         except BudgetSpent as spent:
             session.console.say(f"{'budget':<12} {spent}")
         train_nearest(session)

@@ -123,7 +123,7 @@ def tried(session: Session) -> str:
 
 def not_tried(session: Session) -> str:
     """Return what of the search space was not measured, and what lies beyond it, with the settings that add it."""
-    parts = []
+    parts, mixes = [], session.config.workflow in ("int8_int16", "int8_int16_fp16", "full")
     for label in (ALL_INT8, ALL_INT16):
         trial = session.baselines.get(label)
         left = other_methods(session, trial.params) if trial is not None else []
@@ -131,9 +131,10 @@ def not_tried(session: Session) -> str:
         parts += [f"{label} under {', '.join(names)} (search.n_trials)"] if names else []
     if left_over := promising(session):
         _, mix, drop = left_over[0]
+        way = "search.n_trials" if mixes else "+experiment=int8_int16"
         parts.append(
             f"{len(left_over)} mixes that are predicted to meet the goal, the cheapest with {mix.count('6')} int16 "
-            f"operators and weights and a drop of {drop:+.4f} (search.n_trials)"
+            f"operators and weights and a drop of {drop:+.4f} ({way})"
         )
     if "fp16" not in session.config.workflow and session.config.workflow != "full":
         parts.append("fp16 operators (+experiment=full)")
