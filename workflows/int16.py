@@ -7,14 +7,13 @@ all-int16, and int16 weights are tried where a weight is the cause.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from qflow.core.dtype import QDtype
 from qflow.search.objective import CONSTRAINT, accurate
 from qflow.search.outcome import FinishedTrial
-from qflow.study.baselines import ALL_INT16, baseline, baseline_point, method_of, retry_calibrations
+from qflow.study.baselines import ALL_INT16, baseline, baseline_point, method_of, retry_calibration
 from qflow.study.causes import int16_miss_reason
 from qflow.study.int16_weights import raise_weights, weights_that_matter
 from qflow.study.mixes import own_ranking
@@ -43,7 +42,8 @@ def branch(session: Session) -> FinishedTrial | None:
             f"misses the goal by {int16.outcome.constraints[CONSTRAINT]:.4f}" if int16 else "its outputs are not finite"
         )
         weights = weights_that_matter(session, _point(session, int16), QDtype.qint16)
-        following = "int16 weights are next" if weights else "int16/fp16 is next (+experiment=int16_fp16)"
+        tried = weights and session.config.workflow in ("int16", "int8_int16", "full")
+        following = "int16 weights are next" if tried else "int16/fp16 is next (+experiment=int16_fp16)"
         session.decide(ALL_INT16, f"{miss}: {_reason(session, int16)}; {following}")
     return int16
 
@@ -70,15 +70,14 @@ def with_weights(session: Session, int16: FinishedTrial | None) -> FinishedTrial
     order = weights_that_matter(session, point, QDtype.qint16)
     if not order:
         return None
-    found = raise_weights(session, point, QDtype.qint16)
-    tried = [t for t in session.trials if t.outcome.metrics["qconfig/n_int16_weights"]]
-    found = found or retry_calibrations(session, tried)
+    started = len(session.measured)
+    found = raise_weights(session, point, QDtype.qint16) or retry_calibration(session, session.measured[started:])
     if found is None:
-        least = min((t.outcome.metrics["accuracy/drop"] for t in tried), default=math.nan)
+        drops = [t.outcome.metrics["accuracy/drop"] for t in session.measured[started:]]
         counts = f"up to {len(order)} int16 weights" if len(order) > 1 else "1 int16 weight"
+        least = f", drop {min(drops):+.4f}" if drops else ""
         session.decide(
-            "int16 weights",
-            f"the goal is missed with {counts}, drop {least:+.4f}; int16/fp16 is next (+experiment=int16_fp16)",
+            "int16 weights", f"the goal is missed with {counts}{least}; int16/fp16 is next (+experiment=int16_fp16)"
         )
         return None
     count = int(found.outcome.metrics["qconfig/n_int16_weights"])

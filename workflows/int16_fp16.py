@@ -32,12 +32,13 @@ def branch(session: Session, int16_baseline: FinishedTrial | None) -> FinishedTr
         reason = missed if order else "the goal is missed, and no operator gains from fp16"
         session.decide("int16/fp16", reason)
         return None
-    chosen = {key: "float16" for key in order if key in found.params}
+    chosen = {key: "float16" for key in order if found.params.get(key) == "float16"}
     session.kept |= chosen
     names, drop = [key.removeprefix("qconfig.modules.") for key in chosen], found.outcome.metrics["accuracy/drop"]
+    several = "s" if len(names) > 1 else ""
     session.decide(
         "int16/fp16",
-        f"{len(names)} operators in fp16 reduce the drop of all-int16 to {drop:+.4f}: {', '.join(names)}; they are "
-        "kept for int8/int16/fp16 (+experiment=int8_int16_fp16)",
+        f"{len(names)} operator{several} in fp16 reduce the drop of all-int16 to {drop:+.4f}: {', '.join(names)}; they "
+        "are kept for int8/int16/fp16 (+experiment=int8_int16_fp16)",
     )
     return found

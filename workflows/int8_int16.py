@@ -25,8 +25,10 @@ from . import int8, int16
 def run(session: Session) -> None:
     """Measure in this order."""
     int16_baseline, int8_baseline = int16.branch(session), int8.branch(session)
-    high = int16_baseline if accurate(int16_baseline) else int16.with_weights(session, int16_baseline)
-    if high is not None:
+    high = int16_baseline
+    if not accurate(high) and not meets(int8_baseline):
+        high = int16.with_weights(session, int16_baseline)
+    if accurate(high):
         mix(session, int8_baseline, high)
     measure_promising(session)
 
@@ -41,7 +43,7 @@ def mix(session: Session, int8_baseline: FinishedTrial | None, int16_baseline: F
         session.decide("int8/int16", f"all-int8 itself exceeds {found}: relax the budget or change the model")
         return
     search_mix(session, int8_baseline, int16_baseline)
-    best = session.best
+    best = session.untrained_best
     if best is not None:
         m = best.outcome.metrics
         fp16 = f" beside {m['qconfig/n_float16']:.0f} in fp16" if m.get("qconfig/n_float16") else ""

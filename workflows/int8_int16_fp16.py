@@ -13,7 +13,7 @@ from qflow.study.missed import measure_promising
 from qflow.study.session import Session
 from qflow.study.stages import rank_again
 
-from . import int8_int16, int16, int16_fp16
+from . import int8, int8_int16, int16, int16_fp16
 
 INT8_FP16 = "int8/fp16"
 
@@ -32,10 +32,13 @@ def branch(session: Session, int16_baseline: FinishedTrial | None) -> None:
         return
     if with_fp16:
         session.baselines["int16/fp16"] = high
-    label, point = INT8_FP16 if with_fp16 else ALL_INT8, baseline_point(session, ALL_INT8)
-    low = best_calibration(session, point, label)
+    else:
+        int8_int16.mix(session, int8.branch(session), high)
+        return
+    point = baseline_point(session, ALL_INT8)
+    low = best_calibration(session, point, INT8_FP16)
     if low is not None:
-        session.baselines[label] = low
-    if with_fp16 and not meets(low):
+        session.baselines[INT8_FP16] = low
+    if not meets(low):
         rank_again(session, INT8_FP16, low.params if low else point)
     int8_int16.mix(session, low, high)

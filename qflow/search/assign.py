@@ -46,9 +46,10 @@ class Operator:
         return self.int8_error - self.int16_error
 
     def known(self, worst: float) -> Operator:
-        """Return the operator with non-finite errors replaced: by `worst` at int8, by 0 at int16."""
+        """Return the operator with errors that are not finite replaced by `worst`; NaN at int16, unknown, by 0."""
         int8 = self.int8_error if math.isfinite(self.int8_error) else worst
-        int16 = self.int16_error if math.isfinite(self.int16_error) else 0.0
+        unknown = 0.0 if math.isnan(self.int16_error) else worst
+        int16 = self.int16_error if math.isfinite(self.int16_error) else unknown
         return replace(self, int8_error=int8, int16_error=int16)
 
 

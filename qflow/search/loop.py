@@ -202,7 +202,10 @@ class Driver:
             return None
         trial = self._trial(proposal)
         self.on_trial(trial)
-        self.failures = self.failures + 1 if isinstance(trial, FailedTrial) else 0
+        if not isinstance(trial, FailedTrial):
+            self.failures = 0
+        elif not trial.lasting:  # a point that cannot work says nothing of the others
+            self.failures += 1
         if self.failures >= FAILURES and isinstance(trial, FailedTrial):
             raise TrialError(
                 f"A search goes on while some trials succeed, but got {self.failures} failures in a row, the "

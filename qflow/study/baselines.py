@@ -21,7 +21,8 @@ from qflow.study.session import Session
 from qflow.trial.outputs import outputs_off_under
 
 ALL_INT16, ALL_INT8 = "all-int16", "all-int8"
-METHOD = "calibration.method"
+METHOD, MODULES = "calibration.method", "qconfig.modules."
+STOPPED = "qflow.stopped"  # tag of a trial that ended early: its metric is the worst possible one
 NAMED = 2  # how many pinned operators a label names
 PROMOTES_OUTPUTS: Mapping[str, str] = {"qconfig.sensitive_type": "activation", "qconfig.counting": "operators"}
 """What a ratio must promote to mean all outputs at 1.0: other rows would turn all-int16 into another mix."""
@@ -30,24 +31,30 @@ PROMOTES_OUTPUTS: Mapping[str, str] = {"qconfig.sensitive_type": "activation", "
 def baseline(session: Session, label: str) -> FinishedTrial | None:
     """Return the most accurate trial of `label`, all-int16 or all-int8, over the searched calibration methods.
 
-    None stands for outputs that are not finite: the mix misses any goal. Raises TrialError if the first trial fails
-    for another reason, because a study cannot judge trials without its baselines.
+    None stands for outputs that are not finite: the mix misses any goal. Raises TrialError if the trial fails for
+    another reason, because a study cannot judge trials without its baselines.
     """
     point = baseline_point(session, label)
     pinned = pins(session, label, point)
     named = ", ".join(f"{name} {what}" for name, what in pinned.items())
     shown = named if len(pinned) <= NAMED else f"{len(pinned)} operators pinned"
-    found = best_calibration(session, point, f"{label} ({shown})" if pinned else label)
+    most = (session.config.search.n_trials - 2) // 4
+    found = best_calibration(session, point, f"{label} ({shown})" if pinned else label, most)
+    if found is None and not session.broken(point):
+        raise TrialError(f"A study needs its baseline {label}, but that trial failed. Its line above says why.")
     if found is not None:
         session.baselines[label] = found
     if pinned:
-        session.decide(label, f"pinned by qconfig.modules or qconfig.rules, and so at another precision: {named}")
+        session.decide(label, f"the configuration keeps at another precision: {named}")
     return found
 
 
 def baseline_point(session: Session, label: str) -> dict[str, Any]:
-    """Return the point of the baseline `label`: searched modules at its dtype, the share of int16 at its end."""
-    modules = [key for key in session.study.space if key.startswith("qconfig.modules.")]
+    """Return the point of the baseline `label`: searched modules at its dtype, the share of int16 at its end.
+
+    Modules that a branch keeps at fp16 stay there.
+    """
+    modules = [key for key in session.study.space if key.startswith(MODULES) and key not in session.kept]
     ratio, dtype = (1.0, "qint16") if label == ALL_INT16 else (0.0, "qint8")
     plain = {k: v for k, v in PROMOTES_OUTPUTS.items() if k in session.study.space or current(session.config, k) != v}
     return {**session.base(), **dict.fromkeys(modules, dtype), **plain, RATIO: ratio}
@@ -70,20 +77,17 @@ def pins(session: Session, label: str, point: Mapping[str, Any]) -> dict[str, st
     return {**named, **{name: f"{weight} weight" for name, weight in weights.items() if name not in outputs}}
 
 
-def best_calibration(session: Session, point: Mapping[str, Any], label: str) -> FinishedTrial | None:
-    """Return the most accurate trial at `point` over the searched calibration methods, the configured one first.
+def best_calibration(session: Session, point: Mapping[str, Any], label: str, most: int = 1) -> FinishedTrial | None:
+    """Return the most accurate trial at `point` over the searched calibration methods, the present one first.
 
-    While the goal is missed, other methods follow (the guide's basic tuning), those with the least error on the bad
-    cases first; a quarter of the study's trials may go into them. A method with exactly the error of another gives the
-    same model and is left out. None if no trial gives finite outputs. Raises TrialError if the first trial fails for
-    another reason, BudgetSpent before the first.
+    While the goal is missed, at most `most` other methods follow (the guide's basic tuning), those with the least error
+    on the bad cases first. A method with exactly the error of another gives the same model and is left out. None if no
+    trial gives finite outputs. Raises BudgetSpent before the first trial.
     """
     first = session.measure(point, label)
-    if first is None and not session.broken(point):
-        raise TrialError(f"A study needs {label}, but that trial failed. Its line above says why.")
     trials = [first] if first is not None else []
     if not accurate(first):
-        for at in other_methods(session, point)[: (session.config.search.n_trials - 2) // 4]:
+        for at in other_methods(session, point)[:most]:
             try:
                 trial = session.measure(at, f"{label} {at[METHOD]}")
             except BudgetSpent:
@@ -94,12 +98,13 @@ def best_calibration(session: Session, point: Mapping[str, Any], label: str) -> 
     return min(trials, key=lambda t: t.outcome.constraints[CONSTRAINT], default=None)
 
 
-def retry_calibrations(session: Session, missed: Sequence[FinishedTrial]) -> FinishedTrial | None:
-    """Measure the nearest miss among `missed` under the other searched calibrations; return it if one meets the goal.
+def retry_calibration(session: Session, missed: Sequence[FinishedTrial]) -> FinishedTrial | None:
+    """Measure the nearest miss among `missed` under the most promising other calibration; return it if that meets.
 
     A branch is given up only after that, because its mixes were tried under one calibration.
     """
-    nearest = nearest_miss(missed, session.goal.ranking)
+    whole = [t for t in missed if STOPPED not in t.outcome.tags]
+    nearest = nearest_miss(whole or missed, session.goal.ranking)
     found = best_calibration(session, nearest.params, nearest.label) if nearest is not None else None
     return found if accurate(found) else None
 

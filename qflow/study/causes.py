@@ -55,18 +55,19 @@ def _finer(row: SensitivityRow, applied: QConfig) -> bool:
 def _weights(evaluator: Evaluator, high: list[SensitivityRow], at8: SensitivityTable) -> str:
     """Return which int8 weights lose accuracy, and for which of them int8 input would lose it too."""
     weights = sorted((row for row in high if row.sensitive_type == "weight"), key=lambda row: -row.score)
-    scores, dual = at8.activation_scores("qint8"), []
+    inputs8 = {r.op_name: r for r in at8.rows if (r.sensitive_type, r.quant_dtype) == ("activation", "qint8")}
+    largest = max((row.score for row in inputs8.values() if not math.isnan(row.score)), default=0.0)
+    dual = []
     for row in weights:
         node = next(n for n in evaluator.graph.nodes if n.weight is not None and row.op_name in (n.name, n.weight))
-        inputs = [name for source in node.inputs[:1] for name in evaluator.graph.source(source)]
-        worst = max(inputs, key=lambda name: scores.get(name, 0.0), default="")
-        if scores.get(worst, 0.0) >= row.score and not evaluator.rules.dual_int16:
-            dual.append(f"{row.op_name} (weight {row.score:.3g}, its input {worst} {scores[worst]:.3g} at int8)")
-    return (
-        f"dual int16 suspected on {', '.join(dual[:TOP])}"
-        if dual
-        else f"int8 weights are too coarse: {_named(weights)}"
-    )
+        inputs = [inputs8[name] for at in node.inputs[:1] for name in evaluator.graph.source(at) if name in inputs8]
+        worst = max(inputs, key=lambda row: row.score, default=None)
+        if worst is not None and stands_out(worst, largest, at8.samples) and not evaluator.rules.dual(node):
+            dual.append(f"{row.op_name} (weight {row.score:.3g}, its input {worst.op_name} {worst.score:.3g} at int8)")
+    if dual:
+        return f"dual int16 suspected on {', '.join(dual[:TOP])}"
+    unknown = "" if inputs8 else "; whether their inputs need int16 too is not known: sensitivity.dtypes has no qint8"
+    return f"int8 weights are too coarse: {_named(weights)}{unknown}"
 
 
 def _named(rows: list[SensitivityRow]) -> str:

@@ -15,6 +15,7 @@ from qflow.core.store import write_whole
 from qflow.report.console import SummaryRow, python_command, summary_table
 from qflow.search.objective import CONSTRAINT, accurate, nearest_miss, over_budget
 from qflow.search.outcome import FinishedTrial
+from qflow.study.baselines import STOPPED
 from qflow.study.missed import not_tried, tried
 from qflow.study.session import Session
 
@@ -25,13 +26,10 @@ FEW_SAMPLES = 3  # a miss by so few samples is no safe verdict
 def finish(session: Session) -> int:
     """Print table and next steps, log the document to the study's run, and return 0 if the goal is met, else 1."""
     trials, evaluator, best = session.trials, session.evaluator, session.best
-    whole = [trial for trial in trials if "qflow.stopped" not in trial.outcome.tags]  # not a worst-case metric
+    whole = [trial for trial in trials if STOPPED not in trial.outcome.tags]  # not a worst-case metric
     shown = best or nearest_miss(whole or trials, session.goal.ranking)
     if shown is None:
-        raise TrialError(
-            "A study needs at least one trial, but got none: a budget was spent before the first, or it failed. Raise "
-            "search.timeout and search.max_evaluations."
-        )
+        return _nothing_finite(session)
     rows = [SummaryRow("float", {session.accuracy: evaluator.float_metric})]
     rows += [SummaryRow(label, trial.outcome.metrics) for label, trial in session.baselines.items()]
     trained = shown.outcome.metrics.get("qat/steps")
@@ -60,6 +58,22 @@ def finish(session: Session) -> int:
     session.console.say("\n" + table)
     _print_lines(session, text, shown, place)
     return 0 if best else 1
+
+
+def _nothing_finite(session: Session) -> int:
+    """Say that no mix gave finite outputs, which misses the goal. Raises TrialError if no mix was evaluated at all."""
+    methods = tried(session)
+    if not methods:
+        raise TrialError(
+            "A study needs at least one trial, but got none: a budget was spent before the first, or it failed. Raise "
+            "search.timeout and search.max_evaluations."
+        )
+    text = f"{'goal':<12}{session.goal}: missed, no mix that was tried gives finite outputs\n{_lists(session)}"
+    session.tracker.log_study(
+        session.study_run, tags={"qflow.best": "", "qflow.goal": "missed", "mlflow.note.content": text}
+    )
+    session.console.say(f"\n{text}")
+    return 1
 
 
 def _print_lines(session: Session, text: str, shown: FinishedTrial, place: Path) -> None:
@@ -94,19 +108,23 @@ def verdict(session: Session, best: FinishedTrial | None, shown: FinishedTrial) 
     over = over_budget(shown)
     if over and accurate(shown):
         found = ", ".join(f"{name} by {by:.4g}" for name, by in over.items())
-        return f"{'goal':<12}{goal}: missed, over {found}; relax that budget, or objective.max_drop"
-    miss = shown.outcome.constraints[CONSTRAINT]
-    if int16 is not None and int16.outcome.metrics["accuracy/drop"] > session.goal.max_drop:
-        advice = (
+        missed = f"over {found}; relax that budget, or objective.max_drop"
+    elif int16 is not None and int16.outcome.metrics["accuracy/drop"] > session.goal.max_drop:
+        cause = (
             "all-int16 misses the goal too: the decisions name the cause, which the float model or training may mend"
         )
+        missed = f"by {shown.outcome.constraints[CONSTRAINT]:.4f}{_samples(session, shown)}; {cause}"
     else:
         advice = f"raise objective.max_drop (to {shown.outcome.metrics['accuracy/drop']:.4f}) or search.n_trials"
-    lines = [f"{'goal':<12}{goal}: missed by {miss:.4f}{_samples(session, shown)}; {advice}"]
-    lines.append(f"{'tried':<12}{tried(session)}")
-    if rest := not_tried(session):
-        lines.append(f"{'not tried':<12}{rest}")
-    return "\n".join(lines)
+        missed = f"by {shown.outcome.constraints[CONSTRAINT]:.4f}{_samples(session, shown)}; {advice}"
+    comma = "," if missed.startswith("over") else ""
+    return f"{'goal':<12}{goal}: missed{comma} {missed}\n{_lists(session)}"
+
+
+def _lists(session: Session) -> str:
+    """Return the lines that say what was tried and what was not."""
+    rest = not_tried(session)
+    return f"{'tried':<12}{tried(session)}" + (f"\n{'not tried':<12}{rest}" if rest else "")
 
 
 def _samples(session: Session, shown: FinishedTrial) -> str:

@@ -23,18 +23,17 @@ def weights_searched(session: Session, high: FinishedTrial) -> dict[str, Any]:
     They are part of it if the configuration says so, if `high`, the trial that meets the goal, needs them, or if the
     gain of one is large among the sensitivities at int8.
     """
-    settings = session.qconfig_at(session.base())
-    if SENSITIVE_TYPE in session.study.space or settings.counting != "operators":
+    settings, needed = session.qconfig_at(session.base()), high.params.get(SENSITIVE_TYPE) == "both"
+    if not needed and (SENSITIVE_TYPE in session.study.space or settings.counting != "operators"):
         return {}
-    if settings.sensitive_type != "activation":
+    if not needed and settings.sensitive_type != "activation":
         return {SENSITIVE_TYPE: settings.sensitive_type}
-    needed = high.params.get(SENSITIVE_TYPE) == "both"
     order = session.evaluator.precisions.weight_order(settings, QDtype.qint8)
     if not needed and not order:
         return {}
     why = f"{order[0]} gains most from it" if order else "the goal needs them"
     session.console.say(f"{'weights':<12} int16 weights are searched too: {why} (qconfig.sensitive_type=both)")
-    return {SENSITIVE_TYPE: "both"}
+    return {SENSITIVE_TYPE: "both", **({} if settings.counting == "operators" else {"qconfig.counting": "operators"})}
 
 
 def weights_that_matter(session: Session, point: Mapping[str, Any], rest: QDtype) -> tuple[str, ...]:

@@ -16,12 +16,23 @@ import numpy as np
 from qflow.core.dtype import QDtype
 from qflow.search.assign import Problem
 from qflow.search.objective import nearest_miss
-from qflow.search.outcome import FinishedTrial
-from qflow.search.strategies import ASSIGNMENT, ERROR_SHARE, RATIO, SENSITIVE_TYPE, BudgetSpent
-from qflow.study.baselines import ALL_INT8, ALL_INT16, METHOD, method_of, other_methods
+from qflow.search.outcome import FailedTrial, FinishedTrial
+from qflow.search.strategies import ASSIGNMENT, ERROR_SHARE, FLOAT16, RATIO, SENSITIVE_TYPE, BudgetSpent
+from qflow.study.baselines import (
+    ALL_INT8,
+    ALL_INT16,
+    METHOD,
+    MODULES,
+    STOPPED,
+    baseline_point,
+    method_of,
+    other_methods,
+)
 from qflow.study.session import Session
 
 BUDGETS = 16  # error budgets over the whole range, for each of which the cheapest mix is a candidate
+PROMISING = "predicted to meet"  # label of such a trial
+MIXED = ("int8_int16", "int8_int16_fp16", "full")  # workflows that search a mix
 ATTEMPTS = 4  # how many promising mixes are measured; each corrects the prediction for the next
 
 
@@ -30,13 +41,14 @@ def measure_promising(session: Session) -> None:
 
     Does nothing if a trial meets the goal. A budget that is spent leaves them to the verdict, which names them.
     """
-    for _ in range(ATTEMPTS):
-        found = promising(session) if session.best is None else []
+    attempts = ATTEMPTS - sum(trial.label.startswith(PROMISING) for trial in session.trials)  # of all starts
+    for _ in range(attempts):
+        found = promising(session) if session.untrained_best is None else []
         if not found:
             return
         point, mix, _ = found[0]
         try:
-            session.measure({**point, ASSIGNMENT: mix}, f"predicted to meet: {mix.count('6')} int16")
+            session.measure({**point, ASSIGNMENT: mix}, f"{PROMISING}: {mix.count('6')} int16")
         except BudgetSpent:
             return
 
@@ -46,29 +58,26 @@ def promising(session: Session) -> list[tuple[Mapping[str, Any], str, float]]:
 
     They start from the calibration and the fp16 operators of the nearest miss; the cheapest comes first.
     """
-    nearest = nearest_miss(_untrained(session), session.goal.ranking)
+    nearest = nearest_miss(_whole(session), session.goal.ranking)
     if nearest is None or session.evaluator.sensitivities is None:
         return []
     point = {k: v for k, v in nearest.params.items() if k not in (ASSIGNMENT, ERROR_SHARE)}
-    point |= {RATIO: 0.0, SENSITIVE_TYPE: "both"}
-    settings = session.qconfig_at(point)
-    if settings.counting != "operators" or settings.ranking != "score":
-        return []
-    problem = session.evaluator.precisions.problem(settings, session.goal.budgets)
+    point |= {RATIO: 0.0, SENSITIVE_TYPE: "both", "qconfig.counting": "operators", "qconfig.ranking": "score"}
+    problem = session.evaluator.precisions.problem(session.qconfig_at(point), session.goal.budgets)
     known = _known(session, problem, point)
-    candidates = {problem.cheapest(problem.budget((k / BUDGETS) ** 2)) for k in range(BUDGETS)} | {problem.finest}
     near = _mix(session, nearest)
+    candidates = {problem.cheapest(problem.budget((k / BUDGETS) ** 2)) for k in range(BUDGETS)} | {problem.finest}
     candidates |= {problem.flipped(near, o.place) for o in problem.operators if near[o.place] == "8"}
     drops = {mix: _predicted(problem, known, mix) for mix in candidates - known.keys() if problem.within(mix)}
     good = sorted((problem.price(mix), drop, mix) for mix, drop in drops.items() if drop <= session.goal.max_drop)
-    return [(point, mix, drop) for _, drop, mix in good]
+    return [(point, mix, drop) for _, drop, mix in good if not session.broken({**point, ASSIGNMENT: mix})]
 
 
 def _known(session: Session, problem: Problem, point: Mapping[str, Any]) -> dict[str, float]:
     """Return the least measured drop of each mix, of trials with the fp16 operators and pinned modules of `point`."""
     found: dict[str, float] = {}
     pinned = _pinned(point)
-    for trial in _untrained(session):
+    for trial in _whole(session):
         if _pinned(trial.params) != pinned:
             continue
         mix, drop = _mix(session, trial), trial.outcome.metrics["accuracy/drop"]
@@ -85,18 +94,22 @@ def _mix(session: Session, trial: FinishedTrial) -> str:
 
 
 def _pinned(params: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in params.items() if key.startswith("qconfig.modules.")}
+    return {key: value for key, value in params.items() if key.startswith(MODULES) or key == FLOAT16}
 
 
 def _predicted(problem: Problem, known: Mapping[str, float], mix: str) -> float:
-    """Return the drop of `mix`, interpolated from the measured ones by predicted error; no error is no drop."""
+    """Return the drop of `mix`, interpolated from the measured ones by predicted error; no error is no drop.
+
+    Beyond the largest measured error nothing is known, so nothing is promised.
+    """
     points = sorted([(0.0, 0.0), *((problem.error(at), max(drop, 0.0)) for at, drop in known.items())])
     levels = np.maximum.accumulate([drop for _, drop in points])
-    return float(np.interp(problem.error(mix), [error for error, _ in points], levels))
+    return float(np.interp(problem.error(mix), [error for error, _ in points], levels, right=np.inf))
 
 
-def _untrained(session: Session) -> list[FinishedTrial]:
-    return [t for t in session.trials if not t.outcome.metrics.get("qat/steps")]
+def _whole(session: Session) -> list[FinishedTrial]:
+    """Return the trials without training that were evaluated to the end; what ended early has no drop of its own."""
+    return [t for t in session.trials if not t.outcome.metrics.get("qat/steps") and STOPPED not in t.outcome.tags]
 
 
 def tried(session: Session) -> str:
@@ -117,33 +130,38 @@ def tried(session: Session) -> str:
         if own:
             counts = sorted({int(t.outcome.metrics["qconfig/n_int16"]) for t in own})
             span = f"{counts[0]} to {counts[-1]}" if counts[0] < counts[-1] else str(counts[0])
-            parts.append(f"{len(own)} mixes {kind} ({span} int16 operators)")
+            parts.append(f"{len(own)} mix{'es' * (len(own) > 1)} {kind} (int16 operators: {span})")
     return "; ".join(parts)
 
 
 def not_tried(session: Session) -> str:
     """Return what of the search space was not measured, and what lies beyond it, with the settings that add it."""
-    parts, mixes = [], session.config.workflow in ("int8_int16", "int8_int16_fp16", "full")
+    workflow, metrics = session.config.workflow, [t.outcome.metrics for t in session.trials]
+    parts = []
     for label in (ALL_INT8, ALL_INT16):
-        trial = session.baselines.get(label)
-        left = other_methods(session, trial.params) if trial is not None else []
-        names = [str(at[METHOD]) for at in left if method_of(session, at) not in _methods(session, label)]
+        known = _methods(session, label)
+        left = other_methods(session, baseline_point(session, label)) if known else []
+        names = [str(at[METHOD]) for at in left if at[METHOD] not in known]
         parts += [f"{label} under {', '.join(names)} (search.n_trials)"] if names else []
     if left_over := promising(session):
         _, mix, drop = left_over[0]
-        way = "search.n_trials" if mixes else "+experiment=int8_int16"
+        way = "search.n_trials" if workflow in MIXED else "+experiment=int8_int16"
+        many = f"{len(left_over)} mixes that are" if len(left_over) > 1 else "1 mix that is"
         parts.append(
-            f"{len(left_over)} mixes that are predicted to meet the goal, the cheapest with {mix.count('6')} int16 "
-            f"operators and weights and a drop of {drop:+.4f} ({way})"
+            f"{many} predicted to meet the goal, the cheapest with {mix.count('6')} int16 operators and weights and a "
+            f"drop of {drop:+.4f} ({way})"
         )
-    if "fp16" not in session.config.workflow and session.config.workflow != "full":
-        parts.append("fp16 operators (+experiment=full)")
-    if not session.config.qat.steps:
-        parts.append("training (qat=<yours> qat.apply=after_search)")
+    if session.evaluator.rules.float16_kinds and not any(m.get("qconfig/n_float16") for m in metrics):
+        parts.append(f"fp16 operators ({'none was reached' if workflow == 'full' else '+experiment=full'})")
+    if not any(m.get("qat/steps") for m in metrics):
+        way = "none was reached" if session.config.qat.steps else "qat=<yours> qat.apply=after_search"
+        parts.append(f"training ({way})")
     return "; ".join(parts)
 
 
 def _methods(session: Session, label: str) -> list[str]:
-    """Return the calibration methods under which a baseline was measured."""
-    trials = [t for t in session.trials if t.label.startswith(label)]
-    return list(dict.fromkeys(method_of(session, t.params) for t in trials))
+    """Return the calibration methods under which a baseline was measured, with those that gave no finite outputs."""
+    trials: list[FinishedTrial | FailedTrial] = [*session.trials]
+    trials += [t for t in session.driver.failed.values() if t.lasting] if session.driver else []
+    trials = [t for t in trials if t.label.startswith(label)]
+    return list(dict.fromkeys(method_of(session, t.params) for t in sorted(trials, key=lambda t: t.number)))

@@ -12,37 +12,49 @@ from qflow.core.op_spec import parse_op
 from qflow.core.setter import covers
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import ASSIGNMENT, FLOAT16, RATIO, SENSITIVE_TYPE, BudgetSpent, assign, raise_until_met
-from qflow.study.baselines import ALL_INT8, ALL_INT16, baseline_point, calibrated_point, retry_calibrations
+from qflow.study.baselines import (
+    ALL_INT8,
+    ALL_INT16,
+    METHOD,
+    baseline_point,
+    calibrated_point,
+    method_of,
+    retry_calibration,
+)
 from qflow.study.int16_weights import raise_weights, weights_searched
+from qflow.study.missed import ATTEMPTS, measure_promising
 from qflow.study.session import Session
 from qflow.study.stages import rank_again
 
 Baseline: TypeAlias = FinishedTrial | None
-Strategy: TypeAlias = Callable[[Session, dict[str, Any], Baseline, FinishedTrial], None]
-"""Takes the session, the point without int16 to start from, and the baselines at int8 and int16."""
+Strategy: TypeAlias = Callable[[Session, dict[str, Any], Baseline, FinishedTrial, bool], None]
+"""Takes the session, the point without int16 to start from, the baselines at int8 and int16, and whether to go on
+exploring after the search for a mix that meets the goal."""
 
 
 def search_mix(session: Session, low: Baseline, high: FinishedTrial) -> None:
     """Search the int16 operators between two baselines by `search.strategy`, until it ends or the budget is spent.
 
-    `low` is None if its outputs are not finite; `high` meets the goal.
+    `low` is None if its outputs are not finite; `high` meets the goal. What is predicted to meet it, and the nearest
+    miss under another calibration, come before the exploration that takes the rest of the budget.
     """
-    strategies: Mapping[str, Strategy] = {
-        "optuna": _by_sampler,
-        "ratio": _by_ratio,
-        "assign": _by_assignment,
-    }
+    strategies: Mapping[str, Strategy] = {"optuna": _by_sampler, "ratio": _by_ratio, "assign": _by_assignment}
+    strategy = strategies[session.config.search.strategy]
     weights = weights_searched(session, high)
-    base = {**calibrated_point(low or baseline_point(session, ALL_INT8)), **weights, RATIO: 0.0}
     before, hits = len(session.trials), session.evaluator.hits
     with session.console.stage("search") as say:
         ended = "done"
         try:
+            low = _calibrated_as(session, low, high)
+            base = {**calibrated_point(low or baseline_point(session, ALL_INT8)), **weights, RATIO: 0.0}
+            started = len(session.measured)
             if weights.get(SENSITIVE_TYPE) == "both":
                 raise_weights(session, base, QDtype.qint8)
-            strategies[session.config.search.strategy](session, base, low, high)
-            if session.best is None:
-                retry_calibrations(session, session.trials[before:])
+            strategy(session, base, low, high, False)
+            if session.untrained_best is None:
+                retry_calibration(session, session.measured[started:])
+                measure_promising(session)
+            strategy(session, base, low, high, True)
         except BudgetSpent as spent:
             ended = str(spent)
         searched = len(session.trials) - before
@@ -52,28 +64,43 @@ def search_mix(session: Session, low: Baseline, high: FinishedTrial) -> None:
         say(f"{', '.join(parts)}; {ended}")
 
 
-def _by_sampler(session: Session, base: dict[str, Any], low: Baseline, high: FinishedTrial) -> None:
-    """Measure the points of `search.enqueue`, completed by the values of all-int8, then those of the sampler."""
+def _calibrated_as(session: Session, low: Baseline, high: FinishedTrial) -> Baseline:
+    """Return all-int8 under the calibration method of `high`, which is known to meet the goal at the other end."""
+    method = method_of(session, high.params)
+    if low is None or method_of(session, low.params) == method:
+        return low
+    return session.measure({**low.params, METHOD: method}, f"all-int8 {method}")
+
+
+def _by_sampler(session: Session, base: dict[str, Any], low: Baseline, high: FinishedTrial, explore: bool) -> None:
+    """Measure the points of `search.enqueue`, completed by the values of all-int8, then those of the sampler.
+
+    Without `explore` a few trials are left for what is measured before a goal is called missed.
+    """
     for point in plain(session.config.search.enqueue):
         known = {k: v for k, v in point.items() if k in session.study.space and k not in session.kept}
         if known:  # skips a point that sets none of the searched keys
             session.measure({**base, **known}, " ".join(f"{k.split('.')[-1]}={v}" for k, v in known.items()))
     before = dict(session.kept)
     session.kept |= {key: value for key, value in base.items() if key == SENSITIVE_TYPE}
+    least = 0 if explore else min(ATTEMPTS + 1, session.config.search.n_trials // 4)
     try:
-        while session.sample():
-            pass
+        while explore or session.config.search.n_trials - len(session.trials) > least or session.untrained_best:
+            if not session.sample():
+                break
     finally:
         session.kept = before
 
 
-def _by_ratio(session: Session, base: dict[str, Any], low: Baseline, high: FinishedTrial) -> None:
+def _by_ratio(session: Session, base: dict[str, Any], low: Baseline, high: FinishedTrial, explore: bool) -> None:
+    if explore:
+        return
     ratios = session.evaluator.precisions.int16_ratios(session.qconfig_at(base), session.goal.budgets)
     with session.pass_or_fail():
         raise_until_met(session.measure, base, RATIO, ratios)
 
 
-def _by_assignment(session: Session, base: dict[str, Any], low: Baseline, high: FinishedTrial) -> None:
+def _by_assignment(session: Session, base: dict[str, Any], low: Baseline, high: FinishedTrial, explore: bool) -> None:
     assign(
         session.measure,
         base,
@@ -82,6 +109,7 @@ def _by_assignment(session: Session, base: dict[str, Any], low: Baseline, high: 
         int8_drop=low.outcome.metrics["accuracy/drop"] if low else None,
         int16_drop=high.outcome.metrics["accuracy/drop"],
         top=str(high.params.get(ASSIGNMENT, "")),
+        explore=explore,
     )
 
 
@@ -100,9 +128,9 @@ def raise_float16(session: Session, int16: Baseline) -> tuple[FinishedTrial | No
     """Find the fewest fp16 operators with which all-int16 meets the goal, ranked by the errors of all-int16.
 
     Return the trial, or None if no number of them meets the goal, and the settings (`qconfig.modules.<name>`) of all
-    operators that gain from fp16, in that order; those of the trial's point are in fp16.
+    operators that gain from fp16, in that order; those that the trial's point sets to float16 are in fp16.
     """
-    base = {**calibrated_point(int16 or baseline_point(session, ALL_INT16)), RATIO: 1.0}
+    base = {**(int16.params if int16 else baseline_point(session, ALL_INT16)), RATIO: 1.0}
     with own_ranking(session):
         rank_again(session, ALL_INT16, base)
         order = [name for name in session.evaluator.precisions.float16_order if not _pinned(session, name)]
@@ -112,17 +140,22 @@ def raise_float16(session: Session, int16: Baseline) -> tuple[FinishedTrial | No
             raised = dict.fromkeys(settings[: int(point[FLOAT16])], "float16")
             return session.measure({**base, **raised}, label)
 
+        started = len(session.measured)
         with session.console.stage("fp16") as say:
             with session.pass_or_fail():
                 best = raise_until_met(measure, base, FLOAT16, list(range(len(order) + 1)), patience=0)
-                best = best or retry_calibrations(session, [t for t in session.trials if t.params.keys() & {*settings}])
-            chosen = [name for name, key in zip(order, settings, strict=True) if best and key in best.params]
+                best = best or retry_calibration(session, session.measured[started:])
+            chosen = [name for name, key in zip(order, settings, strict=True) if best and _raised(best, key)]
             say(
                 f"{len(chosen)} of {len(order)} operators that gain from fp16 suffice: {', '.join(chosen)}"
                 if best
                 else f"operators that gain from fp16: {len(order)}; no number of them meets the goal"
             )
     return best, settings
+
+
+def _raised(trial: FinishedTrial, key: str) -> bool:
+    return trial.params.get(key) == "float16"
 
 
 def _pinned(session: Session, operator: str) -> bool:

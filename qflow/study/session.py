@@ -63,6 +63,8 @@ class Session:
     """The trials that others are compared with, by label (all-int16, all-int8, ...)."""
     rankings: dict[str, tuple[BadcaseTable, SensitivityTable]] = field(default_factory=dict)
     """Bad cases and sensitivities of further models that a branch has ranked, by digest of the qconfig."""
+    measured: list[FinishedTrial] = field(default_factory=list)
+    """What `measure` returned in this start, in order; the same after a restart as without one."""
     decisions: list[tuple[str, str]] = field(default_factory=list)
     """(stage, text) of each decision with its reason."""
 
@@ -169,8 +171,11 @@ class Session:
 
     @property
     def untrained_best(self) -> FinishedTrial | None:
-        """The best trial without training; training is needed only if there is none."""
-        return best_trial([t for t in self.trials if not t.outcome.metrics.get("qat/steps")], self.goal.ranking)
+        """The best trial of the search, without training unless every trial trains; training is for a miss."""
+        every = self.config.qat.apply == "every_trial"
+        return best_trial(
+            [t for t in self.trials if every or not t.outcome.metrics.get("qat/steps")], self.goal.ranking
+        )
 
     def base(self) -> dict[str, Any]:
         """Return a complete point: every searched key as configured, then the values of `kept`."""
@@ -186,6 +191,7 @@ class Session:
         if self.driver.known(point) is None:
             self.budget.require(self.trials, self.untrained_best is not None)
         found = self.driver.measure(point, label)
+        self.measured += [found] if isinstance(found, FinishedTrial) else []
         return found if isinstance(found, FinishedTrial) else None
 
     def broken(self, point: Mapping[str, Any]) -> bool:

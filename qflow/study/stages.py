@@ -11,16 +11,16 @@ from typing import Any
 from qflow.analysis.checks.model_check import check_model
 from qflow.analysis.checks.shared_check import reach_finding
 from qflow.analysis.layers.text import layers_line
-from qflow.analysis.measures.tables import SensitivityTable
-from qflow.config.settings import trial_settings
+from qflow.analysis.measures.tables import BadcaseTable, SensitivityTable
+from qflow.config.settings import trial_settings, with_params
 from qflow.core.dtype import QDtype
+from qflow.core.qconfig import QConfig
+from qflow.core.record import digest
 from qflow.report.files import write_study
 from qflow.study.session import Session
 from qflow.study.train_stage import leave_for_training
 from qflow.trial.diagnosis import Diagnosis
 
-ALL_INT16, ALL_INT8 = "all-int16", "all-int8"
-TOP = 3  # how many operators a reason names
 FEW_STEPS = 10  # the guide recommends 10 to 100 steps of calibration
 ANALYSIS = "qflow.analysis"  # tag of a study's run: the digest of the inputs of its layers and advice
 
@@ -130,11 +130,29 @@ def rank_again(session: Session, title: str, point: Mapping[str, Any]) -> Sensit
     The ranking decides which operators the branch promotes. Its tables are logged in the folder `title`; a model that
     was ranked before is not ranked or logged again.
     """
-    evaluator, console = session.evaluator, session.console
-    requested, applied = evaluator.resolve(session.qconfig_at(point))
-    if applied.digest in session.rankings:
-        evaluator.badcases, evaluator.sensitivities = session.rankings[applied.digest]
+    evaluator = session.evaluator
+    settings, usual = trial_settings(with_params(session.config, point)), evaluator.default_calibration
+    requested, applied = evaluator.resolve(settings.qconfig)
+    key = digest([applied.digest, settings.calibration])
+    if key in session.rankings:
+        evaluator.badcases, evaluator.sensitivities = session.rankings[key]
         return evaluator.sensitivities
+    evaluator.default_calibration = settings.calibration  # that of the mix, which need not be the configured one
+    try:
+        cases, ranked = _ranked(session, title, applied)
+    finally:
+        evaluator.default_calibration = usual
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / title.replace("/", "_")
+        place.mkdir()
+        write_study(place, ranked, cases, check_model(evaluator.graph, requested, applied))
+        session.tracker.log_study(session.study_run, folder=Path(folder))
+    session.rankings[key] = cases, ranked
+    return ranked
+
+
+def _ranked(session: Session, title: str, applied: QConfig) -> tuple[BadcaseTable, SensitivityTable]:
+    evaluator, console = session.evaluator, session.console
     with console.stage("bad cases") as say, console.bar("bad cases", evaluator.badcase_stage.steps, "steps") as advance:
         cases = evaluator.find_badcases(advance, applied=applied)
         say(f"{title}: the {len(cases.chosen)} worst of {cases.samples} samples by {cases.metric}")
@@ -142,10 +160,4 @@ def rank_again(session: Session, title: str, point: Mapping[str, Any]) -> Sensit
         ranked = evaluator.rank(advance, applied)
         top = ranked.rows[0]
         say(f"{title}: {len(ranked.rows)} rows, most sensitive: {top.op_name} ({top.sensitive_type} {top.score:.3g})")
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / title.replace("/", "_")
-        place.mkdir()
-        write_study(place, ranked, cases, check_model(evaluator.graph, requested, applied))
-        session.tracker.log_study(session.study_run, folder=Path(folder))
-    session.rankings[applied.digest] = cases, ranked
-    return ranked
+    return cases, ranked

@@ -123,9 +123,10 @@ class Evaluator(SharedState):
         """Return why outputs that are not finite fail a trial, with the operators that alone cause it at int8."""
         alone = [name for name in applied.names(QDtype.qint8) if math.isinf(self.scores.get(name, 0.0))]
         cause = f"Already alone at int8, {', '.join(alone)} has this effect: give it int16 (qconfig.modules)."
-        return "A mix gives finite outputs and a finite metric, but got NaN or inf. " + (
-            cause if alone else "Give more operators int16."
+        finer = (
+            "Give more operators int16." if applied.names(QDtype.qint8) else "Give operators fp16, or a known range."
         )
+        return "A mix gives finite outputs and a finite metric, but got NaN or inf. " + (cause if alone else finer)
 
     def training_folder(self, split: str) -> Path | None:
         """Return the folder of the checkpoints for this task, loss, optimizer and training split, or None."""

@@ -44,14 +44,20 @@ class Precisions(Resolver):
         return {WEIGHT: table.weight_scores("qint16"), OUTPUT: table.activation_scores("qint16")} if table else {}
 
     def int16_error(self, name: str, kind: str = OUTPUT) -> float:
-        """Return the sensitivity at int16 of an operator's output or weight (`kind`), at most that at int8."""
-        score = self.score(name, kind)
-        return min(self._fine.get(kind, {}).get(name, score * INT16_STEP), score)
+        """Return the sensitivity at int16 of an operator's output or weight (`kind`), at most that at int8.
+
+        Where it was not measured, it follows from the ratio of the steps; what is not finite at int8 is taken to be
+        mended by int16.
+        """
+        score, fine = self.score(name, kind), self._fine.get(kind, {})
+        if name in fine:
+            return min(fine[name], score)
+        return score * INT16_STEP if score < math.inf else 0.0
 
     def gain(self, name: str, kind: str = OUTPUT) -> float:
         """Return by how much int16 lowers the error of an operator's output or weight; 0 if it is not known."""
-        score = self.score(name, kind)
-        return score - self.int16_error(name, kind) if score < math.inf else score
+        score, left = self.score(name, kind), self.int16_error(name, kind)
+        return score - left if left < math.inf else 0.0
 
     def problem(self, settings: QConfigSettings, budgets: Mapping[str, float] = NO_BUDGETS) -> Problem:
         """Return the choice of int16 operators as a problem, given all other `settings` and `budgets` (Goal.budgets).
@@ -150,7 +156,8 @@ class Precisions(Resolver):
         order = sorted((name for name in gains if gains[name] > 0.0), key=lambda name: -gains[name])
         wide = promotable if rest == QDtype.qint16 else set()
         left = [self.int16_error(name) if name in wide else score for name, score in self.scores.items()]
-        largest = max([*left, *self.weight_scores.values()], default=0.0)
+        known = [error for error in (*left, *self.weight_scores.values()) if error < math.inf]
+        largest = max(known, default=0.0)
         return tuple(order) if order and gains[order[0]] >= NOISE * largest else ()
 
     def weight_mix(self, settings: QConfigSettings, rest: QDtype, names: Sequence[str]) -> str:

@@ -55,7 +55,15 @@ def test_a_weight_is_dual_only_where_its_input_needs_int16_too(net):
     hard = [*OUTPUTS16, ("2", "weight", "qint8", 0.3)]
     both = reason(net, hard, [("1", "activation", "qint8", 0.5)])
     assert both == "dual int16 suspected on 2 (weight 0.3, its input 1 0.5 at int8)"
-    assert reason(net, hard, [("1", "activation", "qint8", 0.01)]) == "int8 weights are too coarse: 2 (0.3)"
+    content = [("0", "activation", "qint8", 0.5), ("1", "activation", "qint8", 0.01)]
+    assert reason(net, hard, content) == "int8 weights are too coarse: 2 (0.3)"
+    noisy = [("1", "activation", "qint8", 0.5, 3.0)]
+    assert reason(net, hard, noisy) == "int8 weights are too coarse: 2 (0.3)"
+
+
+def test_an_input_that_was_not_measured_is_called_that(net):
+    found = reason(net, [*OUTPUTS16, ("2", "weight", "qint8", 0.3)])
+    assert found.endswith("is not known: sensitivity.dtypes has no qint8")
 
 
 def test_where_the_device_multiplies_int16_by_int16_nothing_is_dual(net):
