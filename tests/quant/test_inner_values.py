@@ -13,6 +13,7 @@ import qflow
 from qflow.core.dtype import QDtype
 from qflow.core.setter import ModuleNameSetter
 from qflow.core.settings import QatSettings
+from qflow.quant.model.shared_modules import split_graph
 from qflow.quant.trace.compounds import written_out
 from qflow.quant.train.qat import train
 
@@ -94,6 +95,27 @@ def test_calls_of_a_shared_norm_share_their_inner_scales():
     largest = prepared.stats.histograms["norm.var_mean.var"].largest
     assert largest == pytest.approx(float(x.var(-1, correction=0).max().clamp_min(1e4)), rel=1e-3)
     assert prepared(x).isfinite().all()
+
+
+def test_calls_that_are_split_have_inner_scales_of_their_own():
+    model = Made(lambda own, x: own.soft(x * 20.0) @ own.soft(x / 20.0), soft=nn.Softmax(-1)).eval()
+    x = torch.randn(6, 12, 12)
+    together = calibrated(model, x)
+    apart = qflow.prepare(model, x, qconfig_setter=INT8, split_shared="auto")
+    qflow.calibrate(apart, [x])
+    steps = ("sub", "exp", "sum", "reciprocal")
+    assert inner_of(together) == [f"soft.{step}" for step in steps]
+    assert inner_of(apart) == [f"{call}.{step}" for call in ("soft", "soft(1)") for step in steps]
+    assert [n.inner for n in split_graph(together.graph, ["soft"]).nodes] == [n.inner for n in apart.graph.nodes]
+    first, second = (float(apart.outputs[f"{call}.sub"].scale) for call in ("soft", "soft(1)"))
+    assert first > 10 * second
+    by_call = together.stats.calls["soft.sub"]
+    assert [by_call[f"{call}.sub"].largest * 1.25 / 32768 for call in ("soft", "soft(1)")] == [
+        pytest.approx(first),
+        pytest.approx(second),
+    ]
+    messages = [f.message for f in qflow.check(together).findings if f.op.startswith("soft.")]
+    assert not messages  # cases B and C are those of the module
 
 
 @torch.no_grad()
