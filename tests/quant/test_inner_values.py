@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from support.norms import INT8, INT16, Tokens, calibrated, error, inner_of, norms, unlike_tokens
 from support.replays import Made
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import qflow
 from qflow.core.dtype import QDtype
@@ -16,6 +17,7 @@ from qflow.core.settings import QatSettings
 from qflow.quant.model.shared_modules import split_graph
 from qflow.quant.trace.compounds import written_out
 from qflow.quant.train.qat import train
+from qflow.quant.train.qat_state import qat_state
 
 
 def test_a_layer_norm_loses_at_int16_what_it_loses_written_out():
@@ -173,3 +175,35 @@ def test_autocast_computes_in_float32_inside():
         assert y.dtype == torch.bfloat16
         result = written_out(norms().norm, (y,), {}).run(lambda name, value: value)
     assert result.dtype == torch.float32
+
+
+def test_activation_checkpointing_recomputes_with_the_same_inner_scales():
+    class Checkpointed(nn.Module):
+        def __init__(self, again):
+            super().__init__()
+            self.first, self.norm, self.again = nn.Linear(16, 64), nn.LayerNorm(64), again
+
+        def forward(self, x):
+            y = self.first(x)
+            return checkpoint(self.norm, y, use_reentrant=False) if self.again else self.norm(y)
+
+    torch.manual_seed(0)
+    x, found = torch.randn(32, 16), []
+    for again in (False, True):
+        torch.manual_seed(1)
+        prepared = calibrated(Checkpointed(again).eval(), x, INT16)
+        with qat_state(prepared, QatSettings(averaging_constant=0.5)):
+            prepared(x * 3.0).square().sum().backward()
+        found.append([p.grad for p in prepared.model.parameters()])
+        assert float(prepared.outputs["norm.var_mean.var"].sides[1]) > 0.0
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_compiled_model_computes_the_same():
+    torch.manual_seed(0)
+    model, x = Tokens().eval(), torch.randn(4, 6, 8)
+    prepared = calibrated(model, x)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(prepared, backend="eager", fullgraph=True)(x), prepared(x))
