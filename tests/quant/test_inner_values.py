@@ -195,7 +195,6 @@ def test_activation_checkpointing_recomputes_with_the_same_inner_scales():
         with qat_state(prepared, QatSettings(averaging_constant=0.5)):
             prepared(x * 3.0).square().sum().backward()
         found.append([p.grad for p in prepared.model.parameters()])
-        assert float(prepared.outputs["norm.var_mean.var"].sides[1]) > 0.0
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
