@@ -179,6 +179,9 @@ def test_device_files_fit_their_records(march):
     rules = DeviceRules(march=march, oe_version="3.0.17", **plain(config.device.rules))
     kinds = {k.value for k in OpKind}
     assert {*rules.int8_inputs, *rules.int8_outputs, *rules.float16_kinds} <= kinds
+    assert list(rules.inner_int16) == ["layer_norm", "softmax"]
+    exact = compose(BASE, f"device={march}", "device.rules.inner_int16=[]")
+    assert DeviceRules(march=march, oe_version="3.0.17", **plain(exact.device.rules)).inner_int16 == []
     assert CostModel(march=march, **plain(config.device.cost)).clock_ghz == {"nash-m": 1.5, "nash-e": 1.0}[march]
 
 

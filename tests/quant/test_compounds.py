@@ -165,6 +165,8 @@ def test_each_kind_computes_what_the_formula_with_rounded_values_gives(name):
         found = prepared(x)
     assert np.allclose(found.numpy(), expected, rtol=1e-7, atol=1e-9)
     assert not torch.equal(found, model(x))
+    with prepared.only(outputs=node.inner):
+        assert prepared(x[:0]).shape == (0, *shape[1:])
     x.requires_grad_()
     with torch.enable_grad(), prepared.only(outputs=node.inner):
         trained = prepared(x)

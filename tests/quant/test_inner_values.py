@@ -8,13 +8,16 @@ import torch.nn.functional as F
 from support.norms import INT8, INT16, Tokens, calibrated, error, inner_of, norms, unlike_tokens
 from support.replays import Made
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import qflow
 from qflow.core.dtype import QDtype
 from qflow.core.setter import ModuleNameSetter
 from qflow.core.settings import QatSettings
+from qflow.quant.model.shared_modules import split_graph
 from qflow.quant.trace.compounds import written_out
 from qflow.quant.train.qat import train
+from qflow.quant.train.qat_state import qat_state
 
 
 def test_a_layer_norm_loses_at_int16_what_it_loses_written_out():
@@ -96,6 +99,27 @@ def test_calls_of_a_shared_norm_share_their_inner_scales():
     assert prepared(x).isfinite().all()
 
 
+def test_calls_that_are_split_have_inner_scales_of_their_own():
+    model = Made(lambda own, x: own.soft(x * 20.0) @ own.soft(x / 20.0), soft=nn.Softmax(-1)).eval()
+    x = torch.randn(6, 12, 12)
+    together = calibrated(model, x)
+    apart = qflow.prepare(model, x, qconfig_setter=INT8, split_shared="auto")
+    qflow.calibrate(apart, [x])
+    steps = ("sub", "exp", "sum", "reciprocal")
+    assert inner_of(together) == [f"soft.{step}" for step in steps]
+    assert inner_of(apart) == [f"{call}.{step}" for call in ("soft", "soft(1)") for step in steps]
+    assert [n.inner for n in split_graph(together.graph, ["soft"]).nodes] == [n.inner for n in apart.graph.nodes]
+    first, second = (float(apart.outputs[f"{call}.sub"].scale) for call in ("soft", "soft(1)"))
+    assert first > 10 * second
+    by_call = together.stats.calls["soft.sub"]
+    assert [by_call[f"{call}.sub"].largest * 1.25 / 32768 for call in ("soft", "soft(1)")] == [
+        pytest.approx(first),
+        pytest.approx(second),
+    ]
+    messages = [f.message for f in qflow.check(together).findings if f.op.startswith("soft.")]
+    assert not messages  # cases B and C are those of the module
+
+
 @torch.no_grad()
 def test_an_inner_value_that_was_always_zero_stays_float_and_is_reported():
     model = Made(lambda own, x: own.norm(x - x), norm=nn.LayerNorm(12)).eval()
@@ -151,3 +175,34 @@ def test_autocast_computes_in_float32_inside():
         assert y.dtype == torch.bfloat16
         result = written_out(norms().norm, (y,), {}).run(lambda name, value: value)
     assert result.dtype == torch.float32
+
+
+def test_activation_checkpointing_recomputes_with_the_same_inner_scales():
+    class Checkpointed(nn.Module):
+        def __init__(self, again):
+            super().__init__()
+            self.first, self.norm, self.again = nn.Linear(16, 64), nn.LayerNorm(64), again
+
+        def forward(self, x):
+            y = self.first(x)
+            return checkpoint(self.norm, y, use_reentrant=False) if self.again else self.norm(y)
+
+    torch.manual_seed(0)
+    x, found = torch.randn(32, 16), []
+    for again in (False, True):
+        torch.manual_seed(1)
+        prepared = calibrated(Checkpointed(again).eval(), x, INT16)
+        with qat_state(prepared, QatSettings(averaging_constant=0.5)):
+            prepared(x * 3.0).square().sum().backward()
+        found.append([p.grad for p in prepared.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_compiled_model_computes_the_same():
+    torch.manual_seed(0)
+    model, x = Tokens().eval(), torch.randn(4, 6, 8)
+    prepared = calibrated(model, x)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(prepared, backend="eager", fullgraph=True)(x), prepared(x))

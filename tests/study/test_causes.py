@@ -11,6 +11,7 @@ from qflow.analysis.measures.tables import SensitivityRow, SensitivityTable
 from qflow.config.device_file import load_rules
 from qflow.core.device import apply_rules
 from qflow.core.dtype import QDtype
+from qflow.core.qconfig import OpQConfig, QConfig
 from qflow.core.resolve import resolve
 from qflow.core.setter import HighPrecisionOutput, TemplateSetter
 from qflow.quant.model.prepare import prepare
@@ -93,3 +94,11 @@ def test_what_is_within_its_own_noise_is_no_cause(net):
 def test_errors_that_are_not_finite_come_first(net):
     rows = [*OUTPUTS16, ("3", "activation", "qint8", float("inf"))]
     assert reason(net, rows).startswith("3 stays int8 (activation inf)")
+
+
+def test_a_miss_may_come_from_a_value_inside_a_norm():
+    int16 = OpQConfig(output=QDtype.qint16, inner=QDtype.qint16)
+    applied = QConfig("nash-m", {"norm": int16, "head": OpQConfig(output=QDtype.qint16, weight=QDtype.qint8)})
+    scores = {"norm.var_mean.var": 5.0, "norm": 0.01, "head": 0.02}
+    found = table(*((name, "activation", "qint16", score) for name, score in scores.items()))
+    assert int16_miss_reason(None, found, applied, found) == "int16 itself is too coarse on norm.var_mean.var (5)"

@@ -47,7 +47,7 @@ def advise(
     nodes = prepared.graph.by_name
     around = {name: node for node in nodes.values() for name in node.inner}
     rows = [r for r in table.rows if r.quant_dtype == _dtype(prepared, nodes.get(r.op_name), r)]
-    if table.rows and not rows:
+    if table.rows and all(r.op_name in around for r in rows):
         raise ConfigError(
             f"Advice goes by rows at the model's own dtypes, but got {', '.join(table.dtypes)}. Add them to "
             "sensitivity.dtypes."

@@ -84,7 +84,8 @@ def _group_norm(
     eps: float = 1e-5, *_: Any, **__: Any,
 ) -> Tensor:  # fmt: skip
     x = _wide(input)
-    out = _standardized(node, x.reshape(x.shape[0], num_groups, -1), (-1,), eps).reshape(x.shape)
+    grouped = x.reshape(x.shape[0], num_groups, math.prod(x.shape[1:]) // num_groups)
+    out = _standardized(node, grouped, (-1,), eps).reshape(x.shape)
     channels = (-1, *[1] * (x.ndim - 2))
     return _affine(node, out, *(None if t is None else t.view(channels) for t in (weight, bias)))
 
