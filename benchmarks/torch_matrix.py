@@ -73,7 +73,6 @@ def tried(torch: str, name: str, folder: Path, index: str | None, tests: Sequenc
             "not slow",
             "-p",
             "no:cacheprovider",
-            "-q",
             *tests,
         ]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
