@@ -2,13 +2,16 @@
 # make test    install and run all tests
 # make quick   the tests that are not slow: a minute or two
 # make check   install and run linter and type checker
+# make zoo     install timm, torchvision, transformers and take all real models through qflow: minutes
+# make gpu     calibration, sensitivity, a study and QAT on a GPU against the CPU: minutes
+# make torch-matrix  the fast tests of the engine under each torch of TORCHES, in fresh environments
 # make picture draw docs/architecture.svg from the imports
 # make ui      show the runs in the browser
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: tune test quick check picture ui clean
+.PHONY: tune test quick check zoo gpu torch-matrix picture ui clean
 
 tune: $(VENV)/.base
 	$(BIN)/python -m qflow.tune +experiment=int8_int16
@@ -24,6 +27,20 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+zoo: $(VENV)/.zoo
+	$(BIN)/python -m benchmarks.zoo
+
+gpu: $(VENV)/.zoo
+	$(BIN)/python -m benchmarks.gpu
+
+# TORCHES="2.6.0 2.8.0" PYTHONS="python3.10 python3.11" FOLDER=/tmp/torches INDEX=<url> choose what and where.
+TORCHES ?= 2.6.0 2.8.0 2.10.0 newest
+PYTHONS ?= python3.10 python3.11
+FOLDER ?= build/torch-matrix
+torch-matrix: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.torch_matrix --torches $(TORCHES) --pythons $(PYTHONS) \
+	    --folder $(FOLDER) $(if $(INDEX),--index $(INDEX))
+
 picture: $(VENV)/.dev
 	$(BIN)/python tests/support/architecture.py
 
@@ -38,7 +55,9 @@ $(VENV)/constraints.txt: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 	    $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages)
 	if $(BIN)/python -c 'import torch' 2>/dev/null; \
-	    then grep -v '^torch==' constraints.txt > $@; else cp constraints.txt $@; fi
+	    then grep -Ev '^torch(vision)?==' constraints.txt > $@; \
+	    $(BIN)/python -c 'import torch; print("torch==" + torch.__version__.partition("+")[0])' >> $@; \
+	    else cp constraints.txt $@; fi
 
 $(VENV)/.base: $(VENV)/constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --constraint $< --editable .
@@ -47,3 +66,7 @@ $(VENV)/.base: $(VENV)/constraints.txt pyproject.toml
 $(VENV)/.dev: $(VENV)/constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --constraint $< --editable '.[dev]'
 	touch $@ $(VENV)/.base
+
+$(VENV)/.zoo: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[zoo]'
+	touch $@

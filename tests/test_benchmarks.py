@@ -149,3 +149,60 @@ def test_what_a_trial_costs_beside_its_evaluation_in_miniature(search, capsys):
     (r,) = rows(capsys.readouterr().out, "| digits")
     assert r[1] == "2"
     assert 0 < float(r[7].split("%")[0]) < 100
+
+
+def table(text):
+    """The cells of a markdown table, without its head."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
+
+
+@pytest.fixture
+def named(monkeypatch):
+    import importlib
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
+
+
+def test_a_device_compared_with_itself_differs_nowhere(named, capsys):
+    gpu = named("gpu")
+    assert gpu.main(["--device", "cpu", "--only", "operators", "qat"]) == 0
+    found = table(capsys.readouterr().out)
+    assert {r[1] for r in found} == {*gpu.kinds(), "digits"}
+    assert {float(r[3]) for r in found} == {0.0}
+    assert gpu.Row("models", "a", "ranks", 0.9, 0.95, 0.0, least=True).text().count("EXCEEDED") == 1
+    assert gpu.correlation([1, 2, 3], [3, 2, 1]) == -1.0
+
+
+def test_without_a_gpu_the_comparison_says_so_in_one_line(named, capsys):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: `make gpu` compares")
+    assert named("gpu").main([]) == 2
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_the_zoo_prints_a_row_for_each_model_and_notices_what_is_listed_wrongly(named, capsys, monkeypatch):
+    from dataclasses import replace
+
+    zoo = named("zoo")
+    assert zoo.main(["--only", "siamese"]) == 0
+    ((name, operators, passed, _, still),) = table(capsys.readouterr().out)
+    assert (name, passed, still) == ("siamese_tracker", "9 of 9", "") and int(operators) > 5
+    from zoo_real import registry
+
+    entry = replace(registry.entries()["siamese_tracker"], open={"cost": "an untrue reason"})
+    monkeypatch.setattr(registry, "entries", lambda: {entry.name: entry})
+    assert zoo.main([]) == 1
+    assert "UNEXPECTED cost: passes" in capsys.readouterr().out
+    monkeypatch.setattr(registry, "entries", lambda: {"a": replace(entry, name="a", needs=("no_such_package",))})
+    assert zoo.main([]) == 0
+    assert "left out: a needs no_such_package" in capsys.readouterr().out
+
+
+def test_the_torch_matrix_says_what_it_could_not_try(named, capsys, tmp_path):
+    arguments = ["--torches", "2.6.0", "--pythons", "python3.99", "--folder", str(tmp_path)]
+    assert named("torch_matrix").main(arguments) == 0
+    assert table(capsys.readouterr().out) == [["2.6.0", "python3.99", "-", "not tried: no such interpreter here", "0"]]

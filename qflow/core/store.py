@@ -13,6 +13,7 @@ import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -28,10 +29,16 @@ def sqlite_url(path: Path) -> str:
     """Return the SQLAlchemy URL of a database file, absolute, so that it is valid in any working folder.
 
     Escaped are the characters that SQLAlchemy reads as part of a URL (`%`, `?`), that Optuna fills in (`{`, `}`), and
-    control characters, which would break a printed line.
+    control characters, which would break a printed line. Raises TrackingError for such a path under a SQLAlchemy before
+    2.1, the only one for Python 3.10, which does not decode it.
     """
     text = str(path.absolute())
     quoted = re.sub(r"[%?{}\x00-\x1f\x7f]", lambda found: f"%{ord(found[0]):02X}", text)
+    if quoted != text and tuple(map(int, version("sqlalchemy").split(".")[:2])) < (2, 1):
+        raise TrackingError(
+            "Under Python 3.10 the path of a store has no %, ?, {, } or control characters, but got "
+            f"{text!a}. Rename the folder, or use Python 3.11."
+        )
     return f"{SQLITE}{text}" if quoted == text else f"{SQLITE_QUOTED}{quoted}"
 
 

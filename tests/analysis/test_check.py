@@ -84,4 +84,18 @@ def test_the_file_has_the_guides_sections_in_order():
     ]
     assert [text.index(s) for s in sections] == sorted(text.index(s) for s in sections)
     assert "never" in text
-    assert "because conv is a shared module" in text
+
+
+class Frozen(nn.BatchNorm2d):
+    """A batch norm that the plugin does not recognise by its type."""
+
+    def forward(self, x):
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False)
+
+
+def test_pairs_that_do_not_fuse_for_one_reason_are_one_finding():
+    layers = [layer for _ in range(6) for layer in (nn.Conv2d(3, 3, 1), Frozen(3))]
+    found = findings(nn.Sequential(*layers, nn.ReLU()).eval(), torch.randn(2, 3, 4, 4))
+    ((op, said),) = [(op, text) for (op, _), text in found.items() if "could fuse with" in text]
+    assert op == "0" and "with 1 but does not" in said
+    assert said.endswith("(5 more: 2, 4, 6, 8, ...)")

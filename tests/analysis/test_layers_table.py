@@ -248,3 +248,27 @@ def test_nan_of_the_float_model_is_named_and_starts_no_error():
     assert [(f.op, f.level) for f in table.findings] == [("[log]", "error")]
     assert "the float model itself gives NaN here" in table.findings[0].message and table.start != "[log]"
     assert math.isfinite(next(r for r in table.rows if r.mod_name == "[log]").error)
+
+
+class Fallback(nn.Module):
+    """Reads its input or, where that is empty, a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.other, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.default = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        memory = self.own(x) if float(x.abs().sum()) > 0 else self.default.expand_as(x)
+        return self.head(self.other(memory) + x)
+
+
+def test_operators_that_an_input_does_not_reach_are_named():
+    torch.manual_seed(0)
+    model, x = Fallback().eval(), torch.randn(2, 4)
+    prepared = calibrated(model, x)
+    said = [
+        [f.op for f in compare_layers(model, prepared, given).findings if f.message.startswith("no row")]
+        for given in (x, x * 0)
+    ]
+    assert said == [[], ["own"]]

@@ -223,3 +223,29 @@ def test_a_forward_that_the_user_put_on_a_leaf_is_still_there_after_tracing():
     trace(model, torch.randn(2, 3, 4, 4))
     assert model[0].forward is own
     assert "forward" not in model[1].__dict__
+
+
+class Memory(nn.Module):
+    """Attends to features of its own, or where `own` is set to the queries themselves: torch then packs the three."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.other, self.own = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8), False
+
+    def forward(self, x):
+        memory = x if self.own else self.other(x)
+        return self.attention(x, memory, memory, need_weights=False)[0]
+
+
+def test_parts_of_attention_that_run_only_in_some_calls_shift_no_names():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 8)
+    prepared = calibrated(Memory(), x)
+    before = qflow.scales(prepared)
+    prepared.model.own = True
+    with pytest.warns(UserWarning, match=r"attention\[linear\].* first"):
+        prepared(x)
+    assert {name.partition(" at ")[0] for name in prepared.unseen} >= {"attention[linear]"}
+    assert "attention.out_proj.weight" in prepared.ran
+    assert not any("in_proj" in name for name in prepared.ran)
+    assert qflow.scales(prepared) == before

@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from support.torchvision_ops import declare
 
 import qflow
 from qflow.core.errors import ConfigError, ModelError
@@ -11,6 +12,7 @@ from qflow.tasks.onnx_model import load
 
 
 def converts():
+    declare()
     try:
         import onnx2torch  # noqa: F401
     except (ImportError, RuntimeError):

@@ -6,13 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from qflow.analysis.checks.shared_check import SHARED
-from qflow.analysis.measures.tables import CheckRow, Finding, ModelCheck, text_table
+from qflow.analysis.measures.tables import CheckRow, Finding, ModelCheck, also, text_table
 from qflow.core.device import input_dtypes
 from qflow.core.dtype import QDtype
 from qflow.core.graph import COMPOUND_KINDS, GEMM_KINDS, ModelGraph, OpKind, OpNode
 from qflow.core.qconfig import OpQConfig, QConfig
 
-LISTED = 4  # operators named after the first of a group
 SEVERAL_STEPS = frozenset(["glu", "GLU", "logsumexp", "norm", "std", "var", "vector_norm"])
 """Functions that the device computes in several steps, beside norms and softmaxes."""
 
@@ -49,8 +48,7 @@ def grouped(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     found = []
     for (level, message), names in same.items():
         first, *others = names
-        also = f" ({len(others)} more: {', '.join(others[:LISTED])}{', ...' * (len(others) > LISTED)})"
-        found.append(Finding(first, level, message + also * bool(others)))
+        found.append(Finding(first, level, message + also(others)))
     return tuple(found)
 
 
@@ -72,10 +70,11 @@ def _row(node: OpNode, graph: ModelGraph, requested: QConfig, applied: QConfig, 
 
 
 def _unfused(graph: ModelGraph) -> Iterator[Finding]:
-    """Pairs that could fuse, once for all calls of a shared module."""
+    """Pairs that could fuse, once for all calls of a shared module and once for all pairs of the same reason."""
     pairs = {(a.partition("(")[0], b.partition("(")[0]): why for a, b, why in reversed(graph.unfused)}
-    for (first, second), why in reversed(pairs.items()):
-        yield Finding(first, "check", f"could fuse with {second} but does not: {why}")
+    for why in dict.fromkeys(reversed(pairs.values())):
+        (first, second), *others = [pair for pair, reason in reversed(pairs.items()) if reason == why]
+        yield Finding(first, "check", f"could fuse with {second} but does not: {why}{also([a for a, _ in others])}")
 
 
 def _calls(graph: ModelGraph, extra: Sequence[Finding]) -> Iterator[Finding]:

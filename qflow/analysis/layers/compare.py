@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from qflow.analysis.layers.forwards import by_forwards
 from qflow.analysis.layers.rows import Rows
-from qflow.analysis.measures.tables import Finding, LayerRow, LayerTable
+from qflow.analysis.measures.tables import Finding, LayerRow, LayerTable, also
+from qflow.core.graph import ModelGraph, OpKind
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.replay.capture import Captured, capture, reason_of
 from qflow.quant.replay.captured_ops import Ops, Values
@@ -52,7 +53,9 @@ def compare_layers(
             rows, findings = by_forwards(model, prepared, inputs, memory_mb * 1e6, on_op)
             start, findings = "", [Finding("layers", "info", f"{BY_FORWARDS}: {reason}"), *findings]
     rows = [replace(r, index=i) for i, r in enumerate(rows)]
-    return LayerTable(batch_size(inputs), tuple(rows), start, (*findings, *_findings(rows)))
+    return LayerTable(
+        batch_size(inputs), tuple(rows), start, (*findings, *_findings(rows), *_absent(rows, prepared.graph))
+    )
 
 
 def _one_by_one(
@@ -161,6 +164,14 @@ def _findings(rows: Sequence[LayerRow]) -> tuple[Finding, ...]:
         if any(v is not None and abs(v) == float("inf") for v in ends):
             found.append(Finding(row.mod_name, "check", "infinite values: a mask, or an overflow"))
     return tuple(found)
+
+
+def _absent(rows: Sequence[LayerRow], graph: ModelGraph) -> tuple[Finding, ...]:
+    """Name operators without a row: a branch of the model left them out, or made them depend on constants alone."""
+    seen = {row.quantizer for row in rows}
+    absent = [n.name for n in graph.quantized if n.kind != OpKind.constant and n.quantizer not in seen]
+    text = f"no row: not computed from this input{also(absent[1:])}"
+    return (Finding(absent[0], "info", text),) if absent else ()
 
 
 def filtered(table: LayerTable, prefixes: Sequence[str] = (), types: Sequence[str] = ()) -> LayerTable:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+LISTED = 4  # operators that a finding names after its first
+
 
 @dataclass(frozen=True)
 class BadcaseTable:
@@ -281,3 +283,9 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(str(r[i])) for r in [header, *rows]) for i in range(len(header))]
     lines = ["  ".join(str(c).ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in [header, *rows]]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]]) + "\n"
+
+
+def also(others: Sequence[str]) -> str:
+    """Return what a finding says of further operators that it holds for: ` (2 more: neck.a, neck.b)`, or ""."""
+    listed = f"{', '.join(others[:LISTED])}{', ...' * (len(others) > LISTED)}"
+    return f" ({len(others)} more: {listed})" if others else ""

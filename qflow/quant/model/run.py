@@ -17,7 +17,7 @@ from qflow.quant.model.plan import Plan
 from qflow.quant.trace.calling import all_tensors, map_named
 from qflow.quant.trace.compounds import written_out
 from qflow.quant.trace.order import Ordering
-from qflow.quant.trace.sites import Site, call_site
+from qflow.quant.trace.sites import call_site
 from qflow.quant.values.fake_quant import FakeQuant
 from qflow.quant.values.observer import Histogram
 
@@ -68,8 +68,6 @@ class Run:
     """Above 0, operators are not the user's (inside a leaf module, a skipped module or a quantizer) and are ignored."""
     sited: bool = True
     """False in compiled code: functionals are counted by name, not found by call site (trace/sites.py)."""
-    site: Site | None = None
-    """Call site of the function that is being decomposed (trace/decompose.py); its parts use it too."""
     folded: set[str] = field(default_factory=set)
     """Batch norms whose weighted operator has run with them folded in, and which have not run themselves yet."""
     ran: set[str] = field(default_factory=set)
@@ -107,7 +105,7 @@ class Run:
             return base, base if n == 0 else f"{base}({n})"
         if self.recomputing:  # backward calls it from other frames, so the call site cannot be found
             return base, str((self.used or {}).get(f"{base} {n}", ""))
-        key = (base, *(self.site or call_site()))
+        key = (base, *call_site())
         return key, self.plan.sites.get((*key, self.counts.get(key, 0)), "")
 
     def advance(self, key: Any, base: str, call: str) -> None:

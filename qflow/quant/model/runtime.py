@@ -22,7 +22,7 @@ from qflow.quant.model.weighted import ConvLeaf, ConvTransposeLeaf, LinearLeaf, 
 from qflow.quant.trace.decompose import decomposition
 from qflow.quant.trace.ops import CONSTANTS, FILLS, FUNCTION_KINDS, function_name, is_operator
 from qflow.quant.trace.order import ORDER_CHANGING
-from qflow.quant.trace.sites import call_site, user_line
+from qflow.quant.trace.sites import user_line
 from qflow.quant.trace.tape import tensors_in
 
 
@@ -46,12 +46,8 @@ class Mode(TorchFunctionMode):
             return func(*args, **kwargs)  # undivided: no quantizer acts on a part of it
         parts = decomposition(func, args, kwargs)
         if parts is not None:
-            before, run.site = run.site, run.site or (call_site() if run.sited else None)
-            try:
-                with self:
-                    return parts(*args, **kwargs)
-            finally:
-                run.site = before
+            with self:
+                return parts(*args, **kwargs)
         base = f"{run.scopes[-1]}[{name}]"
         if needed is not None and base not in needed[run.scopes[-1]]:
             return func(*args, **kwargs)
