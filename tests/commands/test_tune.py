@@ -119,7 +119,6 @@ def test_promote_names_what_is_missing(studied, tmp_path):
 
 BAD = {
     "empty calibration": (["task.data._target_=user_task.EmptyData"], "holds samples, but got none"),
-    "too few": (["calibration.steps=1000"], "16000 samples, but got 512"),
     "NaN in data": (["task.data._target_=user_task.NanData"], "got NaN or inf in task.data.calibration"),
     "NaN in the float model": (["task.model._target_=user_task.nan_model"], "Outputs of a model are finite"),
     "another float metric": (["task.float_metric=0.5"], "reaches the metric its task states"),
@@ -127,7 +126,7 @@ BAD = {
         ["task.data._target_=qflow.tasks.perception.data.build_data"],
         "must take the batches",
     ),
-    "int16 x int16": (["qconfig.template=qint16", "+qconfig.modules.quiet=qint16/qint16"], "no int16 x int16"),
+    "int16 x int16": (["+qconfig.modules.quiet=qint16/qint16"], "no int16 x int16"),
     "unreachable server": (["tracking.uri=http://127.0.0.1:9"], "127.0.0.1:9"),
     "no such model": (["task.model._target_=user_task.nothing"], "task.model._target_ must import and run"),
 }

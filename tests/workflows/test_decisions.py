@@ -58,7 +58,7 @@ def test_pinned_operators_are_kept_and_named_in_the_label(tmp_path):
         "tune", "+experiment=int8", *DIVIDES, "search.n_trials=2", "qconfig.modules={\\[exp\\]: qint16}", cwd=tmp_path
     )
     assert "trial 0 all-int8 ([exp] qint16) " in done.stdout, done.stdout + done.stderr
-    assert decisions(done)[0].startswith("all-int8: pinned by qconfig.modules or qconfig.rules")
+    assert decisions(done)[0].startswith("all-int8: the configuration keeps at another precision: [exp] qint16")
 
 
 def test_a_template_that_would_turn_all_int8_into_int16_is_refused(tmp_path):
