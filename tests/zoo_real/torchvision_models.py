@@ -84,9 +84,9 @@ def entry(build, sample=True, **settings):
 
 
 ENTRIES = (
-    entry(resnet50),
+    entry(resnet50, sample=False),
     entry(deeplabv3, sample=False),
     entry(ssdlite, sample=False),
     entry(raft_small, sample=False, double=False),
-    entry(fcos),
+    entry(fcos, sample=False),
 )
