@@ -116,6 +116,7 @@ class Driver:
     finished: dict[str, FinishedTrial] = field(default_factory=dict)  # by point
     failed: dict[str, FailedTrial] = field(default_factory=dict)  # by point: failed in this process, or given up
     failures: int = 0  # in a row
+    broken: int = 0  # proposals of the sampler in a row that cannot work, as far as this start goes
     screened: set[str] = field(default_factory=set)  # points that this process screened out
 
     def __post_init__(self) -> None:
@@ -163,14 +164,16 @@ class Driver:
     ) -> FinishedTrial | FailedTrial | None:
         """Evaluate the next queued point, else the sampler's next proposal; return None if no new point is left.
 
-        In the sampler's proposals the values of `kept` replace those of the same keys. A point for which `screen`
-        returns a reason is not evaluated (Optuna prunes only in studies with one objective). At most `SCREENED` points
-        in a row are left out this way, because a sampler learns only from evaluated points.
+        After `FAILURES` proposals in a row that cannot work (FailedTrial.lasting) none is made any more. In the sampler's
+        proposals the values of `kept` replace those of the same keys. A point for which `screen` returns a reason is
+        not evaluated (Optuna prunes only in studies with one objective). At most `SCREENED` points in a row are left
+        out this way, because a sampler learns only from evaluated points.
         """
         left_out = len(self.screened)
-        for turn in range(ASKS):
+        for turn in range(ASKS if self.broken < FAILURES else 0):
             trial = self._next(kept, screen if len(self.screened) - left_out < SCREENED else _nothing_against)
             if trial is not None:
+                self.broken = self.broken + 1 if isinstance(trial, FailedTrial) and trial.lasting else 0
                 return trial
             if turn >= 3 and not self._enqueue_unseen(kept, screen):
                 return None
