@@ -164,10 +164,10 @@ class Driver:
     ) -> FinishedTrial | FailedTrial | None:
         """Evaluate the next queued point, else the sampler's next proposal; return None if no new point is left.
 
-        After `FAILURES` proposals in a row that cannot work (FailedTrial.lasting) none is made any more. In the sampler's
-        proposals the values of `kept` replace those of the same keys. A point for which `screen` returns a reason is
-        not evaluated (Optuna prunes only in studies with one objective). At most `SCREENED` points in a row are left
-        out this way, because a sampler learns only from evaluated points.
+        After `FAILURES` proposals in a row that cannot work (FailedTrial.lasting) none is made any more. In the
+        sampler's proposals the values of `kept` replace those of the same keys. A point for which `screen` returns a
+        reason is not evaluated (Optuna prunes only in studies with one objective). At most `SCREENED` points in a row
+        are left out this way, because a sampler learns only from evaluated points.
         """
         left_out = len(self.screened)
         for turn in range(ASKS if self.broken < FAILURES else 0):
