@@ -40,7 +40,8 @@ def baseline(session: Session, label: str) -> FinishedTrial | None:
     shown = named if len(pinned) <= NAMED else f"{len(pinned)} operators pinned"
     most = (session.config.search.n_trials - 2) // 4
     found = best_calibration(session, point, f"{label} ({shown})" if pinned else label, most)
-    if found is None and not session.broken(point):
+    trained = point.get("qat.steps", session.config.qat.steps)  # then the training is at fault, not the mix
+    if found is None and (trained or not session.broken(point)):
         raise TrialError(f"A study needs its baseline {label}, but that trial failed. Its line above says why.")
     if found is not None:
         session.baselines[label] = found
