@@ -17,12 +17,12 @@ from qflow.search.domain import Choice
 from qflow.search.objective import CONSTRAINT, accurate, nearest_miss
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import RATIO, BudgetSpent
+from qflow.study.outcome import STOPPED
 from qflow.study.session import Session
 from qflow.trial.outputs import outputs_off_under
 
 ALL_INT16, ALL_INT8 = "all-int16", "all-int8"
 METHOD, MODULES = "calibration.method", "qconfig.modules."
-STOPPED = "qflow.stopped"  # tag of a trial that ended early: its metric is the worst possible one
 NAMED = 2  # how many pinned operators a label names
 PROMOTES_OUTPUTS: Mapping[str, str] = {"qconfig.sensitive_type": "activation", "qconfig.counting": "operators"}
 """What a ratio must promote to mean all outputs at 1.0: other rows would turn all-int16 into another mix."""
@@ -61,9 +61,8 @@ def baseline_point(session: Session, label: str) -> dict[str, Any]:
     return {**session.base(), **dict.fromkeys(modules, dtype), **plain, RATIO: ratio}
 
 
-def calibrated_point(trial_or_point: FinishedTrial | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the point of a baseline without the keys that made it one, to search a mix with its calibration."""
-    params = trial_or_point.params if isinstance(trial_or_point, FinishedTrial) else trial_or_point
+def free_point(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the params of a baseline without the keys that made it one, to search a mix with its calibration."""
     return {key: value for key, value in params.items() if key not in PROMOTES_OUTPUTS}
 
 

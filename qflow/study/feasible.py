@@ -9,7 +9,7 @@ from dataclasses import replace
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.settings import QConfigSettings
-from qflow.search.domain import Choice, Domain, Interval
+from qflow.search.domain import Domain, Interval, Range
 from qflow.search.objective import Goal
 from qflow.tasks.task import Task, split_for
 from qflow.trial.evaluator import Evaluator
@@ -37,21 +37,28 @@ def within_data(space: Mapping[str, Domain], task: Task) -> tuple[dict[str, Doma
     most = {BATCH_SIZE: len(task.data.calibration)}
     for key in (BATCH_SIZE, STEPS):
         if key == STEPS:
-            sizes = [int(v) for v in found[BATCH_SIZE].points()] if BATCH_SIZE in found else []  # type: ignore[arg-type]
-            most[STEPS] = steps_of(task, min(sizes, default=1))
+            sizes = found[BATCH_SIZE].points() if BATCH_SIZE in found else ()
+            most[STEPS] = steps_of(task, min((int(size) for size in sizes), default=1))  # type: ignore[arg-type]
         domain = found.get(key)
-        if isinstance(domain, Choice):
-            values = sorted(v for v in domain.values if isinstance(v, (int, float)))
-            whole = next((v for v in values if v >= most[key]), math.inf)
-            left_out = [str(v) for v in values if v > whole]
-            if left_out:
-                kept = tuple(v for v in domain.values if str(v) not in left_out)
-                found[key] = replace(domain, values=kept)
-                said.append(f"{key}: {', '.join(left_out)} left out, because {whole} reads the whole calibration set")
-        elif isinstance(domain, Interval) and domain.high > max(most[key], domain.low):
-            found[key] = replace(domain, high=max(most[key], domain.low))
-            said.append(f"{key}: up to {max(most[key], int(domain.low))}, which reads the whole calibration set")
+        if isinstance(domain, Interval):
+            found[key] = replace(domain, high=min(domain.high, max(most[key], domain.low)))
+        elif domain is not None:
+            values = [v for v in domain.points() if isinstance(v, (int, float))]
+            whole = min((v for v in values if v >= most[key]), default=math.inf)
+            if isinstance(domain, Range):
+                found[key] = replace(domain, stop=min(domain.stop, whole + domain.step))
+            else:
+                kept = (v for v in domain.points() if not isinstance(v, (int, float)) or v <= whole)
+                found[key] = replace(domain, values=tuple(kept))
+        if domain is not None and found[key] != domain:
+            said.append(f"{key}: values above {_largest(found[key])} are left out: it reads the whole calibration set")
     return found, said
+
+
+def _largest(domain: Domain) -> float:
+    return (
+        domain.high if isinstance(domain, Interval) else max(v for v in domain.points() if isinstance(v, (int, float)))
+    )
 
 
 def check_augmented(task: Task, calibration: bool, training: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from qflow.config.quoting import assignment
@@ -15,8 +16,8 @@ from qflow.core.store import write_whole
 from qflow.report.console import SummaryRow, python_command, summary_table
 from qflow.search.objective import CONSTRAINT, accurate, nearest_miss, over_budget
 from qflow.search.outcome import FinishedTrial
-from qflow.study.baselines import STOPPED
 from qflow.study.missed import not_tried, tried
+from qflow.study.outcome import STOPPED
 from qflow.study.session import Session
 
 NAMED = 12  # how many operators the console lists per dtype
@@ -41,38 +42,36 @@ def finish(session: Session) -> int:
     if best:
         summary["best"] = best.outcome.metrics
     note = document(session, table, text, shown)
-    place = session.root / "studies" / session.study.name / "decision.md"
-    write_whole(place, note)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "decision.md").write_text(note)
-        session.tracker.log_study(
-            session.study_run,
-            folder=Path(folder),
-            metrics={f"{name}/{k.split('/', 1)[1]}": v for name, found in summary.items() for k, v in found.items()},
-            tags={
-                "qflow.best": shown.run_id if best else "",
-                "qflow.goal": "met" if best else "missed",
-                "mlflow.note.content": note,
-            },
-        )
+    metrics = {f"{name}/{k.split('/', 1)[1]}": v for name, found in summary.items() for k, v in found.items()}
+    place = _keep(session, note, best, metrics)
     session.console.say("\n" + table)
     _print_lines(session, text, shown, place)
     return 0 if best else 1
 
 
+def _keep(session: Session, note: str, best: FinishedTrial | None, metrics: Mapping[str, float]) -> Path:
+    """Write the study's document to its folder and its run, with its end as tags; return the path."""
+    place = session.root / "studies" / session.study.name / "decision.md"
+    write_whole(place, note)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "decision.md").write_text(note)
+        tags = {"qflow.best": best.run_id if best else "", "qflow.goal": "met" if best else "missed"}
+        session.tracker.log_study(
+            session.study_run, folder=Path(folder), metrics=metrics, tags={**tags, "mlflow.note.content": note}
+        )
+    return place
+
+
 def _nothing_finite(session: Session) -> int:
     """Say that no mix gave finite outputs, which misses the goal. Raises TrialError if no mix was evaluated at all."""
-    methods = tried(session)
-    if not methods:
+    if not tried(session):
         raise TrialError(
             "A study needs at least one trial, but got none: a budget was spent before the first, or it failed. Raise "
             "search.timeout and search.max_evaluations."
         )
     text = f"{'goal':<12}{session.goal}: missed, no mix that was tried gives finite outputs\n{_lists(session)}"
-    session.tracker.log_study(
-        session.study_run, tags={"qflow.best": "", "qflow.goal": "missed", "mlflow.note.content": text}
-    )
-    session.console.say(f"\n{text}")
+    place = _keep(session, document(session, "", text), None, {})
+    session.console.say(f"\n{text}\n{'decisions':<12}{place}")
     return 1
 
 
@@ -155,12 +154,12 @@ def _applied(session: Session, trial: FinishedTrial) -> QConfig:
     return session.evaluator.resolve(session.qconfig_at(trial.params))[1]
 
 
-def document(session: Session, table: str, text: str, shown: FinishedTrial) -> str:
+def document(session: Session, table: str, text: str, shown: FinishedTrial | None = None) -> str:
     """Return the result in Markdown: table, verdict, each decision with its reason, and the promoted operators."""
     lines = [f"# {session.study.name}", "", "```", table, text, "```", "", "## Decisions", ""]
     lines += [f"{i}. **{stage}**: {words}" for i, (stage, words) in enumerate(session.decisions, 1)]
     count = len(session.evaluator.graph.quantized)
-    for dtype, names in raised(session, shown).items():
+    for dtype, names in (raised(session, shown) if shown else {}).items():
         lines += ["", f"## {dtype} ({len(names)} of {count} operators)", ""]
         lines += [f"- `{name}`: int8 sensitivity {score:.3g}" for name, score in names.items()]
     return "\n".join(lines) + "\n"

@@ -23,11 +23,11 @@ from qflow.study.baselines import (
     ALL_INT16,
     METHOD,
     MODULES,
-    STOPPED,
     baseline_point,
     method_of,
     other_methods,
 )
+from qflow.study.outcome import STOPPED
 from qflow.study.session import Session
 
 BUDGETS = 16  # error budgets over the whole range, for each of which the cheapest mix is a candidate
@@ -64,7 +64,7 @@ def promising(session: Session) -> list[tuple[Mapping[str, Any], str, float]]:
     point = {k: v for k, v in nearest.params.items() if k not in (ASSIGNMENT, ERROR_SHARE)}
     point |= {RATIO: 0.0, SENSITIVE_TYPE: "both", "qconfig.counting": "operators", "qconfig.ranking": "score"}
     problem = session.evaluator.precisions.problem(session.qconfig_at(point), session.goal.budgets)
-    known = _known(session, problem, point)
+    known = _known(session, point)
     near = _mix(session, nearest)
     candidates = {problem.cheapest(problem.budget((k / BUDGETS) ** 2)) for k in range(BUDGETS)} | {problem.finest}
     candidates |= {problem.flipped(near, o.place) for o in problem.operators if near[o.place] == "8"}
@@ -73,7 +73,7 @@ def promising(session: Session) -> list[tuple[Mapping[str, Any], str, float]]:
     return [(point, mix, drop) for _, drop, mix in good if not session.broken({**point, ASSIGNMENT: mix})]
 
 
-def _known(session: Session, problem: Problem, point: Mapping[str, Any]) -> dict[str, float]:
+def _known(session: Session, point: Mapping[str, Any]) -> dict[str, float]:
     """Return the least measured drop of each mix, of trials with the fp16 operators and pinned modules of `point`."""
     found: dict[str, float] = {}
     pinned = _pinned(point)
@@ -136,7 +136,7 @@ def tried(session: Session) -> str:
 
 def not_tried(session: Session) -> str:
     """Return what of the search space was not measured, and what lies beyond it, with the settings that add it."""
-    workflow, metrics = session.config.workflow, [t.outcome.metrics for t in session.trials]
+    workflow = session.config.workflow
     parts = []
     for label in (ALL_INT8, ALL_INT16):
         known = _methods(session, label)
@@ -151,10 +151,10 @@ def not_tried(session: Session) -> str:
             f"{many} predicted to meet the goal, the cheapest with {mix.count('6')} int16 operators and weights and a "
             f"drop of {drop:+.4f} ({way})"
         )
-    if session.evaluator.rules.float16_kinds and not any(m.get("qconfig/n_float16") for m in metrics):
-        parts.append(f"fp16 operators ({'none was reached' if workflow == 'full' else '+experiment=full'})")
-    if not any(m.get("qat/steps") for m in metrics):
-        way = "none was reached" if session.config.qat.steps else "qat=<yours> qat.apply=after_search"
+    if session.evaluator.rules.float16_kinds and not any(stage == "int16/fp16" for stage, _ in session.decisions):
+        parts.append(f"fp16 operators ({'this branch was not reached' if workflow == 'full' else '+experiment=full'})")
+    if not any(t.outcome.metrics.get("qat/steps") for t in session.trials):
+        way = "it was not reached" if session.config.qat.steps else "qat=<yours> qat.apply=after_search"
         parts.append(f"training ({way})")
     return "; ".join(parts)
 

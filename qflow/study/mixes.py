@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 from qflow.config.settings import plain
@@ -17,7 +18,7 @@ from qflow.study.baselines import (
     ALL_INT16,
     METHOD,
     baseline_point,
-    calibrated_point,
+    free_point,
     method_of,
     retry_calibration,
 )
@@ -27,9 +28,8 @@ from qflow.study.session import Session
 from qflow.study.stages import rank_again
 
 Baseline: TypeAlias = FinishedTrial | None
-Strategy: TypeAlias = Callable[[Session, dict[str, Any], Baseline, FinishedTrial, bool], None]
-"""Takes the session, the point without int16 to start from, the baselines at int8 and int16, and whether to go on
-exploring after the search for a mix that meets the goal."""
+Strategy: TypeAlias = Callable[[Session, dict[str, Any], Baseline, FinishedTrial], None]
+"""Takes the session, the point without int16 to start from, and the baselines at int8 and int16."""
 
 
 def search_mix(session: Session, low: Baseline, high: FinishedTrial) -> None:
@@ -38,28 +38,28 @@ def search_mix(session: Session, low: Baseline, high: FinishedTrial) -> None:
     `low` is None if its outputs are not finite; `high` meets the goal. What is predicted to meet it, and the nearest
     miss under another calibration, come before the exploration that takes the rest of the budget.
     """
-    strategies: Mapping[str, Strategy] = {"optuna": _by_sampler, "ratio": _by_ratio, "assign": _by_assignment}
-    strategy = strategies[session.config.search.strategy]
-    weights = weights_searched(session, high)
+    chosen, weights = session.config.search.strategy, weights_searched(session, high)
     before, hits = len(session.trials), session.evaluator.hits
     with session.console.stage("search") as say:
         ended = "done"
         try:
             low = _calibrated_as(session, low, high)
-            base = {**calibrated_point(low or baseline_point(session, ALL_INT8)), **weights, RATIO: 0.0}
+            own = low.params if low else {**baseline_point(session, ALL_INT8), METHOD: method_of(session, high.params)}
+            base = {**free_point(own), **weights, RATIO: 0.0}
             started = len(session.measured)
             if weights.get(SENSITIVE_TYPE) == "both":
                 raise_weights(session, base, QDtype.qint8)
-            strategy(session, base, low, high, False)
+            FINDING[chosen](session, base, low, high)
             if session.untrained_best is None:
                 retry_calibration(session, session.measured[started:])
                 measure_promising(session)
-            strategy(session, base, low, high, True)
+            if chosen in EXPLORING:
+                EXPLORING[chosen](session, base, low, high)
         except BudgetSpent as spent:
             ended = str(spent)
         searched = len(session.trials) - before
         known = session.evaluator.hits - hits
-        parts = [f"{searched} trials by {session.config.search.strategy}", f"{known} already evaluated"]
+        parts = [f"{searched} trials by {chosen}", f"{known} already evaluated"]
         parts += [f"{session.screened} left out that cost too much to be the best"] if session.screened else []
         say(f"{', '.join(parts)}; {ended}")
 
@@ -72,35 +72,40 @@ def _calibrated_as(session: Session, low: Baseline, high: FinishedTrial) -> Base
     return session.measure({**low.params, METHOD: method}, f"all-int8 {method}")
 
 
-def _by_sampler(session: Session, base: dict[str, Any], low: Baseline, high: FinishedTrial, explore: bool) -> None:
+def _by_sampler(session: Session, base: dict[str, Any], low: Baseline, high: FinishedTrial) -> None:
     """Measure the points of `search.enqueue`, completed by the values of all-int8, then those of the sampler.
 
-    Without `explore` a few trials are left for what is measured before a goal is called missed.
+    A few trials are left for what is measured before a goal is called missed.
     """
     for point in plain(session.config.search.enqueue):
         known = {k: v for k, v in point.items() if k in session.study.space and k not in session.kept}
         if known:  # skips a point that sets none of the searched keys
             session.measure({**base, **known}, " ".join(f"{k.split('.')[-1]}={v}" for k, v in known.items()))
+    most = session.config.search.n_trials
+    left = min(ATTEMPTS + 1, most // 4)
+    _sampled(session, base, lambda: session.untrained_best is not None or most - len(session.trials) > left)
+
+
+def _sampled(session: Session, base: dict[str, Any], more: Callable[[], bool] = lambda: True) -> None:
+    """Measure the sampler's points while `more` holds, with int16 weights if `base` searches them."""
     before = dict(session.kept)
     session.kept |= {key: value for key, value in base.items() if key == SENSITIVE_TYPE}
-    least = 0 if explore else min(ATTEMPTS + 1, session.config.search.n_trials // 4)
     try:
-        while explore or session.config.search.n_trials - len(session.trials) > least or session.untrained_best:
-            if not session.sample():
-                break
+        while more() and session.sample():
+            pass
     finally:
         session.kept = before
 
 
-def _by_ratio(session: Session, base: dict[str, Any], low: Baseline, high: FinishedTrial, explore: bool) -> None:
-    if explore:
-        return
+def _by_ratio(session: Session, base: dict[str, Any], low: Baseline, high: FinishedTrial) -> None:
     ratios = session.evaluator.precisions.int16_ratios(session.qconfig_at(base), session.goal.budgets)
     with session.pass_or_fail():
         raise_until_met(session.measure, base, RATIO, ratios)
 
 
-def _by_assignment(session: Session, base: dict[str, Any], low: Baseline, high: FinishedTrial, explore: bool) -> None:
+def _by_assignment(
+    session: Session, base: dict[str, Any], low: Baseline, high: FinishedTrial, explore: bool = False
+) -> None:
     assign(
         session.measure,
         base,
@@ -111,6 +116,15 @@ def _by_assignment(session: Session, base: dict[str, Any], low: Baseline, high: 
         top=str(high.params.get(ASSIGNMENT, "")),
         explore=explore,
     )
+
+
+FINDING: Mapping[str, Strategy] = {"optuna": _by_sampler, "ratio": _by_ratio, "assign": _by_assignment}
+"""Strategy -> what finds a mix that meets the goal."""
+EXPLORING: Mapping[str, Strategy] = {
+    "optuna": lambda session, base, low, high: _sampled(session, base),
+    "assign": partial(_by_assignment, explore=True),
+}
+"""Strategy -> what spends the rest of the budget."""
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from qflow.search.outcome import FailedTrial, FinishedTrial, Outcome
 from qflow.tracking.limits import param_name
 from qflow.trial.record import TrialResult, run_metrics
 
+STOPPED = "qflow.stopped"  # tag of a trial that ended early: its metric is the worst possible one
+
 
 def trial_params(config: DictConfig) -> dict[str, Any]:
     """Return the scalar settings of a trial for MLflow; without int16_ratio if another rule chooses int16."""
@@ -44,7 +46,7 @@ def outcome(result: TrialResult, goal: Goal, accuracy: str, params: Mapping[str,
         metrics=metrics,
         tags={
             **({"qflow.cost_refusal": cost.refusal} if cost.refusal else {}),
-            **({"qflow.stopped": f"after {result.samples} of {samples} samples"} if result.samples < samples else {}),
+            **({STOPPED: f"after {result.samples} of {samples} samples"} if result.samples < samples else {}),
             "qflow.qconfig": result.qconfig.digest,
             "qflow.scales": result.scales_digest,
             "qflow.evaluated": str(result.evaluated).lower(),
@@ -60,7 +62,7 @@ def trial_line(trial: FinishedTrial | FailedTrial, accuracy: str) -> str:
     m, p = trial.outcome.metrics, trial.outcome.params
     verdict = "meets" if meets(trial) else "misses"
     amount = f"{p['calibration.batch_size']}x{p['calibration.steps']}"
-    stopped = f"  stopped {t}: at worst" if (t := trial.outcome.tags.get("qflow.stopped")) else ""
+    stopped = f"  stopped {t}: at worst" if (t := trial.outcome.tags.get(STOPPED)) else ""
     weights = f"  int16 weights {count:.0f}" if (count := m.get("qconfig/n_int16_weights")) else ""
     trained = f"  QAT {m['qat/steps']:.0f} steps" if "qat/steps" in m else ""
     return (

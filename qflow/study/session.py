@@ -217,7 +217,7 @@ class Session:
 
     def qconfig_at(self, params: Mapping[str, Any]) -> QConfigSettings:
         """Return the settings of the qconfig of a trial at `params`; keys that they leave open are as configured."""
-        return trial_settings(with_params(self.config, params)).qconfig
+        return trial_settings(self.config, params).qconfig
 
     def _reason_against(self, params: Mapping[str, Any]) -> str:
         budgets, int16 = self.goal.budgets, self.baselines.get("all-int16")

@@ -12,7 +12,7 @@ from qflow.analysis.checks.model_check import check_model
 from qflow.analysis.checks.shared_check import reach_finding
 from qflow.analysis.layers.text import layers_line
 from qflow.analysis.measures.tables import BadcaseTable, SensitivityTable
-from qflow.config.settings import trial_settings, with_params
+from qflow.config.settings import trial_settings
 from qflow.core.dtype import QDtype
 from qflow.core.qconfig import QConfig
 from qflow.core.record import digest
@@ -131,7 +131,7 @@ def rank_again(session: Session, title: str, point: Mapping[str, Any]) -> Sensit
     was ranked before is not ranked or logged again.
     """
     evaluator = session.evaluator
-    settings, usual = trial_settings(with_params(session.config, point)), evaluator.default_calibration
+    settings, usual = trial_settings(session.config, point), evaluator.default_calibration
     requested, applied = evaluator.resolve(settings.qconfig)
     key = digest([applied.digest, settings.calibration])
     if key in session.rankings:

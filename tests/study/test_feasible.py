@@ -8,7 +8,7 @@ from qflow.config.space import module_settings, search_space
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.setter import covers
-from qflow.search.domain import Choice, Interval
+from qflow.search.domain import Choice, Interval, Range
 from qflow.search.objective import Goal
 from qflow.study.feasible import check_budgets, check_feasible, within_data
 
@@ -124,7 +124,9 @@ def test_the_space_of_calibrations_ends_where_the_data_do(digits_task):
     assert found["calibration.steps"].values == (4, samples // 16)
     assert found["qconfig.int16_ratio"] == space["qconfig.int16_ratio"]
     assert [text.split(":")[0] for text in said] == ["calibration.batch_size", "calibration.steps"]
-    assert f"{2 * samples} left out, because {samples} reads the whole calibration set" in said[0]
+    assert said[0].endswith(f"values above {samples} are left out: it reads the whole calibration set")
     steps = {"calibration.steps": Interval(1, 10**6, integer=True)}
     assert within_data(steps, digits_task)[0]["calibration.steps"].high == samples
+    steps = {"calibration.steps": Range(100, 10**6, 100)}
+    assert max(within_data(steps, digits_task)[0]["calibration.steps"].points()) == -(-samples // 100) * 100
     assert within_data(found, digits_task) == (found, [])

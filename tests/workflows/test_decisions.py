@@ -84,3 +84,13 @@ def test_a_miss_by_one_sample_is_called_that(tmp_path):
     done = run_qflow("tune", *arguments, f"objective.max_drop={drop - 0.01:.4f}", cwd=tmp_path)
     assert "which is 1 of 64 samples: evaluate on more before you rely on it" in done.stdout, done.stdout
     assert "samples: evaluate" not in first.stdout
+
+
+def test_where_no_mix_gives_finite_outputs_the_study_ends_with_a_miss(tmp_path):
+    """All-int8 alone may be chosen, and it divides by zero under every calibration that is searched."""
+    done = run_qflow("tune", "+experiment=int8", *DIVIDES, "search.n_trials=4", cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"^goal .*missed, no mix that was tried gives finite outputs$", done.stdout, re.MULTILINE)
+    assert re.search(r"^tried +all-int8 under mse$", done.stdout, re.MULTILINE)
+    note = (tmp_path / "qflow_out" / "studies" / "divides" / "int8" / "decision.md").read_text()
+    assert "its outputs are not finite, which misses the goal" in note
