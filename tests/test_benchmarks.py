@@ -184,8 +184,10 @@ def test_without_a_gpu_the_comparison_says_so_in_one_line(named, capsys):
     assert capsys.readouterr().out.count("\n") == 1
 
 
-def test_the_zoo_prints_a_row_for_each_model_and_notices_what_is_listed_wrongly(named, capsys, monkeypatch):
+def test_the_zoo_prints_a_row_for_each_model_and_fails_with_a_step(named, capsys, monkeypatch):
     from dataclasses import replace
+
+    import torch
 
     zoo = named("zoo")
     assert zoo.main(["--only", "siamese"]) == 0
@@ -193,10 +195,13 @@ def test_the_zoo_prints_a_row_for_each_model_and_notices_what_is_listed_wrongly(
     assert (name, passed, still) == ("siamese_tracker", "9 of 9", "") and int(operators) > 5
     from zoo_real import registry
 
-    entry = replace(registry.entries()["siamese_tracker"], open={"cost": "an untrue reason"})
-    monkeypatch.setattr(registry, "entries", lambda: {entry.name: entry})
+    entry = registry.entries()["siamese_tracker"]
+    model, inputs = entry.build()
+    broken = replace(entry, build=lambda: (torch.compile(model, backend="eager"), inputs))  # prepare refuses it
+    monkeypatch.setattr(registry, "entries", lambda: {entry.name: broken})
     assert zoo.main([]) == 1
-    assert "UNEXPECTED cost: passes" in capsys.readouterr().out
+    ((*_, failed),) = table(capsys.readouterr().out)
+    assert failed.startswith("prepare: ")
     monkeypatch.setattr(registry, "entries", lambda: {"a": replace(entry, name="a", needs=("no_such_package",))})
     assert zoo.main([]) == 0
     assert "left out: a needs no_such_package" in capsys.readouterr().out

@@ -1,15 +1,14 @@
 """The zoo of real models: name -> how to build it, in a small size and with random weights.
 
 A model tests an idiom of a library, not accuracy. Its builder returns the model in eval mode and a function that makes
-inputs of any batch size. `open` lists the steps (through.py) that the model cannot pass yet, each with the reason; a
-step listed there that passes is an error too, so that the list stays true.
+inputs of any batch size.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,8 +27,6 @@ class Entry:
     """Packages that the model comes from."""
     sample: bool = True
     """True if the tests run it; `make zoo` runs all."""
-    open: Mapping[str, str] = field(default_factory=dict)
-    """Step -> why the model does not pass it."""
     double: bool = True
     """False if the model casts to float32, whatever the dtype of its weights."""
     cached_attrs: tuple[str, ...] = ()
