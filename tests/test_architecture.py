@@ -57,10 +57,11 @@ def place(layers, name):
     return next(i for i, layer in enumerate(layers) if name in layer)
 
 
-# ---- 1. files of qflow/ are commands -------------------------------------------------------------------------------
+# ---- 1. files of qflow/, and `__main__`, are commands ----------------------------------------------------------------
 
 
 def test_a_file_of_qflow_itself_is_a_command_of_a_few_lines():
+    """So is `__main__` of a package, where the command has the package's name."""
     loose = [name for name in MODULES if is_command(name)]
     assert loose
     for name in loose:

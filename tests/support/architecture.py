@@ -59,8 +59,9 @@ def package_of(module: str) -> str:
 
 
 def is_command(module: str) -> bool:
-    """True for a file right in qflow/: `python -m qflow.<name>`."""
-    return module.count(".") == 1 and module.startswith("qflow.") and files()[module].name != "__init__.py"
+    """True for a file right in qflow/, or the `__main__` of a package: `python -m qflow.<name>`."""
+    own = module.removesuffix(".__main__") if module.count(".") == 2 else module
+    return own.count(".") == 1 and own.startswith("qflow.") and files()[module].name != "__init__.py"
 
 
 def imported(path: Path) -> list[str]:
