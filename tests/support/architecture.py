@@ -25,6 +25,7 @@ LAYERS: tuple[dict[str, int], ...] = (
     {"trial": 3},
     {"config": 0, "report": 3},
     {"api": 1, "study": 5},
+    {"export": 2},
     {"workflows": 3, "commands": 4},
 )
 """From the ground up. A package imports from lower layers only, never from its own.
