@@ -10,6 +10,7 @@ __version__ = VERSION
 # Imported on first use, so that `import qflow` and --help stay fast.
 _PLACES = {
     "qflow.api.library": "prepare configure calibrate check cost set_fake_quantize FakeQuantState",
+    "qflow.api.load": "load",
     "qflow.api.prepared": "Prepared",
     "qflow.api.plugin_check": "check_qat_model",
     "qflow.api.qat_mode": "PrepareMethod QATMode get_qat_mode set_qat_mode",

@@ -28,7 +28,7 @@ HOMES = {
     "hydra": {"config"},
     "matplotlib": {"report"},
     "plotly": {"report"},
-    "omegaconf": {"config", "study", "commands", "workflows"},
+    "omegaconf": {"config", "bundle", "study", "commands", "workflows"},
 }
 TORCH_FREE = ("core", "cost_model", "search", "tracking", "process")
 # Beside the standard library; each of these packages is data and rules, or reads it.

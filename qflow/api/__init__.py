@@ -1,3 +1,13 @@
 """The Python interface of `import qflow`: prepare, calibrate, check, cost; QuantAnalysis; the plugin's names."""
 
-__all__ = ["frames", "library", "plugin_check", "plugin_names", "prepared", "qat_mode", "quant_analysis", "training"]
+__all__ = [
+    "frames",
+    "library",
+    "load",
+    "plugin_check",
+    "plugin_names",
+    "prepared",
+    "qat_mode",
+    "quant_analysis",
+    "training",
+]

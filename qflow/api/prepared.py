@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qflow.analysis.measures.tables import Finding
+from qflow.analysis.measures.tables import Finding, SensitivityTable
 from qflow.api.qat_mode import QATMode
 from qflow.core.errors import ModelError
 from qflow.core.qconfig import QConfig
@@ -36,6 +36,8 @@ class Prepared(QuantizedModel):
     findings: tuple[Finding, ...] = ()
     silent: Sequence[str] = ()
     """What `apply_scales` reported of operators without values."""
+    sensitivities: SensitivityTable | None = None
+    """The sensitivities that the trial of a loaded model was decided by; None otherwise."""
     scores: Mapping[str, float] = {}
     """Activation sensitivities of the last analysis by operator: the check tells by them what is worth a look."""
     _warned = False

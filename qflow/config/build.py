@@ -42,6 +42,23 @@ def build_task(config: DictConfig) -> Task:
     return make_task(name=node.name, device=device, **parts, **stated)
 
 
+def build_model(config: DictConfig) -> Any:
+    """Return what the `_target_` of the model gives, or the model of a task's own `_target_`, without its data.
+
+    The random seed is that of the configuration, as at the start of a study. Raises ConfigError.
+    """
+    import torch
+
+    if config.task._target_:
+        return build_task(config).model
+    target = plain(config.task.model)
+    if not target.get("_target_"):
+        raise ConfigError("A stored trial names its model, but got none in task.model._target_. Give model=...")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return _call(target, "task.model")
+
+
 def build_training(config: DictConfig) -> Training | None:
     """Return loss, optimizer and scheduler of `qat`; None without a loss. Raises ConfigError for a failing `_target_`.
 
@@ -64,6 +81,17 @@ def build_training(config: DictConfig) -> Training | None:
     scheduled = node["scheduler"].get("_target_")
     scheduler = _call({**node["scheduler"], "_partial_": True}, "qat.scheduler") if scheduled else None
     return Training(loss, optimizer, scheduler)
+
+
+def find_object(name: str, where: str) -> Any:
+    """Return the class, function or module with this dotted name. Raises ConfigError."""
+    from hydra.utils import get_object
+
+    try:
+        return get_object(name)
+    except (HydraException, ImportError, ValueError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{where} must be the dotted name of an object, but got {name}: {text}") from error
 
 
 def get_function(name: str, where: str) -> Callable[..., Any]:

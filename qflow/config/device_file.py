@@ -13,6 +13,8 @@ that it starts from, has another content.
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -26,6 +28,7 @@ from qflow.config.command import explain
 from qflow.config.command_schema import TuneSchema, conf_dir
 from qflow.core.device_rules import DeviceRules
 from qflow.core.errors import ConfigError
+from qflow.core.record import digest
 
 if TYPE_CHECKING:
     from qflow.cost_model.model import CostModel
@@ -53,6 +56,29 @@ def load_cost(name_or_path: str | Path) -> CostModel:
     node = _load(name_or_path)
     require_cost(node, name_or_path)
     return CostModel(march=_needed(node, "march", name_or_path), **OmegaConf.to_container(node.cost))  # type: ignore[arg-type]
+
+
+def name_of(device: DictConfig) -> str:
+    """Return a name or path for which `load_rules` and `load_cost` give this `device` of a configuration.
+
+    A device that no shipped file describes is written to a file, which lasts as long as the process.
+    """
+    stated = _described(device)
+    if device.march in device_names() and _described(_load(device.march)) == stated:
+        return str(device.march)
+    file = Path(_written().name) / f"{digest(stated)}.yaml"
+    file.write_text(OmegaConf.to_yaml(OmegaConf.create(stated)))
+    return str(file)
+
+
+def _described(device: DictConfig) -> dict[str, Any]:
+    found: Any = OmegaConf.to_container(device)
+    return {key: found[key] for key in ("march", "oe_version", "rules", "cost")}
+
+
+@functools.cache
+def _written() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="qflow-device-")
 
 
 def require_cost(device: DictConfig, name: object) -> None:

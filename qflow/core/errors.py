@@ -43,5 +43,9 @@ class TrackingError(QflowError):
     """The tracking store cannot be reached, belongs to another qflow version, or is in use."""
 
 
+class BundleError(QflowError):
+    """A run, model version, folder or archive is not what qflow wrote, so nothing is built from it."""
+
+
 class PromotionError(QflowError):
     """A trial cannot be promoted; the message holds every reason."""

@@ -41,7 +41,9 @@ def write_trial(
     bundle = folder / BUNDLE
     bundle.mkdir()
     (bundle / "qconfig.json").write_text(to_json(result.qconfig, indent=1))
+    (bundle / "requested.json").write_text(to_json(result.requested))
     (bundle / "scales.json").write_text(to_json(result.scales))
+    (bundle / "quantizers.json").write_text(to_json(result.quantizers))
     (folder / "config.yaml").write_text(config_yaml)
     (folder / "qconfig.txt").write_text(qconfig_text(result.qconfig))
     (folder / "manifest.json").write_text(to_json(manifest, indent=1))

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from qflow.bundle.files import DIGEST
 from qflow.config.settings import owner, plain
 from qflow.search.objective import Goal, meets
 from qflow.search.outcome import FailedTrial, FinishedTrial, Outcome
@@ -36,8 +37,13 @@ def switches(params: Mapping[str, Any]) -> dict[str, Any]:
     return {param_name(key): value for key, value in params.items() if owner(key)}
 
 
-def outcome(result: TrialResult, goal: Goal, accuracy: str, params: Mapping[str, Any], samples: int) -> Outcome:
-    """Return what the search and MLflow store of a trial; `samples` is the number of samples of a full evaluation."""
+def outcome(
+    result: TrialResult, goal: Goal, accuracy: str, params: Mapping[str, Any], samples: int, files: str = ""
+) -> Outcome:
+    """Return what the search and MLflow store of a trial.
+
+    `samples` is the number of samples of a full evaluation, `files` the digest over the files of the trial.
+    """
     cost, metrics = result.cost, run_metrics(result, accuracy)
     return Outcome(
         objectives=goal.objectives(metrics),
@@ -49,6 +55,7 @@ def outcome(result: TrialResult, goal: Goal, accuracy: str, params: Mapping[str,
             **({STOPPED: f"after {result.samples} of {samples} samples"} if result.samples < samples else {}),
             "qflow.qconfig": result.qconfig.digest,
             "qflow.scales": result.scales_digest,
+            **({DIGEST: files} if files else {}),
             "qflow.evaluated": str(result.evaluated).lower(),
         },
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from qflow.analysis.measures.tables import BadcaseTable, SensitivityTable
+from qflow.bundle.files import digests, files_digest
+from qflow.bundle.stored import example_digest
 from qflow.config.settings import resolved_yaml, trial_settings, with_params
 from qflow.config.space import configured, module_settings
 from qflow.core.errors import ConfigError, QflowError, TrackingError
@@ -32,12 +33,11 @@ from qflow.study.fingerprint import changes, fingerprint
 from qflow.study.front import log_front
 from qflow.study.manifest import manifest
 from qflow.study.outcome import outcome, switches, trial_line, trial_params
+from qflow.study.shared_files import write_shared
 from qflow.tasks.early_stop import bounds_of
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.tracking.views import save_view, study_url
 from qflow.trial.evaluator import Evaluator
-
-PROFILE = "profile.report"  # artifact of the study's run: a copy of the measured report
 
 
 @dataclass
@@ -76,7 +76,15 @@ class Session:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """Versions and digests; the same for all trials of a start."""
-        return manifest(self.evaluator)
+        return {**manifest(self.evaluator), "example": example_digest(self.shared)}
+
+    @cached_property
+    def shared(self) -> Path:
+        """Folder with the files of the study's run that all trials share."""
+        folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
+        if reason := write_shared(folder, self.config, self.evaluator):
+            self.console.say(f"{'example':<12} qflow.load will not find this study's trials: {reason}")
+        return folder
 
     def open(self) -> None:
         """Find or create the study's run, and take the right to add trials.
@@ -119,12 +127,8 @@ class Session:
             },
             description=f"{self.study.name}: {self.goal}; {aims(self.goal)}.",
         )
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.yaml").write_text(resolved_yaml(config))
-            metrics = {f"float/{task.metric_name}": self.evaluator.float_metric}
-            if self.evaluator.profile:  # so that a trial can be rebuilt from its run alone
-                shutil.copy(self.evaluator.profile, Path(folder) / PROFILE)
-            self.tracker.log_study(self.study_run, folder=Path(folder), metrics=metrics)
+        metrics = {f"float/{task.metric_name}": self.evaluator.float_metric}
+        self.tracker.log_study(self.study_run, folder=self.shared, metrics=metrics)
         self.drive()
 
     def _may_be_true(self, key: str) -> bool:
@@ -271,9 +275,9 @@ class Session:
             manifest=self.manifest,
             sensitivities=self.evaluator.sensitivities,
         )
-        return outcome(
-            result, self.goal, self.accuracy, {**trial_params(changed), **switches(params)}, self.evaluator.eval_samples
-        )
+        found = {**trial_params(changed), **switches(params)}
+        files = files_digest(digests(folder))
+        return outcome(result, self.goal, self.accuracy, found, self.evaluator.eval_samples, files)
 
     def note_best(self) -> None:
         """Let the progress bars show the best trial so far."""

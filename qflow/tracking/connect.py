@@ -33,12 +33,21 @@ def open_client(uri: str | None, folder: Path, experiment: str) -> tuple[MlflowC
 
     Raises TrackingError if the store is of a kind that is not supported or does not answer.
     """
+    client, uri = open_store(uri, folder)
+    artifacts = None if uri.startswith("http") else _address(folder / "artifacts")  # a server chooses the place
+    with plain_errors(uri):
+        return client, uri, _experiment(client, experiment, artifacts)
+
+
+def open_store(uri: str | None, folder: Path, create: bool = True) -> tuple[MlflowClient, str]:
+    """Return (client, uri) of the store at `uri`, by default the SQLite store in `folder`.
+
+    Raises TrackingError as `open_client`, and for a missing database if it is not to be created.
+    """
     uri = uri or sqlite_url(folder / "mlflow.db")
     scheme = uri.partition(":")[0].partition("+")[0] if "://" in uri else "file"
-    artifacts: str | None = _address(folder / "artifacts")
     if scheme in ("http", "https"):
         _require_answer(uri)
-        artifacts = None  # the server chooses the place
     elif scheme not in DATABASES:
         raise TrackingError(
             f"Runs are kept in a database or on a server, but got {uri}: MLflow has retired the file "
@@ -50,9 +59,11 @@ def open_client(uri: str | None, folder: Path, experiment: str) -> tuple[MlflowC
     with plain_errors(uri):
         if file := sqlite_path(uri):
             uri = sqlite_url(file)  # absolute, so that it is valid in any working folder
+            if not create and not file.exists():
+                raise TrackingError(f"A store that is read must exist, but got none at {file}. Name its uri or root.")
+
             build_aside(file, _create_database)
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        return client, uri, _experiment(client, experiment, artifacts)
+        return MlflowClient(tracking_uri=uri, registry_uri=uri), uri
 
 
 def _quiet_import() -> None:

@@ -16,7 +16,7 @@ from qflow.core.qconfig import QConfig
 from qflow.core.record import digest
 from qflow.core.settings import TrialSettings
 from qflow.quant.model.calibrate import apply_scales
-from qflow.quant.model.model_state import forward_state
+from qflow.quant.model.model_state import forward_state, stored_quantizers
 from qflow.quant.model.quantized_model import QuantizedModel, scales
 from qflow.tasks.identity import Identity, of_training
 from qflow.tasks.task import split_for
@@ -87,6 +87,7 @@ class Evaluator(SharedState):
             cost=self.cost(applied),
             check=check_model(self.graph, requested, applied, findings, calibration.method),
             scales=scales(model),
+            quantizers=stored_quantizers(model),
             calibration_samples=stats.samples,
             evaluated=self.evaluations > ran,
             training=report,

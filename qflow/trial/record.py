@@ -37,6 +37,8 @@ class TrialResult:
     cost: CostReport
     check: ModelCheck
     scales: dict[str, float | list[float]]
+    quantizers: dict[str, Any]
+    """Dtypes and switches of every quantizer, and the scales of requantized inputs (quant/model/model_state.py)."""
     calibration_samples: int
     evaluated: bool
     """False if the metric came from the memory or from the cache on disk, without a pass over the evaluation data."""

@@ -81,6 +81,7 @@ class SharedState:
     def __post_init__(self) -> None:
         self._precisions: Precisions | None = None
         self._prepared: QuantizedModel | None = None
+        self.example: Any = None  # the model inputs that the model is traced on
         self._deploy: ModelGraph | None = None
         self.sensitivities: SensitivityTable | None = None
         self.badcases: BadcaseTable | None = None
@@ -114,7 +115,7 @@ class SharedState:
     def prepare(self) -> QuantizedModel:
         """Trace on the first evaluation batch, prove the float graph, and trace again at the deployed shape."""
         batch, _ = next(batches(self.task, "evaluation", min(self.eval_batch, 4), limit=1))
-        example = model_inputs(self.task, batch)
+        self.example = example = model_inputs(self.task, batch)
         task, fold = self.task, self.fold_functional_norms
         self._prepared = prepare(task.model, example, self.skip, fold, task.cached_attrs, self.split_shared)
         way_out = f"Give the shape it is deployed at: task.deploy_shape is {self.task.deploy_shape}."

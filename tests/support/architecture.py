@@ -24,6 +24,7 @@ LAYERS: tuple[dict[str, int], ...] = (
     {"analysis": 1},
     {"trial": 3},
     {"config": 0, "report": 3},
+    {"bundle": 2},
     {"api": 1, "study": 5},
     {"export": 2},
     {"workflows": 3, "commands": 4},

@@ -176,6 +176,31 @@ def forward_state(prepared: HasQuantizers) -> dict[str, Any]:
     return {"states": quantizer_states(prepared), "scales": scales}
 
 
+def stored_quantizers(prepared: HasQuantizers) -> dict[str, Any]:
+    """What a quantized forward reads beside the float weights and `scales` (quantized_model.py), as plain values."""
+    requants = cast("Iterable[FakeQuant]", prepared.requants)
+    return {"schema": SCHEMA, "states": quantizer_states(prepared), "requants": _scales(requants)}
+
+
+@torch.no_grad()
+def restore_stored(prepared: HasQuantizers, stored: Mapping[str, Any], scales: Mapping[str, Any]) -> None:
+    """Restore what `stored_quantizers` and `scales` returned, and switch all quantizers on.
+
+    Raises ModelError for another schema, or the quantizers of another model.
+    """
+    if stored.get("schema") != SCHEMA:
+        raise ModelError(f"Stored quantizers have schema {SCHEMA}, but got {stored.get('schema')}. Store them anew.")
+    restore_quantizers(prepared, stored["states"])
+    wanted: dict[str, FakeQuant] = {**prepared.outputs, **{f"{n}.weight": q for n, q in prepared.weights.items()}}
+    requants = {str(q.name): q for q in cast("Iterable[FakeQuant]", prepared.requants)}
+    for own, values in ((wanted, scales), (requants, stored["requants"])):
+        if odd := sorted(set(own) ^ set(values)):
+            raise ModelError(f"Scales belong to the quantizers of their model, but got another at {odd[0]}.")
+        for name, quantizer in own.items():
+            quantizer.restore_scale(values[name])
+            quantizer.enabled = True
+
+
 def restore_quantizers(prepared: HasQuantizers, state: Mapping[str, Any]) -> None:
     """Restore the settings of every quantizer; scales are loaded separately. Raises ModelError for another model."""
     for kind, own in (("outputs", prepared.outputs), ("weights", prepared.weights)):

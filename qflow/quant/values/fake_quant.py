@@ -124,6 +124,20 @@ class FakeQuant(nn.Module):
                 self.sides.copy_(self.scale)
         self._checked = True
 
+    def restore_scale(self, values: float | Sequence[float]) -> None:
+        """Set the scale to values that were read from a quantizer, unchanged. Raises ModelError for another number."""
+        found = torch.as_tensor(values, dtype=torch.float32, device=self.scale.device)
+        if found.numel() != self.scale.numel() or not bool(torch.isfinite(found).all()) or bool((found < 0).any()):
+            raise ModelError(
+                f"Scales are {self.scale.numel()} finite numbers of at least 0, but got {found.numel()} for "
+                f"{self.name}. Take those of the same model."
+            )
+        with torch.no_grad():
+            self.scale.copy_(found.reshape(self.scale.shape))
+            if self.sides is not None:
+                self.sides.copy_(self.scale)
+        self._checked, self.cached = False, None
+
     def clear_scale(self, why: str = "was never calibrated") -> None:
         """Clear the scale, so that the quantizer does not depend on an earlier calibration; `why` is for the error."""
         self._unset = why

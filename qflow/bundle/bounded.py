@@ -1,0 +1,65 @@
+"""JSON and YAML as data: size, nesting, tags, aliases and interpolations are checked before anything is built."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from qflow.bundle.files import LIMITS
+from qflow.core.errors import BundleError
+
+DEEPEST = 32  # levels of lists and mappings; what qflow writes has 8
+_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]')
+
+
+def read_json(folder: Path, name: str) -> Any:
+    """Return the value in a JSON file. Raises BundleError if it is too large, nested too deep, or no strict JSON."""
+    data = _bytes(folder, name)
+    depth = 0
+    for token in _STRUCTURE.finditer(data):
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token.group(), 0)
+        if depth > DEEPEST:
+            raise _error(name, f"nesting deeper than {DEEPEST}")
+
+    def refuse(constant: str) -> None:
+        raise _error(name, constant)
+
+    try:
+        return json.loads(data, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise _error(name, f"no JSON ({' '.join(str(error).split())[:80]})") from error
+
+
+def read_yaml_text(folder: Path, name: str) -> str:
+    """Return the text of a YAML file without interpolations, tags and aliases. Raises BundleError for any of them."""
+    try:
+        text = _bytes(folder, name).decode()
+        if "${" in text:
+            raise _error(name, "an interpolation, ${")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                raise _error(name, "a YAML alias")
+            if getattr(event, "tag", None):
+                raise _error(name, f"the YAML tag {event.tag:.40}")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise _error(name, f"nesting deeper than {DEEPEST}")
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise _error(name, f"no YAML ({' '.join(str(error).split())[:80]})") from error
+    return text
+
+
+def _bytes(folder: Path, name: str) -> bytes:
+    path = folder / name
+    if (size := path.stat().st_size) > LIMITS[name]:
+        raise _error(name, f"{size} bytes, more than {LIMITS[name]}")
+    return path.read_bytes()
+
+
+def _error(name: str, what: str) -> BundleError:
+    return BundleError(f"{name} is plain data as qflow writes it, but got {what}. Take another source.")
