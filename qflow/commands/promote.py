@@ -124,9 +124,9 @@ def best_run(tracker: MlflowTracker, study: str) -> str:
 def load(tracker: MlflowTracker, run_id: str, folder: Path) -> LoggedTrial:
     """What a rebuild needs, from the run alone. Raises PromotionError unless the run is a finished trial."""
     from qflow.analysis.measures.tables import SensitivityTable
+    from qflow.bundle.files import PROFILE
     from qflow.core.qconfig import QConfig
     from qflow.core.record import from_dict
-    from qflow.study.session import PROFILE
 
     try:
         result = tracker.result(run_id)
