@@ -12,7 +12,8 @@ from unittest.mock import patch
 
 from hydra import compose, initialize_config_dir
 
-from qflow.config.command_schema import conf_dir, register_schemas
+from qflow.config.command_schema import register_schema
+from qflow.config.keys import conf_dir
 from qflow.config.overrides import rewrite
 from qflow.study.baselines import ALL_INT8, ALL_INT16, baseline
 from qflow.study.stages import begin
@@ -57,7 +58,7 @@ def overhead(name: str, n_trials: int) -> list[str]:
     """Cells of one task: its name, trials, median time of a trial, of its calibration and evaluation, of the rest of
     the evaluator, of the loop with study and store, of the last two together, and their share.
     """
-    register_schemas()
+    register_schema("tune")
     clock, taken = Clock(), []
     with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(conf_dir()), version_base="1.3"):
         arguments = ["+experiment=int8_int16", f"task={name}", f"root={folder}", "executor.threads=1", *SPACE]

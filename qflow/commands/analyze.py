@@ -18,13 +18,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from qflow.config.command import run_command
-from qflow.config.settings import root_dir, trial_settings
+from qflow.config.command import Result, run_command
 from qflow.core.errors import ConfigError
+from qflow.core.nearest import did_you_mean
 from qflow.core.settings import QConfigSettings
-from qflow.study.checks import check_config
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -42,22 +41,26 @@ def main() -> None:
     run_command("analyze", analyze)
 
 
-def analyze(config: DictConfig) -> int:
+def analyze(config: DictConfig) -> Result:
     """Run the stages of `config.stages`. Returns 1 where qat_debug finds a fault."""
+    from qflow.study.checks import check_config
+
     unknown = [stage for stage in config.stages if stage not in STAGES]
     if unknown or not config.stages:
-        raise ConfigError(f"stages are of {', '.join(STAGES)}, but got {list(config.stages)}. Name one.")
+        near = did_you_mean(unknown[0], STAGES) if unknown else ""
+        raise ConfigError(f"stages are of {', '.join(STAGES)}, but got {list(config.stages)}.{near or ' Name one.'}")
     check_config(config)
     stages = [stage for stage in STAGES if stage in config.stages]
-    code = debug_qat(config) if "qat_debug" in stages else 0
+    code, record = debug_qat(config) if "qat_debug" in stages else (0, {})
     rest = [stage for stage in stages if stage != "qat_debug"]
     if rest:
-        diagnose(config, rest)
-    return code
+        record |= diagnose(config, rest)
+    return code, record
 
 
-def diagnose(config: DictConfig, stages: list[str]) -> None:
-    """Bad cases, layers, sensitivity and advice of the task's model under `qconfig`."""
+def diagnose(config: DictConfig, stages: list[str]) -> dict[str, Any]:
+    """Bad cases, layers, sensitivity and advice of the task's model under `qconfig`; return the result's fields."""
+    from qflow.config.settings import root_dir, trial_settings
     from qflow.report.analysis_files import write_analysis
     from qflow.report.console import Console
     from qflow.study.assemble import make_evaluator
@@ -96,6 +99,21 @@ def diagnose(config: DictConfig, stages: list[str]) -> None:
     tracker.log_study(run, folder=folder)
     tracker.close_study(run)
     console.say(f"{'written':<12} {folder / 'analysis.html'} and {len(pictures)} pictures; MLflow run {name}")
+    return {"analysed": what, "run": run, "written": str(folder), **fields(diagnosis)}
+
+
+def fields(diagnosis: Diagnosis) -> dict[str, Any]:
+    """What the stages found: the worst samples, the most sensitive rows first, and the advice."""
+    from qflow.core.record import plain
+
+    cases, ranked = diagnosis.badcases, diagnosis.sensitivity
+    return {
+        "metric": cases.metric if cases else None,
+        "worst_samples": list(cases.chosen) if cases else [],
+        "sensitivity": [plain(row) for row in ranked.rows] if ranked else [],
+        "advice": [plain(a) for a in diagnosis.advice or ()],
+        "fidelity": {"before": f.before, "after": f.after, "line": f.line} if (f := diagnosis.fidelity) else None,
+    }
 
 
 def check_filters(config: DictConfig, stages: list[str]) -> None:
@@ -157,12 +175,13 @@ def run_stages(
                 console.say(f"{'':<12} {text}")
 
 
-def debug_qat(config: DictConfig) -> int:
+def debug_qat(config: DictConfig) -> tuple[int, dict[str, Any]]:
     """The debug stages of QAT on the task, under `qconfig`, `calibration` and `qat`."""
     from torch import nn
 
     from qflow.analysis.advice.qat_debug import qat_debug
-    from qflow.core.record import to_json
+    from qflow.config.settings import root_dir, trial_settings
+    from qflow.core.record import plain, to_json
     from qflow.quant.model.calibrate import apply_scales
     from qflow.study.assemble import make_evaluator
     from qflow.tasks.task import evaluate
@@ -201,7 +220,7 @@ def debug_qat(config: DictConfig) -> int:
     (folder / "qat_debug.json").write_text(to_json(found, indent=1))
     print_debug(found)
     print(f"{'written':<18}{folder / 'qat_debug.json'}")
-    return int(not all(stage.passed for stage in found.stages))
+    return int(not all(stage.passed for stage in found.stages)), {"qat_debug": plain(found), "written": str(folder)}
 
 
 def print_debug(found: QatDebug) -> None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qflow.config.command import run_command
-from qflow.config.settings import root_dir, trial_settings
+from qflow.config.command import Result, run_command
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -23,17 +22,19 @@ def main() -> None:
     run_command("check", check)
 
 
-def check(config: DictConfig) -> int:
+def check(config: DictConfig) -> Result:
     """Check the task's model under `qconfig` and `calibration`. Returns 1 where a finding is an error."""
-    from qflow.analysis.checks.calibration_check import calibration_findings
-    from qflow.analysis.checks.model_check import check_model, check_text
-    from qflow.analysis.checks.shared_check import reach_finding
-    from qflow.core.record import to_json
-    from qflow.quant.model.calibrate import apply_scales
-    from qflow.study.assemble import make_evaluator
+    from qflow.config.settings import root_dir, trial_settings
     from qflow.study.checks import check_config
 
     check_config(config)
+    from qflow.analysis.checks.calibration_check import calibration_findings
+    from qflow.analysis.checks.model_check import check_model, check_text
+    from qflow.analysis.checks.shared_check import reach_finding
+    from qflow.core.record import plain, to_json
+    from qflow.quant.model.calibrate import apply_scales
+    from qflow.study.assemble import make_evaluator
+
     settings = trial_settings(config)
     evaluator = make_evaluator(config)
     evaluator.check_data()
@@ -58,4 +59,13 @@ def check(config: DictConfig) -> int:
     more = f", {len(notable) - SHOWN} more" if len(notable) > SHOWN else ""
     print(f"{'findings':<12}{len(notable)} to look at{more}, {len(result.findings) - len(notable)} notes")
     print(f"{'written':<12}{folder / 'model_check_result.txt'}")
-    return int(any(f.level == "error" for f in result.findings))
+    record = {
+        "qconfig": applied.digest,
+        "march": applied.march,
+        "operators": len(evaluator.graph.nodes),
+        "rows": len(result.rows),
+        "not_as_requested": lowered,
+        "findings": [plain(finding) for finding in notable],
+        "written": str(folder),
+    }
+    return int(any(f.level == "error" for f in result.findings)), record

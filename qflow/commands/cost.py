@@ -12,9 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qflow.config.command import run_command
-from qflow.config.device_file import require_cost
-from qflow.config.settings import plain, resolved_yaml, root_dir, trial_settings
+from qflow.config.command import Result, run_command
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 
@@ -33,8 +31,11 @@ def main() -> None:
     run_command("cost", cost)
 
 
-def cost(config: DictConfig) -> int:
+def cost(config: DictConfig) -> Result:
     """Report or fit. Returns 1 where the prediction should not be published."""
+    from qflow.config.device_file import require_cost
+    from qflow.study.checks import check_config
+
     require_cost(config.device, config.device.march)
     if config.mode == "fit":
         return fit(config)
@@ -42,17 +43,17 @@ def cost(config: DictConfig) -> int:
         raise ConfigError(f"mode is report or fit, but got {config.mode}. Write `qflow.cost fit data=...`.")
     if config.fps is not None and not config.fps > 0:
         raise ConfigError(f"fps is a number of frames a second above 0, but got {config.fps:g}.")
+    check_config(config)
     return report(config)
 
 
-def report(config: DictConfig) -> int:
+def report(config: DictConfig) -> Result:
     """Predict the cost of the task's model under `qconfig`."""
+    from qflow.config.settings import root_dir, trial_settings
     from qflow.cost_model.table import cost_metrics, cost_text
     from qflow.study.assemble import make_evaluator
-    from qflow.study.checks import check_config
     from qflow.tracking.mlflow_tracker import MlflowTracker
 
-    check_config(config)
     settings = trial_settings(config)
     root = root_dir(config)
     tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
@@ -82,7 +83,15 @@ def report(config: DictConfig) -> int:
     tracker.log_study(run, folder=folder, metrics=cost_metrics(found))
     tracker.close_study(run)
     print(f"{'written':<12}{folder / 'cost.csv'}; MLflow run {name}")
-    return int(bool(found.refusal))
+    record = {
+        "qconfig": applied.digest,
+        "metrics": cost_metrics(found),
+        "refusal": found.refusal,
+        "int16_costs_ms": dict(promotions),
+        "run": run,
+        "written": str(folder),
+    }
+    return int(bool(found.refusal)), record
 
 
 def print_comparisons(
@@ -104,6 +113,7 @@ def print_comparisons(
 
 def write(folder: Path, found: CostReport, promotions: Mapping[str, float], config: DictConfig) -> None:
     """The report's files: text, picture, tables, CSV, the full record and the configuration."""
+    from qflow.config.settings import resolved_yaml
     from qflow.core.record import to_json
     from qflow.cost_model.table import cost_csv, cost_json, cost_text, promotions_csv, promotions_json
     from qflow.report.cost_picture import cost_bars
@@ -123,9 +133,10 @@ def write(folder: Path, found: CostReport, promotions: Mapping[str, float], conf
     cost_bars(found, folder / "cost.png")
 
 
-def fit(config: DictConfig) -> int:
+def fit(config: DictConfig) -> Result:
     """Fit the parameters to `data`, print the validation, and write `out`."""
     from qflow.config.device_cost import cost_section, write_cost
+    from qflow.config.settings import plain
     from qflow.core.device_rules import DeviceRules
     from qflow.cost_model.fit import fit_networks
     from qflow.cost_model.model import CostModel
@@ -150,4 +161,5 @@ def fit(config: DictConfig) -> int:
         rules = DeviceRules(march=march, oe_version=config.device.oe_version, **plain(config.device.rules))
         write_cost(fitted, Path(config.out).expanduser(), rules)
         print(f"{'written':<24}{config.out}")
-    return 0
+    errors = {how: str(found.errors(how)) for how in found.left_out}
+    return 0, {"rows": found.rows, "families": list(found.families), "errors": errors, "written": config.out}

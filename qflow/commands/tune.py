@@ -12,10 +12,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qflow.config.command import run_command
-from qflow.config.settings import required
+from qflow.config.command import Result, run_command
 from qflow.core.errors import ConfigError
-from qflow.study.checks import check_study
+from qflow.core.nearest import did_you_mean
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -28,15 +27,19 @@ def main() -> None:
     run_command("tune", tune)
 
 
-def tune(config: DictConfig) -> int:
+def tune(config: DictConfig) -> Result:
     """Check everything that needs no model, open the study, and run the workflow between beginning and end.
 
     A budget that is spent ends the workflow, never the study: what is known by then is printed as usual.
     """
+    from qflow.config.settings import required
+    from qflow.study.checks import check_study
+
     workflow = find_workflow(required(config, "workflow"))
     check_study(config)
     from qflow.search.strategies import BudgetSpent
     from qflow.study.finish import finish
+    from qflow.study.result import study_record
     from qflow.study.stages import begin
     from qflow.study.start import open_session
     from qflow.study.train_stage import train_nearest
@@ -48,7 +51,7 @@ def tune(config: DictConfig) -> int:
         except BudgetSpent as spent:
             session.console.say(f"{'budget':<12} {spent}")
         train_nearest(session)
-        return finish(session)
+        return finish(session), study_record(session)
 
 
 def find_workflow(name: str) -> Any:
@@ -57,5 +60,6 @@ def find_workflow(name: str) -> Any:
     places = list(folder.submodule_search_locations or []) if folder else []
     names = sorted(p.stem for place in places for p in Path(place).glob("[a-z]*.py") if p.stem != "train_float")
     if name not in names:
-        raise ConfigError(f"A workflow is a file in workflows/, but got {name!r}. There are: {', '.join(names)}.")
+        near = did_you_mean(name, names)
+        raise ConfigError(f"A workflow is a file in workflows/, but got {name!r}.{near} There are: {', '.join(names)}.")
     return importlib.import_module(f"qflow.workflows.{name}")

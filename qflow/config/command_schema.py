@@ -1,11 +1,9 @@
-"""The schema of each command, composed from the groups of schema.py, and the location of conf/."""
+"""The schema of each command, composed from the groups of schema.py."""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -34,7 +32,9 @@ class TuneSchema:
     study: str = "${task.name}/${workflow}"
     """Name of the study; a study with an existing name continues."""
     seed: int = 0
+    """Seed of every random choice: the same configuration and seed give the same numbers."""
     root: str = MISSING
+    """Folder of the stores, results and caches; QFLOW_HOME sets it too."""
     task: TaskSchema = field(default_factory=TaskSchema)
     device: DeviceSchema = field(default_factory=DeviceSchema)
     calibration: CalibrationSchema = field(default_factory=CalibrationSchema)
@@ -92,12 +92,19 @@ class TrainingSchema:
     """The arguments of workflows/train_float.py::train, the loss, and the output file of the weights."""
 
     loss: str = MISSING
+    """Dotted name of the loss, a function of (outputs, batch)."""
     epochs: int = MISSING
+    """Passes over the training data."""
     learning_rate: float = MISSING
+    """Learning rate of the first step."""
     weight_decay: float = 0.0
+    """Weight decay of the optimizer."""
     batch_size: int = 64
+    """Training batch size."""
     seed: int = 0
+    """Seed of the initial weights and of the order of the data."""
     output: str = "${hydra:runtime.cwd}/weights.safetensors"
+    """File to which the trained weights are written."""
 
 
 @dataclass(kw_only=True)
@@ -132,17 +139,7 @@ GROUPS = (
 )
 
 
-def conf_dir() -> Path:
-    """Return the folder of the shipped configuration: conf/ of the repository, or qflow/conf in a wheel."""
-    spec = importlib.util.find_spec("qflow.conf")
-    if spec is not None and spec.submodule_search_locations:
-        return Path(next(iter(spec.submodule_search_locations))).resolve()
-    return Path(__file__).resolve().parents[2] / "conf"
-
-
 @functools.cache
-def register_schemas() -> None:
-    """Register the schemas with Hydra under the names that conf/*.yaml use."""
-    store = ConfigStore.instance()
-    for name, node in SCHEMAS.items():
-        store.store(name=f"{name}_schema", node=node)
+def register_schema(name: str) -> None:
+    """Register the schema of a command with Hydra under the name that conf/<name>.yaml uses."""
+    ConfigStore.instance().store(name=f"{name}_schema", node=SCHEMAS[name])

@@ -24,10 +24,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from qflow.config.command import explain
-from qflow.config.command_schema import TuneSchema, conf_dir
+from qflow.config.command_schema import TuneSchema
+from qflow.config.explain import explain
+from qflow.config.keys import conf_dir
 from qflow.core.device_rules import DeviceRules
 from qflow.core.errors import ConfigError
+from qflow.core.nearest import did_you_mean
 from qflow.core.record import digest
 
 if TYPE_CHECKING:
@@ -141,6 +143,7 @@ def _find(name_or_path: str | Path, beside: Path | None = None) -> Path:
             return place
     raise ConfigError(
         f"A device is one of {', '.join(device_names())}, or the path of a .yaml file, but got {name_or_path}."
+        f"{did_you_mean(name_or_path, device_names())}"
     )
 
 

@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
 from hydra.errors import HydraException
 
-from qflow.config.command_schema import conf_dir
+from qflow.config.keys import conf_dir
 from qflow.config.quoting import assignment, in_braces, mended
 from qflow.core.errors import ConfigError
 

@@ -16,13 +16,19 @@ class TaskSchema:
     """What is tuned. Either one `_target_` that gives a Task, or model, data and metric apart."""
 
     name: str = MISSING
+    """Name of the task, by which its results, experiment and registered model are called."""
     _target_: str | None = None
+    """Function or class that returns a whole Task; null builds it from model, data and metric."""
     model: dict[str, Any] = field(default_factory=dict)
+    """`_target_` that returns the float model, and its arguments."""
     data: dict[str, Any] = field(default_factory=dict)
+    """`_target_` that returns the data, and its arguments."""
     metric: dict[str, Any] = field(default_factory=dict)
+    """`_target_` of the metric, and its arguments."""
     float_metric: float | None = None
     """What the float model must reach on the evaluation data; null takes what is measured."""
     tolerance: float = 0.002
+    """How far the measured float metric may lie below or above `float_metric`."""
     deploy_shape: Any = None
     """Shape at which cost is computed: one list, or a mapping for named inputs; null takes one evaluated sample."""
     batch_size: int = 32
@@ -33,7 +39,7 @@ class TaskSchema:
 
 @dataclass(kw_only=True)
 class RulesSchema:
-    """Fields of qflow.core.device.DeviceRules."""
+    """Fields of qflow.core.device_rules.DeviceRules."""
 
     int8_inputs: dict[str, list[int]] = field(default_factory=dict)
     int8_outputs: list[str] = field(default_factory=list)
@@ -77,7 +83,9 @@ class DeviceSchema:
     """A march: what it allows and what it costs."""
 
     march: str = MISSING
+    """The march: nash-e (Journey 6E) or nash-m (Journey 6M); set by device=<name>."""
     oe_version: str = MISSING
+    """OpenExplorer release whose rules hold."""
     rules: RulesSchema = field(default_factory=RulesSchema)
     cost: CostSchema = field(default_factory=CostSchema)
     profile: str | None = None
@@ -88,7 +96,7 @@ class DeviceSchema:
 
 @dataclass(kw_only=True)
 class CalibrationSchema:
-    """Fields of CalibrationSettings."""
+    """Fields of qflow.core.settings.CalibrationSettings."""
 
     method: str = "mse"
     batch_size: int = 16
@@ -107,7 +115,7 @@ class CalibrationSchema:
 
 @dataclass(kw_only=True)
 class QConfigSchema:
-    """Fields of QConfigSettings."""
+    """Fields of qflow.core.settings.QConfigSettings."""
 
     template: str = "qint8"
     int16_ratio: float = 0.0
@@ -136,7 +144,7 @@ class QuantSchema:
 
 @dataclass(kw_only=True)
 class SensitivitySchema:
-    """Fields of SensitivitySettings."""
+    """Fields of qflow.core.settings.SensitivitySettings."""
 
     metric: str = "L1"
     compare: str = "fair"
@@ -153,7 +161,7 @@ class SensitivitySchema:
 
 @dataclass(kw_only=True)
 class QatSchema:
-    """Fields of QatSettings."""
+    """Fields of qflow.core.settings.QatSettings."""
 
     steps: int = 0
     apply: str = "every_trial"
@@ -188,6 +196,7 @@ class SearchSchema:
     strategy: str = "optuna"
     """optuna: the sampler proposes; ratio: the fewest promotions that meet the goal; assign: operator by operator."""
     sampler: str = "tpe"
+    """Optuna sampler that proposes the trials: tpe, gp, nsga2 or random."""
     n_trials: int = 16
     """Finished trials of the whole study, the two baselines (all-int16, all-int8) included."""
     timeout: float | None = None
@@ -198,8 +207,9 @@ class SearchSchema:
     """End an evaluation once the goal is out of reach, where only that matters (ratio strategy, demotion);
     the metric states its `bounds`."""
     rates: list[float] = field(default_factory=lambda: [1e-3, 1e-4, 1e-5, 1e-6])
-    """Learning rates that the training stage compares at a fixed rate for `probe_share` of its steps."""
+    """Learning rates that the training stage compares, each fixed for `probe_share` of its steps."""
     probe_share: float = 0.2
+    """Share of the training steps for which each rate is compared."""
     weight_decays: list[float] = field(default_factory=lambda: [0.0])
     """Weight decays that it compares, each with moving and with fixed activation scales."""
     space: dict[str, Any] = field(default_factory=dict)
@@ -219,11 +229,11 @@ class ObjectiveSchema:
     max_drop: float = 0.01
     """Largest loss against float, in the metric's own units."""
     max_latency_ms: float | None = None
-    """Budgets, each open where null: predicted latency of one thread,"""
+    """Budget for the predicted latency of one thread; null sets none, as with the next two."""
     max_int16_mac_share: float | None = None
-    """share of MACs with an int16 side,"""
+    """Budget for the share of MACs with an int16 side."""
     max_traffic_mb: float | None = None
-    """and DDR bytes a frame (10^6)."""
+    """Budget for the DDR traffic of a frame, in 10^6 bytes."""
 
 
 @dataclass(kw_only=True)
@@ -233,8 +243,11 @@ class TrackingSchema:
     uri: str | None = None
     """MLflow tracking URI; null for a local store in `root`."""
     experiment: str = "${task.name}"
+    """MLflow experiment of the study."""
     registered_model: str = "${task.name}"
+    """Name of the registered model that `promote` gives versions to."""
     alias: str = "champion"
+    """Alias in the registry that `promote` moves."""
 
 
 @dataclass(kw_only=True)
@@ -242,6 +255,8 @@ class ExecutorSchema:
     """Where trials run."""
 
     kind: str = "serial"
+    """Where trials run: serial is one after the other in this process."""
     device: str = "cpu"
+    """Device of torch: cpu, cuda or cuda:<n>."""
     threads: int = 0
     """Threads of torch; 0 leaves torch's own choice."""

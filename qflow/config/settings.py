@@ -10,8 +10,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from qflow.config.command import explain
 from qflow.config.command_schema import TuneSchema
+from qflow.config.explain import explain
 from qflow.core.errors import ConfigError
 from qflow.core.settings import CalibrationSettings, QatSettings, QConfigSettings, SensitivitySettings, TrialSettings
 from qflow.search.domain import Scalar

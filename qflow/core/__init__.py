@@ -11,6 +11,7 @@ __all__ = [
     "graph",
     "known_range",
     "names",
+    "nearest",
     "op_spec",
     "qconfig",
     "raisable",

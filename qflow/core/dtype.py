@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import Enum
 
 from qflow.core.errors import ConfigError
+from qflow.core.nearest import did_you_mean
 
 
 class QDtype(str, Enum):
@@ -29,7 +30,8 @@ class QDtype(str, Enum):
             return cls(text)
         except ValueError:
             known = ", ".join(d.value for d in cls)
-            raise ConfigError(f"{where} is one of {known}, but got {text!r}.") from None
+            near = did_you_mean(text, cls.__members__)
+            raise ConfigError(f"{where} is one of {known}, but got {text!r}.{near}") from None
 
     @property
     def bits(self) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.graph import OpNode
+from qflow.core.nearest import did_you_mean
 from qflow.core.qconfig import METHODS, OpQConfig
 
 KEYS = ("output", "weight", "input", "observer", "fixed_scale", "known_range", "frozen", "weight_axis")
@@ -114,7 +115,7 @@ def parse_observer(value: object, where: str) -> str | None:
     if name == "histogram":
         return None
     if name not in METHODS:
-        raise ConfigError(f"{where} is one of {', '.join(METHODS)}, but got {text!r}.")
+        raise ConfigError(f"{where} is one of {', '.join(METHODS)}, but got {text!r}.{did_you_mean(text, METHODS)}")
     return name
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qflow.core.errors import ConfigError
+from qflow.core.nearest import did_you_mean
 from qflow.core.op_spec import parse_op
 from qflow.core.qconfig import METHODS
 
@@ -22,18 +23,25 @@ class CalibrationSettings:
     """The amount of calibration data, and how scales follow from statistics (formulas: quant/values/observer.py)."""
 
     method: str = "mse"
+    """Rule for int8 thresholds: minmax, percentile, mse, kl, mix, clip or clip_std."""
     batch_size: int = 16
+    """Samples in a calibration batch."""
     steps: int = 16
+    """Calibration batches; the guide asks for 10 to 100."""
     augment: bool = False
     """Read `task.data.calibration_augmented` (with flips, for example) in place of `calibration`."""
     percentile: float = 99.99
+    """Method percentile: share of the magnitudes, in percent, that is not clipped."""
     averaging_constant: float | None = None
     """Constant of a moving average of the batches' thresholds (the plugin's 0.01); null takes all values at once."""
     int16_margin: float = 1.25
+    """Factor on the largest magnitude that gives an int16 threshold."""
     divisor: str = "guide"
+    """What a threshold is divided by: `guide` 128 (int16: 32768), `plugin` 127.5 (32767.5)."""
     clip_min: float = -1.0
     """Method clip: values are clipped to clip_min..clip_max."""
     clip_max: float = 1.0
+    """Method clip: see clip_min."""
     std_scale: float = 3.0
     """Method clip_std: values are clipped to so many standard deviations around the mean."""
     sampling: int = 7
@@ -75,8 +83,8 @@ class QConfigSettings:
     error_share: float | None = None
     """Instead of a ratio: the cheapest mix that leaves at most this share of the error that int16 can remove."""
     modules: Mapping[str, Any] = field(default_factory=dict)
-    """Operator or module name -> its precision, in a form of core/op_spec.py: `qint16`, `qint8/qint16` with the weight,
-    a fixed scale `qint8@0.05`, a known range `qint16@0..200`, or a mapping. It overrides all other rules."""
+    """Operator or module name -> its precision; it overrides all other rules. The forms (core/op_spec.py):
+    `qint16`, `qint8/qint16` with the weight, a fixed scale `qint8@0.05`, a known range `qint16@0..200`, a mapping."""
     sensitive_type: str = "activation"
     """What is promoted: `activation` (outputs), `weight` or `both`, ranked together. With `both`, of a weight and its
     input, which the device takes at int16 only one at a time, the more sensitive one is promoted."""
@@ -127,12 +135,14 @@ class SensitivitySettings:
     """The choice of bad cases, and the comparison of outputs."""
 
     metric: str = "L1"
+    """Comparison of quantized with float outputs: Cosine, MSE, L1, KL, SQNR or Atol."""
     compare: str = "fair"
     """How several outputs count for bad cases: `fair`, each over its mean; `raw`, the worst number (plugin)."""
     own_metric: Mapping[str, str] = field(default_factory=lambda: {"_target_": "", "order": ""})
-    """The user's own metric for bad cases: `_target_`, a function of one float and one quantized output `[1, ...]`
-    that gives a number, and its `order` from bad to good, `ascending` or `descending`."""
+    """The user's own metric for bad cases: `_target_`, and its `order` from bad to good, `ascending` or `descending`.
+    It is a function of one float and one quantized output `[1, ...]` that returns a number."""
     bad_cases: int = 16
+    """How many of the worst samples sensitivities are measured on."""
     search_samples: int = 256
     """How many calibration samples are searched for bad cases."""
     method: str = "exact"
@@ -146,6 +156,7 @@ class SensitivitySettings:
     memory_mb: int = 2048
     """Memory for float values and variants; if it is short, samples are run in parts, then values recomputed."""
     seed: int = 0
+    """Seed of the random directions of an estimate."""
 
     def __post_init__(self) -> None:
         _one_of("sensitivity.metric", self.metric, COMPARISONS)
@@ -169,20 +180,24 @@ class QatSettings:
     """Quantization-aware training after calibration, with the guide's defaults; 0 steps is no training."""
 
     steps: int = 0
+    """Training steps; 0 is no training."""
     apply: str = "every_trial"
     """`every_trial` trains each trial after its calibration; `after_search` trains in a stage after the search."""
     batch_size: int = 64
+    """Training batch size."""
     augment: bool = False
     """Train on `task.data.train_augmented`, not `train`; the guide asks for less augmentation than in float."""
     learning_rate: float = 1e-4
     """Fixed unless there is a scheduler; there is no warm-up."""
     weight_decay: float = 0.0
+    """Weight decay of the optimizer."""
     rates: Mapping[str, float] = field(default_factory=dict)
     """Module name prefix -> learning rate of what is below it; the longest prefix wins. Where a search changes
     learning_rate, they keep their ratio to it."""
     loss: Mapping[str, object] = field(default_factory=dict)
     """`_target_` of the user's loss, which returns a scalar for (model outputs, batch)."""
     optimizer: Mapping[str, object] = field(default_factory=lambda: {"_target_": "torch.optim.AdamW"})
+    """`_target_` of the optimizer, and its arguments."""
     scheduler: Mapping[str, object] = field(default_factory=dict)
     """`_target_` of a scheduler, called with the optimizer and stepped each step; empty for a fixed rate."""
     scheduled: bool = True
@@ -194,21 +209,25 @@ class QatSettings:
     moving_weights: bool = True
     """Weight scales follow the weights; false keeps them."""
     averaging_constant: float = 0.01
+    """Constant of the moving average by which activation scales follow the data."""
     freeze: tuple[str, ...] = ()
     """Module name prefixes that are not trained: no gradients, eval mode, scales kept."""
     float_steps: int | None = None
     """Steps of the float training; QAT takes at most `max_share` of them."""
     max_share: float = 0.2
+    """Largest share of `float_steps` that QAT takes."""
     clip_gradients: float | None = None
     """Largest norm of all gradients together."""
     divergence: float = 10.0
     """A loss of more than this times the median of the first `first_losses` stops the training."""
     first_losses: int = 5
+    """How many losses at the start give the median for `divergence`."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 writes one only at the end or at an interruption."""
     amp: bool = False
     """bfloat16 autocast; refused with int16, because 98 % of the outputs would be wrong."""
     seed: int = 0
+    """Seed of the training: the order of the data, and the random choices of the model."""
 
     def __post_init__(self) -> None:
         _one_of("qat.mode", self.mode, NORM_MODES)
@@ -259,7 +278,7 @@ class TrialSettings:
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{name} is one of {', '.join(allowed)}, but got {value!r}.")
+        raise ConfigError(f"{name} is one of {', '.join(allowed)}, but got {value!r}.{did_you_mean(value, allowed)}")
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.graph import ModelGraph, OpNode
+from qflow.core.nearest import did_you_mean
 from qflow.core.qconfig import OpQConfig
 from qflow.core.setter import Answer, Overlay, share_of
 
@@ -167,4 +168,4 @@ class TableSetter:
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{name} is one of {', '.join(allowed)}, but got {value!r}.")
+        raise ConfigError(f"{name} is one of {', '.join(allowed)}, but got {value!r}.{did_you_mean(value, allowed)}")

@@ -33,17 +33,29 @@ class CostModel:
 
     march: str = "nash-m"
     clock_ghz: float = 1.5
+    """Clock of the BPU in GHz (f)."""
     fixed_ms: float = 0.0549
+    """Time of a network without operators in ms (T0)."""
     gemm_us_ghz: float = 1.718
+    """Time of each GEMM call in us at 1 GHz (tau)."""
     gmac_per_ms_ghz: float = 19.2
+    """Rate of convolutions and linear layers in GMAC/ms at 1 GHz (M)."""
     large_gemm_gmac: float = 0.5
+    """GMAC for each GEMM from which on a network counts as large (t)."""
     large_gmac_per_ms_ghz: float = 30.3
+    """Further rate for the MACs of large networks in GMAC/ms at 1 GHz (L)."""
     attention_gmac_per_ms_ghz: float = 1.062
+    """Rate of the matmuls of attention in GMAC/ms at 1 GHz (A)."""
     lut_melem_per_ms_ghz: float = 22.7
+    """Rate of look-ups, casts and fp16 in million elements/ms at 1 GHz (V)."""
     softmax_melem_per_ms_ghz: float = 15.7
+    """Rate of the softmax of attention in million elements/ms at 1 GHz (S)."""
     weight_mb_per_ms: float = 61.2
+    """Bandwidth at which weights are read in MB/ms (B)."""
     host_ms: float = 0.32
+    """Time on the host for each frame in ms (H)."""
     float_melem_per_ms: float = 1.56
+    """Rate at which float outputs are converted in million elements/ms (F)."""
     host_dequantize: bool = False
     """True if float outputs are converted on the host; builds usually strip the dequantize nodes."""
     nominal_mac_per_cycle: float = 42700.0
@@ -62,9 +74,11 @@ class CostModel:
     vector_factors: Mapping[str, Sequence[float]] = field(
         default_factory=lambda: {"qint8": (1.0, 1.0, 1.0), "qint16": (1.0, 2.0, 3.0), "float16": (4.0, 8.0, 16.0)}
     )
+    """Dtype -> lowest, likely and highest cost of a look-up or cast relative to int8."""
     softmax_factors: Mapping[str, Sequence[float]] = field(
         default_factory=lambda: {"qint8": (1.0, 1.0, 1.0), "qint16": (1.0, 2.0, 2.0), "float16": (4.0, 8.0, 16.0)}
     )
+    """Dtype -> lowest, likely and highest cost of a softmax relative to int8."""
     provenance: str = ""
     """What the parameters were fitted to, and their errors on rows that were left out."""
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias, TypeGuard
 
 from qflow.core.errors import ConfigError
+from qflow.core.nearest import did_you_mean
 from qflow.search.outcome import FinishedTrial
 
 CONSTRAINT = "accuracy_drop"
@@ -65,7 +66,8 @@ class Goal:
         for name in self.optimize:
             if name not in known:
                 raise ConfigError(
-                    f"objective.optimize names metrics of a run, but got {name}. There are: {', '.join(known)}."
+                    f"objective.optimize names metrics of a run, but got {name}.{did_you_mean(name, known)} There are: "
+                    f"{', '.join(known)}."
                 )
         return replace(self, optimize=self.optimize or {accuracy: direction, **LEAST_LATENCY})
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from qflow.core.errors import ConfigError
 from qflow.core.names import check_study_name
+from qflow.core.nearest import did_you_mean
 from qflow.search.domain import Choice, Scalar, Space, parents_first
 
 SAMPLERS = ("tpe", "nsga2", "gp", "random")
@@ -53,4 +54,5 @@ def check_arguments(name: str, space: Space, directions: tuple[str, ...], sample
     if not directions or any(d not in ("maximize", "minimize") for d in directions):
         raise ConfigError(f"Directions are maximize or minimize, one per objective, but got {directions}.")
     if sampler not in SAMPLERS:
-        raise ConfigError(f"A sampler is one of {', '.join(SAMPLERS)}, but got {sampler!r}.")
+        near = did_you_mean(sampler, SAMPLERS)
+        raise ConfigError(f"A sampler is one of {', '.join(SAMPLERS)}, but got {sampler!r}.{near}")

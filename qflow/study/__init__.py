@@ -10,6 +10,7 @@ __all__ = [
     "manifest",
     "missed",
     "mixes",
+    "result",
     "session",
     "stages",
     "start",

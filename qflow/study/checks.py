@@ -10,6 +10,7 @@ from qflow.config.settings import check_executor, plain, sensitivity_settings, t
 from qflow.config.space import search_space
 from qflow.core.errors import ConfigError
 from qflow.core.names import check_study_name
+from qflow.core.nearest import did_you_mean
 from qflow.search.proposal import SAMPLERS
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ def check_search(config: DictConfig) -> None:
 
     search = config.search
     if search.strategy not in STRATEGIES:
-        raise ConfigError(f"search.strategy is one of {', '.join(STRATEGIES)}, but got {search.strategy!r}.")
+        near = did_you_mean(search.strategy, STRATEGIES)
+        raise ConfigError(f"search.strategy is one of {', '.join(STRATEGIES)}, but got {search.strategy!r}.{near}")
     if search.max_evaluations is not None and search.max_evaluations < 1:
         raise ConfigError(
             f"search.max_evaluations is at least 1, but got {search.max_evaluations}. null sets no limit."

@@ -5,8 +5,9 @@ from time import perf_counter
 import pytest
 
 from qflow.config.command import run_command
-from qflow.config.command_schema import conf_dir, register_schemas
+from qflow.config.command_schema import register_schema
 from qflow.config.device_file import device_names, load_cost, load_rules
+from qflow.config.keys import conf_dir
 from qflow.config.settings import plain
 from qflow.core.errors import ConfigError
 from qflow.cost_model.model import CostModel
@@ -16,7 +17,7 @@ from qflow.cost_model.model import CostModel
 def test_every_shipped_file_loads_as_hydra_composes_it(name):
     from hydra import compose, initialize_config_dir
 
-    register_schemas()
+    register_schema("tune")
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         node = plain(compose("tune", overrides=["+experiment=int8_int16", f"device={name}"]).device)
     rules, cost = load_rules(name), load_cost(name)
@@ -87,7 +88,7 @@ WRONG = {
     "no such name": (None, "A device is one of nash-e, nash-e-oe32, nash-m, nash-m-oe32, or the path of a .yaml file"),
     "unknown key": (
         WHOLE + "rules: {int8_input: {}}",
-        "got device.rules.int8_input. Keys of device.rules: int8_inputs",
+        "got device.rules.int8_input. Did you mean device.rules.int8_inputs? Keys of device.rules: int8_inputs",
     ),
     "wrong type": (WHOLE + "rules: {matmul_int16_inputs: two}", "could not be converted to Integer"),
     "unknown kind": (WHOLE + "rules: {int8_outputs: [rezise]}", "rules.int8_outputs takes operator kinds"),

@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from qflow.config.command import run_command
-from qflow.config.command_schema import conf_dir, register_schemas
+from qflow.config.command_schema import register_schema
+from qflow.config.keys import conf_dir
 from qflow.config.overrides import rewrite
 from qflow.config.settings import required
 
@@ -14,7 +15,7 @@ def compose(*overrides, name="tune"):
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
-    register_schemas()
+    register_schema(name)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return hydra_compose(name, overrides=rewrite(overrides))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.small_tasks import GOAL, MISSED, drop, evaluator_of
 
-from qflow.config.command_schema import conf_dir
+from qflow.config.keys import conf_dir
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.settings import QatSettings, QConfigSettings

@@ -6,7 +6,7 @@ import re
 import pytest
 from support.commands import run_qflow
 
-from qflow.config.command import experiments
+from qflow.config.explain import experiments
 
 pytestmark = pytest.mark.slow  # starts commands as processes of their own
 

@@ -1,0 +1,73 @@
+"""The commands of the one command line: what each is for, how it is called, and what its exit codes mean.
+
+A new command is one entry here, beside its file in qflow/commands/, its schema and its conf/<name>.yaml.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MISTAKE = "a mistake in the command line, the configuration or the data"
+DEFECT, DEFECT_TEXT = 3, "an unforeseen error, with its traceback"
+INTERRUPTED, INTERRUPTED_TEXT = 130, "interrupted; what is finished is kept"
+CLOSED_PIPE = 141  # the shell's code for SIGPIPE; 1 would mean a missed goal
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: `qflow <name>`, or `python -m qflow.<name>`."""
+
+    summary: str
+    """One line for `qflow --help`."""
+    usage: tuple[str, ...]
+    """What may follow the name, one line for each form."""
+    done: str
+    """Meaning of exit code 0."""
+    not_done: str
+    """Meaning of exit code 1."""
+    words: bool = False
+    """Whether words without `=` are its sources: runs, aliases, folders or files."""
+
+    def meaning(self, code: int) -> str:
+        """Return what an exit code of the command says."""
+        fixed = {2: MISTAKE, DEFECT: DEFECT_TEXT, INTERRUPTED: INTERRUPTED_TEXT}
+        return fixed.get(code) or (self.not_done if code else self.done)
+
+
+COMMANDS: dict[str, Command] = {
+    "tune": Command(
+        "run a study: baselines, sensitivities, search, and the best mix",
+        ("+experiment=<name> [key=value ...]",),
+        "the goal is met",
+        "the goal is missed; the nearest miss is named with what to relax",
+    ),
+    "check": Command(
+        "check a model under a qconfig for the device, before it is tuned",
+        ("[+experiment=<name>] [key=value ...]",),
+        "no finding is an error",
+        "a finding is an error",
+    ),
+    "cost": Command(
+        "predict time, traffic and memory of every operator under a qconfig",
+        ("[+experiment=<name>] [qconfig.template=qint16] [fps=30]", "fit data=<file.csv> [out=<device.yaml>]"),
+        "the prediction is within what was validated, or the fit is done",
+        "outside what was validated",
+    ),
+    "analyze": Command(
+        "show where the accuracy is lost, and which settings mend it",
+        ("[+experiment=<name>] [stages=[badcase,layers,sensitivity,advice]]", "qat_debug qat=<name>"),
+        "done",
+        "qat_debug: a stage is at fault",
+    ),
+    "promote": Command(
+        "rebuild the best trial, verify every number, and register it",
+        ("[study=<name> | run=<MLflow run id>] [key=value ...]",),
+        "registered, or this run is the champion already",
+        "refused, with every reason",
+    ),
+}
+
+
+def named(command: str) -> Command:
+    """Return the entry of a command; one that is not a `qflow <command>` (train_float) gets the general meanings."""
+    return COMMANDS.get(command) or Command("", ("+experiment=<name> [key=value ...]",), "done", "not done")

@@ -1,0 +1,83 @@
+"""Composition of a command's configuration by Hydra, which checks it against the schema; then the command runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import TypeVar
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from qflow.config.command_schema import SCHEMAS, register_schema
+from qflow.config.explain import explain
+from qflow.config.keys import conf_dir
+from qflow.config.overrides import options_first, own_device, require_single, rewrite
+from qflow.core.errors import ConfigError
+from qflow.process.allocator import keep_freed_memory
+from qflow.process.waiting import wait_briefly
+
+T = TypeVar("T")
+
+
+def composed(name: str, module: str, act: Callable[[DictConfig], T], arguments: Sequence[str]) -> T | None:
+    """Return what `act` returns for the configuration of the command line; None where Hydra only printed it.
+
+    `module` names the command in messages. Raises ConfigError for what Hydra refuses, in one line.
+    """
+    _set_up(name)
+    ends: list[T | BaseException] = []
+
+    def job(config: DictConfig) -> None:
+        try:
+            require_known(config, name)
+            ends.append(act(config))
+        except (Exception, KeyboardInterrupt) as error:  # raised again below, outside of Hydra
+            ends.append(error)
+
+    try:
+        if name != "tune":
+            require_single(arguments, module)
+        with ExitStack() as folders:
+            sys.argv = [sys.argv[0], *options_first(rewrite(own_device(arguments, folders)))]
+            _compose(name, job)
+        if ends and isinstance(ends[0], BaseException):
+            raise ends[0]
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(explain(error, name)) from error
+    return ends[0] if ends else None
+
+
+def _compose(name: str, job: Callable[[DictConfig], None]) -> None:
+    import hydra
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
+    except ValueError as error:  # an option of a group that is no name
+        raise ConfigError(f"An override sets a key, or names an option of a group, but got {error}.") from error
+
+
+def _set_up(name: str) -> None:
+    """Set up the process: its threads and memory, where modules are found, and what Hydra prints."""
+    wait_briefly()
+    keep_freed_memory()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
+    warnings.filterwarnings("ignore", message=".*version_base.*")
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs errors that it raises too
+    sys.path.insert(0, os.getcwd())  # the user's own task is found from the working folder
+    register_schema(name)
+
+
+def require_known(config: DictConfig, name: str) -> None:
+    """Raise ConfigError for keys that are not in the schema; `+key=value` would add them without an error."""
+    try:
+        unresolved = OmegaConf.create(OmegaConf.to_container(config, resolve=False))  # plain containers, without schema
+        OmegaConf.merge(OmegaConf.structured(SCHEMAS[name]), unresolved)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error, name)) from error

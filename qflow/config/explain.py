@@ -1,0 +1,97 @@
+"""One line for an error of Hydra, OmegaConf or YAML: the rule, what was got, and the nearest of what exists."""
+
+from __future__ import annotations
+
+import re
+
+from omegaconf import OmegaConf
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from qflow.config.command_schema import GROUPS, SCHEMAS
+from qflow.config.keys import conf_dir, keys
+from qflow.core.nearest import did_you_mean, nearest
+
+UNQUOTED = (
+    "A range inside braces is text, but got one without quotes. Write key='{a: \"choice(1,2)\"}', or key.a=choice(1,2)."
+)
+
+
+def experiments() -> list[str]:
+    """Return the names of the experiments that run a workflow of qflow.tune."""
+    return sorted(p.stem for p in (conf_dir() / "experiment").glob("*.yaml") if "\nworkflow:" in p.read_text())
+
+
+def explain(error: Exception, config: str = "tune") -> str:
+    """Return one line for an error of Hydra or OmegaConf, with the key or value and those that exist."""
+    if isinstance(error, YAMLError):
+        return f"A configuration file is YAML, but got {' '.join(str(error).split())}. Correct that line."
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = " ".join(str(cause).split())
+    key = str(getattr(cause, "full_key", "") or "")
+    found = re.search(r"full_key: (\S+)", text)
+    key = key or (found.group(1) if found else "")
+    text = text.split(" full_key:")[0].split(" See https://")[0]
+    first = " ".join(str(error).split())
+    if "not in" in text and key:
+        return _unknown_key(key, config)
+    if "No match in the defaults list" in first or ("Could not override" in first and "." not in first.split("'")[1]):
+        name = first.split("'")[1]
+        return f"A group must exist, but got {name}.{did_you_mean(name, GROUPS)} Groups: {', '.join(GROUPS)}."
+    lost = re.search(r"In '(\S+)': Could not load '(\S+)'", first)
+    if lost:
+        group = lost.group(2).rpartition("/")[0]
+        shipped = ", ".join(sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")))
+        return (
+            f"A file's defaults name others of its group, but got {lost.group(2)} in {lost.group(1)}. "
+            f"Shipped are: {shipped or 'none'}."
+        )
+    if "Could not find" in first or ("In '" in first and "Could not" in first):
+        wanted = first.split("Could not find '")[-1].split("'")[0]
+        options = first.partition("Available options in")[2].partition(":")[2].split("Config search path")[0].split()
+        shown = [o.strip("',") for o in options]
+        meant = did_you_mean(wanted.rpartition("/")[2], shown)
+        return f"A group option must exist, but got {wanted}.{meant} Options: {', '.join(shown)}."
+    if "Missing mandatory value" in text and key == "workflow":
+        names = experiments()
+        return f"A study needs an experiment, but got none. Add +experiment=<name>: {', '.join(names)}."
+    if "Missing mandatory value" in text:
+        return f"A value is needed for {key}, but got none. Set {key}=..., or add +experiment=<name>."
+    if key == "tags" and "Set[str]" in text:  # Hydra's own object for choice(...) or interval(...)
+        return UNQUOTED
+    if wrong := _grammar(text):
+        return wrong
+    if key and key not in text:
+        return f"{text.rstrip('.')}, for {key}."
+    return text if len(text) > 8 else first
+
+
+def _grammar(text: str) -> str:
+    """Return one line for an error of Hydra's parser; "" for another error."""
+    if re.search("no viable alternative|mismatched input|extraneous input|LexerNoViableAlt|token recognition", text):
+        got = text.split(" at input ")[-1].removeprefix("LexerNoViableAltException: ").rstrip("^ ")
+        return f"An override is key=value with closed brackets and quotes, but got {got or 'an empty one'}."
+    if "missing EQUAL" in text:
+        got = text.partition("override ")[2].partition(" missing EQUAL")[0]
+        experiment = nearest(got, experiments())
+        way = f"Did you mean +experiment={experiment}?" if experiment else "Quote a value with blanks: 'key=\"a b\"'."
+        return f"An override is key=value, but got {got} without =. {way}"
+    return ""
+
+
+def _unknown_key(key: str, config: str) -> str:
+    schema = OmegaConf.structured(SCHEMAS[config])
+    parent, _, leaf = key.rpartition(".")
+    node = OmegaConf.select(schema, parent) if parent else schema
+    beside = [str(k) for k in node] if node is not None else []
+    listed = f"Keys of {parent or config}: {', '.join(beside)}." if beside else f"To add it, write +{key}=..."
+    near = nearest(leaf, beside)
+    meant = f"{parent}.{near}".lstrip(".") if near else _elsewhere(leaf, config)
+    return f"A key must exist in the configuration, but got {key}.{f' Did you mean {meant}?' if meant else ''} {listed}"
+
+
+def _elsewhere(leaf: str, config: str) -> str:
+    """Return the first key of another group with this last part, else the first with the nearest; "" without one."""
+    known = {key.path.rpartition(".")[2]: key.path for key in reversed(keys(config))}
+    return known.get(leaf) or known.get(nearest(leaf, known), "")

@@ -1,0 +1,174 @@
+"""What the schemas say of every key, read from their source text: `--help` and completion import no library for it.
+
+A key is explained by the docstring below its field. A class whose docstring is `Fields of <module>.<class>.` leaves the
+explanation to the fields of that class.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+QFLOW = Path(__file__).resolve().parents[1]
+FIELDS_OF = re.compile(r"Fields of ([\w.]+)\.(\w+)\.")
+EMPTY = {"dict": "{}", "list": "[]"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a command's configuration."""
+
+    path: str
+    """Dotted, as it is written on the command line."""
+    type: str
+    default: str
+    """The schema's default as it is written in Python; empty where a value must be given."""
+    text: str
+    """Its explanation."""
+
+
+@dataclass(frozen=True)
+class _Class:
+    bases: tuple[str, ...]
+    text: str
+    fields: Mapping[str, tuple[str, str, str]]
+    """Name -> (type, default, explanation)."""
+
+
+def keys(command: str) -> list[Key]:
+    """All keys of a command, in the order of its schema; a base class's first."""
+    return list(_below(_schemas()[command], ""))
+
+
+def groups(command: str) -> dict[str, tuple[str, list[str]]]:
+    """Group of the command -> (what it is about, its options); `experiment` and `debug` set keys of several groups."""
+    found = {name: _classes("config/schema.py")[kind] for name, kind in _groups(_schemas()[command])}
+    about = {name: "" if FIELDS_OF.match(node.text) else first_sentence(node.text) for name, node in found.items()}
+    about |= {"experiment": "A branch of the guide's tree, or `full`.", "debug": "Few samples and trials."}
+    folder = conf_dir()
+    listed = {name: sorted(path.stem for path in (folder / name).glob("*.yaml")) for name in about}
+    return {name: (about[name], options) for name, options in listed.items() if options}
+
+
+def conf_dir() -> Path:
+    """Return the folder of the shipped configuration: conf/ of the repository, or qflow/conf in a wheel."""
+    spec = importlib.util.find_spec("qflow.conf")
+    if spec is not None and spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations))).resolve()
+    return QFLOW.parent / "conf"
+
+
+def first_sentence(text: str) -> str:
+    """Return the text up to its first full stop, on one line."""
+    return re.split(r"(?<=\.)\s", " ".join(text.split()), maxsplit=1)[0]
+
+
+def shipped(command: str) -> dict[str, Any]:
+    """Key -> value in the files of conf/ that the command takes by default; interpolations as they are written."""
+    import yaml  # type: ignore[import-untyped]
+
+    found: dict[str, Any] = {}
+    top = yaml.safe_load((conf_dir() / f"{command}.yaml").read_text())
+    for entry in top.pop("defaults", []):
+        for group, option in entry.items() if isinstance(entry, dict) else ():
+            if not group.startswith("override "):
+                found.update(_option(group, str(option)))
+    found.update(_flat({name: value for name, value in top.items() if name != "hydra"}, ""))
+    return found
+
+
+def _option(group: str, option: str) -> dict[str, Any]:
+    """Return the keys that a file of a group sets, after the other files of the group that it starts from."""
+    import yaml
+
+    content = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text()) or {}
+    found: dict[str, Any] = {}
+    for base in content.pop("defaults", []):
+        if isinstance(base, str) and base != "_self_":
+            found.update(_option(group, base))
+    return found | _flat(content, f"{group}.")
+
+
+def _flat(content: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, dict) and value:
+            found.update(_flat(value, f"{prefix}{name}."))
+        found[f"{prefix}{name}"] = value
+    return found
+
+
+def _below(kind: str, prefix: str) -> Iterator[Key]:
+    """The keys of a schema class, and of the classes of its fields."""
+    known = _classes("config/command_schema.py") | _classes("config/schema.py")
+    node = known[kind]
+    for base in node.bases:
+        if base in known:
+            yield from _below(base, prefix)
+    explained = _explained(node)
+    for name, (annotation, default, text) in node.fields.items():
+        if annotation in known:
+            yield from _below(annotation, f"{prefix}{name}.")
+        else:
+            shown = "" if default == "MISSING" else default
+            yield Key(f"{prefix}{name}", annotation, shown, " ".join((text or explained.get(name, "")).split()))
+
+
+def _groups(kind: str) -> Iterator[tuple[str, str]]:
+    """(name, class) of the groups of a command."""
+    known, groups_ = _classes("config/command_schema.py"), _classes("config/schema.py")
+    for base in known[kind].bases:
+        yield from _groups(base)
+    yield from ((name, field[0]) for name, field in known[kind].fields.items() if field[0] in groups_)
+
+
+def _explained(node: _Class) -> dict[str, str]:
+    found = FIELDS_OF.match(node.text)
+    if not found:
+        return {}
+    place = found[1].removeprefix("qflow.").replace(".", "/")
+    return {name: field[2] for name, field in _classes(f"{place}.py")[found[2]].fields.items()}
+
+
+@functools.cache
+def _schemas() -> dict[str, str]:
+    """Command -> the class of its schema, from the table SCHEMAS."""
+    tree = ast.parse((QFLOW / "config" / "command_schema.py").read_text())
+    (table,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "SCHEMAS"
+    )
+    assert isinstance(table, ast.Dict)
+    entries = zip(table.keys, table.values, strict=True)
+    return {ast.literal_eval(key): ast.unparse(value) for key, value in entries if key}
+
+
+@functools.cache
+def _classes(file: str) -> dict[str, _Class]:
+    """The classes of a file of qflow, with their fields."""
+    tree = ast.parse((QFLOW / file).read_text())
+    return {node.name: _class(node) for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _class(node: ast.ClassDef) -> _Class:
+    fields: dict[str, tuple[str, str, str]] = {}
+    for statement, after in zip(node.body, [*node.body[1:], None], strict=True):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+            fields[statement.target.id] = ast.unparse(statement.annotation), _default(statement.value), str(text)
+    return _Class(tuple(map(ast.unparse, node.bases)), ast.get_docstring(node) or "", fields)
+
+
+def _default(value: ast.expr | None) -> str:
+    """Return the default's source; of `field(default_factory=lambda: x)` the source of x."""
+    if isinstance(value, ast.Call) and value.keywords:
+        made = value.keywords[0].value
+        return ast.unparse(made.body) if isinstance(made, ast.Lambda) else EMPTY.get(ast.unparse(made), "")
+    return ast.unparse(value) if value is not None else ""

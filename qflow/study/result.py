@@ -1,0 +1,46 @@
+"""The result of a study as plain fields, for scripts (`--json`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qflow.search.objective import meets, nearest_miss
+from qflow.search.outcome import FinishedTrial
+from qflow.study.outcome import STOPPED
+from qflow.study.session import Session
+
+
+def study_record(session: Session) -> dict[str, Any]:
+    """Return the goal, whether it is met, the best trial or the nearest miss, the baselines and all decisions."""
+    whole = [trial for trial in session.trials if STOPPED not in trial.outcome.tags]  # not a worst-case metric
+    nearest = nearest_miss(whole or session.trials, session.goal.ranking) if session.best is None else None
+    return {
+        "study": session.study.name,
+        "experiment": session.config.tracking.experiment,
+        "uri": session.tracker.uri,
+        "run": session.study_run,
+        "goal": str(session.goal),
+        "met": session.best is not None,
+        "float": {session.accuracy: session.evaluator.float_metric},
+        "best": trial_record(session.best),
+        "nearest": trial_record(nearest),
+        "baselines": {label: trial_record(trial) for label, trial in session.baselines.items()},
+        "trials": len(session.trials),
+        "decisions": [{"stage": stage, "text": text} for stage, text in session.decisions],
+        "seconds": round(session.console.seconds, 1),
+    }
+
+
+def trial_record(trial: FinishedTrial | None) -> dict[str, Any] | None:
+    """Return the fields of a trial; None without one."""
+    if trial is None:
+        return None
+    return {
+        "trial": trial.number,
+        "run": trial.run_id,
+        "label": trial.label,
+        "qconfig": trial.outcome.tags["qflow.qconfig"],
+        "meets": meets(trial),
+        "params": dict(trial.params),
+        "metrics": dict(trial.outcome.metrics),
+    }

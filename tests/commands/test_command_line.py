@@ -1,0 +1,79 @@
+"""The one command line as a user meets it: processes of their own, on a terminal and in a script."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qflow.config.command_table import COMMANDS
+from qflow.core.version import VERSION
+
+pytestmark = pytest.mark.slow  # starts commands as processes of their own
+
+
+def qflow(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "QFLOW_HOME": ""},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_both_forms_of_a_command_give_the_same_help(name, tmp_path):
+    one, other = (qflow(*form, "--help", cwd=tmp_path) for form in (("qflow", name), (f"qflow.{name}",)))
+    assert (one.returncode, other.returncode) == (0, 0), one.stderr + other.stderr
+    assert one.stdout.replace(f"qflow {name}", f"python -m qflow.{name}") == other.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_program_alone_lists_the_commands_and_knows_its_version(tmp_path):
+    assert qflow("qflow", cwd=tmp_path).stdout == qflow("qflow", "--help", cwd=tmp_path).stdout
+    assert qflow("qflow", "--version", cwd=tmp_path).stdout == f"qflow {VERSION}\n"
+
+
+WRONG = {
+    "tun": f"qflow: A command is one of {', '.join(COMMANDS)}, but got tun. Did you mean tune?\n",
+    "xyzzy": f"qflow: A command is one of {', '.join(COMMANDS)}, but got xyzzy.\n",
+    "--completion bahs": "qflow: A shell is one of bash, zsh, fish, but got bahs. Did you mean bash? "
+    'In bash: eval "$(qflow --completion bash)".\n',
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_mistyped_command_gets_one_line_and_code_2(line, tmp_path):
+    done = qflow("qflow", *line.split(), cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", WRONG[line])
+
+
+def test_a_script_gets_one_document_for_a_result_and_for_a_mistake(tmp_path):
+    done = qflow("qflow", "cost", "--json", "task=digits", cwd=tmp_path)
+    found = json.loads(done.stdout)
+    assert (found["schema"], found["command"], found["exit_code"], found["error"]) == (1, "cost", done.returncode, None)
+    assert found["meaning"] == COMMANDS["cost"].meaning(done.returncode)
+    assert found["result"]["metrics"]["cost/latency_ms"] > 0
+    assert "written" in done.stderr, "what is printed for people goes to stderr"
+    wrong = qflow("qflow.check", "n_trials=3", "--json", cwd=tmp_path)
+    found = json.loads(wrong.stdout)
+    assert (found["exit_code"], wrong.returncode, found["result"]) == (2, 2, {})
+    assert wrong.stderr == f"qflow: {found['error']}\n"
+    assert "Did you mean search.n_trials?" in found["error"]
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_a_terminal_shows_what_is_done_before_anything_heavy_is_imported(name, tmp_path):
+    """The line comes before Hydra, OmegaConf and NumPy; a wrong key then ends the command."""
+    main, side = pty.openpty()
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"qflow.{name}", "nothing=1"], cwd=tmp_path, stdout=side, stderr=subprocess.DEVNULL
+    )
+    os.close(side)
+    first = os.read(main, 200).decode()
+    assert first.startswith(f"{name:<12} reads its configuration"), first
+    assert time.perf_counter() - began < 5.0, "under one second on a machine that does nothing else"
+    assert process.wait(60) == 2
+    os.close(main)

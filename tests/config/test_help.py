@@ -1,0 +1,62 @@
+"""`--help`: each key with a line that explains it, in 80 columns, from the text of the schemas."""
+
+from dataclasses import is_dataclass
+from typing import get_type_hints
+
+import pytest
+from omegaconf import OmegaConf
+from support.compose import compose
+
+from qflow.config.command_schema import SCHEMAS
+from qflow.config.command_table import COMMANDS
+from qflow.config.help import command_help, overview
+from qflow.config.keys import first_sentence, groups, keys, shipped
+
+ALL = sorted(SCHEMAS)
+
+
+def leaves(kind, prefix=""):
+    """Dotted names of all keys of a schema, read from the classes themselves."""
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            yield from leaves(hint, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_key_is_explained_in_one_line(name):
+    read = {key.path: key for key in keys(name)}
+    assert set(read) == set(leaves(SCHEMAS[name]))
+    for path, key in read.items():
+        text = first_sentence(key.text)
+        assert text, path
+        assert text[0] not in " ,;" and text.endswith("."), (path, text)
+        assert len(text) <= 160, (path, text)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_help_fits_80_columns_and_lists_every_group_and_option(name):
+    text = command_help(name, f"qflow {name}")
+    assert all(len(line) <= 80 for line in text.splitlines())
+    words = " ".join(text.split())
+    for group, (_, options) in groups(name).items():
+        assert f"{group}: {', '.join(options)}" in words
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_the_values_in_the_help_are_those_that_hydra_composes(name):
+    composed, values = compose(name=name), shipped(name)
+    for key in keys(name):
+        if key.path in values and not isinstance(values[key.path], (dict, list)):
+            expected = OmegaConf.to_container(composed, resolve=False)
+            for part in key.path.split("."):
+                expected = expected[part]
+            assert values[key.path] == expected, key.path
+
+
+def test_the_list_of_commands_fits_and_names_each_with_its_purpose():
+    text = overview()
+    assert all(len(line) <= 80 for line in text.splitlines())
+    for name, command in COMMANDS.items():
+        assert f"  {name:<10}{command.summary}" in text
