@@ -9,5 +9,6 @@ __all__ = [
     "prepared",
     "qat_mode",
     "quant_analysis",
+    "registered",
     "training",
 ]

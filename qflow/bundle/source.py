@@ -16,8 +16,8 @@ from qflow.bundle.stored import RESULT, StoredTrial, read_stored
 from qflow.core.errors import BundleError
 from qflow.tracking.artifacts import Store
 
-BUNDLE = "bundle"
-"""Folder of a registered model version that holds the trial."""
+BUNDLE = "data/bundle"
+"""Folder of a registered model version, as MLflow lays it out, that holds the trial."""
 BUNDLE_TAG = "qflow.bundle"
 """Tag of a model version: the digest over the files of its trial."""
 _VERSION = re.compile(r"models:/(?P<name>[^/@:]+)(?:/(?P<version>\d+)|@(?P<alias>[\w-]+))")

@@ -63,11 +63,21 @@ def check_targets(config: Mapping[str, Any], allow: Iterable[str] = (), own: Map
     for place, name in targets(config):
         if not isinstance(name, str):
             raise BundleError(f"{place} is the name of a class or function, but got {name!r:.60}. Take another source.")
-        if name not in BUILT_IN and name not in stated and not _of_torch(name) and not _allowed(name, packages):
+        if name in BUILT_IN or name in stated or _of_torch(name):
+            continue
+        home = _home(name) if _within(name, packages) else name
+        if not _within(home, packages):
+            defined = f", which is defined in {home:.80}" if home != name else ""
             raise BundleError(
-                f"Code that a run names is run only if it is built in or allowed, but got {name:.80} for {place}. "
-                f"If it is yours, allow its package: {way_out(name)}."
+                f"Code that a run names is run only if it is built in or allowed, but got {name:.80} for {place}"
+                f"{defined}. If it is yours, allow its package: {way_out(home)}."
             )
+
+
+def own_packages(config: Mapping[str, Any]) -> list[str]:
+    """Return the packages of the `_target_`s in `config` that must be allowed before they are run from a run."""
+    names = {str(name) for _, name in targets(config)}
+    return sorted({name.partition(".")[0] for name in names if name not in BUILT_IN and not _of_torch(name)})
 
 
 def way_out(name: str) -> str:
@@ -94,12 +104,9 @@ def _of_torch(name: str) -> bool:
     return isinstance(found, type) and issubclass(found, base)
 
 
-def _allowed(name: str, packages: tuple[str, ...]) -> bool:
-    """True if `name` lies in an allowed package and what it names is defined in one."""
-    if not _within(name, packages):
-        return False
-    found = find_object(name, "security.allow")
-    return _within(str(getattr(found, "__module__", "")), packages)
+def _home(name: str) -> str:
+    """The module in which the object of this name, in an allowed package, is defined."""
+    return str(getattr(find_object(name, "security.allow"), "__module__", None) or "an unknown place")
 
 
 def _within(name: str, packages: tuple[str, ...]) -> bool:

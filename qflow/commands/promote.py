@@ -1,118 +1,133 @@
-"""python -m qflow.promote: rebuild the best trial from its run alone, verify every number, move the alias to it.
+"""python -m qflow.promote: rebuild the best trial from its run alone, judge it, register it, move the alias to it.
 
-The trial is rebuilt from the configuration and qconfig of its run. The qconfig must still be legal on the device and
-follow from the configuration; metric, latency and scales must come out as the run states them, and meet the goal.
-Otherwise the command prints every reason, registers nothing, and ends with exit code 1.
+The trial is run again from the files of its run, which are verified first. Every figure and file must come out as it
+was stored, bit for bit, and the model that is registered must compute the same metric once more. The verdict is ACCEPT,
+REJECT (a rule of the gate), INFEASIBLE (the goal is missed) or ANOMALOUS (something was not rebuilt), with every
+reason; only ACCEPT registers. What is registered are the rebuilt files.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
-from contextlib import suppress
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
 from qflow.config.command import run_command
 from qflow.config.quoting import assignment
-from qflow.config.settings import load_resolved, plain, root_dir, trial_settings
+from qflow.config.settings import plain, root_dir
 from qflow.core.errors import PromotionError, TrackingError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from qflow.tracking.mlflow_tracker import MlflowTracker
-    from qflow.trial.evaluator import Evaluator
+    from qflow.bundle.stored import StoredTrial
+    from qflow.study.gate import Judged, Scores
+    from qflow.study.rebuild import Rebuilt
+    from qflow.tracking.artifacts import Store
+    from qflow.tracking.registry import Version
 
-METRIC_TOLERANCE = 1e-6  # the same configuration and seed give the same numbers on one machine
-FILES = ("config.yaml", "qconfig/qconfig.json", "manifest.json", "sensitivity_record.json")
+WORDS = {"--dry-run": "dry_run=true", "rollback": "rollback=true"}
+"""What may be written instead of an override."""
+SHOWN = ("accuracy/drop", "cost/latency_ms", "qconfig/int16_ratio")
+JUDGED = "qflow.judged"
+"""Tag of a version: the figures that the next one is compared with."""
+
+
+@dataclass
+class Verdict:
+    """The reasons against a version by kind, and what is said beside them."""
+
+    anomalous: list[str] = field(default_factory=list)
+    infeasible: list[str] = field(default_factory=list)
+    rejected: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def word(self) -> str:
+        """The verdict: that of the gravest reason."""
+        kinds = {"ANOMALOUS": self.anomalous, "INFEASIBLE": self.infeasible, "REJECT": self.rejected}
+        return next((word for word, reasons in kinds.items() if reasons), "ACCEPT")
+
+    def show(self) -> None:
+        """Print notes, reasons and the word."""
+        for text in self.notes:
+            print(f"{'note':<12}{text}")
+        for text in (*self.anomalous, *self.infeasible, *self.rejected):
+            print(f"{'refused':<12}{text}")
+        print(f"{'verdict':<12}{self.word}")
 
 
 def main() -> None:
     """Entry point."""
-    run_command("promote", promote)
-
-
-@dataclass(frozen=True)
-class LoggedTrial:
-    """A trial's run as it was logged."""
-
-    run_id: str
-    config: DictConfig
-    qconfig: Any
-    manifest: dict[str, Any]
-    sensitivities: Any
-    metrics: dict[str, float]
-    tags: dict[str, str]
+    run_command("promote", promote, [WORDS.get(word, word) for word in sys.argv[1:]])
 
 
 def promote(config: DictConfig) -> int:
-    """Pick, rebuild, compare, register. Returns 0, or 1 with every reason printed."""
-    from qflow.report.files import BUNDLE
-    from qflow.tracking.mlflow_tracker import MlflowTracker
-    from qflow.tracking.registry import champion, check_alias, register
+    """Pick, rebuild, judge, register. Returns 0, or 1 with every reason printed."""
+    from qflow.bundle.source import of_run
+    from qflow.study.gate import Rules
+    from qflow.tracking.artifacts import Store
+    from qflow.tracking.limits import model_name
+    from qflow.tracking.registry import champion, check_alias
 
-    alias = config.tracking.alias
-    check_alias(alias)
-    root = root_dir(config)
-    tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
-    run_id = config.run or best_run(tracker, config.study)
-    with tempfile.TemporaryDirectory() as folder:
-        trial = load(tracker, run_id, Path(folder))
-        name = registered_name(config, trial)
-        print(f"{'run':<12}{run_id}, qconfig {trial.qconfig.digest}, of {trial.tags.get('qflow.study', '?')}")
-        print(f"{'rebuild':<12}the trial, from its run and your code", flush=True)
-        reasons = compare(trial)
-        if reasons:
-            for reason in reasons:
-                print(f"{'refused':<12}{reason}")
-            return 1
-    before = champion(tracker, name, alias)
-    if before is not None and before[1] == run_id:
-        print(f"{'champion':<12}{name} version {before[0]} is this run already; alias {alias} stays")
+    if config.tracking.alias is not None:
+        check_alias(config.tracking.alias)
+    rules, stated = Rules(**plain(config.gate)), config.tracking.registered_model
+    store = Store.open(config.tracking.uri, root_dir(config))
+    if config.rollback and stated is not None:
+        return roll_back(store, model_name(stated), config.tracking.alias or "champion", config.dry_run)
+    run_id = config.run or best_run(store, config.study, config.tracking.experiment)
+    trial = of_run(store, run_id)
+    name = model_name(stated or trial.config.tracking.registered_model)
+    alias = config.tracking.alias or trial.config.tracking.alias
+    if config.rollback:
+        return roll_back(store, name, alias, config.dry_run)
+    before = champion(store, name, alias)
+    if before is not None and before.run_id == run_id:
+        print(f"{'champion':<12}{name} version {before.number} is this run already; alias {alias} stays")
         return 0
-    shown = ("accuracy/drop", "cost/latency_ms", "qconfig/int16_ratio")
-    version = register(
-        tracker,
-        name,
-        run_id,
-        BUNDLE,
-        alias,
-        tags={"qflow.qconfig": trial.qconfig.digest, **{k: f"{trial.metrics[k]:.6g}" for k in shown}},
-        description=", ".join(f"{k} {trial.metrics[k]:.4g}" for k in shown),
-    )
-    came = f", before it version {before[0]}" if before else ""
+    print(f"{'run':<12}{run_id}, qconfig {trial.qconfig.digest}, of {trial.tags.get('qflow.study', '?')}")
+    with tempfile.TemporaryDirectory(prefix="qflow-promote-") as folder:
+        verdict, promotion = judge(config, store, trial, Path(folder), before, rules)
+        verdict.show()
+        if verdict.word != "ACCEPT" or promotion is None:
+            return 1
+        if config.dry_run:
+            print(f"{'dry run':<12}nothing is registered; alias {alias} of {name} stays")
+            return 0
+        version = promotion.register(store, name, alias, before)
+    came = f", before it version {before.number}" if before else ""
     print(f"{'champion':<12}{name} version {version}, alias {alias} moved{came}")
-    print(f"{'read it':<12}models:/{name}@{alias}")
+    show_how_to_load(config, trial, store, f"models:/{name}@{alias}")
     return 0
 
 
-def registered_name(config: DictConfig, trial: LoggedTrial) -> str:
-    """Return the name in the registry: the one that the command states, else that of the run."""
-    from qflow.tracking.limits import model_name
-
-    unresolved: Any = OmegaConf.to_container(config.tracking, resolve=False)
-    stated = "${" not in unresolved["registered_model"]  # the default follows task.name
-    return model_name((config if stated else trial.config).tracking.registered_model)
-
-
-def best_run(tracker: MlflowTracker, study: str) -> str:
+def best_run(store: Store, study: str, experiment: str | None) -> str:
     """Run id of the study's best trial. Raises TrackingError for an unknown study, PromotionError without one."""
-    found = tracker.find_study(study)
-    if found is None and (elsewhere := tracker.experiments_with(study)):
+    found = store.studies(study, experiment)
+    if len(found) > 1:
+        names = sorted(found)
         raise TrackingError(
-            f"A study is looked for in its tracking.experiment, but got {study}, which is in {', '.join(elsewhere)}. "
-            f"Add {assignment('tracking.experiment', elsewhere[0])}."
+            f"A study is in one experiment, but got {study} in {', '.join(names)}. Add "
+            f"{assignment('tracking.experiment', names[0])}."
         )
-    if found is None:
+    if not found:
+        elsewhere = sorted(store.studies(study)) if experiment else []
+        way_out = (
+            f"It is in {', '.join(elsewhere)}: leave tracking.experiment out."
+            if elsewhere
+            else "Run qflow.tune first, or name it: study=<name>."
+        )
         raise TrackingError(
-            f"A study must exist to be promoted, but got {study}, unknown in {tracker.uri}. "
-            "Run qflow.tune first, or name it: study=<name>."
+            f"A study must exist to be promoted, but got {study}, unknown in {store.uri}"
+            f"{f', experiment {experiment}' if experiment else ''}. {way_out}"
         )
-    tags = tracker.run_tags(found)
+    (run_id,) = found.values()
+    tags, _, _ = store.run(run_id)
     if not tags.get("qflow.best"):
         why = "missed its goal" if tags.get("qflow.goal") == "missed" else "has not ended yet"
         raise PromotionError(
@@ -121,97 +136,148 @@ def best_run(tracker: MlflowTracker, study: str) -> str:
     return tags["qflow.best"]
 
 
-def load(tracker: MlflowTracker, run_id: str, folder: Path) -> LoggedTrial:
-    """What a rebuild needs, from the run alone. Raises PromotionError unless the run is a finished trial."""
-    from qflow.analysis.measures.tables import SensitivityTable
-    from qflow.bundle.files import PROFILE
-    from qflow.core.qconfig import QConfig
-    from qflow.core.record import from_dict
+@dataclass
+class Promotion:
+    """A rebuilt trial that may be registered, with the folder of its MLflow model."""
 
-    try:
-        result = tracker.result(run_id)
-    except TrackingError as error:
-        if "not found" in str(error):
-            raise PromotionError(
-                f"A run must exist to be promoted, but got {run_id}, unknown in {tracker.uri}. Name another run."
-            ) from error
-        raise
+    rebuilt: Rebuilt
+    model: Path
+    files: str
+    """Digest over the files of the bundle."""
+    judged: Judged
+
+    def register(self, store: Store, name: str, alias: str, before: Version | None) -> int:
+        """Upload and register the model, and move the alias; return the version."""
+        from qflow.bundle.source import BUNDLE_TAG
+        from qflow.core.record import to_json
+        from qflow.core.version import VERSION
+        from qflow.tracking.model_files import logged_model
+        from qflow.tracking.registry import register
+
+        trial = self.rebuilt.trial
+        figures = {key: trial.metrics[key] for key in SHOWN}
+        tags = {
+            BUNDLE_TAG: self.files,
+            JUDGED: to_json(self.judged),
+            "qflow.qconfig": trial.qconfig.digest,
+            "qflow.run": trial.run_id,
+            "qflow.study": trial.tags.get("qflow.study", ""),
+            "qflow.verdict": "ACCEPT",
+            "qflow.promoted": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "qflow.version": VERSION,
+            **{key: f"{value:.6g}" for key, value in figures.items()},
+        }
+        came = f" Before it: version {before.number}." if before else ""
+        text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
+        with logged_model(store, self.model, _plain_name(name), trial.run_id, {"qflow.run": trial.run_id}) as model:
+            return register(
+                store, name, model, alias, before, tags,
+                f"{text}. Rebuilt bit for bit from run {trial.run_id} and accepted by the gate.{came}",
+            )  # fmt: skip
+
+
+def judge(
+    config: DictConfig, store: Store, trial: StoredTrial, folder: Path, before: Version | None, rules: Any
+) -> tuple[Verdict, Promotion | None]:
+    """Rebuild the trial, load the files that would be registered, and judge them."""
+    from qflow.api.load import prepared_of
+    from qflow.api.registered import write_registered
+    from qflow.bundle.source import of_folder
+    from qflow.bundle.write import write_bundle
+    from qflow.study.gate import Judged, against_champion, misses, score, stricter
+    from qflow.study.rebuild import rebuild
+    from qflow.trial.record import run_metrics
+    from qflow.trial.training import float_weights
+
+    goal = stricter(plain(trial.config.objective), plain(config.objective))
+    _, logged, _ = store.run(trial.run_id)
+    (folder / "files").mkdir()
+    print(f"{'rebuild':<12}the trial, from its run and your code", flush=True)
+    rebuilt = rebuild(trial, folder / "files", allow=config.security.allow, logged=logged)
+    verdict, result, evaluator = Verdict(anomalous=list(rebuilt.differences)), rebuilt.result, rebuilt.evaluator
     if result is None:
-        raise PromotionError(
-            f"A promoted run is a finished trial, but got {run_id} without a result. Name another run."
-        )
-    texts = {}
-    for name in FILES:
-        try:
-            texts[name] = tracker.download(run_id, name, folder).read_text()
-        except TrackingError:
-            if name != "sensitivity_record.json":  # the baselines are evaluated before the sensitivities exist
-                raise
-    record, tags = texts.get("sensitivity_record.json"), tracker.run_tags(run_id)
-    config = load_resolved(texts["config.yaml"])
-    if config.device.profile and (study := tags.get("mlflow.parentRunId")):
-        with suppress(TrackingError):  # a study of an older qflow has no copy: use the file at its path
-            config.device.profile = str(tracker.download(study, PROFILE, folder))
-    return LoggedTrial(
-        run_id=run_id,
-        config=config,
-        qconfig=from_dict(QConfig, json.loads(texts["qconfig/qconfig.json"])),
-        manifest=json.loads(texts["manifest.json"]),
-        sensitivities=from_dict(SensitivityTable, json.loads(record)) if record else None,
-        metrics=tracker.run_metrics(run_id),
-        tags=tags,
+        return verdict, None
+    accuracy = f"accuracy/{evaluator.task.metric_name}"
+    for name in (accuracy, "accuracy/drop", "cost/latency_ms"):
+        stored, value = rebuilt.figures[name]
+        print(f"{name:<18}{'-' if stored is None else f'{stored:.6g}':>12} logged {value:>12.6g} rebuilt")
+    verdict.infeasible += misses(goal, run_metrics(result, accuracy))
+    if verdict.anomalous:
+        return verdict, None
+    files = write_bundle(folder / "bundle", trial, folder / "files", float_weights(evaluator.task.model))
+    loaded = prepared_of(
+        of_folder(folder / "bundle", "the rebuilt trial", files),
+        model=evaluator.task.model,
+        device=evaluator.task.device,
     )
+    again = score(evaluator.task, loaded, "evaluation", evaluator.eval_batch)
+    if again.metric != result.metric:
+        verdict.anomalous.append(f"loaded again, {accuracy} is {again.metric:.6g} instead of {result.metric:.6g}")
+    on_samples(verdict, rebuilt, loaded, again, goal, rules)
+    judged = Judged(result.metric, result.cost.latency_ms, trial.manifest.get("data", ""))
+    if before is not None and (known := _judged(before)) is not None and known.data == judged.data:
+        verdict.rejected += against_champion(rules, evaluator.task, judged, known)
+    elif before is not None:
+        verdict.notes.append(f"not compared with version {before.number}, which was judged on other data or not at all")
+    write_registered(folder / "model", loaded, folder / "bundle")
+    return verdict, Promotion(rebuilt, folder / "model", files, judged)
 
 
-def compare(trial: LoggedTrial) -> list[str]:
-    """Rebuild the trial and list every reason against it; an empty list lets it pass."""
-    from qflow.core.errors import QflowError
-    from qflow.cost_model.table import cost_metrics
-    from qflow.search.objective import Goal
-    from qflow.study.assemble import make_evaluator
+def on_samples(verdict: Verdict, rebuilt: Rebuilt, loaded: Any, again: Scores, goal: Any, rules: Any) -> None:
+    """Judge the goal on held-out samples if the task has them, and the rules on classes and samples."""
+    from qflow.study.gate import HELD_OUT, broken_rules, has_held_out, misses, score
 
-    if not trial.config.executor.threads:  # another number of threads sums in another order
-        trial.config.executor.threads = trial.manifest.get("threads", 0)
-    evaluator = make_evaluator(trial.config)
-    evaluator.sensitivities = trial.sensitivities
-    settings = trial_settings(trial.config)
-    reasons = identity(evaluator, trial)
+    evaluator = rebuilt.evaluator
+    task, split, after = evaluator.task, "evaluation", again
+    if has_held_out(task):
+        split = HELD_OUT
+        after = score(task, loaded, split, evaluator.eval_batch)
+    before = score(task, task.model, split, evaluator.eval_batch)
+    if split == HELD_OUT:
+        drop = task.drop(before.metric, after.metric)
+        print(f"{HELD_OUT:<18}{before.metric:>12.6g} float  {after.metric:>12.6g} rebuilt, drop {drop:+.6g}")
+        only = type(goal)(max_drop=goal.max_drop)
+        verdict.infeasible += misses(only, {"accuracy/drop": drop}, f" on data.{HELD_OUT}")
+    else:
+        verdict.notes.append(f"task.data has no split {HELD_OUT}: the goal is judged on samples that the search saw")
+    verdict.rejected += broken_rules(rules, task, before, after)
+
+
+def roll_back(store: Store, name: str, alias: str, dry_run: bool) -> int:
+    """Move the alias back to the version before."""
+    from qflow.tracking.registry import champion, move_back, version_before
+
+    if dry_run:
+        left = champion(store, name, alias)
+        print(f"{'dry run':<12}{name}@{alias} would go back to version {version_before(name, alias, left)}")
+        return 0
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    left, now = move_back(store, name, alias, {"qflow.rolled_back": at})
+    print(f"{'champion':<12}{name} version {now.number}, alias {alias} moved back from version {left.number}")
+    return 0
+
+
+def show_how_to_load(config: DictConfig, trial: StoredTrial, store: Store, source: str) -> None:
+    """Print the two lines that load the registered model."""
+    allow = ", ".join(repr(str(package)) for package in config.security.allow)
+    more = f", allow=[{allow}]" if allow else ""
+    local = config.tracking.uri is None
+    where = f", uri={store.uri!r}" if not local or str(root_dir(config)) != str(Path("qflow_out").absolute()) else ""
+    print(f"{'load it':<12}qflow.load({source!r}{more}{where})")
+    print(f"{'':<12}mlflow.pyfunc.load_model({source!r})  # MLFLOW_TRACKING_URI={store.uri}", end="")
+    print(f" QFLOW_ALLOW={','.join(config.security.allow)}" if allow else "")
+
+
+def _judged(version: Version) -> Judged | None:
+    from qflow.core.record import from_dict
+    from qflow.study.gate import Judged
+
     try:
-        evaluator.measure_float()
-        requested, applied = evaluator.resolve(settings.qconfig)
-        if applied.digest != trial.qconfig.digest:
-            names = ", ".join(list(applied.diff(trial.qconfig))[:3])
-            reasons.append(f"the configuration gives another qconfig than the run holds: {names} differ")
-        result = evaluator.run_qconfig(requested, trial.qconfig, settings)
-    except QflowError as error:
-        return [*reasons, f"the trial cannot be rebuilt: {error}"]
-    metric = f"accuracy/{evaluator.task.metric_name}"
-    for name, value in {
-        metric: result.metric,
-        "accuracy/drop": result.drop,
-        "cost/latency_ms": result.cost.latency_ms,
-    }.items():
-        logged = trial.metrics.get(name)
-        print(f"{name:<18}{'-' if logged is None else f'{logged:.6g}':>12} logged {value:>12.6g} rebuilt")
-        if logged is None or abs(logged - value) > METRIC_TOLERANCE + 1e-5 * abs(value):
-            reasons.append(f"{name} was logged as {logged}, rebuilt it is {value:.6g}")
-    if result.scales_digest != trial.tags.get("qflow.scales"):
-        reasons.append("the calibrated scales differ from those of the run: other data, weights or versions")
-    goal = Goal(**plain(trial.config.objective))
-    for name, excess in goal.constraints({"accuracy/drop": result.drop, **cost_metrics(result.cost)}).items():
-        if excess > 0:
-            reasons.append(f"the goal ({goal}) is missed: {name} by {excess:.4g}")
-    return reasons
+        return from_dict(Judged, json.loads(version.tags[JUDGED]))
+    except (KeyError, ValueError, TypeError):
+        return None
 
 
-def identity(evaluator: Evaluator, trial: LoggedTrial) -> list[str]:
-    """Weights, data or profile other than the run's; named first, because they explain the rest."""
-    from qflow.study.manifest import manifest
-
-    now = manifest(evaluator)
-    logged = {"profile": "", **trial.manifest}
-    return [
-        f"{name} are not those of the run: {now[part] or 'none'} instead of {logged.get(part) or 'none'}"
-        for part, name in {"weights": "weights", "data": "data", "profile": "measured times"}.items()
-        if now[part] != logged.get(part)
-    ]
+def _plain_name(name: str) -> str:
+    """A logged model's name has no / : . % or quotes."""
+    return "".join("-" if c in "/:.%'\"" else c for c in name)

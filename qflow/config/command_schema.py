@@ -12,11 +12,15 @@ from qflow.config.schema import (
     CalibrationSchema,
     DeviceSchema,
     ExecutorSchema,
+    GateSchema,
     ObjectiveSchema,
+    PromoteGoalSchema,
+    PromoteTrackingSchema,
     QatSchema,
     QConfigSchema,
     QuantSchema,
     SearchSchema,
+    SecuritySchema,
     SensitivitySchema,
     TaskSchema,
     TrackingSchema,
@@ -80,11 +84,21 @@ class CostCommandSchema(TuneSchema):
 
 
 @dataclass(kw_only=True)
-class PromoteSchema(TuneSchema):
+class PromoteSchema:
     """`python -m qflow.promote`: the run to promote, or the study whose best run it promotes."""
 
+    study: str = MISSING
     run: str | None = None
     """MLflow run id of a trial; null takes the best trial of `study`."""
+    root: str = MISSING
+    dry_run: bool = False
+    """Judge, and register nothing."""
+    rollback: bool = False
+    """Move the alias back to the version before, and do nothing else."""
+    objective: PromoteGoalSchema = field(default_factory=PromoteGoalSchema)
+    tracking: PromoteTrackingSchema = field(default_factory=PromoteTrackingSchema)
+    security: SecuritySchema = field(default_factory=SecuritySchema)
+    gate: GateSchema = field(default_factory=GateSchema)
 
 
 @dataclass(kw_only=True)

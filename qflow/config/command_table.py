@@ -61,7 +61,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "promote": Command(
         "rebuild the best trial, verify every number, and register it",
-        ("[study=<name> | run=<MLflow run id>] [key=value ...]",),
+        ("[study=<name> | run=<MLflow run id>] [--dry-run | rollback] [key=value ...]",),
         "registered, or this run is the champion already",
         "refused, with every reason",
     ),

@@ -8,7 +8,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from qflow.config.quoting import assignment
+from qflow.bundle.targets import own_packages
+from qflow.config.quoting import assignment, word
+from qflow.config.settings import plain
 from qflow.core.dtype import QDtype
 from qflow.core.errors import TrialError
 from qflow.core.qconfig import QConfig
@@ -192,4 +194,6 @@ def promote_command(session: Session) -> str:
         "tracking.alias": (config.tracking.alias, "champion"),
     }
     words = [assignment(key, value) for key, (value, usual) in named.items() if value != usual]
+    if own := own_packages(plain(config)):  # what a run names is not run unless the caller allows it
+        words.append(word(f"security.allow=[{','.join(own)}]"))
     return " ".join([f"{python_command()} -m qflow.promote", *words])

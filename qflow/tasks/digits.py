@@ -29,6 +29,10 @@ class DigitsData:
     calibration: TensorDataset
     evaluation: TensorDataset
 
+    def sample_classes(self, batch: Batch) -> list[int]:
+        """The digit of each sample, for the rule of promote on the worst class."""
+        return [int(label) for label in batch[1]]
+
 
 def build_data(*, calibration_size: int = 128, seed: int = 0) -> DigitsData:
     """Shuffle by `seed` and split."""

@@ -6,9 +6,10 @@ On a local store, links, pipes and devices are refused before anything is opened
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qflow.core.errors import TrackingError
 from qflow.tracking import connect
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 MOST = 1000  # files of a run that are looked at
+
+
+class Opened(Protocol):
+    """A store: MlflowTracker, or Store."""
+
+    client: MlflowClient
+
+    def calling(self) -> AbstractContextManager[MlflowClient]:
+        """Yield the client; MLflow's errors become one line."""
 
 
 class Store:
@@ -29,6 +39,23 @@ class Store:
     def open(cls, uri: str | None, folder: Path) -> Store:
         """Open the store at `uri`, or the SQLite store in `folder`. Raises TrackingError, also if there is none."""
         return cls(*connect.open_store(uri, folder, create=False))
+
+    @contextmanager
+    def calling(self) -> Iterator[MlflowClient]:
+        """Yield the client, and turn MLflow's errors into one line."""
+        with connect.plain_errors(self.uri):
+            yield self.client
+
+    def studies(self, name: str, experiment: str | None = None) -> dict[str, str]:
+        """Return experiment -> run id of every study of this name, in all experiments or in the one that is named."""
+        if "'" in name:
+            raise TrackingError(f"A study name holds no quotes, but got {name!r}. Correct it.")
+        query = f"tags.`qflow.study` = '{name}' and tags.`qflow.kind` = 'study'"
+        with self.calling() as client:
+            names = {e.experiment_id: str(e.name) for e in client.search_experiments()}
+            places = [key for key, value in names.items() if experiment in (None, value)]
+            runs = client.search_runs(places, query) if places else []
+        return {names[run.info.experiment_id]: str(run.info.run_id) for run in reversed(runs)}
 
     def run(self, run_id: str) -> tuple[dict[str, str], dict[str, float], str]:
         """Return tags, metrics and artifact address of a run. Raises TrackingError for one that does not exist."""

@@ -61,7 +61,7 @@ OWN = [
 ]  # fmt: skip
 
 
-STORE = ["study=own/int8_int16", "tracking.experiment=own"]
+STORE = ["study=own/int8_int16", "tracking.experiment=own", "security.allow=[user_task]"]
 
 
 def open_tracker(folder):

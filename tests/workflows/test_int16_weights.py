@@ -18,7 +18,7 @@ TASK = [
     "task.data._target_=support.dark_channel.Data", "task.metric._target_=support.dark_channel.Agreement",
     "calibration.steps=4", f"objective.max_drop={GOAL}", "search.n_trials=14", "executor.threads=1",
 ]  # fmt: skip
-STORE = ["study=dark/full", "tracking.experiment=dark", "tracking.registered_model=dark"]
+STORE = ["study=dark/full", "tracking.registered_model=dark", "security.allow=[support]"]
 
 
 def test_the_weight_alone_is_why_all_int16_misses():
