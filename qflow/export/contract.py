@@ -119,6 +119,11 @@ def _precision(op: Any) -> str:
     return f"{op.output or 'high precision'}{inputs}"
 
 
+def origin_text(subject: Subject) -> str:
+    """Return where the model comes from as lines of a list for a README."""
+    return "".join(f"- {key}: {value}\n" for key, value in subject.origin.items())
+
+
 def written(folder: Path) -> tuple[str, ...]:
     """Return all files below `folder` in the form of `Exported.files`."""
     return tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))

@@ -17,7 +17,7 @@ from qflow.core.device import apply_rules
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.graph import OpKind
-from qflow.export.contract import Exported, Fallback, Subject, Unexpressed, applied_fallbacks, written
+from qflow.export.contract import Exported, Fallback, Subject, Unexpressed, applied_fallbacks, origin_text, written
 from qflow.export.names import PluginName, names_csv, plugin_names
 from qflow.export.plugin_text import MODULE, README, operators_text, sensitivity_text
 from qflow.export.precisions import OpPrecision, precisions
@@ -38,7 +38,7 @@ def export(subject: Subject, folder: Path) -> Exported:
     if subject.sensitivity is not None:
         write_sensitive_ops(in_plugin_names(subject.sensitivity, names), folder)
     tables = sensitivity_text(folder)
-    (folder / "README.md").write_text(README.substitute(origin=_origin(subject), tables=tables, **values))
+    (folder / "README.md").write_text(README.substitute(origin=origin_text(subject), tables=tables, **values))
     lowered, refused = canonicalised(prepared)
     return Exported(
         "plugin",
@@ -147,7 +147,3 @@ def notes(ops: dict[str, OpPrecision], names: dict[str, PluginName], left_out: t
     if left_out:
         found.append(f"The weight files hold tensors only, without {', '.join(left_out)}.")
     return tuple(found)
-
-
-def _origin(subject: Subject) -> str:
-    return "".join(f"- {key}: {value}\n" for key, value in subject.origin.items())
