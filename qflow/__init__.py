@@ -22,6 +22,7 @@ _PLACES = {
     "qflow.core.qconfig": "OpQConfig QConfig",
     "qflow.core.setter": "HighPrecisionOutput TemplateSetter",
     "qflow.core.settings": "CalibrationSettings QatSettings",
+    "qflow.export.model": "export_model",
     "qflow.quant.model.quantized_model": "scales",
 }
 _HOME = {name: place for place, names in _PLACES.items() for name in names.split()}

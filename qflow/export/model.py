@@ -11,6 +11,7 @@ from pathlib import Path
 
 from qflow.analysis.measures.tables import SensitivityTable
 from qflow.api.prepared import Prepared
+from qflow.config.device_file import load_rules
 from qflow.core.errors import ConfigError, ModelError
 from qflow.core.record import plain, to_json
 from qflow.core.version import VERSION
@@ -73,7 +74,7 @@ def _record(exported: Exported, prepared: Prepared, folder: Path) -> str:
     content = {
         "schema": SCHEMA,
         "qflow": VERSION,
-        "march": prepared.march,
+        "march": load_rules(prepared.march).march,
         "qconfig": prepared.applied.digest,
         **plain({name: getattr(exported, name) for name in ("target", "fallbacks", "unexpressed", "notes")}),
         "files": files,
