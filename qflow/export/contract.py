@@ -3,8 +3,8 @@
     def export(subject: Subject, folder: Path) -> Exported: ...
 
 The function reads `subject` and changes nothing in it, writes its files into `folder` (which exists and is empty), and
-returns what it wrote and what the files do not say. tests/export/test_contract.py holds every target of `TARGETS` to
-these rules:
+returns what it wrote and what the files do not say. targets.py lists them, and tests/export/test_contract.py holds each
+to these rules:
 
     files        `Exported.files` names all files in the folder and no others, relative to it, with `/`
     equal bytes  two exports of one subject are equal byte for byte: no time, no random name, no order of a set
@@ -27,16 +27,6 @@ from typing import Any
 from qflow.analysis.measures.tables import SensitivityTable
 from qflow.api.prepared import Prepared
 from qflow.core.errors import QflowError
-
-TARGETS: Mapping[str, str] = {
-    "plugin": "qflow.export.plugin",
-    "plugin35": "qflow.export.plugin35",
-    "hmct": "qflow.export.hmct",
-    "onnx": "qflow.export.onnx",
-    "torch": "qflow.export.torch",
-    "qflow": "qflow.export.native",
-}
-"""Target -> the module with its function `export`; it is imported when the target is asked for."""
 
 
 class ExportError(QflowError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -15,7 +14,8 @@ from qflow.config.device_file import load_rules
 from qflow.core.errors import ConfigError, ModelError
 from qflow.core.record import plain, to_json
 from qflow.core.version import VERSION
-from qflow.export.contract import TARGETS, Exported, ExportError, Subject, written
+from qflow.export.contract import Exported, ExportError, Subject, written
+from qflow.export.targets import TARGETS
 
 RECORD = "export.json"
 SCHEMA = 1
@@ -45,12 +45,11 @@ def export_model(
         )
     folder = Path(folder)
     _require_free(folder)
-    module = importlib.import_module(TARGETS[target])
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as name:
         made = Path(name) / "files"
         made.mkdir()
-        exported: Exported = module.export(Subject(prepared, sensitivity, dict(origin or {})), made)
+        exported = TARGETS[target](Subject(prepared, sensitivity, dict(origin or {})), made)
         (made / RECORD).write_text(_record(exported, prepared, made) + "\n")
         if folder.exists():
             shutil.rmtree(folder)

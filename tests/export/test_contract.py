@@ -1,7 +1,6 @@
 """What holds for every target, on the model of every built-in task and on some of others (export/contract.py)."""
 
 import functools
-import importlib.util
 import json
 import os
 import random
@@ -15,14 +14,14 @@ from zoo_real.registry import entries
 import qflow
 from qflow.core.errors import ConfigError, ModelError
 from qflow.core.graph import OpKind
-from qflow.export.contract import TARGETS, Exported, ExportError, Subject, written
+from qflow.export.contract import Exported, ExportError, Subject, written
 from qflow.export.model import RECORD, export_model
 from qflow.export.native import native, read_native
+from qflow.export.targets import TARGETS
 from qflow.quant.model.model_state import forward_state
 from qflow.tasks import digits, dual, exposure, temporal
 from qflow.tasks.perception import model as perception
 
-WRITTEN = [name for name, module in TARGETS.items() if importlib.util.find_spec(module)]
 TASKS = {
     "digits": lambda: (digits.build_model(epochs=0), torch.rand(4, 1, 8, 8)),
     "dual": lambda: (dual.build_model(epochs=0), torch.rand(4, 1, 8, 8)),
@@ -105,7 +104,7 @@ READ = {
 """What a reader of the target's files finds."""
 
 
-@pytest.mark.parametrize("target", WRITTEN)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", [*TASKS, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_a_target_keeps_the_contract(name, target, tmp_path):
     model = prepared(name)
