@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -102,6 +103,21 @@ class PromoteSchema:
 
 
 @dataclass(kw_only=True)
+class ExportSchema(TuneSchema):
+    """`python -m qflow.export`: the trial to export, the targets, and the folder to write to."""
+
+    target: Any = "plugin"
+    """One target, or a list of them; on the command line also names with commas."""
+    out: str = "${root}/export"
+    """Folder; each target writes to a folder of its own name in it."""
+    strict: bool = False
+    """Exit code 1 if a target does not say all that was judged."""
+    # `from` is a word of Python, so that the field cannot be an argument of __init__; OmegaConf reads it all the same.
+    __annotations__["from"] = "str | None"
+    locals()["from"] = field(default=None, init=False, repr=False, compare=False)
+
+
+@dataclass(kw_only=True)
 class TrainingSchema:
     """The arguments of workflows/train_float.py::train, the loss, and the output file of the weights."""
 
@@ -136,6 +152,7 @@ SCHEMAS: dict[str, type] = {
     "analyze": AnalyzeSchema,
     "cost": CostCommandSchema,
     "promote": PromoteSchema,
+    "export": ExportSchema,
     "train_float": TrainFloatSchema,
 }
 GROUPS = (

@@ -1,0 +1,151 @@
+"""python -m qflow.export: write a trial to the files that a tool chain, or another program, takes.
+
+The trial is loaded as `qflow.load` does: its files are verified, and its code comes from this command line, from a
+built-in task or from a package that is allowed. Each target writes to a folder of its own name in `out`. What the tool
+chain will change, and what the files do not say, is printed in groups and stands in `export.json`. Exit code 0: done;
+1: with strict=true, a target does not say all that was judged; 2: a mistake, or a model that a target does not take.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from qflow.config.command import run_command
+from qflow.config.settings import plain, root_dir
+from qflow.core.errors import BundleError, ConfigError, TrackingError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from qflow.api.prepared import Prepared
+    from qflow.bundle.stored import StoredTrial
+    from qflow.export.contract import Exported
+    from qflow.tracking.artifacts import Store
+
+SHOWN = 4  # operators of one group
+
+
+def main() -> None:
+    """Entry point."""
+    run_command("export", export, [as_list(argument) for argument in sys.argv[1:]])
+
+
+def as_list(argument: str) -> str:
+    """Return `target=plugin,hmct` as `target=[plugin,hmct]`, which Hydra does not take for a sweep."""
+    return f"target=[{argument[7:]}]" if re.fullmatch(r"target=\w+(,\w+)+", argument) else argument
+
+
+def export(config: DictConfig) -> int:
+    """Load the trial and write it for every target. Returns 1 under `strict` if one does not say all."""
+    names = targets_of(config.target)
+    from qflow.bundle.source import fetch
+    from qflow.export.model import export_model
+    from qflow.tracking.artifacts import Store
+
+    root = root_dir(config)
+    source = config["from"] or default_source(Store.open(config.tracking.uri, root), config)
+    trial = fetch(source, uri=config.tracking.uri, root=root)
+    prepared = loaded(config, trial)
+    origin = {"study": trial.tags.get("qflow.study", ""), "run": trial.run_id}
+    print(f"{'trial':<12}{source}, qconfig {trial.qconfig.digest}, of {origin['study'] or 'an unnamed study'}")
+    faithful = True
+    for name in names:
+        folder = Path(config.out) / name
+        exported = export_model(prepared, name, folder, sensitivity=trial.sensitivities, origin=origin)
+        print(f"{name:<12}{len(exported.files)} files in {folder}")
+        for line in report(exported):
+            print(f"{'':<12}{line}")
+        faithful = faithful and exported.faithful
+    if config.strict and not faithful:
+        print(f"{'strict':<12}not everything that was judged is in the files: exit code 1")
+        return 1
+    return 0
+
+
+def targets_of(stated: Any) -> list[str]:
+    """Return the targets by name. Raises ConfigError for an unknown one, or none."""
+    from qflow.export.targets import TARGETS
+
+    names = plain(stated) if OmegaConf.is_config(stated) else str(stated).split(",")
+    found = list(dict.fromkeys(str(name).strip() for name in names))
+    unknown = [name for name in found if name not in TARGETS]
+    if unknown or not found:
+        raise ConfigError(f"A target is one of {', '.join(TARGETS)}, but got {', '.join(unknown) or 'none'}.")
+    return found
+
+
+def default_source(store: Store, config: DictConfig) -> str:
+    """Return the champion of the registered model, or the best trial of the study where the study is named.
+
+    Raises TrackingError if there is neither.
+    """
+    from qflow.tracking.limits import model_name
+
+    unresolved: Any = OmegaConf.to_container(config, resolve=False)
+    name, alias = model_name(config.tracking.registered_model), config.tracking.alias
+    if "${" in unresolved["study"]:  # the default follows task.name
+        with suppress(TrackingError):
+            store.version(name, alias=alias)
+            return f"models:/{name}@{alias}"
+    for run in store.studies(config.study).values():
+        if best := store.run(run)[0].get("qflow.best"):
+            return f"runs:/{best}"
+    raise TrackingError(
+        f"By default the champion is exported, or the best trial of a study, but got neither {name}@{alias} nor a best "
+        f"trial of {config.study} in {store.uri}. Name one: from=<run id>."
+    )
+
+
+def loaded(config: DictConfig, trial: StoredTrial) -> Prepared:
+    """Return the prepared model of a trial; code that the command line names itself may run."""
+    from qflow.api.load import prepared_of
+    from qflow.bundle.targets import check_targets
+    from qflow.config.build import build_model
+
+    allow = tuple(OmegaConf.select(config, "security.allow") or ())
+    model = None
+    with suppress(BundleError):
+        check_targets({"task": plain(trial.config.task)}, allow, own={"task": plain(config.task)})
+        model = partial(build_model, trial.config)
+    return prepared_of(trial, model=model, allow=allow)
+
+
+def report(exported: Exported) -> list[str]:
+    """Return the lines for the user: fallbacks and what is missing, each reason once with its operators, and notes."""
+    lines = []
+    lowered = [(f"{f.change}: {f.reason}", f.op) for f in exported.fallbacks if f.judged]
+    unjudged = [(f"{f.change}: {f.reason}", f.op) for f in exported.fallbacks if not f.judged]
+    for title, pairs in (
+        ("lowered by the device, as in the figures", lowered),
+        ("lowered by the tool chain, unlike the figures", unjudged),
+        ("not in the files", [(f"{u.reason}. {u.way_out}", u.op) for u in exported.unexpressed]),
+    ):
+        if pairs:
+            lines.append(f"{title}: {_counted(pairs)}")
+            lines += [f"  {_some(ops)}: {text}" for text, ops in _grouped(pairs)]
+    return [*lines, *(f"note: {note}" for note in exported.notes)]
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    found: dict[str, list[str]] = {}
+    for text, op in pairs:
+        found.setdefault(text, []).append(op)
+    return list(found.items())
+
+
+def _counted(pairs: Sequence[tuple[str, str]]) -> str:
+    count = len({op for _, op in pairs})
+    return f"{count} operator{'s' * (count != 1)}"
+
+
+def _some(ops: Sequence[str]) -> str:
+    more = f" and {len(ops) - SHOWN} more" if len(ops) > SHOWN else ""
+    return ", ".join(ops[:SHOWN]) + more

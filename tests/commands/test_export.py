@@ -1,0 +1,52 @@
+"""`python -m qflow.export` on a stored trial."""
+
+import json
+
+import pytest
+from support.commands import run_qflow
+from support.stored import store_trial
+
+pytestmark = pytest.mark.slow  # works with a store, in processes
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    run, _ = store_trial(folder / "qflow_out", "task=digits")
+    return folder, run
+
+
+def test_a_run_is_exported_to_several_targets(study, tmp_path):
+    folder, run = study
+    done = run_qflow("export", "target=plugin,qflow", f"from={run}", f"out={tmp_path / 'out'}", cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["plugin", "qflow"]
+    assert f"run: {run}" in (tmp_path / "out" / "plugin" / "README.md").read_text()
+    assert "not in the files: " in done.stdout
+    assert done.stdout.count("Prepare the model with the plugin") == 1  # each reason once
+
+
+def test_by_default_the_best_trial_is_exported_and_strict_says_what_is_missing(study):
+    folder, run = study
+    done = run_qflow("export", "target=plugin", "task=digits", "strict=true", cwd=folder)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert f"runs:/{run}" in done.stdout
+    record = json.loads((folder / "qflow_out" / "export" / "plugin" / "export.json").read_text())
+    assert record["unexpressed"]
+    done = run_qflow("export", "target=qflow", "task=digits", "strict=true", cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["target=plugin,tensorrt"], "A target is one of plugin, plugin35"),
+        (["from=nothing"], "but got nothing. Name one that exists."),
+        (["study=other"], "nor a best trial of other"),
+    ],
+)
+def test_a_mistake_is_one_line(study, arguments, said):
+    done = run_qflow("export", *arguments, cwd=study[0])
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
