@@ -35,39 +35,40 @@ SHOWN = 4  # operators of one group
 
 def main() -> None:
     """Entry point."""
-    run_command("export", export, [as_list(argument) for argument in sys.argv[1:]])
+    run_command("export", export, [rewritten(argument) for argument in sys.argv[1:]])
 
 
-def as_list(argument: str) -> str:
-    """Return `target=plugin,hmct` as `target=[plugin,hmct]`, which Hydra does not take for a sweep."""
-    return f"target=[{argument[7:]}]" if re.fullmatch(r"target=\w+(,\w+)+", argument) else argument
+def rewritten(argument: str) -> str:
+    """Return `from=x` as `source=x`, and `target=plugin,hmct` as the list that Hydra does not take for a sweep."""
+    if re.fullmatch(r"target=\w+(,\w+)+", argument):
+        return f"target=[{argument.removeprefix('target=')}]"
+    return re.sub("^from=", "source=", argument)
 
 
-def export(config: DictConfig) -> int:
-    """Load the trial and write it for every target. Returns 1 under `strict` if one does not say all."""
+def export(config: DictConfig) -> tuple[int, dict[str, Any]]:
+    """Load the trial and write it for every target. The exit code is 1 under `strict` if one does not say all."""
     names = targets_of(config.target)
     from qflow.bundle.source import fetch
     from qflow.export.model import export_model
     from qflow.tracking.artifacts import Store
 
     root = root_dir(config)
-    source = config["from"] or default_source(Store.open(config.tracking.uri, root), config)
+    source = config.source or default_source(Store.open(config.tracking.uri, root), config)
     trial = fetch(source, uri=config.tracking.uri, root=root)
     prepared = loaded(config, trial)
     origin = {"study": trial.tags.get("qflow.study", ""), "run": trial.run_id}
     print(f"{'trial':<12}{source}, qconfig {trial.qconfig.digest}, of {origin['study'] or 'an unnamed study'}")
-    faithful = True
+    out, made = Path(config.out or root / "export"), {}
     for name in names:
-        folder = Path(config.out) / name
-        exported = export_model(prepared, name, folder, sensitivity=trial.sensitivities, origin=origin)
-        print(f"{name:<12}{len(exported.files)} files in {folder}")
-        for line in report(exported):
+        folder = out / name
+        made[name] = export_model(prepared, name, folder, sensitivity=trial.sensitivities, origin=origin)
+        print(f"{name:<12}{len(made[name].files)} files in {folder}")
+        for line in report(made[name]):
             print(f"{'':<12}{line}")
-        faithful = faithful and exported.faithful
-    if config.strict and not faithful:
+    missed = config.strict and not all(exported.faithful for exported in made.values())
+    if missed:
         print(f"{'strict':<12}not everything that was judged is in the files: exit code 1")
-        return 1
-    return 0
+    return int(missed), {**origin, "folder": str(out), "targets": made}
 
 
 def targets_of(stated: Any) -> list[str]:

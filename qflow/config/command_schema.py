@@ -106,15 +106,14 @@ class PromoteSchema:
 class ExportSchema(TuneSchema):
     """`python -m qflow.export`: the trial to export, the targets, and the folder to write to."""
 
+    source: str | None = None
+    """The trial, also written from=...: a run, model version, folder or .zip; null takes the champion or the best."""
     target: Any = "plugin"
-    """One target, or a list of them; on the command line also names with commas."""
-    out: str = "${root}/export"
-    """Folder; each target writes to a folder of its own name in it."""
+    """plugin, plugin35, hmct, qflow, or a list of them; on the command line also names with commas."""
+    out: str | None = None
+    """Folder; each target writes to a folder of its own name in it; null takes export/ in `root`."""
     strict: bool = False
     """Exit code 1 if a target does not say all that was judged."""
-    # `from` is a word of Python, so that the field cannot be an argument of __init__; OmegaConf reads it all the same.
-    __annotations__["from"] = "str | None"
-    locals()["from"] = field(default=None, init=False, repr=False, compare=False)
 
 
 @dataclass(kw_only=True)

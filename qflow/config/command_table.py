@@ -65,6 +65,12 @@ COMMANDS: dict[str, Command] = {
         "registered, or this run is the champion already",
         "refused, with every reason",
     ),
+    "export": Command(
+        "write a trial to the files that a tool chain takes",
+        ("[target=<name>,...] [from=<run, model version, folder or .zip>] [out=<folder>]",),
+        "written",
+        "strict=true, and a target does not say all that was judged",
+    ),
 }
 
 

@@ -37,6 +37,13 @@ def test_by_default_the_best_trial_is_exported_and_strict_says_what_is_missing(s
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_script_gets_what_is_missing(study):
+    done = run_qflow("export", "target=hmct", "task=digits", "--json", cwd=study[0])
+    result = json.loads(done.stdout)["result"]
+    assert result["run"] == study[1]
+    assert "quant_config.json" in result["targets"]["hmct"]["files"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
