@@ -9,14 +9,12 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from qflow.config.promote_schema import GateSchema, PromoteGoalSchema, PromoteTrackingSchema
 from qflow.config.schema import (
     CalibrationSchema,
     DeviceSchema,
     ExecutorSchema,
-    GateSchema,
     ObjectiveSchema,
-    PromoteGoalSchema,
-    PromoteTrackingSchema,
     QatSchema,
     QConfigSchema,
     QuantSchema,
@@ -89,9 +87,11 @@ class PromoteSchema:
     """`python -m qflow.promote`: the run to promote, or the study whose best run it promotes."""
 
     study: str = MISSING
+    """Study whose best trial is promoted."""
     run: str | None = None
     """MLflow run id of a trial; null takes the best trial of `study`."""
     root: str = MISSING
+    """Folder of the stores, results and caches; QFLOW_HOME sets it too."""
     dry_run: bool = False
     """Judge, and register nothing."""
     rollback: bool = False

@@ -48,9 +48,11 @@ def keys(command: str) -> list[Key]:
 
 def groups(command: str) -> dict[str, tuple[str, list[str]]]:
     """Group of the command -> (what it is about, its options); `experiment` and `debug` set keys of several groups."""
-    found = {name: _classes("config/schema.py")[kind] for name, kind in _groups(_schemas()[command])}
+    classes = _group_classes()
+    found = {name: classes[kind] for name, kind in _groups(_schemas()[command])}
     about = {name: "" if FIELDS_OF.match(node.text) else first_sentence(node.text) for name, node in found.items()}
-    about |= {"experiment": "A branch of the guide's tree, or `full`.", "debug": "Few samples and trials."}
+    if "task" in about:
+        about |= {"experiment": "A branch of the guide's tree, or `full`.", "debug": "Few samples and trials."}
     folder = conf_dir()
     listed = {name: sorted(path.stem for path in (folder / name).glob("*.yaml")) for name in about}
     return {name: (about[name], options) for name, options in listed.items() if options}
@@ -106,7 +108,7 @@ def _flat(content: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def _below(kind: str, prefix: str) -> Iterator[Key]:
     """The keys of a schema class, and of the classes of its fields."""
-    known = _classes("config/command_schema.py") | _classes("config/schema.py")
+    known = _classes("config/command_schema.py") | _group_classes()
     node = known[kind]
     for base in node.bases:
         if base in known:
@@ -122,7 +124,7 @@ def _below(kind: str, prefix: str) -> Iterator[Key]:
 
 def _groups(kind: str) -> Iterator[tuple[str, str]]:
     """(name, class) of the groups of a command."""
-    known, groups_ = _classes("config/command_schema.py"), _classes("config/schema.py")
+    known, groups_ = _classes("config/command_schema.py"), _group_classes()
     for base in known[kind].bases:
         yield from _groups(base)
     yield from ((name, field[0]) for name, field in known[kind].fields.items() if field[0] in groups_)
@@ -148,6 +150,11 @@ def _schemas() -> dict[str, str]:
     assert isinstance(table, ast.Dict)
     entries = zip(table.keys, table.values, strict=True)
     return {ast.literal_eval(key): ast.unparse(value) for key, value in entries if key}
+
+
+def _group_classes() -> dict[str, _Class]:
+    """The classes of all groups."""
+    return _classes("config/schema.py") | _classes("config/promote_schema.py")
 
 
 @functools.cache
