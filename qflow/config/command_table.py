@@ -61,13 +61,13 @@ COMMANDS: dict[str, Command] = {
     ),
     "promote": Command(
         "rebuild the best trial, verify every number, and register it",
-        ("[study=<name> | run=<MLflow run id>] [--dry-run | rollback] [key=value ...]",),
+        ("[study=<name> | run=<run id>] [--dry-run] [key=value ...]", "rollback [study=<name>]"),
         "registered, or this run is the champion already",
         "refused, with every reason",
     ),
     "export": Command(
         "write a trial to the files that a tool chain takes",
-        ("[target=<name>,...] [from=<run, model version, folder or .zip>] [out=<folder>]",),
+        ("[target=<name>,...] [from=<source>] [out=<folder>]",),
         "written",
         "strict=true, and a target does not say all that was judged",
     ),
