@@ -14,6 +14,7 @@ from qflow.core.errors import ConfigError
 from qflow.core.settings import QatSettings
 from qflow.quant.trace.binding import inputs_of
 from qflow.quant.train import qat
+from qflow.quant.train.groups import parameter_groups
 from qflow.quant.train.loss import Loss
 from qflow.quant.train.qat import TrainingReport
 from qflow.quant.train.schedule import check_schedule
@@ -61,7 +62,7 @@ def train(
     if prepared.cached is not None:
         raise ConfigError("QAT trains on items in any order, but got a model with state. Leave out cached_attrs.")
     set_fake_quantize(prepared, FakeQuantState.VALIDATION)
-    groups = qat.parameter_groups(prepared, chosen.rates, chosen.learning_rate, chosen.weight_decay)
+    groups = parameter_groups(prepared, chosen.rates, chosen.learning_rate, chosen.weight_decay)
     schedule = scheduler if chosen.scheduled else None
     found = check_schedule(groups, optimizer, schedule, chosen.learning_rate, chosen.capped()[0])
     made = optimizer(groups, lr=chosen.learning_rate)

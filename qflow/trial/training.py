@@ -25,7 +25,8 @@ from qflow.core.settings import CalibrationSettings, QatSettings
 from qflow.quant.model.model_state import forward_state
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.train.checkpoint import read_checkpoint
-from qflow.quant.train.qat import TrainingReport, parameter_groups, train
+from qflow.quant.train.groups import parameter_groups
+from qflow.quant.train.qat import TrainingReport, train
 from qflow.quant.train.qat_state import require_trainable
 from qflow.quant.train.schedule import check_schedule
 from qflow.tasks.loading import loaded

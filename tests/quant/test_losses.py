@@ -7,8 +7,9 @@ from support.training import data, loss, sgd, small
 
 from qflow.core.errors import ConfigError
 from qflow.core.settings import QatSettings
+from qflow.quant.train.groups import parameter_groups
 from qflow.quant.train.loss import runaway
-from qflow.quant.train.qat import DivergedError, parameter_groups, train
+from qflow.quant.train.qat import DivergedError, train
 
 
 def test_a_loss_below_zero_diverges_when_it_has_lost_most_of_itself():

@@ -13,7 +13,8 @@ from qflow.core.errors import ConfigError, DataError, ModelError, TrialError
 from qflow.core.resolve import resolve
 from qflow.core.setter import HighPrecisionOutput, TemplateSetter
 from qflow.core.settings import NORM_MODES, QatSettings
-from qflow.quant.train.qat import DivergedError, parameter_groups, train
+from qflow.quant.train.groups import parameter_groups
+from qflow.quant.train.qat import DivergedError, train
 
 
 @pytest.mark.parametrize("mode", NORM_MODES)

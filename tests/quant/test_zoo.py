@@ -20,7 +20,8 @@ from qflow.quant.model.calibrate import apply_scales, collect
 from qflow.quant.model.prepare import prepare
 from qflow.quant.model.verify import Observed
 from qflow.quant.trace.calling import call_model, named_tensors
-from qflow.quant.train.qat import parameter_groups, train
+from qflow.quant.train.groups import parameter_groups
+from qflow.quant.train.qat import train
 
 
 def double(inputs):

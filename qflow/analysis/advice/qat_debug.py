@@ -26,8 +26,9 @@ from qflow.core.errors import TrialError
 from qflow.core.qconfig import QConfig
 from qflow.core.settings import CalibrationSettings, QatSettings
 from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.train.groups import parameter_groups
 from qflow.quant.train.loss import Loss
-from qflow.quant.train.qat import parameter_groups, run_steps, train
+from qflow.quant.train.qat import run_steps, train
 
 Build = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 Evaluate = Callable[[nn.Module], float]

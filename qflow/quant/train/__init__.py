@@ -1,3 +1,3 @@
 """Quantization-aware training: the loop, its state, checkpoints, losses and rates; the first bad operator."""
 
-__all__ = ["checkpoint", "loss", "qat", "qat_state", "schedule"]
+__all__ = ["checkpoint", "groups", "loss", "qat", "qat_state", "schedule"]

@@ -19,10 +19,12 @@ def first_bad(
 ) -> tuple[str, str]:
     """(name, reason) of the first operator with NaN or inf, else of the first beyond `times` its calibrated range.
 
-    ("", "") if there is none. `calibrated` holds the scales before training. This pass changes no scale.
+    Without those, it is the first one that is zero everywhere; ("", "") if there is none. `calibrated` holds the scales
+    before training. This pass changes no scale.
     """
     bad: list[tuple[str, str]] = []
     outside: list[tuple[str, str]] = []
+    dead: list[tuple[str, str]] = []
 
     def watch(name: str, value: Tensor) -> None:
         if bad or not value.is_floating_point() or not value.numel():
@@ -37,6 +39,8 @@ def first_bad(
         factor = float(value.abs().max()) / reach if reach else 0.0
         if factor > times:
             outside.append((name, f"{factor:.3g} times its calibrated range"))
+        elif reach and factor == 0.0:
+            dead.append((name, "zero everywhere"))
 
     moving = {q: q.averaging_constant for q in prepared.modules() if isinstance(q, FakeQuant) and not q.per_channel}
     prepared.watch = watch
@@ -48,4 +52,4 @@ def first_bad(
         prepared.watch = None
         for quantizer, constant in moving.items():
             quantizer.averaging_constant = constant
-    return (bad or outside or [("", "")])[0]
+    return (bad or outside or dead or [("", "")])[0]

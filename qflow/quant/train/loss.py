@@ -14,10 +14,10 @@ from qflow.core.settings import QatSettings
 Loss = Callable[[Any, Any], Tensor]
 
 
-def loss_value(loss: Loss, outputs: Any, batch: Any) -> Tensor:
-    """Return `loss(outputs, batch)`. Raises ConfigError unless it is one number that depends on the parameters."""
+def called(loss: Loss, outputs: Any, batch: Any) -> Any:
+    """Return `loss(outputs, batch)`, whatever it is. Raises ConfigError if the user's code fails."""
     try:
-        value = loss(outputs, batch)
+        return loss(outputs, batch)
     except QflowError:
         raise
     except Exception as error:  # the user's code may raise anything
@@ -25,6 +25,10 @@ def loss_value(loss: Loss, outputs: Any, batch: Any) -> Tensor:
         raise ConfigError(
             f"qat.loss must take (outputs, batch), but got {type(error).__name__}: {text}. See it with QFLOW_DEBUG=1."
         ) from error
+
+
+def loss_value(value: Any) -> Tensor:
+    """Return what a loss has returned. Raises ConfigError unless it is one number that depends on the parameters."""
     if isinstance(value, Mapping):
         names = ", ".join(map(str, value))
         raise ConfigError(f"A loss is one number, but got a {type(value).__name__} of {names}. Return their sum.")

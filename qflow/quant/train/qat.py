@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +30,10 @@ from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.trace.calling import call_model
 from qflow.quant.train.checkpoint import load_checkpoint, random_state, restore_random, save_checkpoint
 from qflow.quant.train.first_bad import first_bad
+from qflow.quant.train.first_batch import RULE, FirstBatch, due, suspicious
 from qflow.quant.train.interrupt import interrupts_held
-from qflow.quant.train.loss import Loss, loss_value, runaway
-from qflow.quant.train.qat_state import qat_state, require_trainable, train_mode, under
+from qflow.quant.train.loss import Loss, called, loss_value, runaway
+from qflow.quant.train.qat_state import qat_state, train_mode
 
 log = logging.getLogger(__name__)
 
@@ -62,33 +63,6 @@ class DivergedError(TrialError):
         self.first_bad_operator = first_bad_operator
         """The first bad operator, or the first parameter with a bad gradient; "" if all are finite and in range."""
         self.report = report
-
-
-def parameter_groups(
-    prepared: nn.Module, rates: Mapping[str, float], learning_rate: float, weight_decay: float = 0.0
-) -> list[dict[str, Any]]:
-    """Optimizer groups of the trainable parameters; each parameter has the rate of its longest prefix in `rates`.
-
-    Prefixes are module or parameter paths of the user's model (`backbone`, `head.cls`). Parameters without a prefix
-    have `learning_rate`. Raises ConfigError for a prefix without a parameter, and if all parameters are frozen.
-    """
-    inner = getattr(prepared, "module", prepared)  # DistributedDataParallel
-    inner = inner.model if isinstance(inner, QuantizedModel) else inner
-    require_trainable(inner)
-    named = list(inner.named_parameters())
-    unknown = [prefix for prefix in rates if not any(under(name, prefix) for name, _ in named)]
-    if unknown:
-        known = ", ".join(dict.fromkeys(name.split(".")[0] for name, _ in named))
-        raise ConfigError(f"qat.rates names modules, but got {unknown[0]!r}. At the top there are: {known}.")
-    groups: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in named:
-        if parameter.requires_grad:
-            owner = max((p for p in rates if under(name, p)), key=len, default="")
-            groups.setdefault(owner, []).append(parameter)
-    return [
-        {"params": parameters, "lr": rates.get(owner, learning_rate), "weight_decay": weight_decay, "name": owner}
-        for owner, parameters in groups.items()
-    ]
 
 
 def train(
@@ -198,6 +172,7 @@ class _Trainer:
         self.model, self.prepared, self.loss, self.settings = model, prepared, loss, settings
         self.optimizer, self.scheduler = optimizer, scheduler
         self.step = 0
+        self.first: FirstBatch | None = None
         self.losses: list[float] = []
         self.rates: list[float] = []
         self.begun = time.perf_counter()
@@ -206,10 +181,9 @@ class _Trainer:
     def take(self, inputs: Any, batch: Any) -> None:
         """Do one step. Raises DivergedError."""
         random = torch.get_rng_state()
+        self.first = self.first or FirstBatch(inputs, batch)
         self.optimizer.zero_grad(set_to_none=True)
-        device = next(self.model.parameters()).device.type
-        with torch.autocast(device, torch.bfloat16) if self.settings.amp else nullcontext():
-            value = loss_value(self.loss, call_model(self.model, inputs), batch)
+        value = loss_value(self._loss_of(self.model, inputs, batch))
         number = float(value.detach())
         self._refuse_runaway(number, inputs, random)
         value.backward()  # type: ignore[no-untyped-call]
@@ -220,6 +194,29 @@ class _Trainer:
             self.scheduler.step()
         self.losses.append(number)
         self.step += 1
+        if due(self.step, self.settings):
+            self._refuse_ruined()
+
+    def _loss_of(self, model: nn.Module, inputs: Any, batch: Any) -> Any:
+        """What the user's loss returns for a batch."""
+        device = next(model.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16) if self.settings.amp else nullcontext():
+            return called(self.loss, call_model(model, inputs), batch)
+
+    def _refuse_ruined(self) -> None:
+        """Judge the first batch again where the last losses are all worse than the first one (first_batch.py).
+
+        Not in distributed training, where every rank sees other losses, and all must go on alike.
+        """
+        if self.prepared is None or self.first is None or not suspicious(self.losses, self.settings.first_losses):
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return
+        self.optimizer.zero_grad(set_to_none=True)  # so that the copy has no gradients
+        again, name, what = self.first.judge(self.prepared, self._loss_of, self.losses, self.settings, self.calibrated)
+        if name:
+            got = f"{again:g} after {self.losses[0]:g} at step {self.step}"
+            self._stop(f"{RULE}, but got {got}; the first bad operator is {name} ({what}).", name, self.step)
 
     def _refuse_runaway(self, number: float, inputs: Any, random: Tensor) -> None:
         rule = runaway(self.losses, number, self.settings)
@@ -245,12 +242,12 @@ class _Trainer:
                 f"Gradients are finite, but got NaN or inf at step {self.step + 1} (loss {number:g}); {where}.", bad
             )
 
-    def _stop(self, message: str, first_bad_operator: str) -> None:
+    def _stop(self, message: str, first_bad_operator: str, step: int | None = None) -> None:
         report = self.report(False, message)
         advice = "Lower qat.learning_rate, or see qat_debug."
         if not self.step and not first_bad_operator:  # before the first step no rate matters
             advice = "See what qat.loss returns for the first batch."
-        raise DivergedError(f"{message} {advice}", self.step + 1, first_bad_operator, report)
+        raise DivergedError(f"{message} {advice}", step or self.step + 1, first_bad_operator, report)
 
     def report(self, finished: bool, reason: str = "", findings: Iterable[str] = ()) -> TrainingReport:
         """The report of the steps done so far."""
@@ -271,7 +268,9 @@ class _Trainer:
             self.scheduler.load_state_dict(state["scheduler"])
         self.step, self.losses, self.rates = state["step"], state["losses"], state["rates"]
         for _ in range(self.step):
-            next(stream, None)
+            pair = next(stream, None)
+            if self.first is None and pair is not None:
+                self.first = FirstBatch(*pair)
         restore_random(state["random"])  # last, because the skipped batches use random numbers too
 
     def _state(self) -> dict[str, Any]:
