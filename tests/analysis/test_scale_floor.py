@@ -82,3 +82,40 @@ def test_channels_without_weights_are_not_at_the_floor():
     with torch.no_grad():
         model[0].weight[1] = 0.0
     assert error_and_findings(model, torch.randn(8, 4), INT8)[1] == []
+
+
+class Normed(nn.Module):
+    """A norm of small values; `times` makes them larger without changing the result."""
+
+    def __init__(self, norm, size, times=1.0, eps=1e-12):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.norm, self.b = nn.Linear(16, 16), norm(16, eps=eps * times**2), nn.Linear(16, 4)
+        with torch.no_grad():
+            self.a.weight.mul_(size * times)
+            self.a.bias.mul_(size * times)
+
+    def forward(self, x):
+        return self.b(self.norm(self.a(x)))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("size", [1e-3, 1e-4])
+def test_a_variance_at_the_floor_is_named_and_larger_values_are_resolved(norm, size):
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    before, found = error_and_findings(Normed(norm, size), x, INT8)
+    message = next(text for op, text in found if op == "norm")
+    times = float(message.partition("norm reads ")[2].split(" ")[0])
+    assert f"its eps {times**2:g} times" in message
+    after, found = error_and_findings(Normed(norm, size, times), x, INT8)
+    assert found == []
+    assert after < 0.02 < 0.05 < before
+
+
+@pytest.mark.parametrize(("size", "eps"), [(1.0, 1e-12), (1e-2, 1e-12), (1e-4, 1e-5)])
+def test_a_variance_whose_rounding_is_not_seen_is_not_named(size, eps):
+    """It is large enough, or its eps is."""
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    error, found = error_and_findings(Normed(nn.LayerNorm, size, eps=eps), x, INT8)
+    assert found == []
+    assert error < 0.02

@@ -5,14 +5,17 @@ far values   A value is far if it exceeds 32 times all but 0.01 % of the values 
 covers such values and leaves the others fewer than 32 codes, a scale for the others is named, for
 every operator that the far values reach.
 floor        No scale is below float32 epsilon, as in the plugin. Values that would need a smaller one use only
-part of the codes; int16 may then be no finer than int8.
+part of the codes; int16 may then be no finer than int8. So does the variance inside a norm of small values.
 """
 
 from __future__ import annotations
 
+import math
+
 from qflow.analysis.measures.override import override
 from qflow.analysis.measures.tables import Finding
-from qflow.core.graph import OpKind
+from qflow.core.dtype import QDtype
+from qflow.core.graph import OpKind, OpNode
 from qflow.core.known_range import bounded
 from qflow.core.qconfig import QConfig
 from qflow.quant.model.calibrate import CalibrationStats, folded_weights
@@ -21,6 +24,7 @@ from qflow.quant.values.fake_quant import EPS, FakeQuant
 
 FEW_CODES = 32
 LARGER = "In the float model, make it that much larger and what reads it smaller"
+SEEN, UNSEEN = 0.02, 0.002  # relative errors of 1 / sqrt(variance) that count, and that advice aims at
 SOFTMAX = "In the float model, take exp(x - max) in its place and divide what reads it by the sum"
 
 
@@ -70,6 +74,7 @@ def _floors(prepared: QuantizedModel, stats: CalibrationStats) -> list[Finding]:
         if effect:
             way_out = SOFTMAX if node.kind == OpKind.softmax else LARGER
             found.append(Finding(node.name, "check", f"|x| up to {effect}{way_out}"))
+        found += _variance_floor(prepared, stats, node)
     weights = folded_weights(prepared, stats)
     for node in prepared.graph.weighted:
         quantizer, weight = prepared.weights[node.weight or ""], weights.get(node.weight or "")
@@ -78,6 +83,29 @@ def _floors(prepared: QuantizedModel, stats: CalibrationStats) -> list[Finding]:
             if effect:
                 found.append(Finding(node.name, "check", f"|weight| up to {effect}{LARGER}"))
     return found
+
+
+def _variance_floor(prepared: QuantizedModel, stats: CalibrationStats, node: OpNode) -> list[Finding]:
+    """A finding if the variance inside a norm is at the smallest scale, and its rounding is seen beside its eps.
+
+    rsqrt(v + eps) is known from calibration, so the smallest v + eps is too. A norm gives the same for c x and c^2 eps.
+    """
+    own = {name.removeprefix(f"{node.name}."): name for name in node.inner}
+    variance = own.get("var_mean.var") or own.get("mean")
+    inverse, squares = (stats.histograms.get(name or "") for name in (own.get("rsqrt"), variance))
+    if variance is None or inverse is None or squares is None or not inverse.near:
+        return []
+    quantizer, least = prepared.outputs[variance], inverse.near**-2.0
+    at_floor = quantizer.dtype == QDtype.qint16 and quantizer.calibrated and float(quantizer.scale) <= EPS
+    if not at_floor or min(EPS / 2.0, squares.near) / (2.0 * least) < SEEN:
+        return []
+    times = 2.0 ** math.ceil(math.log2(EPS / (4.0 * least * UNSEEN)) / 2.0)
+    text = (
+        f"a variance of {least:.3g} (with eps) is rounded to multiples of the device's floor, {EPS:.3g} (float32 "
+        f"epsilon). In the float model, make what the norm reads {times:g} times larger and its eps {times**2:g} "
+        "times: the result stays the same"
+    )
+    return [Finding(node.name, "check", text)]
 
 
 def _floor(quantizer: FakeQuant, largest: float) -> str:
