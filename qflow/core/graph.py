@@ -126,7 +126,7 @@ class ModelGraph:
     nodes: tuple[OpNode, ...]
     outputs: tuple[tuple[str, str], ...]
     calls: Mapping[str, int] = field(default_factory=dict)
-    """How often each leaf module was called; 0 for a module that was never reached."""
+    """How often each leaf module was called; 0 for a module that was never reached, if it would have a quantizer."""
     unfused: tuple[tuple[str, str, str], ...] = ()
     """Fusable pairs that were not fused: first operator, second operator, reason."""
     notes: tuple[str, ...] = ()

@@ -120,3 +120,23 @@ def test_of_two_convs_the_later_one_takes_the_add():
 def test_high_precision_output_is_for_gemms_that_only_leave():
     assert graph_of("resnet").high_precision == ("head",)
     assert graph_of("unet").high_precision == ()  # out feeds interpolate and sigmoid
+
+
+class OnlyInTraining(nn.Module):
+    """Modules that eval mode does not call: what passes values on would need no quantizer, an activation would."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.attention = nn.Linear(4, 4), nn.MultiheadAttention(4, 2, dropout=0.1, batch_first=True)
+        self.drop, self.kept, self.flat, self.pool = nn.Dropout(), nn.Identity(), nn.Flatten(), nn.MaxPool1d(2)
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        x = self.body(x)
+        return self.attention(x, x, x)[0] if not self.training else self.relu(self.kept(self.drop(x)))
+
+
+def test_a_module_that_only_passes_values_on_is_not_missed_where_it_is_not_called():
+    model = OnlyInTraining().eval()
+    graph = make_plan(trace(model, torch.randn(2, 3, 4)), model).graph
+    assert graph.calls == {"body": 1, "attention.out_proj": 1, "relu": 0}

@@ -91,7 +91,10 @@ class Op:
 
 @dataclass
 class Tape:
-    """All operator calls in order, the named model outputs, and how often each leaf module was called."""
+    """All operator calls in order, the named model outputs, and how often each leaf module was called.
+
+    `calls` leaves out modules that were not called and would only have passed values on (TRANSPARENT_KINDS).
+    """
 
     ops: list[Op]
     outputs: list[tuple[str, int]]

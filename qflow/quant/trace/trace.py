@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qflow.core.graph import OpKind
+from qflow.core.graph import TRANSPARENT_KINDS, OpKind
 from qflow.quant.trace.calling import (
     all_tensors,
     copied,
@@ -152,6 +152,8 @@ def trace(model: nn.Module, inputs: Any, skip: Collection[str] = (), tracer: Tra
     read = Counter(op.weight.name for op in tracer.ops if op.weight is not None)
     for path in [p for p, count in calls.items() if count == 0]:
         calls[path] = read[f"{path}.weight"]  # used by functionals, as attention does with out_proj
+        if not calls[path] and module_kind(tracer.modules[path]) in TRANSPARENT_KINDS:
+            del calls[path]  # it would only pass values on, as a dropout does in eval mode: nothing is left float
     return Tape(
         ops=tracer.ops,
         outputs=named,
