@@ -2,8 +2,8 @@
 
 check, then measure the baselines all-int16 and all-int8
 all-int16 meets the goal:    int8/int16, unless all-int8 meets it too
-neither meets the goal:      int16 weights with int8 inputs, then int8/int16 with weights;
-                             if they do not meet it, int16/fp16, then int8/int16/fp16 with these fp16 operators kept
+neither meets the goal:      int16 weights, then int8/int16 with weights;
+                             if they do not meet it, fp16 on top of them, then int8/int16/fp16 with these fp16 operators
 no mix meets the goal:       mixes that are predicted to meet it; then training (qat.apply=after_search)
 """
 
@@ -23,8 +23,8 @@ def run(session: Session) -> None:
         int8_int16.mix(session, int8_baseline, int16_baseline)
     elif not meets(int8_baseline):
         high = int16.with_weights(session, int16_baseline)
-        if high is not None:
+        if accurate(high):
             int8_int16.mix(session, int8_baseline, high)
         else:
-            int8_int16_fp16.branch(session, int16_baseline)
+            int8_int16_fp16.branch(session, int16_baseline, high)
     measure_promising(session)

@@ -42,8 +42,7 @@ def branch(session: Session) -> FinishedTrial | None:
             f"misses the goal by {int16.outcome.constraints[CONSTRAINT]:.4f}" if int16 else "its outputs are not finite"
         )
         weights = weights_that_matter(session, _point(session, int16), QDtype.qint16)
-        tried = weights and session.config.workflow in ("int16", "int8_int16", "full")
-        following = "int16 weights are next" if tried else "int16/fp16 is next (+experiment=int16_fp16)"
+        following = "int16 weights are next" if weights else "int16/fp16 is next (+experiment=int16_fp16)"
         session.decide(ALL_INT16, f"{miss}: {_reason(session, int16)}; {following}")
     return int16
 
@@ -62,24 +61,25 @@ def _point(session: Session, int16: FinishedTrial | None) -> Mapping[str, Any]:
 
 
 def with_weights(session: Session, int16: FinishedTrial | None) -> FinishedTrial | None:
-    """Return the trial with the fewest int16 weights, and all else at int16 that may be, that meets the goal, or None.
+    """Return the trial with the fewest int16 weights, and all else at int16 that may be, that meets the goal.
 
-    Where the device does not multiply int16 by int16, the inputs of these weights are int8.
+    Where the device does not multiply int16 by int16, the inputs of these weights are int8. If no number of them meets
+    the goal, the most accurate trial comes back, which may be all-int16 itself (`int16`): fp16 goes on top of it.
     """
     point = _point(session, int16)
     order = weights_that_matter(session, point, QDtype.qint16)
     if not order:
-        return None
+        return int16
     started = len(session.measured)
     found = raise_weights(session, point, QDtype.qint16) or retry_calibration(session, session.measured[started:])
     if found is None:
-        drops = [t.outcome.metrics["accuracy/drop"] for t in session.measured[started:]]
+        tried = session.measured[started:]
         counts = f"up to {len(order)} int16 weights" if len(order) > 1 else "1 int16 weight"
-        least = f", drop {min(drops):+.4f}" if drops else ""
+        least = f", drop {min(map(_drop, tried)):+.4f}" if tried else ""
         session.decide(
             "int16 weights", f"the goal is missed with {counts}{least}; int16/fp16 is next (+experiment=int16_fp16)"
         )
-        return None
+        return min([*([int16] if int16 else []), *tried], key=_drop, default=None)
     count = int(found.outcome.metrics["qconfig/n_int16_weights"])
     session.baselines["int16-weights"] = found
     session.decide(
@@ -88,3 +88,7 @@ def with_weights(session: Session, int16: FinishedTrial | None) -> FinishedTrial
         f"{found.outcome.metrics['accuracy/drop']:+.4f}: {', '.join(order[:count])}; no operator needs fp16",
     )
     return found
+
+
+def _drop(trial: FinishedTrial) -> float:
+    return trial.outcome.metrics["accuracy/drop"]

@@ -2,7 +2,7 @@
 
     float model -> trace, fuse, check -> calibrate -> bad cases -> layer by layer -> sensitivity -> advice
         -> all-int16 and all-int8 (the baselines)
-        all-int16 misses the goal:   stop, unless int16 weights (with int8 inputs) make up for it
+        all-int16 misses the goal:   stop, unless int16 weights make up for it
         all-int8 meets the goal:     stop; no operator needs int16
         -> search calibration and int16 for the cheapest mix that meets the goal (search.strategy)
         -> train if no mix meets it, then demote int16 operators (qat.apply=after_search)

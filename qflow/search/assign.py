@@ -113,6 +113,11 @@ class Problem:
         excluded = {b if a == place else a for a, b in self.exclusions if place in (a, b)}
         return "".join("6" if i == place else "8" if i in excluded else letter for i, letter in enumerate(mix))
 
+    def plain(self, mix: str) -> str:
+        """Return `mix` with the letters of operators that are not free at 8, where they have no effect."""
+        free = {o.place for o in self.operators}
+        return "".join(letter if i in free else "8" for i, letter in enumerate(mix))
+
     @property
     def all_int8(self) -> str:
         """The mix with all operators at int8."""

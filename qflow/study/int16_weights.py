@@ -6,12 +6,14 @@ uses it where int16 gains much on a weight (Precisions.weight_order).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from qflow.core.dtype import QDtype
+from qflow.search.objective import nearest_miss
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import ASSIGNMENT, RATIO, SENSITIVE_TYPE, raise_until_met
+from qflow.study.outcome import STOPPED
 from qflow.study.session import Session
 
 COUNT = "int16 weights"
@@ -45,7 +47,7 @@ def raise_weights(session: Session, point: Mapping[str, Any], rest: QDtype) -> F
     """Find the fewest int16 weights with which the baseline at `point` meets the goal; None if no number of them does.
 
     The weights are promoted in the order of their gain. Their inputs become int8 where the device requires it; all
-    other outputs stay at `rest`.
+    other outputs stay at `rest`. Each drop is measured in full, because fp16 may go on top of the smallest.
     """
     precisions, order = session.evaluator.precisions, weights_that_matter(session, point, rest)
     base = {**point, RATIO: 0.0, SENSITIVE_TYPE: "both"}
@@ -55,5 +57,16 @@ def raise_weights(session: Session, point: Mapping[str, Any], rest: QDtype) -> F
         mix = precisions.weight_mix(settings, rest, order[: counts[COUNT]])
         return session.measure({**base, ASSIGNMENT: mix}, f"{rest.value[1:]}, {label}")
 
-    with session.pass_or_fail():
-        return raise_until_met(measure, {}, COUNT, range(len(order) + 1), patience=0)
+    return raise_until_met(measure, {}, COUNT, range(len(order) + 1), patience=0)
+
+
+def weights_beside(session: Session, missed: Sequence[FinishedTrial], raised: Collection[str]) -> dict[str, Any] | None:
+    """Return the point of the int16 weights with which the nearest of `missed` meets the goal, or None.
+
+    `missed` are trials with fp16 operators, whose settings `raised` are left out of the point.
+    """
+    nearest = nearest_miss([t for t in missed if STOPPED not in t.outcome.tags] or list(missed), session.goal.ranking)
+    if nearest is None or not weights_that_matter(session, nearest.params, QDtype.qint16):
+        return None
+    found = raise_weights(session, nearest.params, QDtype.qint16)
+    return {key: value for key, value in found.params.items() if key not in raised} if found else None

@@ -27,6 +27,7 @@ from qflow.study.baselines import (
     method_of,
     other_methods,
 )
+from qflow.study.int16_weights import weights_that_matter
 from qflow.study.outcome import STOPPED
 from qflow.study.session import Session
 
@@ -151,8 +152,12 @@ def not_tried(session: Session) -> str:
             f"{many} predicted to meet the goal, the cheapest with {mix.count('6')} int16 operators and weights and a "
             f"drop of {drop:+.4f} ({way})"
         )
+    weights = weights_that_matter(session, baseline_point(session, ALL_INT16), QDtype.qint16)
+    if weights and not any(t.outcome.metrics.get("qconfig/n_int16_weights") for t in session.trials):
+        parts.append(f"int16 weights ({'+experiment=int8_int16' if workflow == 'int8' else 'search.n_trials'})")
     if session.evaluator.rules.float16_kinds and not any(stage == "int16/fp16" for stage, _ in session.decisions):
-        parts.append(f"fp16 operators ({'this branch was not reached' if workflow == 'full' else '+experiment=full'})")
+        reaches = workflow in ("full", "int16_fp16", "int8_int16_fp16")
+        parts.append(f"fp16 operators ({'this branch was not reached' if reaches else '+experiment=full'})")
     if not any(t.outcome.metrics.get("qat/steps") for t in session.trials):
         way = "it was not reached" if session.config.qat.steps else "qat=<yours> qat.apply=after_search"
         parts.append(f"training ({way})")

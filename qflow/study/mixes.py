@@ -106,14 +106,15 @@ def _by_ratio(session: Session, base: dict[str, Any], low: Baseline, high: Finis
 def _by_assignment(
     session: Session, base: dict[str, Any], low: Baseline, high: FinishedTrial, explore: bool = False
 ) -> None:
+    problem = session.evaluator.precisions.problem(session.qconfig_at(base), session.goal.budgets)
     assign(
         session.measure,
         base,
-        session.evaluator.precisions.problem(session.qconfig_at(base), session.goal.budgets),
+        problem,
         max_drop=session.goal.max_drop,
         int8_drop=low.outcome.metrics["accuracy/drop"] if low else None,
         int16_drop=high.outcome.metrics["accuracy/drop"],
-        top=str(high.params.get(ASSIGNMENT, "")),
+        top=problem.plain(str(high.params.get(ASSIGNMENT, ""))),
         explore=explore,
     )
 
@@ -138,15 +139,18 @@ def own_ranking(session: Session) -> Iterator[None]:
         evaluator.badcases, evaluator.sensitivities = before
 
 
-def raise_float16(session: Session, int16: Baseline) -> tuple[FinishedTrial | None, list[str]]:
-    """Find the fewest fp16 operators with which all-int16 meets the goal, ranked by the errors of all-int16.
+def raise_float16(
+    session: Session, start: Mapping[str, Any] | None, title: str
+) -> tuple[FinishedTrial | None, list[str]]:
+    """Find the fewest fp16 operators with which the mix at `start` meets the goal, ranked by the errors of that mix.
 
+    `start`, called `title`, is the point of all-int16 (None if its outputs are not finite), maybe with int16 weights.
     Return the trial, or None if no number of them meets the goal, and the settings (`qconfig.modules.<name>`) of all
     operators that gain from fp16, in that order; those that the trial's point sets to float16 are in fp16.
     """
-    base = {**(int16.params if int16 else baseline_point(session, ALL_INT16)), RATIO: 1.0}
+    base = dict(start) if start is not None else baseline_point(session, ALL_INT16)
     with own_ranking(session):
-        rank_again(session, ALL_INT16, base)
+        rank_again(session, title, base)
         order = [name for name in session.evaluator.precisions.float16_order if not _pinned(session, name)]
         settings = [f"qconfig.modules.{name}" for name in order]
 

@@ -155,10 +155,20 @@ class Precisions(Resolver):
         }
         order = sorted((name for name in gains if gains[name] > 0.0), key=lambda name: -gains[name])
         wide = promotable if rest == QDtype.qint16 else set()
-        left = [self.int16_error(name) if name in wide else score for name, score in self.scores.items()]
+        fine = self._at_float16(settings)
+        left = [
+            fine[name] if name in fine else self.int16_error(name) if name in wide else score
+            for name, score in self.scores.items()
+        ]
         known = [error for error in (*left, *self.weight_scores.values()) if error < math.inf]
         largest = max(known, default=0.0)
         return tuple(order) if order and gains[order[0]] >= NOISE * largest else ()
+
+    def _at_float16(self, settings: QConfigSettings) -> dict[str, float]:
+        """Return the errors of the operators that `settings` keep in fp16, and of the values inside them."""
+        names = self.resolve(without_int16(settings))[1].names(QDtype.float16)
+        table = self.sensitivities.activation_scores("float16") if self.sensitivities else {}
+        return {part: table.get(part, 0.0) for name in names for part in (name, *self.graph.by_name[name].inner)}
 
     def weight_mix(self, settings: QConfigSettings, rest: QDtype, names: Sequence[str]) -> str:
         """Return the assignment with the weights of `names` at int16, and every output at `rest` that may be."""

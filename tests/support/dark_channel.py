@@ -49,6 +49,63 @@ class Data:
     calibration, evaluation = Pictures(1), Pictures(2)
 
 
+class Toned(nn.Module):
+    """The three classes beside a tone that is divided by its size, whose squares need more than int16.
+
+    What int16 makes of a small tone is at most `most` times too large.
+    """
+
+    def __init__(self, most):
+        super().__init__()
+        self.net, self.most = Net(), most
+
+    def forward(self, image, tone):
+        size = tone.square().mean(1, keepdim=True) + 1e-6
+        return self.net(image), tone * size.rsqrt().clamp_max(self.most)
+
+
+def toned(most=1e3):
+    return Toned(most).eval()
+
+
+def _tones(seed, span, count=128):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 4, generator=generator) * span ** (torch.rand(count, 1, generator=generator) - 0.5)
+
+
+class Tones(Dataset):
+    """The pictures with tones whose sizes span `span`:1."""
+
+    def __init__(self, seed, span=1000.0):
+        self.pictures, self.tones = Pictures(seed), _tones(seed, span)
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, i):
+        image, label = self.pictures[i]
+        return image, self.tones[i], label
+
+
+class TonedData:
+    calibration, evaluation = Tones(1), Tones(2)
+
+
+class MildData:
+    calibration, evaluation = Tones(1, 200.0), Tones(2, 200.0)
+
+
+class BothRight:
+    """Share of the samples that keep their class, and whose tone has the size that it was divided to."""
+
+    direction = "maximize"
+
+    def __call__(self, outputs, batch):
+        classes, tone = outputs
+        sized = tone.square().mean(1).sqrt().sub(1.0).abs() < 0.1
+        return ((classes.argmax(1) == batch[2]) & sized).float()
+
+
 class Agreement:
     """Share of the samples that keep their class."""
 

@@ -65,3 +65,49 @@ def test_where_int16_times_int16_exists_the_input_may_stay_int16(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     line = re.search(r"^trial 1 int16, int16 weights=1 .*int16 (\d\.\d\d)", done.stdout, re.MULTILINE)
     assert float(line[1]) == 1.0
+
+
+TONED = [
+    *(arg for arg in TASK if not arg.startswith(("task.model", "task.data", "task.metric", "objective", "search"))),
+    "task.model._target_=support.dark_channel.toned", "task.metric._target_=support.dark_channel.BothRight",
+    "objective.max_drop=0.03", "search.n_trials=16",
+]  # fmt: skip
+WIDE = ["task.data._target_=support.dark_channel.TonedData"]
+MILD = ["task.data._target_=support.dark_channel.MildData", "+task.model.most=15.0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workflow", ["int16_fp16", "int8_int16_fp16"])
+def test_the_branches_with_fp16_try_int16_weights_first(workflow, tmp_path):
+    done = run_qflow("tune", f"+experiment={workflow}", *TASK, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^decision     all-int16: misses the goal .* int16 weights are next$", done.stdout, re.MULTILINE)
+    assert re.search(r"^decision     int16 weights: .*: stem; no operator needs fp16$", done.stdout, re.MULTILINE)
+    assert "float16_count" not in done.stdout
+    assert ("decision     int8/int16: trial" in done.stdout) == (workflow == "int8_int16_fp16")
+
+
+@pytest.mark.slow
+def test_fp16_goes_on_top_of_what_int16_weights_have_reached(tmp_path):
+    done = run_qflow("tune", "+experiment=int8_int16_fp16", *TONED, *MILD, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "decision     int16 weights: the goal is missed with 1 int16 weight, drop +0.1" in done.stdout
+    assert "int16/fp16: 3 operators in fp16 reduce the drop of all-int16 with 1 int16 weight to +0.0" in done.stdout
+    best = re.search(r"^decision     int8/int16: trial \d+ meets .* and 1 int16 weight beside 3", done.stdout, re.M)
+    assert best, done.stdout
+
+
+@pytest.mark.slow
+def test_a_weight_that_fp16_uncovers_is_raised_too(tmp_path):
+    """Beside the errors of the tone, which fp16 removes, nobody sees those of the weight."""
+    done = run_qflow("tune", "+experiment=int16_fp16", *TONED, *WIDE, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^decision     all-int16: .* int16/fp16 is next", done.stdout, re.MULTILINE)
+    assert "int16/fp16: 3 operators in fp16 reduce the drop of all-int16 with 1 int16 weight to +0.0" in done.stdout
+
+
+@pytest.mark.slow
+def test_int16_weights_that_were_not_tried_are_named_beside_a_miss(tmp_path):
+    done = run_qflow("tune", "+experiment=int8", *TASK, cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "int16 weights (+experiment=int8_int16)" in re.search(r"^not tried +(.*)", done.stdout, re.MULTILINE)[1]
