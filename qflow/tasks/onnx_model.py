@@ -3,8 +3,8 @@
     task.model: {_target_: qflow.tasks.onnx_model.load, path: model.onnx}
 
 Module names are the ONNX node names, so that a qconfig can be read next to the ONNX graph. Weights may be initializers,
-or Constant nodes as paddle2onnx writes them. A file that is exported at batch 1 runs at any batch size if its only
-places with a batch size are reshapes and resizes to a constant shape.
+or Constant nodes as paddle2onnx writes them. A file that is exported at batch 1 runs at any batch size where its only
+places with a batch size are those of onnx_batch.py.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from typing import Any
 from torch import nn
 
 from qflow.core.errors import ConfigError, ModelError
+from qflow.tasks.onnx_batch import check_batch, free_batch, repeat_constants, repeated_constants
 
 
 def load(path: str | Path) -> nn.Module:
     """The network in `path`, in eval mode.
 
-    Raises ConfigError if onnx2torch is not installed, ModelError if it cannot convert the file.
+    Raises ConfigError if onnx2torch is not installed, ModelError if it cannot convert the file, or if a file that is
+    exported at batch 1 does not run at another batch.
     """
     try:
         import onnx
@@ -35,7 +37,8 @@ def load(path: str | Path) -> nn.Module:
     try:
         found = onnx.load(str(path))
         _constants_to_initializers(found.graph)
-        free = _free_batch(found)
+        free = free_batch(found)
+        repeated = repeated_constants(found) if free else []
         for node in found.graph.node:
             if hasattr(nn.Module(), node.name) or node.name == "initializers":  # these cannot name a submodule
                 node.name += "_"
@@ -46,11 +49,14 @@ def load(path: str | Path) -> nn.Module:
     for module in model.modules() if free else ():
         if hasattr(module, "ignore_bs_ch_size"):  # of a resize to constant sizes, which name the batch
             module.ignore_bs_ch_size = True  # type: ignore[assignment]
+    repeat_constants(model, repeated)
+    if free:
+        check_batch(model.eval(), found)
     return model.eval()
 
 
 def _constants_to_initializers(graph: Any) -> None:
-    """Turn Constant nodes, and Identity nodes on initializers, into initializers: there weights are looked for."""
+    """Turn Constant nodes, and Identity or Expand nodes on constants, into initializers, where weights are read."""
     from onnx import numpy_helper
 
     leaving = {value.name for value in graph.output}
@@ -62,6 +68,8 @@ def _constants_to_initializers(graph: Any) -> None:
             tensor = _value(node)
         elif node.op_type == "Identity":
             tensor = next((t for t in graph.initializer if t.name == node.input[0]), None)
+        elif node.op_type == "Expand":
+            tensor = _expanded(*(next((t for t in graph.initializer if t.name == n), None) for n in node.input))
         if tensor is not None:
             graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(tensor), node.output[0]))
             graph.node.remove(node)
@@ -81,35 +89,12 @@ def _value(node: Any) -> Any:
     return numpy_helper.from_array(numpy.asarray(helper.get_attribute_value(attribute), dtypes[attribute.name]))
 
 
-def _free_batch(model: Any) -> bool:
-    """Let a file that is exported at batch 1 run at any batch: the leading 1 of constant reshapes follows the input.
+def _expanded(tensor: Any, shape: Any) -> Any:
+    """The tensor at a constant shape, as an exported `token.expand(1, -1, -1)` gives it; None unless both are known."""
+    import numpy
+    from onnx import numpy_helper
 
-    False if the batch is not fixed at 1.
-    """
-    from onnx import numpy_helper, shape_inference
-
-    graph = model.graph
-    constant = {tensor.name: tensor for tensor in graph.initializer}
-    inputs = [value for value in graph.input if value.name not in constant and value.type.tensor_type.shape.dim]
-    if not inputs or any(value.type.tensor_type.shape.dim[0].dim_value != 1 for value in inputs):
-        return False
-    inferred = shape_inference.infer_shapes(model).graph
-    first = {
-        value.name: value.type.tensor_type.shape.dim[0].dim_value
-        for value in [*inferred.value_info, *inferred.input]
-        if value.type.tensor_type.shape.dim
-    }
-    for node in graph.node:
-        if node.op_type != "Reshape" or node.input[1] not in constant or any(a.i for a in node.attribute):
-            continue
-        shape = numpy_helper.to_array(constant[node.input[1]]).copy()
-        if not shape.size or shape[0] != 1 or (first.get(node.input[0]) != 1 and -1 in shape):
-            continue
-        shape[0] = 0 if first.get(node.input[0]) == 1 else -1  # 0 copies the size of the input
-        node.input[1] = f"{node.input[1]}, {node.output[0]} at any batch"  # other nodes may read the same constant
-        graph.initializer.append(numpy_helper.from_array(shape, node.input[1]))
-    for value in [*graph.input, *graph.output]:
-        if value.type.tensor_type.shape.dim and value.type.tensor_type.shape.dim[0].dim_value == 1:
-            value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    del graph.value_info[:]
-    return True
+    if tensor is None or shape is None:
+        return None
+    value, wanted = numpy_helper.to_array(tensor), numpy_helper.to_array(shape)
+    return numpy_helper.from_array(value * numpy.ones(wanted, value.dtype))

@@ -110,3 +110,58 @@ def test_a_file_that_is_exported_at_batch_1_runs_at_any_batch(tmp_path):
     assert torch.allclose(model(x), torch.cat([model(sample[None]) for sample in x]), atol=1e-5)
     names = [n.name.partition("[")[0] for n in qflow.prepare(model, x).graph.nodes]
     assert names[1:] == ["conv", "up", "flatten", "fc", "anchors", "images"]
+
+
+def patches(batch, token="class"):
+    """Nodes, sizes and constants of a small vision transformer's beginning and end, as it is exported at `batch`."""
+    import numpy
+    from onnx import helper, numpy_helper
+
+    constants = tensors(w=(8, 3, 4, 4), token=(1, 1, 8), place=(1, 5, 8), g=(8, 10))
+    for name, values in {"rows": (batch, 8, 4), "one": (1, 1, 8), "at": (0,), "end": (1,), "flat": (batch, 8)}.items():
+        constants[name] = numpy_helper.from_array(numpy.array(values, dtype="int64"), name)
+    expand = [helper.make_node("Expand", ["token", "one"], ["tokens"], name="expand")]
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], strides=[4, 4], name="patch"),
+        helper.make_node("Reshape", ["c", "rows"], ["r"], name="rows"),
+        helper.make_node("Transpose", ["r"], ["t"], perm=[0, 2, 1], name="turn"),
+        *(expand if token == "expanded" else []),
+        helper.make_node("Concat", ["tokens" if token == "expanded" else "token", "t"], ["k"], axis=1, name="join"),
+        helper.make_node("Add", ["k", "place"], ["p"], name="add"),
+        helper.make_node("Slice", ["p", "at", "end", "end"], ["s"], name="first"),
+        helper.make_node("Reshape", ["s", "flat"], ["f"], name="flat"),
+        helper.make_node("Gemm", ["f", "g"], ["y"], name="fc"),
+    ]
+    return nodes, {"x": [1 if batch == 1 else "n", 3, 8, 8], "y": [1 if batch == 1 else "n", 10]}, constants
+
+
+@pytest.mark.skipif(not converts(), reason="needs the extra onnx")
+@pytest.mark.parametrize("token", ["class", "expanded"])
+def test_a_constant_that_is_joined_to_each_sample_follows_the_batch(token, tmp_path):
+    nodes, shapes, constants = patches(1, token)
+    model, x = written(tmp_path / "m.onnx", nodes, shapes, list(constants.values())), torch.randn(3, 3, 8, 8)
+    assert torch.allclose(model(x), torch.cat([model(sample[None]) for sample in x]), atol=1e-5)
+    prepared = qflow.prepare(model, x)
+    qflow.calibrate(prepared, [x])
+    right = model(x)
+    assert float((prepared(x) - right).norm() / right.norm()) < 0.1
+    assert "join[cat]" in prepared.graph.by_name
+
+
+@pytest.mark.skipif(not converts(), reason="needs the extra onnx")
+def test_a_batch_that_cannot_be_freed_is_refused_and_an_open_one_is_taken(tmp_path):
+    import numpy
+    from onnx import helper, numpy_helper
+
+    constants = tensors(w=(8, 3, 4, 4), more=(1, 8, 2, 2))
+    constants["rows"] = numpy_helper.from_array(numpy.array((0, 8, 4), dtype="int64"), "rows")
+    conv = helper.make_node("Conv", ["x", "w"], ["c"], strides=[4, 4], name="patch")
+    across = [conv, helper.make_node("Softmax", ["c"], ["y"], axis=0, name="across")]  # at batch 1 it gives ones
+    joined = [conv, helper.make_node("Concat", ["c", "more"], ["y"], axis=0, name="samples")]
+    for nodes, count in ((across, 1), (joined, 2)):
+        with pytest.raises(ModelError, match=r"batch 1 and gives: other numbers at batch 2\. .*dynamic_axes") as caught:
+            written(tmp_path / "m.onnx", nodes, {"x": [1, 3, 8, 8], "y": [count, 8, 2, 2]}, list(constants.values()))
+        assert "\n" not in str(caught.value)
+    opened = [conv, helper.make_node("Reshape", ["c", "rows"], ["y"], name="rows")]
+    model = written(tmp_path / "n.onnx", opened, {"x": ["n", 3, 8, 8], "y": ["n", 8, 4]}, list(constants.values()))
+    assert qflow.prepare(model, torch.randn(2, 3, 8, 8)).graph.by_name["patch"].kind == "conv"
