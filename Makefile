@@ -7,11 +7,12 @@
 # make torch-matrix  the fast tests of the engine under each torch of TORCHES, in fresh environments
 # make picture draw docs/architecture.svg from the imports
 # make ui      show the runs in the browser
+# make dashboard  show the search in optuna-dashboard
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: tune test quick check zoo gpu torch-matrix picture ui clean
+.PHONY: tune test quick check zoo gpu torch-matrix picture ui dashboard clean
 
 tune: $(VENV)/.base
 	$(BIN)/python -m qflow.tune +experiment=int8_int16
@@ -47,6 +48,9 @@ picture: $(VENV)/.dev
 ui: $(VENV)/.base
 	$(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///$(CURDIR)/qflow_out/mlflow.db
 
+dashboard: $(VENV)/.dashboard
+	$(BIN)/optuna-dashboard sqlite:///$(CURDIR)/qflow_out/optuna.db
+
 clean:
 	rm -rf $(VENV) build *.egg-info
 
@@ -66,6 +70,10 @@ $(VENV)/.base: $(VENV)/constraints.txt pyproject.toml
 $(VENV)/.dev: $(VENV)/constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --constraint $< --editable '.[dev]'
 	touch $@ $(VENV)/.base
+
+$(VENV)/.dashboard: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dashboard]'
+	touch $@
 
 $(VENV)/.zoo: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[zoo]'

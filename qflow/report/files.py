@@ -13,6 +13,7 @@ from qflow.analysis.measures.tables import BadcaseTable, ModelCheck, Sensitivity
 from qflow.core.qconfig import QConfig
 from qflow.core.record import to_json
 from qflow.cost_model.table import cost_json
+from qflow.quant.train.qat import TrainingReport
 from qflow.trial.record import TrialResult
 
 BUNDLE = "qconfig"  # the artifact folder that a registered model version points at: precisions and scales
@@ -55,9 +56,18 @@ def write_trial(
 
         save_file(result.weights, bundle / "weights.safetensors")
         (folder / "training.json").write_text(to_json(result.training, indent=1))
+    if result.training is not None:
+        (folder / "training_steps.json").write_text(training_steps(result.training))
     if sensitivities is not None:
         write_rows(sensitivities.rows, folder / "sensitivity.json")
         (folder / "sensitivity_record.json").write_text(to_json(sensitivities))
+
+
+def training_steps(report: TrainingReport) -> str:
+    """Return the loss and the learning rate by step as a table; the tracker logs it as metrics by step too."""
+    steps = enumerate(zip(report.losses, report.learning_rates, strict=True), 1)
+    data = [[step, _cell(loss), _cell(rate)] for step, (loss, rate) in steps]
+    return to_json({"columns": ["step", "qat/loss", "qat/learning_rate"], "data": data})
 
 
 def write_study(

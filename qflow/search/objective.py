@@ -134,10 +134,22 @@ def nearest_miss(trials: Sequence[FinishedTrial], ranking: Directions = LEAST_LA
     best by `ranking` among the trials that are accurate enough.
     """
     known = [t for t in trials if CONSTRAINT in t.outcome.constraints]
-    within = [t for t in known if not over_budget(t)]
-    if not within and any(map(accurate, known)):
-        return min(filter(accurate, known), key=lambda t: merit(t, ranking))
-    return min(within or known, key=lambda t: (t.outcome.constraints[CONSTRAINT], *merit(t, ranking)), default=None)
+    return min(known, key=lambda t: _nearness(t, ranking), default=None)
+
+
+def ranked(trials: Sequence[FinishedTrial], ranking: Directions = LEAST_LATENCY) -> list[FinishedTrial]:
+    """Return the trials in order: those that meet the goal, the best first, then the others, the nearest miss first."""
+    met = sorted(filter(meets, trials), key=lambda t: merit(t, ranking))
+    missed = [t for t in trials if not meets(t) and CONSTRAINT in t.outcome.constraints]
+    return met + sorted(missed, key=lambda t: _nearness(t, ranking))
+
+
+def _nearness(trial: FinishedTrial, ranking: Directions) -> tuple[float, ...]:
+    """Return the key by which trials that miss the goal are ordered."""
+    own = merit(trial, ranking)
+    if over_budget(trial):
+        return (1, 0, *own) if accurate(trial) else (1, 1, trial.outcome.constraints[CONSTRAINT], *own)
+    return (0, trial.outcome.constraints[CONSTRAINT], *own)
 
 
 def merit(trial: FinishedTrial, ranking: Directions) -> tuple[float, ...]:

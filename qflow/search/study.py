@@ -12,7 +12,7 @@ import logging
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -66,9 +66,11 @@ class Study:
     @classmethod
     def open(
         cls, storage: str | Path, name: str, *, space: Space, directions: tuple[str, ...],
-        sampler: str = "tpe", seed: int = 0, n_trials: int = 100,
+        sampler: str = "tpe", seed: int = 0, n_trials: int = 100, metrics: Sequence[str] = (),
     ) -> Study:  # fmt: skip
         """Open or create the study `name` in a database file, a folder (as optuna.db in it) or at a URL.
+
+        `metrics` are the names of the objectives, which optuna-dashboard shows.
 
         Raises ConfigError if the study exists with another space or other directions, or if an argument is not
         allowed; TrackingError if the database cannot be opened.
@@ -91,6 +93,10 @@ class Study:
                 f"{str(error).splitlines()[0]}. Repair it or name another storage."
             ) from error
         _keep_space(study, {"space": space_dict(space), "directions": list(directions)})
+        if metrics and study.metric_names != list(metrics):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study.set_metric_names(list(metrics))
         study.sampler = _sampler(
             sampler, zlib.crc32(f"{seed}/{name}/{len(study.get_trials(deepcopy=False))}".encode()), n_trials
         )

@@ -18,6 +18,7 @@ from qflow.core.store import write_whole
 from qflow.report.console import SummaryRow, python_command, summary_table
 from qflow.search.objective import CONSTRAINT, accurate, nearest_miss, over_budget
 from qflow.search.outcome import FinishedTrial
+from qflow.study.marks import mark_trials, trials_url
 from qflow.study.missed import not_tried, tried
 from qflow.study.outcome import STOPPED
 from qflow.study.session import Session
@@ -46,6 +47,7 @@ def finish(session: Session) -> int:
     note = document(session, table, text, shown)
     metrics = {f"{name}/{k.split('/', 1)[1]}": v for name, found in summary.items() for k, v in found.items()}
     place = _keep(session, note, best, metrics)
+    mark_trials(session)
     session.console.say("\n" + table)
     _print_lines(session, text, shown, place)
     return 0 if best else 1
@@ -97,7 +99,7 @@ def _print_lines(session: Session, text: str, shown: FinishedTrial, place: Path)
     say(f"{'next':<12}{f'{python_command()} -m {ui}' if ui.startswith('mlflow') else ui}")
     if session.best is not None:
         say(f"{'':<12}{promote_command(session)}")
-    say(f"{'then open':<12}{session.trials_url()}")
+    say(f"{'then open':<12}{trials_url(session)}")
 
 
 def verdict(session: Session, best: FinishedTrial | None, shown: FinishedTrial) -> str:

@@ -12,6 +12,7 @@ import torch
 from qflow.core.errors import ConfigError
 from qflow.core.record import digest
 from qflow.core.version import VERSION
+from qflow.tracking.datasets import DataSet
 from qflow.trial.evaluator import Evaluator
 
 PACKAGES = ("torch", "numpy", "mlflow", "optuna", "hydra-core")
@@ -33,6 +34,22 @@ def manifest(evaluator: Evaluator) -> dict[str, Any]:
         "eval_samples": evaluator.eval_samples,
         "float_metric": evaluator.float_metric,
     }
+
+
+def data_sets(evaluator: Evaluator) -> tuple[DataSet, ...]:
+    """Return the calibration and the evaluation data, by the digest of every sample of them."""
+    task = evaluator.task
+    owner = task.data if isinstance(task.data, type) else type(task.data)
+    return tuple(
+        DataSet(
+            name=f"{task.name} {split}",
+            context=split,
+            content=content,
+            source=f"{owner.__module__}.{owner.__qualname__}",
+            samples=len(getattr(task.data, split)),
+        )
+        for split, content in evaluator.identity.content["data"].items()
+    )
 
 
 def profile_digest(path: str) -> str:

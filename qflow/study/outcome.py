@@ -9,12 +9,15 @@ from omegaconf import DictConfig
 
 from qflow.bundle.files import DIGEST
 from qflow.config.settings import owner, plain
+from qflow.core.dtype import QDtype
 from qflow.search.objective import Goal, meets
 from qflow.search.outcome import FailedTrial, FinishedTrial, Outcome
-from qflow.tracking.limits import param_name
+from qflow.tracking.limits import NOTE, param_name
+from qflow.tracking.views import MEETS
 from qflow.trial.record import TrialResult, run_metrics
 
 STOPPED = "qflow.stopped"  # tag of a trial that ended early: its metric is the worst possible one
+NAMED = 12  # operators that a description names for each dtype
 
 
 def trial_params(config: DictConfig) -> dict[str, Any]:
@@ -45,12 +48,15 @@ def outcome(
     `samples` is the number of samples of a full evaluation, `files` the digest over the files of the trial.
     """
     cost, metrics = result.cost, run_metrics(result, accuracy)
+    constraints = goal.constraints(metrics)
+    met = all(excess <= 0.0 for excess in constraints.values())
     return Outcome(
         objectives=goal.objectives(metrics),
-        constraints=goal.constraints(metrics),
+        constraints=constraints,
         params=params,
-        metrics=metrics,
+        metrics={**metrics, MEETS: float(met)},
         tags={
+            NOTE: description(result, goal, accuracy, met),
             **({"qflow.cost_refusal": cost.refusal} if cost.refusal else {}),
             **({STOPPED: f"after {result.samples} of {samples} samples"} if result.samples < samples else {}),
             "qflow.qconfig": result.qconfig.digest,
@@ -59,6 +65,30 @@ def outcome(
             "qflow.evaluated": str(result.evaluated).lower(),
         },
     )
+
+
+def description(result: TrialResult, goal: Goal, accuracy: str, met: bool) -> str:
+    """Return the trial in Markdown, for its page in MLflow: what it reaches, what it costs, what it promotes."""
+    cost, count = result.cost, len(result.qconfig.ops)
+    verdict = "meets" if met else "misses"
+    lines = [
+        f"**{accuracy.partition('/')[2]} {result.metric:.4f}**, drop {result.drop:+.4f}: {verdict} the goal ({goal}).",
+        f"Predicted latency {cost.latency_ms:.3f} ms [{cost.low_ms:.2f}, {cost.high_ms:.2f}] on {cost.march}.",
+    ]
+    if result.training is not None and result.training.losses:
+        losses = result.training.losses
+        lines.append(f"Trained for {result.training.steps} steps: loss {losses[0]:.4g} to {losses[-1]:.4g}.")
+    promoted = {
+        "float16": result.qconfig.names(QDtype.float16),
+        "int16": result.qconfig.names(QDtype.qint16),
+        "int16 weights": result.qconfig.weights(QDtype.qint16),
+    }
+    for what, names in promoted.items():
+        if names:
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            shown = ", ".join(f"`{name}`" for name in names[:NAMED])
+            lines.append(f"{what}: {len(names)} of {count} operators, {shown}{more}.")
+    return "\n\n".join(lines)
 
 
 def trial_line(trial: FinishedTrial | FailedTrial, accuracy: str) -> str:

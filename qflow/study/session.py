@@ -25,18 +25,16 @@ from qflow.report.files import write_trial
 from qflow.search.loop import Driver, driving
 from qflow.search.objective import Goal, aims, best_trial, meets
 from qflow.search.outcome import FailedTrial, FinishedTrial, Outcome
-from qflow.search.strategies import ERROR_SHARE, RATIO
 from qflow.search.study import Study
 from qflow.study.budget import Budget
 from qflow.study.feasible import check_augmented, check_feasible
 from qflow.study.fingerprint import changes, fingerprint
 from qflow.study.front import log_front
-from qflow.study.manifest import manifest
+from qflow.study.manifest import data_sets, manifest
 from qflow.study.outcome import outcome, switches, trial_line, trial_params
 from qflow.study.shared_files import write_shared
 from qflow.tasks.early_stop import bounds_of
 from qflow.tracking.mlflow_tracker import MlflowTracker
-from qflow.tracking.views import save_view, study_url
 from qflow.trial.evaluator import Evaluator
 
 
@@ -112,6 +110,7 @@ class Session:
                     f"{', '.join(changed[:4])}. Use another name: study={self.study.name}-2."
                 )
         config, task = self.config, self.evaluator.task
+        self.tracker.datasets = data_sets(self.evaluator)
         self.study_run = self.tracker.open_study(
             self.study.name,
             tags={"qflow.fingerprint": to_json(state), "qflow.workflow": config.workflow},
@@ -290,10 +289,3 @@ class Session:
             f"best: {m[self.accuracy]:.4f} drop {m['accuracy/drop']:+.4f} {m['cost/latency_ms']:.3f} ms "
             f"int16 {m['qconfig/int16_ratio']:.2f}"
         )
-
-    def trials_url(self) -> str:
-        """Save a view of accuracy against latency in MLflow, and return the address where `mlflow ui` shows it."""
-        host = self.tracker.uri if self.tracker.uri.startswith("http") else "http://127.0.0.1:5000"
-        searched = [key for key in self.study.space if key not in (RATIO, ERROR_SHARE)]  # shown as share of int16
-        key = save_view(self.tracker, self.study.name, params=searched)
-        return study_url(host, self.tracker.experiment_id, self.study.name, key)

@@ -46,6 +46,7 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
         sampler=config.search.sampler,
         seed=config.seed,
         n_trials=config.search.n_trials,
+        metrics=list(goal.optimize),
     )
     session = Session(config, evaluator, goal, Console(started=started), tracker, study, root)
     for text in left_out:

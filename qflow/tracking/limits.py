@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from qflow.core.errors import ConfigError
+from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.record import digest
 
 PARAM = 6000  # characters of a param's value
@@ -55,6 +55,13 @@ def model_name(name: str) -> str:
             f"A registered model has a name with letters, but got {name!r}. Name it: tracking.registered_model=<name>."
         )
     return clean
+
+
+def quoted(name: str) -> str:
+    """Return a study's name as a text of a query. Raises TrackingError for one with quotes."""
+    if "'" in name:
+        raise TrackingError(f"A study name holds no quotes, but got {name!r}. Rename the study.")
+    return f"'{name}'"
 
 
 def rounded(value: float) -> float:

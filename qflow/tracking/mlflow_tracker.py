@@ -2,6 +2,7 @@
 
     params   settings to sort or group by                metrics  names with slashes, 6 significant digits
     tags     qflow.study, .trial, .label, .kind, .result  files    at the root of the run, tables marked
+    inputs   the data sets, by digest                     steps    metrics of a training, by step
 
 MLflow writes the params of a batch first, then its metrics, then its tags. So a tag in the same batch as the values is
 stored only if they are, and the tag `qflow.result` can be the commit point of a trial.
@@ -17,10 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qflow.core.errors import TrackingError
 from qflow.tracking import connect, limits
 from qflow.tracking.connect import SCHEMA
-from qflow.tracking.limits import rounded
+from qflow.tracking.datasets import DataSet, dataset_inputs
+from qflow.tracking.limits import NOTE, rounded
+from qflow.tracking.tables import TABLES, find_tables, histories, tables_tag
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,20 +30,23 @@ if TYPE_CHECKING:
 
 Plain = str | int | float | bool | None
 RESULT = "qflow.result"
-TABLES = "mlflow.loggedArtifacts"
 BATCH = 90  # params or tags; MLflow splits at 100 and would then send the marker before the rest
 METRIC_BATCH = 800  # metrics; MLflow also splits at 1000 values in all
-TABLE_HEAD = '{"columns":['  # the start of a frame that pandas writes with orient="split"
+LAST_STEP = "qat/steps"  # of a trained trial: its other metrics were measured after this step
 
 
 class MlflowTracker:
-    """One experiment of one store; open it with `open`. `seconds` is the wall time spent in its calls."""
+    """One experiment of one store; open it with `open`. `seconds` is the wall time spent in its calls.
+
+    `datasets` are the inputs of the study's run and of all its trials.
+    """
 
     def __init__(self, client: MlflowClient, uri: str, experiment_id: str) -> None:
         self.client = client
         self.uri = uri
         self.experiment_id = experiment_id
         self.seconds = 0.0
+        self.datasets: Sequence[DataSet] = ()
         self._depth = 0
         self._source = connect.source_tags()
 
@@ -71,7 +76,7 @@ class MlflowTracker:
         A param keeps the value of the first start, as MLflow demands; values that have changed since are in the tag
         `qflow.changed_params`.
         """
-        every = {**tags, "mlflow.note.content": description} if description else dict(tags)
+        every = {**tags, NOTE: description} if description else dict(tags)
         with self._call():
             run_id = self.find_study(name) or ""
             if run_id:
@@ -85,18 +90,19 @@ class MlflowTracker:
                 }
                 run = self.client.create_run(self.experiment_id, tags=identity, run_name=name)
                 run_id = str(run.info.run_id)
+                self._log_inputs(run_id)
             self._log(run_id, {}, self._new_params(run_id, params, every), every)
             return run_id
 
     def find_study(self, name: str) -> str | None:
         """Return the run id of the study `name`, found by tag; None if there is none."""
         with self._call():
-            found = self._search(f"tags.`qflow.study` = {_quoted(name)} and tags.`qflow.kind` = 'study'", 1)
+            found = self._search(f"tags.`qflow.study` = {limits.quoted(name)} and tags.`qflow.kind` = 'study'", 1)
         return str(found[0].info.run_id) if found else None
 
     def experiments_with(self, study: str) -> list[str]:
         """Return the names of the store's experiments that hold the study `study`."""
-        query = f"tags.`qflow.study` = {_quoted(study)} and tags.`qflow.kind` = 'study'"
+        query = f"tags.`qflow.study` = {limits.quoted(study)} and tags.`qflow.kind` = 'study'"
         with self._call():
             names = {e.experiment_id: e.name for e in self.client.search_experiments()}
             return sorted({names[run.info.experiment_id] for run in self.client.search_runs(list(names), query)})
@@ -114,15 +120,30 @@ class MlflowTracker:
         }
         name = f"trial {number}" + (f" {label}" if label else "")
         with self._call():
-            return str(self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id)
+            run_id = str(self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id)
+            self._log_inputs(run_id)
+        return run_id
+
+    def _log_inputs(self, run_id: str) -> None:
+        if self.datasets:
+            self.client.log_inputs(run_id, dataset_inputs(self.datasets))
 
     def upload(self, run_id: str, folder: Path) -> list[str]:
-        """Upload everything in `folder` at once; return the names of the files in it that are tables."""
+        """Upload everything in `folder` at once; return the names of the files in it that are tables.
+
+        The histories among them become metrics by step.
+        """
+        from mlflow.entities import Metric
+
         if not any(folder.iterdir()):
             return []
+        tables, now = find_tables(folder), int(time.time() * 1000)
+        steps = [Metric(key, rounded(value), now, step) for key, value, step in histories(folder, tables)]
         with self._call():
             self.client.log_artifacts(run_id, str(folder))
-        return find_tables(folder)
+            for at in range(0, len(steps), METRIC_BATCH):
+                self.client.log_batch(run_id, metrics=steps[at : at + METRIC_BATCH])
+        return tables
 
     def commit(
         self,
@@ -137,7 +158,7 @@ class MlflowTracker:
         """Write the results of a trial; `outcome_json` becomes visible only after everything else."""
         with self._call():
             found = self.upload(run_id, folder) if folder else []
-            every = {**tags, **_tables_tag([*found, *tables]), RESULT: outcome_json}
+            every = {**tags, **tables_tag([*found, *tables]), RESULT: outcome_json}
             self._log(run_id, metrics, params, every)
 
     def result(self, run_id: str) -> str | None:
@@ -146,21 +167,21 @@ class MlflowTracker:
 
     def find_trial(self, study: str, number: int) -> str | None:
         """Return the id of the newest run of a trial, found by tag."""
-        query = f"tags.`qflow.study` = {_quoted(study)} and tags.`qflow.trial` = '{number}'"
+        query = f"tags.`qflow.study` = {limits.quoted(study)} and tags.`qflow.trial` = '{number}'"
         with self._call():
             found = self._search(query, 1)
         return str(found[0].info.run_id) if found else None
 
     def running_trials(self, study: str) -> list[str]:
         """Return the ids of the trial runs that were not ended, by a query for these only."""
-        query = f"tags.`qflow.study` = {_quoted(study)} and tags.`qflow.kind` = 'trial'"
+        query = f"tags.`qflow.study` = {limits.quoted(study)} and tags.`qflow.kind` = 'trial'"
         with self._call():
             return [str(r.info.run_id) for r in self._search(f"{query} and attributes.status = 'RUNNING'")]
 
     def trial_runs(self, study: str) -> list[tuple[str, int, str, str | None]]:
         """Return (run id, trial number, status, marker) of every trial run; it takes 2.5 ms per run."""
         with self._call():
-            runs = self._search(f"tags.`qflow.study` = {_quoted(study)} and tags.`qflow.kind` = 'trial'")
+            runs = self._search(f"tags.`qflow.study` = {limits.quoted(study)} and tags.`qflow.kind` = 'trial'")
         found = [(r.info, limits.joined(r.data.tags)) for r in runs]
         return [(info.run_id, int(tags["qflow.trial"]), info.status, tags.get(RESULT)) for info, tags in found]
 
@@ -168,7 +189,7 @@ class MlflowTracker:
         """End a run as FINISHED, FAILED or KILLED; the reason is stored in the tag `qflow.end_reason`."""
         with self._call():
             if reason:
-                self.client.set_tag(run_id, "qflow.end_reason", reason[:5000])
+                self._log(run_id, {}, {}, {"qflow.end_reason": reason[:5000], NOTE: f"{status.lower()}: {reason}"})
             self.client.set_terminated(run_id, status)
 
     def log_study(
@@ -186,7 +207,7 @@ class MlflowTracker:
             found, every = self.upload(run_id, folder) if folder else [], dict(tags or {})
             if found or tables:
                 kept = [entry["path"] for entry in json.loads(self.run_tags(run_id).get(TABLES, "[]"))]
-                every |= _tables_tag([*kept, *found, *tables])
+                every |= tables_tag([*kept, *found, *tables])
             self._log(run_id, metrics or {}, self._new_params(run_id, params or {}, every), every)
 
     def clear(self, run_id: str) -> None:
@@ -254,8 +275,8 @@ class MlflowTracker:
         """Write one batch. If it is too large, the tags follow in a batch of their own."""
         from mlflow.entities import Metric, Param, RunTag
 
-        now = int(time.time() * 1000)
-        values = [Metric(key, rounded(value), now, 0) for key, value in metrics.items()]
+        now, step = int(time.time() * 1000), int(metrics.get(LAST_STEP, 0))
+        values = [Metric(key, rounded(value), now, step) for key, value in metrics.items()]
         texts = [Param(key, limits.param_value(value)) for key, value in params.items()]
         marks = [RunTag(key, part) for key, part in limits.tag_parts(tags).items()]
         if len(texts) > BATCH or len(values) > METRIC_BATCH:
@@ -275,24 +296,3 @@ class MlflowTracker:
             self._depth -= 1
             if self._depth == 0:
                 self.seconds += time.monotonic() - start
-
-
-def find_tables(folder: Path) -> list[str]:
-    """Return the paths in `folder` of `*.json` files in pandas' layout orient="split": columns, then data."""
-    return [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*.json")) if _head(p) == TABLE_HEAD]
-
-
-def _head(path: Path) -> str:
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read(len(TABLE_HEAD))
-
-
-def _tables_tag(names: Sequence[str]) -> dict[str, str]:
-    entries = [{"path": name, "type": "table"} for name in dict.fromkeys(names)]
-    return {TABLES: json.dumps(entries)} if entries else {}
-
-
-def _quoted(text: str) -> str:
-    if "'" in text:
-        raise TrackingError(f"A study name holds no quotes, but got {text!r}. Rename the study.")
-    return f"'{text}'"

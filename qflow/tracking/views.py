@@ -2,8 +2,8 @@
 
 The UI stores a shared view as an experiment tag, `mlflow.sharedViewState.<key>`, whose state is
 `deflate;` + base64(zlib(JSON)). The format is not documented (it works on 3.17.2), so a failure to write it is ignored;
-the address without a view still filters and sorts. The view sorts by a metric, because the UI then lists all trials;
-sorted by time, it nests them under their study and plots the studies only.
+the address without a view still filters and sorts. The view sorts by the trials' rank, so by a metric, because the UI
+then lists all trials; sorted by time, it nests them under their study and plots the studies only.
 """
 
 from __future__ import annotations
@@ -25,18 +25,27 @@ if TYPE_CHECKING:
 
 TAG = "mlflow.sharedViewState."
 DROP, LATENCY, INT16 = "accuracy/drop", "cost/latency_ms", "qconfig/int16_ratio"
+RANK, MEETS = "goal/rank", "goal/meets"
 _log = logging.getLogger(__name__)
 
 
 def save_view(
-    tracker: MlflowTracker, study: str, *, params: Sequence[str] = (), x: str = LATENCY, y: str = DROP
+    tracker: MlflowTracker,
+    study: str,
+    *,
+    metrics: Sequence[str] = (),
+    params: Sequence[str] = (),
+    hidden: Sequence[str] = (),
+    x: str = LATENCY,
+    y: str = DROP,
 ) -> str | None:
     """Save the view of a study's trials and return its key, or None if that failed.
 
     `x` and `y` are the metrics of the scatter plot. The parallel coordinates also show `params` and the int16 share.
+    `metrics` and `params` are further columns. The runs of `hidden` are in the table but not in the charts.
     """
-    state = view_state(study, params, x, y)
-    key = record.digest([study, list(params), x, y])
+    state = view_state(study, metrics, params, hidden, x, y)
+    key = record.digest([study, list(metrics), list(params), x, y])
     now = int(time.time() * 1000)
     value = {"name": f"{study}: {y} against {x}", "createdAt": now, "updatedAt": now, "state": pack(state)}
     try:
@@ -48,23 +57,24 @@ def save_view(
     return key
 
 
-def study_url(
-    host: str, experiment_id: str, study: str, key: str | None = None, *, charts: bool = True, y: str = DROP
-) -> str:
+def study_url(host: str, experiment_id: str, study: str, key: str | None = None, *, charts: bool = True) -> str:
     """Return the address of a study's trials, with the saved view `key` or with a filter and an order."""
     # the UI opens in its mode for language models by default
     query = {"workflowType": "machine_learning"}
     if key:
         query["viewStateShareKey"] = key
     else:
-        query |= {"searchFilter": _filter(study), "orderByKey": _metric(y), "orderByAsc": "true"}
+        query |= {"searchFilter": _filter(study), "orderByKey": _metric(RANK), "orderByAsc": "true"}
     if charts:
         query["compareRunsMode"] = "CHART"
     return f"{host.rstrip('/')}/#/experiments/{experiment_id}/runs?{urlencode(query)}"
 
 
-def view_state(study: str, params: Sequence[str], x: str, y: str) -> dict[str, Any]:
-    """Return the page state: the study's trials sorted by `y`, a scatter plot and parallel coordinates."""
+def view_state(
+    study: str, metrics: Sequence[str], params: Sequence[str], hidden: Sequence[str], x: str, y: str
+) -> dict[str, Any]:
+    """Return the page state: the study's trials sorted by rank, a scatter plot and parallel coordinates."""
+    columns = [_metric(name) for name in dict.fromkeys((RANK, MEETS, y, x, INT16, *metrics))]
     section = "qflow-charts"
     card = {"metricSectionId": section, "deleted": False, "isGenerated": False}
     scatter = {
@@ -77,17 +87,18 @@ def view_state(study: str, params: Sequence[str], x: str, y: str) -> dict[str, A
     }  # fmt: skip
     return {
         "searchFilter": _filter(study),
-        "orderByKey": _metric(y),
+        "orderByKey": _metric(RANK),
         "orderByAsc": True,
         "startTime": "ALL",
         "lifecycleFilter": "Active",
         "modelVersionFilter": "All Runs",
         "datasetsFilter": [],
-        "selectedColumns": [_metric(y), _metric(x), _metric(INT16), *(f"params.`{name}`" for name in params)],
+        "selectedColumns": [*columns, *(f"params.`{name}`" for name in params), "attributes.`Description`"],
         "runsHiddenMode": "SHOW_ALL",
         "runsExpanded": {},
         "runsPinned": [],
-        "runsHidden": [],
+        "runsHidden": list(hidden),
+        "runsVisibilityMap": dict.fromkeys(hidden, False),
         "viewMaximized": False,
         "runListHidden": False,
         "isAccordionReordered": True,

@@ -30,6 +30,9 @@ def test_trials_are_trained_and_keep_their_weights(studied, tmp_path):
         assert tracker.run_metrics(run)["qat/steps"] == 4.0  # a fifth of the float steps
         report = json.loads(tracker.download(run, "training.json", tmp_path).read_text())
         assert len(report["losses"]) == 4
+        for name, series in {"qat/loss": report["losses"], "qat/learning_rate": report["learning_rates"]}.items():
+            history = {m.step: m.value for m in tracker.client.get_metric_history(run, name)}
+            assert history == {step: pytest.approx(value, rel=1e-5) for step, value in enumerate(series, 1)}
         assert "QAT takes at most 20 % of 20 float steps: 6 steps cut to 4" in report["findings"]
         assert tracker.download(run, "qconfig/weights.safetensors", tmp_path).stat().st_size > 1000
     assert len(measured(tracker)) == 2

@@ -17,6 +17,7 @@ from qflow.search.objective import (
     nearest_miss,
     over_budget,
     pareto_set,
+    ranked,
 )
 from qflow.search.outcome import FinishedTrial, Outcome
 
@@ -52,6 +53,18 @@ def test_the_cheapest_within_the_budgets_wins():
 def test_the_nearest_miss_keeps_the_budgets_where_one_can():
     assert nearest_miss([trial(0, 0.0, 2.0), trial(1, 0.02, 0.5), trial(2, 0.03, 0.4)]).number == 1
     assert nearest_miss([trial(0, 0.0, 2.0), trial(1, 0.0, 3.0), trial(2, 0.5, 4.0)]).number == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.01, 0.02, 0.5]), st.sampled_from([0.5, 1.0, 2.0])), min_size=1))
+def test_the_first_in_rank_is_the_best_or_the_nearest_miss(rows):
+    trials = [trial(number, *row) for number, row in enumerate(rows)]
+    order = ranked(trials)
+    assert sorted(t.number for t in order) == [t.number for t in trials]
+    assert order[0] is (best_trial(trials) or nearest_miss(trials))
+    met = [meets(t) for t in order]
+    assert met == sorted(met, reverse=True)  # whatever misses comes after all that meets
+    latencies = [t.outcome.metrics["cost/latency_ms"] for t in order if meets(t)]
+    assert latencies == sorted(latencies)
 
 
 def test_a_goal_without_budgets_is_the_drop_alone():

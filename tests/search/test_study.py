@@ -31,6 +31,15 @@ def open_study(folder: Path, name: str = "task/stage", **changes) -> Study:
     return Study.open(folder, name, **{**options, **changes})
 
 
+def test_optuna_knows_its_objectives_by_name(store):
+    import optuna
+
+    for _ in range(2):  # a study that continues keeps them
+        open_study(store, metrics=["accuracy/found", "cost/latency_ms"])
+    found = optuna.load_study(study_name="task/stage", storage=f"sqlite:///{store}/optuna.db")
+    assert found.metric_names == ["accuracy/found", "cost/latency_ms"]
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_proposes_inside_the_space(store, sampler):
     study = open_study(store, sampler=sampler, n_trials=8)

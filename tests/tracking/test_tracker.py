@@ -16,7 +16,7 @@ from qflow.search.domain import Choice
 from qflow.search.study import Study
 from qflow.tracking import limits
 from qflow.tracking.limits import rounded
-from qflow.tracking.mlflow_tracker import BATCH, MlflowTracker, find_tables
+from qflow.tracking.mlflow_tracker import BATCH, MlflowTracker
 
 pytestmark = pytest.mark.slow  # real stores on disk
 
@@ -126,13 +126,6 @@ def test_seconds_count_nested_calls_once(tracker):
     began = time.monotonic()
     commit(tracker, start(tracker), params={"a": 1})
     assert 0 < tracker.seconds <= time.monotonic() - began
-
-
-def test_tables_are_told_from_other_json(tmp_path):
-    write_table(tmp_path / "t.json")
-    (tmp_path / "qconfig.json").write_text('{"columns": 3}')
-    (tmp_path / "empty.json").write_text("")
-    assert find_tables(tmp_path) == ["t.json"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def test_a_view_is_an_experiment_tag_with_a_packed_state(tracker):
     assert entry["name"] == "task/stage: accuracy/drop against cost/latency_ms"
     assert entry["state"].startswith("deflate;")
     state = unpack(entry["state"])
-    assert state == view_state("task/stage", ["int16_ratio"], "cost/latency_ms", "accuracy/drop")
+    assert state == view_state("task/stage", [], ["int16_ratio"], [], "cost/latency_ms", "accuracy/drop")
     assert [chart["type"] for chart in state["compareRunCharts"]] == ["SCATTER", "PARALLEL"]
     assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == {
         section["uuid"] for section in state["compareRunSections"]
@@ -39,7 +39,7 @@ def test_addresses_open_the_mode_for_machine_learning():
         "&compareRunsMode=CHART"
     )
     query = parse_qs(urlsplit(urlsplit(plain).fragment).query)
-    assert query["orderByKey"] == ["metrics.`accuracy/drop`"]
+    assert query["orderByKey"] == ["metrics.`goal/rank`"]
     assert "tags.`qflow.study` = 'task/stage'" in query["searchFilter"][0]
 
 
@@ -49,3 +49,14 @@ def test_a_view_that_cannot_be_saved_ends_nothing(tracker, monkeypatch):
 
     monkeypatch.setattr(tracker.client, "set_experiment_tag", refuse)
     assert save_view(tracker, "task/stage") is None
+
+
+def test_the_best_trial_comes_first_and_the_columns_say_what_decides():
+    state = view_state("s", ["qat/loss"], ["calibration.method"], ["run"], "cost/latency_ms", "accuracy/drop")
+    assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`goal/rank`", True)
+    names = [column.partition(".")[2].strip("`") for column in state["selectedColumns"]]
+    assert names == [
+        "goal/rank", "goal/meets", "accuracy/drop", "cost/latency_ms", "qconfig/int16_ratio", "qat/loss",
+        "calibration.method", "Description",
+    ]  # fmt: skip
+    assert (state["runsHidden"], state["runsVisibilityMap"]) == (["run"], {"run": False})

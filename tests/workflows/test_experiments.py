@@ -34,6 +34,25 @@ def test_experiments_run_in_miniature(experiment, tmp_path):
     assert "## Decisions" in text
     best = json.loads((tmp_path / "qflow_out" / "studies" / "digits" / experiment / "best.json").read_text())
     assert best["run"] == tracker.run_tags(run_id)["qflow.best"]
+    runs = tracker.client.search_runs(
+        [tracker.experiment_id],
+        "tags.qflow.kind = 'trial' and status = 'FINISHED'",
+        order_by=["metrics.`goal/rank` ASC"],
+    )
+    first, *others = [run.data for run in runs]
+    assert [run.metrics["goal/rank"] for run in (first, *others)] == list(range(1, len(runs) + 1))
+    if best["run"]:
+        assert (runs[0].info.run_id, first.tags["qflow.best"], first.metrics["goal/meets"]) == (
+            best["run"],
+            "true",
+            1.0,
+        )
+    assert "true" not in [run.tags["qflow.best"] for run in others]
+    front = json.loads((tmp_path / "qflow_out" / "studies" / "digits" / experiment / "pareto.json").read_text())
+    assert {row[-1] for row in front["data"]} == {r.info.run_id for r in runs if r.data.tags["qflow.pareto"] == "true"}
+    assert all("drop" in run.tags["mlflow.note.content"] for run in (first, *others))
+    used = [{i.dataset.name for i in run.inputs.dataset_inputs} for run in runs]
+    assert all(names == {"digits calibration", "digits evaluation"} for names in used)
 
 
 def test_a_mix_is_searched_on_the_real_task(tmp_path):

@@ -1,0 +1,72 @@
+"""What MLflow shows of a finished study: the rank of its trials, the best and the Pareto set, and the saved view."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+
+from qflow.core.record import to_json
+from qflow.core.store import write_whole
+from qflow.search.objective import meets, pareto_set, ranked
+from qflow.search.outcome import FinishedTrial
+from qflow.search.strategies import ERROR_SHARE, RATIO
+from qflow.study.outcome import STOPPED
+from qflow.study.session import Session
+from qflow.tracking.views import DROP, RANK, save_view, study_url
+
+BEST, PARETO = "qflow.best", "qflow.pareto"  # tags of trials: true or false
+QAT_METRICS = ("qat/steps", "qat/loss")
+QAT_PARAMS = ("qat.learning_rate", "qat.moving", "qat.weight_decay")
+FENCE = 3.0  # times the interquartile range above the third quartile: Tukey's fence for values that are far out
+
+
+def mark_trials(session: Session) -> None:
+    """Write the rank of each trial as a metric, and as tags whether it is the best and whether no other dominates it.
+
+    1 is the best. What an earlier start has written and is still true is not written again.
+    """
+    best, trials = session.best, session.trials
+    front = {t.run_id for t in pareto_set(trials, list(session.goal.optimize.values()))}
+    place = session.root / "studies" / session.study.name / "marks.json"
+    known = json.loads(place.read_text()) if place.exists() else {}
+    marks = {
+        trial.run_id: [rank, trial is best, trial.run_id in front]
+        for rank, trial in enumerate(ranked(trials, session.goal.ranking), 1)
+    }
+    for run_id, (rank, is_best, is_pareto) in marks.items():
+        if known.get(run_id) != marks[run_id]:
+            tags = {BEST: str(is_best).lower(), PARETO: str(is_pareto).lower()}
+            session.tracker.log_study(run_id, metrics={RANK: float(rank)}, tags=tags)
+    write_whole(place, to_json(marks))
+
+
+def trials_url(session: Session) -> str:
+    """Save a view of accuracy against latency in MLflow, and return the address where `mlflow ui` shows it."""
+    tracker, trials = session.tracker, session.trials
+    host = tracker.uri if tracker.uri.startswith("http") else "http://127.0.0.1:5000"
+    searched = [key for key in session.study.space if key not in (RATIO, ERROR_SHARE)]  # shown as share of int16
+    trained = any(trial.outcome.metrics.get("qat/steps") for trial in trials)
+    key = save_view(
+        tracker,
+        session.study.name,
+        metrics=(session.accuracy, *(QAT_METRICS if trained else ())),
+        params=list(dict.fromkeys([*searched, *(QAT_PARAMS if trained else ())])),
+        hidden=[trial.run_id for trial in far_off(trials)],
+    )
+    return study_url(host, tracker.experiment_id, session.study.name, key)
+
+
+def far_off(trials: Sequence[FinishedTrial]) -> list[FinishedTrial]:
+    """Return the trials that a chart leaves out, because their drop would flatten the differences of all others.
+
+    They have stopped early, with the worst possible metric in place of their own, or their drop is far out: beyond
+    `FENCE` interquartile ranges above the third quartile. A trial that meets the goal is never among them.
+    """
+    missed = [trial for trial in trials if not meets(trial)]
+    drops = [trial.outcome.metrics[DROP] for trial in trials if STOPPED not in trial.outcome.tags]
+    if len(drops) < 4:  # quartiles of fewer say nothing
+        return [trial for trial in missed if STOPPED in trial.outcome.tags]
+    low, _, high = statistics.quantiles(drops, n=4, method="inclusive")
+    most = high + FENCE * (high - low)
+    return [t for t in missed if STOPPED in t.outcome.tags or t.outcome.metrics[DROP] > most]
