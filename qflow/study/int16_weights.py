@@ -13,6 +13,7 @@ from qflow.core.dtype import QDtype
 from qflow.search.objective import nearest_miss
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import ASSIGNMENT, RATIO, SENSITIVE_TYPE, raise_until_met
+from qflow.study.baselines import retry_calibration
 from qflow.study.outcome import STOPPED
 from qflow.study.session import Session
 
@@ -68,5 +69,7 @@ def weights_beside(session: Session, missed: Sequence[FinishedTrial], raised: Co
     nearest = nearest_miss([t for t in missed if STOPPED not in t.outcome.tags] or list(missed), session.goal.ranking)
     if nearest is None or not weights_that_matter(session, nearest.params, QDtype.qint16):
         return None
+    started = len(session.measured)
     found = raise_weights(session, nearest.params, QDtype.qint16)
+    found = found or retry_calibration(session, session.measured[started:])
     return {key: value for key, value in found.params.items() if key not in raised} if found else None

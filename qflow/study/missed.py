@@ -118,10 +118,14 @@ def tried(session: Session) -> str:
     ends = {label: _methods(session, label) for label in (ALL_INT8, ALL_INT16)}
     parts = [f"{label} under {', '.join(methods)}" for label, methods in ends.items() if methods]
     free = [t for t in session.trials if not t.label.startswith((ALL_INT8, ALL_INT16))]
+    fp16, weights = (
+        [t for t in free if t.outcome.metrics.get(f"qconfig/{count}")] for count in ("n_float16", "n_int16_weights")
+    )
     kinds = {
         "trained": [t for t in free if t.outcome.metrics.get("qat/steps")],
-        "with fp16": [t for t in free if t.outcome.metrics.get("qconfig/n_float16")],
-        "with int16 weights": [t for t in free if t.outcome.metrics.get("qconfig/n_int16_weights")],
+        "with fp16 and int16 weights": [t for t in fp16 if t in weights],
+        "with fp16": fp16,
+        "with int16 weights": weights,
         "of int8 and int16": free,
     }
     seen: set[int] = set()

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+import time
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -22,13 +23,21 @@ _server.set_forkserver_preload(
 )
 
 
-def run_qflow(name, *arguments, cwd, **env):
-    """What `python -m qflow.<name> <arguments>` printed, and its exit code."""
+def run_qflow(name, *arguments, cwd, killed_after="", **env):
+    """What `python -m qflow.<name> <arguments>` printed, and its exit code.
+
+    With `killed_after` the process gets a SIGKILL as soon as that text is among what it has printed.
+    """
     files = [Path(cwd) / f".{name}.{stream}" for stream in ("stdout", "stderr")]
     env = {**os.environ, "PYTHONPATH": OWN_CODE, "QFLOW_HOME": "", **env}
     process = _server.Process(target=_run, args=(name, arguments, str(cwd), env, files))
     process.start()
-    process.join(300)
+    end = time.monotonic() + 300
+    while killed_after and process.exitcode is None and time.monotonic() < end:
+        if files[0].exists() and killed_after in files[0].read_text():
+            process.kill()
+        process.join(0.02)
+    process.join(max(end - time.monotonic(), 0.0))
     if process.exitcode is None:
         process.kill()
         process.join()
