@@ -129,8 +129,8 @@ def _own(trial: StoredTrial, allow: tuple[str, ...]) -> nn.Module:
     except BundleError as error:
         name = node["_target_"] or node["model"].get("_target_")
         raise BundleError(
-            f"A model's code is not stored with {trial.source}, which names {name!s:.80}. Give it, model=..., or "
-            f"allow its package: {way_out(str(name))}."
+            f"A model's code is not stored with {trial.source}, which names {name!s:.80}. Give it, model=... "
+            f"{way_out(str(name))}"
         ) from error
     found = build_model(trial.config)
     if not isinstance(found, nn.Module):

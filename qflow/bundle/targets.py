@@ -8,6 +8,7 @@ such a package, so that `my.os.system` is refused.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ BUILT_IN = frozenset(
         "onnx_model.load",
     )
 )
+NOT_THE_USERS = ("qflow", "torch", "numpy", "hydra", "omegaconf", "mlflow", "optuna")
 _TORCH = re.compile(r"torch\.(optim|optim\.lr_scheduler|nn)\.[A-Za-z]\w*")
 
 
@@ -70,7 +72,7 @@ def check_targets(config: Mapping[str, Any], allow: Iterable[str] = (), own: Map
             defined = f", which is defined in {home:.80}" if home != name else ""
             raise BundleError(
                 f"Code that a run names is run only if it is built in or allowed, but got {name:.80} for {place}"
-                f"{defined}. If it is yours, allow its package: {way_out(home)}."
+                f"{defined}. {way_out(home)}"
             )
 
 
@@ -81,9 +83,12 @@ def own_packages(config: Mapping[str, Any]) -> list[str]:
 
 
 def way_out(name: str) -> str:
-    """Return how a package is allowed, in the words of each interface."""
+    """Return how the package of a name is allowed, in the words of each interface, if it may be the user's."""
     package = name.partition(".")[0]
-    return f"security.allow=[{package}] (allow=('{package}',) in qflow.load, QFLOW_ALLOW={package} for MLflow)"
+    if package in sys.stdlib_module_names or package in NOT_THE_USERS or not package.isidentifier():
+        return "Take another source."
+    named = f"security.allow=[{package}] (allow=['{package}'] in qflow.load, QFLOW_ALLOW={package} for MLflow)"
+    return f"If it is yours, allow its package: {named}."
 
 
 def _of_torch(name: str) -> bool:

@@ -98,7 +98,6 @@ def refused(stored, capsys, *overrides):
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
     assert "rebuilt" not in capsys.readouterr().out
     assert stored.registered() == []
-    print("XX", error.value)
     return str(error.value)
 
 
