@@ -26,8 +26,8 @@ OWN = [
 TRIALS = {
     "int8": (["task=digits"], {"qconfig.int16_ratio": 0.0}),
     "int16": (["task=digits", "calibration.method=kl"], {"qconfig.int16_ratio": 1.0}),
-    "mixed, fp16, requantized": (
-        ["task=exposure", "+qconfig.modules={conv1: float16, conv2: qint16}", "calibration.divisor=plugin"],
+    "mixed": (
+        ["task=digits", "+qconfig.modules={conv2: qint16, dense: qint16}", "calibration.divisor=plugin"],
         {"qconfig.int16_ratio": 0.0},
     ),
     "trained": (["task=dual", "qat=dual", "qat.steps=3"], {"qconfig.int16_ratio": 0.0}),
@@ -37,7 +37,7 @@ TRIALS = {
     ),
     "temporal": (["task=temporal"], {"qconfig.int16_ratio": 0.0}),
     "a device of one's own": (
-        ["task=digits", "device.rules.int8_outputs=[conv2d]", "device.cost.clock_ghz=0.5"],
+        ["task=digits", "device.rules.int8_outputs=[conv]", "device.cost.clock_ghz=0.5"],
         {"qconfig.int16_ratio": 1.0},
     ),
 }
