@@ -18,6 +18,7 @@ from qflow.core.errors import ConfigError, PromotionError, TrackingError
 from qflow.study.gate import Judged, Rules, Scores, against_champion, broken_rules, stricter
 from qflow.study.rebuild import differing_parts
 from qflow.tracking.artifacts import Store
+from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.tracking.registry import champion
 
 
@@ -85,7 +86,7 @@ def stored(tmp_path_factory):
     folder = tmp_path_factory.mktemp("store")
     int8, _ = store_trial(folder, "task=digits", "study=first")
     int16, _ = store_trial(folder, "task=digits", "study=second", point={"qconfig.int16_ratio": 1.0})
-    store_trial(folder, "task=digits", "study=first", "tracking.experiment=other")
+    MlflowTracker.open(None, folder, "other").open_study("first", tags={}, params={}, description="")
     return folder, int8, int16
 
 
