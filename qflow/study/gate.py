@@ -102,7 +102,7 @@ def score(task: Task, model: nn.Module, split: str, batch_size: int) -> Scores:
 
 def stricter(study: Mapping[str, Any], given: Mapping[str, float | None]) -> Goal:
     """Return the goal of the study with the numbers of the command. Raises ConfigError for a laxer number."""
-    found = {key: study.get(key) for key in ("max_drop", *BUDGETS)}
+    found: dict[str, Any] = {key: study.get(key) for key in ("max_drop", *BUDGETS)}
     for key, value in given.items():
         if value is None:
             continue

@@ -2,9 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from support.compose import compose
 from support.stored import store_trial, uri_of
 
 import qflow
-from qflow.commands.promote import promote
+from qflow.commands.promote import Promotion, promote
 from qflow.core.errors import ConfigError, PromotionError, TrackingError
 from qflow.study.gate import Judged, Rules, Scores, against_champion, broken_rules, stricter
 from qflow.study.rebuild import differing_parts
@@ -143,38 +146,37 @@ def test_a_missed_goal_is_infeasible_and_a_broken_rule_rejected(stored, capsys):
 
 
 @pytest.mark.slow
-def test_of_two_at_once_one_wins(stored):
-    """Both are judged before either registers."""
-    folder, int8, int16 = stored
-    mine = ["tracking.registered_model=raced", "gate.allow_dominated=true"]
-    from qflow.commands import promote as module
+def test_of_two_at_once_one_wins(stored, tmp_path, monkeypatch):
+    """Both have been judged against the same champion before either registers."""
+    folder, *runs = stored
+    judged, ends, together = [], [], threading.Barrier(2)
+    register = Promotion.register
 
-    both, ends = threading.Barrier(2), []
-    register = module.Promotion.register
+    def keep(self, store, *arguments):
+        copied = shutil.copytree(self.model, tmp_path / str(len(judged)))
+        judged.append((replace(self, model=Path(copied)), *arguments))
+        return 0
 
-    def together(*arguments):
-        both.wait(200)
-        return register(*arguments)
+    monkeypatch.setattr(Promotion, "register", keep)
+    for one in runs:
+        assert run(folder, f"run={one}", "tracking.registered_model=raced", "gate.allow_dominated=true") == 0
 
-    def one(config):
+    def end(promotion, *arguments):
+        together.wait(100)
         try:
-            ends.append(promote(config))
+            ends.append(register(promotion, Store.open(uri_of(folder), folder), *arguments))
         except PromotionError as error:
             ends.append(str(error))
 
-    configs = [compose(f"root={folder}", f"run={run}", *mine, name="promote") for run in (int8, int16)]
-    module.Promotion.register = together
-    try:
-        threads = [threading.Thread(target=one, args=[config]) for config in configs]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        module.Promotion.register = register
-    assert ends.count(0) == 1, ends
-    (lost,) = [end for end in ends if end != 0]
-    assert f"which gave champion of raced to version {alias(folder, 'raced')}" in lost
+    threads = [threading.Thread(target=end, args=arguments) for arguments in judged]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (version,) = [found for found in ends if isinstance(found, int)]
+    (lost,) = [found for found in ends if found != version]
+    assert alias(folder, "raced") == version
+    assert f"which gave champion of raced to version {version}" in lost
 
 
 @pytest.mark.slow
@@ -221,8 +223,6 @@ def test_the_registered_model_serves_mlflows_own_ways(stored, tmp_path):
 
 
 def test_nothing_is_unpickled_where_stored_trials_are_read():
-    from pathlib import Path
-
     root = Path(qflow.__file__).parent
     for path in [*(root / "bundle").glob("*.py"), *(root / "api" / n for n in ("load.py", "pyfunc.py"))]:
         for word in ("import pickle", "torch.load", "joblib", "cloudpickle", "numpy.load", "np.load", "yaml.load"):
