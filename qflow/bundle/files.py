@@ -39,6 +39,7 @@ REQUIRED: Mapping[str, int] = {
 OPTIONAL: Mapping[str, int] = {
     WEIGHTS: 64 << 30,
     "training.json": 64 * MB,
+    "training_steps.json": 64 * MB,
     "sensitivity.json": 64 * MB,
     "sensitivity_record.json": 64 * MB,
 }

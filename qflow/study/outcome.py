@@ -47,16 +47,14 @@ def outcome(
 
     `samples` is the number of samples of a full evaluation, `files` the digest over the files of the trial.
     """
-    cost, metrics = result.cost, run_metrics(result, accuracy)
-    constraints = goal.constraints(metrics)
-    met = all(excess <= 0.0 for excess in constraints.values())
+    cost, metrics = result.cost, trial_metrics(result, goal, accuracy)
     return Outcome(
         objectives=goal.objectives(metrics),
-        constraints=constraints,
+        constraints=goal.constraints(metrics),
         params=params,
-        metrics={**metrics, MEETS: float(met)},
+        metrics=metrics,
         tags={
-            NOTE: description(result, goal, accuracy, met),
+            NOTE: description(result, goal, accuracy, bool(metrics[MEETS])),
             **({"qflow.cost_refusal": cost.refusal} if cost.refusal else {}),
             **({STOPPED: f"after {result.samples} of {samples} samples"} if result.samples < samples else {}),
             "qflow.qconfig": result.qconfig.digest,
@@ -65,6 +63,13 @@ def outcome(
             "qflow.evaluated": str(result.evaluated).lower(),
         },
     )
+
+
+def trial_metrics(result: TrialResult, goal: Goal, accuracy: str) -> dict[str, float]:
+    """Return the metrics of a trial's run, with 1 or 0 for whether it meets the goal."""
+    metrics = run_metrics(result, accuracy)
+    met = all(excess <= 0.0 for excess in goal.constraints(metrics).values())
+    return {**metrics, MEETS: float(met)}
 
 
 def description(result: TrialResult, goal: Goal, accuracy: str, met: bool) -> str:

@@ -16,15 +16,16 @@ from typing import Any
 from qflow.bundle.files import WEIGHTS, sha256
 from qflow.bundle.stored import StoredTrial, config_of
 from qflow.bundle.targets import check_targets
-from qflow.config.settings import trial_settings
+from qflow.config.settings import plain, trial_settings
 from qflow.core.errors import BundleError, QflowError
 from qflow.report.files import write_trial
+from qflow.search.objective import Goal
 from qflow.study.assemble import make_evaluator
 from qflow.study.manifest import manifest
-from qflow.study.outcome import STOPPED
+from qflow.study.outcome import STOPPED, trial_metrics
 from qflow.tracking.limits import rounded
 from qflow.trial.evaluator import Evaluator
-from qflow.trial.record import TrialResult, run_metrics
+from qflow.trial.record import TrialResult
 
 PARTS = {"weights": "weights", "data": "data", "profile": "measured times", "graph": "operators"}
 """Entry of the manifest -> its name in words; they explain what differs further on, and are named first."""
@@ -107,7 +108,8 @@ def differing_parts(now: Mapping[str, Any], stored: Mapping[str, Any]) -> list[s
 
 def _figures(result: TrialResult, evaluator: Evaluator, trial: StoredTrial) -> dict[str, tuple[float | None, float]]:
     """Return every metric as (stored, rebuilt)."""
-    found = run_metrics(result, f"accuracy/{evaluator.task.metric_name}")
+    goal = Goal(**plain(trial.config.objective))
+    found = trial_metrics(result, goal, f"accuracy/{evaluator.task.metric_name}")
     return {name: (trial.metrics.get(name), value) for name, value in found.items()}
 
 
@@ -120,10 +122,10 @@ def _metrics(
         if stored is None or stored != value
     ]
     found += [f"{name} was logged, rebuilt there is none" for name in trial.metrics if name not in figures]
-    for name, value in (logged or {}).items():
-        stored = trial.metrics.get(name)
-        if stored is None or math.isnan(value) or rounded(stored) != value:
-            found.append(f"{name} of the run is {value:.6g}, its result holds {stored}")
+    for name, stored in trial.metrics.items() if logged is not None else ():
+        value = (logged or {}).get(name, math.nan)
+        if rounded(stored) != value:  # NaN differs from everything
+            found.append(f"{name} of the run is {value:.6g}, its result holds {stored:.6g}")
     if STOPPED in trial.tags:
         found.append(f"the trial ended early ({trial.tags[STOPPED]}): its metric is a bound, not a measurement")
     return found
