@@ -28,12 +28,10 @@ def check(config: DictConfig) -> Result:
     from qflow.study.checks import check_config
 
     check_config(config)
-    from qflow.analysis.checks.calibration_check import calibration_findings
-    from qflow.analysis.checks.model_check import check_model, check_text
-    from qflow.analysis.checks.shared_check import reach_finding
+    from qflow.analysis.checks.model_check import check_text
     from qflow.core.record import plain, to_json
-    from qflow.quant.model.calibrate import apply_scales
     from qflow.study.assemble import make_evaluator
+    from qflow.trial.findings import checked
 
     settings = trial_settings(config)
     evaluator = make_evaluator(config)
@@ -41,17 +39,13 @@ def check(config: DictConfig) -> Result:
     if settings.qconfig.needs_ranking:
         evaluator.rank()
     requested, applied = evaluator.resolve(settings.qconfig)
-    stats = evaluator.calibrate(settings.calibration)
-    silent = apply_scales(evaluator.prepared, stats, applied, settings.calibration)
-    found = reach_finding(evaluator.prepared, evaluator.rules)
-    found += calibration_findings(evaluator.prepared, stats, applied, silent, evaluator.rules, evaluator.scores)
-    result = check_model(evaluator.graph, requested, applied, found, settings.calibration.method)
+    result = checked(evaluator, requested, applied, settings.calibration)
     folder = root_dir(config) / "check" / evaluator.task.name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model_check_result.txt").write_text(check_text(result))
     (folder / "model_check.json").write_text(to_json(result, indent=1))
     lowered = sum(row.applied != row.requested for row in result.rows)
-    print(f"{'model':<12}{len(evaluator.graph.nodes)} operators, float graph proven equal; march {applied.march}")
+    print(f"{'model':<12}{result.operators} operators, float graph proven equal; march {applied.march}")
     print(f"{'qconfig':<12}{len(result.rows)} rows, {lowered} not as requested; digest {applied.digest}")
     notable = [f for f in result.findings if f.level != "info"]
     for finding in notable[:SHOWN]:
@@ -62,7 +56,7 @@ def check(config: DictConfig) -> Result:
     record = {
         "qconfig": applied.digest,
         "march": applied.march,
-        "operators": len(evaluator.graph.nodes),
+        "operators": result.operators,
         "rows": len(result.rows),
         "not_as_requested": lowered,
         "findings": [plain(finding) for finding in notable],

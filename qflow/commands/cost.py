@@ -50,6 +50,7 @@ def cost(config: DictConfig) -> Result:
 def report(config: DictConfig) -> Result:
     """Predict the cost of the task's model under `qconfig`."""
     from qflow.config.settings import root_dir, trial_settings
+    from qflow.core.raisable import kept_alone
     from qflow.cost_model.table import cost_metrics, cost_text
     from qflow.study.assemble import make_evaluator
     from qflow.tracking.mlflow_tracker import MlflowTracker
@@ -60,12 +61,15 @@ def report(config: DictConfig) -> Result:
     evaluator = make_evaluator(config)
     if settings.qconfig.needs_ranking:
         evaluator.rank()
-    _, applied = evaluator.resolve(settings.qconfig)
-    found, promotions = evaluator.cost(applied), evaluator.pricer.promotions(applied)
+    requested, applied = evaluator.resolve(settings.qconfig)
+    found, priced = evaluator.cost(applied), evaluator.pricer.promotions(applied)
+    promotions = {name: priced[name] for name in kept_alone(evaluator.graph, evaluator.rules, requested, list(priced))}
     folder = root / "cost" / evaluator.task.name
     write(folder, found, promotions, config)
     print(cost_text(found, SHOWN, config.fps), end="")
     print_comparisons(evaluator, applied, found, promotions)
+    if held := len(priced) - len(promotions):
+        print(f"{'':<12}not priced: {held} operators, because {config.device.march} would not keep int16 on them alone")
     name = f"{evaluator.task.name}/cost-{applied.digest[:8]}"  # one run for each qconfig, so that the UI compares them
     run = tracker.open_study(
         name,
@@ -78,7 +82,7 @@ def report(config: DictConfig) -> Result:
             "qconfig.int16_ratio": config.qconfig.int16_ratio,
         },
         description=f"Cost of {evaluator.task.name} on {config.device.march}: cost.png is the picture, "
-        "cost.json and cost.csv the table, promotions.json what int16 would cost for each operator.",
+        "cost.json and cost.csv the table, promotions.json what int16 would cost for each operator that keeps it.",
     )
     tracker.log_study(run, folder=folder, metrics=cost_metrics(found))
     tracker.close_study(run)

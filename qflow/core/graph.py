@@ -153,6 +153,15 @@ class ModelGraph:
         """Operators that own an output quantizer, in order of execution; of calls that share one, the first."""
         return self._owners("quantizer")
 
+    @property
+    def n_operators(self) -> int:
+        """The number of operators, as every report counts them: those that the qconfig decides, after fusion.
+
+        A fused group counts once, and so do the calls of a shared module, which have one quantizer. Operators that pass
+        their input on (reshape, max pooling, topk) have no precision of their own and are not counted.
+        """
+        return len(self.quantized)
+
     @cached_property
     def weighted(self) -> tuple[OpNode, ...]:
         """Operators that own a weight quantizer, in order of execution; of calls that share one, the first."""

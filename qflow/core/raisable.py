@@ -34,6 +34,16 @@ def raisable(graph: ModelGraph, rules: DeviceRules, names: Sequence[str]) -> tup
     return tuple(name for name in names if name in kept)
 
 
+def kept_alone(graph: ModelGraph, rules: DeviceRules, requested: QConfig, names: Sequence[str]) -> tuple[str, ...]:
+    """Return those of `names` whose output stays int16 on the device if it alone is raised in `requested`."""
+
+    def kept(name: str) -> bool:
+        raised = requested.with_ops({name: replace(requested.ops[name], output=QDtype.qint16)})
+        return _applied(graph, rules, raised).ops[name].output == QDtype.qint16
+
+    return tuple(name for name in names if kept(name))
+
+
 def _template(graph: ModelGraph, dtype: QDtype, rules: DeviceRules) -> QConfig:
     return resolve(graph, [HighPrecisionOutput(), TemplateSetter(dtype)], rules.march)
 

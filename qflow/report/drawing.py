@@ -38,8 +38,9 @@ def log_points(values: Sequence[float | None], low: float, high: float) -> list[
 
 def start_position(table: LayerTable) -> int | None:
     """Row of the operator at which the error starts to grow; None if the table names none."""
-    named = [i for i, row in enumerate(table.rows) if table.start and table.start in (row.mod_name, row.quantizer)]
-    return named[0] if named else None
+    rows = [i for i, row in enumerate(table.rows) if table.start and table.start == row.quantizer]
+    rows += [i for i, row in enumerate(table.rows) if table.start and table.start == row.mod_name]
+    return rows[0] if rows else None
 
 
 def common_prefix(names: Sequence[str]) -> str:

@@ -162,7 +162,7 @@ def _layers(table: LayerTable) -> str:
         texts += ["" if value is None else number(value) for value in values]
         rows.append([("", str(row.index)), ("name", escape(row.mod_name)), *(("", escape(text)) for text in texts)])
     header = ("index", "mod_name", "type", "shape", "quant_dtype", *LAYER_COLUMNS)
-    summary = f"The {len(rows)} operators, in order; compare_per_layer_out.csv has every column"
+    summary = f"The {len(rows)} operator calls of the float model, in order; compare_per_layer_out.csv has every column"
     return f"<details><summary>{summary}</summary>{_table(header, rows)}</details>"
 
 

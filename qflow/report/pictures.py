@@ -44,7 +44,7 @@ def error_along_network(table: LayerTable, path: Path) -> Figure:
     """
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     axes = figure.subplots()
-    figure.suptitle(f"Error along the network: {len(table.rows)} operators, samples: {table.samples}", fontsize=12)
+    figure.suptitle(f"Error along the network: {len(table.rows)} operator calls, samples: {table.samples}", fontsize=12)
     low, high = log_range([value for row in table.rows for value in (row.error, row.single_error)])
     total = log_points([row.error for row in table.rows], low, high)
     single = log_points([row.single_error for row in table.rows], low, high)
@@ -132,7 +132,7 @@ def _number_worst(axes: Axes, table: LayerTable, single: Sequence[tuple[int, flo
     for rank, (x, _) in enumerate(worst, start=1):
         row = table.rows[x]
         kind = f"{row.base_op_type.rsplit('.', 1)[-1]}, {row.quant_dtype or 'no quantizer'}"
-        text = f"{row.single_error:.3g}  {shorten(row.mod_name, 90)}  ({kind})"
+        text = f"{row.single_error:.3g}  {shorten(row.operator, 90)}  ({kind})"
         handles.append(Line2D([], [], color=RED, ls="", marker=f"${rank}$", label=text))
     return handles
 

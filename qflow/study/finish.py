@@ -162,7 +162,7 @@ def document(session: Session, table: str, text: str, shown: FinishedTrial | Non
     """Return the result in Markdown: table, verdict, each decision with its reason, and the promoted operators."""
     lines = [f"# {session.study.name}", "", "```", table, text, "```", "", "## Decisions", ""]
     lines += [f"{i}. **{stage}**: {words}" for i, (stage, words) in enumerate(session.decisions, 1)]
-    count = len(session.evaluator.graph.quantized)
+    count = session.evaluator.graph.n_operators
     for dtype, names in (raised(session, shown) if shown else {}).items():
         lines += ["", f"## {dtype} ({len(names)} of {count} operators)", ""]
         lines += [f"- `{name}`: int8 sensitivity {score:.3g}" for name, score in names.items()]

@@ -13,6 +13,7 @@ from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import ERROR_SHARE, RATIO
 from qflow.study.outcome import STOPPED
 from qflow.study.session import Session
+from qflow.tracking.limits import param_name
 from qflow.tracking.views import DROP, RANK, save_view, study_url
 
 BEST, PARETO = "qflow.best", "qflow.pareto"  # tags of trials: true or false
@@ -45,7 +46,8 @@ def trials_url(session: Session) -> str:
     """Save a view of accuracy against latency in MLflow, and return the address where `mlflow ui` shows it."""
     tracker, trials = session.tracker, session.trials
     host = tracker.uri if tracker.uri.startswith("http") else "http://127.0.0.1:5000"
-    searched = [key for key in session.study.space if key not in (RATIO, ERROR_SHARE)]  # shown as share of int16
+    as_share = (RATIO, ERROR_SHARE)  # the column of the share of int16 shows them
+    searched = [param_name(key) for key in session.study.space if key not in as_share]
     trained = any(trial.outcome.metrics.get("qat/steps") for trial in trials)
     key = save_view(
         tracker,

@@ -77,7 +77,7 @@ def description(result: TrialResult, goal: Goal, accuracy: str, met: bool) -> st
     cost, count = result.cost, len(result.qconfig.ops)
     verdict = "meets" if met else "misses"
     lines = [
-        f"**{accuracy.partition('/')[2]} {result.metric:.4f}**, drop {result.drop:+.4f}: {verdict} the goal ({goal}).",
+        f"{accuracy.partition('/')[2]} {result.metric:.4f}, drop {result.drop:+.4f}: {verdict} the goal ({goal}).",
         f"Predicted latency {cost.latency_ms:.3f} ms [{cost.low_ms:.2f}, {cost.high_ms:.2f}] on {cost.march}.",
     ]
     if result.training is not None and result.training.losses:

@@ -20,6 +20,7 @@ from qflow.report.files import write_study
 from qflow.study.session import Session
 from qflow.study.train_stage import leave_for_training
 from qflow.trial.diagnosis import Diagnosis
+from qflow.trial.findings import checked
 
 FEW_STEPS = 10  # the guide recommends 10 to 100 steps of calibration
 ANALYSIS = "qflow.analysis"  # tag of a study's run: the digest of the inputs of its layers and advice
@@ -68,13 +69,13 @@ def check(session: Session) -> str:
         session.console.say(f"{'shared':<12} {finding.op}: {finding.message}")
     found = check_model(graph, requested, applied, reach).findings
     lowered = sum(op.output != requested.ops[name].output for name, op in applied.ops.items())
-    fused = sum(bool(node.fused) for node in graph.nodes)
+    fused = sum(bool(node.fused) for node in graph.quantized)
     report = evaluator.cost(applied)
     if report.refusal:
         session.console.say(f"{'cost':<12} {report.refusal}")
     checks = sum(f.level == "check" for f in found)
     return (
-        f"{len(graph.nodes)} operators ({fused} fused), bit-identical to float; {lowered} int8 only on "
+        f"{graph.n_operators} operators ({fused} fused), bit-identical to float; {lowered} int8 only on "
         f"{evaluator.rules.march}, {checks} findings"
     )
 
@@ -116,11 +117,10 @@ def log_tables(session: Session, diagnosis: Diagnosis, tags: Mapping[str, str]) 
     from qflow.report.analysis_files import write_analysis  # imports matplotlib and plotly, which are slow to load
 
     evaluator = session.evaluator
-    reach = reach_finding(evaluator.prepared, evaluator.rules)
-    check = check_model(evaluator.graph, *evaluator.template(QDtype.qint16), reach)
     with tempfile.TemporaryDirectory() as folder:
-        write_study(Path(folder), evaluator.sensitivities, evaluator.badcases, check)
         write_analysis(diagnosis, Path(folder) / "analysis", f"{session.study.name}: all-int8 on its bad cases")
+        check = checked(evaluator, *evaluator.template(QDtype.qint16), evaluator.default_calibration)
+        write_study(Path(folder), evaluator.sensitivities, evaluator.badcases, check)
         session.tracker.log_study(session.study_run, folder=Path(folder), tags=tags)
 
 
@@ -145,7 +145,7 @@ def rank_again(session: Session, title: str, point: Mapping[str, Any]) -> Sensit
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / title.replace("/", "_")
         place.mkdir()
-        write_study(place, ranked, cases, check_model(evaluator.graph, requested, applied))
+        write_study(place, ranked, cases, checked(evaluator, requested, applied, settings.calibration))
         session.tracker.log_study(session.study_run, folder=Path(folder))
     session.rankings[key] = cases, ranked
     return ranked

@@ -93,7 +93,7 @@ def view_state(
         "lifecycleFilter": "Active",
         "modelVersionFilter": "All Runs",
         "datasetsFilter": [],
-        "selectedColumns": [*columns, *(f"params.`{name}`" for name in params), "attributes.`Description`"],
+        "selectedColumns": [*columns, *(f"params.`{name}`" for name in params)],
         "runsHiddenMode": "SHOW_ALL",
         "runsExpanded": {},
         "runsPinned": [],

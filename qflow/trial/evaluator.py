@@ -13,6 +13,7 @@ from qflow.analysis.checks.model_check import check_model
 from qflow.core.dtype import QDtype
 from qflow.core.errors import BrokenMixError, NotFiniteError
 from qflow.core.qconfig import QConfig
+from qflow.core.raisable import raisable
 from qflow.core.record import digest
 from qflow.core.settings import TrialSettings
 from qflow.quant.model.calibrate import apply_scales
@@ -123,7 +124,9 @@ class Evaluator(SharedState):
     def _broken(self, applied: QConfig) -> str:
         """Return why outputs that are not finite fail a trial, with the operators that alone cause it at int8."""
         alone = [name for name in applied.names(QDtype.qint8) if math.isinf(self.scores.get(name, 0.0))]
-        cause = f"Already alone at int8, {', '.join(alone)} has this effect: give it int16 (qconfig.modules)."
+        raised = raisable(self.graph, self.rules, alone)
+        way = "give it int16 (qconfig.modules)" if raised else "the device keeps it there: give it a known range"
+        cause = f"Already alone at int8, {', '.join(alone)} has this effect: {way}."
         finer = (
             "Give more operators int16." if applied.names(QDtype.qint8) else "Give operators fp16, or a known range."
         )

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qflow.analysis.checks.calibration_check import calibration_findings
-from qflow.analysis.measures.tables import Finding
+from qflow.analysis.checks.model_check import check_model
+from qflow.analysis.checks.shared_check import reach_finding
+from qflow.analysis.measures.tables import Finding, ModelCheck
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ModelError
 from qflow.core.qconfig import QConfig
-from qflow.quant.model.calibrate import CalibrationStats
+from qflow.core.raisable import raisable
+from qflow.core.settings import CalibrationSettings
+from qflow.quant.model.calibrate import CalibrationStats, apply_scales
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.train.qat import TrainingReport
 from qflow.trial.precisions import Precisions
+from qflow.trial.shared import SharedState
 
 
 def require_all_ran(model: QuantizedModel) -> None:
@@ -39,8 +44,17 @@ def findings_of(
 ) -> tuple[Finding, ...]:
     """Return the findings of calibration (`calibrated` are those of `apply_scales`), evaluation and training."""
     found = calibration_findings(model, stats, applied, calibrated, precisions.rules, precisions.scores)
-    found += tuple(
-        Finding(name, "check", f"{count} values beyond half precision: calibration.float16_clip=true, or qint16")
-        for name, count in overflowed.items()
-    )
+    raised = raisable(model.graph, precisions.rules, tuple(overflowed))
+    for name, count in overflowed.items():
+        way = "calibration.float16_clip=true" + (", or qint16" if name in raised else "")
+        found += (Finding(name, "check", f"{count} values beyond half precision: {way}"),)
     return found + tuple(Finding("qat", "check", text) for text in (report.findings if report else ()))
+
+
+def checked(state: SharedState, requested: QConfig, applied: QConfig, calibration: CalibrationSettings) -> ModelCheck:
+    """Set the scales of `applied`, and return the model check with the findings of calibration."""
+    stats, prepared = state.calibrate(calibration), state.prepared
+    silent = apply_scales(prepared, stats, applied, calibration)
+    found = reach_finding(prepared, state.rules)
+    found += calibration_findings(prepared, stats, applied, silent, state.rules, state.scores)
+    return check_model(state.graph, requested, applied, found, calibration.method)

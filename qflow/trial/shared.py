@@ -224,7 +224,7 @@ class SharedState:
     def quantizers(self) -> int:
         """Number of rows of a sensitivity table at int8: outputs, values inside them, weights."""
         inner = sum(len(n.inner) for n in self.graph.quantized if self.template(QDtype.qint8)[1].ops[n.name].inner)
-        return len(self.graph.quantized) - len(self.graph.high_precision) + inner + len(self.graph.weighted)
+        return self.graph.n_operators - len(self.graph.high_precision) + inner + len(self.graph.weighted)
 
     def rank(self, progress: Progress = silent, applied: QConfig | None = None) -> SensitivityTable:
         """Measure the sensitivity of every quantizer at each of `sensitivity.dtypes`; `progress` counts rows.

@@ -132,12 +132,12 @@ def test_the_operator_that_makes_the_error_is_told_from_those_that_carry_it():
     node = [n for n in prepared.graph.quantized if n.weight][2]
     prepared.outputs[node.quantizer].scale.mul_(20.0)
     table = compare_layers(model, prepared, inputs)
-    row = next(r for r in table.rows if r.mod_name == table.start)
-    assert row.quantizer == node.name
+    assert table.start == node.name  # as its qconfig line has it, not as the last member of its group
+    row = next(r for r in table.rows if r.quantizer == node.name)
     after = [r for r in table.rows if r.index > row.index and r.error is not None]
     assert max(r.single_error or 0 for r in after) < 0.2 * row.single_error
     assert max(r.error for r in after) > 3 * max(r.single_error or 0 for r in after)
-    assert f"The error starts to grow at {row.mod_name}." in layers_text(table)
+    assert f"The error starts to grow at {node.name}." in layers_text(table)
 
 
 def test_metrics_are_the_plugins_formulas():

@@ -57,6 +57,6 @@ def test_the_best_trial_comes_first_and_the_columns_say_what_decides():
     names = [column.partition(".")[2].strip("`") for column in state["selectedColumns"]]
     assert names == [
         "goal/rank", "goal/meets", "accuracy/drop", "cost/latency_ms", "qconfig/int16_ratio", "qat/loss",
-        "calibration.method", "Description",
+        "calibration.method",
     ]  # fmt: skip
     assert (state["runsHidden"], state["runsVisibilityMap"]) == (["run"], {"run": False})

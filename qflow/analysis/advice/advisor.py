@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qflow.analysis.advice.causes import CUT, FAR_VALUES, Case, cause_of
+from qflow.analysis.checks.harmless import noise_level
 from qflow.analysis.checks.mask_check import FiniteMask, finite_masks
-from qflow.analysis.checks.range_check import noise_level
 from qflow.analysis.checks.scale_check import near_specs
 from qflow.analysis.measures.override import WEIGHT_ONLY, override
 from qflow.analysis.measures.tables import Advice, LayerTable, SensitivityRow, SensitivityTable

@@ -55,12 +55,12 @@ def calibration_findings(
         for text in extra
     ]
     found += range_findings(prepared, stats, qconfig, rules, scores or {})
-    found += scale_findings(prepared, stats, qconfig)
+    found += scale_findings(prepared, stats, qconfig, scores or {})
     for name in stats.unseen:
         op, at, line = name.partition(" at ")  # a functional comes with the user's line
         found.append(Finding(op, "check", f"ran{at}{line} {UNSEEN}"))
     found += _precision()
-    found += case_findings(prepared, stats)
+    found += case_findings(prepared, stats, scores or {})
     found += _weights(prepared, qconfig)
     return tuple(found)
 

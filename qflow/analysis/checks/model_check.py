@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from qflow.analysis.checks.shared_check import SHARED
+from qflow.analysis.checks.shared_check import CASE, SHARED
 from qflow.analysis.measures.tables import CheckRow, Finding, ModelCheck, also, text_table
 from qflow.core.device import input_dtypes
 from qflow.core.dtype import QDtype
@@ -37,7 +37,7 @@ def check_model(
     findings += [Finding(note.split(": ")[0], "check", note.partition(": ")[2] or note) for note in graph.notes]
     findings += _float_inside(graph, applied)
     findings += [*_float_inputs(graph), *extra, *_quantized_outputs(graph, applied)]
-    return ModelCheck(applied.march, len(graph.nodes), rows, dict(graph.calls), graph.unfused, grouped(findings))
+    return ModelCheck(applied.march, graph.n_operators, rows, dict(graph.calls), graph.unfused, grouped(findings))
 
 
 def grouped(findings: Iterable[Finding]) -> tuple[Finding, ...]:
@@ -66,6 +66,7 @@ def _row(node: OpNode, graph: ModelGraph, requested: QConfig, applied: QConfig, 
         observer=_observer(op, method),
         rule=op.rule,
         reason=op.fallback,
+        fused=", ".join(node.fused),
     )
 
 
@@ -80,7 +81,7 @@ def _unfused(graph: ModelGraph) -> Iterator[Finding]:
 def _calls(graph: ModelGraph, extra: Sequence[Finding]) -> Iterator[Finding]:
     """Shared modules that calibration (`extra`) has not compared, and modules that neither it nor tracing called."""
     seen = {finding.op.partition("(")[0] for finding in extra}
-    compared = {finding.op for finding in extra if finding.message.startswith(SHARED)}
+    compared = {finding.op for finding in extra if finding.message.startswith(CASE)}
     quantizers = Counter(node.quantizer for node in graph.nodes)
     for path, count in graph.calls.items():
         if quantizers[path] > 1 and path not in compared:
@@ -175,6 +176,9 @@ def check_text(check: ModelCheck) -> str:
         lines.append(
             text_table(["name", "type"], [[n, types.get(n, "")] for n in (first, second)]) + f"because {why}\n"
         )
+    groups = [[row.op, row.op_type, row.fused] for row in check.rows if row.fused]
+    if groups:
+        lines += ["\nFused operators, each one operator of the qconfig:", text_table(["name", "type", "with"], groups)]
     odd = [[path, str(count)] for path, count in check.calls.items() if count != 1]
     lines.append("\nEach module called times:" if odd else "\nAll modules in the model run exactly once.")
     if odd:

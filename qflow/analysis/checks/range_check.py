@@ -13,10 +13,10 @@ Where sensitivities are known, only operators above the noise are worth a look; 
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import cache
 
+from qflow.analysis.checks.harmless import judged, noise_level
 from qflow.analysis.checks.mask_check import WAY_OUT, FiniteMask, finite_masks, mask_findings
 from qflow.analysis.measures.tables import Finding
 from qflow.core.device_rules import DeviceRules
@@ -32,16 +32,9 @@ from qflow.quant.values.observer import Histogram
 INT8_RANGE = 10.0
 HALF_RANGE = 65504.0
 FILLED = 0.9  # values fill a bound if they reach this part of it; a fixed scale is at most 1 / 0.9 times as coarse then
-NOISE = 0.05  # of the largest sensitivity
 FEW_CODES = 8
 LISTED = 4
-NARROW = "leave its scale to calibration, or take qint16"
-
-
-def noise_level(scores: Collection[float]) -> float:
-    """Return the sensitivity above which an operator stands out: 5 % of the largest one, and at least the median."""
-    finite = [score for score in scores if math.isfinite(score)]
-    return max(NOISE * max(finite, default=0.0), statistics.median(finite) if finite else 0.0)
+SMALLER = "make the values smaller in the float model"
 
 
 def range_findings(
@@ -57,45 +50,62 @@ def range_findings(
     """
     found: list[Finding] = []
     masks = finite_masks(prepared, stats)
+
+    @cache  # two passes of the device rules: only for a finding that advises int16
+    def raised() -> Collection[str]:
+        names = tuple(node.name for node in prepared.graph.quantized)
+        return names if rules is None else raisable(prepared.graph, rules, names)
+
     wide: dict[str, float] = {}
     for node in prepared.graph.quantized:
         histogram, op = stats.histograms.get(node.quantizer or ""), qconfig.ops[node.name]
         if histogram is not None:
-            found += _limits(node, histogram, op, node.quantizer in prepared.plan.masks, masks.get(node.name))
+            masking = node.quantizer in prepared.plan.masks
+            found += _limits(node, histogram, op, masking, masks.get(node.name), raised, scores)
             reach = max(map(abs, op.known_range)) if op.known_range is not None else histogram.near
             if op.output == QDtype.qint8 and op.fixed_scale is None and node.name not in masks and reach > INT8_RANGE:
                 wide[node.name] = reach
-    names = tuple(wide) if rules is None else raisable(prepared.graph, rules, tuple(wide))
     found += mask_findings(masks)
-    found += _beyond_int8({name: wide[name] for name in names}, scores)
+    found += _beyond_int8({name: wide[name] for name in wide if name in raised()}, scores)
     return found + _bounded(prepared, stats, qconfig)
 
 
-def _limits(node: OpNode, histogram: Histogram, op: OpQConfig, masks: bool, finite: FiniteMask | None) -> list[Finding]:
+def _limits(
+    node: OpNode,
+    histogram: Histogram,
+    op: OpQConfig,
+    masks: bool,
+    finite: FiniteMask | None,
+    raised: Callable[[], Collection[str]],
+    scores: Mapping[str, float],
+) -> list[Finding]:
     """Findings on what one operator's dtype and fixed scale can represent.
 
     `masks`: the node's result only reaches a softmax, so that -inf in it is a mask and is kept. `finite`: a finite mask
-    that its values hold.
+    that its values hold. `raised` gives the operators that keep int16 on the device.
     """
     found = []
     if histogram.infinite and not masks:
-        found.append(
+        text = (
             f"{histogram.infinite} infinite values saturate at the end of the codes: a mask is masked_fill(mask, "
             "float('-inf')) right before a softmax, elsewhere take a finite value near the others"
         )
+        found.append(Finding(node.name, "check", text))
     if op.output == QDtype.float16 and histogram.largest > HALF_RANGE:
-        way = "try qint16" if finite is None else WAY_OUT
-        found.append(f"|x| up to {histogram.largest:.4g} in float16, which ends at {HALF_RANGE:g}: {way}")
+        way = WAY_OUT if finite is not None else "try qint16" if node.name in raised() else SMALLER
+        text = f"|x| up to {histogram.largest:.4g} in float16, which ends at {HALF_RANGE:g}: {way}"
+        found.append(Finding(node.name, "check", text))
     pinned = op.pinned_scale()
     if pinned is not None and op.output is not None and finite is None:
         covers = pinned * -op.output.qmin
         near = histogram.near  # a fixed scale may cut far values off (scale_check.py)
         told = f"fixed scale covers {covers:.4g}, but values reach {near:.4g}"
         if covers < 0.5 * near:
-            found.append(told)
+            found.append(judged(node.name, told, scores))
         if op.output == QDtype.qint8 and 0.0 < near < FEW_CODES * pinned:
-            found.append(f"{told}, {near / pinned:.1f} of 128 codes: {NARROW}")
-    return [Finding(node.name, "check", text) for text in found]
+            way = "leave its scale to calibration" + (", or take qint16" if node.name in raised() else "")
+            found.append(judged(node.name, f"{told}, {near / pinned:.1f} of 128 codes: {way}", scores))
+    return found
 
 
 def _beyond_int8(wide: Mapping[str, float], scores: Mapping[str, float]) -> list[Finding]:

@@ -11,7 +11,9 @@ part of the codes; int16 may then be no finer than int8. So does the variance in
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
+from qflow.analysis.checks.harmless import judged
 from qflow.analysis.measures.override import override
 from qflow.analysis.measures.tables import Finding
 from qflow.core.dtype import QDtype
@@ -28,9 +30,11 @@ SEEN, UNSEEN = 0.02, 0.002  # relative errors of 1 / sqrt(variance) that count, 
 SOFTMAX = "In the float model, take exp(x - max) in its place and divide what reads it by the sum"
 
 
-def scale_findings(prepared: QuantizedModel, stats: CalibrationStats, qconfig: QConfig) -> list[Finding]:
-    """Findings on the scales of a calibrated model."""
-    return _far(prepared, stats, qconfig) + _floors(prepared, stats)
+def scale_findings(
+    prepared: QuantizedModel, stats: CalibrationStats, qconfig: QConfig, scores: Mapping[str, float]
+) -> list[Finding]:
+    """Findings on the scales of a calibrated model; `scores` are activation sensitivities, empty if unknown."""
+    return _far(prepared, stats, qconfig) + _floors(prepared, stats, scores)
 
 
 def near_specs(prepared: QuantizedModel, stats: CalibrationStats) -> dict[str, str]:
@@ -65,7 +69,7 @@ def _far(prepared: QuantizedModel, stats: CalibrationStats, qconfig: QConfig) ->
     return [Finding(first.name, "check", text)]
 
 
-def _floors(prepared: QuantizedModel, stats: CalibrationStats) -> list[Finding]:
+def _floors(prepared: QuantizedModel, stats: CalibrationStats, scores: Mapping[str, float]) -> list[Finding]:
     """A finding for each operator whose values, and for each whose weight, is at the smallest scale."""
     found = []
     for node in prepared.graph.quantized:
@@ -73,7 +77,7 @@ def _floors(prepared: QuantizedModel, stats: CalibrationStats) -> list[Finding]:
         effect = _floor(prepared.outputs[node.quantizer or ""], histogram.near if histogram else 0.0)
         if effect:
             way_out = SOFTMAX if node.kind == OpKind.softmax else LARGER
-            found.append(Finding(node.name, "check", f"|x| up to {effect}{way_out}"))
+            found.append(judged(node.name, f"|x| up to {effect}{way_out}", scores))
         found += _variance_floor(prepared, stats, node)
     weights = folded_weights(prepared, stats)
     for node in prepared.graph.weighted:

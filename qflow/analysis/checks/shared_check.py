@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from qflow.analysis.checks.harmless import judged
 from qflow.analysis.measures.tables import Finding
 from qflow.core.device import apply_rules
 from qflow.core.device_rules import DeviceRules
@@ -24,6 +25,8 @@ from qflow.quant.model.shared_modules import AUTO, SETTING, own_modules, split_g
 
 UNLIKE_CALLS = 2.0
 SHARED = "shared module"
+CASE = f"{SHARED}, case"
+"""How a finding on compared calls begins."""
 LEAST_GAIN = 0.005
 """A smaller share of the MACs and operators, which would be printed as 0 %, is no gain."""
 
@@ -88,20 +91,20 @@ def unlike_calls(stats: CalibrationStats, quantizer: str) -> bool:
     return max(reach, default=0.0) > UNLIKE_CALLS * min(reach, default=0.0)
 
 
-def case_findings(prepared: QuantizedModel, stats: CalibrationStats) -> Iterator[Finding]:
-    """Case B or C for each shared module that the calibration has reached."""
+def case_findings(prepared: QuantizedModel, stats: CalibrationStats, scores: Mapping[str, float]) -> Iterator[Finding]:
+    """Case B or C for each shared module that the calibration has reached; `scores` are activation sensitivities."""
     for quantizer in (name for name in stats.calls if name in prepared.plan.shared):
         reach = call_reach(stats, quantizer)
         if not unlike_calls(stats, quantizer):
-            yield Finding(quantizer, "info", f"{SHARED}, case B: its {len(reach)} calls see similar values")
+            yield Finding(quantizer, "info", f"{CASE} B: its {len(reach)} calls see similar values")
             continue
         low, high = min(reach, key=lambda n: reach[n]), max(reach, key=lambda n: reach[n])
         apart = f" (factor {reach[high] / reach[low]:.3g})" if reach[low] else ""
         tried = AUTO if quantizer in splittable(prepared) else f"[{quantizer}]"
-        yield Finding(
+        yield judged(
             quantizer,
-            "check",
-            f"{SHARED}, case C: {high} reaches {reach[high]:.4g} and {low} {reach[low]:.4g} under one scale{apart}: "
+            f"{CASE} C: {high} reaches {reach[high]:.4g} and {low} {reach[low]:.4g} under one scale{apart}: "
             f"give each call a module of its own. {SETTING}={tried} tries it; in the float model "
             f"{own_modules(prepared.model, quantizer)}",
+            scores,
         )

@@ -151,9 +151,9 @@ def error_start(rows: Sequence[LayerRow], sources: dict[str, tuple[str, ...]]) -
         if row.error is None or row.single_error is None:  # inside a group: it has the error of its input
             errors[row.mod_name] = before, source
             continue
-        errors[row.mod_name] = row.error, row.mod_name
+        errors[row.mod_name] = row.error, row.operator
         if row.error >= GROWS * before and row.error >= STANDS_OUT * usual:
-            return row.mod_name if row.single_error >= 0.5 * row.error or not source else source
+            return row.operator if row.single_error >= 0.5 * row.error or not source else source
     return ""
 
 
@@ -162,7 +162,7 @@ def _findings(rows: Sequence[LayerRow]) -> tuple[Finding, ...]:
     for row in rows:
         ends = (row.base_model_min, row.base_model_max, row.analy_model_min, row.analy_model_max)
         if any(v is not None and abs(v) == float("inf") for v in ends):
-            found.append(Finding(row.mod_name, "check", "infinite values: a mask, or an overflow"))
+            found.append(Finding(row.operator, "check", "infinite values: a mask, or an overflow"))
     return tuple(found)
 
 

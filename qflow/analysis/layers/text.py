@@ -59,11 +59,11 @@ def layers_line(table: LayerTable) -> str:
     """The table in one line for the console."""
     if _way(table):
         largest = max(table.rows, key=lambda row: row.error or 0.0)
-        worst = f"largest accumulated error: {largest.mod_name} ({largest.error or 0.0:.2g})"
+        worst = f"largest accumulated error: {largest.operator} ({largest.error or 0.0:.2g})"
         return "; ".join([worst, *_way(table)])
     largest = max(table.rows, key=lambda row: row.single_error or 0.0)
     start = f"the error starts to grow at {table.start}; " if table.start else ""
-    return f"{start}largest error of its own: {largest.mod_name} ({largest.single_error or 0.0:.2g})"
+    return f"{start}largest error of its own: {largest.operator} ({largest.single_error or 0.0:.2g})"
 
 
 def _way(table: LayerTable) -> list[str]:

@@ -90,6 +90,11 @@ class LayerRow:
     single_error: float | None
     """The same for the operator alone: run on its float inputs with its own quantizers on."""
 
+    @property
+    def operator(self) -> str:
+        """The operator of the qconfig whose value this is; a member inside a fused group keeps its own name."""
+        return self.quantizer or self.mod_name
+
 
 @dataclass(frozen=True)
 class LayerTable:
@@ -250,6 +255,8 @@ class CheckRow:
     observer: str
     rule: str
     reason: str
+    fused: str = ""
+    """Operators of the float model that are part of this one, in order; their own names stand only here."""
 
 
 @dataclass(frozen=True)
@@ -267,6 +274,7 @@ class ModelCheck:
 
     march: str
     operators: int
+    """Number of operators (ModelGraph.n_operators); `rows` has one row for each."""
     rows: tuple[CheckRow, ...]
     calls: dict[str, int]
     unfused: tuple[tuple[str, str, str], ...]
