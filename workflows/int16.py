@@ -7,14 +7,16 @@ all-int16, and int16 weights are tried where a weight is the cause.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qflow.core.dtype import QDtype
 from qflow.search.objective import CONSTRAINT, accurate
 from qflow.search.outcome import FinishedTrial
+from qflow.search.strategies import ASSIGNMENT
 from qflow.study.baselines import ALL_INT16, baseline, baseline_point, method_of, retry_calibration
 from qflow.study.causes import int16_miss_reason
+from qflow.study.fewer import without_needless
 from qflow.study.int16_weights import raise_weights, weights_that_matter
 from qflow.study.mixes import own_ranking
 from qflow.study.session import Session
@@ -80,15 +82,33 @@ def with_weights(session: Session, int16: FinishedTrial | None) -> FinishedTrial
             "int16 weights", f"the goal is missed with {counts}{least}; int16/fp16 is next (+experiment=int16_fp16)"
         )
         return min([*([int16] if int16 else []), *tried], key=_drop, default=None)
-    count = int(found.outcome.metrics["qconfig/n_int16_weights"])
+    found, chosen = _needed_weights(session, found, order)
     session.baselines["int16-weights"] = found
     session.decide(
         "int16 weights",
-        f"int16 for {count} of {len(order)} weights that gain from it reduces the drop of all-int16 to "
-        f"{found.outcome.metrics['accuracy/drop']:+.4f}: {', '.join(order[:count])}; no operator needs fp16",
+        f"int16 for {len(chosen)} of {len(order)} weights that gain from it reduces the drop of all-int16 to "
+        f"{found.outcome.metrics['accuracy/drop']:+.4f}: {', '.join(chosen)}; no operator needs fp16",
     )
     return found
 
 
 def _drop(trial: FinishedTrial) -> float:
     return trial.outcome.metrics["accuracy/drop"]
+
+
+def _needed_weights(
+    session: Session, found: FinishedTrial, order: Sequence[str]
+) -> tuple[FinishedTrial, tuple[str, ...]]:
+    """Return the trial with the fewest int16 weights of `found` that meets the goal, and these weights."""
+    precisions = session.evaluator.precisions
+
+    def at(names: Sequence[str]) -> dict[str, Any]:
+        mix = precisions.weight_mix(session.qconfig_at(found.params), QDtype.qint16, names)
+        return {**found.params, ASSIGNMENT: mix}
+
+    def weights(trial: FinishedTrial) -> tuple[str, ...]:
+        raised = precisions.resolve(session.qconfig_at(trial.params))[1].weights(QDtype.qint16)
+        return tuple(name for name in order if name in raised)
+
+    fewest = without_needless(session, found, weights(found), at, "int16, int16 weights")
+    return fewest, weights(fewest)

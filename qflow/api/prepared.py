@@ -14,8 +14,11 @@ from qflow.core.errors import ModelError
 from qflow.core.qconfig import QConfig
 from qflow.core.record import from_dict, plain
 from qflow.core.settings import CalibrationSettings
+from qflow.core.shown import View
 from qflow.quant.model.calibrate import CalibrationStats
 from qflow.quant.model.quantized_model import QuantizedModel
+
+ROWS = 16  # operators that `print(prepared)` lists
 
 
 class Prepared(QuantizedModel):
@@ -44,6 +47,30 @@ class Prepared(QuantizedModel):
     _calibrated = False
     """True as soon as nothing has to be said about a missing calibration."""
     _warned_of_weights = False
+
+    def view(self) -> View:
+        """Return the operators with their precision and scale. The model itself is printed by `print(prepared.model)`."""
+        graph = self.graph
+        quantizers = [self.outputs[node.quantizer or ""] for node in graph.quantized]
+        rows = [
+            (node.name, node.op_type.rpartition(".")[2], q.dtype or "int32", self.applied.ops[node.name].weight, scale)
+            for node, q in zip(graph.quantized, quantizers, strict=True)
+            for scale in [float(q.scale) if q.calibrated and q.dtype is not None and q.dtype.is_integer else None]
+        ]
+        fused = sum(bool(node.fused) for node in graph.quantized)
+        state = (
+            f"not calibrated: {len(self.uncalibrated)} quantizers without a scale"
+            if self.uncalibrated
+            else "calibrated"
+        )
+        title = f"Prepared {type(self.model).__name__} for {self.march}: {graph.n_operators} operators ({fused} fused)"
+        return View(f"{title}, {state}", ("operator", "type", "output", "weight", "scale"), rows)
+
+    def __repr__(self) -> str:
+        return self.view().text(ROWS) if hasattr(self, "applied") else super().__repr__()
+
+    def _repr_html_(self) -> str:
+        return self.view().html()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; warn once if it is not calibrated, if operators were not traced, if weights changed since."""

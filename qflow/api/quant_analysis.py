@@ -28,8 +28,9 @@ from qflow.analysis.badcases.files import CASE_FILE, BadcaseInputs, SavedBadcase
 from qflow.analysis.badcases.find import find_badcases
 from qflow.analysis.layers.compare import compare_layers, filtered
 from qflow.analysis.layers.text import layers_csv, layers_text
+from qflow.analysis.measures.advice import Advice
 from qflow.analysis.measures.metrics import CUSTOM, custom_metric
-from qflow.analysis.measures.tables import Advice, BadcaseTable, LayerTable, SensitivityTable
+from qflow.analysis.measures.tables import BadcaseTable, LayerTable, SensitivityTable
 from qflow.analysis.sensitivity.candidates import candidates
 from qflow.analysis.sensitivity.measure import sensitivity
 from qflow.analysis.sensitivity.sensitive_ops import write_sensitive_ops

@@ -19,6 +19,7 @@ __all__ = [
     "resolve",
     "setter",
     "settings",
+    "shown",
     "signature",
     "store",
     "table_setter",

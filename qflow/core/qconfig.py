@@ -8,6 +8,7 @@ from functools import cached_property
 
 from qflow.core.dtype import QDtype
 from qflow.core.record import digest
+from qflow.core.shown import Shown, View
 
 METHODS = ("minmax", "percentile", "mse", "kl", "mix", "clip", "clip_std")
 """Calibration methods: what `OpQConfig.observer` and `calibration.method` may name."""
@@ -68,8 +69,8 @@ class OpQConfig:
         return threshold / -self.output.qmin if self.output.is_integer and threshold > 0 else None
 
 
-@dataclass(frozen=True)
-class QConfig:
+@dataclass(frozen=True, repr=False)
+class QConfig(Shown):
     """Maps the name of every operator that owns a quantizer to its OpQConfig."""
 
     march: str
@@ -99,6 +100,15 @@ class QConfig:
         names = dict.fromkeys([*self.ops, *other.ops])
         pairs = {name: (self.ops.get(name), other.ops.get(name)) for name in names}
         return {name: (a, b) for name, (a, b) in pairs.items() if (a and a.effective) != (b and b.effective)}
+
+    def view(self) -> View:
+        """Return the precision of each operator; the title counts them by dtype."""
+        counts = {str(d): len(self.names(d)) for d in QDtype}
+        parts = [f"{n} {dtype}" for dtype, n in counts.items() if n]
+        parts += [f"{n} int16 weights" for n in [len(self.weights(QDtype.qint16))] if n]
+        rows = [(name, op.output or "int32", op.weight, op.rule, op.fallback) for name, op in self.ops.items()]
+        title = f"{len(self.ops)} operators on {self.march}: {', '.join(parts)}"
+        return View(title, ("operator", "output", "weight", "rule", "what the device changed"), rows)
 
     def with_ops(self, changes: Mapping[str, OpQConfig]) -> QConfig:
         """Return a copy with some operators replaced."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qflow.core.qconfig import QConfig
+from qflow.core.shown import Shown, View
 from qflow.cost_model.traffic import Traffic
 
 
@@ -46,8 +47,8 @@ class OpCost:
     """formula, measured, or measured at other dtypes and converted by the formula."""
 
 
-@dataclass(frozen=True)
-class CostReport:
+@dataclass(frozen=True, repr=False)
+class CostReport(Shown):
     """Predicted cost of one qconfig at the deployed shape. `latency_ms` is for one thread, with its interval.
 
     `refusal` is the reason why the cost should not be published without a measured profile; "" if it may be. `fps` is
@@ -73,6 +74,17 @@ class CostReport:
     """Bytes loaded and stored in one run of the measured model, at its dtypes."""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Input -> the shape at which the cost was computed, batch first."""
+
+    def view(self) -> View:
+        """Return the operators, the costliest first; the title has the latency and its interval."""
+        title = f"{self.latency_ms:.3f} ms [{self.low_ms:.3f}, {self.high_ms:.3f}] on {self.march}, {self.fps:.0f} fps"
+        title += f"; no estimate: {self.refusal}" if self.refusal else ""
+        rows = [
+            (op.op, op.engine, op.input_dtype, op.weight_dtype, op.ms, op.low_ms, op.high_ms, 100.0 * op.share)
+            for op in sorted(self.ops, key=lambda op: -op.ms)
+        ]
+        header = ("operator", "unit", "input", "weight", "time (ms)", "low (ms)", "high (ms)", "share (%)")
+        return View(title, header, rows)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from qflow.analysis.advice.text import advice_text
 from qflow.analysis.badcases.files import BadcaseInputs, badcase_text, save_badcases
 from qflow.analysis.layers.text import layers_csv, layers_text
-from qflow.analysis.measures.tables import Advice, BadcaseTable, Fidelity, LayerTable, SensitivityTable
+from qflow.analysis.measures.advice import Advice, Fidelity
+from qflow.analysis.measures.tables import BadcaseTable, LayerTable, SensitivityTable
 from qflow.analysis.sensitivity.sensitive_ops import write_sensitive_ops
 from qflow.core.record import to_json
 from qflow.report.array_pictures import badcase_grid, layer_histogram

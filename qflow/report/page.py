@@ -15,14 +15,8 @@ from pathlib import Path
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from qflow.analysis.measures.tables import (
-    Advice,
-    BadcaseTable,
-    Fidelity,
-    Finding,
-    LayerTable,
-    SensitivityTable,
-)
+from qflow.analysis.measures.advice import Advice, Fidelity
+from qflow.analysis.measures.tables import BadcaseTable, Finding, LayerTable, SensitivityTable
 from qflow.report.charts import network_chart, number, sensitivity_chart
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from qflow.search.assign import Problem
 from qflow.search.domain import Scalar, Values
@@ -31,8 +31,10 @@ ERROR_SHARE, SENSITIVE_TYPE = "qconfig.error_share", "qconfig.sensitive_type"
 NARROW = 0.02  # relative width of a bracket of error budgets below which it is not narrowed further
 REFINEMENTS = 8  # how many mixes are measured at most to narrow the bracket of error budgets
 BUDGETS = 64  # error budgets for each of which a candidate for the front is solved
+DEMOTED = "demoted"  # how the label of a trial with fewer promotions than one before begins
 SAME_MS = 1e-9  # times that differ by less count as equal
 
+T = TypeVar("T")
 Measure = Callable[..., FinishedTrial | None]
 Ask: TypeAlias = Callable[[str, str], FinishedTrial | None]
 """Measures the mix (first argument) in a trial with the label (second argument)."""
@@ -163,21 +165,40 @@ def demote(ask: Ask, problem: Problem, mix: str, patience: int, missed: Collecti
     limit or take longer is not measured. Demotion ends after `patience` single operators in a row that prove needed.
     """
     gains = {o.place: o.gain for o in problem.operators}
-    left = sorted((i for i in gains if mix[i] == "6"), key=gains.__getitem__)
-    size, needed, known = len(left), 0, set(missed)
+    known = set(missed)
+
+    def lowered(group: Sequence[int]) -> bool | None:
+        nonlocal mix
+        lower = "".join("8" if i in group else letter for i, letter in enumerate(mix))
+        if not (problem.price(lower) <= problem.price(mix) + SAME_MS and problem.within(lower)):
+            return None
+        if lower in known or not accurate(ask(lower, f"{DEMOTED} {len(group)}")):
+            known.add(lower)
+            return False
+        mix = lower
+        return True
+
+    leave_out(sorted((i for i in gains if mix[i] == "6"), key=gains.__getitem__), lowered, patience)
+    return mix
+
+
+def leave_out(chosen: Sequence[T], without: Callable[[Sequence[T]], bool | None], patience: int) -> None:
+    """Leave out of `chosen`, in this order, what the goal does not need: all at once, then half of a needed group.
+
+    `without(group)` leaves the group out for good if the goal is met without it, and returns whether it is; None if
+    that is not worth a trial. Ends after `patience` single ones in a row that prove needed.
+    """
+    left, size, needed = list(chosen), len(chosen), 0
     while left and needed < patience:
         group = left[:size]
-        lower = "".join("8" if i in group else letter for i, letter in enumerate(mix))
-        worth = problem.price(lower) <= problem.price(mix) + SAME_MS and problem.within(lower)
-        if worth and lower not in known and accurate(ask(lower, f"demoted {len(group)}")):
-            mix, left, needed = lower, left[len(group) :], 0
+        gone = without(group)
+        if gone:
+            left, needed = left[len(group) :], 0
             size = max(min(size, len(left)), 1)
         elif len(group) > 1:
             size = len(group) // 2
-            known.add(lower)
         else:
-            left, needed, size = left[1:], needed + int(worth), 1
-    return mix
+            left, needed, size = left[1:], needed + (gone is False), 1
 
 
 def _explore(ask: Ask, problem: Problem, seen: Mapping[str, FinishedTrial | None], ends: Mapping[str, float]) -> None:

@@ -5,6 +5,7 @@ __all__ = [
     "baselines",
     "causes",
     "checks",
+    "fewer",
     "finish",
     "gate",
     "int16_weights",

@@ -20,6 +20,8 @@ class Budget:
     timeout: float | None = None
     reserved: int = 0
     """Trials (and evaluations) reserved for training while no trial meets the goal; at most half of the search's."""
+    spare: int = 0
+    """Trials that exploration leaves for measuring the best mix with fewer promotions; at most a quarter of all."""
     began: float = field(default_factory=time.monotonic)
 
     def require(self, done: Sequence[FinishedTrial], met: bool) -> None:
@@ -29,8 +31,10 @@ class Budget:
             counts.append(("evaluations", evaluations(done), self.evaluations, "search.max_evaluations"))
         for what, spent, limit, key in counts:
             held = 0 if met else min(self.reserved, max(limit - 2, 0) // 2)
-            if spent >= limit - held:
+            spare = min(self.spare, limit // 4)
+            if spent >= limit - held - spare:
                 left = f", {limit - spent} are left for training" if held else ""
+                left = left or (f", {limit - spent} are left to lower the best mix" if spent < limit else "")
                 raise BudgetSpent(f"{spent} of {limit} {what} are run ({key}){left}")
         if self.timeout is not None and time.monotonic() - self.began >= self.timeout:
             raise BudgetSpent(f"{self.timeout:g} s have passed (search.timeout)")

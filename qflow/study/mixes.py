@@ -22,11 +22,13 @@ from qflow.study.baselines import (
     method_of,
     retry_calibration,
 )
+from qflow.study.fewer import lower_best, without_needless
 from qflow.study.int16_weights import raise_weights, weights_searched
 from qflow.study.missed import ATTEMPTS, measure_promising
 from qflow.study.session import Session
 from qflow.study.stages import rank_again
 
+SPARE = 6  # trials that exploration leaves to lower what it finds
 Baseline: TypeAlias = FinishedTrial | None
 Strategy: TypeAlias = Callable[[Session, dict[str, Any], Baseline, FinishedTrial], None]
 """Takes the session, the point without int16 to start from, and the baselines at int8 and int16."""
@@ -54,9 +56,12 @@ def search_mix(session: Session, low: Baseline, high: FinishedTrial) -> None:
                 retry_calibration(session, session.measured[started:])
                 measure_promising(session)
             if chosen in EXPLORING:
+                session.budget.spare = SPARE
                 EXPLORING[chosen](session, base, low, high)
         except BudgetSpent as spent:
             ended = str(spent)
+        session.budget.spare = 0
+        lower_best(session)
         searched = len(session.trials) - before
         known = session.evaluator.hits - hits
         parts = [f"{searched} trials by {chosen}", f"{known} already evaluated"]
@@ -163,6 +168,13 @@ def raise_float16(
             with session.pass_or_fail():
                 best = raise_until_met(measure, base, FLOAT16, list(range(len(order) + 1)), patience=0)
                 best = best or retry_calibration(session, session.measured[started:])
+            if best is not None:
+                rest = {k: v for k, v in best.params.items() if k not in settings}
+                rest |= {k: v for k, v in base.items() if k in settings}
+                keys = [key for key in settings if _raised(best, key)]
+                best = without_needless(
+                    session, best, keys, lambda some: {**rest, **dict.fromkeys(some, "float16")}, "float16_count"
+                )
             chosen = [name for name, key in zip(order, settings, strict=True) if best and _raised(best, key)]
             say(
                 f"{len(chosen)} of {len(order)} operators that gain from fp16 suffice: {', '.join(chosen)}"

@@ -15,7 +15,8 @@ from typing import Any
 from qflow.config.settings import trial_settings
 from qflow.search.objective import best_trial, nearest_miss, over_budget
 from qflow.search.outcome import FinishedTrial
-from qflow.search.strategies import ASSIGNMENT, ERROR_SHARE, RATIO, BudgetSpent, demote, halving
+from qflow.search.strategies import BudgetSpent, halving
+from qflow.study.fewer import demoted
 from qflow.study.session import Session
 
 DEMOTIONS = 6  # trials that are reserved for demotion
@@ -123,19 +124,9 @@ def _rungs(steps: int) -> list[int]:
 
 def _demote(session: Session, trained: FinishedTrial) -> None:
     """Demote int16 operators under the same training, which may have made most of them unnecessary."""
-    point = {k: v for k, v in trained.params.items() if k not in (RATIO, ASSIGNMENT, ERROR_SHARE)}
-    precisions = session.evaluator.precisions
-    without_int16 = session.qconfig_at({**point, RATIO: 0.0})
-    mix = precisions.mix_of(session.qconfig_at(trained.params))
-    if "6" not in mix:
-        return
-
-    def ask(assignment: str, label: str) -> FinishedTrial | None:
-        return session.measure({**point, RATIO: 0.0, ASSIGNMENT: assignment}, f"QAT {label}")
-
-    with session.pass_or_fail():
-        fewer = demote(ask, precisions.problem(without_int16, session.goal.budgets), mix, patience=2)
-    session.decide("demote", f"{mix.count('6')} int16 operators before, {fewer.count('6')} after")
+    before, after = demoted(session, trained, 2, "QAT ", int8_misses=False)
+    if before:
+        session.decide("demote", f"{before} int16 operators before, {after} after")
 
 
 def _is_trained(trial: FinishedTrial) -> bool:

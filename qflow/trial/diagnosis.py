@@ -18,17 +18,9 @@ from qflow.analysis.badcases.files import BadcaseInputs
 from qflow.analysis.checks.calibration_check import calibration_findings
 from qflow.analysis.checks.model_check import grouped
 from qflow.analysis.layers.compare import compare_layers, filtered
+from qflow.analysis.measures.advice import Advice, Fidelity, FidelityRow
 from qflow.analysis.measures.override import override, setting
-from qflow.analysis.measures.tables import (
-    Advice,
-    BadcaseTable,
-    Fidelity,
-    FidelityRow,
-    Finding,
-    LayerTable,
-    SensitivityRow,
-    SensitivityTable,
-)
+from qflow.analysis.measures.tables import BadcaseTable, Finding, LayerTable, SensitivityRow, SensitivityTable
 from qflow.analysis.sensitivity.candidates import candidates
 from qflow.analysis.sensitivity.measure import sensitivity
 from qflow.core.dtype import QDtype

@@ -10,16 +10,8 @@ import pytest
 from plotly.offline import get_plotlyjs
 from support.synthetic import advice, badcases, layer_row, layers, sensitivity
 
-from qflow.analysis.measures.tables import (
-    Advice,
-    BadcaseTable,
-    Fidelity,
-    FidelityRow,
-    Finding,
-    LayerTable,
-    SensitivityRow,
-    SensitivityTable,
-)
+from qflow.analysis.measures.advice import Advice, Fidelity, FidelityRow
+from qflow.analysis.measures.tables import BadcaseTable, Finding, LayerTable, SensitivityRow, SensitivityTable
 from qflow.report.charts import hover_text, network_chart, sensitivity_chart
 from qflow.report.page import analysis_page
 from qflow.report.pictures import error_along_network

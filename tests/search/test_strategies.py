@@ -11,6 +11,8 @@ from pathlib import Path
 
 import optuna
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qflow.core.errors import TrialError
 from qflow.search.assign import Operator, Problem
@@ -19,7 +21,7 @@ from qflow.search.domain import Choice
 from qflow.search.loop import Driver
 from qflow.search.objective import CONSTRAINT, best_trial
 from qflow.search.outcome import FinishedTrial, Outcome
-from qflow.search.strategies import ASSIGNMENT, BudgetSpent, assign, demote, halving, raise_until_met
+from qflow.search.strategies import ASSIGNMENT, BudgetSpent, assign, demote, halving, leave_out, raise_until_met
 from qflow.search.study import Study, _sampler
 
 RATIO = "qconfig.int16_ratio"
@@ -329,6 +331,21 @@ def test_all_int8_is_tried_first_unless_it_is_known_to_miss():
 def test_demotion_goes_on_singly_up_to_the_last_operator():
     assert demoted("6666", lambda mix: True, missed=["8888"]) == ("8886", ["8866", "8886"])
     assert demoted("6666", lambda mix: mix != "8888") == ("8886", ["8888", "8866", "8886"])
+
+
+@given(st.sets(st.sampled_from("abcdef")), st.permutations("abcdef"))
+def test_what_is_left_out_is_all_that_the_goal_does_not_need(needed, order):
+    kept = set(order)
+
+    def without(group):
+        nonlocal kept
+        if needed <= kept - set(group):
+            kept -= set(group)
+            return True
+        return False
+
+    leave_out(order, without, patience=len(order))
+    assert kept == needed
 
 
 def test_patience_counts_operators_that_prove_needed():

@@ -4,15 +4,8 @@ from dataclasses import fields
 
 import numpy as np
 
-from qflow.analysis.measures.tables import (
-    Advice,
-    BadcaseTable,
-    Finding,
-    LayerRow,
-    LayerTable,
-    SensitivityRow,
-    SensitivityTable,
-)
+from qflow.analysis.measures.advice import Advice
+from qflow.analysis.measures.tables import BadcaseTable, Finding, LayerRow, LayerTable, SensitivityRow, SensitivityTable
 
 EMPTY = {field.name: None for field in fields(LayerRow)}
 

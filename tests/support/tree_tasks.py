@@ -77,3 +77,38 @@ class Off:
 
     def __call__(self, outputs, batch):
         return (outputs - batch[1]).norm(dim=1) / batch[1].norm(dim=1).clamp(min=1.0)
+
+
+class Distracted(nn.Module):
+    """Two outputs. The metric reads the second; the first loses most at int8, so that its operators rank first."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.loud, self.fine = nn.Linear(6, 8), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return 100.0 * torch.sin(30.0 * self.loud(x)), torch.sin(10.0 * self.fine(x))
+
+
+def distracted():
+    return Distracted().eval()
+
+
+def _angles(seed):
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return TensorDataset(x, distracted()(x)[1])
+
+
+class Angles:
+    calibration, evaluation = _angles(0), _angles(1)
+
+
+class SecondOff:
+    """The mean error of the second output."""
+
+    direction = "minimize"
+
+    def __call__(self, outputs, batch):
+        return (outputs[1] - batch[1]).abs().mean(1)

@@ -15,6 +15,11 @@ DIVIDES = ["task=custom", "task.name=divides", "task.model._target_=tree_tasks.d
            "objective.max_drop=0.05", *FIXED]  # fmt: skip
 
 
+DISTRACTED = ["task=custom", "task.name=distracted", "task.model._target_=tree_tasks.distracted",
+              "task.data._target_=tree_tasks.Angles", "task.metric._target_=tree_tasks.SecondOff", "calibration.steps=4",
+              "objective.max_drop=0.01", "search.n_trials=16", "executor.threads=1"]  # fmt: skip
+
+
 def decisions(done):
     return re.findall(r"^decision +(.*)", done.stdout, re.MULTILINE)
 
@@ -94,3 +99,20 @@ def test_where_no_mix_gives_finite_outputs_the_study_ends_with_a_miss(tmp_path):
     assert re.search(r"^tried +all-int8 under mse$", done.stdout, re.MULTILINE)
     note = (tmp_path / "qflow_out" / "studies" / "divides" / "int8" / "decision.md").read_text()
     assert "its outputs are not finite, which misses the goal" in note
+
+
+@pytest.mark.parametrize(
+    ("search", "more"),
+    [("ratio", []), ("assign", []), ("int16_ratio", ["search.enqueue=[{qconfig.int16_ratio: 0.9}]", *FIXED])],
+)
+def test_no_operator_is_kept_at_int16_that_the_goal_does_not_need(search, more, tmp_path):
+    """Whatever proposed it: the ranking puts operators first that the metric does not see."""
+    arguments = ["+experiment=full", f"search={search}", *DISTRACTED, *more]
+    done = run_qflow("tune", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = re.search(r"^qint16 +(.*)", done.stdout, re.MULTILINE)[1].split(", ")
+    assert "fine" in names and not {"loud", "[mul]", "[sin]", "[mul](1)"} & set(names), done.stdout
+    assert f"meets the goal with {len(names)} int16 operators" in done.stdout
+    again = run_qflow("tune", *arguments, cwd=tmp_path)
+    assert not re.search("^trial", again.stdout, re.MULTILINE)
+    assert decisions(again) == decisions(done)

@@ -2,14 +2,12 @@
 
 import csv
 import json
-import re
 
 import pytest
 from support.commands import run_qflow
 
 from qflow.core.qconfig import QConfig
 from qflow.core.record import from_dict
-from qflow.tracking.mlflow_tracker import MlflowTracker
 
 pytestmark = pytest.mark.slow  # starts commands as processes of their own
 

@@ -19,8 +19,9 @@ from qflow.analysis.advice.causes import CUT, FAR_VALUES, Case, cause_of
 from qflow.analysis.checks.harmless import noise_level
 from qflow.analysis.checks.mask_check import FiniteMask, finite_masks
 from qflow.analysis.checks.scale_check import near_specs
+from qflow.analysis.measures.advice import Advice, AdviceList
 from qflow.analysis.measures.override import WEIGHT_ONLY, override
-from qflow.analysis.measures.tables import Advice, LayerTable, SensitivityRow, SensitivityTable
+from qflow.analysis.measures.tables import LayerTable, SensitivityRow, SensitivityTable
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.graph import OpKind, OpNode
@@ -38,7 +39,7 @@ def advise(
     table: SensitivityTable,
     layers: LayerTable | None,
     refused: Callable[[str, str], str],
-) -> tuple[Advice, ...]:
+) -> AdviceList:
     """Advice, ordered by expected gain.
 
     `refused(operator, spec)` returns why the device would not keep a setting, or "". Raises ConfigError if the table
@@ -79,7 +80,7 @@ def advise(
     for node in dict.fromkeys(around[r.op_name].name for r in inner):
         found.append(maker.inside(nodes[node], [r for r in inner if r.op_name in nodes[node].inner], total))
     ordered = sorted(found, key=lambda a: -a.gain)
-    return tuple(a for place, a in enumerate(ordered) if place < MOST or a.cause == FAR_VALUES)
+    return AdviceList(a for place, a in enumerate(ordered) if place < MOST or a.cause == FAR_VALUES)
 
 
 def _dtype(prepared: QuantizedModel, node: OpNode | None, row: SensitivityRow) -> str:

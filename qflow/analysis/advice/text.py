@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qflow.analysis.measures.tables import Advice, Fidelity, text_table
+from qflow.analysis.measures.advice import Advice, Fidelity
+from qflow.analysis.measures.tables import text_table
 
 
 def advice_text(advice: Sequence[Advice], fidelity: Fidelity | None) -> str:

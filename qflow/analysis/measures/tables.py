@@ -6,11 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from qflow.core.shown import Shown, View
+
 LISTED = 4  # operators that a finding names after its first
+BADCASE_COLUMNS = ("output", "metric", "worst sample", "value")
+LAYER_COLUMNS = ("mod_name", "quant_dtype", "qscale", "error", "single_error", "Cosine", "L1", "SQNR")
+"""Columns that a notebook shows."""
 
 
-@dataclass(frozen=True)
-class BadcaseTable:
+@dataclass(frozen=True, repr=False)
+class BadcaseTable(Shown):
     """The worst sample of each output under each metric, and the samples used as bad cases.
 
     `index[output][metric]` is a position in the calibration data, `value[output][metric]` its distance, and
@@ -48,6 +53,14 @@ class BadcaseTable:
         """A sample in a text: its position, or `sequence:frame`."""
         frame = self.frame(sample)
         return str(sample) if frame is None else f"{frame[0]}:{frame[1]}"
+
+    def view(self) -> View:
+        """Return the worst sample of each output under each metric."""
+        chosen = ", ".join(map(self.shown, self.chosen))
+        rows = [
+            (o, m, self.shown(i), self.value[o][m]) for o, metrics in self.index.items() for m, i in metrics.items()
+        ]
+        return View(f"{self.samples} samples, the worst by {self.metric}: {chosen}", BADCASE_COLUMNS, rows)
 
 
 @dataclass(frozen=True)
@@ -96,14 +109,20 @@ class LayerRow:
         return self.quantizer or self.mod_name
 
 
-@dataclass(frozen=True)
-class LayerTable:
+@dataclass(frozen=True, repr=False)
+class LayerTable(Shown):
     """All operator calls in the order of the model. `start` is the first operator where the error grows, or ""."""
 
     samples: int
     rows: tuple[LayerRow, ...]
     start: str = ""
     findings: tuple[Finding, ...] = ()
+
+    def view(self) -> View:
+        """Return the calls with their errors, in the order of the model."""
+        rows = [[getattr(row, name) for name in LAYER_COLUMNS] for row in self.rows]
+        start = f", the error starts to grow at {self.start}" if self.start else ""
+        return View(f"{len(self.rows)} operator calls on {self.samples} samples{start}", LAYER_COLUMNS, rows)
 
 
 @dataclass(frozen=True)
@@ -127,8 +146,8 @@ class SensitivityRow:
     outputs: tuple[tuple[str, float], ...] = ()
 
 
-@dataclass(frozen=True)
-class SensitivityTable:
+@dataclass(frozen=True, repr=False)
+class SensitivityTable(Shown):
     """Rows from most to least sensitive (guide's order); `exact` is true if every row was measured.
 
     `method` describes how the scores were obtained; `findings` name what makes the table doubtful.
@@ -187,58 +206,12 @@ class SensitivityTable:
             body = [[*cells, "yes" if r.exact else "estimate"] for cells, r in zip(body, self.rows, strict=True)]
         return text_table(header, body)
 
-
-@dataclass(frozen=True)
-class Advice:
-    """What to do about one operator: the cause, the values behind it (`figures`), and the override that applies it.
-
-    `gain` is the share of the whole sensitivity (all rows summed) that the advice addresses.
-    """
-
-    op: str
-    cause: str
-    """`truncation`, `rounding`, `shared module`, `known range`, `dual int16`, `constant`, `huge mask value`,
-    `calibration data` or `values inside`."""
-    source: str
-    """`input`, `weight`, `activation`, or `weight and activation`."""
-    figures: tuple[tuple[str, float], ...]
-    text: str
-    line: str
-    """A command-line override (`qconfig.modules={head: qint16}`), or "" if the float model must change."""
-    gain: float
-    target: str = ""
-    """The operator that the line sets: `head`."""
-    spec: str = ""
-    """The precision that the line sets it to: `qint16`."""
-
-
-@dataclass(frozen=True)
-class FidelityRow:
-    """A promoted quantizer before and after: its dtype, its sensitivity, and the error of its operator alone."""
-
-    op_name: str
-    sensitive_type: str
-    before_dtype: str
-    after_dtype: str
-    before: float
-    after: float
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """The effect of following the advice: each promoted quantizer, and the outputs with all quantizers on.
-
-    `before` and `after` are the merged distance of the outputs from float on the bad cases, in the table's metric.
-    """
-
-    metric: str
-    rows: tuple[FidelityRow, ...]
-    before: float
-    after: float
-    line: str = ""
-    """One override that applies all the advice that was followed."""
-    left_out: tuple[str, ...] = ()
-    """Advice that the device does not allow together with the rest, with the reason."""
+    def view(self) -> View:
+        """Return the rows, the most sensitive first."""
+        header = ("op_name", "sensitive_type", "quant_dtype", self.score_name)
+        rows = [(r.op_name, r.sensitive_type, r.quant_dtype, r.score) for r in self.rows]
+        first = f", most sensitive: {self.rows[0].op_name}" if self.rows else ""
+        return View(f"{len(rows)} quantizers by {self.metric} on {self.samples} samples{first}", header, rows)
 
 
 @dataclass(frozen=True)
@@ -268,8 +241,8 @@ class Finding:
     message: str
 
 
-@dataclass(frozen=True)
-class ModelCheck:
+@dataclass(frozen=True, repr=False)
+class ModelCheck(Shown):
     """The guide's model check: structure, call counts, qconfig, findings."""
 
     march: str
@@ -284,6 +257,12 @@ class ModelCheck:
     def errors(self) -> tuple[Finding, ...]:
         """Findings of level `error`."""
         return tuple(finding for finding in self.findings if finding.level == "error")
+
+    def view(self) -> View:
+        """Return the findings; `rows` has the precisions."""
+        notable = sum(finding.level != "info" for finding in self.findings)
+        title = f"{self.operators} operators on {self.march}, {notable} findings to look at, {len(self.errors)} errors"
+        return View(title, ("operator", "level", "finding"), [(f.op, f.level, f.message) for f in self.findings])
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
