@@ -49,7 +49,7 @@ class Prepared(QuantizedModel):
     _warned_of_weights = False
 
     def view(self) -> View:
-        """Return the operators with their precision and scale. The model itself is printed by `print(prepared.model)`."""
+        """Return the operators with their precision and scale; `print(prepared.model)` prints the modules."""
         graph = self.graph
         quantizers = [self.outputs[node.quantizer or ""] for node in graph.quantized]
         rows = [
@@ -58,11 +58,8 @@ class Prepared(QuantizedModel):
             for scale in [float(q.scale) if q.calibrated and q.dtype is not None and q.dtype.is_integer else None]
         ]
         fused = sum(bool(node.fused) for node in graph.quantized)
-        state = (
-            f"not calibrated: {len(self.uncalibrated)} quantizers without a scale"
-            if self.uncalibrated
-            else "calibrated"
-        )
+        missing = len(self.uncalibrated)
+        state = f"not calibrated: {missing} quantizers without a scale" if missing else "calibrated"
         title = f"Prepared {type(self.model).__name__} for {self.march}: {graph.n_operators} operators ({fused} fused)"
         return View(f"{title}, {state}", ("operator", "type", "output", "weight", "scale"), rows)
 

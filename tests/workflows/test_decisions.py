@@ -16,8 +16,8 @@ DIVIDES = ["task=custom", "task.name=divides", "task.model._target_=tree_tasks.d
 
 
 DISTRACTED = ["task=custom", "task.name=distracted", "task.model._target_=tree_tasks.distracted",
-              "task.data._target_=tree_tasks.Angles", "task.metric._target_=tree_tasks.SecondOff", "calibration.steps=4",
-              "objective.max_drop=0.01", "search.n_trials=16", "executor.threads=1"]  # fmt: skip
+              "task.data._target_=tree_tasks.Angles", "task.metric._target_=tree_tasks.SecondOff",
+              "calibration.steps=4", "objective.max_drop=0.01", "search.n_trials=16", "executor.threads=1"]  # fmt: skip
 
 
 def decisions(done):
@@ -111,7 +111,7 @@ def test_no_operator_is_kept_at_int16_that_the_goal_does_not_need(search, more, 
     done = run_qflow("tune", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     names = re.search(r"^qint16 +(.*)", done.stdout, re.MULTILINE)[1].split(", ")
-    assert "fine" in names and not {"loud", "[mul]", "[sin]", "[mul](1)"} & set(names), done.stdout
+    assert "quant[x]" in names and not {"loud", "[mul]", "[sin]", "[mul](1)"} & set(names), done.stdout
     assert f"meets the goal with {len(names)} int16 operators" in done.stdout
     again = run_qflow("tune", *arguments, cwd=tmp_path)
     assert not re.search("^trial", again.stdout, re.MULTILINE)

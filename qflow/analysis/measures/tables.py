@@ -57,9 +57,8 @@ class BadcaseTable(Shown):
     def view(self) -> View:
         """Return the worst sample of each output under each metric."""
         chosen = ", ".join(map(self.shown, self.chosen))
-        rows = [
-            (o, m, self.shown(i), self.value[o][m]) for o, metrics in self.index.items() for m, i in metrics.items()
-        ]
+        found = [(output, metric, i) for output, metrics in self.index.items() for metric, i in metrics.items()]
+        rows = [(output, metric, self.shown(i), self.value[output][metric]) for output, metric, i in found]
         return View(f"{self.samples} samples, the worst by {self.metric}: {chosen}", BADCASE_COLUMNS, rows)
 
 
