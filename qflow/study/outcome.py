@@ -21,10 +21,14 @@ NAMED = 12  # operators that a description names for each dtype
 
 
 def trial_params(config: DictConfig) -> dict[str, Any]:
-    """Return the scalar settings of a trial for MLflow; without int16_ratio if another rule chooses int16."""
+    """Return the scalar settings of a trial for MLflow; without int16_ratio if another rule chooses int16.
+
+    `qconfig.modules` is one text, with the operators' own names.
+    """
     node = {"calibration": plain(config.calibration), "qconfig": plain(config.qconfig)}
     if config.qconfig.assignment or config.qconfig.error_share is not None:
         del node["qconfig"]["int16_ratio"]
+    node["qconfig"]["modules"] = ", ".join(f"{name}: {spec}" for name, spec in plain(config.qconfig.modules).items())
     if config.qat.steps:
         node["qat"] = plain(config.qat)
     return {

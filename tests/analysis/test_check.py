@@ -33,6 +33,15 @@ def test_calls_of_a_shared_module_are_alike_or_not():
     assert "case B" in findings(model, example)["conv", "info"]
 
 
+def test_calls_that_were_compared_are_not_told_to_be_compared():
+    model = revive(Shared())
+    prepared = qflow.prepare(model, torch.randn(2, 4, 8, 8))
+    ask = "compare its calls"
+    assert any(ask in f.message for f in qflow.check(prepared).findings)
+    qflow.calibrate(prepared, [torch.randn(2, 4, 8, 8)])
+    assert not any(ask in f.message for f in qflow.check(prepared).findings)
+
+
 def test_a_wide_range_in_int8_asks_for_int16():
     class Loud(nn.Module):
         def forward(self, x):

@@ -90,6 +90,31 @@ class Loud(nn.Module):
         return self.head(torch.sin(self.far(x) * 40.0) + 0.01 * near)
 
 
+def test_what_is_not_sensitive_is_information(tmp_path):
+    """Two shared activations whose calls differ alike, but the error of the second hardly reaches the output."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loud, self.quiet, self.head = nn.SiLU(), nn.SiLU(), nn.Linear(8, 4)
+
+        def forward(self, x):
+            loud, quiet = self.loud(self.loud(x) * 20.0), self.quiet(self.quiet(x) * 20.0)
+            return self.head(loud) + 1e-4 * self.head(quiet)
+
+    torch.manual_seed(0)
+    model, data = Twice(), [torch.randn(32, 8) for _ in range(3)]
+    prepared, findings = checked(model, data)
+    cases = {f.op: f.level for f in findings if "case C" in f.message}
+    assert cases == {"loud": "check", "quiet": "check"}
+    qa = qflow.QuantAnalysis(model, prepared, out_dir=tmp_path)
+    qa.auto_find_bad_case(data)
+    qa.sensitivity()
+    found = {f.op: f for f in qflow.check(prepared).findings if "case C" in f.message}
+    assert {op: f.level for op, f in found.items()} == {"loud": "check", "quiet": "info"}
+    assert found["quiet"].message.endswith("; it is not sensitive")
+
+
 def above(findings):
     return [(f.level, f.op, f.message) for f in findings if "above 10" in f.message]
 
@@ -155,6 +180,18 @@ def test_what_the_device_keeps_at_int8_is_not_advised_to_be_raised():
     prepared, findings = checked(Resized(), [torch.randn(2, 3, 8, 8) for _ in range(2)])
     assert float(prepared.stats.histograms["[interpolate]"].largest) > 10.0
     assert above(findings) == []
+
+
+def test_a_fixed_scale_is_not_told_to_take_what_the_device_lowers():
+    torch.manual_seed(0)
+    data = [torch.randn(2, 3, 8, 8) for _ in range(2)]
+    setter = qflow.ModuleNameQconfigSetter({"[interpolate]": "qint8@0..9000", "quant[x]": "qint8@0..900"})
+    _, findings = checked(Resized(), data, setter)
+    told = {f.op: f.message.rpartition(": ")[2] for f in findings if "of 128 codes" in f.message}
+    assert told == {
+        "[interpolate]": "leave its scale to calibration",
+        "quant[x]": "leave its scale to calibration, or take qint16",
+    }
 
 
 def test_of_two_matmul_inputs_either_can_be_raised_but_not_a_square():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -41,6 +42,17 @@ def test_a_users_model_is_priced(tmp_path):
         assert tracker.download(run, file, tmp_path / "got").stat().st_size > 0
     for shown in ("cost.json", "promotions.json"):
         assert f'"{shown}"' in tracker.run_tags(run)["mlflow.loggedArtifacts"]
+
+
+def test_only_what_the_device_keeps_at_int16_is_priced(tmp_path):
+    done = run_qflow(
+        "cost", "task=custom", "task.name=own", "task.model._target_=support.many_names.model",
+        "task.data._target_=support.many_names.Data", "task.metric._target_=support.many_names.Off", cwd=tmp_path,
+    )  # fmt: skip
+    folder = tmp_path / "qflow_out" / "cost" / "own"
+    priced = {row[0] for row in json.loads((folder / "promotions.json").read_text())["data"]}
+    assert "[interpolate]" not in priced and {"quant[image]", "[add](2)"} <= priced
+    assert re.search(r"not priced: \d+ operators, because nash-m would not keep int16 on them", done.stdout)
 
 
 def report_of(tmp_path, layers):

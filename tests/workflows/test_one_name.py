@@ -74,6 +74,12 @@ def test_the_members_of_a_fused_group_stand_in_the_model_check(walked, graph):
     }
 
 
+def test_findings_of_a_study_know_what_its_calibration_compared(walked):
+    _, files, _ = walked
+    studies = [path.read_text() for path in files if path.name == "findings.json" and path.parent.name == "artifacts"]
+    assert studies and all("case" in text and "compare its calls" not in text for text in studies)
+
+
 def test_every_report_counts_the_same_operators(walked, graph):
     done, files, root = walked
     count = graph.n_operators
