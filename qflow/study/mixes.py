@@ -80,7 +80,7 @@ def _calibrated_as(session: Session, low: Baseline, high: FinishedTrial) -> Base
 def _by_sampler(session: Session, base: dict[str, Any], low: Baseline, high: FinishedTrial) -> None:
     """Measure the points of `search.enqueue`, completed by the values of all-int8, then those of the sampler.
 
-    A few trials are left for what is measured before a goal is called missed.
+    Ends with the first trial that meets the goal; a few are left for what is measured before it is called missed.
     """
     for point in plain(session.config.search.enqueue):
         known = {k: v for k, v in point.items() if k in session.study.space and k not in session.kept}
@@ -88,7 +88,7 @@ def _by_sampler(session: Session, base: dict[str, Any], low: Baseline, high: Fin
             session.measure({**base, **known}, " ".join(f"{k.split('.')[-1]}={v}" for k, v in known.items()))
     most = session.config.search.n_trials
     left = min(ATTEMPTS + 1, most // 4)
-    _sampled(session, base, lambda: session.untrained_best is not None or most - len(session.trials) > left)
+    _sampled(session, base, lambda: session.untrained_best is None and most - len(session.trials) > left)
 
 
 def _sampled(session: Session, base: dict[str, Any], more: Callable[[], bool] = lambda: True) -> None:

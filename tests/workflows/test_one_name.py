@@ -25,7 +25,7 @@ def walked(tmp_path_factory):
     """The consoles of a study, a check and a cost report, and all tables that they leave."""
     folder = tmp_path_factory.mktemp("names")
     study = ["+experiment=int8_int16", "study=names/all", "search.n_trials=3", "search.enqueue=[]"]
-    commands = {"tune": [*study, "objective.max_drop=0.02"], "check": [], "cost": []}
+    commands = {"tune": [*study, "objective.max_drop=0.004"], "check": [], "cost": []}
     done = {name: run_qflow(name, *TASK, *more, cwd=folder) for name, more in commands.items()}
     assert all(d.returncode in (0, 1) for d in done.values()), [d.stdout + d.stderr for d in done.values()]
     files = [p for p in (folder / "qflow_out").rglob("*") if p.suffix in (".json", ".csv")]
