@@ -86,8 +86,8 @@ def test_a_scale_that_cuts_off_is_a_truncation(digits):
     assert firsts(table, 1) == {("conv2", "activation")}
     assert (advice[0].op, advice[0].cause) == ("conv2", "truncation")
     assert dict(advice[0].figures)["clipped share"] > 0.01
-    row = next(r for r in layers.rows if r.mod_name == layers.start)
-    assert row.quantizer == "conv2"
+    row = next(r for r in layers.rows if r.quantizer == layers.start)
+    assert layers.start == "conv2"
     assert row.analy_model_max < 0.5 * row.base_model_max  # the guide's sign of truncation
 
 

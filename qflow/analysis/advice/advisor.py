@@ -116,6 +116,8 @@ class _Maker:
         source = "input" if node.kind == OpKind.input else "activation"
         cause = cause_of(case, self.prepared.graph, self.stats, self.masks.get(node.name), self.near.get(node.name, ""))
         text, spec = cause.text, cause.spec
+        if cause.raised and case.dtype != QDtype.qint16 and not self.refused(node.name, spec):
+            text += cause.raised
         if spec == "qint16" and (better := self.float16(node)):
             text, spec = f"{text}; {better}", "float16"
         if "@" in spec and node.weight and self.prepared.weights[node.weight].dtype == QDtype.qint16:

@@ -108,6 +108,8 @@ class Cause:
     text: str
     spec: str = ""
     values: Mapping[str, float] = field(default_factory=dict)
+    raised: str = ""
+    """What the text adds where int16 helps: the device keeps it, and the operator does not have it already."""
 
 
 def cause_of(case: Case, graph: ModelGraph, stats: CalibrationStats, mask: FiniteMask | None, near: str = "") -> Cause:
@@ -124,22 +126,21 @@ def cause_of(case: Case, graph: ModelGraph, stats: CalibrationStats, mask: Finit
     if found := _known_range(case, graph) or _mended(case):
         return found
     if case.node.kind == OpKind.constant:
-        text = "the resolution is too low for this constant of the model: raise it, or scale it down in the model"
-        return Cause("constant", text, "qint16")
+        text = "the resolution is too low for this constant of the model: scale it down in the model"
+        return Cause("constant", text, "qint16", raised=", or raise it to int16")
     reach = call_reach(stats, case.node.quantizer or "")
     low, high = min(reach.values(), default=0.0), max(reach.values(), default=0.0)
     if reach and high > UNLIKE_CALLS * low:
-        text = "its calls need different scales: give each call a module of its own (quant.split_shared tries it), "
-        text += "or raise it to int16"
-        return Cause("shared module", text, "qint16", {"call min": low, "call max": high})
+        text = "its calls need different scales: give each call a module of its own (quant.split_shared tries it)"
+        return Cause("shared module", text, "qint16", {"call min": low, "call max": high}, ", or raise it to int16")
     if h is not None and case.largest > FAR * h.largest:
         scale = case.largest / -case.dtype.qmin
         text = "the bad cases go far beyond the calibration data: add such samples to it "
         text += f"(a scale of {scale:.3g} holds them)"
         return Cause("calibration data", text, "", {"calibration max": h.largest})
     if case.clip_error() > case.rounding:
-        text = f"{_cut_off(case)}, and {case.dtype} cannot both cover and resolve them: raise it to int16"
-        return Cause("truncation", text, "qint16")
+        text = f"{_cut_off(case)}, and {case.dtype} cannot both cover and resolve them"
+        return Cause("truncation", text, "qint16", raised=": raise it to int16")
     text = "the resolution is too low for what follows"
     if 0 < case.largest < case.reach / 4.0:
         codes = max(1, round(case.largest / case.scale))
