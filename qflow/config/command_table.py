@@ -67,7 +67,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "export": Command(
         "write a trial to the files that a tool chain takes",
-        ("[target=<name>,...] [from=<source>] [out=<folder>]",),
+        ("[target=<name>,...] [from=<run|version|folder>] [out=<folder>]",),
         "written",
         "strict=true, and a target does not say all that was judged",
     ),

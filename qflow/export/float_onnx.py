@@ -49,7 +49,7 @@ def float_onnx(prepared: Prepared, target: str) -> FloatOnnx:
             "input and return it as an output."
         )
     traced = _Traced(prepared)
-    file = io.BytesIO()
+    file: Any = io.BytesIO()  # torch writes to it; its annotation says paths only
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

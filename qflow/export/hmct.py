@@ -166,11 +166,12 @@ class _Nodes:
         ]
 
     def csv(self) -> str:
-        """Return operator, its nodes, the tensor of its result, and the dtype of the result."""
-        tensors = {operator: tensor for tensor, operator in reversed(self.onnx.operators.items())}
+        """Return operator, its nodes from float to float, the tensor of its result, and the dtype of the result."""
+        tensors = {operator: tensor for tensor, operator in reversed(list(self.onnx.operators.items()))}
         nodes: dict[str, list[str]] = {}
         for node in self.onnx.model.graph.node:
-            if node.name in self.owner:
+            floats = [self.activations.intersection(names) for names in (node.input, node.output)]
+            if node.name in self.owner and all(floats):
                 nodes.setdefault(self.owner[node.name], []).append(node.name)
         file = StringIO()
         writer = csv.writer(file, lineterminator="\n")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 
 import numpy
 import onnx
@@ -137,3 +138,9 @@ def test_a_model_with_state_is_refused_in_one_line(tmp_path):
 
     with pytest.raises(ExportError, match=r"memory\. Take the state as an input"):
         exported(tmp_path, Counts(), torch.randn(1, 1, 4, 4), {}, cached_attrs="memory")
+
+
+def test_without_the_extra_one_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ExportError, match=r"needs the extra export.*pip install 'qflow\[export\]'"):
+        exported(tmp_path, ResNet(), torch.randn(2, 3, 16, 16), {})

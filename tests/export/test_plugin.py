@@ -1,6 +1,7 @@
 """The module for OpenExplorer 3.0.x, executed against the plugin's public names."""
 
 import csv
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from support.plugin_stand_in import OE_3_0, executed
 from torch import nn
 
 import qflow
+from qflow.analysis.measures.tables import SensitivityRow, SensitivityTable
 from qflow.export.model import export_model
 
 
@@ -154,3 +156,26 @@ def test_the_weights_load_into_the_float_model(tmp_path):
     fresh.load_state_dict(torch.load(tmp_path / "out" / "weights.pt", weights_only=True))
     assert torch.equal(fresh.head.weight, prepared.model.head.weight)
     assert load_file(tmp_path / "out" / "weights.safetensors").keys() == fresh.state_dict().keys()
+
+
+def test_the_sensitivity_table_has_the_plugins_names(tmp_path):
+    found = [("[add]", "activation", 0.5), ("conv", "weight", 0.1)]
+    rows = [SensitivityRow(op, kind, "t", score, "qint8", 0, outputs=(("0", score),)) for op, kind, score in found]
+    table = SensitivityTable(metric="L1", merge="max", samples=1, exact=True, rows=tuple(rows))
+    prepared = calibrated(Stubs(), (torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)))
+    exported = export_model(prepared, "plugin", tmp_path / "out", sensitivity=table)
+    assert "output_0_L1_sensitive_ops.pt" in exported.files
+    loaded = torch.load(tmp_path / "out" / "output_0_L1_sensitive_ops.pt", weights_only=True)
+    assert [row[:2] for row in loaded] == [["add", "activation"], ["conv", "weight"]]
+    assert "output_0_L1_sensitive_ops.pt" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_lines_of_the_readme_are_those_of_the_module(tmp_path):
+    prepared = calibrated(ResNet(), torch.randn(4, 3, 16, 16))
+    export_model(prepared, "plugin", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    module = executed(tmp_path / "out" / "qconfig_j6m.py", OE_3_0)
+    named = set(re.findall(r"qconfig_j6m\.(\w+)", text)) - {"py"}
+    assert named == {"MARCH", "calibration_setters", "missing"}
+    assert named <= module.keys()
+    assert {"qat_fixed_act_setters", "qat_setters"} <= module.keys()
