@@ -111,7 +111,7 @@ def loaded(config: DictConfig, trial: StoredTrial) -> Prepared:
     from qflow.bundle.targets import check_targets
     from qflow.config.build import build_model
 
-    allow = tuple(OmegaConf.select(config, "security.allow") or ())
+    allow = tuple(config.security.allow)
     model = None
     with suppress(BundleError):
         check_targets({"task": plain(trial.config.task)}, allow, own={"task": plain(config.task)})

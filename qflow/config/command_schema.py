@@ -103,9 +103,16 @@ class PromoteSchema:
 
 
 @dataclass(kw_only=True)
-class ExportSchema(TuneSchema):
+class ExportSchema:
     """`python -m qflow.export`: the trial to export, the targets, and the folder to write to."""
 
+    study: str = "${task.name}/int8_int16"
+    """Study whose best trial is exported; unless it is stated, the champion comes first."""
+    root: str = MISSING
+    """Folder of the stores, results and exports; QFLOW_HOME sets it too."""
+    task: TaskSchema = field(default_factory=TaskSchema)
+    tracking: TrackingSchema = field(default_factory=TrackingSchema)
+    security: SecuritySchema = field(default_factory=SecuritySchema)
     source: str | None = None
     """The trial, also written from=...: a run, model version, folder or .zip; null takes the champion or the best."""
     target: Any = "plugin"

@@ -1,10 +1,16 @@
 """`python -m qflow.export` on a stored trial."""
 
 import json
+from pathlib import Path
 
 import pytest
-from support.commands import run_qflow
-from support.stored import store_trial
+from support.commands import OWN, run_qflow
+from support.compose import compose
+from support.stored import store_trial, uri_of
+
+from qflow.bundle.source import fetch
+from qflow.commands.export import loaded
+from qflow.core.errors import BundleError
 
 pytestmark = pytest.mark.slow  # works with a store, in processes
 
@@ -57,3 +63,15 @@ def test_a_mistake_is_one_line(study, arguments, said):
     assert done.returncode == 2
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_code_of_a_trial_runs_if_this_command_line_names_or_allows_it(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "support"))
+    own = [word for word in OWN if not word.startswith(("+", "calibration."))]
+    run, _ = store_trial(tmp_path, *own)
+    trial = fetch(run, uri=uri_of(tmp_path))
+    with pytest.raises(BundleError, match=r"security\.allow=\[user_task\]"):
+        loaded(compose("task=digits", name="export"), trial)
+    stated = [word for word in own if word.startswith("task")]
+    for words in (["security.allow=[user_task]"], stated):
+        assert loaded(compose(*words, name="export"), trial).applied.digest == trial.qconfig.digest
