@@ -42,11 +42,13 @@ def rewritten(argument: str) -> str:
     """Return `from=x` as `source=x`, and `target=plugin,hmct` as the list that Hydra does not take for a sweep."""
     if re.fullmatch(r"target=\w+(,\w+)+", argument):
         return f"target=[{argument.removeprefix('target=')}]"
-    return re.sub("^from=", "source=", argument)
+    return re.sub("^import=", "unpack=", re.sub("^from=", "source=", argument))
 
 
 def export(config: DictConfig) -> tuple[int, dict[str, Any]]:
     """Load the trial and write it for every target. The exit code is 1 under `strict` if one does not say all."""
+    if config.bundle or config.unpack:
+        return 0, carried(config)
     names = targets_of(config.target)
     from qflow.bundle.source import fetch
     from qflow.export.model import export_model
@@ -69,6 +71,23 @@ def export(config: DictConfig) -> tuple[int, dict[str, Any]]:
     if missed:
         print(f"{'strict':<12}not everything that was judged is in the files: exit code 1")
     return int(missed), {**origin, "folder": str(out), "targets": made}
+
+
+def carried(config: DictConfig) -> dict[str, Any]:
+    """Write the study to a file, or add the study of a file to the store."""
+    from qflow.study.archive import pack, unpack
+
+    if config.bundle and config.unpack:
+        raise ConfigError("One study is bundled or imported, but got bundle and import. Leave one out.")
+    root = root_dir(config)
+    if config.bundle:
+        study, path = config.study, Path(config.bundle)
+        count = pack(config.tracking.uri, root, study, path)
+        print(f"{'bundled':<12}{study} with {count} trials in {path}, {path.stat().st_size / 1e6:.1f} MB")
+    else:
+        study, count = unpack(config.tracking.uri, root, Path(config.unpack))
+        print(f"{'imported':<12}{study} with {count} trials; promote, export and compare find it, tune continues it")
+    return {"study": study, "trials": count}
 
 
 def targets_of(stated: Any) -> list[str]:

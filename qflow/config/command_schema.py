@@ -121,6 +121,10 @@ class ExportSchema:
     """Folder; each target writes to a folder of its own name in it; null takes export/ in `root`."""
     strict: bool = False
     """Exit code 1 if a target does not say all that was judged."""
+    bundle: str | None = None
+    """New .zip to which the study is written with its runs and files; no target is written then."""
+    unpack: str | None = None
+    """A .zip that `bundle` wrote, also written import=...: its study is added to this store."""
 
 
 @dataclass(kw_only=True)

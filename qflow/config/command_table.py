@@ -67,7 +67,11 @@ COMMANDS: dict[str, Command] = {
     ),
     "export": Command(
         "write a trial to the files that a tool chain takes",
-        ("[target=<name>,...] [from=<run|version|folder>] [out=<folder>]",),
+        (
+            "[target=<name>,...] [from=<run|version|folder>] [out=<folder>]",
+            "study=<name> bundle=<.zip>",
+            "import=<.zip>",
+        ),
         "written",
         "strict=true, and a target does not say all that was judged",
     ),

@@ -5,6 +5,7 @@ No other package imports optuna. Solvers and strategies see dictionaries and arr
 
 __all__ = [
     "assign",
+    "carried",
     "cost_terms",
     "domain",
     "interrupts",

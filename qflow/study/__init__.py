@@ -1,6 +1,7 @@
 """A study: its start, stages, budget, best trial, Pareto set, and end."""
 
 __all__ = [
+    "archive",
     "assemble",
     "baselines",
     "causes",

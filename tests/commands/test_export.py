@@ -50,6 +50,16 @@ def test_a_script_gets_what_is_missing(study):
     assert "quant_config.json" in result["targets"]["hmct"]["files"]
 
 
+def test_a_study_goes_to_another_store_as_one_file(study, tmp_path):
+    bundled = run_qflow("export", "study=digits/int8_int16", f"bundle={tmp_path / 'study.zip'}", cwd=study[0])
+    assert (bundled.returncode, bundled.stderr) == (0, "")
+    imported = run_qflow("export", f"import={tmp_path / 'study.zip'}", cwd=tmp_path)
+    assert (imported.returncode, imported.stderr) == (0, "")
+    done = run_qflow("export", "study=digits/int8_int16", "target=qflow", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "qflow_out" / "export" / "qflow" / "qflow.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -1,0 +1,160 @@
+"""A study as one file, from one store to another: its runs with all values and files, and its Optuna study as data.
+
+The file is a .zip with `study.json` and the files of the runs under `files/<number of the run>/`. `study.json` holds
+the SHA-256 of every file and a digest over itself. An import checks all of it before anything is written, runs no code,
+and makes the study known as its last step.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from qflow.bundle.files import sha256
+from qflow.core.errors import BundleError, TrackingError
+from qflow.core.names import check_study_name
+from qflow.core.record import digest
+from qflow.core.version import VERSION
+from qflow.search.carried import restore_study, study_names, study_record, taken
+from qflow.tracking.artifacts import Store
+from qflow.tracking.carried import publish, renamed, restore_runs, run_records, withdrawn_on_error
+from qflow.tracking.mlflow_tracker import MlflowTracker
+
+FORMAT, SCHEMA = "qflow study", 1
+RECORD = "study.json"
+LARGEST_RECORD = 1 << 30  # bytes; a study of 500 trials has 20 MB
+TEXTS = (".json", ".md", ".txt", ".html", ".csv")
+"""Files of the study's own run in which the ids of its trials are renamed."""
+
+
+def pack(uri: str | None, root: Path, study: str, path: Path) -> int:
+    """Write the study to the file `path` and return the number of its trials.
+
+    Raises TrackingError for an unknown study, for several of this name, or one with a running trial; BundleError for a
+    file that exists.
+    """
+    if path.exists():
+        raise BundleError(f"A bundle is a new file, but got {path}, which exists. Name another.")
+    store = Store.open(uri, root)
+    found = store.studies(study)
+    if len(found) != 1:
+        which = f"it in {', '.join(found)}" if found else "none of that name"
+        raise TrackingError(f"A bundled study is in one experiment, but got {which}: {study}. Name it: study=<name>.")
+    ((experiment, run),) = found.items()
+    optuna_study = study_record(root, study)
+    records = run_records(store, run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".bundle-") as name:
+        for number, record in enumerate(records):
+            place = Path(name) / "files" / str(number)
+            place.mkdir(parents=True)
+            address = str(record.pop("address"))
+            store.download(address, store.sizes(address), place)
+            record["files"] = {
+                p.relative_to(place).as_posix(): sha256(p) for p in sorted(place.rglob("*")) if p.is_file()
+            }
+        content = {"experiment": experiment, "study": study, "runs": records, "optuna": optuna_study}
+        head = {"format": FORMAT, "schema": SCHEMA, "qflow": VERSION, "digest": digest(content)}
+        (Path(name) / RECORD).write_text(json.dumps({**head, **content}, allow_nan=False))
+        made = Path(name) / "made.zip"
+        with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.write(Path(name) / RECORD, RECORD)
+            for file in sorted((Path(name) / "files").rglob("*")):
+                if file.is_file():
+                    archive.write(file, file.relative_to(name).as_posix())
+        made.rename(path)
+    return len(records) - 1
+
+
+def unpack(uri: str | None, root: Path, path: Path) -> tuple[str, int]:
+    """Add the study of a bundle to the store; return its name and the number of its trials.
+
+    Raises BundleError for a file that is not as `pack` wrote it, or a study whose name the store knows.
+    """
+    with tempfile.TemporaryDirectory(prefix="qflow-import-") as name:
+        folder = Path(name)
+        record = _verified(path, folder)
+        study, runs = record["study"], record["runs"]
+        root.mkdir(parents=True, exist_ok=True)
+        tracker = MlflowTracker.open(uri, root, record["experiment"])
+        if tracker.experiments_with(study) or study in study_names(root):
+            raise BundleError(taken(study))
+        folders = [folder / "files" / str(number) for number in range(len(runs))]
+        for place in folders:
+            place.mkdir(parents=True, exist_ok=True)
+        try:
+            made = restore_runs(tracker, runs, folders)
+            with withdrawn_on_error(tracker, made):
+                _rename_texts(tracker, folders[0], made[runs[0]["id"]], made)
+                restore_study(root, json.loads(renamed(json.dumps(record["optuna"]), made)))
+            publish(tracker, runs, made)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise _damaged(path, " ".join(str(error).split())[:80]) from error
+    return study, len(runs) - 1
+
+
+def _rename_texts(tracker: MlflowTracker, folder: Path, run_id: str, made: Mapping[str, str]) -> None:
+    """Write the study's own texts again with the new ids of its trials."""
+    for file in [p for p in folder.rglob("*") if p.suffix in TEXTS]:
+        text = file.read_text(errors="surrogateescape")
+        if (new := renamed(text, made)) != text:
+            file.write_text(new, errors="surrogateescape")
+            below = file.parent.relative_to(folder).as_posix()
+            with tracker.calling() as client:
+                client.log_artifact(run_id, str(file), None if below == "." else below)
+
+
+def _verified(path: Path, folder: Path) -> dict[str, Any]:
+    """Unpack a bundle into `folder` and return its record. Raises BundleError unless all is as `pack` wrote it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            record = _record(archive, path)
+            listed = {
+                f"files/{number}/{name}": str(value)
+                for number, run in enumerate(record["runs"])
+                for name, value in run["files"].items()
+            }
+            names = [entry.filename for entry in archive.infolist()]
+            odd = [n for n in names if n != RECORD and (n not in listed or not _plain(n))]
+            if odd or len(names) != len(listed) + 1:
+                raise _damaged(path, f"the file {odd[0]:.80}" if odd else "other files than it lists")
+            for name, value in listed.items():
+                archive.extract(name, folder)
+                if sha256(folder / name) != value:
+                    raise _damaged(path, f"another content of {name:.80}")
+    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        raise BundleError(f"A study is imported from a bundle, but got {path}: {error}. Name its file.") from error
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise _damaged(path, " ".join(str(error).split())[:80]) from error
+    return record
+
+
+def _record(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
+    if archive.getinfo(RECORD).file_size > LARGEST_RECORD:
+        raise _damaged(path, f"a {RECORD} of more than {LARGEST_RECORD} bytes")
+    record = json.loads(archive.read(RECORD))
+    if record["format"] != FORMAT or record["schema"] != SCHEMA:
+        raise _damaged(path, f"format {record['format']!s:.20}, schema {record['schema']!s:.20}")
+    content = {key: record[key] for key in ("experiment", "study", "runs", "optuna")}
+    if digest(content) != record["digest"]:
+        raise _damaged(path, "another digest than it states")
+    check_study_name(record["study"])
+    kinds = [(run["tags"]["qflow.kind"], run["tags"]["qflow.study"]) for run in record["runs"]]
+    if kinds != [("study", record["study"]), *[("trial", record["study"])] * (len(kinds) - 1)]:
+        raise _damaged(path, "runs of another study")
+    if record["optuna"]["name"] != record["study"]:
+        raise _damaged(path, "an Optuna study of another name")
+    return content
+
+
+def _plain(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and str(path) == name and "\\" not in name
+
+
+def _damaged(path: Path, what: str) -> BundleError:
+    return BundleError(f"A bundle is as qflow wrote it, but got {what} in {path}. Bundle the study again.")
