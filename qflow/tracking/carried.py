@@ -17,7 +17,7 @@ from qflow.tracking.artifacts import Store
 from qflow.tracking.mlflow_tracker import BATCH, METRIC_BATCH, MlflowTracker
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
+    from mlflow.entities import DatasetInput, Run
 
 KNOWN = ("qflow.kind", "qflow.study")
 """Tags by which a run is found."""
@@ -111,6 +111,7 @@ def _record(store: Store, run: Run) -> dict[str, Any]:
         "params": dict(run.data.params),
         "metrics": history,
         "tags": dict(run.data.tags),
+        "inputs": [_data_set(found) for found in run.inputs.dataset_inputs],
         "address": info.artifact_uri,
     }
 
@@ -126,7 +127,21 @@ def _fill(tracker: MlflowTracker, run_id: str, record: Mapping[str, Any], made: 
         client.log_batch(run_id, metrics=metrics[start : start + METRIC_BATCH])
     for start in range(0, max(len(params), len(tags)), BATCH):
         client.log_batch(run_id, params=params[start : start + BATCH], tags=tags[start : start + BATCH])
+    client.log_inputs(run_id, datasets=[_input(found) for found in record["inputs"]])
     client.set_terminated(run_id, record["status"], end_time=record["end"])
+
+
+def _data_set(found: DatasetInput) -> dict[str, Any]:
+    data = found.dataset
+    fields = {name: getattr(data, name) for name in ("name", "digest", "source_type", "source", "profile")}
+    return {**fields, "tags": {tag.key: tag.value for tag in found.tags}}
+
+
+def _input(record: Mapping[str, Any]) -> DatasetInput:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    fields = {name: value for name, value in record.items() if name != "tags"}
+    return DatasetInput(Dataset(**fields), [InputTag(key, value) for key, value in record["tags"].items()])
 
 
 def _number(value: float) -> float | str:

@@ -133,6 +133,9 @@ def test_a_target_keeps_the_contract(name, target, tmp_path):
     assert all(missed.reason and missed.way_out.endswith(".") for missed in exported.unexpressed)
     assert {name for name, op in model.applied.ops.items() if op.fallback} <= {f.op for f in exported.fallbacks}
     assert forward_state(model) == before
+    if target == "plugin":  # a qconfig under the rules of 3.0.x is what its plugin computes
+        assert all(fallback.judged for fallback in exported.fallbacks)
+        assert "model" not in {missed.op for missed in exported.unexpressed}
     if target in READ:
         READ[target](tmp_path / "one", model)
 

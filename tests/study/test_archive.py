@@ -45,6 +45,11 @@ def test_an_imported_study_is_the_same_and_continues(packed, tmp_path):
     assert new.run_metrics(best) == old.run_metrics(run)
     before, after = old.run_tags(run), new.run_tags(best)
     assert after["mlflow.parentRunId"] == new_run
+    data = [
+        {i.dataset.name: i.dataset.digest for i in t._run(r).inputs.dataset_inputs}
+        for t, r in ((old, run), (new, best))
+    ]
+    assert data[0] == data[1] != {}
     assert {k: v for k, v in after.items() if k != "mlflow.parentRunId"} == {
         k: v for k, v in before.items() if k != "mlflow.parentRunId"
     }
