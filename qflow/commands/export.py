@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from qflow.tracking.artifacts import Store
 
 SHOWN = 4  # operators of one group
+WHOLE: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
 
 def main() -> None:
@@ -66,7 +68,7 @@ def export(config: DictConfig) -> tuple[int, dict[str, Any]]:
         made[name] = export_model(prepared, name, folder, sensitivity=trial.sensitivities, origin=origin)
         print(f"{name:<12}{len(made[name].files)} files in {folder}")
         for line in report(made[name]):
-            print(f"{'':<12}{line}")
+            print(textwrap.indent(textwrap.fill(line, 67, subsequent_indent="    ", **WHOLE), " " * 12))
     missed = config.strict and not all(exported.faithful for exported in made.values())
     if missed:
         print(f"{'strict':<12}not everything that was judged is in the files: exit code 1")

@@ -136,8 +136,8 @@ def notes(ops: dict[str, OpPrecision], names: dict[str, PluginName], left_out: t
     candidates = sum(1 for n in names.values() if not n.sure and "_generated_" in n.plugin)
     if candidates:
         found.append(
-            f"{candidates} generated names in names.csv are candidates: missing(model) of qconfig_j6m.py tells which "
-            "of them the prepared model has not."
+            f"{candidates} generated name{'s' * (candidates != 1)} in names.csv may be another: missing(model) of "
+            "qconfig_j6m.py lists those that the prepared model has not."
         )
     inner = sum(1 for op in ops.values() if op.node.inner)
     if inner:

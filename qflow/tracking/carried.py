@@ -111,7 +111,7 @@ def _record(store: Store, run: Run) -> dict[str, Any]:
         "params": dict(run.data.params),
         "metrics": history,
         "tags": dict(run.data.tags),
-        "inputs": [_data_set(found) for found in run.inputs.dataset_inputs],
+        "inputs": [_data_set(found) for found in (run.inputs.dataset_inputs if run.inputs else ())],
         "address": info.artifact_uri,
     }
 

@@ -10,6 +10,7 @@ import qflow
 from qflow.export.contract import ExportError, Subject
 from qflow.export.model import export_model
 from qflow.export.native import native, read_native
+from qflow.tasks.identity import weights_digest
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,7 @@ def test_it_comes_back_to_the_same_digest(prepared, path):
     assert read.digest == native(Subject(prepared)).digest
     assert read.applied.digest == prepared.applied.digest
     assert read.applied == prepared.applied
+    assert read.weights == weights_digest(prepared.model)
     assert read.quantizers["scales"][0]["qkv"] == [float(prepared.outputs["qkv"].scale)]
 
 

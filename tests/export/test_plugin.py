@@ -179,3 +179,36 @@ def test_the_lines_of_the_readme_are_those_of_the_module(tmp_path):
     assert named == {"MARCH", "calibration_setters", "missing"}
     assert named <= module.keys()
     assert {"qat_fixed_act_setters", "qat_setters"} <= module.keys()
+
+
+class Parts(nn.Module):
+    """An activation called twice, and a module that stays on the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.act, self.host = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Sigmoid(), nn.Softplus()
+
+    def forward(self, x):
+        return self.b(self.host(self.act(self.a(x)))) + self.act(x)
+
+
+def test_what_a_shared_or_skipped_module_loses_is_said(tmp_path):
+    prepared = calibrated(Parts(), torch.randn(2, 3, 8, 8), split_shared="auto", skip="host")
+    exported = export_model(prepared, "plugin", tmp_path / "out")
+    missed = {found.op: found.what for found in exported.unexpressed}
+    assert missed["act(1)"] == "its own scale"
+    assert missed["host"] == "float"
+    named = executed(tmp_path / "out" / "qconfig_j6m.py", OE_3_0)["module_name_to_qconfig"]
+    assert named["act"].activation().observer.scale == qflow.scales(prepared)["act"]
+
+
+def test_a_wrong_argument_does_not_pass_the_stand_in(tmp_path):
+    """The stand-in refuses what the plugin would: a scale of 0, an unknown dtype, a wrong argument."""
+    prepared = calibrated(ResNet(), torch.randn(4, 3, 16, 16))
+    export_model(prepared, "plugin", tmp_path / "out")
+    path = tmp_path / "out" / "qconfig_j6m.py"
+    text = path.read_text()
+    for old, new in (("scale=scale", "scales=scale"), ("weight_dtype=weight", "weights=weight"), ("dtype=dtype)", ")")):
+        path.write_text(text.replace(old, new))
+        with pytest.raises((TypeError, AssertionError)):
+            executed(path, OE_3_0)["qat_setters"]()
