@@ -6,13 +6,14 @@
 # make gpu     calibration, sensitivity, a study and QAT on a GPU against the CPU: minutes
 # make torch-matrix  the fast tests of the engine under each torch of TORCHES, in fresh environments
 # make picture draw docs/architecture.svg from the imports
+# make screenshots  the pictures of the pages in docs/, of a fresh study: minutes, needs chromium and chromedriver
 # make ui      show the runs in the browser
 # make dashboard  show the search in optuna-dashboard
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: tune test quick check zoo gpu torch-matrix picture ui dashboard clean
+.PHONY: tune test quick check zoo gpu torch-matrix picture screenshots ui dashboard clean
 
 tune: $(VENV)/.base
 	$(BIN)/python -m qflow.tune +experiment=int8_int16
@@ -44,6 +45,9 @@ torch-matrix: $(VENV)/.dev
 
 picture: $(VENV)/.dev
 	$(BIN)/python tests/support/architecture.py
+
+screenshots: $(VENV)/.dev
+	$(BIN)/python tests/support/screenshots.py
 
 ui: $(VENV)/.base
 	$(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///$(CURDIR)/qflow_out/mlflow.db

@@ -27,7 +27,6 @@ HOMES = {
     "optuna": {"search"},
     "hydra": {"config"},
     "matplotlib": {"report"},
-    "plotly": {"report"},
     "omegaconf": {"config", "bundle", "study", "commands", "workflows"},
 }
 TORCH_FREE = ("core", "cost_model", "search", "tracking", "process")

@@ -40,6 +40,7 @@ OPTIONAL: Mapping[str, int] = {
     WEIGHTS: 64 << 30,
     "training.json": 64 * MB,
     "training_steps.json": 64 * MB,
+    "scores.json": 16 * MB,
     "sensitivity.json": 64 * MB,
     "sensitivity_record.json": 64 * MB,
 }

@@ -128,6 +128,11 @@ class ExportSchema:
 
 
 @dataclass(kw_only=True)
+class ReportSchema(TuneSchema):
+    """`python -m qflow.report`: has the keys of a study, and uses those that find it: study, root and tracking."""
+
+
+@dataclass(kw_only=True)
 class TrainingSchema:
     """The arguments of workflows/train_float.py::train, the loss, and the output file of the weights."""
 
@@ -163,6 +168,7 @@ SCHEMAS: dict[str, type] = {
     "cost": CostCommandSchema,
     "promote": PromoteSchema,
     "export": ExportSchema,
+    "report": ReportSchema,
     "train_float": TrainFloatSchema,
 }
 GROUPS = (

@@ -17,9 +17,9 @@ from qflow.analysis.measures.advice import Advice, Fidelity
 from qflow.analysis.measures.tables import BadcaseTable, LayerTable, SensitivityTable
 from qflow.analysis.sensitivity.sensitive_ops import write_sensitive_ops
 from qflow.core.record import to_json
+from qflow.report.analysis_page import Analysis, analysis_page
 from qflow.report.array_pictures import badcase_grid, layer_histogram
 from qflow.report.files import write_rows
-from qflow.report.page import analysis_page
 from qflow.report.pictures import error_along_network, sensitivity_bars
 from qflow.trial.diagnosis import Diagnosis, histogram_of
 
@@ -50,11 +50,14 @@ def write_badcases(folder: Path, table: BadcaseTable, inputs: BadcaseInputs | No
 
 
 def write_layers(folder: Path, table: LayerTable, shown: LayerTable | None = None) -> dict[str, Path]:
-    """Write compare_per_layer_out.txt and .csv (of `shown`, the filtered table), rows for MLflow, and the picture."""
+    """Write compare_per_layer_out.txt and .csv (of `shown`, the filtered table), rows for MLflow, the table as
+    JSON, and the picture.
+    """
     shown = shown or table
     (folder / "compare_per_layer_out.txt").write_text(layers_text(shown))
     (folder / "compare_per_layer_out.csv").write_text(layers_csv(shown))
     write_rows(shown.rows, folder / "compare_per_layer.json")
+    (folder / "compare_per_layer_record.json").write_text(to_json(table))
     error_along_network(table, folder / "error_along_network.png")
     return {"Error along the network": folder / "error_along_network.png"}
 
@@ -111,5 +114,8 @@ def write_analysis(
     if advice is not None:
         pictures |= write_advice(folder, advice, fidelity, lambda op: histogram_of(diagnosis.evaluator, op))
     write_rows(findings, folder / "findings.json")
-    analysis_page(folder / "analysis.html", title, layers, table, badcases, advice, pictures, findings, fidelity)
+    found = Analysis(layers, table, badcases, advice, fidelity, findings)
+    drawn = ("Error along the network", "Sensitivity")  # charts of the page show these
+    inside = {caption: file for caption, file in pictures.items() if caption not in drawn}
+    analysis_page(folder / "analysis.html", title, found, inside)
     return pictures

@@ -16,6 +16,7 @@ from qflow.cost_model.table import cost_json
 from qflow.quant.train.qat import TrainingReport
 from qflow.trial.record import TrialResult
 
+SCORES = "scores.json"  # score of each evaluation sample: of a trial on its run, of the float model on the study's
 BUNDLE = "qconfig"  # the artifact folder that a registered model version points at: precisions and scales
 
 
@@ -51,6 +52,8 @@ def write_trial(
     (folder / "model_check_result.txt").write_text(check_text(result.check))
     write_rows(result.check.rows, folder / "model_check.json")
     (folder / "cost.json").write_text(cost_json(result.cost))
+    if result.scores and len(result.scores) == result.samples:
+        (folder / SCORES).write_text(to_json(result.scores))
     if result.weights is not None:
         from safetensors.torch import save_file  # imports torch, which would make --help slow
 

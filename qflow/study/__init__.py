@@ -14,6 +14,7 @@ __all__ = [
     "missed",
     "mixes",
     "rebuild",
+    "report",
     "result",
     "session",
     "stages",

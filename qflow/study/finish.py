@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from qflow.bundle.targets import own_packages
-from qflow.config.quoting import assignment, word
-from qflow.config.settings import plain
 from qflow.core.dtype import QDtype
 from qflow.core.errors import TrialError
 from qflow.core.qconfig import QConfig
@@ -18,9 +14,12 @@ from qflow.core.store import write_whole
 from qflow.report.console import SummaryRow, python_command, summary_table
 from qflow.search.objective import CONSTRAINT, accurate, nearest_miss, over_budget
 from qflow.search.outcome import FinishedTrial
+from qflow.study.front import log_decisions
 from qflow.study.marks import mark_trials, trials_url
 from qflow.study.missed import not_tried, tried
+from qflow.study.next_steps import promote_command
 from qflow.study.outcome import STOPPED
+from qflow.study.report import VERDICT, report_lines
 from qflow.study.session import Session
 
 NAMED = 12  # how many operators the console lists per dtype
@@ -46,20 +45,21 @@ def finish(session: Session) -> int:
         summary["best"] = best.outcome.metrics
     note = document(session, table, text, shown)
     metrics = {f"{name}/{k.split('/', 1)[1]}": v for name, found in summary.items() for k, v in found.items()}
-    place = _keep(session, note, best, metrics)
+    place = _keep(session, note, text, best, metrics)
     mark_trials(session)
     session.console.say("\n" + table)
     _print_lines(session, text, shown, place)
     return 0 if best else 1
 
 
-def _keep(session: Session, note: str, best: FinishedTrial | None, metrics: Mapping[str, float]) -> Path:
+def _keep(session: Session, note: str, text: str, best: FinishedTrial | None, metrics: Mapping[str, float]) -> Path:
     """Write the study's document to its folder and its run, with its end as tags; return the path."""
     place = session.root / "studies" / session.study.name / "decision.md"
     write_whole(place, note)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "decision.md").write_text(note)
-        tags = {"qflow.best": best.run_id if best else "", "qflow.goal": "met" if best else "missed"}
+        log_decisions(session.tracker, session.study_run, session.decisions, session.baselines)
+        tags = {"qflow.best": best.run_id if best else "", "qflow.goal": "met" if best else "missed", VERDICT: text}
         session.tracker.log_study(
             session.study_run, folder=Path(folder), metrics=metrics, tags={**tags, "mlflow.note.content": note}
         )
@@ -74,8 +74,8 @@ def _nothing_finite(session: Session) -> int:
             "search.timeout and search.max_evaluations."
         )
     text = f"{'goal':<12}{session.goal}: missed, no mix that was tried gives finite outputs\n{_lists(session)}"
-    place = _keep(session, document(session, "", text), None, {})
-    session.console.say(f"\n{text}\n{'decisions':<12}{place}")
+    place = _keep(session, document(session, "", text), text, None, {})
+    session.console.say(f"\n{text}\n{'decisions':<12}{place}\n{report_lines(session)}")
     return 1
 
 
@@ -98,8 +98,9 @@ def _print_lines(session: Session, text: str, shown: FinishedTrial, place: Path)
     ui = session.tracker.ui_command()
     say(f"{'next':<12}{f'{python_command()} -m {ui}' if ui.startswith('mlflow') else ui}")
     if session.best is not None:
-        say(f"{'':<12}{promote_command(session)}")
+        say(f"{'':<12}{promote_command(session.config, session.root)}")
     say(f"{'then open':<12}{trials_url(session)}")
+    say(report_lines(session))
 
 
 def verdict(session: Session, best: FinishedTrial | None, shown: FinishedTrial) -> str:
@@ -182,20 +183,3 @@ def raised(session: Session, trial: FinishedTrial) -> dict[str, dict[str, float]
         for key, (found, scores) in names.items()
         if found
     }
-
-
-def promote_command(session: Session) -> str:
-    """Return the command that promotes this study's best trial, with all settings that differ from the defaults."""
-    config, default = session.config, Path(os.environ.get("QFLOW_HOME") or "qflow_out")
-    named = {
-        "study": (config.study, "perception/int8_int16"),
-        "root": (str(session.root), str(default.expanduser().resolve())),
-        "tracking.uri": (config.tracking.uri or "", ""),
-        "tracking.experiment": (config.tracking.experiment, "perception"),
-        "tracking.registered_model": (config.tracking.registered_model, "perception"),
-        "tracking.alias": (config.tracking.alias, "champion"),
-    }
-    words = [assignment(key, value) for key, (value, usual) in named.items() if value != usual]
-    if own := own_packages(plain(config)):  # what a run names is not run unless the caller allows it
-        words.append(word(f"security.allow=[{','.join(own)}]"))
-    return " ".join([f"{python_command()} -m qflow.promote", *words])

@@ -1,9 +1,9 @@
-"""The best trial so far and the Pareto set, written to disk and to the study's run after every trial."""
+"""The best trial so far and the Pareto set after every trial, and the decisions, on the study's run."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qflow.core.record import to_json
@@ -11,6 +11,20 @@ from qflow.core.store import write_whole
 from qflow.search.objective import Goal, best_trial, meets, pareto_set
 from qflow.search.outcome import FinishedTrial
 from qflow.tracking.mlflow_tracker import MlflowTracker
+
+DECISIONS, BASELINES = "qflow.decisions", "qflow.baselines"  # tags of the study's run, as JSON
+
+
+def log_decisions(
+    tracker: MlflowTracker,
+    study_run: str,
+    decisions: Sequence[tuple[str, str]],
+    baselines: Mapping[str, FinishedTrial],
+) -> None:
+    """Keep the decisions and the baselines' trials on the study's run, so that an interrupted study can be reported."""
+    if study_run:  # else the study has not begun
+        numbers = {label: trial.number for label, trial in baselines.items()}
+        tracker.log_study(study_run, tags={DECISIONS: to_json(list(decisions)), BASELINES: to_json(numbers)})
 
 
 def log_front(

@@ -14,7 +14,7 @@ from qflow.search.strategies import ERROR_SHARE, RATIO
 from qflow.study.outcome import STOPPED
 from qflow.study.session import Session
 from qflow.tracking.limits import param_name
-from qflow.tracking.views import DROP, RANK, save_view, study_url
+from qflow.tracking.views import DROP, RANK, save_view, study_url, ui_host
 
 BEST, PARETO = "qflow.best", "qflow.pareto"  # tags of trials: true or false
 QAT_METRICS = ("qat/steps", "qat/loss")
@@ -45,7 +45,6 @@ def mark_trials(session: Session) -> None:
 def trials_url(session: Session) -> str:
     """Save a view of accuracy against latency in MLflow, and return the address where `mlflow ui` shows it."""
     tracker, trials = session.tracker, session.trials
-    host = tracker.uri if tracker.uri.startswith("http") else "http://127.0.0.1:5000"
     as_share = (RATIO, ERROR_SHARE)  # the column of the share of int16 shows them
     searched = [param_name(key) for key in session.study.space if key not in as_share]
     trained = any(trial.outcome.metrics.get("qat/steps") for trial in trials)
@@ -56,7 +55,7 @@ def trials_url(session: Session) -> str:
         params=list(dict.fromkeys([*searched, *(QAT_PARAMS if trained else ())])),
         hidden=[trial.run_id for trial in far_off(trials)],
     )
-    return study_url(host, tracker.experiment_id, session.study.name, key)
+    return study_url(ui_host(tracker.uri), tracker.experiment_id, session.study.name, key)
 
 
 def far_off(trials: Sequence[FinishedTrial]) -> list[FinishedTrial]:

@@ -29,7 +29,7 @@ from qflow.search.study import Study
 from qflow.study.budget import Budget
 from qflow.study.feasible import check_augmented, check_feasible
 from qflow.study.fingerprint import changes, fingerprint
-from qflow.study.front import log_front
+from qflow.study.front import log_decisions, log_front
 from qflow.study.manifest import data_sets, manifest
 from qflow.study.outcome import outcome, switches, trial_line, trial_params
 from qflow.study.shared_files import write_shared
@@ -80,7 +80,7 @@ class Session:
     def shared(self) -> Path:
         """Folder with the files of the study's run that all trials share."""
         folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
-        if reason := write_shared(folder, self.config, self.evaluator):
+        if reason := write_shared(folder, self.config, self.evaluator, self.study.space):
             self.console.say(f"{'example':<12} qflow.load will not find this study's trials: {reason}")
         return folder
 
@@ -260,6 +260,7 @@ class Session:
         """Record and print a decision with its reason; the study's document lists all decisions."""
         self.decisions.append((stage, text))
         self.console.say(f"{'decision':<12} {stage}: {text}")
+        log_decisions(self.tracker, self.study_run, self.decisions, self.baselines)
 
     def evaluate(self, params: Mapping[str, Any], folder: Path) -> Outcome:
         """Evaluate one trial at `params`: write its files into `folder` and return its numbers."""

@@ -114,7 +114,7 @@ def log_tables(session: Session, diagnosis: Diagnosis, tags: Mapping[str, str]) 
 
     `tags` are set last, so that they mark a complete upload.
     """
-    from qflow.report.analysis_files import write_analysis  # imports matplotlib and plotly, which are slow to load
+    from qflow.report.analysis_files import write_analysis  # imports matplotlib, which is slow to load
 
     evaluator = session.evaluator
     with tempfile.TemporaryDirectory() as folder:

@@ -14,6 +14,7 @@ from qflow.search.objective import Goal
 from qflow.search.study import Study
 from qflow.study.assemble import make_evaluator
 from qflow.study.feasible import within_data
+from qflow.study.report import report_lines
 from qflow.study.session import Session
 from qflow.tracking.limits import check_metric_name
 from qflow.tracking.mlflow_tracker import MlflowTracker
@@ -64,3 +65,5 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
     finally:
         if session.study_run:
             tracker.close_study(session.study_run, status)
+            if status == "KILLED" and session.trials:
+                session.console.say(report_lines(session))

@@ -176,15 +176,15 @@ def evaluate(
     on_batch: Callable[[int], None] = lambda done: None,
     least: float | None = None,
     begin: Callable[[], None] = lambda: None,
+    on_scores: Callable[[Tensor], None] = lambda scores: None,
 ) -> tuple[float, int]:
     """Metric of `model` over the evaluation data, and the number of samples.
 
     With `least` the evaluation ends as soon as the remaining samples cannot bring the metric to it, by the metric's
     bounds (early_stop.py). Samples that were not run then count as the worst, so that the metric is never better than
-    in a full evaluation. `begin` begins sequences, as in `batches`.
+    in a full evaluation. `begin` begins sequences, as in `batches`. `on_scores` gets scores a sample, batch by batch.
 
-    Raises NotFiniteError if an output or the metric is not finite, ModelError if the model cannot take a batch,
-    DataError for bad data.
+    Raises NotFiniteError if an output or the metric is not finite, ModelError or DataError for what cannot be run.
     """
     stateful = hasattr(task.metric, "update") and hasattr(task.metric, "compute")
     if stateful and hasattr(task.metric, "reset"):
@@ -207,6 +207,7 @@ def evaluate(
                         "Return a vector, or give the metric update() and compute()."
                     )
                 total += float(scores.double().sum())
+                on_scores(scores)
             count += size
             on_batch(count)
             if bounds is not None and least is not None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 TAG = "mlflow.sharedViewState."
 DROP, LATENCY, INT16 = "accuracy/drop", "cost/latency_ms", "qconfig/int16_ratio"
 RANK, MEETS = "goal/rank", "goal/meets"
+LOCAL_UI = "http://127.0.0.1:5000"
 _log = logging.getLogger(__name__)
 
 
@@ -68,6 +69,16 @@ def study_url(host: str, experiment_id: str, study: str, key: str | None = None,
     if charts:
         query["compareRunsMode"] = "CHART"
     return f"{host.rstrip('/')}/#/experiments/{experiment_id}/runs?{urlencode(query)}"
+
+
+def runs_url(uri: str, experiment_id: str) -> str:
+    """Return the address below which each run of an experiment has its page, on the server or under `mlflow ui`."""
+    return f"{ui_host(uri).rstrip('/')}/#/experiments/{experiment_id}/runs"
+
+
+def ui_host(uri: str) -> str:
+    """Return where the UI of a store is: at the server, or where `mlflow ui` puts it."""
+    return uri if uri.startswith("http") else LOCAL_UI
 
 
 def view_state(

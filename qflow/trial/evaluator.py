@@ -91,6 +91,7 @@ class Evaluator(SharedState):
             quantizers=stored_quantizers(model),
             calibration_samples=stats.samples,
             evaluated=self.evaluations > ran,
+            scores=found.scores,
             training=report,
             weights=float_weights(model) if qat.steps else None,
         )
@@ -115,11 +116,11 @@ class Evaluator(SharedState):
         self.evaluations += 1
         with model.quantized():
             try:
-                metric, samples = evaluate_from_start(self.task, model, self.eval_batch, progress, self.least)
+                found = evaluate_from_start(self.task, model, self.eval_batch, progress, self.least)
             except NotFiniteError:
                 raise BrokenMixError(self._broken(applied)) from None
             require_all_ran(model)
-        return Evaluation(metric, samples, dict(model.overflowed))
+        return replace(found, overflowed=dict(model.overflowed))
 
     def _broken(self, applied: QConfig) -> str:
         """Return why outputs that are not finite fail a trial, with the operators that alone cause it at int8."""

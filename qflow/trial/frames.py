@@ -16,6 +16,9 @@ from qflow.quant.model.sequences import Along
 from qflow.quant.trace.state import CachedState, Frame, cached_state
 from qflow.tasks.sequences import in_parallel, lengths_of
 from qflow.tasks.task import Task, batches, evaluate, model_inputs
+from qflow.trial.record import Evaluation
+
+KEPT = 20_000  # samples; of more, scores are not kept, as the noise of a mean over so many needs no pairing
 
 
 def beginning(task: Task, model: nn.Module) -> Callable[[], None]:
@@ -30,13 +33,16 @@ def _nothing() -> None:
 
 def evaluate_from_start(
     task: Task, model: nn.Module, batch_size: int, progress: Callable[[int], None], least: float | None = None
-) -> tuple[float, int]:
+) -> Evaluation:
     """`evaluate` with the model at the start of every sequence, and at the end."""
-    begin = beginning(task, model)
+    begin, scores = beginning(task, model), list[float]()
     try:
-        return evaluate(task, model, batch_size, progress, least, begin)
+        metric, samples = evaluate(
+            task, model, batch_size, progress, least, begin, lambda found: scores.extend(found.double().tolist())
+        )
     finally:
         begin()
+    return Evaluation(metric, samples, scores=tuple(scores) if len(scores) <= KEPT else ())
 
 
 def frames(task: Task, along: Along, count: int) -> Iterator[Frame]:

@@ -23,6 +23,8 @@ class Evaluation:
     samples: int
     overflowed: Mapping[str, int] = field(default_factory=dict)
     """Number of values beyond the range of fp16, by fp16 operator."""
+    scores: tuple[float, ...] = ()
+    """Score of each sample in order, of a metric that gives them; with it the noise of a difference can be paired."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class TrialResult:
     calibration_samples: int
     evaluated: bool
     """False if the metric came from the memory or from the cache on disk, without a pass over the evaluation data."""
+    scores: tuple[float, ...] = ()
+    """Score of each evaluation sample, as in Evaluation."""
     training: TrainingReport | None = None
     """Report of QAT; None for a trial without training."""
     weights: dict[str, Any] | None = None

@@ -85,6 +85,7 @@ class SharedState:
         self._deploy: ModelGraph | None = None
         self.sensitivities: SensitivityTable | None = None
         self.badcases: BadcaseTable | None = None
+        self.float_scores: tuple[float, ...] = ()
 
     def measure_float(self, progress: Progress = silent) -> float:
         """Measure the float model. Raises ConfigError if the task states another metric value."""
@@ -94,7 +95,7 @@ class SharedState:
                 self.cache.leave_disk(self.identity.unidentified[0])
 
         def evaluated() -> Evaluation:
-            return Evaluation(*evaluate_from_start(self.task, self.task.model, self.eval_batch, progress))
+            return evaluate_from_start(self.task, self.task.model, self.eval_batch, progress)
 
         found = self.cache.get("float", self.eval_batch, evaluated, Evaluation)
         metric, self.eval_samples = found.metric, found.samples
@@ -104,7 +105,7 @@ class SharedState:
                 f"The float model reaches the metric its task states ({stated:g} within {self.task.tolerance:g}), but "
                 f"got {metric:.4f} on {self.eval_samples} samples. Check weights and data, or set task.float_metric."
             )
-        self.float_metric = metric
+        self.float_metric, self.float_scores = metric, found.scores
         return metric
 
     @cached_property

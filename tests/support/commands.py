@@ -19,7 +19,7 @@ OWN_CODE = f"{TESTS / 'support'}:{TESTS}"
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     ["torch._dynamo", "mlflow.store.tracking.sqlalchemy_store", "optuna", "hydra.main", "pandas", "sklearn.datasets"]
-    + ["matplotlib.pyplot", "plotly.graph_objects", "scipy.optimize"]
+    + ["matplotlib.pyplot", "scipy.optimize"]
 )
 
 

@@ -24,6 +24,14 @@ def test_equal_qconfigs_are_evaluated_once(evaluator):
     assert (again.metric, again.scales) == (first.metric, first.scales)
 
 
+def test_the_score_of_each_sample_is_kept_and_its_mean_is_the_metric(evaluator):
+    first, again = trial(evaluator), trial(evaluator)
+    assert len(first.scores) == first.samples == len(evaluator.float_scores)
+    assert set(first.scores) <= {0.0, 1.0} and sum(first.scores) / len(first.scores) == pytest.approx(first.metric)
+    assert again.scores == first.scores  # a hit
+    assert sum(evaluator.float_scores) / len(evaluator.float_scores) == pytest.approx(evaluator.float_metric)
+
+
 def test_the_same_settings_give_the_same_numbers(digits_task, nash_m, evaluator):
     from qflow.cost_model.model import CostModel
     from qflow.trial.evaluator import Evaluator

@@ -1,0 +1,30 @@
+"""The commands that a study prints as the next ones, with all settings that differ from the defaults."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from qflow.bundle.targets import own_packages
+from qflow.config.quoting import assignment, word
+from qflow.config.settings import plain
+from qflow.report.console import python_command
+
+
+def promote_command(config: DictConfig, root: Path) -> str:
+    """Return the command that promotes the best trial of a study with `config` in `root`."""
+    default = Path(os.environ.get("QFLOW_HOME") or "qflow_out")
+    named = {
+        "study": (config.study, "perception/int8_int16"),
+        "root": (str(root), str(default.expanduser().resolve())),
+        "tracking.uri": (config.tracking.uri or "", ""),
+        "tracking.experiment": (config.tracking.experiment, "perception"),
+        "tracking.registered_model": (config.tracking.registered_model, "perception"),
+        "tracking.alias": (config.tracking.alias, "champion"),
+    }
+    words = [assignment(key, value) for key, (value, usual) in named.items() if value != usual]
+    if own := own_packages(plain(config)):  # what a run names is not run unless the caller allows it
+        words.append(word(f"security.allow=[{','.join(own)}]"))
+    return " ".join([f"{python_command()} -m qflow.promote", *words])
