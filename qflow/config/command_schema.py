@@ -128,8 +128,24 @@ class ExportSchema:
 
 
 @dataclass(kw_only=True)
-class ReportSchema(TuneSchema):
-    """`python -m qflow.report`: has the keys of a study, and uses those that find it: study, root and tracking."""
+class ReportTrackingSchema:
+    """Where the study is looked for."""
+
+    uri: str | None = None
+    """MLflow tracking URI; null for the local store in `root`."""
+    experiment: str | None = None
+    """null looks in all experiments."""
+
+
+@dataclass(kw_only=True)
+class ReportSchema:
+    """`python -m qflow.report`: the study whose report is rendered again."""
+
+    study: str = MISSING
+    """Study to report."""
+    root: str = MISSING
+    """Folder of the stores, results and caches; QFLOW_HOME sets it too."""
+    tracking: ReportTrackingSchema = field(default_factory=ReportTrackingSchema)
 
 
 @dataclass(kw_only=True)

@@ -65,6 +65,12 @@ COMMANDS: dict[str, Command] = {
         "registered, or this run is the champion already",
         "refused, with every reason",
     ),
+    "report": Command(
+        "render the report of a study again, from its runs alone",
+        ("[study=<name>] [tracking.uri=<uri>] [root=<folder>]",),
+        "written",
+        "not done",
+    ),
     "export": Command(
         "write a trial to the files that a tool chain takes",
         (

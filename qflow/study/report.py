@@ -45,17 +45,8 @@ VERDICT = "qflow.verdict"  # tag of the study's run: the lines below its final t
 GOAL = "qflow.goal"  # tag of a study that has ended
 
 
-def write_report(tracker: MlflowTracker, study: str, root: Path) -> Path:
-    """Render the report of `study` to studies/<study>/report.html under `root` and to its run; return the path.
-
-    Raises TrackingError for a study that is not in the store.
-    """
-    run = tracker.find_study(study)
-    if run is None:
-        raise TrackingError(
-            f"A report is of a study in the store, but got {study}, unknown in {tracker.uri}. "
-            "Run qflow.tune first, or name it: study=<name>."
-        )
+def write_report(tracker: MlflowTracker, study: str, run: str, root: Path) -> Path:
+    """Render the report of `study` to studies/<study>/report.html under `root` and to its run; return the path."""
     with tempfile.TemporaryDirectory() as folder:
         text = study_page(load_record(tracker, study, run, root, Path(folder)))
         beside = Path(folder) / "page"
@@ -73,7 +64,7 @@ def report_lines(session: Session) -> str:
     A study that took hours must not fail because of its report, so any error is a line too.
     """
     try:
-        place = write_report(session.tracker, session.study.name, session.root)
+        place = write_report(session.tracker, session.study.name, session.study_run, session.root)
     except Exception as error:
         words = " ".join(str(error).split())
         return f"{'report':<12}not written: {type(error).__name__}: {words} (python -m qflow.report writes it again)"
