@@ -94,7 +94,7 @@ def score(task: Task, model: nn.Module, split: str, batch_size: int) -> Scores:
     if not (hasattr(metric, "update") and hasattr(metric, "compute")):
         metric = _Recorder(metric, task.data)
     data = task.data if split == "evaluation" else _Split(task.data, split)
-    value, _ = evaluate_from_start(replace(task, metric=metric, data=data), model, batch_size, lambda _: None)
+    value = evaluate_from_start(replace(task, metric=metric, data=data), model, batch_size, lambda _: None).metric
     if isinstance(metric, _Recorder):
         return Scores(value, tuple(metric.scores), tuple(metric.classes))
     return Scores(value)

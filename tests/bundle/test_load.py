@@ -51,7 +51,7 @@ def digits(tmp_path_factory):
 
 def metric(evaluator, model):
     """Metric of `model` on the whole evaluation data, as a trial computes it."""
-    return evaluate_from_start(evaluator.task, model, evaluator.eval_batch, lambda _: None)[0]
+    return evaluate_from_start(evaluator.task, model, evaluator.eval_batch, lambda _: None).metric
 
 
 @pytest.mark.parametrize("case", TRIALS)
