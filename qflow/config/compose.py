@@ -32,14 +32,15 @@ def composed(name: str, module: str, act: Callable[[DictConfig], T], arguments: 
     `module` names the command in messages. Raises ConfigError for what Hydra refuses, in one line.
     """
     _set_up(name)
-    ends: list[T | BaseException] = []
+    ends: list[T] = []
+    failed: list[BaseException] = []
 
     def job(config: DictConfig) -> None:
         try:
             require_known(config, name)
             ends.append(act(config))
         except (Exception, KeyboardInterrupt) as error:  # raised again below, outside of Hydra
-            ends.append(error)
+            failed.append(error)
 
     try:
         if name != "tune":
@@ -47,8 +48,8 @@ def composed(name: str, module: str, act: Callable[[DictConfig], T], arguments: 
         with ExitStack() as folders:
             sys.argv = [sys.argv[0], *options_first(rewrite(own_device(arguments, folders)))]
             _compose(name, job)
-        if ends and isinstance(ends[0], BaseException):
-            raise ends[0]
+        if failed:
+            raise failed[0]
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(explain(error, name)) from error
     return ends[0] if ends else None

@@ -20,7 +20,7 @@ SCHEMA = 1
 
 
 @contextmanager
-def only_json(wanted: bool) -> Iterator[Callable[[str], None]]:
+def only_json(wanted: bool) -> Iterator[Callable[[str], object]]:
     """Give the function that writes to stdout; if `wanted`, whatever else is printed inside goes to stderr.
 
     The file descriptor itself is redirected, so that the user's code and libraries cannot write into the document.
