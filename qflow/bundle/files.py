@@ -18,6 +18,8 @@ DIGEST = "qflow.files"
 RECORD = "bundle.json"
 """File of a folder or archive: digests of its other files, and what the run held in tags."""
 WEIGHTS = "qconfig/weights.safetensors"
+SCORES = "scores.json"
+"""Score of each evaluation sample, in order."""
 EXAMPLE = ("example.json", "example.safetensors")
 """Files of the study's run, the same for all its trials."""
 PROFILE = "profile.report"
@@ -43,8 +45,9 @@ OPTIONAL: Mapping[str, int] = {
     "scores.json": 16 * MB,
     "sensitivity.json": 64 * MB,
     "sensitivity_record.json": 64 * MB,
+    SCORES: 64 * MB,
 }
-"""Files that a trial has if it was trained, or evaluated after the ranking."""
+"""Files that a trial has if it was trained, evaluated after the ranking, or by a metric with a score a sample."""
 OF_STUDY: Mapping[str, int] = {EXAMPLE[0]: MB, EXAMPLE[1]: 16 << 30, PROFILE: 64 * MB}
 LIMITS: Mapping[str, int] = {**REQUIRED, **OPTIONAL, **OF_STUDY, RECORD: MB}
 

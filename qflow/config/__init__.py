@@ -11,6 +11,7 @@ __all__ = [
     "command_schema",
     "command_table",
     "completion",
+    "compose",
     "device_cost",
     "device_file",
     "explain",

@@ -64,9 +64,10 @@ def _answer(
     if sys.stdout.isatty() and not any(word.startswith("-") for word in arguments):
         print(f"{name:<12} {WORKS}", flush=True)
     from qflow.config.compose import composed
+    from qflow.config.overrides import flags_and_sources
 
     try:
-        ended = composed(name, module_name(name), act, arguments) or 0
+        ended = composed(name, module_name(name), act, flags_and_sources(name, arguments)) or 0
     except BrokenPipeError:
         raise
     except KeyboardInterrupt:

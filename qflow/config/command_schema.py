@@ -21,6 +21,7 @@ from qflow.config.schema import (
     SearchSchema,
     SecuritySchema,
     SensitivitySchema,
+    StoreSchema,
     TaskSchema,
     TrackingSchema,
 )
@@ -149,6 +150,30 @@ class ReportSchema:
 
 
 @dataclass(kw_only=True)
+class TrialCommandSchema(TuneSchema):
+    """`python -m qflow.trial`: the trial of the configuration, or one of the store again."""
+
+    from_run: str | None = None
+    """Run again this trial: a run id, models:/NAME@ALIAS, a folder or a .zip; null runs the configuration's."""
+    security: SecuritySchema = field(default_factory=SecuritySchema)
+
+
+@dataclass(kw_only=True)
+class CompareSchema:
+    """`python -m qflow.compare`."""
+
+    sources: list[str] = field(default_factory=list)
+    """What is compared with the first: run ids, models:/NAME@ALIAS, folders, .zip or .json files."""
+    check: bool = False
+    """Exit with 1 if anything differs (--check)."""
+    out: str | None = None
+    """HTML file to write."""
+    root: str = MISSING
+    """Folder of the stores, results and caches; QFLOW_HOME sets it too."""
+    tracking: StoreSchema = field(default_factory=StoreSchema)
+
+
+@dataclass(kw_only=True)
 class TrainingSchema:
     """The arguments of workflows/train_float.py::train, the loss, and the output file of the weights."""
 
@@ -182,6 +207,8 @@ SCHEMAS: dict[str, type] = {
     "check": CheckSchema,
     "analyze": AnalyzeSchema,
     "cost": CostCommandSchema,
+    "trial": TrialCommandSchema,
+    "compare": CompareSchema,
     "promote": PromoteSchema,
     "export": ExportSchema,
     "report": ReportSchema,

@@ -59,6 +59,19 @@ COMMANDS: dict[str, Command] = {
         "done",
         "qat_debug: a stage is at fault",
     ),
+    "trial": Command(
+        "run one trial by hand, tracked like the others; or one again",
+        ("'qconfig.modules={<operator>: qint16}' [key=value ...]", "from_run=<run, alias or folder>"),
+        "the mix meets the goal; from_run: all is as it was stored",
+        "the mix misses the goal; from_run: something differs, and each difference is named",
+    ),
+    "compare": Command(
+        "compare trials: metrics with their noise, cost, and operators",
+        ("<run, alias, folder or file> <another> [<another> ...] [--check] [out=compare.html]",),
+        "compared; with --check: equal",
+        "with --check: something differs",
+        words=True,
+    ),
     "promote": Command(
         "rebuild the best trial, verify every number, and register it",
         ("[study=<name> | run=<run id>] [--dry-run] [key=value ...]", "rollback [study=<name>]"),

@@ -55,6 +55,13 @@ def composed(name: str, module: str, act: Callable[[DictConfig], T], arguments: 
     return ends[0] if ends else None
 
 
+def overridden() -> list[str]:
+    """Return the overrides of the command line, inside of a command; without those that `rewrite` has added."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return [text for text in HydraConfig.get().overrides.task if not text.startswith("++search.space.")]
+
+
 def _compose(name: str, job: Callable[[DictConfig], None]) -> None:
     import hydra
 

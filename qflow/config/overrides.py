@@ -13,11 +13,18 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
 from hydra.errors import HydraException
 
-from qflow.config.keys import conf_dir
-from qflow.config.quoting import assignment, in_braces, mended
+from qflow.config.command_table import named
+from qflow.config.keys import conf_dir, keys
+from qflow.config.quoting import assignment, in_braces, mended, quoted
 from qflow.core.errors import ConfigError
+from qflow.core.nearest import did_you_mean
 
 VALUED = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p")
+OPTIONS = (
+    *("--help", "--hydra-help", "--cfg", "--resolve", "--version", "--info", "--multirun", "--run", "--package"),
+    *("--config-dir", "--config-name", "--config-path", "--shell-completion", "--experimental-rerun"),
+)
+"""Hydra's own, each of which may be shortened."""
 NAMED = re.compile(
     r"((?:search\.space\.)?(?:qconfig\.modules|qat\.rates)|search\.when|objective\.optimize)(?:\.(.+)|$)"
 )
@@ -50,6 +57,25 @@ def own_device(arguments: Sequence[str], folders: ExitStack) -> list[str]:
         shutil.copyfile(path, root / "device" / f"{name}.yaml")
         out += [f"device={name}", f"hydra.searchpath=[file://{root}]"]
     return out
+
+
+def flags_and_sources(command: str, arguments: Sequence[str]) -> list[str]:
+    """Rewrite what belongs to one command: `--check` to `check=true`, and words without `=` to its `sources`."""
+    switches = {f"--{key.path.replace('_', '-')}": key.path for key in keys(command) if key.type == "bool"}
+    out, sources = [], []
+    for argument in arguments:
+        if argument in switches:
+            out.append(f"{switches[argument]}=true")
+        elif argument.startswith("--") and not any(known.startswith(argument.split("=")[0]) for known in OPTIONS):
+            options = [*switches, "--json", *OPTIONS]
+            raise ConfigError(
+                f"An option is one of {', '.join(options)}, but got {argument}.{did_you_mean(argument, options)}"
+            )
+        elif named(command).words:
+            (out if "=" in argument or argument.startswith("-") else sources).append(argument)
+        else:
+            out.append(argument)
+    return [f"sources=[{','.join(map(quoted, sources))}]", *out] if sources else out
 
 
 def options_first(arguments: Sequence[str]) -> list[str]:

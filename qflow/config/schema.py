@@ -251,6 +251,14 @@ class TrackingSchema:
 
 
 @dataclass(kw_only=True)
+class StoreSchema:
+    """The store that runs and model versions are read from."""
+
+    uri: str | None = None
+    """MLflow tracking URI; null for a local store in `root`."""
+
+
+@dataclass(kw_only=True)
 class SecuritySchema:
     """Whose code a stored trial may name."""
 

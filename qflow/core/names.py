@@ -24,6 +24,11 @@ def check_study_name(name: str) -> None:
         )
 
 
+def trial_name(number: int, label: str) -> str:
+    """Return the name of a trial: `trial 3 all-int8`; those by hand, which are no trials of the search, count down."""
+    return f"trial {number} {label}".strip() if number >= 0 else f"{label} {-number}"
+
+
 def check_task_name(name: str) -> None:
     """Raise ConfigError for a name with quotes, backslashes or control characters, or with an empty or dotted part."""
     if _leaves_folder(name) or not set("'\\").isdisjoint(name) or not name.isprintable() or len(name) > NAME_BYTES:

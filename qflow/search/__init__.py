@@ -12,6 +12,7 @@ __all__ = [
     "importance",
     "interrupts",
     "loop",
+    "noise",
     "objective",
     "outcome",
     "proposal",

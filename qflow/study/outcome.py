@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from qflow.bundle.files import DIGEST
 from qflow.config.settings import owner, plain
 from qflow.core.dtype import QDtype
+from qflow.core.names import trial_name
 from qflow.search.objective import Goal, meets
 from qflow.search.outcome import FailedTrial, FinishedTrial, Outcome
 from qflow.tracking.limits import NOTE, param_name
@@ -102,7 +103,7 @@ def description(result: TrialResult, goal: Goal, accuracy: str, met: bool) -> st
 
 def trial_line(trial: FinishedTrial | FailedTrial, accuracy: str) -> str:
     """Return the console line of a trial."""
-    name = f"trial {trial.number} {trial.label}".strip()
+    name = trial_name(trial.number, trial.label)
     if isinstance(trial, FailedTrial):
         return f"{name:<24} failed: {trial.reason}"
     m, p = trial.outcome.metrics, trial.outcome.params

@@ -13,25 +13,24 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from qflow.analysis.measures.tables import BadcaseTable, SensitivityTable
-from qflow.bundle.files import digests, files_digest
 from qflow.bundle.stored import example_digest
-from qflow.config.settings import resolved_yaml, trial_settings, with_params
+from qflow.config.settings import trial_settings, with_params
 from qflow.config.space import configured, module_settings
 from qflow.core.errors import ConfigError, QflowError, TrackingError
 from qflow.core.record import to_json
 from qflow.core.settings import QConfigSettings
 from qflow.report.console import Console, duration
-from qflow.report.files import write_trial
 from qflow.search.loop import Driver, driving
 from qflow.search.objective import Goal, aims, best_trial, meets
 from qflow.search.outcome import FailedTrial, FinishedTrial, Outcome
 from qflow.search.study import Study
 from qflow.study.budget import Budget
+from qflow.study.evaluate import evaluate_trial
 from qflow.study.feasible import check_augmented, check_feasible
 from qflow.study.fingerprint import changes, fingerprint
 from qflow.study.front import log_decisions, log_front
 from qflow.study.manifest import data_sets, manifest
-from qflow.study.outcome import outcome, switches, trial_line, trial_params
+from qflow.study.outcome import trial_line
 from qflow.study.shared_files import write_shared
 from qflow.tasks.early_stop import bounds_of
 from qflow.tracking.mlflow_tracker import MlflowTracker
@@ -265,19 +264,7 @@ class Session:
     def evaluate(self, params: Mapping[str, Any], folder: Path) -> Outcome:
         """Evaluate one trial at `params`: write its files into `folder` and return its numbers."""
         changed = with_params(self.config, params)
-        settings = trial_settings(changed)
-        with self.console.bar("trial", self.evaluator.eval_samples, "samples") as advance:
-            result = self.evaluator.run_trial(settings, advance)
-        write_trial(
-            folder,
-            result,
-            config_yaml=resolved_yaml(changed),
-            manifest=self.manifest,
-            sensitivities=self.evaluator.sensitivities,
-        )
-        found = {**trial_params(changed), **switches(params)}
-        files = files_digest(digests(folder))
-        return outcome(result, self.goal, self.accuracy, found, self.evaluator.eval_samples, files)
+        return evaluate_trial(changed, self.evaluator, self.goal, self.manifest, folder, self.console, params)
 
     def note_best(self) -> None:
         """Let the progress bars show the best trial so far."""

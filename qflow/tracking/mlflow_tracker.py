@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qflow.core.names import trial_name
 from qflow.tracking import connect, limits
 from qflow.tracking.connect import SCHEMA
 from qflow.tracking.datasets import DataSet, dataset_inputs
@@ -118,7 +119,7 @@ class MlflowTracker:
             "qflow.schema": SCHEMA,
             **self._source,
         }
-        name = f"trial {number}" + (f" {label}" if label else "")
+        name = trial_name(number, label)
         with self._call():
             run_id = str(self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id)
             self._log_inputs(run_id)

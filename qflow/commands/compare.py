@@ -1,0 +1,90 @@
+"""python -m qflow.compare A B [C ...]: trials side by side, each against the first.
+
+A source is a run id, `runs:/ID`, `models:/NAME@ALIAS`, a folder, a .zip, or a .json with a qconfig. Prints metrics with
+their noise, the cost, and the operators that differ with what each difference gains; `out=compare.html` writes a page.
+Exit code 0: compared; 1: with --check, something differs; 2: a mistake in the command line or configuration.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qflow.config.command import Result, run_command
+from qflow.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from qflow.study.comparison import Comparison, Side
+
+SHOWN = 20  # operators on the console; the page and --json have all
+MAIN = ("accuracy/", "cost/latency_ms")
+"""Metrics that are shown although they are equal."""
+COLUMNS = f"{'':<24}{'first':>12}{'other':>12}{'change':>13}   noise"
+
+
+def main() -> None:
+    """Entry point."""
+    run_command("compare", compare)
+
+
+def compare(config: DictConfig) -> Result:
+    """Compare every source with the first. Returns 1 where something differs and `check` asks for it."""
+    if len(config.sources) < 2:
+        got = config.sources[0] if config.sources else "none"
+        raise ConfigError(f"At least two trials are compared, but got {got}. Name them: qflow compare <run> <another>.")
+    from qflow.config.settings import root_dir
+    from qflow.core.record import plain
+    from qflow.study import comparison
+
+    root = root_dir(config)
+    sides = [side(text, config.tracking.uri, root) for text in config.sources]
+    found = [comparison.compare(sides[0], other) for other in sides[1:]]
+    for one in found:
+        print_comparison(one)
+    if config.out is not None:
+        from qflow.study.comparison_page import write_page
+
+        write_page(Path(config.out).expanduser(), found)
+        print(f"{'written':<12}{config.out}")
+    equal = all(one.equal for one in found)
+    print(f"{'equal' if equal else 'differs':<12}{'in everything that is compared' if equal else 'see above'}")
+    return int(bool(config.check) and not equal), {"equal": equal, "comparisons": list(map(plain, found))}
+
+
+def side(source: str, uri: str | None, root: Path) -> Side:
+    """Return what is compared of a source. Raises BundleError or TrackingError for one that cannot be read."""
+    from qflow.bundle.source import fetch
+    from qflow.study.comparison import side_of, side_of_json
+
+    if source.endswith(".json"):
+        return side_of_json(Path(source))
+    return side_of(fetch(source, uri=uri, root=root))
+
+
+def print_comparison(found: Comparison) -> None:
+    """One comparison as text."""
+    print(f"{'first':<12}{found.before}\n{'other':<12}{found.after}")
+    for note in found.notes:
+        print(f"{'note':<12}{note}")
+    if found.metrics:
+        print(COLUMNS)
+    shown = [m for m in found.metrics if m.change or m.name.startswith(MAIN)]
+    for metric in shown:
+        a, b, by = (f"{v:.6g}" if v is not None else "-" for v in (metric.before, metric.after, metric.change))
+        print(f"{metric.name:<24}{a:>12}{b:>12}{by:>13}   {metric.verdict}".rstrip())
+    if len(found.metrics) > len(shown):
+        print(f"{'':<12}{len(found.metrics) - len(shown)} further metrics are equal")
+    for how in dict.fromkeys(metric.how for metric in found.metrics if metric.how):
+        print(f"{'noise':<12}{how}")
+    if found.bpu is not None:
+        print(f"{'cost':<12}the other takes {found.bpu.ratio:.3f} of the first's BPU time "
+              f"[{found.bpu.low:.3f}, {found.bpu.high:.3f}]")  # fmt: skip
+    print(f"{'operators':<12}{len(found.operators)} of {found.count} differ")
+    for op in found.operators[:SHOWN]:
+        share = f", {op.share:.1%} of the int8 sensitivity" if op.share is not None and "%" not in op.gain else ""
+        print(f"{'':<12}{op.op}: {op.before} -> {op.after}; {op.gain}{share}")
+    if len(found.operators) > SHOWN:
+        print(f"{'':<12}and {len(found.operators) - SHOWN} more: out=compare.html lists all")
+    print()
