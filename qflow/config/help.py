@@ -40,7 +40,9 @@ def overview() -> str:
 def command_help(name: str, prefix: str) -> str:
     """Return the help of a command, which is called as `prefix`, for example `python -m qflow.tune`."""
     command, values = named(name), shipped(name)
-    lines = [f"{prefix} {line}" for line in command.usage]
+    lines = []
+    for form in command.usage:
+        lines += textwrap.wrap(f"{prefix} {form}", WIDTH, subsequent_indent="    ", break_on_hyphens=False)
     if command.summary:
         lines += ["", *textwrap.wrap(f"{command.summary[0].upper()}{command.summary[1:]}.", WIDTH)]
     lines += ["", "Exit codes"]

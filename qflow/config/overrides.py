@@ -62,7 +62,8 @@ def own_device(arguments: Sequence[str], folders: ExitStack) -> list[str]:
 def flags_and_sources(command: str, arguments: Sequence[str]) -> list[str]:
     """Rewrite what belongs to one command: `--check` to `check=true`, and words without `=` to its `sources`."""
     switches = {f"--{key.path.replace('_', '-')}": key.path for key in keys(command) if key.type == "bool"}
-    out, sources = [], []
+    out: list[str] = []
+    sources: list[str] = []
     for argument in arguments:
         if argument in switches:
             out.append(f"{switches[argument]}=true")

@@ -193,8 +193,9 @@ def _bpu(before: Side, after: Side) -> Change | None:
     same = [name for name, row in before.times.items() if row == after.times[name]]
     common = max(fixed, 0.0) + sum(before.times[name][2] for name in same)
     differing = [name for name in before.times if name not in set(same)]
-    sums = [[common + sum(s.times[n][i] for n in differing) for i in (1, 2, 3)] for s in (before, after)]
-    if not all(sums[0]):
+    sums = [[common + sum(column) for column in zip(*(s.times[n][1:] for n in differing), strict=True)] or [common] * 3
+            for s in (before, after)]  # fmt: skip
+    if min(sums[0]) <= 0.0:
         return None
     ratios = [b / a for a, b in zip(*sums, strict=True)]
     return Change(ratios[1], min(ratios), max(ratios))
@@ -206,8 +207,9 @@ def _operator(name: str, pair: tuple[OpQConfig | None, OpQConfig | None], before
     score = scores.get(name)
     known = score is not None and math.isfinite(score) and sum(finite) > 0
     share = score / sum(finite) if known and score is not None else None
-    times = [side.times[name][2] if name in side.times else None for side in (before, after)]
-    return OperatorChange(name, *(_precision(op) for op in pair), score, share, *times, _gain(pair, share, times))
+    old_ms, new_ms = (side.times[name][2] if name in side.times else None for side in (before, after))
+    old, new = map(_precision, pair)
+    return OperatorChange(name, old, new, score, share, old_ms, new_ms, _gain(pair, share, old_ms, new_ms))
 
 
 def _precision(op: OpQConfig | None) -> str:
@@ -219,7 +221,9 @@ def _precision(op: OpQConfig | None) -> str:
     return " ".join([dtypes, *odd])
 
 
-def _gain(pair: tuple[OpQConfig | None, OpQConfig | None], share: float | None, times: list[float | None]) -> str:
+def _gain(
+    pair: tuple[OpQConfig | None, OpQConfig | None], share: float | None, old_ms: float | None, new_ms: float | None
+) -> str:
     """Return what the second form of an operator gains or loses against the first, in words."""
     a, b = pair
     if a is None or b is None:
@@ -228,6 +232,6 @@ def _gain(pair: tuple[OpQConfig | None, OpQConfig | None], share: float | None, 
     raised = (b.output.rank if b.output else 9) - (a.output.rank if a.output else 9)
     if raised and share is not None:
         found.append(f"{'removes' if raised > 0 else 'adds'} {share:.1%} of the int8 sensitivity")
-    if times[0] is not None and times[1] is not None and (change := 1e3 * (times[1] - times[0])):
+    if old_ms is not None and new_ms is not None and (change := 1e3 * (new_ms - old_ms)):
         found.append(f"{'costs' if change > 0 else 'saves'} {abs(change):.2g} us")
     return ", ".join(found) or ("not ranked" if raised else "another scale or rule")
