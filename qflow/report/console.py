@@ -50,7 +50,7 @@ class Console:
         yield lambda text: line.__setitem__(0, text)
         seconds = time.perf_counter() - start
         self.stages.append((name, seconds))
-        self.say(f"{name:<12} {line[0]:<80} {seconds:5.1f} s")
+        self.say(f"{name:<12} {line[0]:<58} {seconds:5.1f} s")
 
     @contextmanager
     def bar(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:

@@ -193,8 +193,8 @@ def _bpu(before: Side, after: Side) -> Change | None:
     same = [name for name, row in before.times.items() if row == after.times[name]]
     common = max(fixed, 0.0) + sum(before.times[name][2] for name in same)
     differing = [name for name in before.times if name not in set(same)]
-    sums = [[common + sum(column) for column in zip(*(s.times[n][1:] for n in differing), strict=True)] or [common] * 3
-            for s in (before, after)]  # fmt: skip
+    rows = [[side.times[name][1:] for name in differing] for side in (before, after)]
+    sums = [[common + sum(row[bound] for row in of_side) for bound in range(3)] for of_side in rows]
     if min(sums[0]) <= 0.0:
         return None
     ratios = [b / a for a, b in zip(*sums, strict=True)]
@@ -209,7 +209,8 @@ def _operator(name: str, pair: tuple[OpQConfig | None, OpQConfig | None], before
     share = score / sum(finite) if known and score is not None else None
     old_ms, new_ms = (side.times[name][2] if name in side.times else None for side in (before, after))
     old, new = map(_precision, pair)
-    return OperatorChange(name, old, new, score, share, old_ms, new_ms, _gain(pair, share, old_ms, new_ms))
+    added_us = 1e3 * (new_ms - old_ms) if old_ms is not None and new_ms is not None else 0.0
+    return OperatorChange(name, old, new, score, share, old_ms, new_ms, _gain(pair, share, added_us))
 
 
 def _precision(op: OpQConfig | None) -> str:
@@ -221,9 +222,7 @@ def _precision(op: OpQConfig | None) -> str:
     return " ".join([dtypes, *odd])
 
 
-def _gain(
-    pair: tuple[OpQConfig | None, OpQConfig | None], share: float | None, old_ms: float | None, new_ms: float | None
-) -> str:
+def _gain(pair: tuple[OpQConfig | None, OpQConfig | None], share: float | None, added_us: float) -> str:
     """Return what the second form of an operator gains or loses against the first, in words."""
     a, b = pair
     if a is None or b is None:
@@ -232,6 +231,6 @@ def _gain(
     raised = (b.output.rank if b.output else 9) - (a.output.rank if a.output else 9)
     if raised and share is not None:
         found.append(f"{'removes' if raised > 0 else 'adds'} {share:.1%} of the int8 sensitivity")
-    if old_ms is not None and new_ms is not None and (change := 1e3 * (new_ms - old_ms)):
-        found.append(f"{'costs' if change > 0 else 'saves'} {abs(change):.2g} us")
+    if added_us:
+        found.append(f"{'costs' if added_us > 0 else 'saves'} {abs(added_us):.3g} us")
     return ", ".join(found) or ("not ranked" if raised else "another scale or rule")
