@@ -6,7 +6,6 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from qflow.config.promote_schema import GateSchema, PromoteGoalSchema, PromoteTrackingSchema
@@ -232,4 +231,6 @@ GROUPS = (
 @functools.cache
 def register_schema(name: str) -> None:
     """Register the schema of a command with Hydra under the name that conf/<name>.yaml uses."""
+    from hydra.core.config_store import ConfigStore  # heavy: a line stands on the terminal before it is imported
+
     ConfigStore.instance().store(name=f"{name}_schema", node=SCHEMAS[name])

@@ -10,9 +10,6 @@ import os
 import re
 import shlex
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-
 PAIRS = {"[": "]", "{": "}", "(": ")"}
 NOT_TEXT = ("null", "true", "false", "inf", "nan")  # in any case
 
@@ -110,6 +107,9 @@ def _closed(value: str) -> bool:
 
 
 def _parses(argument: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # heavy: only where a line is quoted
+    from hydra.errors import HydraException
+
     try:
         OverridesParser.create().parse_override(argument)
     except HydraException:
