@@ -6,7 +6,7 @@ __all__ = [
     "console",
     "cost_picture",
     "files",
+    "page",
     "study_page",
     "study_record",
-    "table_page",
 ]

@@ -86,7 +86,7 @@ class ByHand:
             shared, folder = Path(name) / "shared", Path(name) / "trial"
             shared.mkdir()
             folder.mkdir()
-            write_shared(shared, self.config, evaluator)
+            write_shared(shared, self.config, evaluator, {})
             return self._tracked(self._study(shared), folder, example_digest(shared))
 
     def _study(self, shared: Path) -> str:
