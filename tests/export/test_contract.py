@@ -19,6 +19,7 @@ from qflow.export.model import RECORD, export_model
 from qflow.export.native import native, read_native
 from qflow.export.targets import TARGETS
 from qflow.quant.model.model_state import forward_state
+from qflow.quant.trace.calling import named_tensors, run_model
 from qflow.tasks import digits, dual, exposure, temporal
 from qflow.tasks.perception import model as perception
 
@@ -91,6 +92,28 @@ def read_hmct(folder, model):
     onnx.checker.check_model(onnx.load(folder / "model.onnx"))
 
 
+def read_onnx(folder, model):
+    """The checker accepts the file, and the quantizer of each operator's result has the operator's name."""
+    import onnx
+
+    found = onnx.load(folder / "model.onnx")
+    onnx.checker.check_model(found, full_check=True)
+    names = {node.name for node in found.graph.node}
+    integers = [q.name for q in model.outputs.values() if q.active and q.dtype.is_integer]
+    assert [n for n in integers if not names & {f"{n}/QuantizeLinear", f"{n}/DequantizeLinear"}] == []
+
+
+def read_torch(folder, model):
+    """The program gives the outputs of the prepared model, bit for bit."""
+    program = torch.export.load(folder / "model.pt2").module()
+    with torch.no_grad():
+        if model.cached is not None:
+            return
+        ours = named_tensors(run_model(model, model.sample))
+        got = named_tensors(run_model(program, model.sample))
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(ours, got, strict=True))
+
+
 def read_qflow(folder, model):
     assert read_native(folder / "qflow.json").digest == native(Subject(model)).digest
 
@@ -99,6 +122,8 @@ READ = {
     "plugin": read_plugin,
     "plugin35": read_plugin35,
     "hmct": read_hmct,
+    "onnx": read_onnx,
+    "torch": read_torch,
     "qflow": read_qflow,
 }
 """What a reader of the target's files finds."""
