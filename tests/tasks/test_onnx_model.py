@@ -107,7 +107,7 @@ def test_a_file_that_is_exported_at_batch_1_runs_at_any_batch(tmp_path):
     ]
     model = written(tmp_path / "m.onnx", nodes, {"x": [1, 3, 8, 8], "y": [1, 2, 5]}, list(constants.values()))
     x = torch.randn(3, 3, 8, 8)
-    assert torch.allclose(model(x), torch.cat([model(sample[None]) for sample in x]), atol=1e-5)
+    assert torch.allclose(model(x), torch.cat([model(sample[None]) for sample in x]), atol=1e-3)  # of values up to 500
     names = [n.name.partition("[")[0] for n in qflow.prepare(model, x).graph.nodes]
     assert names[1:] == ["conv", "up", "flatten", "fc", "anchors", "images"]
 
