@@ -87,15 +87,15 @@ def promote(config: DictConfig) -> int:
     if config.rollback:
         return roll_back(store, name, alias, config.dry_run)
     before = champion(store, name, alias)
-    if before is not None and before.run_id == run_id:
-        print(f"{'champion':<12}{name} version {before.number} is this run already; alias {alias} stays")
-        return 0
     print(f"{'run':<12}{run_id}, qconfig {trial.qconfig.digest}, of {trial.tags.get('qflow.study', '?')}")
     with tempfile.TemporaryDirectory(prefix="qflow-promote-") as folder:
         verdict, promotion = judge(config, store, trial, Path(folder), before, rules)
         verdict.show()
         if verdict.word != "ACCEPT" or promotion is None:
             return 1
+        if before is not None and before.run_id == run_id:
+            print(f"{'champion':<12}{name} version {before.number} is this run already; alias {alias} stays")
+            return 0
         if config.dry_run:
             print(f"{'dry run':<12}nothing is registered; alias {alias} of {name} stays")
             return 0
