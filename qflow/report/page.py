@@ -32,7 +32,7 @@ class Section:
 
     @property
     def place(self) -> str:
-        """Its address on the page."""
+        """Its address on the page, as long as no earlier section has the same."""
         return "".join(c if c.isalnum() else "-" for c in self.title.lower()).strip("-")
 
 
@@ -43,8 +43,12 @@ def document(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-    links = "".join(f'<a href="#{s.place}">{escape(s.title)}</a>' for s in sections)
-    body = "\n".join(f'<section id="{s.place}"><h2>{escape(s.title)}</h2>\n{s.body_html}\n</section>' for s in sections)
+    before = [[s.place for s in sections[:i]].count(section.place) for i, section in enumerate(sections)]
+    placed = [(f"{s.place}-{n}" if n else s.place, s) for s, n in zip(sections, before, strict=True)]
+    links = "".join(f'<a href="#{place}">{escape(s.title)}</a>' for place, s in placed)
+    body = "\n".join(
+        f'<section id="{place}"><h2>{escape(s.title)}</h2>\n{s.body_html}\n</section>' for place, s in placed
+    )
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'

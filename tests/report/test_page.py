@@ -71,6 +71,11 @@ def test_every_section_is_in_the_contents():
         assert f'<a href="#{place}">{title}</a>' in page and f'<section id="{place}"><h2>{title}</h2>' in page
 
 
+def test_sections_of_equal_headings_have_addresses_of_their_own():
+    page = document("t", "s", [Section("Cost", "<p>a</p>"), Section("Cost", "<p>b</p>")])
+    assert re.findall(r'<section id="([^"]*)"', page) == re.findall(r'<a href="#([^"]*)"', page) == ["cost", "cost-1"]
+
+
 def test_advice_comes_first_with_its_line_and_a_button_that_copies_it(full):
     order = [full.index(f"<h2>{h}</h2>") for h in ("What to do", "Findings", "Error along the network", "Sensitivity")]
     assert order == sorted(order)
