@@ -33,6 +33,9 @@ LABEL = "by hand"
 VARIED = ("search.", "qconfig.", "calibration.", "qat.", "sensitivity.", "workflow", "study", "seed")
 """Settings in which a trial by hand may differ from its study; in model, data, device and goal it must not."""
 
+OWN = ("from_run", "security.")
+"""Keys that this command has and a study does not."""
+
 
 @dataclass
 class ByHand:
@@ -91,7 +94,8 @@ class ByHand:
 
     def _study(self, shared: Path) -> str:
         """Return the study's run; without one, a run of this name, which `tune` will continue."""
-        state = fingerprint(self.config, manifest(self.evaluator))
+        found = fingerprint(self.config, manifest(self.evaluator))
+        state = {key: text for key, text in found.items() if not key.startswith(OWN)}
         if self.study_run is not None:
             before = self.tracker.run_tags(self.study_run).get("qflow.fingerprint", "")
             changed = [text for text in changes(before, state) if not text.startswith(VARIED)]

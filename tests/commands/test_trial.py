@@ -4,6 +4,7 @@ import json
 
 import pytest
 from support.commands import CUSTOM, run_qflow
+from support.stored import TINY, store_trial
 
 from qflow.tracking.mlflow_tracker import MlflowTracker
 
@@ -90,6 +91,18 @@ def test_a_mix_is_compared_with_the_best_of_its_study(own):
     ((*_, mine),) = runs(folder, "tags.`qflow.trial` = '-2'")
     (line,) = (line for line in done.stdout.splitlines() if "-m qflow.compare" in line)
     assert line.endswith(f"-m qflow.compare {info.run_id} {mine.run_id}")
+
+
+def test_a_trial_by_hand_joins_a_study_that_was_tuned(tmp_path):
+    best, _ = store_trial(tmp_path / "qflow_out", "task=digits")
+    given = ["+experiment=int8_int16", "task=digits", *TINY, "qconfig.modules={conv2: qint16}"]
+    done = run_qflow("trial", *given, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "conv2: qint8/qint8 in the best, here qint16/qint8" in done.stdout
+    tracker = MlflowTracker.open(None, tmp_path / "qflow_out", "digits")
+    names = {run: number for run, number, *_ in tracker.trial_runs("digits/int8_int16")}
+    assert names.pop(best) == 0
+    assert list(names.values()) == [-1]
 
 
 def test_a_mix_that_misses_the_goal_is_tracked_and_ends_with_1(own):
