@@ -105,7 +105,7 @@ def view_state(
         "modelVersionFilter": "All Runs",
         "datasetsFilter": [],
         "selectedColumns": [*columns, *(f"params.`{name}`" for name in params)],
-        "runsHiddenMode": "SHOW_ALL",
+        "runsHiddenMode": "CUSTOM" if hidden else "SHOW_ALL",
         "runsExpanded": {},
         "runsPinned": [],
         "runsHidden": list(hidden),

@@ -60,3 +60,4 @@ def test_the_best_trial_comes_first_and_the_columns_say_what_decides():
         "calibration.method",
     ]  # fmt: skip
     assert (state["runsHidden"], state["runsVisibilityMap"]) == (["run"], {"run": False})
+    assert state["runsHiddenMode"] == "CUSTOM"
