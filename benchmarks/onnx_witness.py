@@ -11,10 +11,11 @@ than one. A network that cannot be exported is named and left out.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,34 +32,30 @@ MIXES = ("int8", "mixed")
 BATCH = 2
 
 
-def tasks() -> dict[str, Callable[[], tuple[Any, Any, tuple[str, ...]]]]:
-    """Built-in task -> how to build it: model, a batch of inputs, attributes with state."""
-    import qflow.tasks.digits as digits
-    import qflow.tasks.dual as dual
-    import qflow.tasks.exposure as exposure
-    import qflow.tasks.perception.data as data
-    import qflow.tasks.perception.model as model
-    import qflow.tasks.temporal as temporal
+TASKS = {
+    "digits": ("digits", "digits"),
+    "dual": ("dual", "digits"),
+    "exposure": ("exposure", "exposure"),
+    "perception": ("perception.model", "perception.data"),
+    "temporal": ("temporal", "temporal"),
+}
+"""Built-in task -> the modules of its model and its data."""
+STATE = {"temporal": ("hidden",)}
 
-    def batch(dataset: Any) -> Any:
-        return torch.stack([dataset[i][0] for i in range(16)])
 
-    return {
-        "digits": lambda: (digits.build_model(), batch(digits.build_data().calibration), ()),
-        "dual": lambda: (dual.build_model(), batch(digits.build_data().calibration), ()),
-        "exposure": lambda: (exposure.build_model(), batch(exposure.build_data().calibration), ()),
-        "perception": lambda: (model.build_model(), batch(data.build_data(calibration_size=32).calibration), ()),
-        "temporal": lambda: (temporal.build_model(), batch(temporal.build_data().calibration), ("hidden",)),
-    }
+def built(task: str) -> tuple[Any, Any, tuple[str, ...]]:
+    """The trained model of a built-in task, a batch of its calibration data, and the attributes with its state."""
+    model, data = (importlib.import_module(f"qflow.tasks.{module}") for module in TASKS[task])
+    samples = data.build_data(calibration_size=640 if task in STATE else 32).calibration
+    return model.build_model(), torch.stack([samples[i][0] for i in range(16)]), STATE.get(task, ())
 
 
 def networks(only: Sequence[str]) -> Iterator[tuple[str, Any, Any, tuple[str, ...]]]:
     """(name, float model, a batch of inputs, attributes with state) of the networks whose name has a part in `only`."""
     from zoo_real.registry import entries
 
-    chosen = {name: build for name, build in tasks().items() if not only or any(part in name for part in only)}
-    for name, build in chosen.items():
-        yield name, *build()
+    for name in (name for name in TASKS if not only or any(part in name for part in only)):
+        yield name, *built(name)
     for name, entry in entries().items():
         if (any(part in name for part in only) if only else entry.sample) and not entry.missing:
             model, inputs = entry.made()

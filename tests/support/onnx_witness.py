@@ -91,7 +91,7 @@ class Recorder(Interpreter):
             key, self.calls[name] = (name, self.calls[name]), self.calls[name] + 1
             if target is FAKE_HALF:
                 half = out.to(torch.float16).numpy()
-                self.found[key] = half, half.view(np.int16).astype(np.float64)
+                self.found[key] = half, _ordered(half).astype(np.float64)
             else:
                 x, scale, axis, bits, _ = args
                 shape = [-1 if i == axis else 1 for i in range(x.ndim)] if axis >= 0 else []
@@ -213,9 +213,15 @@ def _differences(ours, theirs) -> dict[str, Differences]:
         if got is None:
             continue
         if codes.dtype == np.float16:
-            codes, got = codes.view(np.int16), got.view(np.int16)
+            codes, got = _ordered(codes), _ordered(got)
         found[key[0]].add(codes, got, steps)
     return dict(found)
+
+
+def _ordered(half: np.ndarray) -> np.ndarray:
+    """Halves as integers in their order, so that neighbours differ by 1; -0 is 0."""
+    bits = half.view(np.int16).astype(np.int32)
+    return np.where(bits < 0, -(bits & 0x7FFF), bits)
 
 
 def _distance(ours: np.ndarray, theirs: np.ndarray) -> float:
