@@ -53,21 +53,21 @@ def trials_url(session: Session) -> str:
         session.study.name,
         metrics=(session.accuracy, *(QAT_METRICS if trained else ())),
         params=list(dict.fromkeys([*searched, *(QAT_PARAMS if trained else ())])),
-        hidden=[trial.run_id for trial in far_off(trials)],
+        largest=largest_shown(trials),
     )
     return study_url(ui_host(tracker.uri), tracker.experiment_id, session.study.name, key)
 
 
-def far_off(trials: Sequence[FinishedTrial]) -> list[FinishedTrial]:
-    """Return the trials that a chart leaves out, because their drop would flatten the differences of all others.
+def largest_shown(trials: Sequence[FinishedTrial]) -> float | None:
+    """Return the largest drop that the view shows, beyond which one would flatten the differences of all others.
 
-    They have stopped early, with the worst possible metric in place of their own, or their drop is far out: beyond
-    `FENCE` interquartile ranges above the third quartile. A trial that meets the goal is never among them.
+    That is `FENCE` interquartile ranges above the third quartile, or the drop of a trial that meets the goal if it is
+    larger; None if no trial lies beyond. Trials that stopped early have the worst possible drop in place of their own.
     """
-    missed = [trial for trial in trials if not meets(trial)]
-    drops = [trial.outcome.metrics[DROP] for trial in trials if STOPPED not in trial.outcome.tags]
-    if len(drops) < 4:  # quartiles of fewer say nothing
-        return [trial for trial in missed if STOPPED in trial.outcome.tags]
-    low, _, high = statistics.quantiles(drops, n=4, method="inclusive")
-    most = high + FENCE * (high - low)
-    return [t for t in missed if STOPPED in t.outcome.tags or t.outcome.metrics[DROP] > most]
+    drops = [trial.outcome.metrics[DROP] for trial in trials]
+    own = [trial.outcome.metrics[DROP] for trial in trials if STOPPED not in trial.outcome.tags]
+    if len(own) < 4:  # quartiles of fewer say nothing
+        return None
+    low, _, high = statistics.quantiles(own, n=4, method="inclusive")
+    most = max([high + FENCE * (high - low), *(t.outcome.metrics[DROP] for t in trials if meets(t))])
+    return most if max(drops) > most else None

@@ -36,19 +36,21 @@ def save_view(
     *,
     metrics: Sequence[str] = (),
     params: Sequence[str] = (),
-    hidden: Sequence[str] = (),
+    largest: float | None = None,
     x: str = LATENCY,
     y: str = DROP,
 ) -> str | None:
     """Save the view of a study's trials and return its key, or None if that failed.
 
     `x` and `y` are the metrics of the scatter plot. The parallel coordinates also show `params` and the int16 share.
-    `metrics` and `params` are further columns. The runs of `hidden` are in the table but not in the charts.
+    `metrics` and `params` are further columns. The filter leaves out runs whose `y` is above `largest`, because the UI
+    scales its charts to all runs that it lists, and does not keep from a saved view which of them are hidden.
     """
-    state = view_state(study, metrics, params, hidden, x, y)
+    state = view_state(study, metrics, params, largest, x, y)
     key = record.digest([study, list(metrics), list(params), x, y])
     now = int(time.time() * 1000)
-    value = {"name": f"{study}: {y} against {x}", "createdAt": now, "updatedAt": now, "state": pack(state)}
+    name = f"{study}: {y} against {x}" + (f", {y} up to {largest:.3g}" if largest is not None else "")
+    value = {"name": name, "createdAt": now, "updatedAt": now, "state": pack(state)}
     try:
         with tracker.calling() as client:
             client.set_experiment_tag(tracker.experiment_id, TAG + key, json.dumps(value))
@@ -82,7 +84,7 @@ def ui_host(uri: str) -> str:
 
 
 def view_state(
-    study: str, metrics: Sequence[str], params: Sequence[str], hidden: Sequence[str], x: str, y: str
+    study: str, metrics: Sequence[str], params: Sequence[str], largest: float | None, x: str, y: str
 ) -> dict[str, Any]:
     """Return the page state: the study's trials sorted by rank, a scatter plot and parallel coordinates."""
     columns = [_metric(name) for name in dict.fromkeys((RANK, MEETS, y, x, INT16, *metrics))]
@@ -97,7 +99,7 @@ def view_state(
         "selectedParams": list(params), "selectedMetrics": [INT16, x, y],
     }  # fmt: skip
     return {
-        "searchFilter": _filter(study),
+        "searchFilter": _filter(study) + (f" and {_metric(y)} <= {largest:.6g}" if largest is not None else ""),
         "orderByKey": _metric(RANK),
         "orderByAsc": True,
         "startTime": "ALL",
@@ -105,11 +107,11 @@ def view_state(
         "modelVersionFilter": "All Runs",
         "datasetsFilter": [],
         "selectedColumns": [*columns, *(f"params.`{name}`" for name in params)],
-        "runsHiddenMode": "CUSTOM" if hidden else "SHOW_ALL",
+        "runsHiddenMode": "SHOW_ALL",
         "runsExpanded": {},
         "runsPinned": [],
-        "runsHidden": list(hidden),
-        "runsVisibilityMap": dict.fromkeys(hidden, False),
+        "runsHidden": [],
+        "runsVisibilityMap": {},
         "viewMaximized": False,
         "runListHidden": False,
         "isAccordionReordered": True,

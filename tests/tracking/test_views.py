@@ -22,7 +22,7 @@ def test_a_view_is_an_experiment_tag_with_a_packed_state(tracker):
     assert entry["name"] == "task/stage: accuracy/drop against cost/latency_ms"
     assert entry["state"].startswith("deflate;")
     state = unpack(entry["state"])
-    assert state == view_state("task/stage", [], ["int16_ratio"], [], "cost/latency_ms", "accuracy/drop")
+    assert state == view_state("task/stage", [], ["int16_ratio"], None, "cost/latency_ms", "accuracy/drop")
     assert [chart["type"] for chart in state["compareRunCharts"]] == ["SCATTER", "PARALLEL"]
     assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == {
         section["uuid"] for section in state["compareRunSections"]
@@ -52,12 +52,11 @@ def test_a_view_that_cannot_be_saved_ends_nothing(tracker, monkeypatch):
 
 
 def test_the_best_trial_comes_first_and_the_columns_say_what_decides():
-    state = view_state("s", ["qat/loss"], ["calibration.method"], ["run"], "cost/latency_ms", "accuracy/drop")
+    state = view_state("s", ["qat/loss"], ["calibration.method"], 0.25, "cost/latency_ms", "accuracy/drop")
     assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`goal/rank`", True)
     names = [column.partition(".")[2].strip("`") for column in state["selectedColumns"]]
     assert names == [
         "goal/rank", "goal/meets", "accuracy/drop", "cost/latency_ms", "qconfig/int16_ratio", "qat/loss",
         "calibration.method",
     ]  # fmt: skip
-    assert (state["runsHidden"], state["runsVisibilityMap"]) == (["run"], {"run": False})
-    assert state["runsHiddenMode"] == "CUSTOM"
+    assert state["searchFilter"].endswith(" and metrics.`accuracy/drop` <= 0.25")
