@@ -17,7 +17,7 @@ from qflow.search.domain import Choice, Domain, Interval, Scalar, Space
 from qflow.search.outcome import FinishedTrial
 
 ENOUGH = 20  # trials; with fewer, one lucky trial decides the figures
-TREES = 16  # of fANOVA's forest; Optuna's 64 take 5 s for 500 trials, and the shares agree within a few percent
+TREES = 16  # of fANOVA's forest; the 64 of Optuna take 5 s for 500 trials
 PED_ANOVA, FANOVA = "PED-ANOVA", "fANOVA"
 
 
