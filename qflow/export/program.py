@@ -73,9 +73,8 @@ class _Call(nn.Module):
         def forward(*args: Any, state: Any = None, **kwargs: Any) -> Any:
             return self.run(args or kwargs, state)
 
-        kinds = {name: inspect.Parameter.POSITIONAL_OR_KEYWORD for name in arguments}
-        kinds |= {name: inspect.Parameter.KEYWORD_ONLY for name in keywords}
-        parameters = [inspect.Parameter(name, kind) for name, kind in kinds.items()]
+        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in arguments]
+        parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in keywords]
         forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         self.forward = forward
 

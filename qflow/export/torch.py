@@ -10,6 +10,7 @@ None of them needs qflow. The program holds torch's own operators only: a quanti
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def export(subject: Subject, folder: Path) -> Exported:
 
 def lower(module: GraphModule) -> None:
     """Write each quantizer as torch's own operators, the engine's arithmetic step by step."""
-    steps = {FAKE_QUANTIZE: _quantizer, FAKE_HALF: _half, DEQUANTIZE: _weight}
+    steps: dict[Any, Callable[..., Node]] = {FAKE_QUANTIZE: _quantizer, FAKE_HALF: _half, DEQUANTIZE: _weight}
     for node in list(module.graph.nodes):
         if node.target in steps:
             with module.graph.inserting_before(node):
