@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
+from omegaconf import DictConfig
 
 from qflow.bundle.files import LIMITS
+from qflow.config.settings import load_resolved
 from qflow.core.errors import BundleError
 
 DEEPEST = 32  # levels of lists and mappings; what qflow writes has 8
-_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]')
+MOST = 256 << 20  # bytes of a file whose name has no limit of its own
+_STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
+"""A text, also one without an end (so that no byte is looked at twice), or a bracket."""
 
 
 def read_json(folder: Path, name: str) -> Any:
@@ -34,16 +38,24 @@ def read_json(folder: Path, name: str) -> Any:
         raise _error(name, f"no JSON ({' '.join(str(error).split())[:80]})") from error
 
 
+def read_config(folder: Path) -> DictConfig:
+    """Return the configuration of a run, from config.yaml as data. Raises BundleError, or ConfigError for its values.
+
+    Nothing else reads it: an interpolation in it would read the environment, or build an object.
+    """
+    return load_resolved(read_yaml_text(folder, "config.yaml"))
+
+
 def read_yaml_text(folder: Path, name: str) -> str:
     """Return the text of a YAML file without interpolations, tags and aliases. Raises BundleError for any of them."""
     try:
         text = _bytes(folder, name).decode()
-        if "${" in text:
-            raise _error(name, "an interpolation, ${")
         depth = 0
         for event in yaml.parse(text, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 raise _error(name, "a YAML alias")
+            if "${" in getattr(event, "value", ""):  # decoded: a quoted text may write $ as an escape
+                raise _error(name, "an interpolation, ${")
             if getattr(event, "tag", None):
                 raise _error(name, f"the YAML tag {event.tag:.40}")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -56,8 +68,8 @@ def read_yaml_text(folder: Path, name: str) -> str:
 
 def _bytes(folder: Path, name: str) -> bytes:
     path = folder / name
-    if (size := path.stat().st_size) > LIMITS[name]:
-        raise _error(name, f"{size} bytes, more than {LIMITS[name]}")
+    if (size := path.stat().st_size) > (most := LIMITS.get(name, MOST)):
+        raise _error(name, f"{size} bytes, more than {most}")
     return path.read_bytes()
 
 

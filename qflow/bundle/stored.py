@@ -12,9 +12,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from qflow.analysis.measures.tables import SensitivityTable
-from qflow.bundle.bounded import read_json, read_yaml_text
+from qflow.bundle.bounded import read_config, read_json
 from qflow.bundle.files import DIGEST, EXAMPLE, PROFILE, WEIGHTS, check_names, digests, files_digest, regular_files
-from qflow.config.settings import load_resolved, plain
+from qflow.config.settings import plain
 from qflow.core.errors import BundleError, QflowError
 from qflow.core.qconfig import QConfig
 from qflow.core.record import digest, from_dict
@@ -92,7 +92,7 @@ def _read(
     for name in EXAMPLE:
         if (folder / name).is_file():
             _check_example(folder, manifest, source)
-    config = load_resolved(read_yaml_text(folder, "config.yaml"))
+    config = read_config(folder)
     if config.device.profile:
         copy = folder / PROFILE
         if not copy.is_file():

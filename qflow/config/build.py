@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hydra.errors import HydraException
@@ -107,9 +107,22 @@ def get_function(name: str, where: str) -> Callable[..., Any]:
 def _call(node: Mapping[str, Any], where: str) -> Any:
     from hydra.utils import instantiate
 
+    if any("${" in text for text in _texts(node)):  # Hydra would resolve it again, and call what it names
+        raise ConfigError(f"Values of {where} are resolved before it is built, but got one with ${{. Remove the ${{.")
     try:
         return instantiate(node)
     except (HydraException, SystemExit) as error:  # the user's module may end the process
         cause = error.__cause__ or error
         text = " ".join(str(cause).split()) if isinstance(error, HydraException) else f"SystemExit({error.code})"
         raise ConfigError(f"{where}._target_ must import and run, but got: {text}") from error
+
+
+def _texts(node: Any) -> Iterator[str]:
+    """Every key and text in plain containers."""
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, Mapping):
+        yield from _texts([*node, *node.values()])
+    elif isinstance(node, (list, tuple)):
+        for item in node:
+            yield from _texts(item)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from qflow.bundle.bounded import read_json
 from qflow.bundle.stored import example_digest
 from qflow.config.settings import plain, root_dir, trial_settings
 from qflow.core.errors import ConfigError, QflowError
@@ -146,8 +147,6 @@ class ByHand:
 
     def qconfig(self, run_id: str) -> QConfig:
         """Return the qconfig of a trial's run, as the device runs it."""
-        import json
-
         with tempfile.TemporaryDirectory() as folder:
-            path = self.tracker.download(run_id, "qconfig/qconfig.json", Path(folder))
-            return from_dict(QConfig, json.loads(path.read_text()))
+            self.tracker.download(run_id, name := "qconfig/qconfig.json", Path(folder))
+            return from_dict(QConfig, read_json(Path(folder), name))

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from qflow.analysis.measures.advice import Advice
 from qflow.analysis.measures.tables import BadcaseTable, CheckRow, Finding, LayerTable, SensitivityTable
+from qflow.bundle.bounded import read_config, read_json
 from qflow.config.settings import load_resolved, plain
 from qflow.core.errors import TrackingError
 from qflow.core.graph import ModelGraph
@@ -81,7 +82,7 @@ def load_record(tracker: MlflowTracker, study: str, run: str, root: Path, folder
     """Read everything that the report shows from the store; files are fetched into `folder`."""
     files = _Files(tracker, folder)
     tags, metrics = tracker.run_tags(run), tracker.run_metrics(run)
-    config = load_resolved(files.text(run, "config.yaml") or "")
+    config = files.config(run)
     params = tracker.run_params(run)
     accuracy = f"accuracy/{params['metric']}"
     goal = Goal(**plain(config.objective)).aimed(accuracy, params["direction"], (accuracy, *RUN_METRICS))
@@ -141,13 +142,11 @@ class _Files:
         except (TrackingError, OSError):  # a local store raises the second for a file that is absent
             return None
 
-    def text(self, run: str, name: str) -> str | None:
-        path = self.fetch(run, name)
-        return path.read_text(encoding="utf-8") if path else None
+    def config(self, run: str) -> DictConfig:
+        return read_config(self._folder / run) if self.fetch(run, "config.yaml") else load_resolved("")
 
     def json(self, run: str, name: str) -> Any:
-        text = self.text(run, name)
-        return json.loads(text) if text else None
+        return read_json(self._folder / run, name) if self.fetch(run, name) else None
 
     def record(self, run: str, name: str, kind: type[T]) -> T | None:
         data = self.json(run, name)

@@ -13,7 +13,7 @@ from support.compose import compose
 from support.stored import store_trial, uri_of
 
 from qflow.bundle.files import DIGEST, digests, files_digest
-from qflow.core.errors import QflowError
+from qflow.core.errors import BundleError, QflowError
 from qflow.tracking.artifacts import Store
 
 pytestmark = pytest.mark.slow  # works with a store
@@ -104,6 +104,8 @@ def refused(stored, capsys, *overrides):
 MODEL = "_target_: qflow.tasks.digits.build_model"
 DEEP = "[" * 100_000 + "]" * 100_000
 BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
+TOUCH = "{{_target_: pathlib.Path.touch, _args_: [{{_target_: pathlib.Path, _args_: [{canary}]}}]}}"
+TWICE = f'"\\\\\\x24{{{{oc.create:{TOUCH}}}}}"'  # after the first reading of it an interpolation is left
 
 
 def target(name, **arguments):
@@ -127,6 +129,9 @@ OWNED = {
     ),
     "an own metric": ("config.yaml", "own_metric:\n    _target_: ''", "own_metric:\n    _target_: os.system"),
     "an interpolation": ("config.yaml", "registered_model: digits", "registered_model: ${{oc.env:HOME}}"),
+    "an escaped interpolation": ("config.yaml", "registered_model: digits", 'registered_model: "\\x24{{oc.env:HOME}}"'),
+    "an interpolation that is escaped twice": ("config.yaml", MODEL, f"{MODEL}\n    epochs: {TWICE}"),
+    "an interpolation as a key": ("config.yaml", MODEL, f'{MODEL}\n    "\\x24{{{{oc.env:HOME}}}}": 1'),
     "a YAML tag": ("config.yaml", "registered_model: digits", "registered_model: !!python/name:os.system ''"),
     "a YAML alias bomb": ("config.yaml", "workflow: int8_int16", BOMB + "workflow: int8_int16"),
     "deep YAML": ("config.yaml", "enqueue:", f"space2: {DEEP[:2000]}\n  enqueue:"),
@@ -200,3 +205,22 @@ def test_numbers_that_are_not_rebuilt_are_anomalous(case, stored, capsys):
     out = capsys.readouterr().out
     assert says in out and "verdict     ANOMALOUS" in out
     assert stored.registered() == []
+
+
+def test_a_report_reads_no_environment(stored, tmp_path, monkeypatch):
+    """The report of a study is written from its runs, which somebody else may have written."""
+    from qflow.study.report import write_report
+    from qflow.tracking.mlflow_tracker import MlflowTracker
+
+    monkeypatch.setenv("MY_SECRET", "hunter2")
+    tracker = MlflowTracker.open(None, stored.root, "digits")
+    study = tracker.find_study("digits/int8_int16")
+    path = tracker.download(study, "config.yaml", tmp_path)
+    before = path.read_text()
+    for secret in ("${oc.env:MY_SECRET}", r'"\x24{oc.env:MY_SECRET}"'):
+        path.write_text(before.replace("registered_model: digits", f"registered_model: {secret}"))
+        tracker.log_study(study, folder=tmp_path)
+        with pytest.raises(BundleError, match="an interpolation"):
+            write_report(tracker, "digits/int8_int16", study, tmp_path)
+    path.write_text(before)
+    tracker.log_study(study, folder=tmp_path)
