@@ -23,7 +23,7 @@ from qflow.bundle.example import read_example
 from qflow.bundle.files import EXAMPLE
 from qflow.bundle.source import fetch
 from qflow.bundle.stored import StoredTrial, config_of
-from qflow.bundle.targets import check_targets, way_out
+from qflow.bundle.targets import BUILT_IN, check_targets, way_out
 from qflow.config.build import build_model
 from qflow.config.device_file import name_of
 from qflow.config.settings import plain, trial_settings
@@ -128,6 +128,8 @@ def _own(trial: StoredTrial, allow: tuple[str, ...]) -> nn.Module:
         check_targets({"task": named}, allow)
     except BundleError as error:
         name = node["_target_"] or node["model"].get("_target_")
+        if name in BUILT_IN:  # its arguments are refused
+            raise
         raise BundleError(
             f"A model's code is not stored with {trial.source}, which names {name!s:.80}. Give it, model=... "
             f"{way_out(str(name))}"

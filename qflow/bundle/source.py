@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -66,13 +68,14 @@ def of_run(store: Store, run_id: str) -> StoredTrial:
 def of_folder(folder: Path, source: str, expected: str = "", keeper: Any = None) -> StoredTrial:
     """Return the trial of a folder with bundle.json: an unpacked archive, or a model version on disk.
 
-    `expected` is the digest over the files if another place states it.
+    `expected` is the digest over the files if another place states it. A folder that `keeper` does not hold is copied.
     """
     inner = folder / BUNDLE
     if (inner / RECORD).is_file():
         folder = inner
-    sizes = regular_files(folder, source)
-    check_names(sizes, source, {RECORD: 0})
+    check_names(regular_files(folder, source), source, {RECORD: 0})
+    if keeper is None:
+        keeper, folder = _copied(folder, source)
     record = read_json(folder, RECORD)
     if not isinstance(record, dict) or record.get("schema") != 1 or not _of_texts(record.get("tags")):
         raise BundleError(f"{RECORD} of {source} has schema 1 and tags, but got others. Take another source.")
@@ -83,6 +86,18 @@ def of_folder(folder: Path, source: str, expected: str = "", keeper: Any = None)
     if RESULT not in tags:
         raise BundleError(f"{RECORD} of {source} holds the result of a trial, but got none. Take another source.")
     return read_stored(folder, source, run_id, tags, stated, keeper)
+
+
+def _copied(folder: Path, source: str) -> tuple[Any, Path]:
+    """Copy a folder of somebody else's, because its files may change between their check and their use."""
+    keeper, private = _temporary()
+    try:
+        shutil.copytree(folder, private, symlinks=True, dirs_exist_ok=True)
+    except (OSError, shutil.Error) as error:
+        text = " ".join(str(error).split())[:120]
+        raise BundleError(f"Files of {source} can be read, but got: {text}. Take another source.") from error
+    check_names(regular_files(private, source), source, {RECORD: 0})
+    return keeper, private
 
 
 def _of_version(store: Store, source: str, name: str, version: str, alias: str) -> StoredTrial:
@@ -113,7 +128,7 @@ def _of_archive(path: Path, source: str) -> StoredTrial:
             check_names({entry.filename: entry.file_size for entry in entries}, source, {RECORD: 0})
             for entry in entries:
                 _unpack(archive, entry, folder, source)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, OSError, EOFError) as error:
         raise BundleError(f"{source} is a zip archive that qflow wrote, but got: {error}. Take another.") from error
     return of_folder(folder, source, "", keeper)
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-from qflow.config.build import find_object
+from qflow.config.build import find_object, texts
 from qflow.core.errors import BundleError
 
 BUILT_IN = frozenset(
@@ -39,8 +40,8 @@ NOT_THE_USERS = ("qflow", "torch", "numpy", "hydra", "omegaconf", "mlflow", "opt
 _TORCH = re.compile(r"torch\.(optim|optim\.lr_scheduler|nn)\.[A-Za-z]\w*")
 
 
-def targets(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (key, name) of every `_target_` in plain containers, however deep."""
+def calls(node: Any, where: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Yield (key, name, arguments) of every `_target_` in plain containers, however deep."""
     items: Iterable[tuple[Any, Any]] = ()
     if isinstance(node, Mapping):
         items = node.items()
@@ -48,47 +49,91 @@ def targets(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:
         items = enumerate(node)
     for key, value in items:
         place = f"{where}.{key}" if where else str(key)
-        if key == "_target_":
-            if value not in (None, ""):
-                yield place, value
-        else:
-            yield from targets(value, place)
+        if key != "_target_":
+            yield from calls(value, place)
+        elif value not in (None, ""):
+            yield place, value, {name: argument for name, argument in node.items() if name != key}
 
 
 def check_targets(config: Mapping[str, Any], allow: Iterable[str] = (), own: Mapping[str, Any] | None = None) -> None:
     """Raise BundleError for a `_target_` in `config` that is neither built in nor allowed nor one of `own`.
 
-    `allow` are packages (`my`) or modules (`my.models`); `own` is a configuration that the caller composed itself.
+    `allow` are packages (`my`), modules (`my.models`), or whole names; `own` is a configuration that the caller
+    composed itself. A built-in function gets no path outside of the working folder that `own` does not state.
     """
     packages = tuple(allow)
-    stated = {name for _, name in targets(own or {})}
-    for place, name in targets(config):
+    stated = {name: [*texts(arguments)] for _, name, arguments in calls(own or {}) if isinstance(name, str)}
+    imported = []
+    for place, name, arguments in calls(config):
         if not isinstance(name, str):
             raise BundleError(f"{place} is the name of a class or function, but got {name!r:.60}. Take another source.")
-        if name in BUILT_IN or name in stated or _of_torch(name):
+        if name in packages:
             continue
-        home = _home(name) if _within(name, packages) else name
-        if not _within(home, packages):
-            defined = f", which is defined in {home:.80}" if home != name else ""
-            raise BundleError(
-                f"Code that a run names is run only if it is built in or allowed, but got {name:.80} for {place}"
-                f"{defined}. {way_out(home)}"
-            )
+        if name in BUILT_IN:
+            _check_paths(name, set(_outside(arguments)) - set(stated.get(name, ())), packages)
+        elif name not in stated and not _of_torch(name):
+            if not _within(name, packages):
+                raise _refused(name, place, name)
+            imported.append((name, place))
+    for name, place in imported:  # once all names are known to be the caller's
+        if not _within(home := _home(name), packages):
+            raise _refused(name, place, home)
 
 
 def own_packages(config: Mapping[str, Any]) -> list[str]:
-    """Return the packages of the `_target_`s in `config` that must be allowed before they are run from a run."""
-    names = {str(name) for _, name in targets(config)}
-    return sorted({name.partition(".")[0] for name in names if name not in BUILT_IN and not _of_torch(name)})
+    """Return what of the `_target_`s in `config` must be allowed before it is run from a run.
+
+    That is the user's package; a function of a library, or a built-in one with a path of the user's, is named in full.
+    """
+    found = set()
+    for _, name, arguments in calls(config):
+        if name in BUILT_IN:
+            found |= {name} if any(_outside(arguments)) else set()
+        elif not _of_torch(str(name)):
+            found.add(str(name) if _of_library(str(name)) else str(name).partition(".")[0])
+    return sorted(found)
+
+
+def _refused(name: str, place: str, home: str) -> BundleError:
+    defined = f", which is defined in {home:.80}" if home != name else ""
+    return BundleError(
+        f"Code that a run names is run only if it is built in or allowed, but got {name:.80} for {place}{defined}. "
+        f"{way_out(home)}"
+    )
+
+
+def _check_paths(name: str, paths: Iterable[str], packages: tuple[str, ...]) -> None:
+    if not _within(name, packages) and (odd := sorted(paths)):
+        raise BundleError(
+            f"A run names files in the working folder alone, but got {odd[0]:.80} for {name}. If it is yours, allow "
+            f"it: {_ways(name)}."
+        )
+
+
+def _outside(arguments: Mapping[str, Any]) -> Iterator[str]:
+    """The texts in the arguments that are absolute paths, lead to a parent folder, or to another machine."""
+    for text in texts(arguments):
+        for path in (PurePosixPath(text), PureWindowsPath(text)):
+            if path.anchor or ".." in path.parts or text.startswith("~"):
+                yield text
+                break
 
 
 def way_out(name: str) -> str:
     """Return how the package of a name is allowed, in the words of each interface, if it may be the user's."""
     package = name.partition(".")[0]
-    if package in sys.stdlib_module_names or package in NOT_THE_USERS or not package.isidentifier():
+    if _of_library(name) or not package.isidentifier():
         return "Take another source."
-    named = f"security.allow=[{package}] (allow=['{package}'] in qflow.load, QFLOW_ALLOW={package} for MLflow)"
-    return f"If it is yours, allow its package: {named}."
+    return f"If it is yours, allow its package: {_ways(package)}."
+
+
+def _ways(name: str) -> str:
+    return f"security.allow=[{name}] (allow=['{name}'] in qflow.load, QFLOW_ALLOW={name} for MLflow)"
+
+
+def _of_library(name: str) -> bool:
+    package = name.partition(".")[0]
+    return package in sys.stdlib_module_names or package in NOT_THE_USERS
 
 
 def _of_torch(name: str) -> bool:

@@ -107,7 +107,7 @@ def get_function(name: str, where: str) -> Callable[..., Any]:
 def _call(node: Mapping[str, Any], where: str) -> Any:
     from hydra.utils import instantiate
 
-    if any("${" in text for text in _texts(node)):  # Hydra would resolve it again, and call what it names
+    if any("${" in text for text in texts(node)):  # Hydra would resolve it again, and call what it names
         raise ConfigError(f"Values of {where} are resolved before it is built, but got one with ${{. Remove the ${{.")
     try:
         return instantiate(node)
@@ -117,12 +117,12 @@ def _call(node: Mapping[str, Any], where: str) -> Any:
         raise ConfigError(f"{where}._target_ must import and run, but got: {text}") from error
 
 
-def _texts(node: Any) -> Iterator[str]:
-    """Every key and text in plain containers."""
+def texts(node: Any) -> Iterator[str]:
+    """Yield every key and text in plain containers."""
     if isinstance(node, str):
         yield node
     elif isinstance(node, Mapping):
-        yield from _texts([*node, *node.values()])
+        yield from texts([*node, *node.values()])
     elif isinstance(node, (list, tuple)):
         for item in node:
-            yield from _texts(item)
+            yield from texts(item)

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -97,12 +98,18 @@ def _exists(config: DictConfig, key: str) -> bool:
     return isinstance(node, DictConfig) and leaf in node
 
 
+MOST_THREADS = 1024
+"""torch crashes the process where the system cannot start the threads that it is told to use."""
+
+
 def check_executor(config: DictConfig) -> None:
-    """Raise ConfigError for an executor that does not exist."""
+    """Raise ConfigError for an executor that does not exist, or a number of threads that is not sane."""
     if config.executor.kind != "serial":
         raise ConfigError(f"executor.kind is serial, but got {config.executor.kind!r}. Use executor=serial.")
-    if config.executor.threads < 0:
-        raise ConfigError(f"executor.threads is at least 0 (0 leaves it to torch), but got {config.executor.threads}.")
+    if not 0 <= config.executor.threads <= MOST_THREADS:
+        raise ConfigError(
+            f"executor.threads is 0 (leaves it to torch) to {MOST_THREADS}, but got {config.executor.threads}."
+        )
 
 
 def root_dir(config: DictConfig) -> Path:
@@ -138,11 +145,18 @@ def load_resolved(text: str) -> DictConfig:
     """Load the text of `resolved_yaml` and check it against the schema. Raises ConfigError."""
     try:
         loaded = OmegaConf.create(text)
+        if not isinstance(loaded, DictConfig):
+            raise ConfigError("The run's configuration is a mapping, but got a list. Take another run.")
         known = set(TuneSchema.__dataclass_fields__)
         kept = OmegaConf.create({k: v for k, v in loaded.items() if k in known})
         merged = OmegaConf.merge(OmegaConf.structured(TuneSchema), kept)
     except OmegaConfBaseException as error:
         raise ConfigError(f"The run's configuration must fit this qflow version, but got: {explain(error)}") from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # a key twice, two documents, a number of 5000 digits
+        words = " ".join(str(error).split())[:120]
+        raise ConfigError(
+            f"The run's configuration is one YAML mapping, but got: {words}. Take another run."
+        ) from error
     assert isinstance(merged, DictConfig)
     return merged
 

@@ -74,8 +74,12 @@ class Marker:
 
     @classmethod
     def from_json(cls, text: str) -> Marker:
-        """Build the marker from the text that `to_json` returned."""
-        return record.from_dict(cls, json.loads(text))
+        """Build the marker from the text that `to_json` returned. Raises TrialError for another one."""
+        try:
+            return record.from_dict(cls, json.loads(text))
+        except (QflowError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            words = " ".join(str(error).split())[:120]
+            raise TrialError(f"The result of a run is one that qflow wrote, but got: {words}. Take another.") from error
 
 
 @dataclass(frozen=True)

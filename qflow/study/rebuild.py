@@ -16,11 +16,12 @@ from typing import Any
 from qflow.bundle.files import WEIGHTS, sha256
 from qflow.bundle.stored import StoredTrial, config_of
 from qflow.bundle.targets import check_targets
-from qflow.config.settings import plain, trial_settings
+from qflow.config.settings import MOST_THREADS, plain, trial_settings
 from qflow.core.errors import BundleError, QflowError
 from qflow.report.files import write_trial
 from qflow.search.objective import Goal
 from qflow.study.assemble import make_evaluator
+from qflow.study.checks import check_config
 from qflow.study.manifest import manifest
 from qflow.study.outcome import STOPPED, trial_metrics
 from qflow.tracking.limits import rounded
@@ -31,7 +32,6 @@ PARTS = {"weights": "weights", "data": "data", "profile": "measured times", "gra
 """Entry of the manifest -> its name in words; they explain what differs further on, and are named first."""
 APART = ("manifest.json", "config.yaml", "qconfig/scales.json")
 """Files that are not compared by their bytes: what a rebuild starts from, and scales, which are compared by name."""
-MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def rebuild(
     that is not allowed, ConfigError or DataError if model and data cannot be built.
     """
     check_targets(config_of(trial), allow, own)
+    check_config(trial.config)
     config = trial.config.copy()
     if not config.executor.threads:  # another number of threads sums in another order
         config.executor.threads = _threads(trial)

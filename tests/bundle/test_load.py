@@ -10,6 +10,7 @@ import torch
 from support.stored import store_trial, uri_of
 
 import qflow
+from qflow.api.load import prepared_of
 from qflow.bundle.source import fetch
 from qflow.bundle.write import write_bundle
 from qflow.core.errors import BundleError, ConfigError, ModelError, QflowError
@@ -170,6 +171,31 @@ def test_archives_that_qflow_did_not_write_are_refused_and_write_nothing_outside
         qflow.load(tmp_path / "study.zip")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "outside").exists() and not (tmp_path.parent / "outside").exists()
+
+
+def test_an_archive_with_a_flipped_byte_is_refused(bundle, tmp_path):
+    archive = Path(shutil.make_archive(str(tmp_path / "study"), "zip", bundle))
+    with zipfile.ZipFile(archive) as names:
+        at = max(names.infolist(), key=lambda entry: entry.compress_size).header_offset
+    data = bytearray(archive.read_bytes())
+    data[at + 200 : at + 300] = b"\xff" * 100
+    archive.write_bytes(data)
+    with pytest.raises(BundleError, match="a zip archive that qflow wrote, but got"):
+        fetch(archive)
+
+
+def test_a_folder_is_read_once(bundle, tmp_path):
+    """What was checked is what is used, also if the folder changes in between."""
+    place = tmp_path / "folder"
+    shutil.copytree(bundle, place)
+    trial = fetch(place)
+    shutil.rmtree(place)
+    assert qflow.scales(prepared_of(trial)) == trial.scales
+    shutil.copytree(bundle, place)
+    (place / "cost.json").unlink()
+    (place / "cost.json").symlink_to(bundle / "cost.json")
+    with pytest.raises(BundleError, match="a link or device: cost.json"):
+        fetch(place)
 
 
 def test_an_archive_that_is_none_is_refused(tmp_path):

@@ -142,6 +142,23 @@ OWNED = {
     "other keys": ("qconfig/requested.json", '"march":', '"march2":'),
     "a list for a mapping": ("qconfig/quantizers.json", "", "[]"),
     "scales of another number": ("qconfig/scales.json", "", '{{"conv1": 1.0}}'),
+    "more threads than a system starts": ("config.yaml", "threads: 0", "threads: 100000000"),
+    "a search that cannot work": ("config.yaml", "n_trials:", "n_trials: -1 #"),
+    "a device file for a network": ("config.yaml", MODEL, target("qflow.tasks.onnx_model.load", path="/dev/zero")),
+    "a parent's weights": (
+        "config.yaml",
+        MODEL,
+        target("qflow.tasks.perception.model.build_model", weights="../../x.safetensors"),
+    ),
+    "a path without its name": (
+        "config.yaml",
+        MODEL,
+        target("qflow.tasks.onnx_model.load", _args_="['\\\\host\\share\\x.onnx']"),
+    ),
+    "one key twice": ("config.yaml", "registered_model: digits", "registered_model: a\n  registered_model: digits"),
+    "two documents": ("config.yaml", "", "study: a\n---\nstudy: b\n"),
+    "a list": ("config.yaml", "", "- 1\n"),
+    "a number of 5000 digits": ("config.yaml", "", f"seed: {'9' * 5000}\n"),
     "threads without end": ("manifest.json", '"threads": 1', '"threads": 100000000000'),
 }
 
@@ -224,3 +241,9 @@ def test_a_report_reads_no_environment(stored, tmp_path, monkeypatch):
             write_report(tracker, "digits/int8_int16", study, tmp_path)
     path.write_text(before)
     tracker.log_study(study, folder=tmp_path)
+
+
+@pytest.mark.parametrize("result", ["[" * 50_000, "{}", "[]", "no JSON", '{"outcome": 3}'])
+def test_a_result_that_qflow_did_not_write_is_refused(result, stored, capsys):
+    stored.store.client.set_tag(stored.run, "qflow.result", result)
+    assert "The result of a run is one that qflow wrote" in refused(stored, capsys)
