@@ -1,11 +1,10 @@
 """The loader of a registered model for MLflow: `mlflow.pyfunc.load_model("models:/perception@champion")`.
 
 MLflow imports this module and calls `_load_pyfunc`. Inputs and outputs are arrays, by the names in the signature. Code
-of the user's own model is imported only if its package is in the environment variable QFLOW_ALLOW (my_pkg,other). MLflow
-calls this loader because the version names it, and would call any other: `qflow.load` is for a registry that others may
-write to. `model_config` chooses the device, and what `predict` returns: `arrays`,
-or for `mlflow.models.evaluate`, which takes a value a row, `class` (index of the largest value) or `rows` (one array a
-row).
+of the user's own model is imported only if its package is in the environment variable QFLOW_ALLOW (my_pkg,other).
+MLflow calls this loader because the version names it, and would call any other: `qflow.load` is for a registry that
+others may write to. `model_config` chooses the device, and what `predict` returns: `arrays`, or for
+`mlflow.models.evaluate`, which takes a value a row, `class` (index of the largest value) or `rows` (one array a row).
 """
 
 from __future__ import annotations

@@ -10,12 +10,11 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig
 
-from qflow.bundle.files import LIMITS
+from qflow.bundle.files import LIMITS, MOST
 from qflow.config.settings import load_resolved
 from qflow.core.errors import BundleError
 
 DEEPEST = 32  # levels of lists and mappings; what qflow writes has 8
-MOST = 256 << 20  # bytes of a file whose name has no limit of its own
 _STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
 """A text, also one without an end (so that no byte is looked at twice), or a bracket."""
 

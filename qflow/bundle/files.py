@@ -42,7 +42,6 @@ OPTIONAL: Mapping[str, int] = {
     WEIGHTS: 64 << 30,
     "training.json": 64 * MB,
     "training_steps.json": 64 * MB,
-    "scores.json": 16 * MB,
     "sensitivity.json": 64 * MB,
     "sensitivity_record.json": 64 * MB,
     SCORES: 64 * MB,
@@ -50,6 +49,8 @@ OPTIONAL: Mapping[str, int] = {
 """Files that a trial has if it was trained, evaluated after the ranking, or by a metric with a score a sample."""
 OF_STUDY: Mapping[str, int] = {EXAMPLE[0]: MB, EXAMPLE[1]: 16 << 30, PROFILE: 64 * MB}
 LIMITS: Mapping[str, int] = {**REQUIRED, **OPTIONAL, **OF_STUDY, RECORD: MB}
+MOST = 256 * MB
+"""Largest size in bytes of a file whose name has no limit of its own, as the pictures of an analysis."""
 
 
 def check_names(sizes: Mapping[str, int], whose: str, required: Mapping[str, int] = REQUIRED) -> None:

@@ -263,7 +263,7 @@ class SecuritySchema:
     """Whose code a stored trial may name."""
 
     allow: list[str] = field(default_factory=list)
-    """Packages beside the built-in tasks, or functions by their whole name: [my] allows my.build_model and my.data.Data."""
+    """Packages beside the built-in tasks, or whole names: [my] allows my.build_model and my.data.Data."""
 
 
 @dataclass(kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,30 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
 from qflow.core.errors import BundleError, TrackingError
+from qflow.core.store import sqlite_path
 from qflow.search.database import open_storage, place_of
 
 
 def study_names(storage: str | Path) -> list[str]:
-    """Return the names of the studies in a storage."""
+    """Return the names of the studies in a storage; none if there is no database yet, which is not created."""
+    file = sqlite_path(place_of(storage)[0])
+    if file is not None and not file.exists():
+        return []
     return sorted(optuna.get_all_study_names(open_storage(place_of(storage)[0])))
 
 
 def study_record(storage: str | Path, name: str) -> dict[str, Any]:
-    """Return the study `name` as builtins that JSON holds. Raises TrackingError for a study with a running trial."""
+    """Return the study `name` as builtins that JSON holds.
+
+    Raises TrackingError if it is missing or has a running trial.
+    """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if name not in study_names(storage):
+        url = place_of(storage)[0]
+        raise TrackingError(
+            f"A study that was tuned is bundled with its Optuna study, but got none of {name} in "
+            f"{sqlite_path(url) or url}. Name the folder that it was tuned in: root=<folder>."
+        )
     study = optuna.load_study(study_name=name, storage=open_storage(place_of(storage)[0]))
     trials = study.get_trials(deepcopy=False)
     running = [trial.number for trial in trials if trial.state == TrialState.RUNNING]
@@ -43,13 +56,8 @@ def study_record(storage: str | Path, name: str) -> dict[str, Any]:
 def restore_study(storage: str | Path, record: Mapping[str, Any]) -> None:
     """Create the study of `record` in another storage. Raises BundleError if it is no study, or the name is taken."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    trials, directions = check_study(record)
     opened = open_storage(place_of(storage)[0])
-    try:
-        trials = [_made(trial) for trial in record["trials"]]
-        directions = [StudyDirection[name] for name in record["directions"]]
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        text = " ".join(str(error).split())[:80]
-        raise BundleError(f"A study in a bundle is one that qflow wrote, but got {text}. Bundle it again.") from error
     try:
         study = optuna.create_study(storage=opened, study_name=record["name"], directions=directions)
     except optuna.exceptions.DuplicatedStudyError as error:
@@ -61,6 +69,28 @@ def restore_study(storage: str | Path, record: Mapping[str, Any]) -> None:
     except BaseException:
         optuna.delete_study(study_name=record["name"], storage=opened)
         raise
+
+
+def check_study(record: Mapping[str, Any]) -> tuple[list[optuna.trial.FrozenTrial], list[StudyDirection]]:
+    """Return the trials and directions of a record. Raises BundleError if it is not as `study_record` returned it."""
+    try:
+        json.dumps(dict(record["user_attrs"]))
+        trials, directions = [_made(t) for t in record["trials"]], [StudyDirection[d] for d in record["directions"]]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        text = " ".join(str(error).split())[:80]
+        raise BundleError(f"A study in a bundle is one that qflow wrote, but got {text}. Bundle it again.") from error
+    if not directions:
+        raise BundleError("A study in a bundle has a direction, but got none. Bundle it again.")
+    return trials, directions
+
+
+def withdraw_study(storage: str | Path, name: str, runs: Collection[str]) -> None:
+    """Delete the study that an import of these runs has made, if it has; a study of other runs stays."""
+    if name in study_names(storage):
+        opened = open_storage(place_of(storage)[0])
+        text = json.dumps([_trial(t) for t in optuna.load_study(study_name=name, storage=opened).get_trials()])
+        if any(run in text for run in runs):
+            optuna.delete_study(study_name=name, storage=opened)
 
 
 def taken(name: str) -> str:

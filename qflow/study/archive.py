@@ -8,25 +8,39 @@ and makes the study known as its last step.
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qflow.bundle.files import sha256
-from qflow.core.errors import BundleError, TrackingError
+from qflow.bundle.files import LIMITS, MOST, sha256
+from qflow.core.errors import BundleError, TrackingError, TrialError
 from qflow.core.names import check_study_name
 from qflow.core.record import digest
 from qflow.core.version import VERSION
-from qflow.search.carried import restore_study, study_names, study_record, taken
+from qflow.search.carried import check_study, restore_study, study_names, study_record, taken, withdraw_study
+from qflow.search.outcome import Marker
 from qflow.tracking.artifacts import Store
-from qflow.tracking.carried import publish, renamed, restore_runs, run_records, withdrawn_on_error
-from qflow.tracking.mlflow_tracker import MlflowTracker
+from qflow.tracking.carried import (
+    check_runs,
+    publish,
+    renamed,
+    restore_runs,
+    run_records,
+    unfinished,
+    withdraw_runs,
+    withdrawn_on_error,
+)
+from qflow.tracking.limits import check_experiment_name, joined
+from qflow.tracking.mlflow_tracker import RESULT, MlflowTracker
 
 FORMAT, SCHEMA = "qflow study", 1
 RECORD = "study.json"
-LARGEST_RECORD = 1 << 30  # bytes; a study of 500 trials has 20 MB
+LARGEST_RECORD = 1 << 28  # bytes; a study of 500 trials has 20 MB
 TEXTS = (".json", ".md", ".txt", ".html", ".csv")
 """Files of the study's own run in which the ids of its trials are renamed."""
 
@@ -45,8 +59,9 @@ def pack(uri: str | None, root: Path, study: str, path: Path) -> int:
         which = f"it in {', '.join(found)}" if found else "none of that name"
         raise TrackingError(f"A bundled study is in one experiment, but got {which}: {study}. Name it: study=<name>.")
     ((experiment, run),) = found.items()
-    optuna_study = study_record(root, study)
     records = run_records(store, run)
+    searched = any(int(record["tags"]["qflow.trial"]) >= 0 for record in records[1:])  # not only trials by hand
+    optuna_study = study_record(root, study) if searched or study in study_names(root) else None
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".bundle-") as name:
         for number, record in enumerate(records):
@@ -79,22 +94,42 @@ def unpack(uri: str | None, root: Path, path: Path) -> tuple[str, int]:
         folder = Path(name)
         record = _verified(path, folder)
         study, runs = record["study"], record["runs"]
-        root.mkdir(parents=True, exist_ok=True)
-        tracker = MlflowTracker.open(uri, root, record["experiment"])
-        if tracker.experiments_with(study) or study in study_names(root):
-            raise BundleError(taken(study))
+        tracker = _free_store(uri, root, study, record["experiment"])
         folders = [folder / "files" / str(number) for number in range(len(runs))]
         for place in folders:
             place.mkdir(parents=True, exist_ok=True)
-        try:
-            made = restore_runs(tracker, runs, folders)
-            with withdrawn_on_error(tracker, made):
+        made = restore_runs(tracker, runs, folders)
+        with withdrawn_on_error(tracker, made):
+            try:
                 _rename_texts(tracker, folders[0], made[runs[0]["id"]], made)
-                restore_study(root, json.loads(renamed(json.dumps(record["optuna"]), made)))
-            publish(tracker, runs, made)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise _damaged(path, " ".join(str(error).split())[:80]) from error
+                if record["optuna"] is not None:
+                    restore_study(root, json.loads(renamed(json.dumps(record["optuna"]), made)))
+                publish(tracker, runs, made)
+            except BaseException:
+                withdraw_study(root, study, made.values())
+                raise
     return study, len(runs) - 1
+
+
+def _free_store(uri: str | None, root: Path, study: str, experiment: str) -> MlflowTracker:
+    """Open the store for a study that it does not know; what a killed import of it has left is removed.
+
+    Raises BundleError, before anything is made, for a study that it knows.
+    """
+    store, left = None, []
+    with suppress(TrackingError):  # a store that is missing is made below, or refused with its reason
+        store = Store.open(uri, root)
+    if store is not None:
+        if store.studies(study):
+            raise BundleError(taken(study))
+        left = unfinished(store, study)
+        withdraw_study(root, study, left)
+    if study in study_names(root):
+        raise BundleError(taken(study))
+    if store is not None:
+        withdraw_runs(store, left)
+    root.mkdir(parents=True, exist_ok=True)
+    return MlflowTracker.open(uri, root, experiment)
 
 
 def _rename_texts(tracker: MlflowTracker, folder: Path, run_id: str, made: Mapping[str, str]) -> None:
@@ -118,17 +153,14 @@ def _verified(path: Path, folder: Path) -> dict[str, Any]:
                 for number, run in enumerate(record["runs"])
                 for name, value in run["files"].items()
             }
-            names = [entry.filename for entry in archive.infolist()]
-            odd = [n for n in names if n != RECORD and (n not in listed or not _plain(n))]
-            if odd or len(names) != len(listed) + 1:
-                raise _damaged(path, f"the file {odd[0]:.80}" if odd else "other files than it lists")
+            _check_entries(archive.infolist(), listed, path, folder)
             for name, value in listed.items():
                 archive.extract(name, folder)
                 if sha256(folder / name) != value:
                     raise _damaged(path, f"another content of {name:.80}")
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
         raise BundleError(f"A study is imported from a bundle, but got {path}: {error}. Name its file.") from error
-    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError, TrialError) as error:
         raise _damaged(path, " ".join(str(error).split())[:80]) from error
     return record
 
@@ -143,12 +175,34 @@ def _record(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
     if digest(content) != record["digest"]:
         raise _damaged(path, "another digest than it states")
     check_study_name(record["study"])
-    kinds = [(run["tags"]["qflow.kind"], run["tags"]["qflow.study"]) for run in record["runs"]]
-    if kinds != [("study", record["study"]), *[("trial", record["study"])] * (len(kinds) - 1)]:
-        raise _damaged(path, "runs of another study")
-    if record["optuna"]["name"] != record["study"]:
-        raise _damaged(path, "an Optuna study of another name")
+    check_experiment_name(record["experiment"])
+    check_runs(record["runs"], record["study"])
+    for run in record["runs"]:
+        if text := joined(run["tags"]).get(RESULT):
+            Marker.from_json(text)
+    if (optuna := record["optuna"]) is not None:
+        if optuna["name"] != record["study"]:
+            raise _damaged(path, "an Optuna study of another name")
+        check_study(optuna)
     return content
+
+
+def _check_entries(entries: Sequence[zipfile.ZipInfo], listed: Mapping[str, str], path: Path, folder: Path) -> None:
+    """Raise BundleError unless the files are those that the record lists, of sizes that are written, and fit."""
+    names = [entry.filename for entry in entries]
+    odd = [n for n in names if n != RECORD and (n not in listed or not _plain(n))]
+    if odd or sorted(names) != sorted([RECORD, *listed]):
+        raise _damaged(path, f"the file {odd[0]:.80}" if odd else "other files than it lists")
+    for entry in entries:
+        most = LARGEST_RECORD if entry.filename == RECORD else LIMITS.get(entry.filename.split("/", 2)[2], MOST)
+        if entry.file_size > most:
+            raise _damaged(path, f"{entry.file_size} bytes, more than {most}, for {entry.filename:.80}")
+    total, free = sum(entry.file_size for entry in entries), shutil.disk_usage(folder).free
+    if total > free:
+        raise BundleError(
+            f"A bundle is unpacked into {folder.parent}, but got {path} of {total} bytes, and {free} are free. Set "
+            "TMPDIR to a larger folder."
+        )
 
 
 def _plain(name: str) -> bool:

@@ -7,20 +7,25 @@ study or trial are written last, so that a half-imported study is none.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qflow.core.errors import TrackingError
-from qflow.tracking.artifacts import Store
+from qflow.tracking.artifacts import Opened, Store
+from qflow.tracking.limits import joined, quoted
 from qflow.tracking.mlflow_tracker import BATCH, METRIC_BATCH, MlflowTracker
 
 if TYPE_CHECKING:
-    from mlflow.entities import DatasetInput, Run
+    from mlflow.entities import DatasetInput, Metric, Param, Run, RunTag
 
 KNOWN = ("qflow.kind", "qflow.study")
 """Tags by which a run is found."""
+IMPORTING = "qflow.importing"
+"""Tag of a run whose import has not ended, with the name of its study."""
+ENDED = ("FINISHED", "FAILED", "KILLED")
 
 
 def run_records(store: Store, study_run: str) -> list[dict[str, Any]]:
@@ -48,6 +53,35 @@ def run_records(store: Store, study_run: str) -> list[dict[str, Any]]:
         return [_record(store, run) for run in ordered]
 
 
+def check_runs(records: Sequence[Mapping[str, Any]], study: str) -> None:
+    """Raise LookupError, TypeError or ValueError for runs that are not a study and its trials, as they are exported."""
+    ids = [str(record["id"]) for record in records]
+    if len(set(ids)) < len(ids) or not all(re.fullmatch("[0-9a-f]{32}", text) for text in ids):
+        raise ValueError("ids of runs that are not 32 hexadecimal digits each")
+    for number, record in enumerate(records):
+        tags = joined(record["tags"])
+        if (tags["qflow.kind"], tags["qflow.study"]) != ("trial" if number else "study", study):
+            raise ValueError("runs of another study")
+        if number and tags["mlflow.parentRunId"] != ids[0]:
+            raise ValueError("a trial of another study's run")
+        if number:
+            int(tags["qflow.trial"])
+        elif tags.get("qflow.best") and tags["qflow.best"] not in ids:
+            raise ValueError("a best trial that is none of the study's")
+        if record["status"] not in ENDED:
+            raise ValueError(f"the status {record['status']!s:.20}")
+        if not all(isinstance(record[at], int) for at in ("start", "end")) or not isinstance(record["name"], str):
+            raise ValueError("a run without name, start or end")
+        _values(record, {})
+
+
+def unfinished(store: Opened, study: str) -> list[str]:
+    """Return the ids of the runs that an import of this study has left behind when its process was killed."""
+    with store.calling() as client:
+        places = [experiment.experiment_id for experiment in client.search_experiments()]
+        return [str(r.info.run_id) for r in client.search_runs(places, f"tags.`{IMPORTING}` = {quoted(study)}")]
+
+
 def restore_runs(
     tracker: MlflowTracker, records: Sequence[Mapping[str, Any]], folders: Sequence[Path]
 ) -> dict[str, str]:
@@ -59,7 +93,10 @@ def restore_runs(
     with tracker.calling() as client, withdrawn_on_error(tracker, made):
         for record in records:
             run = client.create_run(
-                tracker.experiment_id, start_time=int(record["start"]), run_name=str(record["name"])
+                tracker.experiment_id,
+                start_time=record["start"],
+                run_name=record["name"],
+                tags={IMPORTING: record["tags"]["qflow.study"]},
             )
             made[str(record["id"])] = str(run.info.run_id)
         for record, folder in zip(records, folders, strict=True):
@@ -75,6 +112,8 @@ def publish(tracker: MlflowTracker, records: Sequence[Mapping[str, Any]], made: 
         for record in reversed(records):
             for key in KNOWN:
                 client.set_tag(made[record["id"]], key, record["tags"][key])
+        for run in made.values():
+            client.delete_tag(run, IMPORTING)
 
 
 @contextmanager
@@ -83,10 +122,15 @@ def withdrawn_on_error(tracker: MlflowTracker, made: Mapping[str, str]) -> Itera
     try:
         yield
     except BaseException:
-        with tracker.calling() as client:
-            for run in made.values():
-                client.delete_run(run)
+        withdraw_runs(tracker, made.values())
         raise
+
+
+def withdraw_runs(store: Opened, runs: Iterable[str]) -> None:
+    """Delete runs of an import that has not ended."""
+    with store.calling() as client:
+        for run in runs:
+            client.delete_run(run)
 
 
 def renamed(text: str, made: Mapping[str, str]) -> str:
@@ -117,18 +161,28 @@ def _record(store: Store, run: Run) -> dict[str, Any]:
 
 
 def _fill(tracker: MlflowTracker, run_id: str, record: Mapping[str, Any], made: Mapping[str, str]) -> None:
-    from mlflow.entities import Metric, Param, RunTag
-
+    metrics, params, tags, inputs = _values(record, made)
     client = tracker.client
-    metrics = [Metric(k, float(v), int(t), int(s)) for k, rows in record["metrics"].items() for v, t, s in rows]
-    params = [Param(key, str(value)) for key, value in record["params"].items()]
-    tags = [RunTag(k, renamed(str(v), made)) for k, v in record["tags"].items() if k not in KNOWN]
     for start in range(0, len(metrics), METRIC_BATCH):
         client.log_batch(run_id, metrics=metrics[start : start + METRIC_BATCH])
     for start in range(0, max(len(params), len(tags)), BATCH):
         client.log_batch(run_id, params=params[start : start + BATCH], tags=tags[start : start + BATCH])
-    client.log_inputs(run_id, datasets=[_input(found) for found in record["inputs"]])
+    client.log_inputs(run_id, datasets=inputs)
     client.set_terminated(run_id, record["status"], end_time=record["end"])
+
+
+def _values(
+    record: Mapping[str, Any], made: Mapping[str, str]
+) -> tuple[list[Metric], list[Param], list[RunTag], list[DatasetInput]]:
+    """Return metrics, params, tags and inputs of a run, with the new ids in the tags."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    return (
+        [Metric(k, float(v), int(t), int(s)) for k, rows in record["metrics"].items() for v, t, s in rows],
+        [Param(key, str(value)) for key, value in record["params"].items()],
+        [RunTag(k, renamed(str(v), made)) for k, v in record["tags"].items() if k not in KNOWN],
+        [_input(found) for found in record["inputs"]],
+    )
 
 
 def _data_set(found: DatasetInput) -> dict[str, Any]:

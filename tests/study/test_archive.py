@@ -4,17 +4,20 @@ import json
 import shutil
 import time
 import zipfile
+from hashlib import sha256
 
 import pytest
 from support.compose import compose
 from support.stored import TINY, store_trial, uri_of
 
 import qflow
-from qflow.core.errors import BundleError, TrackingError
-from qflow.search.carried import study_record
+from qflow.core.errors import BundleError, QflowError, TrackingError
+from qflow.core.record import digest
+from qflow.search.carried import study_names, study_record
 from qflow.search.reconcile import check_invariants
 from qflow.study.archive import pack, unpack
 from qflow.study.start import open_session
+from qflow.tracking.carried import unfinished
 from qflow.tracking.mlflow_tracker import MlflowTracker
 
 pytestmark = pytest.mark.slow  # works with stores
@@ -133,3 +136,110 @@ def test_a_failed_import_leaves_no_study(packed, tmp_path, monkeypatch):
     assert tracker_of(tmp_path).find_study(STUDY) is None
     assert unpack(None, tmp_path, packed[0] / "study.zip") == (STUDY, 1)
     shutil.rmtree(tmp_path)
+
+
+def edited(source, target, edit):
+    """A copy of an archive whose record `edit` has changed, with a digest that fits."""
+
+    def change(contents):
+        record = json.loads(contents["study.json"])
+        edit(record, contents)
+        content = {key: record[key] for key in ("experiment", "study", "runs", "optuna")}
+        contents["study.json"] = json.dumps({**record, "digest": digest(content)}).encode()
+
+    return changed(source, target, change)
+
+
+def bomb(record, contents):
+    contents["files/0/bomb"] = b"0" * (257 << 20)
+    record["runs"][0]["files"]["bomb"] = sha256(contents["files/0/bomb"]).hexdigest()
+
+
+def of_run(number, **values):
+    return lambda record, _: record["runs"][number].update(values)
+
+
+def of_tags(number, **values):
+    return lambda record, _: record["runs"][number]["tags"].update({k.replace("_", "."): v for k, v in values.items()})
+
+
+FORGED = {
+    "a file without end": (bomb, "269484032 bytes, more than 268435456"),
+    "an id that is part of other texts": (of_run(1, id="e"), "ids of runs"),
+    "another status": (of_run(1, status="RUNNING"), "the status RUNNING"),
+    "no time": (of_run(0, start="now"), "without name, start or end"),
+    "another parent": (of_tags(1, mlflow_parentRunId="0" * 32), "a trial of another study's run"),
+    "another best": (of_tags(0, qflow_best="0" * 32), "a best trial that is none"),
+    "no number": (of_tags(1, qflow_trial="x"), "invalid literal"),
+    "a result of 50000 levels": (of_tags(1, qflow_result="[" * 7000), "The result of a run is one that qflow"),
+    "another study": (of_tags(1, qflow_study="other"), "runs of another study"),
+    "a parent folder as a name": (lambda r, _: r.update(study="../x"), "A study name is words"),
+    "no experiment": (lambda r, _: r.update(experiment=""), "has 1 to 500 characters"),
+    "no Optuna trial": (lambda r, _: r["optuna"]["trials"][0].update(state="DONE"), "one that qflow wrote, but got"),
+    "no direction": (lambda r, _: r["optuna"].update(directions=[]), "has a direction"),
+    "metrics that are none": (of_run(1, metrics={"a": [["x", 0, 0]]}), "could not convert"),
+    "inputs that are none": (of_run(1, inputs=[{}]), "in"),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_forged_bundle_is_refused_before_a_store_is_made(case, packed, tmp_path):
+    edit, said = FORGED[case]
+    bundle = edited(packed[0] / "study.zip", tmp_path / "bad.zip", edit)
+    with pytest.raises(QflowError, match=said) as refused:
+        unpack(None, tmp_path / "store", bundle)
+    assert "\n" not in str(refused.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.zip"]
+
+
+def test_a_bundle_with_a_flipped_byte_is_refused(packed, tmp_path):
+    data = bytearray((packed[0] / "study.zip").read_bytes())
+    data[200:300] = b"\xff" * 100
+    (tmp_path / "bad.zip").write_bytes(data)
+    with pytest.raises(BundleError, match="A study is imported from a bundle, but got"):
+        unpack(None, tmp_path / "store", tmp_path / "bad.zip")
+
+
+@pytest.mark.parametrize("killed", ["_rename_texts", "publish"])
+def test_an_import_that_was_killed_does_not_block_the_name(killed, packed, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"qflow.study.archive.{killed}", kill)
+        for undone in ("qflow.study.archive.withdraw_study", "qflow.tracking.carried.withdraw_runs"):
+            patched.setattr(undone, lambda *_: None)  # a process that is gone removes nothing
+        with pytest.raises(Killed):
+            unpack(None, tmp_path, packed[0] / "study.zip")
+    assert tracker_of(tmp_path).find_study(STUDY) is None
+    assert (study_names(tmp_path) == [STUDY]) == (killed == "publish")
+    assert unpack(None, tmp_path, packed[0] / "study.zip") == (STUDY, 1)
+    tracker = tracker_of(tmp_path)
+    run = tracker.run_tags(tracker.find_study(STUDY))["qflow.best"]
+    assert run in json.dumps(study_record(tmp_path, STUDY)) and not unfinished(tracker, STUDY)
+
+
+def test_an_optuna_study_whose_runs_are_elsewhere_is_kept(packed, tmp_path):
+    shutil.copyfile(packed[0] / "optuna.db", tmp_path / "optuna.db")
+    with pytest.raises(BundleError, match=f"got {STUDY}, which exists"):
+        unpack(None, tmp_path, packed[0] / "study.zip")
+    assert study_names(tmp_path) == [STUDY] and not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_tuned_study_needs_its_optuna_database_and_trials_by_hand_do_not(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr("qflow.study.archive.study_names", lambda _: [])
+    monkeypatch.setattr("qflow.search.carried.study_names", lambda _: [])
+    with pytest.raises(TrackingError, match=f"but got none of {STUDY} in .*optuna.db. Name the folder"):
+        pack(None, packed[0], STUDY, tmp_path / "study.zip")
+    tracker = tracker_of(packed[0])
+    monkeypatch.undo()
+    run = tracker.open_study("by/hand", tags={}, params={}, description="")
+    trial = tracker.start_trial(run, "by/hand", -1, "by hand")
+    tracker.end(trial, "FINISHED")
+    tracker.close_study(run)
+    assert pack(None, packed[0], "by/hand", tmp_path / "hand.zip") == 1
+    assert unpack(None, tmp_path / "new", tmp_path / "hand.zip") == ("by/hand", 1)
+    assert not (tmp_path / "new" / "optuna.db").exists()
