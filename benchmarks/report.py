@@ -26,12 +26,13 @@ def main() -> None:
 
     from qflow.report.study_page import study_page
     from qflow.search.importance import importances
+    from qflow.search.objective import MINIMIZE
 
-    importances(SPACE, trials(24), ["accuracy/drop"])  # imports scikit-learn
+    importances(SPACE, trials(24), {"accuracy/drop": MINIMIZE})  # imports scikit-learn
     print(f"{'trials':>7}{'operators':>11}{'MB':>7}{'importances s':>15}{'page s':>8}")
     for count in options.trials:
         start = time.perf_counter()
-        importances(SPACE, trials(count), ["accuracy/drop", "cost/latency_ms"])
+        importances(SPACE, trials(count), {"accuracy/drop": MINIMIZE, "cost/latency_ms": MINIMIZE})
         shares = time.perf_counter() - start
         for operators in options.operators:
             made = record(count, operators, trained=True)

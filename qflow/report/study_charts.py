@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from qflow.core.names import trial_name
 from qflow.report.charts import name_room
 from qflow.report.study_record import StudyRecord, Training
 from qflow.search.objective import best_trial, meets, pareto_set
-from qflow.search.outcome import FinishedTrial
+from qflow.search.outcome import STOPPED, FinishedTrial
 
 LATENCY, DROP = "cost/latency_ms", "accuracy/drop"
 LOW, HIGH = "cost/latency_low_ms", "cost/latency_high_ms"
-STOPPED = "qflow.stopped"
 ROOM = 0.06  # of an axis, beyond the outermost points
 
 
@@ -23,11 +23,12 @@ def front_chart(record: StudyRecord) -> dict[str, Any]:
     Trials beyond the axis (diverged ones, say) are drawn at its edge, so that they do not flatten the others.
     """
     study, cost = record.searched, first_cost(record)
-    trials = [t for t in study.trials if cost in t.outcome.metrics and DROP in t.outcome.metrics]
+    every = [*study.trials, *study.by_hand]
+    trials = [t for t in every if cost in t.outcome.metrics and DROP in t.outcome.metrics]
     low, high = drop_range(record, trials)
     named = {t.number for t in study.baselines.values()} | {study.shown.number if study.shown else -1}
     front = {t.number for t in front_of(record)}
-    rest = [t for t in trials if t.number not in named]
+    rest = [t for t in trials if t.number not in named and t.number >= 0]
     inside = [t for t in rest if t.outcome.metrics[DROP] <= high and STOPPED not in t.outcome.tags]
     edge = [t for t in rest if t not in inside]
 
@@ -52,6 +53,7 @@ def front_chart(record: StudyRecord) -> dict[str, Any]:
     for label, trial in study.baselines.items():
         if trial.number != (study.shown.number if study.shown else -1) and trial in trials:
             lists.append(series(label, "c4", "square", [trial], ranged=True, size=6, label=label))
+    lists += [series(trial_name(t.number, t.label), "c3", "square", [t], size=6) for t in study.by_hand if t in trials]
     title = "best" if study.best else "nearest miss"
     lists.append(series(title, "c1", "star", best, ranged=True, size=6, label=title))  # type: ignore[arg-type]
     return {
@@ -75,7 +77,7 @@ def _axis(metric: str) -> str:
 def front_of(record: StudyRecord) -> list[FinishedTrial]:
     """The trials that no other dominates, by the study's objectives."""
     goal = record.searched.goal
-    return pareto_set(record.searched.trials, list(goal.optimize.values()))
+    return pareto_set(record.searched.whole, list(goal.optimize.values()))
 
 
 def _point(record: StudyRecord, trial: FinishedTrial, cost: str, high: float, ranged: bool) -> list[Any]:
@@ -137,7 +139,7 @@ def path_chart(record: StudyRecord) -> dict[str, Any]:
 def trial_text(record: StudyRecord, trial: FinishedTrial) -> str:
     """What the tooltip of a trial shows."""
     m, accuracy = trial.outcome.metrics, record.searched.accuracy
-    lines = [f"trial {trial.number} {trial.label}".strip()]
+    lines = [trial_name(trial.number, trial.label)]
     lines.append(f"{accuracy.split('/', 1)[1]} {m[accuracy]:.4f}, drop {m[DROP]:+.4f}")
     if LATENCY in m:
         lines.append(f"{m[LATENCY]:.3f} ms [{m.get(LOW, math.nan):.2f}, {m.get(HIGH, math.nan):.2f}]")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from qflow.core.dtype import QDtype
+from qflow.core.names import trial_name
 from qflow.report import analysis_page as analysis
 from qflow.report import study_charts as charts
 from qflow.report.network_picture import dtype_of, network_picture
@@ -113,7 +114,8 @@ def _decided(record: StudyRecord) -> str:
 
 
 def _front(record: StudyRecord) -> str:
-    if not record.searched.trials:
+    by_hand = record.searched.by_hand
+    if not record.searched.trials and not by_hand:
         return missing("No trial finished.")
     front = sorted(charts.front_of(record), key=lambda t: t.outcome.metrics.get(charts.LATENCY, 0.0))
     words = (
@@ -124,6 +126,7 @@ def _front(record: StudyRecord) -> str:
         paragraph(words)
         + chart(charts.front_chart(record))
         + folded(f"The {len(front)} trials of the front", _trials(record, front))
+        + (folded(f"{len(by_hand)} by hand, no result of the search", _trials(record, by_hand)) if by_hand else "")
     )
 
 
@@ -131,7 +134,8 @@ def _trials(record: StudyRecord, trials: Sequence[FinishedTrial]) -> str:
     name, keys = record.searched.accuracy, list(record.searched.space)
     rows = [
         [
-            ("number", link(str(t.number), record.run_address(t))), cell(t.label),
+            ("number", link(str(t.number) if t.number >= 0 else trial_name(t.number, t.label), record.run_address(t))),
+            cell(t.label),
             cell(t.outcome.metrics[name]), cell(t.outcome.metrics[charts.DROP]),
             cell(t.outcome.metrics.get(charts.LATENCY)), cell(t.outcome.metrics.get("qconfig/n_int16")),
             cell("meets", "good") if meets(t) else cell("misses"),
@@ -170,7 +174,7 @@ def _importances(record: StudyRecord) -> str:
         return missing(found.reason)
     words = (
         "fANOVA: share of a metric's variance over all trials that a parameter explains. PED-ANOVA: how much the best "
-        "tenth of the trials has it in common. Parameters that only some trials have are left out."
+        "tenth of the trials has it in common. Trials in which a strategy chose the operators itself are left out."
     )
     return paragraph(words) + chart(charts.importance_chart(record))
 

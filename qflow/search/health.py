@@ -5,6 +5,7 @@ A check is a function of the searched study. It answers fine, look (something to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,11 +13,11 @@ from qflow.search.domain import Choice, Interval, Scalar, Space
 from qflow.search.importance import FANOVA, Importances
 from qflow.search.noise import Noise, difference_noise
 from qflow.search.objective import CONSTRAINT, Goal, accurate, best_trial, meets, merit, nearest_miss, over_budget
-from qflow.search.outcome import FailedTrial, FinishedTrial
+from qflow.search.outcome import STOPPED, FailedTrial, FinishedTrial
 
 FINE, LOOK, UNKNOWN = "fine", "look", "unknown"
 NO_INFLUENCE = 0.01  # share of the variance of every metric below which a parameter has no influence
-EDGE = 0.02  # share of an interval next to its end that counts as the border
+EDGE = 0.02  # share of an interval (of its logarithms with log) next to its end that counts as the border
 FEW_STEPS, FEW_SAMPLES = 10, 50  # the guide recommends 10 to 100 steps of calibration
 MANY_FAILURES = 0.2  # share of trials
 SIGMAS = 2.0
@@ -29,6 +30,7 @@ class Searched:
     space: Space
     goal: Goal
     trials: Sequence[FinishedTrial]
+    """Those of the search, by number."""
     failed: Sequence[FailedTrial]
     baselines: Mapping[str, FinishedTrial]
     accuracy: str
@@ -36,6 +38,10 @@ class Searched:
     float_metric: float
     samples: int
     """Number of evaluation samples."""
+    by_hand: Sequence[FinishedTrial] = ()
+    """Trials by hand, which are no result of the search."""
+    sequences: Sequence[int] = ()
+    """Lengths of the sequences that the evaluation samples are frames of; empty if samples are independent."""
     calibration: tuple[int, int] = (0, 0)
     """(steps, samples) of the calibration; zeros if they are not known."""
     importances: Importances = field(default_factory=lambda: Importances({}, "They were not computed."))
@@ -43,21 +49,26 @@ class Searched:
     """Returns the score of a trial, or of the float model (None), for each evaluation sample; empty if not kept."""
 
     @property
+    def whole(self) -> list[FinishedTrial]:
+        """The trials that were evaluated to the end; what ended early has no drop of its own."""
+        return [t for t in self.trials if STOPPED not in t.outcome.tags]
+
+    @property
     def best(self) -> FinishedTrial | None:
         """The best trial that meets the goal."""
-        return best_trial(self.trials, self.goal.ranking)
+        return best_trial(self.whole, self.goal.ranking)
 
     @property
     def shown(self) -> FinishedTrial | None:
         """The best trial, or the nearest miss."""
-        return self.best or nearest_miss(self.trials, self.goal.ranking)
+        return self.best or nearest_miss(self.whole or self.trials, self.goal.ranking)
 
     @property
     def rival(self) -> FinishedTrial | None:
         """The trial that would be better than the shown one if it met the goal, and misses it by the least."""
         best = self.shown
-        order = [merit(t, self.goal.ranking) for t in self.trials if best is not None and t.number == best.number]
-        cheaper = [t for t in self.trials if order and merit(t, self.goal.ranking) < order[0] and not over_budget(t)]
+        order = [merit(t, self.goal.ranking) for t in self.whole if best is not None and t.number == best.number]
+        cheaper = [t for t in self.whole if order and merit(t, self.goal.ranking) < order[0] and not over_budget(t)]
         return min(cheaper, key=lambda t: t.outcome.constraints[CONSTRAINT], default=None)
 
     def noise(self, one: FinishedTrial, other: FinishedTrial | None) -> Noise:
@@ -65,7 +76,7 @@ class Searched:
         scores = self.scores(one), self.scores(other)
         reference = self.float_metric if other is None else other.outcome.metrics[self.accuracy]
         pair = scores if scores[0] and scores[1] else None
-        return difference_noise(one.outcome.metrics[self.accuracy], reference, self.samples, pair)
+        return difference_noise(one.outcome.metrics[self.accuracy], reference, self.samples, pair, self.sequences)
 
 
 @dataclass(frozen=True)
@@ -94,16 +105,19 @@ def _at_end(space: Space, key: str, value: Scalar) -> str:
     if domain is None or isinstance(domain, Choice) or not isinstance(value, (int, float)) or isinstance(value, bool):
         return ""
     if isinstance(domain, Interval):
-        low, high = domain.low, domain.high
-        near = EDGE * (high - low)
+        low, high, place = domain.low, domain.high, math.log if domain.log else float
+        inside = place(min(max(value, low), high))
+        at = (inside - place(low)) / (place(high) - place(low)) if high > low else 0.5
+        at_low, at_high = at <= EDGE, at >= 1.0 - EDGE
     else:
         numbers = [float(p) for p in domain.points() if isinstance(p, (int, float))]
-        low, high, near = numbers[0], numbers[-1], 0.0
+        low, high = numbers[0], numbers[-1]
+        at_low, at_high = value <= low, value >= high
     if key == "qconfig.int16_ratio" and value in (0.0, 1.0):
         return ""  # nothing lies beyond none and all operators
-    if high > low and value <= low + near:
+    if high > low and at_low:
         return f"{key} (its least value {low:g})"
-    return f"{key} (its largest value {high:g})" if high > low and value >= high - near else ""
+    return f"{key} (its largest value {high:g})" if high > low and at_high else ""
 
 
 def beats_baselines(study: Searched) -> Verdict:
@@ -135,7 +149,7 @@ def feasible(study: Searched) -> Verdict:
     if study.best is not None:
         count = sum(map(meets, study.trials))
         return Verdict(title, FINE, f"{count} of {len(study.trials)} trials meet it ({study.goal}).")
-    enough = [t for t in study.trials if accurate(t)]
+    enough = [t for t in study.whole if accurate(t)]
     if enough:
         budgets = sorted({name for t in enough for name in over_budget(t)})
         return Verdict(title, LOOK, f"Trials keep the accuracy, but none stays below {', '.join(budgets)}. Relax it.")
@@ -146,7 +160,7 @@ def feasible(study: Searched) -> Verdict:
         return Verdict(
             title, LOOK, f"{words}: no int8/int16 mix is likely to meet it. See the decisions for the cause."
         )
-    least = min(t.outcome.metrics["accuracy/drop"] for t in study.trials)
+    least = min(t.outcome.metrics["accuracy/drop"] for t in study.whole or study.trials)
     return Verdict(title, LOOK, f"The least drop is {least:.4g}, and {study.goal.max_drop:g} is allowed.")
 
 
@@ -181,7 +195,8 @@ def resolution(study: Searched) -> Verdict:
         gaps.append((words, rival.outcome.metrics["accuracy/drop"] - drop, study.noise(rival, best)))
     texts = [f"{words.format(abs(gap))} (two standard errors: {SIGMAS * n.error:.4g})" for words, gap, n in gaps]
     small = [text for text, (_, gap, n) in zip(texts, gaps, strict=True) if abs(gap) <= SIGMAS * n.error]
-    how = f"The noise is {noise.how}, over {study.samples} samples."
+    among = f" in {len(study.sequences)} sequences" if study.sequences else ""
+    how = f"The noise is {noise.how}, over {study.samples} samples{among}."
     if small:
         return Verdict(title, LOOK, f"{'; '.join(texts)}. More evaluation samples would make it sure. {how}")
     return Verdict(title, FINE, f"{'; '.join(texts)}. {how}")
@@ -192,10 +207,13 @@ def calibrated(study: Searched) -> Verdict:
     title, (steps, samples) = "Calibration data", study.calibration
     if not samples:
         return Verdict(title, UNKNOWN, "The number of calibration samples is not recorded.")
-    if steps < FEW_STEPS or samples < FEW_SAMPLES:
-        words = f"{samples} samples in {steps} steps, and the guide asks for {FEW_STEPS} to 100 steps"
+    found = f"{samples} samples in {steps} steps"
+    if samples < FEW_SAMPLES:
+        return Verdict(title, LOOK, f"{found}: fewer than {FEW_SAMPLES} samples say little of ranges. Give more data.")
+    if steps < FEW_STEPS:
+        words = f"{found}, and the guide asks for {FEW_STEPS} to 100 steps"
         return Verdict(title, LOOK, f"{words}: give more data, or a smaller calibration.batch_size.")
-    return Verdict(title, FINE, f"{samples} samples in {steps} steps.")
+    return Verdict(title, FINE, f"{found}.")
 
 
 def failures(study: Searched) -> Verdict:

@@ -1,7 +1,8 @@
 """Which searched keys matter: Optuna's own evaluators on the finished trials of a study.
 
 The trials are put into a study in memory with the points that were really measured, because the database holds the
-sampler's values where a strategy replaced them. Keys that some trials lack (conditions) are left out, as Optuna does.
+sampler's values where a strategy replaced them. A strategy's own trials lack the keys that it replaced, and are left
+out, so that every key that is always searched is compared. Keys with conditions are left out where a trial lacks them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from qflow.search.domain import Choice, Domain, Interval, Scalar, Space
+from qflow.search.objective import Directions
 from qflow.search.outcome import FinishedTrial
 
 ENOUGH = 20  # trials; with fewer, one lucky trial decides the figures
@@ -35,34 +37,39 @@ class Importances:
         return tuple(sorted(every, key=lambda key: -max(shares.get(key, 0.0) for shares in self.shares.values())))
 
 
-def importances(space: Space, trials: Sequence[FinishedTrial], metrics: Sequence[str]) -> Importances:
-    """Return how much each key of `space` explains of each of `metrics`, which smaller is better in.
+def importances(space: Space, trials: Sequence[FinishedTrial], metrics: Directions) -> Importances:
+    """Return how much each key of `space` explains of each of `metrics`, which are optimized in the given directions.
 
     fANOVA gives the share of a metric's variance over all trials; PED-ANOVA compares the best tenth with the rest, so
     it tells which keys the best trials have in common (both are those of optuna.importance, with seed 0).
     """
     every = {key: _distribution(domain) for key, domain in space.items()}
-    known = [t for t in trials if all(name in t.outcome.metrics for name in metrics)]
+    always = [key for key, domain in space.items() if not domain.when]
+    measured = [t for t in trials if all(name in t.outcome.metrics for name in metrics)]
+    known = [t for t in measured if all(_held(space[key], t.params.get(key)) for key in always)]
     shared = {k: d for k, d in every.items() if all(_held(space[k], t.params.get(k)) for t in known)}
     varied = {k: d for k, d in shared.items() if len({t.params[k] for t in known}) > 1}
     if len(known) < ENOUGH:
-        return Importances({}, f"{ENOUGH} finished trials are needed to tell parameters apart; there are {len(known)}.")
+        others = f"; {len(measured) - len(known)} more lack a searched key" if len(measured) > len(known) else ""
+        return Importances(
+            {}, f"{ENOUGH} finished trials are needed to tell parameters apart; there are {len(known)}{others}."
+        )
     if len(varied) < 2:
         return Importances({}, "Fewer than two parameters were varied in all trials, so there is nothing to compare.")
     shares = {
-        (name, metric): _shares(name, varied, known, metric)
+        (name, metric): _shares(name, varied, known, metric, direction)
         for name in (FANOVA, PED_ANOVA)
-        for metric in metrics
+        for metric, direction in metrics.items()
         if len({t.outcome.metrics[metric] for t in known}) > 1
     }
     return Importances(shares, "" if shares else "All trials have the same metrics.")
 
 
 def _shares(
-    evaluator: str, varied: Mapping[str, BaseDistribution], trials: Sequence[FinishedTrial], metric: str
+    evaluator: str, varied: Mapping[str, BaseDistribution], trials: Sequence[FinishedTrial], metric: str, direction: str
 ) -> dict[str, float]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # it announces every study in memory
-    study = optuna.create_study(direction="minimize", sampler=optuna.samplers.RandomSampler(seed=0))
+    study = optuna.create_study(direction=direction, sampler=optuna.samplers.RandomSampler(seed=0))
     for trial in trials:
         study.add_trial(
             optuna.create_trial(

@@ -15,9 +15,8 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import TrialError
 from qflow.search.domain import Choice
 from qflow.search.objective import CONSTRAINT, accurate, nearest_miss
-from qflow.search.outcome import FinishedTrial
+from qflow.search.outcome import STOPPED, FinishedTrial
 from qflow.search.strategies import RATIO, BudgetSpent
-from qflow.study.outcome import STOPPED
 from qflow.study.session import Session
 from qflow.trial.outputs import outputs_off_under
 

@@ -20,6 +20,7 @@ from qflow.core.qconfig import OpQConfig, QConfig
 from qflow.core.record import from_dict
 from qflow.cost_model.records import Change
 from qflow.search.noise import Noise, difference_noise
+from qflow.study.manifest import SEQUENCES
 
 SURE = 1.96  # standard errors on each side of 95 % of a normal distribution
 PARTS = {"weights": "weights", "data": "data", "graph": "operators", "profile": "measured times"}
@@ -171,7 +172,11 @@ def _noise(before: Side, after: Side) -> Noise:
     if before.manifest.get("data") != after.manifest.get("data"):
         return Noise(math.inf, "not known: they were evaluated on other data")
     return difference_noise(
-        values[0], values[1], int(before.manifest.get("eval_samples", 0)), (before.scores, after.scores)
+        values[0],
+        values[1],
+        int(before.manifest.get("eval_samples", 0)),
+        (before.scores, after.scores),
+        before.manifest.get(SEQUENCES, ()),
     )
 
 

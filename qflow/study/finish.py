@@ -13,12 +13,11 @@ from qflow.core.qconfig import QConfig
 from qflow.core.store import write_whole
 from qflow.report.console import SummaryRow, python_command, summary_table
 from qflow.search.objective import CONSTRAINT, accurate, nearest_miss, over_budget
-from qflow.search.outcome import FinishedTrial
+from qflow.search.outcome import STOPPED, FinishedTrial
 from qflow.study.front import log_decisions
 from qflow.study.marks import mark_trials, trials_url
 from qflow.study.missed import not_tried, tried
 from qflow.study.next_steps import promote_command
-from qflow.study.outcome import STOPPED
 from qflow.study.report import VERDICT, report_lines
 from qflow.study.session import Session
 

@@ -11,10 +11,9 @@ from typing import Any
 
 from qflow.core.dtype import QDtype
 from qflow.search.objective import nearest_miss
-from qflow.search.outcome import FinishedTrial
+from qflow.search.outcome import STOPPED, FinishedTrial
 from qflow.search.strategies import ASSIGNMENT, RATIO, SENSITIVE_TYPE, raise_until_met
 from qflow.study.baselines import retry_calibration
-from qflow.study.outcome import STOPPED
 from qflow.study.session import Session
 
 COUNT = "int16 weights"

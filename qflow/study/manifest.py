@@ -12,14 +12,19 @@ import torch
 from qflow.core.errors import ConfigError
 from qflow.core.record import digest
 from qflow.core.version import VERSION
+from qflow.tasks.sequences import lengths_of
 from qflow.tracking.datasets import DataSet
 from qflow.trial.evaluator import Evaluator
 
+SEQUENCES = "eval_sequences"
+"""Entry of the manifest: lengths of the sequences of evaluation frames, in the order of the samples."""
 PACKAGES = ("torch", "numpy", "mlflow", "optuna", "hydra-core")
 
 
 def manifest(evaluator: Evaluator) -> dict[str, Any]:
-    """Return versions, threads, and digests of weights, graph and data."""
+    """Return versions, threads, digests of weights, graph and data, and the evaluation samples and their sequences."""
+    task = evaluator.task
+    lengths = lengths_of(task.data.evaluation, "evaluation") if task.cached_attrs else ()
     return {
         "qflow": VERSION,
         "python": platform.python_version(),
@@ -32,6 +37,7 @@ def manifest(evaluator: Evaluator) -> dict[str, Any]:
         "data": digest([evaluator.identity.content["data"], evaluator.augmented(evaluator.default_calibration)]),
         "profile": profile_digest(evaluator.profile) if evaluator.profile else "",
         "eval_samples": evaluator.eval_samples,
+        **({SEQUENCES: list(lengths)} if lengths else {}),
         "float_metric": evaluator.float_metric,
     }
 

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from qflow.core.record import to_json
 from qflow.core.store import write_whole
 from qflow.search.objective import meets, pareto_set, ranked
-from qflow.search.outcome import FinishedTrial
+from qflow.search.outcome import STOPPED, FinishedTrial
 from qflow.search.strategies import ERROR_SHARE, RATIO
-from qflow.study.outcome import STOPPED
 from qflow.study.session import Session
 from qflow.tracking.limits import param_name
 from qflow.tracking.views import DROP, RANK, save_view, study_url, ui_host

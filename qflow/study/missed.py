@@ -16,7 +16,7 @@ import numpy as np
 from qflow.core.dtype import QDtype
 from qflow.search.assign import Problem
 from qflow.search.objective import nearest_miss
-from qflow.search.outcome import FailedTrial, FinishedTrial
+from qflow.search.outcome import STOPPED, FailedTrial, FinishedTrial
 from qflow.search.strategies import ASSIGNMENT, ERROR_SHARE, FLOAT16, RATIO, SENSITIVE_TYPE, BudgetSpent
 from qflow.study.baselines import (
     ALL_INT8,
@@ -28,7 +28,6 @@ from qflow.study.baselines import (
     other_methods,
 )
 from qflow.study.int16_weights import weights_that_matter
-from qflow.study.outcome import STOPPED
 from qflow.study.session import Session
 
 BUDGETS = 16  # error budgets over the whole range, for each of which the cheapest mix is a candidate

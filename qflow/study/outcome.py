@@ -12,12 +12,11 @@ from qflow.config.settings import owner, plain
 from qflow.core.dtype import QDtype
 from qflow.core.names import trial_name
 from qflow.search.objective import Goal, meets
-from qflow.search.outcome import FailedTrial, FinishedTrial, Outcome
+from qflow.search.outcome import STOPPED, FailedTrial, FinishedTrial, Outcome
 from qflow.tracking.limits import NOTE, param_name
 from qflow.tracking.views import MEETS
 from qflow.trial.record import TrialResult, run_metrics
 
-STOPPED = "qflow.stopped"  # tag of a trial that ended early: its metric is the worst possible one
 NAMED = 12  # operators that a description names for each dtype
 
 

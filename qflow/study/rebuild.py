@@ -20,10 +20,11 @@ from qflow.config.settings import MOST_THREADS, plain, trial_settings
 from qflow.core.errors import BundleError, QflowError
 from qflow.report.files import write_trial
 from qflow.search.objective import Goal
+from qflow.search.outcome import STOPPED
 from qflow.study.assemble import make_evaluator
 from qflow.study.checks import check_config
 from qflow.study.manifest import manifest
-from qflow.study.outcome import STOPPED, trial_metrics
+from qflow.study.outcome import trial_metrics
 from qflow.tracking.limits import rounded
 from qflow.trial.evaluator import Evaluator
 from qflow.trial.record import TrialResult

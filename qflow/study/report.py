@@ -28,12 +28,12 @@ from qflow.report.study_record import Mix, StudyRecord, Training
 from qflow.search.domain import Space
 from qflow.search.health import Searched
 from qflow.search.importance import importances
-from qflow.search.objective import Goal, aims
+from qflow.search.objective import MINIMIZE, Goal, aims
 from qflow.search.outcome import FailedTrial, FinishedTrial
 from qflow.search.stored import space_from_dict, stored_trials
 from qflow.study.front import BASELINES, DECISIONS
+from qflow.study.manifest import SEQUENCES
 from qflow.study.next_steps import promote_command
-from qflow.study.outcome import STOPPED
 from qflow.study.session import Session
 from qflow.tracking.limits import param_name
 from qflow.tracking.mlflow_tracker import MlflowTracker
@@ -80,33 +80,11 @@ def report_url(tracker: MlflowTracker, run: str) -> str:
 
 def load_record(tracker: MlflowTracker, study: str, run: str, root: Path, folder: Path) -> StudyRecord:
     """Read everything that the report shows from the store; files are fetched into `folder`."""
-    files = _Files(tracker, folder)
-    tags, metrics = tracker.run_tags(run), tracker.run_metrics(run)
+    files, tags, params = _Files(tracker, folder), tracker.run_tags(run), tracker.run_params(run)
     config = files.config(run)
-    params = tracker.run_params(run)
     accuracy = f"accuracy/{params['metric']}"
     goal = Goal(**plain(config.objective)).aimed(accuracy, params["direction"], (accuracy, *RUN_METRICS))
-    space: Space = space_from_dict(files.json(run, "space.json") or {})
-    runs = tracker.trial_runs(study)
-    trials = stored_trials(runs, space, param_name)
-    searched = Searched(
-        space=space,
-        goal=goal,
-        trials=trials,
-        failed=_failed(tracker, runs),
-        baselines=_baselines(tags, trials),
-        accuracy=accuracy,
-        float_metric=metrics.get(f"float/{params['metric']}", math.nan),
-        samples=_samples(files, trials),
-    )
-    whole = [t for t in trials if STOPPED not in t.outcome.tags]
-    costs = [name for name in goal.ranking if any(name in t.outcome.metrics for t in whole)][:1]
-    searched = replace(
-        searched,
-        importances=importances(space, whole, ["accuracy/drop", *costs]),
-        scores=lambda trial: files.json(trial.run_id if trial else run, SCORES) or (),
-        calibration=_calibration(searched.shown),
-    )
+    searched = _searched(tracker, files, study, run, goal, params["metric"])
     shown = searched.shown
     mixes = {label: _mix(files, trial) for label, trial in searched.baselines.items()}
     if shown is not None and shown.number not in {t.number for t in searched.baselines.values()}:
@@ -126,8 +104,35 @@ def load_record(tracker: MlflowTracker, study: str, run: str, root: Path, folder
         analysis=_analysis(files, run),
         badcases=files.fetch(run, "analysis/badcases.png"),
         check=None if rows is None else (rows, files.table(run, "findings.json", Finding) or ()),
-        training=_training(files, shown, trials),
+        training=_training(files, shown, searched.trials),
     )
+
+
+def _searched(tracker: MlflowTracker, files: _Files, study: str, run: str, goal: Goal, metric: str) -> Searched:
+    """Read the space, the trials and what the health of the study depends on."""
+    space: Space = space_from_dict(files.json(run, "space.json") or {})
+    runs, tags = tracker.trial_runs(study), tracker.run_tags(run)
+    stored = stored_trials(runs, space, param_name)
+    trials = [t for t in stored if t.number >= 0]
+    samples, sequences = _evaluation(files, stored)
+    searched = Searched(
+        space=space,
+        goal=goal,
+        trials=trials,
+        by_hand=[t for t in reversed(stored) if t.number < 0],
+        failed=_failed(tracker, runs),
+        baselines=_baselines(tags, trials),
+        accuracy=f"accuracy/{metric}",
+        float_metric=tracker.run_metrics(run).get(f"float/{metric}", math.nan),
+        samples=samples,
+        sequences=sequences,
+        scores=lambda trial: files.json(trial.run_id if trial else run, SCORES) or (),
+    )
+    whole = searched.whole
+    cost = next((name for name in goal.ranking if any(name in t.outcome.metrics for t in whole)), None)
+    explained = {"accuracy/drop": MINIMIZE, **({cost: goal.ranking[cost]} if cost else {})}
+    found = importances(space, whole, explained)
+    return replace(searched, importances=found, calibration=_calibration(searched.shown))
 
 
 class _Files:
@@ -177,10 +182,10 @@ def _baselines(tags: Mapping[str, str], trials: Sequence[FinishedTrial]) -> dict
     return {label: by_number[number] for label, number in kept.items() if number in by_number}
 
 
-def _samples(files: _Files, trials: Sequence[FinishedTrial]) -> int:
-    """Number of evaluation samples, from the manifest of a trial."""
-    manifest = files.json(trials[0].run_id, "manifest.json") if trials else None
-    return int((manifest or {}).get("eval_samples", 0))
+def _evaluation(files: _Files, trials: Sequence[FinishedTrial]) -> tuple[int, tuple[int, ...]]:
+    """Number of evaluation samples, and lengths of the sequences that they form, from the manifest of a trial."""
+    manifest = (files.json(trials[-1].run_id, "manifest.json") if trials else None) or {}
+    return int(manifest.get("eval_samples", 0)), tuple(manifest.get(SEQUENCES, ()))
 
 
 def _calibration(trial: FinishedTrial | None) -> tuple[int, int]:

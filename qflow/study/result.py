@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qflow.search.objective import meets, nearest_miss
-from qflow.search.outcome import FinishedTrial
-from qflow.study.outcome import STOPPED
+from qflow.search.outcome import STOPPED, FinishedTrial
 from qflow.study.session import Session
 
 

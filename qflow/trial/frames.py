@@ -34,7 +34,7 @@ def _nothing() -> None:
 def evaluate_from_start(
     task: Task, model: nn.Module, batch_size: int, progress: Callable[[int], None], least: float | None = None
 ) -> Evaluation:
-    """`evaluate` with the model at the start of every sequence, and at the end."""
+    """`evaluate` with the model at the start of every sequence, and at the end; scores are in the order of samples."""
     begin, scores = beginning(task, model), list[float]()
     try:
         metric, samples = evaluate(
@@ -42,6 +42,10 @@ def evaluate_from_start(
         )
     finally:
         begin()
+    if task.cached_attrs and scores:
+        steps = in_parallel(lengths_of(task.data.evaluation, "evaluation"), batch_size)
+        order = [sample for step in steps for sample in step.samples]
+        scores = [score for _, score in sorted(zip(order, scores, strict=False))]  # an early end leaves the last out
     return Evaluation(metric, samples, scores=tuple(scores) if len(scores) <= KEPT else ())
 
 

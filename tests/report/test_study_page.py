@@ -49,6 +49,17 @@ def test_every_trial_is_on_the_front_and_opens_its_run(made):
     assert drawn["rules"][0] == {"axis": "y", "at": 0.01, "color": "c1", "text": "goal 0.01"}
 
 
+def test_trials_by_hand_stand_under_their_name_and_are_no_result(made):
+    """This one would be the best; the search has not found it."""
+    mine = trial(-1, 0.0, 0.1, "by hand")
+    other = replace(made, searched=replace(made.searched, by_hand=[mine]))
+    assert other.searched.best == made.searched.best
+    (series,) = [s for s in study_charts.front_chart(other)["series"] if s["name"] == "by hand 1"]
+    assert [p[:2] for p in series["points"]] == [[0.1, 0.0]]
+    assert study_charts.path_chart(other) == study_charts.path_chart(made)
+    assert "1 by hand, no result of the search" in study_page(other)
+
+
 def test_diverged_trials_stand_at_the_edge_and_do_not_flatten_the_others(made):
     usual = study_charts.front_chart(made)["y"]
     wild = with_trials(made, [*made.searched.trials, trial(90, 7e5, 0.7)], made.searched.baselines)

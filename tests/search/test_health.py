@@ -21,7 +21,7 @@ from qflow.search.health import (
 )
 from qflow.search.importance import FANOVA, Importances
 from qflow.search.objective import Goal
-from qflow.search.outcome import FailedTrial
+from qflow.search.outcome import STOPPED, FailedTrial
 
 INT16, INT8 = trial(0, 0.001, 0.81, "all-int16"), trial(1, 0.04, 0.61, "all-int8")
 BEST = trial(2, 0.002, 0.66)
@@ -45,6 +45,22 @@ def test_the_border_of_an_interval_is_named_with_the_value():
     assert border(searched(at(0.3, **{"qat.learning_rate": 5e-4}), space=space)).state == FINE
     found = border(searched(at(0.3, **{"qat.learning_rate": 1e-3}), space=space))
     assert found.state == LOOK and "qat.learning_rate (its largest value 0.001)" in found.text
+
+
+def test_the_border_of_a_log_interval_is_measured_on_its_scale():
+    rate = replace(SPACE["qconfig.int16_ratio"], low=1e-6, high=1e-3, log=True)
+    space = {**SPACE, "qat.learning_rate": rate}
+    states = {v: border(searched(at(0.3, **{"qat.learning_rate": v}), space=space)).state for v in (1.1e-6, 1e-5, 9e-4)}
+    assert states == {1.1e-6: LOOK, 1e-5: FINE, 9e-4: LOOK}
+
+
+def test_trials_that_ended_early_are_no_result():
+    """Their drop is the worst possible one, which misses every goal and is nobody's rival."""
+    strict = Goal(0.0005).aimed("accuracy/found", "maximize", ("accuracy/found", "cost/latency_ms"))
+    early = trial(2, 0.0001, 0.1, goal=strict, tags={STOPPED: "after 100 of 1000 samples"})
+    found = searched(trials=[trial(0, 0.001, 0.7, goal=strict), trial(1, 0.04, 0.7, goal=strict), early], goal=strict)
+    assert found.shown.number == 0 and found.best is None
+    assert feasible(replace(found, baselines={})).text.startswith("The least drop is 0.001")
 
 
 def test_no_and_all_operators_are_natural_borders():
@@ -102,10 +118,17 @@ def test_a_metric_that_is_no_share_has_unknown_noise_without_scores():
 
 
 @pytest.mark.parametrize(
-    ("amount", "state"), [((16, 256), FINE), ((4, 256), LOOK), ((10, 20), LOOK), ((0, 0), UNKNOWN)]
+    ("amount", "state", "words"),
+    [
+        ((16, 256), FINE, "256 samples in 16 steps."),
+        ((4, 256), LOOK, "the guide asks for 10 to 100 steps"),
+        ((20, 40), LOOK, "fewer than 50 samples"),
+        ((0, 0), UNKNOWN, "not recorded"),
+    ],
 )
-def test_too_few_calibration_samples_are_named(amount, state):
-    assert calibrated(searched(BEST, calibration=amount)).state == state
+def test_too_few_calibration_samples_are_named(amount, state, words):
+    found = calibrated(searched(BEST, calibration=amount))
+    assert found.state == state and words in found.text
 
 
 def test_failures_are_counted_with_their_reason():

@@ -1,6 +1,7 @@
 """Optuna's importances on the points that were measured, and the noise of a difference."""
 
 import math
+from dataclasses import replace
 from statistics import pstdev
 
 import numpy as np
@@ -9,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.study_records import SPACE, trial, trials
 
+from qflow.search.domain import Choice, Condition, Interval
 from qflow.search.importance import FANOVA, PED_ANOVA, importances
-from qflow.search.noise import BINOMIAL, PAIRED, difference_noise
+from qflow.search.noise import BINOMIAL, BY_SEQUENCE, PAIRED, difference_noise
+from qflow.search.objective import MAXIMIZE, MINIMIZE
 
-METRICS = ["accuracy/drop", "cost/latency_ms"]
+METRICS = {"accuracy/drop": MINIMIZE, "cost/latency_ms": MINIMIZE}
 
 
 def test_the_key_that_decides_comes_first_for_both_evaluators():
@@ -26,8 +29,38 @@ def test_the_key_that_decides_comes_first_for_both_evaluators():
 
 def test_few_trials_or_parameters_say_so_instead_of_figures():
     assert "20 finished trials are needed" in importances(SPACE, trials(12), METRICS).reason
-    same = [trial(i, 0.001 * i, 0.7, params={"qconfig.int16_ratio": i / 30}) for i in range(30)]
+    rest = {"calibration.method": "mse", "calibration.steps": 16}
+    same = [trial(i, 0.001 * i, 0.7, params={"qconfig.int16_ratio": i / 30, **rest}) for i in range(30)]
     assert "Fewer than two parameters" in importances(SPACE, same, METRICS).reason
+
+
+def test_trials_without_a_searched_key_are_left_out_and_the_key_stays():
+    """A strategy's trials have an assignment of operators in place of the share of int16."""
+    lacking = {"calibration.method": "mse", "calibration.steps": 16}
+    demoted = [trial(100 + i, 0.002, 0.6 + 0.001 * i, "demoted", params=lacking) for i in range(5)]
+    assert importances(SPACE, [*trials(60), *demoted], METRICS) == importances(SPACE, trials(60), METRICS)
+    few = importances(SPACE, [*trials(17), *demoted], METRICS)
+    assert not few.shares and "there are 17; 5 more lack a searched key" in few.reason
+
+
+def test_a_key_with_a_condition_is_left_out_where_trials_lack_it():
+    only = (Condition("calibration.method", Choice(("mse",))),)
+    space = {**SPACE, "calibration.stride": Interval(0.0, 9.0, when=only)}
+    some = [replace(t, params={**t.params, "calibration.stride": float(t.number)}) for t in trials(10)]
+    assert importances(space, [*some, *trials(40)[10:]], METRICS) == importances(SPACE, trials(40), METRICS)
+
+
+def test_the_best_tenth_of_a_maximized_cost_is_its_largest():
+    """`a` decides among the largest values, `b` among the smallest."""
+    space = {"a": Interval(0.0, 1.0), "b": Interval(0.0, 1.0)}
+    random, made = np.random.default_rng(0), []
+    for number in range(200):
+        a, b = (float(v) for v in random.uniform(size=2))
+        fps = 10.0 + a if a > 0.7 else b - 10.0 if b < 0.3 else 5.0 * float(random.uniform())
+        made.append(trial(number, 0.01, 0.7, params={"a": a, "b": b}, **{"cost/fps": fps}))
+    most = importances(space, made, {"cost/fps": MAXIMIZE}).shares[PED_ANOVA, "cost/fps"]
+    least = importances(space, made, {"cost/fps": MINIMIZE}).shares[PED_ANOVA, "cost/fps"]
+    assert most["a"] > 0.9 and least["b"] > 0.9
 
 
 def test_the_same_trials_give_the_same_shares():
@@ -50,6 +83,22 @@ def test_the_binomial_bound_is_larger_than_the_paired_noise_of_alike_models():
     shares = float(hits.mean()), float(worse.mean())
     bound, paired = difference_noise(*shares, 1000), difference_noise(*shares, 1000, pair)
     assert bound.how == BINOMIAL and paired.known and 0.0 < paired.error < 0.5 * bound.error
+
+
+def test_frames_of_a_sequence_count_as_one():
+    """Frames that repeat their first one tell nothing new: the noise is that of the sequences alone."""
+    random = np.random.default_rng(0)
+    a, b = random.uniform(size=(2, 12))
+    of_means = difference_noise(float(a.mean()), float(b.mean()), 12, (a.tolist(), b.tolist()))
+    frames = a.repeat(10).tolist(), b.repeat(10).tolist()
+    found = difference_noise(float(a.mean()), float(b.mean()), 120, frames, [10] * 12)
+    assert found.how == BY_SEQUENCE and found.error == pytest.approx(of_means.error)
+    assert difference_noise(float(a.mean()), float(b.mean()), 120, frames).error < 0.4 * found.error
+
+
+def test_no_miss_among_few_samples_is_no_sure_share():
+    assert difference_noise(1.0, 1.0, 20).error == difference_noise(0.0, 0.0, 20).error == 0.05
+    assert difference_noise(1.0, 1.0, 20, sequences=[5] * 4).error == 0.25
 
 
 def test_noise_of_a_metric_that_counts_nothing_is_not_known():

@@ -13,7 +13,7 @@ from qflow.report.study_record import Mix, StudyRecord, Training
 from qflow.search.domain import Choice, Interval
 from qflow.search.health import Searched
 from qflow.search.importance import importances
-from qflow.search.objective import Goal
+from qflow.search.objective import MINIMIZE, Goal
 from qflow.search.outcome import FailedTrial, FinishedTrial, Outcome
 
 SPACE = {
@@ -95,7 +95,8 @@ def record(count=24, operators=77, trained=False, **more):
         baselines={"all-int16": made[0], "all-int8": made[1]}, accuracy="accuracy/found", float_metric=FLOAT,
         samples=SAMPLES, calibration=(16, 256),
     )  # fmt: skip
-    searched = replace(searched, importances=importances(SPACE, made, ["accuracy/drop", "cost/latency_ms"]))
+    metrics = {"accuracy/drop": MINIMIZE, "cost/latency_ms": MINIMIZE}
+    searched = replace(searched, importances=importances(SPACE, made, metrics))
     names = [node.name for node in graph.quantized]
     scores = sensitivity(operators)
     renamed = [replace(r, op_name=names[i % len(names)]) for i, r in enumerate(scores.rows)]

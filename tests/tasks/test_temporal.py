@@ -9,6 +9,7 @@ from support.commands import run_qflow
 from qflow.config.device_file import load_cost, load_rules
 from qflow.core.dtype import QDtype
 from qflow.core.settings import CalibrationSettings, SensitivitySettings, TrialSettings
+from qflow.study.manifest import manifest
 from qflow.tasks.task import make_task
 from qflow.tasks.temporal import FRAMES, HELD_OUT, Hit, build_data, build_model, draw
 from qflow.trial.diagnosis import Diagnosis
@@ -46,6 +47,19 @@ def hits(model, sequences, forget=False):
             found.append(Hit()(model(image[None]), (None, cells[i : i + 1])))
     inner.hidden = None
     return float(torch.cat(found).mean())
+
+
+def test_scores_are_in_the_order_of_the_samples(evaluator):
+    """Sequences are read in parallel, and the noise of a study is paired by sequence."""
+    inner, (images, cells) = evaluator.task.model, evaluator.task.data.evaluation.tensors
+    found = []
+    with torch.no_grad():
+        for i in range(2 * FRAMES):
+            inner.hidden = None if i % FRAMES == 0 else inner.hidden
+            found.append(float(Hit()(inner(images[i : i + 1]), (None, cells[i : i + 1]))))
+    inner.hidden = None
+    assert list(evaluator.float_scores[: 2 * FRAMES]) == found
+    assert manifest(evaluator)["eval_sequences"] == [FRAMES] * HELD_OUT
 
 
 def test_sequences_are_repeatable_and_begin_with_the_ball_in_sight():
