@@ -34,7 +34,8 @@ def export(subject: Subject, folder: Path) -> Exported:
     made = float_onnx(prepared, "hmct")
     ops = precisions(prepared)
     nodes = _Nodes(prepared, made, ops)
-    config = {"model_config": _model_config(prepared.settings), "node_config": nodes.config()}
+    node_config = nodes.config()
+    config = {"model_config": _model_config(prepared.settings), "node_config": node_config}
     (folder / "model.onnx").write_bytes(made.model.SerializeToString(deterministic=True))
     (folder / "quant_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "nodes.csv").write_text(nodes.csv())
@@ -44,7 +45,7 @@ def export(subject: Subject, folder: Path) -> Exported:
         "hmct",
         written(folder),
         applied_fallbacks(prepared),
-        (*nodes.missing, *nodes.without_node(), *_pinned(ops)),
+        (*nodes.missing, *nodes.without_node(), *nodes.lost_float16(node_config), *_pinned(ops)),
         _notes(prepared, ops),
     )
 
@@ -109,6 +110,11 @@ class _Nodes:
         return found
 
     def _inputs(self, node: Any, operator: OpNode) -> dict[str, str]:
+        own = self.ops.get(operator.name)
+        if (
+            own is not None and own.op.output == QDtype.float16
+        ):  # its readers may cast it
+            return {"qtype": "float16"} if self.activations.intersection(node.input) else {}
         dtypes = {i: NAMES[d] for i, tensor in enumerate(node.input) if (d := self._read(tensor, i, node, operator))}
         if not dtypes or set(dtypes.values()) == {INT8}:
             return {}
@@ -154,6 +160,23 @@ class _Nodes:
         sources = self.graph.source(name)
         owners = {node.quantizer: node.name for node in self.graph.quantized}
         return self.ops[owners[self.graph.by_name[sources[0]].quantizer]].op.output if sources else None
+
+    def lost_float16(self, config: dict[str, dict[str, str]]) -> list[Unexpressed]:
+        """Return the float16 operators that no node shows, and those that read another dtype than they compute in."""
+        found = []
+        for name, op in self.ops.items():
+            if op.op.output != QDtype.float16:
+                continue
+            tensors = {tensor for tensor, operator in self.onnx.operators.items() if operator == name}
+            nodes = [n.name for n in self.onnx.model.graph.node if self.owner.get(n.name) == name]
+            nodes = nodes or [n.name for n in self.onnx.model.graph.node if not tensors.isdisjoint(n.input)]
+            if not any("float16" in config.get(node, {}).values() for node in nodes):
+                reason = "no node that computes or reads it takes float16"
+                found.append(Unexpressed(name, "float16", reason, 'Set "qtype" of its nodes in nodes.csv.'))
+            for position, (dtype, _) in op.inputs.items():
+                reason = "HMCT computes a node in the dtype of its inputs, which is float16 here"
+                found.append(Unexpressed(name, f"input {position}: {dtype}", reason, "Leave out its input dtype."))
+        return found
 
     def without_node(self) -> list[Unexpressed]:
         """Return the operators that no tensor of the ONNX graph belongs to; constants are read where they are used."""

@@ -24,7 +24,7 @@ hb_compile -c config.yaml
 
 HMCT reads `qtype` (and `input0`, `input1`) as the dtypes of a node's inputs, unlike a qconfig, which sets outputs: the
 dtype of an operator's result stands at the nodes that read it. The nodes inside one operator take the dtype of the
-operator.
+operator. An fp16 operator is the exception: all its nodes have `qtype` float16, which HMCT computes them in.
 
 Not known: which nodes HMCT merges or renames before it reads the file. It wants the names of
 `optimized_float_model.onnx`, which it writes; compare them with `nodes.csv`, and rename in `quant_config.json` where

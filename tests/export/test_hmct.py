@@ -84,8 +84,26 @@ def test_one_int16_factor_of_a_matmul(tmp_path):
 
 def test_int16_weights_and_float16(tmp_path):
     rules = {"norm": "float16", "qkv": {"output": "qint8", "weight": "qint16", "input": ["qint8"]}}
-    _, _, config = exported(tmp_path, Attention(), torch.randn(2, 4, 16), rules)
+    _, result, config = exported(tmp_path, Attention(), torch.randn(2, 4, 16), rules)
     assert config["/qkv/MatMul"] == {"input0": "int8", "input1": "int16"}
+    assert not [missed for missed in result.unexpressed if "float16" in missed.what]
+
+
+@pytest.mark.parametrize("op", ["norm", "[softmax]"])
+def test_an_fp16_operator_is_computed_in_fp16_though_its_reader_casts(tmp_path, op):
+    """The linear layer or product behind it reads int8, so that the dtype of the result stands nowhere else."""
+    _, result, config = exported(tmp_path, Attention(), torch.randn(2, 4, 16), {op: "float16"})
+    floats = {name for name, entry in config.items() if entry.get("qtype") == "float16"}
+    assert floats and not [missed for missed in result.unexpressed if missed.op == op]
+    with open(tmp_path / "out" / "nodes.csv", newline="") as file:
+        (row,) = [row for row in csv.DictReader(file) if row["qflow"] == op]
+    assert floats == set(row["nodes"].split())
+
+
+def test_an_fp16_operator_with_an_int16_input_is_said(tmp_path):
+    rules = {"norm": {"output": "float16", "input": ["qint16"]}}
+    _, result, _ = exported(tmp_path, Attention(), torch.randn(2, 4, 16), rules)
+    assert [(missed.op, missed.what) for missed in result.unexpressed] == [("norm", "input 0: qint16")]
 
 
 def test_all_int16_reaches_through_operators_that_move(tmp_path):
