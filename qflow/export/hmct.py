@@ -111,9 +111,7 @@ class _Nodes:
 
     def _inputs(self, node: Any, operator: OpNode) -> dict[str, str]:
         own = self.ops.get(operator.name)
-        if (
-            own is not None and own.op.output == QDtype.float16
-        ):  # its readers may cast it
+        if own is not None and own.op.output == QDtype.float16:  # its readers may cast it
             return {"qtype": "float16"} if self.activations.intersection(node.input) else {}
         dtypes = {i: NAMES[d] for i, tensor in enumerate(node.input) if (d := self._read(tensor, i, node, operator))}
         if not dtypes or set(dtypes.values()) == {INT8}:

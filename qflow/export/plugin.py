@@ -21,9 +21,10 @@ from qflow.export.contract import Exported, Fallback, Subject, Unexpressed, appl
 from qflow.export.names import PluginName, names_csv, plugin_names
 from qflow.export.plugin_text import MODULE, README, operators_text, sensitivity_text
 from qflow.export.precisions import OpPrecision, precisions
-from qflow.export.weights import scale_differences, write_weights
+from qflow.export.weights import other_axes, scale_differences, write_weights
 
 DIVISOR = 127.5
+FLOAT16 = "An fp16 operator has fp16 inputs in the plugin too (get_qconfig with float16 three times)."
 NAMES_WAY_OUT = "Prepare the model with the plugin, put its name into names.csv and set sure to yes."
 
 
@@ -40,12 +41,13 @@ def export(subject: Subject, folder: Path) -> Exported:
     tables = sensitivity_text(folder)
     (folder / "README.md").write_text(README.substitute(origin=origin_text(subject), tables=tables, **values))
     lowered, refused = canonicalised(prepared)
+    fp16 = any(op.op.output == QDtype.float16 for op in ops.values())
     return Exported(
         "plugin",
         written(folder),
         (*applied_fallbacks(prepared), *lowered),
-        (*refused, *unnamed(ops, names), *shared_names(names), *unlike_weights(prepared), *host(ops)),
-        notes(ops, names, left_out),
+        (*refused, *shared(prepared, ops, names)),
+        (*notes(ops, names, left_out), *([FLOAT16] if fp16 else [])),
     )
 
 
@@ -109,15 +111,42 @@ def shared_names(names: dict[str, PluginName]) -> list[Unexpressed]:
 
 
 def unlike_weights(prepared: Prepared) -> list[Unexpressed]:
-    """Return the weights that the plugin quantizes with other scales."""
+    """Return the weights that the plugin quantizes with other scales, or may."""
     owners = {node.weight: node.name for node in prepared.graph.weighted}
-    found = []
-    for weight, off in scale_differences(prepared, DIVISOR).items():
+    axes, found = other_axes(prepared), []
+    for weight, axis in axes.items():
         if weight in owners:
+            what = f"weight scales along axis {axis}"
+            reason = "whether the plugin takes another axis than 0, as for other weights, is not known"
+            way_out = "Compare the number of its weight's scales in the prepared model with its output channels."
+            found.append(Unexpressed(owners[weight], what, reason, way_out))
+    for weight, off in scale_differences(prepared, DIVISOR).items():
+        if weight in owners and weight not in axes:
             what = f"weight scales, up to {100 * off:.2g}% other"
             reason = "the plugin's weight scale is max |w| / 127.5 for each output channel"
             found.append(Unexpressed(owners[weight], what, reason, "Calibrate with calibration.divisor=plugin."))
     return found
+
+
+def inside(prepared: Prepared, ops: dict[str, OpPrecision], names: dict[str, PluginName]) -> list[Unexpressed]:
+    """Return the scales of norms and softmaxes: to fix that of the output might fix those of the values inside."""
+    found = []
+    for name, op in ops.items():
+        inner = [n for n in op.node.inner if op.op.inner is not None and op.op.inner.is_integer]
+        scales = {"output": op.scale} if op.scale is not None else {}
+        scales |= {n.removeprefix(f"{op.node.quantizer}."): float(prepared.outputs[n].scale) for n in inner}
+        if op.node.inner and scales and names[name].sure:
+            what = f"scales: {', '.join(f'{part} {scale:.6g}' for part, scale in scales.items())}"
+            reason = "whether a fixed scale of its output reaches the values inside is not known"
+            way_out = "The plugin calibrates it: compare its scales after the calibration with these."
+            found.append(Unexpressed(name, what, reason, way_out))
+    return found
+
+
+def shared(prepared: Prepared, ops: dict[str, OpPrecision], names: dict[str, PluginName]) -> list[Unexpressed]:
+    """Return what neither generation of the plugin is told."""
+    by_name = (*unnamed(ops, names), *shared_names(names), *inside(prepared, ops, names))
+    return [*by_name, *unlike_weights(prepared), *host(ops)]
 
 
 def host(ops: dict[str, OpPrecision]) -> list[Unexpressed]:
@@ -139,11 +168,6 @@ def notes(ops: dict[str, OpPrecision], names: dict[str, PluginName], left_out: t
             f"{candidates} generated name{'s' * (candidates != 1)} in names.csv may be another: missing(model) of "
             "qconfig_j6m.py lists those that the prepared model has not."
         )
-    inner = sum(1 for op in ops.values() if op.node.inner)
-    if inner:
-        found.append(f"The plugin calibrates the values inside {inner} norms and softmaxes itself; they have no name.")
-    if any(op.op.output == QDtype.float16 for op in ops.values()):
-        found.append("An fp16 operator has fp16 inputs in the plugin too (get_qconfig with float16 three times).")
     if left_out:
         found.append(f"The weight files hold tensors only, without {', '.join(left_out)}.")
     return tuple(found)

@@ -16,7 +16,7 @@ from qflow.core.dtype import QDtype
 from qflow.core.graph import GEMM_KINDS
 from qflow.export.contract import Exported, Subject, Unexpressed, applied_fallbacks, origin_text, written
 from qflow.export.names import PluginName, names_csv, plugin_names
-from qflow.export.plugin import host, in_plugin_names, notes, shared_names, unlike_weights, unnamed
+from qflow.export.plugin import in_plugin_names, notes, shared
 from qflow.export.plugin35_text import MODULE, README
 from qflow.export.precisions import OpPrecision, precisions
 from qflow.export.weights import write_weights
@@ -25,6 +25,7 @@ UNKNOWN = (
     "Not known of QconfigSetter: whether an entry with dtype and threshold keeps the input and weight dtypes that an "
     "earlier entry gave the same operator. Read qconfig_dtypes.pt.py, which it writes."
 )
+FLOAT16 = "Not known of QconfigSetter: whether an fp16 operator reads fp16 too. Read qconfig_dtypes.pt.py."
 
 
 def export(subject: Subject, folder: Path) -> Exported:
@@ -41,18 +42,18 @@ def export(subject: Subject, folder: Path) -> Exported:
     if subject.sensitivity is not None:
         write_sensitive_ops(in_plugin_names(subject.sensitivity, names), folder)
     (folder / "README.md").write_text(README.substitute(origin=origin_text(subject), **values))
-    missing = (*unnamed(ops, names), *shared_names(names), *unlike_weights(prepared), *host(ops))
+    fp16 = any(op.op.output == QDtype.float16 for op in ops.values())
     return Exported(
         "plugin35",
         written(folder),
         applied_fallbacks(prepared),
-        (*missing, *_without_threshold(ops, names)),
-        (*notes(ops, names, left_out), *([UNKNOWN] if ports else [])),
+        (*shared(prepared, ops, names), *_without_threshold(ops, names)),
+        (*notes(ops, names, left_out), *([UNKNOWN] if ports else []), *([FLOAT16] if fp16 else [])),
     )
 
 
 def _output(op: OpPrecision) -> str:
-    if op.scale is None or op.op.output is None:
+    if op.scale is None or op.op.output is None or op.node.inner:
         return f'{{"dtype": {op.op.output}}}'
     return f'{{"dtype": {op.op.output}, "threshold": {op.scale * -op.op.output.qmin!r}}}'
 

@@ -7,21 +7,25 @@ from string import Template
 MODULE = Template('''"""Precisions and scales for horizon_plugin_pytorch of OpenExplorer 3.5 and later, by qflow.
 
 OUTPUTS is what qflow judged: dtype of every output, and the threshold that fixes its scale (threshold / 128 for qint8,
-/ 32768 for qint16). PORTS holds the dtypes of inputs and weights that are not all int8. names.csv beside this file
-tells the plugin's name of each operator; a row takes part where `sure` is yes.
+/ 32768 for qint16); an output without one is calibrated. PORTS holds the dtypes of inputs and weights that are not all
+int8. names.csv beside this file tells the plugin's name of each operator; a row takes part where `sure` is yes.
 """
 
 import csv
 from pathlib import Path
 
 from horizon_plugin_pytorch.quantization import QconfigSetter, get_qconfig, qint8, qint16
-from horizon_plugin_pytorch.quantization.observer_v2 import MinMaxObserver, MSEObserver
 from horizon_plugin_pytorch.quantization.qconfig_setter import (
     ConvDtypeTemplate,
     MatmulDtypeTemplate,
     ModuleNameTemplate,
 )
 from torch import float16
+
+try:
+    from horizon_plugin_pytorch.quantization import MinMaxObserver, MSEObserver
+except ImportError:
+    from horizon_plugin_pytorch.quantization.observer_v2 import MinMaxObserver, MSEObserver
 
 MARCH = "$march"
 QCONFIG = "$digest"
@@ -98,7 +102,8 @@ model.eval(); set_fake_quantize(model, FakeQuantState.VALIDATION)
 ```
 
 `prepare` writes what it decided to `qconfig_setting/`: compare `qconfig_dtypes.pt.py` with OUTPUTS and PORTS. For QAT,
-prepare the float model again with `qat_setter()`, and load the state dict of the calibrated model.
+prepare the float model again with `qat_setter()`, and load what the calibrated model holds: `load_observer_params` of
+the plugin does so where observers differ and strict loading fails.
 
 Files: `names.csv` (qflow's name, the plugin's, how it was derived, whether it is sure), `weights.pt` and
 `weights.safetensors` (the state dict of the float model, trained weights included), `*_sensitive_ops.pt` (the
@@ -106,4 +111,11 @@ sensitivity tables, for SensitivityTemplate), `export.json` (digests, fallbacks,
 
 Not known, and therefore `no` in names.csv: how the plugin counts the modules that it makes of functionals
 (`_generated_add_0`). Look the name up in the prepared model, write it into `plugin`, and set `sure` to yes.
+
+Not known: whether a threshold of a norm or softmax reaches the values inside it, which have scales of their own. It is
+therefore not set, and the plugin calibrates these operators; `export.json` lists the judged scales.
+
+Not known: where the plugin keeps the observers. The file looks in `quantization`, then in `quantization.observer_v2`.
+The modules of `set_march`, `FakeQuantState`, `set_fake_quantize` and `load_observer_params` are not known either:
+correct an import that fails.
 """)

@@ -32,6 +32,15 @@ def write_weights(prepared: Prepared, folder: Path) -> tuple[str, ...]:
     return others
 
 
+def other_axes(prepared: Prepared) -> dict[str, int]:
+    """Return the weights of modules with a scale for each index of another axis than 0: transposed convolutions."""
+    return {
+        name: axis
+        for name, (_, axis) in prepared.weight_shapes.items()
+        if axis != 0 and (dtype := prepared.weights[name].dtype) is not None and dtype.is_integer
+    }
+
+
 def scale_differences(prepared: Prepared, divisor: float) -> dict[str, float]:
     """Return the weights whose scales are not max |w| / divisor for each output channel, and by how much (0.01: 1 %).
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.models import Attention, ResNet
-from support.plugin_stand_in import OE_3_0, executed
+from support.plugin_stand_in import OE_3_0, OTHER_PLACES, executed
 from torch import nn
 
 import qflow
@@ -80,7 +80,36 @@ def test_qat_moves_what_calibration_found_and_keeps_what_was_given(tmp_path):
     }
     named, default = module["qat_fixed_act_setters"]()
     assert default.name == "default_qat_fixed_act_qconfig_setter"
-    assert named.module_name_to_qconfig == module["module_name_to_qconfig"]
+    kept = {n: q.activation and q.activation().observer.scale for n, q in named.module_name_to_qconfig.items()}
+    assert kept == {**{n: qflow.scales(prepared)[n] for n in observers if n != "head"}, "head": None}
+
+
+def test_a_norm_keeps_the_scales_that_the_plugin_finds_and_the_judged_ones_are_listed(tmp_path):
+    """A fixed scale of its output might hold for the values inside too, which are int16 with scales of their own."""
+    prepared = calibrated(Attention(), torch.randn(4, 4, 16), qflow.ModuleNameQconfigSetter({"norm": "qint8@0.05"}))
+    exported = export_model(prepared, "plugin", tmp_path / "out")
+    module = executed(tmp_path / "out" / "qconfig_j6m.py", OE_3_0)
+    assert type(module["module_name_to_qconfig"]["norm"].activation().observer).__name__ == "MSEObserver"
+    qat = module["qat_fixed_act_setters"]()[0].module_name_to_qconfig["norm"].activation().observer
+    assert type(qat).__name__ == "MinMaxObserver" and qat.averaging_constant == 0
+    (missed,) = [found for found in exported.unexpressed if found.op == "norm"]
+    assert not exported.faithful and missed.what.startswith("scales: output 0.05, ")
+    for name in prepared.graph.by_name["norm"].inner:
+        assert f"{name.removeprefix('norm.')} {float(prepared.outputs[name].scale):.6g}" in missed.what
+
+
+def test_the_axis_of_a_transposed_weight_is_said(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 6, 2, 2), nn.ReLU())
+    exported = export_model(calibrated(model, torch.randn(2, 3, 8, 8)), "plugin", tmp_path / "out")
+    found = [(missed.op, missed.what) for missed in exported.unexpressed if "weight" in missed.what]
+    assert found == [("1", "weight scales along axis 1")]
+
+
+@pytest.mark.parametrize("places", OTHER_PLACES)
+def test_names_are_found_where_the_plugin_may_keep_them(tmp_path, places):
+    export_model(calibrated(ResNet(), torch.randn(4, 3, 16, 16)), "plugin", tmp_path / "out")
+    path = tmp_path / "out" / "qconfig_j6m.py"
+    assert executed(path, OTHER_PLACES[places])["OPERATORS"] == executed(path, OE_3_0)["OPERATORS"]
 
 
 def test_stubs_and_functionals_of_the_user_are_sure(tmp_path):

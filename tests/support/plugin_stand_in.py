@@ -155,11 +155,12 @@ class QconfigSetter:
         self.templates, self.reference_qconfig = list(templates), reference_qconfig
 
 
+OBSERVERS = {c.__name__: c for c in (MinMaxObserver, MSEObserver, FixedScaleObserver)}
 OE_3_0 = {
-    "dtype": {"qint8": qint8, "qint16": qint16},
+    "quantization": {"get_qconfig": get_qconfig, "qint8": qint8, "qint16": qint16},
     "quantization.fake_quantize": {"FakeQuantize": FakeQuantize},
-    "quantization.observer_v2": {c.__name__: c for c in (MinMaxObserver, MSEObserver, FixedScaleObserver)},
-    "quantization.qconfig": {"QConfig": QConfig, "get_qconfig": get_qconfig},
+    "quantization.observer_v2": OBSERVERS,
+    "quantization.qconfig": {"QConfig": QConfig},
     "quantization.qconfig_template": {
         "ModuleNameQconfigSetter": ModuleNameQconfigSetter,
         **{
@@ -176,11 +177,26 @@ OE_3_5 = {
     "quantization": {
         "QconfigSetter": QconfigSetter, "get_qconfig": get_qconfig_35, "qint8": qint8, "qint16": qint16,
     },
-    "quantization.observer_v2": {c.__name__: c for c in (MinMaxObserver, MSEObserver, FixedScaleObserver)},
+    "quantization.observer_v2": OBSERVERS,
     "quantization.qconfig_setter": {
         c.__name__: c for c in (ModuleNameTemplate, ConvDtypeTemplate, MatmulDtypeTemplate)
     },
 }  # fmt: skip
+TEMPLATES = {"quantization.qconfig_template": OE_3_0["quantization.qconfig_template"]}
+OTHER_PLACES = {
+    "all in quantization": {
+        "quantization": {**OE_3_0["quantization"], "FakeQuantize": FakeQuantize, "QConfig": QConfig, **OBSERVERS},
+        **TEMPLATES,
+    },
+    "nothing in quantization": {
+        "dtype": {"qint8": qint8, "qint16": qint16},
+        "quantization.fake_quantize": {"FakeQuantize": FakeQuantize},
+        "quantization.observer_v2": OBSERVERS,
+        "quantization.qconfig": {"QConfig": QConfig, "get_qconfig": get_qconfig},
+        **TEMPLATES,
+    },
+}
+"""Where 3.0.x may keep the names whose modules are not documented."""
 
 
 @contextmanager
