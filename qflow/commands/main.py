@@ -6,22 +6,32 @@ import importlib
 import sys
 from typing import NoReturn
 
-from qflow.config.command_table import COMMANDS
+from qflow.config.command_table import COMMANDS, MISTAKE
 from qflow.core.errors import ConfigError
 from qflow.core.nearest import did_you_mean
 from qflow.core.version import VERSION
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Entry point."""
     first, *rest = sys.argv[1:] or ["--help"]
     if first in COMMANDS:
         sys.argv = ["qflow", *rest]
         importlib.import_module(f"qflow.commands.{first}").main()
+    json = "--json" in rest
     try:
-        print(answer(first, rest))
-    except ConfigError as error:
-        _fail(str(error))
+        text, error, code = answer(first, [word for word in rest if word != "--json"]), "", 0
+    except ConfigError as refused:
+        text, error, code = "", str(refused), 2
+    if error:
+        print(f"qflow: {error}", file=sys.stderr)
+    if json:
+        from qflow.config.json_output import document
+
+        print(document(first, code, MISTAKE if error else "done", {"text": text} if text else {}, error), end="")
+    elif text:
+        print(text)
+    raise SystemExit(code)
 
 
 def answer(first: str, rest: list[str]) -> str:
@@ -39,8 +49,3 @@ def answer(first: str, rest: list[str]) -> str:
         return script(given).rstrip() if first == "--completion" else "\n".join(complete(given))
     known = ", ".join(COMMANDS)
     raise ConfigError(f"A command is one of {known}, but got {first}.{did_you_mean(first, COMMANDS)}")
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"qflow: {message}", file=sys.stderr)
-    raise SystemExit(2)

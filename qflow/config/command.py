@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 
 Result = int | tuple[int, Mapping[str, Any]]
 """What a command returns: its exit code, and the fields of its result for `--json`."""
+REFUSED = "The options of a command are those of --help, but got others. The lines above say which."
 WORKS = "reads its configuration, then loads PyTorch and MLflow"
 
 
 def run_command(name: str, act: Callable[[DictConfig], Result], argv: Sequence[str] | None = None) -> NoReturn:
     """Compose conf/<name>.yaml with the command line, call `act` and exit with the code that it returns.
 
-    A QflowError is printed as one line and exits with 2; with QFLOW_DEBUG=1 it keeps its traceback. With `--json`
-    stdout is one JSON document, and what is printed goes to stderr. Hydra's own flags (--cfg job, --hydra-help,
-    --shell-completion, --config-dir) work.
+    A QflowError is printed as one line and exits with 2; with QFLOW_DEBUG=1 its traceback stands before the line. With
+    `--json` stdout is one JSON document however the command ends, and what is printed goes to stderr. Hydra's own flags
+    (--cfg job, --hydra-help, --shell-completion, --config-dir) work.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     json = "--json" in arguments
@@ -72,14 +73,24 @@ def _answer(
         raise
     except KeyboardInterrupt:
         return INTERRUPTED, {}, "Interrupted. Finished trials are kept; the same command continues from there."
+    except SystemExit as ended_by:  # of Hydra's options, which has printed why
+        return _code_of(ended_by), {}, "" if not ended_by.code else REFUSED
     except QflowError as error:
         if debug:
-            raise
+            traceback.print_exc()
         return 2, {}, " ".join(line.strip() for line in str(error).splitlines())
     except Exception:  # a defect of qflow or of the user's code, which needs a code of its own
         traceback.print_exc()
         return DEFECT, {}, ""
     return (ended, {}, "") if isinstance(ended, int) else (*ended, "")
+
+
+def _code_of(ended: SystemExit) -> int:
+    """Return the exit code; a text in its place stands for a mistake."""
+    if ended.code is None or isinstance(ended.code, int):
+        return ended.code or 0
+    print(ended.code, file=sys.stderr)
+    return 2
 
 
 def called(name: str) -> str:

@@ -14,6 +14,7 @@ import logging
 import time
 import zlib
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
@@ -99,7 +100,7 @@ def view_state(
         "selectedParams": list(params), "selectedMetrics": [INT16, x, y],
     }  # fmt: skip
     return {
-        "searchFilter": _filter(study) + (f" and {_metric(y)} <= {largest:.6g}" if largest is not None else ""),
+        "searchFilter": _filter(study) + (f" and {_metric(y)} <= {_exact(largest)}" if largest is not None else ""),
         "orderByKey": _metric(RANK),
         "orderByAsc": True,
         "startTime": "ALL",
@@ -132,6 +133,11 @@ def unpack(text: str) -> dict[str, Any]:
     """Return the state in a text that `pack` made."""
     state: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(text.removeprefix("deflate;"))))
     return state
+
+
+def _exact(value: float) -> str:
+    """Return every digit, without an exponent: a rounded bound could leave out the run that it was made from."""
+    return f"{Decimal(repr(float(value))):f}"
 
 
 def _filter(study: str) -> str:

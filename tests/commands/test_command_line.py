@@ -63,6 +63,30 @@ def test_a_script_gets_one_document_for_a_result_and_for_a_mistake(tmp_path):
     assert "Did you mean search.n_trials?" in found["error"]
 
 
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("qflow cost --json --cfg nothing", 2),
+        ("qflow cost --json --hydra-help", 0),
+        ("qflow.cost --json --nothing", 2),
+        ("qflow frobnicate --json", 2),
+        ("qflow --version --json", 0),
+    ],
+)
+def test_whatever_ends_a_command_leaves_a_document(line, code, tmp_path):
+    done = qflow(*line.split(), cwd=tmp_path)
+    found = json.loads(done.stdout)
+    assert (found["exit_code"], done.returncode, bool(found["error"])) == (code, code, code == 2), done.stderr
+
+
+def test_the_debug_mode_keeps_document_and_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("QFLOW_DEBUG", "1")
+    done = qflow("qflow.cost", "nothing=3", "--json", cwd=tmp_path)
+    found = json.loads(done.stdout)
+    assert (found["exit_code"], done.returncode) == (2, 2) and "Traceback" in done.stderr
+    assert done.stderr.endswith(f"qflow: {found['error']}\n")
+
+
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_a_terminal_shows_what_is_done_before_anything_heavy_is_imported(name, tmp_path):
     """The line comes before Hydra, OmegaConf and NumPy; a wrong key then ends the command."""

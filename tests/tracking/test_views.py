@@ -31,6 +31,16 @@ def test_a_view_is_an_experiment_tag_with_a_packed_state(tracker):
     assert list(runs) == []  # the filter is one that MLflow understands
 
 
+@pytest.mark.parametrize("largest", [0.1234567, 1.0000004e-05, 1.0 / 3.0])
+def test_the_largest_drop_that_the_view_shows_is_among_the_listed_runs(tracker, largest):
+    with tracker.calling() as client:
+        run = client.create_run(tracker.experiment_id, tags={"qflow.study": "task/bound", "qflow.kind": "trial"})
+        client.log_metric(run.info.run_id, "accuracy/drop", largest)
+    state = view_state("task/bound", [], [], largest, "cost/latency_ms", "accuracy/drop")
+    found = tracker.client.search_runs([tracker.experiment_id], state["searchFilter"])
+    assert [r.info.run_id for r in found] == [run.info.run_id]
+
+
 def test_addresses_open_the_mode_for_machine_learning():
     saved = study_url("http://host:5000/", "1", "task/stage", "abc")
     plain = study_url("http://host:5000", "1", "task/stage", charts=False)
