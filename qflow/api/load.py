@@ -10,8 +10,9 @@ comes from the caller, from a built-in task, or from a package that the caller a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,16 +60,24 @@ def load(
 
 
 def prepared_of(
-    trial: StoredTrial, *, model: Model | None = None, allow: Iterable[str] = (), device: str = "cpu"
+    trial: StoredTrial,
+    *,
+    model: Model | None = None,
+    allow: Iterable[str] = (),
+    own: Mapping[str, Any] | None = None,
+    device: str = "cpu",
 ) -> Prepared:
-    """Return the prepared and calibrated model of a stored trial; arguments and errors are those of `load`."""
+    """Return the prepared and calibrated model of a stored trial; arguments and errors are those of `load`.
+
+    `own` is a configuration that the caller composed: code that it names may run too.
+    """
     if not (trial.folder / EXAMPLE[0]).is_file():
         raise BundleError(
             f"A trial is loaded with the input example of its study, but got none with {trial.source}. Give the model "
             "inputs of tensors, lists and dicts, and run the study again."
         )
     place = _device(device)
-    found = float_model(trial, model, allow).to(place)
+    found = float_model(trial, model, allow, own).to(place)
     example = tree_map(lambda v: v.to(place) if isinstance(v, Tensor) else v, read_example(trial.folder))
     quant = plain(trial.config.quant)
     prepared = engine.prepare(
@@ -99,9 +108,11 @@ def prepared_of(
     return prepared
 
 
-def float_model(trial: StoredTrial, model: Model | None, allow: Iterable[str]) -> nn.Module:
+def float_model(
+    trial: StoredTrial, model: Model | None, allow: Iterable[str] = (), own: Mapping[str, Any] | None = None
+) -> nn.Module:
     """Return the float model in eval mode with the weights of the trial, a copy of what the caller gave."""
-    found = _given(model) if model is not None else _own(trial, tuple(allow))
+    found = _given(model) if model is not None else _own(trial, tuple(allow), own)
     found = copy.deepcopy(found).cpu().eval()
     if trial.weights is not None:
         _load_weights(found, trial)
@@ -120,12 +131,12 @@ def _given(model: Model) -> nn.Module:
     return found
 
 
-def _own(trial: StoredTrial, allow: tuple[str, ...]) -> nn.Module:
+def _own(trial: StoredTrial, allow: tuple[str, ...], own: Mapping[str, Any] | None) -> nn.Module:
     """Return the model that the trial names, if its code is built in or allowed."""
     node = config_of(trial)["task"]
     named = {"_target_": node["_target_"]} if node["_target_"] else {"model": node["model"]}
     try:
-        check_targets({"task": named}, allow)
+        check_targets({"task": named}, allow, own)
     except BundleError as error:
         name = node["_target_"] or node["model"].get("_target_")
         if name in BUILT_IN:  # its arguments are refused

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from qflow.core.errors import BundleError
+from qflow.report.files import SCORES
 
 MB = 1 << 20
 DIGEST = "qflow.files"
@@ -18,8 +19,6 @@ DIGEST = "qflow.files"
 RECORD = "bundle.json"
 """File of a folder or archive: digests of its other files, and what the run held in tags."""
 WEIGHTS = "qconfig/weights.safetensors"
-SCORES = "scores.json"
-"""Score of each evaluation sample, in order."""
 EXAMPLE = ("example.json", "example.safetensors")
 """Files of the study's run, the same for all its trials."""
 PROFILE = "profile.report"

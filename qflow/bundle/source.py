@@ -14,9 +14,10 @@ from typing import Any
 
 from qflow.bundle.bounded import read_json
 from qflow.bundle.files import DIGEST, LIMITS, OF_STUDY, RECORD, check_names, files_digest, regular_files
-from qflow.bundle.stored import RESULT, StoredTrial, read_stored
+from qflow.bundle.stored import StoredTrial, read_stored
 from qflow.core.errors import BundleError
 from qflow.tracking.artifacts import Store
+from qflow.tracking.mlflow_tracker import RESULT
 
 BUNDLE = "data/bundle"
 """Folder of a registered model version, as MLflow lays it out, that holds the trial."""

@@ -19,9 +19,7 @@ from qflow.core.errors import BundleError, QflowError
 from qflow.core.qconfig import QConfig
 from qflow.core.record import digest, from_dict
 from qflow.search.outcome import Marker
-
-RESULT = "qflow.result"
-"""Tag of a trial's run: the marker, with every metric exactly as it was computed."""
+from qflow.tracking.mlflow_tracker import RESULT
 
 
 @dataclass(frozen=True)

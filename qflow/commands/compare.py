@@ -66,6 +66,8 @@ def side(source: str, uri: str | None, root: Path) -> Side:
 def print_comparison(found: Comparison) -> None:
     """One comparison as text."""
     print(f"{'first':<12}{found.before}\n{'other':<12}{found.after}")
+    for text in found.differences:
+        print(f"{'differs':<12}{text}")
     for note in found.notes:
         print(f"{'note':<12}{note}")
     if found.metrics:

@@ -13,7 +13,6 @@ import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from omegaconf import OmegaConf
 
 from qflow.config.command import run_command
 from qflow.config.settings import plain, root_dir
-from qflow.core.errors import BundleError, ConfigError, TrackingError
+from qflow.core.errors import ConfigError, TrackingError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -84,7 +83,7 @@ def carried(config: DictConfig) -> dict[str, Any]:
     root = root_dir(config)
     if config.bundle:
         study, path = config.study, Path(config.bundle)
-        count = pack(config.tracking.uri, root, study, path)
+        count = pack(config.tracking.uri, root, study, path, stated_experiment(config))
         print(f"{'bundled':<12}{study} with {count} trials in {path}, {path.stat().st_size / 1e6:.1f} MB")
     else:
         study, count = unpack(config.tracking.uri, root, Path(config.unpack))
@@ -109,6 +108,8 @@ def default_source(store: Store, config: DictConfig) -> str:
 
     Raises TrackingError if there is neither.
     """
+    from qflow.study.find import one_study
+    from qflow.tracking.connect import shown
     from qflow.tracking.limits import model_name
 
     unresolved: Any = OmegaConf.to_container(config, resolve=False)
@@ -117,27 +118,28 @@ def default_source(store: Store, config: DictConfig) -> str:
         with suppress(TrackingError):
             store.version(name, alias=alias)
             return f"models:/{name}@{alias}"
-    for run in store.studies(config.study).values():
+    experiment = stated_experiment(config)
+    if store.studies(config.study, experiment):
+        _, run = one_study(store, config.study, experiment, "A study is in the store")
         if best := store.run(run)[0].get("qflow.best"):
             return f"runs:/{best}"
     raise TrackingError(
         f"By default the champion is exported, or the best trial of a study, but got neither {name}@{alias} nor a best "
-        f"trial of {config.study} in {store.uri}. Name one: from=<run id>."
+        f"trial of {config.study} in {shown(store.uri)}. Name one: from=<run id>."
     )
+
+
+def stated_experiment(config: DictConfig) -> str | None:
+    """Return the experiment that the command line names; None for the default, which follows task.name."""
+    unresolved: Any = OmegaConf.to_container(config.tracking, resolve=False)
+    return None if "${" in unresolved["experiment"] else unresolved["experiment"]
 
 
 def loaded(config: DictConfig, trial: StoredTrial) -> Prepared:
     """Return the prepared model of a trial; code that the command line names itself may run."""
     from qflow.api.load import prepared_of
-    from qflow.bundle.targets import check_targets
-    from qflow.config.build import build_model
 
-    allow = tuple(config.security.allow)
-    model = None
-    with suppress(BundleError):
-        check_targets({"task": plain(trial.config.task)}, allow, own={"task": plain(config.task)})
-        model = partial(build_model, trial.config)
-    return prepared_of(trial, model=model, allow=allow)
+    return prepared_of(trial, allow=tuple(config.security.allow), own={"task": plain(config.task)})
 
 
 def report(exported: Exported) -> list[str]:

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qflow.config.command import run_command
-from qflow.config.quoting import assignment
 from qflow.config.settings import plain, root_dir
-from qflow.core.errors import PromotionError, TrackingError
+from qflow.core.errors import PromotionError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from qflow.tracking.artifacts import Store
     from qflow.tracking.registry import Version
 
-WORDS = {"--dry-run": "dry_run=true", "rollback": "rollback=true"}
+WORDS = {"rollback": "rollback=true"}
 """What may be written instead of an override."""
 SHOWN = ("accuracy/drop", "cost/latency_ms", "qconfig/int16_ratio")
 JUDGED = "qflow.judged"
@@ -78,16 +77,15 @@ def promote(config: DictConfig) -> int:
         check_alias(config.tracking.alias)
     rules, stated = Rules(**plain(config.gate)), config.tracking.registered_model
     store = Store.open(config.tracking.uri, root_dir(config))
-    if config.rollback and stated is not None:
-        return roll_back(store, model_name(stated), config.tracking.alias or "champion", config.dry_run)
+    if config.rollback:
+        return roll_back(store, config)
     run_id = config.run or best_run(store, config.study, config.tracking.experiment)
     trial = of_run(store, run_id)
     name = model_name(stated or trial.config.tracking.registered_model)
     alias = config.tracking.alias or trial.config.tracking.alias
-    if config.rollback:
-        return roll_back(store, name, alias, config.dry_run)
     before = champion(store, name, alias)
-    print(f"{'run':<12}{run_id}, qconfig {trial.qconfig.digest}, of {trial.tags.get('qflow.study', '?')}")
+    study = trial.tags.get("qflow.study", "?")
+    print(f"{'run':<12}{run_id}, qconfig {trial.qconfig.digest}, of {study}, for {name}@{alias}")
     with tempfile.TemporaryDirectory(prefix="qflow-promote-") as folder:
         verdict, promotion = judge(config, store, trial, Path(folder), before, rules)
         verdict.show()
@@ -95,6 +93,7 @@ def promote(config: DictConfig) -> int:
             return 1
         if before is not None and before.run_id == run_id:
             print(f"{'champion':<12}{name} version {before.number} is this run already; alias {alias} stays")
+            show_how_to_load(config, trial, store, f"models:/{name}@{alias}")
             return 0
         if config.dry_run:
             print(f"{'dry run':<12}nothing is registered; alias {alias} of {name} stays")
@@ -108,25 +107,9 @@ def promote(config: DictConfig) -> int:
 
 def best_run(store: Store, study: str, experiment: str | None) -> str:
     """Run id of the study's best trial. Raises TrackingError for an unknown study, PromotionError without one."""
-    found = store.studies(study, experiment)
-    if len(found) > 1:
-        names = sorted(found)
-        raise TrackingError(
-            f"A study is in one experiment, but got {study} in {', '.join(names)}. Add "
-            f"{assignment('tracking.experiment', names[0])}."
-        )
-    if not found:
-        elsewhere = sorted(store.studies(study)) if experiment else []
-        way_out = (
-            f"It is in {', '.join(elsewhere)}: leave tracking.experiment out."
-            if elsewhere
-            else "Run qflow.tune first, or name it: study=<name>."
-        )
-        raise TrackingError(
-            f"A study must exist to be promoted, but got {study}, unknown in {store.uri}"
-            f"{f', experiment {experiment}' if experiment else ''}. {way_out}"
-        )
-    (run_id,) = found.values()
+    from qflow.study.find import one_study
+
+    _, run_id = one_study(store, study, experiment, "A study must exist to be promoted")
     tags, _, _ = store.run(run_id)
     if not tags.get("qflow.best"):
         why = "missed its goal" if tags.get("qflow.goal") == "missed" else "has not ended yet"
@@ -218,7 +201,14 @@ def judge(
     if before is not None and (known := _judged(before)) is not None and known.data == judged.data:
         verdict.rejected += against_champion(rules, evaluator.task, judged, known)
     elif before is not None:
-        verdict.notes.append(f"not compared with version {before.number}, which was judged on other data or not at all")
+        why = f"not compared with version {before.number}, which was judged on other data or not at all"
+        asked = [n for n in ("max_worse_than_champion", "max_slower_than_champion_ms") if getattr(rules, n) is not None]
+        if asked:
+            verdict.rejected.append(
+                f"{why}, so that gate.{asked[0]} cannot be judged. Set it to null to promote anyway"
+            )
+        else:
+            verdict.notes.append(why)
     write_registered(folder / "model", loaded, folder / "bundle")
     return verdict, Promotion(rebuilt, folder / "model", files, judged)
 
@@ -243,11 +233,14 @@ def on_samples(verdict: Verdict, rebuilt: Rebuilt, loaded: Any, again: Scores, g
     verdict.rejected += broken_rules(rules, task, before, after)
 
 
-def roll_back(store: Store, name: str, alias: str, dry_run: bool) -> int:
-    """Move the alias back to the version before."""
+def roll_back(store: Store, config: DictConfig) -> int:
+    """Move the alias back to the version before; no trial is read, as that of the present version may be damaged."""
+    from qflow.study.find import registered_place
     from qflow.tracking.registry import champion, move_back, version_before
 
-    if dry_run:
+    name, alias = registered_place(store, config)
+    print(f"{'alias':<12}{name}@{alias}")
+    if config.dry_run:
         left = champion(store, name, alias)
         print(f"{'dry run':<12}{name}@{alias} would go back to version {version_before(name, alias, left)}")
         return 0
@@ -259,12 +252,15 @@ def roll_back(store: Store, name: str, alias: str, dry_run: bool) -> int:
 
 def show_how_to_load(config: DictConfig, trial: StoredTrial, store: Store, source: str) -> None:
     """Print the two lines that load the registered model."""
+    from qflow.tracking.connect import shown
+
+    uri = shown(store.uri)
     allow = ", ".join(repr(str(package)) for package in config.security.allow)
     more = f", allow=[{allow}]" if allow else ""
     local = config.tracking.uri is None
-    where = f", uri={store.uri!r}" if not local or str(root_dir(config)) != str(Path("qflow_out").absolute()) else ""
+    where = f", uri={uri!r}" if not local or str(root_dir(config)) != str(Path("qflow_out").absolute()) else ""
     print(f"{'load it':<12}qflow.load({source!r}{more}{where})")
-    print(f"{'':<12}mlflow.pyfunc.load_model({source!r})  # MLFLOW_TRACKING_URI={store.uri}", end="")
+    print(f"{'':<12}mlflow.pyfunc.load_model({source!r})  # MLFLOW_TRACKING_URI={uri}", end="")
     print(f" QFLOW_ALLOW={','.join(config.security.allow)}" if allow else "")
 
 

@@ -9,13 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qflow.config.command import Result, run_command
-from qflow.config.quoting import assignment
-from qflow.core.errors import TrackingError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-    from qflow.tracking.artifacts import Store
 
 
 def main() -> None:
@@ -26,32 +22,16 @@ def main() -> None:
 def report(config: DictConfig) -> Result:
     """Write the report of `config.study` to disk and to its run, and print where it is."""
     from qflow.config.settings import root_dir
+    from qflow.study.find import one_study
     from qflow.study.report import report_url, write_report
     from qflow.tracking.artifacts import Store
     from qflow.tracking.mlflow_tracker import MlflowTracker
 
     root = root_dir(config)
-    experiment, run = find_study(
-        Store.open(config.tracking.uri, root), config.study, config.tracking.experiment
-    )  # before a tracker is opened, which would create what is missing
+    store = Store.open(config.tracking.uri, root)  # before a tracker is opened, which would create what is missing
+    experiment, run = one_study(store, config.study, config.tracking.experiment, "A report is of a study in the store")
     tracker = MlflowTracker.open(config.tracking.uri, root, experiment)
     place = write_report(tracker, config.study, run, root)
     print(f"{'report':<12}{place}")
     print(f"{'in MLflow':<12}{report_url(tracker, run)}")
     return 0, {"written": str(place), "run": run, "url": report_url(tracker, run)}
-
-
-def find_study(store: Store, study: str, experiment: str | None) -> tuple[str, str]:
-    """Return experiment and run id of a study. Raises TrackingError unless there is exactly one of this name."""
-    found = store.studies(study, experiment)
-    if len(found) > 1:
-        raise TrackingError(
-            f"A study is in one experiment, but got {study} in {', '.join(sorted(found))}. Add "
-            f"{assignment('tracking.experiment', min(found))}."
-        )
-    if not found:
-        raise TrackingError(
-            f"A report is of a study in the store, but got {study}, unknown in {store.uri}"
-            f"{f', experiment {experiment}' if experiment else ''}. Run qflow.tune first, or name it: study=<name>."
-        )
-    return next(iter(found.items()))

@@ -86,23 +86,26 @@ def print_against_best(hand: ByHand, done: FinishedTrial) -> FinishedTrial | Non
 
 
 def print_next(hand: ByHand, done: FinishedTrial, best: FinishedTrial | None) -> None:
-    """The commands that follow, and the address of the view."""
+    """The commands that follow, and the address of the trials, with the view that `tune` has saved."""
     from qflow.config.quoting import assignment
     from qflow.report.console import python_command
-    from qflow.tracking.views import save_view, study_url
+    from qflow.search.objective import meets
+    from qflow.study.next_steps import promote_command
+    from qflow.tracking.connect import shown
+    from qflow.tracking.views import known_view, study_url
 
     config, python = hand.config, python_command()
     root = [assignment("root", str(hand.root))] if hand.root != Path("qflow_out").resolve() else []
-    uri = [assignment("tracking.uri", config.tracking.uri)] if config.tracking.uri else []
-    if best is not None:
-        print(f"{'next':<12}{' '.join([python, '-m qflow.compare', best.run_id, done.run_id, *root, *uri])}")
-    named = assignment("tracking.experiment", config.tracking.experiment)
-    promote = [python, f"-m qflow.promote run={done.run_id}", named, *root, *uri]
-    print(f"{'' if best else 'next':<12}{' '.join(promote)}")
+    uri = [assignment("tracking.uri", shown(config.tracking.uri))] if config.tracking.uri else []
+    lines = [" ".join([python, "-m qflow.compare", best.run_id, done.run_id, *root, *uri])] if best else []
+    if meets(done):
+        lines.append(promote_command(config, hand.root, done.run_id))
     ui = hand.tracker.ui_command()
-    print(f"{'':<12}{f'{python} -m {ui}' if ui.startswith('mlflow') else ui}")
+    lines.append(f"{python} -m {ui}" if ui.startswith("mlflow") else ui)
+    for number, line in enumerate(lines):
+        print(f"{'' if number else 'next':<12}{line}")
     host = hand.tracker.uri if hand.tracker.uri.startswith("http") else "http://127.0.0.1:5000"
-    key = save_view(hand.tracker, config.study)
+    key = known_view(hand.tracker, config.study)
     print(f"{'then open':<12}{study_url(host, hand.tracker.experiment_id, config.study, key)}")
 
 

@@ -17,6 +17,7 @@ from qflow.core import record
 from qflow.core.errors import QflowError, TrialError
 from qflow.search.domain import Scalar
 
+STOPPED = "qflow.stopped"  # tag of a trial that ended early: its metric is the worst possible one
 MARKER_LIMIT = 60_000  # characters that the text columns of every database hold
 STOPPED = "qflow.stopped"  # tag of a trial that ended early: its metric is the worst possible one
 

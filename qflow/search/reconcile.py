@@ -73,7 +73,10 @@ def _requeue(study: Study, trial: StudyTrial, ending: str) -> None:
 def _close_runs(study: Study, tracker: Tracker) -> None:
     trials = {trial.number: trial for trial in study.trials()}
     for run_id in tracker.running_trials(study.name):
-        trial = trials.get(int(tracker.run_tags(run_id).get("qflow.trial", -1)))
+        number = tracker.run_tags(run_id).get("qflow.trial", "")
+        if number.startswith("-"):  # a trial by hand, whose own process ends it
+            continue
+        trial = trials.get(int(number or -1))
         if trial is None:
             tracker.end(run_id, "KILLED", "its trial is not in the study database")
         elif trial.state == "complete":

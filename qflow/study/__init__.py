@@ -10,6 +10,7 @@ __all__ = [
     "comparison",
     "comparison_page",
     "fewer",
+    "find",
     "finish",
     "gate",
     "int16_weights",

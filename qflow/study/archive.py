@@ -24,6 +24,7 @@ from qflow.core.record import digest
 from qflow.core.version import VERSION
 from qflow.search.carried import check_study, restore_study, study_names, study_record, taken, withdraw_study
 from qflow.search.outcome import Marker
+from qflow.study.find import one_study
 from qflow.tracking.artifacts import Store
 from qflow.tracking.carried import (
     check_runs,
@@ -45,8 +46,8 @@ TEXTS = (".json", ".md", ".txt", ".html", ".csv")
 """Files of the study's own run in which the ids of its trials are renamed."""
 
 
-def pack(uri: str | None, root: Path, study: str, path: Path) -> int:
-    """Write the study to the file `path` and return the number of its trials.
+def pack(uri: str | None, root: Path, study: str, path: Path, experiment: str | None = None) -> int:
+    """Write the study to the file `path` and return the number of its trials; `experiment` None looks in all.
 
     Raises TrackingError for an unknown study, for several of this name, or one with a running trial; BundleError for a
     file that exists.
@@ -54,11 +55,7 @@ def pack(uri: str | None, root: Path, study: str, path: Path) -> int:
     if path.exists():
         raise BundleError(f"A bundle is a new file, but got {path}, which exists. Name another.")
     store = Store.open(uri, root)
-    found = store.studies(study)
-    if len(found) != 1:
-        which = f"it in {', '.join(found)}" if found else "none of that name"
-        raise TrackingError(f"A bundled study is in one experiment, but got {which}: {study}. Name it: study=<name>.")
-    ((experiment, run),) = found.items()
+    experiment, run = one_study(store, study, experiment, "A bundled study is in the store")
     records = run_records(store, run)
     searched = any(int(record["tags"]["qflow.trial"]) >= 0 for record in records[1:])  # not only trials by hand
     optuna_study = study_record(root, study) if searched or study in study_names(root) else None

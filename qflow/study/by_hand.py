@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +13,14 @@ from omegaconf import DictConfig
 
 from qflow.bundle.bounded import read_json
 from qflow.bundle.stored import example_digest
+from qflow.config.quoting import assignment
 from qflow.config.settings import plain, root_dir, trial_settings
-from qflow.core.errors import ConfigError, QflowError
+from qflow.core.errors import ConfigError, QflowError, TrackingError
 from qflow.core.names import check_study_name
 from qflow.core.qconfig import QConfig
 from qflow.core.record import from_dict, to_json
 from qflow.report.console import Console
+from qflow.search.interrupts import interrupts
 from qflow.search.objective import Goal
 from qflow.search.outcome import FinishedTrial, Marker
 from qflow.study.assemble import make_evaluator
@@ -25,6 +28,7 @@ from qflow.study.evaluate import evaluate_trial
 from qflow.study.fingerprint import changes, fingerprint
 from qflow.study.manifest import data_sets, manifest
 from qflow.study.shared_files import write_shared
+from qflow.tracking.artifacts import Store
 from qflow.tracking.limits import check_metric_name
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.trial.evaluator import Evaluator
@@ -54,6 +58,7 @@ class ByHand:
         """Open the store and build the evaluator. Raises ConfigError, DataError, TrackingError."""
         check_study_name(config.study)
         root = root_dir(config)
+        _check_experiment(config, root)
         tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
         evaluator, console = make_evaluator(config), Console()
         check_metric_name(evaluator.task.metric_name)
@@ -91,7 +96,8 @@ class ByHand:
             shared.mkdir()
             folder.mkdir()
             write_shared(shared, self.config, evaluator, {})
-            return self._tracked(self._study(shared), folder, example_digest(shared))
+            with interrupts():  # SIGTERM ends the run too
+                return self._tracked(self._study(shared), folder, example_digest(shared))
 
     def _study(self, shared: Path) -> str:
         """Return the study's run; without one, a run of this name, which `tune` will continue."""
@@ -150,3 +156,15 @@ class ByHand:
         with tempfile.TemporaryDirectory() as folder:
             self.tracker.download(run_id, name := "qconfig/qconfig.json", Path(folder))
             return from_dict(QConfig, read_json(Path(folder), name))
+
+
+def _check_experiment(config: DictConfig, root: Path) -> None:
+    """Raise ConfigError if the study is in another experiment, where a second one of its name would be made."""
+    with suppress(TrackingError):  # a store that is missing is made by the tracker, or refused with its reason
+        found = sorted(Store.open(config.tracking.uri, root).studies(config.study))
+        if found and config.tracking.experiment not in found:
+            raise ConfigError(
+                f"A trial by hand is in the experiment of its study, but got {config.tracking.experiment} for "
+                f"{config.study}, which is in {', '.join(found)}. Add {assignment('tracking.experiment', found[0])}, "
+                f"or use another name: study={config.study}-2."
+            )

@@ -12,19 +12,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qflow.bundle.files import SCORES
+from qflow.bundle.bounded import read_json
+from qflow.bundle.files import WEIGHTS
 from qflow.bundle.stored import StoredTrial
 from qflow.core.errors import BundleError, QflowError
 from qflow.core.names import trial_name
 from qflow.core.qconfig import OpQConfig, QConfig
 from qflow.core.record import from_dict
 from qflow.cost_model.records import Change
+from qflow.report.files import SCORES
 from qflow.search.noise import Noise, difference_noise
+from qflow.search.outcome import STOPPED, Marker
 from qflow.study.manifest import SEQUENCES
+from qflow.study.rebuild import PARTS
+from qflow.tracking.mlflow_tracker import RESULT
 
 SURE = 1.96  # standard errors on each side of 95 % of a normal distribution
-PARTS = {"weights": "weights", "data": "data", "graph": "operators", "profile": "measured times"}
-"""Entry of the manifest -> its name in words: where these differ, the numbers are of other things."""
 LATENCY = ("cost/latency_ms", "cost/latency_low_ms", "cost/latency_high_ms")
 
 
@@ -44,6 +47,12 @@ class Side:
     device: str = ""
     scores: tuple[float, ...] = ()
     """Of each evaluation sample; empty if the trial does not have them."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The trial's params: calibration, qconfig and training."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Part -> digest: the calibrated scales, and the weights if the trial was trained."""
+    stopped: str = ""
+    """After how many samples the evaluation ended early; its metric is then the worst possible one."""
 
 
 @dataclass(frozen=True)
@@ -98,30 +107,49 @@ class Comparison:
     """BPU time of the second over the first; operators that are the same in both cancel."""
     operators: tuple[OperatorChange, ...]
     count: int
+    differences: tuple[str, ...] = ()
+    """What else differs, in words: data, device, settings, scales, weights."""
     notes: tuple[str, ...] = ()
+    """What was not compared, and why."""
 
     @property
     def equal(self) -> bool:
-        """True if no metric, operator or note differs."""
+        """True if all that was compared is equal."""
         same = all(m.before == m.after for m in self.metrics)
-        return same and not self.operators and not self.notes
+        return same and not self.operators and not self.differences
 
 
 def side_of(trial: StoredTrial) -> Side:
-    """Return what is compared of a stored trial."""
-    found = trial.sensitivities
-    named = trial_name(int(trial.tags.get("qflow.trial", "0")), trial.tags.get("qflow.label", ""))
-    return Side(
-        source=trial.source,
-        title=f"{named} of {trial.tags.get('qflow.study', '?')}, run {trial.run_id[:8]}",
-        qconfig=trial.qconfig,
-        metrics=trial.metrics,
-        times=_times(trial.folder / "cost.json"),
-        sensitivities=found.activation_scores("qint8") if found else {},
-        manifest=trial.manifest,
-        scores=tuple(json.loads(text.read_text())) if (text := trial.folder / SCORES).is_file() else (),
-        device=f"{trial.config.device.march} under OpenExplorer {trial.config.device.oe_version}",
-    )
+    """Return what is compared of a stored trial. Raises BundleError if its files do not hold what qflow writes."""
+    found, tags = trial.sensitivities, trial.tags
+    try:
+        outcome = Marker.from_json(tags[RESULT]).outcome
+        named = trial_name(int(tags.get("qflow.trial", "0")), tags.get("qflow.label", ""))
+        scores = tuple(map(float, read_json(trial.folder, SCORES))) if SCORES in trial.files else ()
+        return Side(
+            source=trial.source,
+            title=f"{named} of {tags.get('qflow.study', '?')}, run {trial.run_id[:8]}",
+            qconfig=trial.qconfig,
+            metrics=trial.metrics,
+            times=_times(trial.folder),
+            sensitivities=found.activation_scores("qint8") if found else {},
+            manifest={
+                **trial.manifest,
+                "eval_samples": int(trial.manifest.get("eval_samples", 0)),
+                SEQUENCES: tuple(map(int, trial.manifest.get(SEQUENCES, ()))),
+            },
+            scores=scores,
+            device=f"{trial.config.device.march} under OpenExplorer {trial.config.device.oe_version}",
+            settings=dict(outcome.params),
+            files={
+                "calibrated scales": tags.get("qflow.scales", ""),
+                "trained weights": trial.files.get(WEIGHTS, "") if trial.trained else "",
+            },
+            stopped=tags.get(STOPPED, ""),
+        )
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        text = " ".join(str(error).split())[:120]
+        raise BundleError(f"Files of {trial.source} hold what qflow writes, but got: {text}. Take another.") from error
 
 
 def side_of_json(path: Path) -> Side:
@@ -130,14 +158,14 @@ def side_of_json(path: Path) -> Side:
         content = json.loads(path.read_text())
         found = content.get("applied") if isinstance(content.get("applied"), dict) else content
         return Side(str(path), f"qconfig of {path.name}", from_dict(QConfig, found))
-    except (OSError, ValueError, AttributeError, TypeError, QflowError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError, QflowError) as error:
         text = " ".join(str(error).split())[:120]
         raise BundleError(f"A .json file holds a qconfig that qflow wrote, but got {path}: {text}") from error
 
 
-def _times(path: Path) -> dict[str, tuple[str, float, float, float]]:
+def _times(folder: Path) -> dict[str, tuple[str, float, float, float]]:
     """Read the table of cost.json: operator -> dtypes and times."""
-    table = json.loads(path.read_text())
+    table = read_json(folder, "cost.json")
     at = [table["columns"].index(name) for name in ("Name", "Dtypes", "Low (ms)", "Time (ms)", "High (ms)")]
     rows = [[row[i] for i in at] for row in table["data"]]
     return {str(name): (str(dtypes), float(low), float(ms), float(high)) for name, dtypes, low, ms, high in rows}
@@ -146,14 +174,26 @@ def _times(path: Path) -> dict[str, tuple[str, float, float, float]]:
 def compare(before: Side, after: Side) -> Comparison:
     """Return how `after` differs from `before`."""
     names = dict.fromkeys([*before.metrics, *after.metrics])
-    notes = [
+    differ = [
         f"their {name} differ: the numbers are of other things"
         for part, name in PARTS.items()
         if before.manifest and after.manifest and before.manifest.get(part) != after.manifest.get(part)
     ]
     if before.device and after.device and before.device != after.device:
-        notes.append(f"their devices differ: {before.device}, and {after.device}")
-    notes += [f"{s.title} has no figures: only qconfigs are compared" for s in (before, after) if not s.metrics]
+        differ.append(f"their devices differ: {before.device}, and {after.device}")
+    if before.metrics and after.metrics:
+        changed = {
+            key: [side.settings.get(key, "-") for side in (before, after)]
+            for key in dict.fromkeys([*before.settings, *after.settings])
+        }
+        differ += [f"{key}: {a} and {b}" for key, (a, b) in changed.items() if a != b]
+        parts = dict.fromkeys([*before.files, *after.files])
+        differ += [f"their {name} differ" for name in parts if before.files.get(name) != after.files.get(name)]
+    sides = (before, after)
+    notes = [f"{s.title} has no figures: only qconfigs are compared" for s in sides if not s.metrics]
+    notes += [
+        f"{s.title} ended {s.stopped}: its metric is the worst possible, not measured" for s in sides if s.stopped
+    ]
     noise = _noise(before, after)
     return Comparison(
         before.title,
@@ -162,6 +202,7 @@ def compare(before: Side, after: Side) -> Comparison:
         _bpu(before, after) if before.times and before.times.keys() == after.times.keys() else None,
         tuple(_operator(name, pair, before, after) for name, pair in before.qconfig.diff(after.qconfig).items()),
         len({*before.qconfig.ops, *after.qconfig.ops}),
+        tuple(differ),
         tuple(notes),
     )
 
@@ -171,13 +212,11 @@ def _noise(before: Side, after: Side) -> Noise:
     values = [next((v for k, v in s.metrics.items() if _of_task(k)), math.nan) for s in (before, after)]
     if before.manifest.get("data") != after.manifest.get("data"):
         return Noise(math.inf, "not known: they were evaluated on other data")
-    return difference_noise(
-        values[0],
-        values[1],
-        int(before.manifest.get("eval_samples", 0)),
-        (before.scores, after.scores),
-        before.manifest.get(SEQUENCES, ()),
-    )
+    if before.stopped or after.stopped:
+        return Noise(math.inf, "not known: an evaluation ended early")
+    samples = before.manifest.get("eval_samples", 0)
+    pairs, sequences = (before.scores, after.scores), before.manifest.get(SEQUENCES, ())
+    return difference_noise(values[0], values[1], samples, pairs, sequences)
 
 
 def _metric(name: str, before: Side, after: Side, noise: Noise) -> MetricChange:

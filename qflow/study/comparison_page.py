@@ -26,6 +26,7 @@ def write_page(path: Path, found: Sequence[Comparison]) -> None:
 
 def _sections(found: Comparison) -> list[Section]:
     hows = [f"Noise: {how}." for how in dict.fromkeys(m.how for m in found.metrics if m.how)]
+    texts = [*found.differences, *found.notes, *hows]
     metrics = [
         [cell(m.name, "name"), *map(cell, (m.before, m.after, m.change)), cell(m.verdict)] for m in found.metrics
     ]
@@ -41,7 +42,7 @@ def _sections(found: Comparison) -> list[Section]:
     ]
     count = f"{len(operators)} of {found.count} operators differ."
     return [
-        Section(found.after, "".join(map(paragraph, [*found.notes, *hows])) + table(METRICS, metrics)),
+        Section(found.after, "".join(map(paragraph, texts)) + table(METRICS, metrics)),
         Section(
             f"Cost and operators of {found.after}",
             "".join(map(paragraph, [*ratio, count])) + (table(OPERATORS, operators) if operators else ""),

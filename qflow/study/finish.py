@@ -90,7 +90,7 @@ def _print_lines(session: Session, text: str, shown: FinishedTrial, place: Path)
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         say(f"{dtype:<11} {', '.join([*names][:NAMED])}{more}")
     say(f"{'decisions':<12}{place}")
-    say(f"{'runs':<12}{session.tracker.uri}")
+    say(f"{'runs':<12}{shown(session.tracker.uri)}")
     say(f"{'study':<12}{session.study.name} in experiment {session.config.tracking.experiment}")
     say(f"{'cache':<12}read instead of computed: {session.evaluator.cache}")
     say(f"{'time':<12}{session.console.seconds:.0f} s, {session.tracker.seconds:.1f} s of it in tracking")

@@ -11,15 +11,16 @@ from qflow.bundle.targets import own_packages
 from qflow.config.quoting import assignment, word
 from qflow.config.settings import plain
 from qflow.report.console import python_command
+from qflow.tracking.connect import shown
 
 
-def promote_command(config: DictConfig, root: Path) -> str:
-    """Return the command that promotes the best trial of a study with `config` in `root`."""
+def promote_command(config: DictConfig, root: Path, run: str = "") -> str:
+    """Return the command that promotes the best trial of a study with `config` in `root`, or the trial of `run`."""
     default = Path(os.environ.get("QFLOW_HOME") or "qflow_out")
     named = {
-        "study": (config.study, "perception/int8_int16"),
+        **({"run": (run, "")} if run else {"study": (config.study, "perception/int8_int16")}),
         "root": (str(root), str(default.expanduser().resolve())),
-        "tracking.uri": (config.tracking.uri or "", ""),
+        "tracking.uri": (shown(config.tracking.uri or ""), ""),
         "tracking.experiment": (config.tracking.experiment, "perception"),
         "tracking.registered_model": (config.tracking.registered_model, "perception"),
         "tracking.alias": (config.tracking.alias, "champion"),

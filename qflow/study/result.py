@@ -7,6 +7,7 @@ from typing import Any
 from qflow.search.objective import meets, nearest_miss
 from qflow.search.outcome import STOPPED, FinishedTrial
 from qflow.study.session import Session
+from qflow.tracking.connect import shown
 
 
 def study_record(session: Session) -> dict[str, Any]:
@@ -16,7 +17,7 @@ def study_record(session: Session) -> dict[str, Any]:
     return {
         "study": session.study.name,
         "experiment": session.config.tracking.experiment,
-        "uri": session.tracker.uri,
+        "uri": shown(session.tracker.uri),
         "run": session.study_run,
         "goal": str(session.goal),
         "met": session.best is not None,

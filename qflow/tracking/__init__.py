@@ -3,4 +3,14 @@
 No other package imports mlflow. It takes 1.6 s to import, so that it is imported only when a tracker is opened.
 """
 
-__all__ = ["artifacts", "carried", "datasets", "limits", "mlflow_tracker", "model_files", "registry", "views"]
+__all__ = [
+    "artifacts",
+    "carried",
+    "connect",
+    "datasets",
+    "limits",
+    "mlflow_tracker",
+    "model_files",
+    "registry",
+    "views",
+]

@@ -43,10 +43,15 @@ def run_records(store: Store, study_run: str) -> list[dict[str, Any]]:
             token = page.token
             if not token:
                 break
-        if running := [run.info.run_id for run in found if run.info.status == "RUNNING"]:
+        if running := [run for run in found if run.info.status == "RUNNING"]:
+            by_hand = running[0].data.tags.get("qflow.trial", "").startswith("-")
+            way_out = (
+                "Wait for this trial by hand, or delete its run in MLflow if its process is gone."
+                if by_hand
+                else "Start its qflow.tune once more: it ends what is open."
+            )
             raise TrackingError(
-                f"A study is bundled when it has ended, but got run {running[0]} running. Start its qflow.tune once "
-                "more: it ends what is open."
+                f"A study is bundled when it has ended, but got run {running[0].info.run_id} running. {way_out}"
             )
         head, *trials = found
         ordered = [head, *sorted(trials, key=lambda run: (run.info.start_time, run.info.run_id))]

@@ -28,6 +28,11 @@ _FOREIGN = ("mlflow", "sqlalchemy", "alembic", "sqlite3", "requests", "urllib3")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
+def shown(uri: str) -> str:
+    """Return an address without its password, for lines and errors."""
+    return re.sub(r"(://[^/@:]*):.*@", r"\1:***@", uri)
+
+
 def open_client(uri: str | None, folder: Path, experiment: str) -> tuple[MlflowClient, str, str]:
     """Return (client, uri, experiment id) of the store at `uri`, by default the SQLite store in `folder`.
 
@@ -50,7 +55,7 @@ def open_store(uri: str | None, folder: Path, create: bool = True) -> tuple[Mlfl
         _require_answer(uri)
     elif scheme not in DATABASES:
         raise TrackingError(
-            f"Runs are kept in a database or on a server, but got {uri}: MLflow has retired the file "
+            f"Runs are kept in a database or on a server, but got {shown(uri)}: MLflow has retired the file "
             f"store. Leave tracking.uri empty, or name sqlite:///FILE or http://HOST:PORT."
         )
     _quiet_import()
@@ -87,14 +92,15 @@ def _require_answer(uri: str) -> None:
     if verdict[-1]:
         raise TrackingError(
             f"The tracking server must answer within {ANSWER_SECONDS:.0f} s, but got '{verdict[-1]}' "
-            f"from {uri}. Start it (mlflow server), correct tracking.uri, or leave it empty for a local store."
+            f"from {shown(uri)}. Start it (mlflow server), correct tracking.uri, or leave it empty for a local store."
         )
 
 
 def _health(uri: str) -> str:
     """Return what is wrong with the server, or an empty text."""
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_SECONDS) as answer:
+        place = re.sub("://.*@", "://", uri.rstrip("/"))  # MLflow sends user and password, this request needs none
+        with urllib.request.urlopen(f"{place}/health", timeout=ANSWER_SECONDS) as answer:
             answer.read(64)
     except urllib.error.HTTPError as error:
         # 401 and 404 count as an answer: a proxy may hide /health, and MLflow itself checks access
@@ -160,7 +166,8 @@ def plain_errors(uri: str) -> Iterator[None]:
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise TrackingError(
-            f"A call to the tracking store must succeed, but got '{lines[0]}' from {uri}. Repair "
+            f"A call to the tracking store must succeed, but got '{lines[0].replace(uri, shown(uri))}' from "
+            f"{shown(uri)}. Repair "
             f"the store and run the same command again: finished trials are kept."
         ) from error
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 Plain = str | int | float | bool | None
-RESULT = "qflow.result"
+RESULT = "qflow.result"  # tag of a trial: the marker, with every metric exactly as it was computed
 BATCH = 90  # params or tags; MLflow splits at 100 and would then send the marker before the rest
 METRIC_BATCH = 800  # metrics; MLflow also splits at 1000 values in all
 LAST_STEP = "qat/steps"  # of a trained trial: its other metrics were measured after this step
@@ -68,8 +68,8 @@ class MlflowTracker:
     def ui_command(self) -> str:
         """Return the command that shows the runs; for a server, its address."""
         if self.uri.startswith("http"):
-            return f"open {self.uri}"
-        return f"mlflow ui --workers 1 --backend-store-uri {shlex.quote(self.uri)}"
+            return f"open {connect.shown(self.uri)}"
+        return f"mlflow ui --workers 1 --backend-store-uri {shlex.quote(connect.shown(self.uri))}"
 
     def open_study(self, name: str, *, tags: Mapping[str, str], params: Mapping[str, Plain], description: str) -> str:
         """Return the run id of the study `name`: a new run, or its existing one with the status RUNNING again.

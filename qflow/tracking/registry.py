@@ -81,11 +81,13 @@ def move_back(store: Opened, name: str, alias: str, tags: Mapping[str, str]) -> 
     with store.calling() as client:
         found = client.get_model_version(name, before)
         now = Version(int(found.version), str(found.run_id), dict(found.tags))
-        client.set_registered_model_alias(name, alias, str(now.number))
+        if (rival := _moved(store, name, alias, left)) is None:
+            client.set_registered_model_alias(name, alias, str(now.number))
+            rival = _moved(store, name, alias, now)
+        if rival is not None:
+            raise PromotionError(f"{name}@{alias} was moved to version {rival} meanwhile. Look at it, and run again.")
         for key, value in tags.items():
             client.set_model_version_tag(name, str(left.number), key, value)
-    if (rival := _moved(store, name, alias, now)) is not None:
-        raise PromotionError(f"{name}@{alias} was moved to version {rival} meanwhile. Look at it, and run again.")
     return left, now
 
 

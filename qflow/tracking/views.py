@@ -61,6 +61,17 @@ def save_view(
     return key
 
 
+def known_view(tracker: MlflowTracker, study: str, x: str = LATENCY, y: str = DROP) -> str | None:
+    """Return the key of the view that was saved for a study last; None if there is none."""
+    with tracker.calling() as client:
+        tags = client.get_experiment(tracker.experiment_id).tags
+    views = {key.removeprefix(TAG): json.loads(value) for key, value in tags.items() if key.startswith(TAG)}
+    own = {
+        key: view["updatedAt"] for key, view in views.items() if view["name"].startswith(f"{study}: {y} against {x}")
+    }
+    return max(own, key=own.__getitem__, default=None)
+
+
 def study_url(host: str, experiment_id: str, study: str, key: str | None = None, *, charts: bool = True) -> str:
     """Return the address of a study's trials, with the saved view `key` or with a filter and an order."""
     # the UI opens in its mode for language models by default

@@ -1,14 +1,17 @@
 """What a comparison says of two trials, on records."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qflow.core.dtype import QDtype
+from qflow.core.errors import BundleError
 from qflow.core.qconfig import OpQConfig, QConfig
-from qflow.study.comparison import Side, compare
+from qflow.core.record import to_json
+from qflow.study.comparison import Side, compare, side_of_json
 
 MILLISECONDS = st.tuples(*[st.floats(0.001, 10.0)] * 3).map(sorted)
 
@@ -67,7 +70,37 @@ def test_what_an_operator_gains_is_its_share_of_the_sensitivities_and_its_time()
 
 def test_numbers_of_other_data_have_no_noise_and_a_note():
     found = compare(side({"a": "qint8"}), side({"a": "qint8"}, data="e"))
-    assert found.notes == ("their data differ: the numbers are of other things",)
+    assert found.differences == ("their data differ: the numbers are of other things",)
     assert not found.equal
     assert found.metrics[0].noise is None
     assert found.metrics[0].how == "not known: they were evaluated on other data"
+
+
+def test_scales_weights_and_settings_are_compared():
+    one = replace(side({"a": "qint8"}), settings={"calibration.method": "mse"}, files={"calibrated scales": "1"})
+    assert compare(one, one).equal
+    other = replace(one, settings={"calibration.method": "kl", "qat.steps": 5}, files={"calibrated scales": "2"})
+    found = compare(one, other)
+    assert found.differences == (
+        "calibration.method: mse and kl",
+        "qat.steps: - and 5",
+        "their calibrated scales differ",
+    )
+    assert not found.equal
+
+
+def test_a_trial_that_ended_early_was_not_measured():
+    early = replace(side({"a": "qint8"}, metric=0.0), stopped="after 10 of 100 samples")
+    found = compare(side({"a": "qint8"}), early)
+    assert found.notes == ("a trial ended after 10 of 100 samples: its metric is the worst possible, not measured",)
+    assert found.metrics[0].noise is None and found.metrics[0].how == "not known: an evaluation ended early"
+
+
+def test_equal_qconfigs_without_figures_are_equal(tmp_path):
+    (tmp_path / "a.json").write_text(to_json(side({"a": "qint8"}).qconfig))
+    found = compare(side_of_json(tmp_path / "a.json"), side_of_json(tmp_path / "a.json"))
+    assert found.equal and len(found.notes) == 2
+    for text in ("[" * 100_000, "3", "", '{"march": "nash-m", "operators": 1}'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(BundleError, match="A .json file holds a qconfig that qflow wrote"):
+            side_of_json(tmp_path / "bad.json")

@@ -1,0 +1,52 @@
+"""What is found by a name in a store: the one study that has it, and the registered model that the study is for."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from qflow.bundle.bounded import read_config
+from qflow.config.quoting import assignment
+from qflow.core.errors import TrackingError
+from qflow.tracking.artifacts import Store
+from qflow.tracking.connect import shown
+from qflow.tracking.limits import model_name
+
+
+def one_study(store: Store, study: str, experiment: str | None, rule: str) -> tuple[str, str]:
+    """Return experiment and run id of the study; `experiment` None looks in all.
+
+    Raises TrackingError, which begins with `rule`, unless there is exactly one.
+    """
+    found = store.studies(study, experiment)
+    if len(found) > 1:
+        names = sorted(found)
+        raise TrackingError(
+            f"A study is in one experiment, but got {study} in {', '.join(names)}. Add "
+            f"{assignment('tracking.experiment', names[0])}."
+        )
+    if not found:
+        elsewhere = sorted(store.studies(study)) if experiment else []
+        way_out = (
+            f"It is in {', '.join(elsewhere)}: leave tracking.experiment out."
+            if elsewhere
+            else "Run qflow.tune first, or name it: study=<name>."
+        )
+        where = f"{shown(store.uri)}{f', experiment {experiment}' if experiment else ''}"
+        raise TrackingError(f"{rule}, but got {study}, unknown in {where}. {way_out}")
+    return next(iter(found.items()))
+
+
+def registered_place(store: Store, config: DictConfig) -> tuple[str, str]:
+    """Return registered model and alias: as `config` states them, else those that its run or study was started with."""
+    model, alias = config.tracking.registered_model, config.tracking.alias
+    if model is not None:
+        return model_name(model), alias or "champion"
+    rule = "A study must exist to be rolled back"
+    run = config.run or one_study(store, config.study, config.tracking.experiment, rule)[1]
+    with tempfile.TemporaryDirectory(prefix="qflow-promote-") as folder:
+        store.download(store.run(run)[2], ["config.yaml"], Path(folder))
+        started = read_config(Path(folder)).tracking
+    return model_name(started.registered_model), alias or started.alias
