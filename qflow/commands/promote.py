@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from qflow.bundle.stored import StoredTrial
-    from qflow.study.gate import Judged, Scores
+    from qflow.study.gate import Judged, Rules, Scores
     from qflow.study.rebuild import Rebuilt
+    from qflow.tasks.task import Task
     from qflow.tracking.artifacts import Store
     from qflow.tracking.registry import Version
 
@@ -167,7 +168,7 @@ def judge(
     from qflow.api.registered import write_registered
     from qflow.bundle.source import of_folder
     from qflow.bundle.write import write_bundle
-    from qflow.study.gate import Judged, against_champion, misses, score, stricter
+    from qflow.study.gate import Judged, misses, score, stricter
     from qflow.study.rebuild import rebuild
     from qflow.trial.record import run_metrics
     from qflow.trial.training import float_weights
@@ -198,19 +199,26 @@ def judge(
         verdict.anomalous.append(f"loaded again, {accuracy} is {again.metric:.6g} instead of {result.metric:.6g}")
     on_samples(verdict, rebuilt, loaded, again, goal, rules)
     judged = Judged(result.metric, result.cost.latency_ms, trial.manifest.get("data", ""))
-    if before is not None and (known := _judged(before)) is not None and known.data == judged.data:
-        verdict.rejected += against_champion(rules, evaluator.task, judged, known)
-    elif before is not None:
-        why = f"not compared with version {before.number}, which was judged on other data or not at all"
-        asked = [n for n in ("max_worse_than_champion", "max_slower_than_champion_ms") if getattr(rules, n) is not None]
-        if asked:
-            verdict.rejected.append(
-                f"{why}, so that gate.{asked[0]} cannot be judged. Set it to null to promote anyway"
-            )
-        else:
-            verdict.notes.append(why)
+    against(verdict, before, judged, rules, evaluator.task)
     write_registered(folder / "model", loaded, folder / "bundle")
     return verdict, Promotion(rebuilt, folder / "model", files, judged)
+
+
+def against(verdict: Verdict, before: Version | None, judged: Judged, rules: Rules, task: Task) -> None:
+    """Judge against the present champion, if it was judged on the same data."""
+    from qflow.study.gate import against_champion
+
+    if before is None:
+        return
+    if (known := _judged(before)) is not None and known.data == judged.data:
+        verdict.rejected += against_champion(rules, task, judged, known)
+        return
+    why = f"not compared with version {before.number}, which was judged on other data or not at all"
+    asked = [n for n in ("max_worse_than_champion", "max_slower_than_champion_ms") if getattr(rules, n) is not None]
+    if asked:
+        verdict.rejected.append(f"{why}, so that gate.{asked[0]} cannot be judged. Set it to null to promote anyway")
+    else:
+        verdict.notes.append(why)
 
 
 def on_samples(verdict: Verdict, rebuilt: Rebuilt, loaded: Any, again: Scores, goal: Any, rules: Any) -> None:

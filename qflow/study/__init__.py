@@ -17,6 +17,7 @@ __all__ = [
     "manifest",
     "missed",
     "mixes",
+    "next_steps",
     "outcome",
     "rebuild",
     "report",
