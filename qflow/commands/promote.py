@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qflow.config.command import run_command
+from qflow.config.command import Result, run_command
 from qflow.config.settings import plain, root_dir
 from qflow.core.errors import PromotionError
 
@@ -52,6 +52,11 @@ class Verdict:
         kinds = {"ANOMALOUS": self.anomalous, "INFEASIBLE": self.infeasible, "REJECT": self.rejected}
         return next((word for word, reasons in kinds.items() if reasons), "ACCEPT")
 
+    def record(self, **more: Any) -> dict[str, Any]:
+        """Return the result for scripts: the verdict, its reasons and notes, and `more`."""
+        reasons = [*self.anomalous, *self.infeasible, *self.rejected]
+        return {"verdict": self.word, "reasons": reasons, "notes": self.notes, **more}
+
     def show(self) -> None:
         """Print notes, reasons and the word."""
         for text in self.notes:
@@ -66,8 +71,8 @@ def main() -> None:
     run_command("promote", promote, [WORDS.get(word, word) for word in sys.argv[1:]])
 
 
-def promote(config: DictConfig) -> int:
-    """Pick, rebuild, judge, register. Returns 0, or 1 with every reason printed."""
+def promote(config: DictConfig) -> Result:
+    """Pick, rebuild, judge, register. Returns 0, or 1 with every reason printed, and the result for scripts."""
     from qflow.bundle.source import of_run
     from qflow.study.gate import Rules
     from qflow.tracking.artifacts import Store
@@ -90,20 +95,21 @@ def promote(config: DictConfig) -> int:
     with tempfile.TemporaryDirectory(prefix="qflow-promote-") as folder:
         verdict, promotion = judge(config, store, trial, Path(folder), before, rules)
         verdict.show()
+        record = verdict.record(run=run_id, model=name, version=None, alias=alias)
         if verdict.word != "ACCEPT" or promotion is None:
-            return 1
+            return 1, record
         if before is not None and before.run_id == run_id:
             print(f"{'champion':<12}{name} version {before.number} is this run already; alias {alias} stays")
             show_how_to_load(config, trial, store, f"models:/{name}@{alias}")
-            return 0
+            return 0, {**record, "version": before.number}
         if config.dry_run:
             print(f"{'dry run':<12}nothing is registered; alias {alias} of {name} stays")
-            return 0
+            return 0, record
         version = promotion.register(store, name, alias, before)
     came = f", before it version {before.number}" if before else ""
     print(f"{'champion':<12}{name} version {version}, alias {alias} moved{came}")
     show_how_to_load(config, trial, store, f"models:/{name}@{alias}")
-    return 0
+    return 0, {**record, "version": version}
 
 
 def best_run(store: Store, study: str, experiment: str | None) -> str:
@@ -241,8 +247,11 @@ def on_samples(verdict: Verdict, rebuilt: Rebuilt, loaded: Any, again: Scores, g
     verdict.rejected += broken_rules(rules, task, before, after)
 
 
-def roll_back(store: Store, config: DictConfig) -> int:
-    """Move the alias back to the version before; no trial is read, as that of the present version may be damaged."""
+def roll_back(store: Store, config: DictConfig) -> Result:
+    """Move the alias back to the version before, which is in the result.
+
+    No trial is read, as that of the present version may be damaged.
+    """
     from qflow.study.find import registered_place
     from qflow.tracking.registry import champion, move_back, version_before
 
@@ -250,12 +259,13 @@ def roll_back(store: Store, config: DictConfig) -> int:
     print(f"{'alias':<12}{name}@{alias}")
     if config.dry_run:
         left = champion(store, name, alias)
-        print(f"{'dry run':<12}{name}@{alias} would go back to version {version_before(name, alias, left)}")
-        return 0
+        number = version_before(name, alias, left)
+        print(f"{'dry run':<12}{name}@{alias} would go back to version {number}")
+        return 0, {"model": name, "version": number, "alias": alias, "dry_run": True}
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     left, now = move_back(store, name, alias, {"qflow.rolled_back": at})
     print(f"{'champion':<12}{name} version {now.number}, alias {alias} moved back from version {left.number}")
-    return 0
+    return 0, {"run": now.run_id, "model": name, "version": now.number, "alias": alias, "dry_run": False}
 
 
 def show_how_to_load(config: DictConfig, trial: StoredTrial, store: Store, source: str) -> None:

@@ -92,7 +92,7 @@ def print_next(hand: ByHand, done: FinishedTrial, best: FinishedTrial | None) ->
     from qflow.search.objective import meets
     from qflow.study.next_steps import promote_command
     from qflow.tracking.connect import shown
-    from qflow.tracking.views import known_view, study_url
+    from qflow.tracking.views import known_view, study_url, ui_host
 
     config, python = hand.config, python_command()
     root = [assignment("root", str(hand.root))] if hand.root != Path("qflow_out").resolve() else []
@@ -104,7 +104,7 @@ def print_next(hand: ByHand, done: FinishedTrial, best: FinishedTrial | None) ->
     lines.append(f"{python} -m {ui}" if ui.startswith("mlflow") else ui)
     for number, line in enumerate(lines):
         print(f"{'' if number else 'next':<12}{line}")
-    host = hand.tracker.uri if hand.tracker.uri.startswith("http") else "http://127.0.0.1:5000"
+    host = ui_host(hand.tracker.uri)
     key = known_view(hand.tracker, config.study)
     print(f"{'then open':<12}{study_url(host, hand.tracker.experiment_id, config.study, key)}")
 

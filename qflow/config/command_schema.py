@@ -116,7 +116,7 @@ class ExportSchema:
     source: str | None = None
     """The trial, also written from=...: a run, model version, folder or .zip; null takes the champion or the best."""
     target: Any = "plugin"
-    """plugin, plugin35, hmct, qflow, or a list of them; on the command line also names with commas."""
+    """plugin, plugin35, hmct, onnx, torch, qflow, or a list of them; on the command line also names with commas."""
     out: str | None = None
     """Folder; each target writes to a folder of its own name in it; null takes export/ in `root`."""
     strict: bool = False

@@ -5,7 +5,8 @@ A new command is one entry here, beside its file in qflow/commands/, its schema 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 MISTAKE = "a mistake in the command line, the configuration or the data"
 DEFECT, DEFECT_TEXT = 3, "an unforeseen error, with its traceback"
@@ -27,6 +28,10 @@ class Command:
     """Meaning of exit code 1."""
     words: bool = False
     """Whether words without `=` are its sources: runs, aliases, folders or files."""
+    also: tuple[str, ...] = ()
+    """What may be written beside its keys: other names of them, and first words."""
+    values: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Key -> the values that it takes, alone or in a list."""
 
     def meaning(self, code: int) -> str:
         """Return what an exit code of the command says."""
@@ -52,12 +57,15 @@ COMMANDS: dict[str, Command] = {
         ("[+experiment=<name>] [qconfig.template=qint16] [fps=30]", "fit data=<file.csv> [out=<device.yaml>]"),
         "the prediction is within what was validated, or the fit is done",
         "outside what was validated",
+        also=("fit",),
     ),
     "analyze": Command(
         "show where the accuracy is lost, and which settings mend it",
         ("[+experiment=<name>] [stages=[badcase,layers,sensitivity,advice]]", "qat_debug qat=<name>"),
         "done",
         "qat_debug: a stage is at fault",
+        also=("qat_debug",),
+        values={"stages": ("badcase", "layers", "sensitivity", "advice", "qat_debug")},
     ),
     "trial": Command(
         "run one trial by hand, tracked like the others; or one again",
@@ -77,6 +85,7 @@ COMMANDS: dict[str, Command] = {
         ("[study=<name> | run=<run id>] [--dry-run] [key=value ...]", "rollback [study=<name>]"),
         "registered, or this run is the champion already",
         "refused, with every reason",
+        also=("rollback",),
     ),
     "report": Command(
         "render the report of a study again, from its runs alone",
@@ -93,6 +102,8 @@ COMMANDS: dict[str, Command] = {
         ),
         "written",
         "strict=true, and a target does not say all that was judged",
+        also=("from=", "import="),
+        values={"target": ("plugin", "plugin35", "hmct", "onnx", "torch", "qflow")},
     ),
 }
 

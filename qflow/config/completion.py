@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 from qflow.config.command_table import COMMANDS
-from qflow.config.keys import groups, keys
+from qflow.config.keys import groups, keys, switches
 from qflow.core.errors import ConfigError
 from qflow.core.nearest import did_you_mean
 
@@ -92,8 +92,14 @@ def complete(line: str) -> list[str]:
 def _candidates(command: str, word: str) -> Iterator[str]:
     """Whole words that begin with `word`: options of a group after `group=`; keys one level at a time."""
     if word.startswith("-"):
-        yield from (flag for flag in FLAGS if flag.startswith(word))
+        yield from (flag for flag in (*FLAGS, *switches(command)) if flag.startswith(word))
         return
+    yield from (other for other in COMMANDS[command].also if other.startswith(word))
+    for key, values in COMMANDS[command].values.items():
+        if word.startswith(f"{key}="):
+            last = re.split(r"[=,\[]", word)[-1]  # of a list, the value at the cursor
+            lead = word.removesuffix(last)
+            yield from (f"{lead}{value}" for value in values if value.startswith(last))
     plus, name = ("+", word[1:]) if word.startswith("+") else ("", word)
     for group, (_, options) in groups(command).items():
         lead = plus or ("+" if group in ("experiment", "debug") else "")

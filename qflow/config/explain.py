@@ -7,8 +7,8 @@ import re
 from omegaconf import OmegaConf
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from qflow.config.command_schema import GROUPS, SCHEMAS
-from qflow.config.keys import conf_dir, keys
+from qflow.config.command_schema import SCHEMAS
+from qflow.config.keys import conf_dir, groups, keys
 from qflow.core.nearest import did_you_mean, nearest
 
 UNQUOTED = (
@@ -38,7 +38,9 @@ def explain(error: Exception, config: str = "tune") -> str:
         return _unknown_key(key, config)
     if "No match in the defaults list" in first or ("Could not override" in first and "." not in first.split("'")[1]):
         name = first.split("'")[1]
-        return f"A group must exist, but got {name}.{did_you_mean(name, GROUPS)} Groups: {', '.join(GROUPS)}."
+        listed = list(groups(config))
+        known = f"Its groups: {', '.join(listed)}." if listed else "It has none: leave that out."
+        return f"A group is one that {config} takes, but got {name}.{did_you_mean(name, listed)} {known}"
     lost = re.search(r"In '(\S+)': Could not load '(\S+)'", first)
     if lost:
         group = lost.group(2).rpartition("/")[0]

@@ -8,10 +8,9 @@ from qflow.config.command_table import COMMANDS, named
 from qflow.config.keys import Key, first_sentence, groups, keys, shipped
 
 WIDTH, LEFT = 79, 27  # columns; where explanations begin
-NOTES = """
-Every key may be set: key=value. tune also searches keys, in Hydra's grammar:
-  calibration.method='choice(mse,kl)'     qconfig.int16_ratio='interval(0,0.5)'
-"""
+EVERY = "Every key may be set: key=value."
+SEARCHED = """ tune also searches keys, in Hydra's grammar:
+  calibration.method='choice(mse,kl)'     qconfig.int16_ratio='interval(0,0.5)'"""
 OPTIONS = {
     "--help": "This text.",
     "--json": "One JSON document on stdout for scripts; messages go to stderr.",
@@ -48,9 +47,12 @@ def command_help(name: str, prefix: str) -> str:
     lines += ["", "Exit codes"]
     lines += [_row(f"  {code}", command.meaning(code), 5) for code in (0, 1, 2)]
     lines += ["", "Options", *(_row(f"  {option}", text, LEFT) for option, text in OPTIONS.items())]
-    lines += ["", "Groups: group=option chooses a set of keys (experiment and debug with a plus)"]
-    about = {group: text for group, (text, _) in groups(name).items()}
-    for group, (_, options) in groups(name).items():
+    taken = groups(name)
+    if taken:
+        plus = " (experiment and debug with a plus)" if "experiment" in taken else ""
+        lines += ["", f"Groups: group=option chooses a set of keys{plus}"]
+    about = {group: text for group, (text, _) in taken.items()}
+    for group, (_, options) in taken.items():
         lines += textwrap.wrap(f"{group}: {', '.join(options)}", WIDTH, initial_indent="  ", subsequent_indent="    ")
     sections: dict[str, list[Key]] = {"": []}
     for key in keys(name):
@@ -58,7 +60,7 @@ def command_help(name: str, prefix: str) -> str:
     for section, found in sections.items():
         lines += ["", *_heading(section, about.get(section, ""))]
         lines += [_row(f"  {_assigned(key, values)}", first_sentence(key.text), LEFT) for key in found]
-    return "\n".join([*lines, NOTES.rstrip()])
+    return "\n".join([*lines, "", EVERY + (SEARCHED if name == "tune" else "")])
 
 
 def _heading(group: str, about: str) -> list[str]:

@@ -10,7 +10,7 @@ import ast
 import functools
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,15 +47,46 @@ def keys(command: str) -> list[Key]:
 
 
 def groups(command: str) -> dict[str, tuple[str, list[str]]]:
-    """Group of the command -> (what it is about, its options); `experiment` and `debug` set keys of several groups."""
-    classes = _group_classes()
-    found = {name: classes[kind] for name, kind in _groups(_schemas()[command])}
+    """Group that the command takes -> (what it is about, its options).
+
+    That are the groups in the defaults of its conf/<command>.yaml, because Hydra refuses others, and those files of
+    `experiment` and `debug`, which set keys of several groups, that set no other key than the command has.
+    """
+    classes, chosen, folder = _group_classes(), _chosen(command), conf_dir()
+    found = {name: classes[kind] for name, kind in _groups(_schemas()[command]) if name in chosen}
     about = {name: "" if FIELDS_OF.match(node.text) else first_sentence(node.text) for name, node in found.items()}
-    if "task" in about:
-        about |= {"experiment": "A branch of the guide's tree, or `full`.", "debug": "Few samples and trials."}
-    folder = conf_dir()
     listed = {name: sorted(path.stem for path in (folder / name).glob("*.yaml")) for name in about}
+    about |= {"experiment": "A branch of the guide's tree, or `full`.", "debug": "Few samples and trials."}
+    known = [key.path for key in keys(command)]
+    for name in ("experiment", "debug"):
+        files = sorted((folder / name).glob("*.yaml"))
+        listed[name] = [path.stem for path in files if _is_for(path, chosen, known)]
     return {name: (about[name], options) for name, options in listed.items() if options}
+
+
+def _chosen(command: str) -> set[str]:
+    """Return the groups in the defaults of a command's file."""
+    import yaml  # type: ignore[import-untyped]
+
+    top = yaml.safe_load((conf_dir() / f"{command}.yaml").read_text())
+    return {group for entry in top["defaults"] if isinstance(entry, dict) for group in entry}
+
+
+def _is_for(path: Path, chosen: set[str], known: Sequence[str]) -> bool:
+    """Return whether a file of `experiment` or `debug` sets only groups and keys that a command has."""
+    import yaml
+
+    content = yaml.safe_load(path.read_text()) or {}
+    groups_ = [group for entry in content.pop("defaults", []) if isinstance(entry, dict) for group in entry]
+    if not {group.removeprefix("override /") for group in groups_} <= chosen:
+        return False
+    leaves = [key for key, value in _flat(content, "").items() if not isinstance(value, dict)]
+    return all(any(leaf == key or leaf.startswith(f"{key}.") for key in known) for leaf in leaves)
+
+
+def switches(command: str) -> dict[str, str]:
+    """Switch -> the key that it sets to true: `--dry-run` for `dry_run=true`."""
+    return {f"--{key.path.replace('_', '-')}": key.path for key in keys(command) if key.type == "bool"}
 
 
 def conf_dir() -> Path:

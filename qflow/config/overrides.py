@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
 from hydra.errors import HydraException
 
 from qflow.config.command_table import named
-from qflow.config.keys import conf_dir, keys
+from qflow.config.keys import conf_dir, switches
 from qflow.config.quoting import assignment, in_braces, mended, quoted
 from qflow.core.errors import ConfigError
 from qflow.core.nearest import did_you_mean
@@ -61,14 +61,14 @@ def own_device(arguments: Sequence[str], folders: ExitStack) -> list[str]:
 
 def flags_and_sources(command: str, arguments: Sequence[str]) -> list[str]:
     """Rewrite what belongs to one command: `--check` to `check=true`, and words without `=` to its `sources`."""
-    switches = {f"--{key.path.replace('_', '-')}": key.path for key in keys(command) if key.type == "bool"}
+    known_switches = switches(command)
     out: list[str] = []
     sources: list[str] = []
     for argument in arguments:
-        if argument in switches:
-            out.append(f"{switches[argument]}=true")
+        if argument in known_switches:
+            out.append(f"{known_switches[argument]}=true")
         elif argument.startswith("--") and not any(known.startswith(argument.split("=")[0]) for known in OPTIONS):
-            options = [*switches, "--json", *OPTIONS]
+            options = [*known_switches, "--json", *OPTIONS]
             raise ConfigError(
                 f"An option is one of {', '.join(options)}, but got {argument}.{did_you_mean(argument, options)}"
             )

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from qflow.analysis.measures.advice import Advice
 from qflow.analysis.measures.tables import BadcaseTable, CheckRow, Finding, LayerTable, SensitivityTable
 from qflow.bundle.bounded import read_config, read_json
+from qflow.config.quoting import assignment
 from qflow.config.settings import load_resolved, plain
 from qflow.core.errors import TrackingError
 from qflow.core.graph import ModelGraph
@@ -33,7 +34,6 @@ from qflow.search.outcome import FailedTrial, FinishedTrial
 from qflow.search.stored import space_from_dict, stored_trials
 from qflow.study.front import BASELINES, DECISIONS
 from qflow.study.manifest import SEQUENCES
-from qflow.study.next_steps import promote_command
 from qflow.study.session import Session
 from qflow.tracking.limits import param_name
 from qflow.tracking.mlflow_tracker import MlflowTracker
@@ -49,7 +49,7 @@ GOAL = "qflow.goal"  # tag of a study that has ended
 def write_report(tracker: MlflowTracker, study: str, run: str, root: Path) -> Path:
     """Render the report of `study` to studies/<study>/report.html under `root` and to its run; return the path."""
     with tempfile.TemporaryDirectory() as folder:
-        text = study_page(load_record(tracker, study, run, root, Path(folder)))
+        text = study_page(load_record(tracker, study, run, Path(folder)))
         beside = Path(folder) / "page"
         beside.mkdir()
         (beside / PAGE).write_text(text, encoding="utf-8")
@@ -78,7 +78,7 @@ def report_url(tracker: MlflowTracker, run: str) -> str:
     return f"{runs_url(tracker.uri, tracker.experiment_id)}/{run}/artifacts/{PAGE}?workflowType=machine_learning"
 
 
-def load_record(tracker: MlflowTracker, study: str, run: str, root: Path, folder: Path) -> StudyRecord:
+def load_record(tracker: MlflowTracker, study: str, run: str, folder: Path) -> StudyRecord:
     """Read everything that the report shows from the store; files are fetched into `folder`."""
     files, tags, params = _Files(tracker, folder), tracker.run_tags(run), tracker.run_params(run)
     config = files.config(run)
@@ -90,6 +90,7 @@ def load_record(tracker: MlflowTracker, study: str, run: str, root: Path, folder
     if shown is not None and shown.number not in {t.number for t in searched.baselines.values()}:
         mixes = {"best mix" if searched.best else "nearest miss": _mix(files, shown), **mixes}
     rows = files.table(shown.run_id, "model_check.json", CheckRow) if shown else None
+    promote = f"python -m qflow.promote {assignment('study', study)}"  # others read the page: no paths, no addresses
     return StudyRecord(
         name=study,
         searched=searched,
@@ -98,7 +99,7 @@ def load_record(tracker: MlflowTracker, study: str, run: str, root: Path, folder
         verdict=tags.get(VERDICT, ""),
         ended=GOAL in tags,
         address=runs_url(tracker.uri, tracker.experiment_id),
-        commands=[("Register the best trial", promote_command(config, root))] if searched.best else [],
+        commands=[("Register the best trial", promote)] if searched.best else [],
         graph=files.record(run, "graph.json", ModelGraph),
         mixes={label: mix for label, mix in mixes.items() if mix is not None},
         analysis=_analysis(files, run),

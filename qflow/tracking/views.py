@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 from qflow.core import record
 from qflow.core.errors import TrackingError
@@ -92,7 +92,10 @@ def runs_url(uri: str, experiment_id: str) -> str:
 
 def ui_host(uri: str) -> str:
     """Return where the UI of a store is: at the server, or where `mlflow ui` puts it."""
-    return uri if uri.startswith("http") else LOCAL_UI
+    if not uri.startswith(("http://", "https://")):
+        return LOCAL_UI
+    parts = urlsplit(uri)  # names and passwords in it must not stand in addresses that are printed and stored
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def view_state(

@@ -48,7 +48,7 @@ class Stored:
     def promote(self, *overrides):
         from qflow.commands.promote import promote
 
-        return promote(compose(f"run={self.run}", f"root={self.root}", *overrides, name="promote"))
+        return promote(compose(f"run={self.run}", f"root={self.root}", *overrides, name="promote"))[0]
 
     def registered(self):
         return list(self.store.client.search_model_versions(""))

@@ -94,6 +94,10 @@ def stored(tmp_path_factory):
 
 
 def run(folder, *overrides):
+    return record_of(folder, *overrides)[0]
+
+
+def record_of(folder, *overrides):
     return promote(compose(f"root={folder}", *overrides, name="promote"))
 
 
@@ -117,14 +121,19 @@ def test_a_run_is_registered_and_taken_back(stored, capsys):
     )
     assert run(folder, f"run={int8}") == 0
     assert "is this run already" in capsys.readouterr().out
-    assert run(folder, "study=second") == 1  # as accurate, and slower
+    code, found = record_of(folder, "study=second")  # as accurate, and slower
+    assert (code, found["verdict"], found["run"], found["version"]) == (1, "REJECT", int16, None)
+    assert found["reasons"] and found["model"] == "digits" and found["alias"] == "champion"
     out = capsys.readouterr().out
     assert "verdict     REJECT" in out and "the champion is as good or better in both" in out
     assert run(folder, "study=second", "gate.allow_dominated=true", "tracking.alias=candidate") == 0
-    assert run(folder, "study=second", "gate.allow_dominated=true") == 0
+    code, found = record_of(folder, "study=second", "gate.allow_dominated=true")
+    assert (code, found["verdict"], found["reasons"], found["version"]) == (0, "ACCEPT", [], 3)
     assert "alias champion moved, before it version 1" in capsys.readouterr().out
     assert alias(folder, "digits") == 3
-    assert run(folder, "study=second", "rollback=true") == 0
+    assert record_of(folder, "study=second", "rollback=true") == (
+        0, {"run": int8, "model": "digits", "version": 1, "alias": "champion", "dry_run": False},
+    )  # fmt: skip
     assert "version 1, alias champion moved back from version 3" in capsys.readouterr().out
     with pytest.raises(PromotionError, match="is version 1, the first"):
         run(folder, "rollback=true", "tracking.registered_model=digits")

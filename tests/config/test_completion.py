@@ -8,6 +8,8 @@ import pytest
 
 from qflow.config.command_table import COMMANDS
 from qflow.config.completion import SCRIPTS, complete
+from qflow.config.keys import keys
+from qflow.export.targets import TARGETS
 
 
 @pytest.mark.parametrize("lead", ["qflow ", "python -m qflow ", ".venv/bin/python -m qflow "])
@@ -23,6 +25,34 @@ def test_keys_are_completed_level_by_level_and_options_after_their_group(lead):
     assert complete(f"{lead}+experiment=int8_") == ["+experiment=int8_int16", "+experiment=int8_int16_fp16"]
     assert complete(f"{lead}task=d") == ["task=digits", "task=dual"]
     assert complete(f"{lead}task=digits --js") == ["--json"]
+
+
+OWN_WORDS = {
+    "compare --ch": ["--check"],
+    "promote --dr": ["--dry-run"],
+    "promote rollb": ["rollback", "rollback="],
+    "export fr": ["from="],
+    "export im": ["import="],
+    "export target=pl": ["target=plugin", "target=plugin35"],
+    "export target=hmct,o": ["target=hmct,onnx"],
+    "cost fi": ["fit"],
+    "analyze stages=[badcase,l": ["stages=[badcase,layers"],
+    "compare tracking=": [],
+    "promote objective=": [],
+    "export +exp": [],
+    "tune +experiment=train": [],
+}
+
+
+@pytest.mark.parametrize("line", OWN_WORDS)
+def test_words_and_values_of_a_command_are_completed_and_no_group_that_it_refuses(line):
+    assert complete(f"qflow {line}") == OWN_WORDS[line]
+
+
+def test_the_values_are_those_of_the_code():
+    assert COMMANDS["export"].values["target"] == tuple(TARGETS)
+    stages = next(key.text for key in keys("analyze") if key.path == "stages")
+    assert all(stage in stages for stage in COMMANDS["analyze"].values["stages"])
 
 
 def test_a_module_is_completed_by_its_command():

@@ -4,11 +4,13 @@ from dataclasses import is_dataclass
 from typing import get_type_hints
 
 import pytest
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from support.compose import compose
 
 from qflow.config.command_schema import SCHEMAS
 from qflow.config.command_table import COMMANDS
+from qflow.config.explain import explain
 from qflow.config.help import command_help, overview
 from qflow.config.keys import first_sentence, groups, keys, shipped
 
@@ -42,6 +44,23 @@ def test_help_fits_80_columns_and_lists_every_group_and_option(name):
     words = " ".join(text.split())
     for group, (_, options) in groups(name).items():
         assert f"{group}: {', '.join(options)}" in words
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_group_is_listed_exactly_if_hydra_takes_it(name):
+    """And the note about searched keys stands where they are searched."""
+    taken, text = groups(name), command_help(name, f"qflow {name}")
+    for group in ("task", "device", "tracking", "objective"):
+        option = {"task": "digits", "device": "nash-e", "tracking": "local", "objective": "drop_latency"}[group]
+        if group in taken:
+            compose(f"{group}={option}", name=name)
+        else:
+            with pytest.raises(HydraException) as refused:
+                compose(f"{group}={option}", name=name)
+            assert explain(refused.value, name).startswith(f"A group is one that {name} takes, but got {group}")
+    for option in taken.get("experiment", ("", []))[1]:
+        compose(f"+experiment={option}", name=name)
+    assert ("searches keys" in text) is (name == "tune") and ("Groups:" in text) is bool(taken)
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from qflow.core.errors import TrackingError
-from qflow.tracking.views import TAG, save_view, study_url, unpack, view_state
+from qflow.tracking.views import TAG, runs_url, save_view, study_url, unpack, view_state
 
 pytestmark = pytest.mark.slow  # real stores on disk
 
@@ -39,6 +39,11 @@ def test_the_largest_drop_that_the_view_shows_is_among_the_listed_runs(tracker, 
     state = view_state("task/bound", [], [], largest, "cost/latency_ms", "accuracy/drop")
     found = tracker.client.search_runs([tracker.experiment_id], state["searchFilter"])
     assert [r.info.run_id for r in found] == [run.info.run_id]
+
+
+def test_an_address_has_no_password():
+    assert runs_url("https://me:pass@host:8443/ml", "1") == "https://host:8443/ml/#/experiments/1/runs"
+    assert runs_url("sqlite:///store.db", "1").startswith("http://127.0.0.1:5000/")
 
 
 def test_addresses_open_the_mode_for_machine_learning():
