@@ -11,6 +11,7 @@ from pathlib import Path
 from qflow.analysis.measures.advice import Advice, Fidelity
 from qflow.analysis.measures.tables import BadcaseTable, Finding, LayerTable, SensitivityTable, also
 from qflow.report.charts import BARS, network_chart, sensitivity_chart
+from qflow.report.layer_rows import by_operator
 from qflow.report.page import (
     Cell,
     Section,
@@ -25,6 +26,7 @@ from qflow.report.page import (
     picture,
     table,
 )
+from qflow.report.words import cause_words
 
 NO_ADVICE = "Nothing stands out: no operator is much more sensitive than the others."
 LAYER_COLUMNS = [
@@ -81,7 +83,7 @@ def advice_part(advice: Sequence[Advice] | None, fidelity: Fidelity | None = Non
             ("name", escape(item.op)),
             ("wide", f'{escape(item.text)}<span class="quiet">{escape(_figures(item))}</span>'),
             ("wide", code(shlex.quote(item.line))) if item.line else cell("none"),
-            cell(f"{item.cause} ({item.source})"),
+            cell(f"{cause_words(item.cause)} ({item.source})"),
             ("number", f"{item.gain:.1%}"),
         ]
         for item in advice
@@ -130,14 +132,21 @@ def layers_part(layers: LayerTable | None) -> str:
     if layers is None:
         return missing("The layer comparison was not run.")
     rows: list[list[Cell]] = []
-    for row in layers.rows:
+    shown, members = by_operator(layers)
+    for row in shown.rows:
         kind = row.analy_op_type.rsplit(".", 1)[-1]
         own = [cell(kind), cell(" x ".join(map(str, row.shape))), cell(row.quant_dtype)]
         rows.append(
-            [cell(row.index), cell(row.mod_name, "name"), *own, *(cell(getattr(row, n)) for n in LAYER_COLUMNS)]
+            [
+                cell(row.index),
+                cell(row.mod_name, "name"),
+                cell(members.get(row.index, "")),
+                *own,
+                *(cell(getattr(row, n)) for n in LAYER_COLUMNS),
+            ]
         )
-    header = ("index", "mod_name", "type", "shape", "quant_dtype", *LAYER_COLUMNS)
-    summary = f"The {len(rows)} operator calls of the float model, in order; compare_per_layer_out.csv has every column"
+    header = ("index", "operator", "fused with", "type", "shape", "quant_dtype", *LAYER_COLUMNS)
+    summary = f"The {len(rows)} operators, in order; compare_per_layer_out.csv has every call and column"
     return chart(network_chart(layers)) + folded(summary, table(header, rows))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from qflow.analysis.measures.tables import LayerRow, LayerTable, SensitivityRow, SensitivityTable
 from qflow.report.drawing import common_prefix, log_points, log_range, shorten, start_position
+from qflow.report.layer_rows import by_operator
 from qflow.report.page import number
 
 BARS = 40
@@ -19,6 +20,7 @@ LETTERS = 28  # of a name below an axis
 
 def network_chart(table: LayerTable) -> dict[str, Any]:
     """Accumulated and single-operator error of every operator; the text of a point has all values of its row."""
+    table, _ = by_operator(table)
     rows = table.rows
     low, high = log_range([value for row in rows for value in (row.error, row.single_error)])
     series: list[dict[str, Any]] = []

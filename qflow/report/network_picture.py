@@ -14,6 +14,7 @@ from qflow.core.graph import ModelGraph, OpKind, OpNode
 from qflow.core.qconfig import QConfig
 from qflow.report.drawing import shorten
 from qflow.report.study_record import Mix
+from qflow.report.words import rule_words
 
 WIDE, HIGH = 132, 34  # of a box
 STEP, LANE, BREAK = 168, 46, 30  # from column to column, from lane to lane, and between two rows
@@ -57,8 +58,8 @@ def operator_text(graph: ModelGraph, mix: Mix, node: OpNode, score: float) -> st
     if node.fused:
         lines.append(f"with {', '.join(node.fused)}")
     lines.append(f"output {dtype_of(graph, mix.qconfig, node)}" + (f", weight {op.weight}" if op and op.weight else ""))
-    if op and (op.fallback or op.rule):
-        lines.append(op.fallback or op.rule)
+    if op and (op.fallback or rule_words(op.rule)):
+        lines.append(op.fallback or rule_words(op.rule))
     if score:
         lines.append(f"int8 sensitivity {score:.4g}")
     if node.name in mix.times:

@@ -26,6 +26,7 @@ from qflow.report.page import (
     table,
 )
 from qflow.report.study_record import Mix, StudyRecord
+from qflow.report.words import cause_words, is_followed, label_words, rule_words
 from qflow.search.health import FINE, LOOK, health
 from qflow.search.objective import meets
 from qflow.search.outcome import FinishedTrial
@@ -33,6 +34,7 @@ from qflow.search.outcome import FinishedTrial
 STATES = {FINE: ("good", "fine"), LOOK: ("bad", "look")}
 WORDS = {"float16": "fp16", "qint16": "int16", "weight": "int16 weight"}
 RAISED = (QDtype.float16, QDtype.qint16)
+OF_INT8 = "This is of the model with all operators at int8, from which the search began, not of the shown mix."
 NOT_RECORDED = "The study's run does not hold it: it was written by an earlier qflow, or the study ended before."
 TOTALS = {
     "predicted latency (ms)": "cost/latency_ms",
@@ -63,9 +65,9 @@ def study_page(record: StudyRecord) -> str:
         Section("What is not int8, and why", _raised(record)),
         Section("Cost", _cost(record)),
         *([Section("Training", _training(record))] if record.training else []),
-        Section("What to do next", analysis.advice_part(record.analysis.advice, record.analysis.fidelity)),
-        Section("Error along the network", analysis.layers_part(record.analysis.layers)),
-        Section("Sensitivity", analysis.sensitivity_part(record.analysis.sensitivity)),
+        Section("What to do next", _advice(record)),
+        Section("Error along the network", paragraph(OF_INT8) + analysis.layers_part(record.analysis.layers)),
+        Section("Sensitivity", paragraph(OF_INT8) + analysis.sensitivity_part(record.analysis.sensitivity)),
         Section("Bad cases", _badcases(record)),
         Section("Model check", _check(record)),
     ]
@@ -135,7 +137,7 @@ def _trials(record: StudyRecord, trials: Sequence[FinishedTrial]) -> str:
     rows = [
         [
             ("number", link(str(t.number) if t.number >= 0 else trial_name(t.number, t.label), record.run_address(t))),
-            cell(t.label),
+            cell(label_words(t.label)),
             cell(t.outcome.metrics[name]), cell(t.outcome.metrics[charts.DROP]),
             cell(t.outcome.metrics.get(charts.LATENCY)), cell(t.outcome.metrics.get("qconfig/n_int16")),
             cell("meets", "good") if meets(t) else cell("misses"),
@@ -219,7 +221,8 @@ def _raised(record: StudyRecord) -> str:
             ("weight", op.weight == QDtype.qint16, weights.get(name, 0.0)),
         ):
             if raised:
-                why = [cell(causes.get(name, "")), cell(op.rule + (f" ({op.fallback})" if op.fallback else ""))]
+                rule = rule_words(op.rule) + (f" ({op.fallback})" if op.fallback else "")
+                why = [cell(cause_words(causes.get(name, ""))), cell(rule)]
                 added = [cell(_added(mix, before, name))]
                 rows.append((score, [cell(name, "name"), cell(WORDS.get(what, what)), cell(score), *added, *why]))
     total = len(mix.qconfig.ops)
@@ -263,6 +266,15 @@ def _training(record: StudyRecord) -> str:
         + chart(charts.training_chart(training, "loss"))
         + chart(charts.training_chart(training, "learning rate"))
     )
+
+
+def _advice(record: StudyRecord) -> str:
+    """The advice that the shown mix does not follow already."""
+    advice, mix = record.analysis.advice, record.shown
+    followed = [item for item in advice or () if mix and is_followed(item, mix.qconfig.ops.get(item.target or item.op))]
+    left = None if advice is None else [item for item in advice if item not in followed]
+    count = f" Left out: {len(followed)} that trial {mix.trial.number} follows already." if mix and followed else ""
+    return paragraph(OF_INT8 + count) + analysis.advice_part(left, record.analysis.fidelity)
 
 
 def _badcases(record: StudyRecord) -> str:

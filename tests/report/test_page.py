@@ -98,7 +98,7 @@ def test_what_following_the_advice_does_stands_behind_it(tmp_path):
 
 
 def test_every_operator_is_in_a_table_that_opens(full):
-    assert "<details><summary>The 77 operator calls of the float model, in order;" in full
+    assert "<details><summary>The 77 operators, in order;" in full
     table = full[full.index("<details>") : full.index("</details>")]
     assert table.count("<tr>") == 78 and all(f'<td class="name">{r.mod_name}</td>' in table for r in layers(77).rows)
 

@@ -5,11 +5,17 @@ from dataclasses import replace
 import pytest
 from report.test_page import EVIL, charts_of
 from support.study_records import GOAL, mix, network, record, trial
+from support.synthetic import layers
 
+from qflow.analysis.measures.tables import LayerTable
+from qflow.core.dtype import QDtype
+from qflow.core.qconfig import OpQConfig
 from qflow.report import study_charts
+from qflow.report.layer_rows import IDENTITY, by_operator
 from qflow.report.network_picture import BREAK, HIGH, LANE, STEP, WIDE, network_picture
 from qflow.report.study_page import study_page
 from qflow.report.study_record import StudyRecord
+from qflow.report.words import label_words
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +64,30 @@ def test_trials_by_hand_stand_under_their_name_and_are_no_result(made):
     assert [p[:2] for p in series["points"]] == [[0.1, 0.0]]
     assert study_charts.path_chart(other) == study_charts.path_chart(made)
     assert "1 by hand, no result of the search" in study_page(other)
+
+
+def test_what_the_mix_follows_already_is_no_advice_and_words_are_plain(made):
+    first = made.analysis.advice[0]
+    ops = {**made.shown.qconfig.ops, "body": OpQConfig(QDtype.qint16, rule="assigned int16: 2 of 3")}
+    shown = replace(made.shown, qconfig=replace(made.shown.qconfig, ops=ops))
+    done = replace(first, op="body", target="body", spec="qint16", text="was done already")
+    open_ = replace(first, op="head", target="head", spec="qint16", text="is still to do")
+    other = replace(made, mixes={"best mix": shown}, analysis=replace(made.analysis, advice=[done, open_]))
+    page = study_page(other)
+    assert "was done already" not in page and "is still to do" in page and "Left out: 1 that trial" in page
+    assert "the search chose it, as number 2 of 3" in page and "assigned int16: 2 of 3</" not in page
+    assert page.count("at int8, from which the search began") == 3
+    assert label_words("demoted 1") == "fewer int16 operators, attempt 1" and label_words("all-int8") == "all-int8"
+
+
+def test_a_fused_group_is_one_row_under_the_name_of_its_qconfig():
+    row = layers(3).rows[0]
+    conv = replace(row, index=0, mod_name="stem.conv", analy_op_type=IDENTITY, error=None, quantizer="")
+    norm = replace(row, index=1, mod_name="stem.norm", quantizer="stem.conv")
+    act = replace(row, index=2, mod_name="stem.act", quantizer="stem.act")
+    shown, members = by_operator(LayerTable(1, (conv, norm, act)))
+    assert [r.mod_name for r in shown.rows] == ["stem.conv", "stem.act"]
+    assert shown.rows[0].error == row.error and members == {1: "stem.norm"}
 
 
 def test_diverged_trials_stand_at_the_edge_and_do_not_flatten_the_others(made):
