@@ -16,6 +16,7 @@ __all__ = [
     "device_file",
     "explain",
     "help",
+    "json_output",
     "keys",
     "overrides",
     "quoting",

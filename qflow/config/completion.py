@@ -95,8 +95,8 @@ def _candidates(command: str, word: str) -> Iterator[str]:
         yield from (flag for flag in (*FLAGS, *switches(command)) if flag.startswith(word))
         return
     yield from (other for other in COMMANDS[command].also if other.startswith(word))
-    for key, values in COMMANDS[command].values.items():
-        if word.startswith(f"{key}="):
+    for listed, values in COMMANDS[command].values.items():
+        if word.startswith(f"{listed}="):
             last = re.split(r"[=,\[]", word)[-1]  # of a list, the value at the cursor
             lead = word.removesuffix(last)
             yield from (f"{lead}{value}" for value in values if value.startswith(last))
