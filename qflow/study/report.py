@@ -152,7 +152,8 @@ class _Files:
         return read_config(self._folder / run) if self.fetch(run, "config.yaml") else load_resolved("")
 
     def json(self, run: str, name: str) -> Any:
-        return read_json(self._folder / run, name) if self.fetch(run, name) else None
+        path = self.fetch(run, name)
+        return read_json(path.parent, path.name) if path else None
 
     def record(self, run: str, name: str, kind: type[T]) -> T | None:
         data = self.json(run, name)
