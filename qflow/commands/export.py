@@ -109,7 +109,7 @@ def default_source(store: Store, config: DictConfig) -> str:
     Raises TrackingError if there is neither.
     """
     from qflow.study.find import one_study
-    from qflow.tracking.connect import shown
+    from qflow.tracking.connect import masked
     from qflow.tracking.limits import model_name
 
     unresolved: Any = OmegaConf.to_container(config, resolve=False)
@@ -125,7 +125,7 @@ def default_source(store: Store, config: DictConfig) -> str:
             return f"runs:/{best}"
     raise TrackingError(
         f"By default the champion is exported, or the best trial of a study, but got neither {name}@{alias} nor a best "
-        f"trial of {config.study} in {shown(store.uri)}. Name one: from=<run id>."
+        f"trial of {config.study} in {masked(store.uri)}. Name one: from=<run id>."
     )
 
 

@@ -270,9 +270,9 @@ def roll_back(store: Store, config: DictConfig) -> Result:
 
 def show_how_to_load(config: DictConfig, trial: StoredTrial, store: Store, source: str) -> None:
     """Print the two lines that load the registered model."""
-    from qflow.tracking.connect import shown
+    from qflow.tracking.connect import masked
 
-    uri = shown(store.uri)
+    uri = masked(store.uri)
     allow = ", ".join(repr(str(package)) for package in config.security.allow)
     more = f", allow=[{allow}]" if allow else ""
     local = config.tracking.uri is None

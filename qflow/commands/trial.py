@@ -91,12 +91,12 @@ def print_next(hand: ByHand, done: FinishedTrial, best: FinishedTrial | None) ->
     from qflow.report.console import python_command
     from qflow.search.objective import meets
     from qflow.study.next_steps import promote_command
-    from qflow.tracking.connect import shown
+    from qflow.tracking.connect import masked
     from qflow.tracking.views import known_view, study_url, ui_host
 
     config, python = hand.config, python_command()
     root = [assignment("root", str(hand.root))] if hand.root != Path("qflow_out").resolve() else []
-    uri = [assignment("tracking.uri", shown(config.tracking.uri))] if config.tracking.uri else []
+    uri = [assignment("tracking.uri", masked(config.tracking.uri))] if config.tracking.uri else []
     lines = [" ".join([python, "-m qflow.compare", best.run_id, done.run_id, *root, *uri])] if best else []
     if meets(done):
         lines.append(promote_command(config, hand.root, done.run_id))

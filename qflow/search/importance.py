@@ -69,7 +69,9 @@ def _shares(
     evaluator: str, varied: Mapping[str, BaseDistribution], trials: Sequence[FinishedTrial], metric: str, direction: str
 ) -> dict[str, float]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # it announces every study in memory
-    study = optuna.create_study(direction=direction, sampler=optuna.samplers.RandomSampler(seed=0))
+    study = optuna.create_study(
+        directions=[optuna.study.StudyDirection[direction.upper()]], sampler=optuna.samplers.RandomSampler(seed=0)
+    )
     for trial in trials:
         study.add_trial(
             optuna.create_trial(

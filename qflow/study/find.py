@@ -11,7 +11,7 @@ from qflow.bundle.bounded import read_config
 from qflow.config.quoting import assignment
 from qflow.core.errors import TrackingError
 from qflow.tracking.artifacts import Store
-from qflow.tracking.connect import shown
+from qflow.tracking.connect import masked
 from qflow.tracking.limits import model_name
 
 
@@ -34,7 +34,7 @@ def one_study(store: Store, study: str, experiment: str | None, rule: str) -> tu
             if elsewhere
             else "Run qflow.tune first, or name it: study=<name>."
         )
-        where = f"{shown(store.uri)}{f', experiment {experiment}' if experiment else ''}"
+        where = f"{masked(store.uri)}{f', experiment {experiment}' if experiment else ''}"
         raise TrackingError(f"{rule}, but got {study}, unknown in {where}. {way_out}")
     return next(iter(found.items()))
 

@@ -20,6 +20,7 @@ from qflow.study.missed import not_tried, tried
 from qflow.study.next_steps import promote_command
 from qflow.study.report import VERDICT, report_lines
 from qflow.study.session import Session
+from qflow.tracking.connect import masked
 
 NAMED = 12  # how many operators the console lists per dtype
 FEW_SAMPLES = 3  # a miss by so few samples is no safe verdict
@@ -90,7 +91,7 @@ def _print_lines(session: Session, text: str, shown: FinishedTrial, place: Path)
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         say(f"{dtype:<11} {', '.join([*names][:NAMED])}{more}")
     say(f"{'decisions':<12}{place}")
-    say(f"{'runs':<12}{shown(session.tracker.uri)}")
+    say(f"{'runs':<12}{masked(session.tracker.uri)}")
     say(f"{'study':<12}{session.study.name} in experiment {session.config.tracking.experiment}")
     say(f"{'cache':<12}read instead of computed: {session.evaluator.cache}")
     say(f"{'time':<12}{session.console.seconds:.0f} s, {session.tracker.seconds:.1f} s of it in tracking")

@@ -11,7 +11,7 @@ from qflow.bundle.targets import own_packages
 from qflow.config.quoting import assignment, word
 from qflow.config.settings import plain
 from qflow.report.console import python_command
-from qflow.tracking.connect import shown
+from qflow.tracking.connect import masked
 
 
 def promote_command(config: DictConfig, root: Path, run: str = "") -> str:
@@ -20,7 +20,7 @@ def promote_command(config: DictConfig, root: Path, run: str = "") -> str:
     named = {
         **({"run": (run, "")} if run else {"study": (config.study, "perception/int8_int16")}),
         "root": (str(root), str(default.expanduser().resolve())),
-        "tracking.uri": (shown(config.tracking.uri or ""), ""),
+        "tracking.uri": (masked(config.tracking.uri or ""), ""),
         "tracking.experiment": (config.tracking.experiment, "perception"),
         "tracking.registered_model": (config.tracking.registered_model, "perception"),
         "tracking.alias": (config.tracking.alias, "champion"),

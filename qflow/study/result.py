@@ -7,7 +7,7 @@ from typing import Any
 from qflow.search.objective import meets, nearest_miss
 from qflow.search.outcome import STOPPED, FinishedTrial
 from qflow.study.session import Session
-from qflow.tracking.connect import shown
+from qflow.tracking.connect import masked
 
 
 def study_record(session: Session) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def study_record(session: Session) -> dict[str, Any]:
     return {
         "study": session.study.name,
         "experiment": session.config.tracking.experiment,
-        "uri": shown(session.tracker.uri),
+        "uri": masked(session.tracker.uri),
         "run": session.study_run,
         "goal": str(session.goal),
         "met": session.best is not None,

@@ -33,7 +33,7 @@ from qflow.study.manifest import data_sets, manifest
 from qflow.study.outcome import trial_line
 from qflow.study.shared_files import write_shared
 from qflow.tasks.early_stop import bounds_of
-from qflow.tracking.connect import shown
+from qflow.tracking.connect import masked
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.trial.evaluator import Evaluator
 
@@ -100,7 +100,7 @@ class Session:
         if found is None and finished:
             raise TrackingError(
                 f"A study's runs are in its tracking store, but {self.study.name} has {finished} finished trials and "
-                f"no run in {shown(self.tracker.uri)}. Restore the store, or use another name: "
+                f"no run in {masked(self.tracker.uri)}. Restore the store, or use another name: "
                 f"study={self.study.name}-2."
             )
         if found is not None and finished:

@@ -28,7 +28,7 @@ _FOREIGN = ("mlflow", "sqlalchemy", "alembic", "sqlite3", "requests", "urllib3")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
-def shown(uri: str) -> str:
+def masked(uri: str) -> str:
     """Return an address without its password, for lines and errors."""
     return re.sub(r"(://[^/@:]*):.*@", r"\1:***@", uri)
 
@@ -55,7 +55,7 @@ def open_store(uri: str | None, folder: Path, create: bool = True) -> tuple[Mlfl
         _require_answer(uri)
     elif scheme not in DATABASES:
         raise TrackingError(
-            f"Runs are kept in a database or on a server, but got {shown(uri)}: MLflow has retired the file "
+            f"Runs are kept in a database or on a server, but got {masked(uri)}: MLflow has retired the file "
             f"store. Leave tracking.uri empty, or name sqlite:///FILE or http://HOST:PORT."
         )
     _quiet_import()
@@ -92,7 +92,7 @@ def _require_answer(uri: str) -> None:
     if verdict[-1]:
         raise TrackingError(
             f"The tracking server must answer within {ANSWER_SECONDS:.0f} s, but got '{verdict[-1]}' "
-            f"from {shown(uri)}. Start it (mlflow server), correct tracking.uri, or leave it empty for a local store."
+            f"from {masked(uri)}. Start it (mlflow server), correct tracking.uri, or leave it empty for a local store."
         )
 
 
@@ -166,8 +166,8 @@ def plain_errors(uri: str) -> Iterator[None]:
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise TrackingError(
-            f"A call to the tracking store must succeed, but got '{lines[0].replace(uri, shown(uri))}' from "
-            f"{shown(uri)}. Repair "
+            f"A call to the tracking store must succeed, but got '{lines[0].replace(uri, masked(uri))}' from "
+            f"{masked(uri)}. Repair "
             f"the store and run the same command again: finished trials are kept."
         ) from error
 

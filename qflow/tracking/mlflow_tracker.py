@@ -68,8 +68,8 @@ class MlflowTracker:
     def ui_command(self) -> str:
         """Return the command that shows the runs; for a server, its address."""
         if self.uri.startswith("http"):
-            return f"open {connect.shown(self.uri)}"
-        return f"mlflow ui --workers 1 --backend-store-uri {shlex.quote(connect.shown(self.uri))}"
+            return f"open {connect.masked(self.uri)}"
+        return f"mlflow ui --workers 1 --backend-store-uri {shlex.quote(connect.masked(self.uri))}"
 
     def open_study(self, name: str, *, tags: Mapping[str, str], params: Mapping[str, Plain], description: str) -> str:
         """Return the run id of the study `name`: a new run, or its existing one with the status RUNNING again.
