@@ -1,0 +1,294 @@
+"""Which channels of a model share one factor: the groups that equalization scales.
+
+Every channel of every tensor gets a variable. A weighted operator or the affine part of a norm makes new variables for
+its output channels (a producer) and reads those of its input (a consumer): a factor on a variable is multiplied into
+the rows of its producers and divided out of the columns of its consumers, and the float function stays. What lies
+between is homogeneous, f(s x) = s f(x) for s > 0: ReLU, LeakyReLU, PReLU, max and average pooling, resizing, moves;
+an add makes the variables of its branches equal, a concat puts them in a row. Everything else reads its input as it is
+(sigmoid, softmax, ReLU6, whose bound would have to move with every channel, outputs of the model): these variables are
+fixed at 1, and the first reason is kept for the table.
+
+Operators are known by kind, type and shape. Where the shape does not tell which axis holds the channels (a transpose of
+equal axes, a split), they are fixed too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from qflow.core.graph import WEIGHTED_KINDS, ModelGraph, OpKind, OpNode
+from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.model.weighted import WeightedLeaf
+
+RELU6 = "ReLU6 bounds it, and the bound would have to move with each channel"
+FIXED = 0
+"""The variable whose factor is 1."""
+
+_PASSING_KINDS = frozenset({OpKind.max_pool, OpKind.avg_pool, OpKind.resize})
+_PASSING = frozenset(
+    "ReLU LeakyReLU PReLU Identity Dropout Dropout1d Dropout2d Dropout3d relu leaky_relu prelu identity dropout "
+    "dropout1d dropout2d dropout3d contiguous clone detach neg".split()
+)
+_RESHAPING = frozenset("Flatten Unflatten flatten unflatten reshape view view_as squeeze unsqueeze expand".split())
+_TURNING = frozenset("permute transpose swapaxes swapdims movedim moveaxis t T mT".split())
+_REDUCING = frozenset("mean sum amax amin".split())
+_ADDING = frozenset("add sub maximum minimum".split())
+_SCALING = frozenset("mul div".split())
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The variables along the channel axis of one tensor."""
+
+    axis: int
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A module whose output channels have variables of their own."""
+
+    path: str
+    module: nn.Module
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A weighted module and the variables of the channels that it reads, from operators `sources` (one a call)."""
+
+    path: str
+    module: WeightedLeaf
+    sources: list[str]
+    ids: tuple[int, ...]
+
+
+class Channels:
+    """The variables of a prepared model: `labels` by operator, `producers`, `consumers`, and reasons for what is fixed.
+
+    Variables that have to be equal are found by `find`.
+    """
+
+    def __init__(self, prepared: QuantizedModel) -> None:
+        self.graph: ModelGraph = prepared.graph
+        self.modules = dict(prepared.model.named_modules())
+        self.tied = _tied(prepared.model)
+        self.parent = [FIXED]
+        self.fixed: dict[int, str] = {FIXED: "it stays as it is"}
+        """Variable, as `find` gives it -> why its factor is 1."""
+        self.labels: dict[str, Labels | None] = {}
+        self.producers: dict[str, Producer] = {}
+        self.consumers: dict[str, Consumer] = {}
+        for node in self.graph.nodes:
+            self.labels[node.name] = self._of(node)
+        for _, producer in self.graph.outputs:
+            self.fix(self.labels.get(producer), "its result is an output of the model")
+        for name in self.graph.state:
+            self.fix(self.labels.get(name), "the model keeps its result as state")
+
+    # ---- variables ------------------------------------------------------------------------------------------------
+
+    def find(self, variable: int) -> int:
+        """Return the variable that stands for all that are equal to this one."""
+        while self.parent[variable] != variable:
+            self.parent[variable] = self.parent[self.parent[variable]]
+            variable = self.parent[variable]
+        return variable
+
+    def fix(self, labels: Labels | None, why: str) -> None:
+        """Let the factors of these channels be 1, because of `why`."""
+        for variable in labels.ids if labels else ():
+            self.fixed.setdefault(self.find(variable), why)
+
+    def _equal(self, a: Sequence[int], b: Sequence[int]) -> None:
+        for first, second in zip(a, b, strict=True):
+            x, y = sorted((self.find(first), self.find(second)))
+            if x == y:
+                continue
+            if x == FIXED:  # not merged, so that each keeps its own reason
+                self.fixed.setdefault(y, "it meets values that stay as they are")
+                continue
+            self.parent[y] = x
+            if y in self.fixed:
+                self.fixed.setdefault(x, self.fixed[y])
+
+    def _new(self, count: int) -> tuple[int, ...]:
+        first = len(self.parent)
+        self.parent += range(first, first + count)
+        return tuple(range(first, first + count))
+
+    # ---- operators ------------------------------------------------------------------------------------------------
+
+    def _of(self, node: OpNode) -> Labels | None:
+        """The labels of an operator's result; None if its channels are fixed, or unknown and so fixed."""
+        inputs = [self.labels[name] for name in node.inputs]
+        if node.kind in WEIGHTED_KINDS:
+            return self._weighted(node, inputs)
+        if node.kind in (OpKind.layer_norm, OpKind.norm):
+            return self._norm(node, inputs)
+        kind = node.op_type.rpartition(".")[2]
+        rule: Callable[[OpNode, list[Labels | None]], Labels | None] | None = None
+        if kind in _ADDING and len(node.inputs) == 2:
+            rule = self._added
+        elif kind in _SCALING:
+            rule = self._scaled
+        elif node.kind == OpKind.concat:
+            rule = self._joined
+        elif len(inputs) == 1 and (node.kind in _PASSING_KINDS or kind in _PASSING | _RESHAPING | _TURNING | _REDUCING):
+            rule = self._moved
+        found = rule(node, inputs) if rule else None
+        if found is None:
+            for labels in inputs:
+                self.fix(labels, RELU6 if "relu6" in kind.lower() else f"{kind} reads it")
+        return found
+
+    def _weighted(self, node: OpNode, inputs: list[Labels | None]) -> Labels | None:
+        module = self.modules.get(node.weight or "")
+        if not isinstance(module, WeightedLeaf) or node.weight in self.tied or len(inputs) != 1 + node.fused_add:
+            why = "a weight is shared by several modules" if node.weight in self.tied else "a weight is no module's own"
+            for labels in inputs:
+                self.fix(labels, f"{why} ({node.weight or node.name})")
+            return None
+        path, axis = str(node.weight), len(node.shape) - 1 if node.kind == OpKind.linear else 1
+        self._consumed(path, module, node, inputs[0])
+        producer = self._produced(path, module, node.shape[axis])
+        found = Labels(axis, producer.ids)
+        if module.qflow_norm is None and "BN" in node.fused_types:
+            self.fix(found, "its batch norm is no module")
+        norm: Any = module.qflow_norm
+        if norm is not None and (getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is None):
+            self.fix(found, "its batch norm has no weight and bias")
+        if node.fused_add and (inputs[1] is None or inputs[1].axis != axis):
+            for labels in (found, inputs[1]):
+                self.fix(labels, "it is added to values that stay as they are")
+        elif inputs[1:] and inputs[1] is not None:
+            self._equal(found.ids, inputs[1].ids)
+        if "ReLU6" in node.fused_types:
+            self.fix(found, RELU6)
+        return found
+
+    def _consumed(self, path: str, module: WeightedLeaf, node: OpNode, read: Labels | None) -> None:
+        """Let the columns of a weight have the variables of what it reads, or fix them."""
+        source, count = node.inputs[0], _channels_in(module)
+        axis = len(self.graph.by_name[source].shape) - 1 if node.kind == OpKind.linear else 1
+        if read is None or read.axis != axis or len(read.ids) != count:
+            self.fix(read, f"{type(module).__name__.removeprefix('Q')} reads it along another axis")
+            read = None
+        ids = read.ids if read is not None else (FIXED,) * count
+        known = self.consumers.setdefault(path, Consumer(path, module, [], ids))
+        known.sources.append(source)
+        self._equal(known.ids, ids)  # another call of a shared module
+
+    def _produced(self, path: str, module: nn.Module, count: int) -> Producer:
+        if path not in self.producers:
+            self.producers[path] = Producer(path, module, self._new(count))
+        return self.producers[path]
+
+    def _norm(self, node: OpNode, inputs: list[Labels | None]) -> Labels | None:
+        for labels in inputs:
+            self.fix(labels, f"{node.op_type.rpartition('.')[2]} reads it")
+        module: Any = self.modules.get(node.name.partition("(")[0])
+        weight = getattr(module, "weight", None) if module is not None else None
+        last = node.op_type.endswith(("LayerNorm", "RMSNorm"))
+        axis = len(node.shape) - 1 if last else 1
+        path = node.name.partition("(")[0]
+        if weight is None or weight.ndim != 1 or len(weight) != node.shape[axis] or path in self.tied:
+            return None
+        return Labels(axis, self._produced(path, module, len(weight)).ids)
+
+    def _added(self, node: OpNode, inputs: list[Labels | None]) -> Labels | None:
+        """Branches of one shape have equal factors; any other sum leaves its branches as they are."""
+        a, b = inputs
+        if a is None or b is None or a.axis != b.axis:
+            return None
+        if any(self.graph.by_name[name].shape != node.shape for name in node.inputs):
+            return None
+        self._equal(a.ids, b.ids)
+        return a
+
+    def _scaled(self, node: OpNode, inputs: list[Labels | None]) -> Labels | None:
+        """A product with a number, or with a tensor that stays as it is: s x y."""
+        if not inputs or (node.op_type.endswith("div") and len(inputs) == 1 and node.operands[:1] != (None,)):
+            return None
+        if len(inputs) == 2 and node.inputs[0] == node.inputs[1]:
+            return None
+        elements = [self.graph.by_name[name].elements for name in node.inputs]
+        first = 0 if node.op_type.endswith("div") else elements.index(max(elements))
+        for i, labels in enumerate(inputs):
+            if i != first:
+                self.fix(labels, "it is a factor of a product")
+        found = inputs[first]
+        return found if found is not None and node.shape == self.graph.by_name[node.inputs[first]].shape else None
+
+    def _joined(self, node: OpNode, inputs: list[Labels | None]) -> Labels | None:
+        """A concat along the channels puts the variables in a row; along another axis, its branches have equal ones."""
+        shapes = [self.graph.by_name[name].shape for name in node.inputs]
+        known = next((labels for labels in inputs if labels is not None), None)
+        if known is None or any(len(shape) != len(node.shape) for shape in shapes):
+            return None
+        axis = known.axis
+        parts = [
+            labels.ids if labels is not None and labels.axis == axis else (FIXED,) * shape[axis]
+            for labels, shape in zip(inputs, shapes, strict=True)
+        ]
+        if any(labels is not None and labels.axis != axis for labels in inputs):
+            return None
+        if sum(map(len, parts)) == node.shape[axis]:
+            return Labels(axis, tuple(variable for part in parts for variable in part))
+        if all(len(part) == node.shape[axis] for part in parts):
+            for part in parts[1:]:
+                self._equal(parts[0], part)
+            return Labels(axis, parts[0])
+        return None
+
+    def _moved(self, node: OpNode, inputs: list[Labels | None]) -> Labels | None:
+        """The labels where an operator that treats all channels alike, or moves whole channels, puts them."""
+        read = inputs[0]
+        if read is None:
+            return None
+        old, new = self.graph.by_name[node.inputs[0]].shape, node.shape
+        count, kind = len(read.ids), node.op_type.rpartition(".")[2]
+        if node.kind in _PASSING_KINDS or kind in _PASSING:
+            same = len(old) == len(new) and new[read.axis] == count
+            return read if same else None
+        if kind in _RESHAPING and (kind != "expand" or math.prod(old) == math.prod(new)):
+            return _reshaped(read, old, new)
+        if kind in _TURNING or kind in _REDUCING:
+            axes = [i for i, size in enumerate(new) if size == count]
+            return Labels(axes[0], read.ids) if len(axes) == 1 and old.count(count) == 1 else None
+        return None
+
+
+def _reshaped(read: Labels, old: tuple[int, ...], new: tuple[int, ...]) -> Labels | None:
+    """Values keep their order: the channels stay an axis, or become one with all axes after them."""
+    if math.prod(old) != math.prod(new):
+        return None
+    outer, inner = math.prod(old[: read.axis]), math.prod(old[read.axis + 1 :])
+    for axis, size in enumerate(new):
+        if math.prod(new[:axis]) != outer:
+            continue
+        if size == len(read.ids):
+            return Labels(axis, read.ids)
+        if size == len(read.ids) * inner:
+            return Labels(axis, tuple(variable for variable in read.ids for _ in range(inner)))
+    return None
+
+
+def _channels_in(module: Any) -> int:
+    return int(module.in_features if hasattr(module, "in_features") else module.in_channels)
+
+
+def _tied(model: nn.Module) -> frozenset[str]:
+    """Modules whose parameters belong to several modules, or are computed at each access (parametrized)."""
+    owners: dict[int, set[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(path)
+    tied = {path for paths in owners.values() if len(paths) > 1 for path in paths}
+    computed = {path for path, m in model.named_modules() if hasattr(m, "parametrizations")}
+    return frozenset(tied | computed)
