@@ -10,5 +10,6 @@ __all__ = [
     "qat_mode",
     "quant_analysis",
     "registered",
+    "repair",
     "training",
 ]

@@ -36,7 +36,7 @@ from qflow.core.settings import CalibrationSettings
 from qflow.cost_model.latency import predict
 from qflow.cost_model.records import CostReport
 from qflow.quant.model import prepare as engine
-from qflow.quant.model.calibrate import apply_scales, collect, gathered
+from qflow.quant.model.calibrate import CalibrationStats, apply_scales, collect, gathered
 from qflow.quant.model.graph_at_shape import graph_at
 from qflow.quant.model.module_names import Named
 from qflow.quant.model.run import Collected
@@ -139,8 +139,8 @@ def calibrate(
 
     set_fake_quantize(prepared, FakeQuantState.FLOAT)
     by_batch = prepared.settings.averaging_constant is not None
-    prepared.stats = collect(prepared, batches(), sampling=prepared.settings.sampling, by_batch=by_batch)
-    _set_scales(prepared)
+    stats = collect(prepared, batches(), sampling=prepared.settings.sampling, by_batch=by_batch)
+    adopt_stats(prepared, stats)
     set_fake_quantize(prepared, FakeQuantState.VALIDATION)
     if prepared.cached is not None:
         prepared.reset_state()
@@ -209,6 +209,12 @@ def cost(prepared: Prepared, inputs: Any = None) -> CostReport:
     """
     graph = graph_at(prepared, prepared.sample if inputs is None else inputs)
     return predict(graph, prepared.applied, load_cost(prepared.march))
+
+
+def adopt_stats(prepared: Prepared, stats: CalibrationStats) -> None:
+    """Set scales and findings by the statistics of a pass over the model with its present weights."""
+    prepared.stats = stats
+    _set_scales(prepared)
 
 
 def _set_scales(prepared: Prepared) -> None:

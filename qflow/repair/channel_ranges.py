@@ -50,7 +50,9 @@ def channel_ranges(prepared: QuantizedModel, channels: Channels, context: Contex
                 context.forwards += size
     finally:
         prepared.watch = before
-    return {name: Ranges(largest[name], total[name] / count[name]) for name in largest if largest[name].isfinite().all()}
+    return {
+        name: Ranges(largest[name], total[name] / count[name]) for name in largest if largest[name].isfinite().all()
+    }
 
 
 def _wanted(prepared: QuantizedModel, channels: Channels) -> dict[str, tuple[str, Labels]]:

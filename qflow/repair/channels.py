@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qflow.core.graph import WEIGHTED_KINDS, ModelGraph, OpKind, OpNode
 from qflow.quant.model.quantized_model import QuantizedModel
@@ -31,14 +31,36 @@ FIXED = 0
 
 _PASSING_KINDS = frozenset({OpKind.max_pool, OpKind.avg_pool, OpKind.resize})
 _PASSING = frozenset(
-    "ReLU LeakyReLU PReLU Identity Dropout Dropout1d Dropout2d Dropout3d relu leaky_relu prelu identity dropout "
-    "dropout1d dropout2d dropout3d contiguous clone detach neg".split()
+    [
+        "ReLU",
+        "LeakyReLU",
+        "PReLU",
+        "Identity",
+        "Dropout",
+        "Dropout1d",
+        "Dropout2d",
+        "Dropout3d",
+        "relu",
+        "leaky_relu",
+        "prelu",
+        "identity",
+        "dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+        "contiguous",
+        "clone",
+        "detach",
+        "neg",
+    ]
 )
-_RESHAPING = frozenset("Flatten Unflatten flatten unflatten reshape view view_as squeeze unsqueeze expand".split())
-_TURNING = frozenset("permute transpose swapaxes swapdims movedim moveaxis t T mT".split())
-_REDUCING = frozenset("mean sum amax amin".split())
-_ADDING = frozenset("add sub maximum minimum".split())
-_SCALING = frozenset("mul div".split())
+_RESHAPING = frozenset(
+    ["Flatten", "Unflatten", "flatten", "unflatten", "reshape", "view", "view_as", "squeeze", "unsqueeze", "expand"]
+)
+_TURNING = frozenset(["permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T", "mT"])
+_REDUCING = frozenset(["mean", "sum", "amax", "amin"])
+_ADDING = frozenset(["add", "sub", "maximum", "minimum"])
+_SCALING = frozenset(["mul", "div"])
 
 
 @dataclass(frozen=True)
@@ -99,6 +121,10 @@ class Channels:
             self.parent[variable] = self.parent[self.parent[variable]]
             variable = self.parent[variable]
         return variable
+
+    def along(self, ids: Sequence[int], values: Tensor) -> Tensor:
+        """The values of these variables; `values` has one for each variable, of which that of `find` counts."""
+        return values[[self.find(variable) for variable in ids]]
 
     def fix(self, labels: Labels | None, why: str) -> None:
         """Let the factors of these channels be 1, because of `why`."""

@@ -12,7 +12,7 @@ elements, the rounding noise of output o is, with independent errors of variance
 each divided by its signal sum_c |W_oc|^2 m_c, averaged over the outputs and summed over the consumers of a group. The
 factors are a fixed point of s_c = (range of the columns)^(1 - a) / (range of the channel)^a, both relative to the
 largest of their tensor or row; a = 1/2 is the rule of the paper. Of a = 0, 1/4, ... 1 the one of least noise is taken,
-and a group whose noise would fall by less than 10 % is left as it is.
+and a group whose noise would fall by less than half is left as it is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from qflow.repair.contract import Context, Part, Step
 
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ROUNDS = 4
-GAIN = 0.9  # of the predicted noise: what stays above is left as it is
+GAIN = 0.5
 LIMIT = 2.0**20
 CODES = 127.5
 
@@ -55,6 +55,10 @@ class Equalize(Step):
     name = "equalize"
     preserving = True
 
+    def __init__(self, gain: float = GAIN) -> None:
+        self.gain = gain
+        """A group is changed if its predicted noise falls below this share."""
+
     def parts(self, prepared: QuantizedModel, context: Context) -> tuple[Sequence[Part], Mapping[str, str]]:
         """Find the groups, gather the ranges of their channels in one pass, and compute the factors."""
         channels = Channels(prepared)
@@ -66,10 +70,10 @@ class Equalize(Step):
         ranges = channel_ranges(prepared, channels, context)
         parts = []
         for producers, consumers in _groups(channels):
-            scaling = _Group(channels, producers, consumers, ranges).scaling()
+            scaling = _Group(channels, producers, consumers, ranges).scaling(self.gain)
             name = f"{_first(producers)} -> {_first(consumers)}"
             if scaling is None:
-                refused[name] = f"the predicted noise falls by less than {1 - GAIN:.0%}"
+                refused[name] = f"its predicted noise falls by less than {1 - self.gain:.0%}"
             else:
                 parts.append(Part(name, scaling))
         return parts, refused
@@ -81,9 +85,9 @@ class Equalize(Step):
         for part in parts:
             scaling: Scaling = part.data
             for producer, factors in scaling.rows:
-                _scale_rows(producer.module, factors)
+                scale_rows(producer.module, factors)
             for consumer, factors in scaling.columns:
-                _scale_columns(consumer.module, 1.0 / factors)
+                scale_columns(consumer.module, 1.0 / factors)
             low, high = float(scaling.factors.min()), float(scaling.factors.max())
             text = f"{len(scaling.factors)} channels by {low:.3g} to {high:.3g}, predicted noise x {scaling.gain:.2g}"
             changed[part.name] = text
@@ -186,7 +190,7 @@ class _Group:
             power.view(groups, count), tuple(sources),
         )  # fmt: skip
 
-    def scaling(self) -> Scaling | None:
+    def scaling(self, gain: float) -> Scaling | None:
         """Return the factors of least predicted noise, or None if they gain too little."""
         columns = [c for c in self.columns if c.sources]
         if not columns:
@@ -201,7 +205,7 @@ class _Group:
                 noise = sum(c.noise(factors) for c in columns)
                 if noise < least:
                     best, least = factors, noise
-        if not before or least >= GAIN * before:
+        if not before or least >= gain * before:
             return None
         rows = tuple((p, best[self.index(p.ids)]) for p in self.producers)
         divided = tuple((c, best[self.index(c.ids)]) for c in self.consumers)
@@ -236,7 +240,8 @@ def _by_output(module: WeightedLeaf) -> Tensor:
     return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
 
 
-def _scale_rows(module: Any, factors: Tensor) -> None:
+def scale_rows(module: Any, factors: Tensor) -> None:
+    """Multiply each output channel: of the batch norm after a convolution, else of weight and bias."""
     norm = getattr(module, "qflow_norm", None)
     if norm is not None or not isinstance(module, WeightedLeaf):
         affine = module if norm is None else norm
@@ -255,7 +260,8 @@ def _scale_rows(module: Any, factors: Tensor) -> None:
         module.bias.mul_(along)
 
 
-def _scale_columns(module: Any, factors: Tensor) -> None:
+def scale_columns(module: Any, factors: Tensor) -> None:
+    """Multiply what a weight reads of each input channel."""
     weight, groups = module.weight, int(getattr(module, "groups", 1))
     along = factors.to(weight)
     if getattr(module, "transposed", False):

@@ -25,9 +25,9 @@ class Block(nn.Module):
 class ResNet20(nn.Module):
     """Three stages of three blocks, as in the residual networks for CIFAR, a quarter as wide."""
 
-    def __init__(self):
+    def __init__(self, colors=1):
         super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
+        self.conv, self.bn = nn.Conv2d(colors, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
         sizes = [(8, 8, 1)] * 3 + [(8, 16, 2), (16, 16, 1), (16, 16, 1)] + [(16, 32, 2), (32, 32, 1), (32, 32, 1)]
         self.blocks = nn.Sequential(*(Block(*size) for size in sizes))
         self.head = nn.Linear(32, 10)
