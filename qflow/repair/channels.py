@@ -15,7 +15,7 @@ equal axes, a split), they are fixed too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,37 +30,16 @@ FIXED = 0
 """The variable whose factor is 1."""
 
 _PASSING_KINDS = frozenset({OpKind.max_pool, OpKind.avg_pool, OpKind.resize})
-_PASSING = frozenset(
-    [
-        "ReLU",
-        "LeakyReLU",
-        "PReLU",
-        "Identity",
-        "Dropout",
-        "Dropout1d",
-        "Dropout2d",
-        "Dropout3d",
-        "relu",
-        "leaky_relu",
-        "prelu",
-        "identity",
-        "dropout",
-        "dropout1d",
-        "dropout2d",
-        "dropout3d",
-        "contiguous",
-        "clone",
-        "detach",
-        "neg",
-    ]
-)
-_RESHAPING = frozenset(
-    ["Flatten", "Unflatten", "flatten", "unflatten", "reshape", "view", "view_as", "squeeze", "unsqueeze", "expand"]
-)
-_TURNING = frozenset(["permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T", "mT"])
-_REDUCING = frozenset(["mean", "sum", "amax", "amin"])
-_ADDING = frozenset(["add", "sub", "maximum", "minimum"])
-_SCALING = frozenset(["mul", "div"])
+_RULES: Mapping[str, str] = {
+    "passing": "ReLU LeakyReLU PReLU Identity Dropout Dropout1d Dropout2d Dropout3d relu leaky_relu prelu identity "
+    "dropout dropout1d dropout2d dropout3d contiguous clone detach neg",
+    "reshaping": "Flatten Unflatten flatten unflatten reshape view view_as squeeze unsqueeze",
+    "turning": "permute transpose swapaxes swapdims movedim moveaxis t T mT",
+    "reducing": "mean sum amax amin",
+    "adding": "add sub maximum minimum",
+    "scaling": "mul div",
+}
+_RULE_OF = {name: rule for rule, names in _RULES.items() for name in names.split()}
 
 
 @dataclass(frozen=True)
@@ -158,20 +137,22 @@ class Channels:
         if node.kind in (OpKind.layer_norm, OpKind.norm):
             return self._norm(node, inputs)
         kind = node.op_type.rpartition(".")[2]
-        rule: Callable[[OpNode, list[Labels | None]], Labels | None] | None = None
-        if kind in _ADDING and len(node.inputs) == 2:
-            rule = self._added
-        elif kind in _SCALING:
-            rule = self._scaled
-        elif node.kind == OpKind.concat:
-            rule = self._joined
-        elif len(inputs) == 1 and (node.kind in _PASSING_KINDS or kind in _PASSING | _RESHAPING | _TURNING | _REDUCING):
-            rule = self._moved
+        rule = self._rule(node, kind)
         found = rule(node, inputs) if rule else None
         if found is None:
             for labels in inputs:
                 self.fix(labels, RELU6 if "relu6" in kind.lower() else f"{kind} reads it")
         return found
+
+    def _rule(self, node: OpNode, kind: str) -> Callable[[OpNode, list[Labels | None]], Labels | None] | None:
+        rule, count = _RULE_OF.get(kind), len(node.inputs)
+        if rule == "adding":
+            return self._added if count == 2 else None
+        if rule == "scaling":
+            return self._scaled
+        if node.kind == OpKind.concat:
+            return self._joined
+        return self._moved if count == 1 and (rule or node.kind in _PASSING_KINDS) else None
 
     def _weighted(self, node: OpNode, inputs: list[Labels | None]) -> Labels | None:
         module = self.modules.get(node.weight or "")
@@ -218,12 +199,14 @@ class Channels:
     def _norm(self, node: OpNode, inputs: list[Labels | None]) -> Labels | None:
         for labels in inputs:
             self.fix(labels, f"{node.op_type.rpartition('.')[2]} reads it")
-        module: Any = self.modules.get(node.name.partition("(")[0])
-        weight = getattr(module, "weight", None) if module is not None else None
-        last = node.op_type.endswith(("LayerNorm", "RMSNorm"))
-        axis = len(node.shape) - 1 if last else 1
-        path = node.name.partition("(")[0]
-        if weight is None or weight.ndim != 1 or len(weight) != node.shape[axis] or path in self.tied:
+        # a functional belongs to the module that calls it: if its weight is another one, the float function would move
+        path = node.name.partition("(")[0].partition("[")[0]
+        module: Any = self.modules.get(path)
+        weight = getattr(module, "weight", None)
+        axis = (
+            1 if node.kind == OpKind.norm or node.op_type.endswith(("GroupNorm", "group_norm")) else len(node.shape) - 1
+        )
+        if not isinstance(weight, Tensor) or tuple(weight.shape) != (node.shape[axis],) or path in self.tied:
             return None
         return Labels(axis, self._produced(path, module, len(weight)).ids)
 
@@ -279,15 +262,12 @@ class Channels:
             return None
         old, new = self.graph.by_name[node.inputs[0]].shape, node.shape
         count, kind = len(read.ids), node.op_type.rpartition(".")[2]
-        if node.kind in _PASSING_KINDS or kind in _PASSING:
-            same = len(old) == len(new) and new[read.axis] == count
-            return read if same else None
-        if kind in _RESHAPING and (kind != "expand" or math.prod(old) == math.prod(new)):
+        if node.kind in _PASSING_KINDS or _RULE_OF[kind] == "passing":
+            return read if len(old) == len(new) and new[read.axis] == count else None
+        if _RULE_OF[kind] == "reshaping":
             return _reshaped(read, old, new)
-        if kind in _TURNING or kind in _REDUCING:
-            axes = [i for i, size in enumerate(new) if size == count]
-            return Labels(axes[0], read.ids) if len(axes) == 1 and old.count(count) == 1 else None
-        return None
+        axes = [i for i, size in enumerate(new) if size == count]
+        return Labels(axes[0], read.ids) if len(axes) == 1 and old.count(count) == 1 else None
 
 
 def _reshaped(read: Labels, old: tuple[int, ...], new: tuple[int, ...]) -> Labels | None:

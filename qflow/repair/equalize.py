@@ -202,9 +202,10 @@ class _Group:
             factors = plain
             for _ in range(ROUNDS):
                 factors = self._moved(columns, factors, exponent)
-                noise = sum(c.noise(factors) for c in columns)
+                exact = factors.log2().round().exp2()
+                noise = sum(c.noise(exact) for c in columns)
                 if noise < least:
-                    best, least = factors, noise
+                    best, least = exact, noise
         if not before or least >= gain * before:
             return None
         rows = tuple((p, best[self.index(p.ids)]) for p in self.producers)
