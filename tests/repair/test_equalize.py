@@ -210,3 +210,17 @@ def test_rescaled_channels_cost_int8_nothing_after_equalization(data, plain):
     assert right(repaired) >= right(plain) - 0.01
     assert error(planted, hard, images) > 10 * error(usual, plain, images)
     assert error(repaired, hard, images) < 1.1 * error(usual, plain, images)
+
+
+@pytest.mark.slow  # it trains the network
+def test_the_dual_task_reaches_its_float_accuracy_in_int8(data):
+    """There, no mix of int8, int16 and fp16 does."""
+    model, loader = dual.build_model(), data.calibration.tensors[0].split(32)
+    images, digits_of = data.evaluation.tensors
+    prepared = qflow.prepare(model, loader[0])
+    qflow.calibrate(prepared, loader)
+    repaired, table = qflow.repair_model(prepared, loader)
+    with torch.no_grad():
+        right = [float((net(images).argmax(1) == digits_of).float().mean()) for net in (model, prepared, repaired)]
+    assert right[1] < right[0] - 0.5 and right[2] > right[0] - 0.01
+    assert table.forwards <= 5 * len(data.calibration), "five passes over the data"
