@@ -9,13 +9,13 @@ an add makes the variables of its branches equal, a concat puts them in a row. E
 fixed at 1, and the first reason is kept for the table.
 
 Operators are known by kind, type and shape. Where the shape does not tell which axis holds the channels (a transpose of
-equal axes, a split), they are fixed too.
+equal axes, a split), they are fixed too. Where it tells the axis but not the order along it (an index, a roll), they
+are taken as in order: same_function.py proves it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,30 +24,11 @@ from torch import Tensor, nn
 from qflow.core.graph import WEIGHTED_KINDS, ModelGraph, OpKind, OpNode
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.model.weighted import WeightedLeaf
+from qflow.repair.channel_rules import PASSING_KINDS, RULE_OF, Labels, moved
 
 RELU6 = "ReLU6 bounds it, and the bound would have to move with each channel"
 FIXED = 0
 """The variable whose factor is 1."""
-
-_PASSING_KINDS = frozenset({OpKind.max_pool, OpKind.avg_pool, OpKind.resize})
-_RULES: Mapping[str, str] = {
-    "passing": "ReLU LeakyReLU PReLU Identity Dropout Dropout1d Dropout2d Dropout3d relu leaky_relu prelu identity "
-    "dropout dropout1d dropout2d dropout3d contiguous clone detach neg",
-    "reshaping": "Flatten Unflatten flatten unflatten reshape view view_as squeeze unsqueeze",
-    "turning": "permute transpose swapaxes swapdims movedim moveaxis t T mT",
-    "reducing": "mean sum amax amin",
-    "adding": "add sub maximum minimum",
-    "scaling": "mul div",
-}
-_RULE_OF = {name: rule for rule, names in _RULES.items() for name in names.split()}
-
-
-@dataclass(frozen=True)
-class Labels:
-    """The variables along the channel axis of one tensor."""
-
-    axis: int
-    ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -55,7 +36,7 @@ class Producer:
     """A module whose output channels have variables of their own."""
 
     path: str
-    module: nn.Module
+    module: Any
     ids: tuple[int, ...]
 
 
@@ -145,19 +126,20 @@ class Channels:
         return found
 
     def _rule(self, node: OpNode, kind: str) -> Callable[[OpNode, list[Labels | None]], Labels | None] | None:
-        rule, count = _RULE_OF.get(kind), len(node.inputs)
+        rule, count = RULE_OF.get(kind), len(node.inputs)
         if rule == "adding":
             return self._added if count == 2 else None
         if rule == "scaling":
             return self._scaled
         if node.kind == OpKind.concat:
             return self._joined
-        return self._moved if count == 1 and (rule or node.kind in _PASSING_KINDS) else None
+        return self._moved if count == 1 and (rule or node.kind in PASSING_KINDS) else None
 
     def _weighted(self, node: OpNode, inputs: list[Labels | None]) -> Labels | None:
         module = self.modules.get(node.weight or "")
-        if not isinstance(module, WeightedLeaf) or node.weight in self.tied or len(inputs) != 1 + node.fused_add:
-            why = "a weight is shared by several modules" if node.weight in self.tied else "a weight is no module's own"
+        shared = {node.weight, getattr(module, "qflow_norm_path", None)} & self.tied
+        if not isinstance(module, WeightedLeaf) or shared or len(inputs) != 1 + node.fused_add:
+            why = "a weight is shared by several modules" if shared else "a weight is no module's own"
             for labels in inputs:
                 self.fix(labels, f"{why} ({node.weight or node.name})")
             return None
@@ -191,7 +173,7 @@ class Channels:
         known.sources.append(source)
         self._equal(known.ids, ids)  # another call of a shared module
 
-    def _produced(self, path: str, module: nn.Module, count: int) -> Producer:
+    def _produced(self, path: str, module: Any, count: int) -> Producer:
         if path not in self.producers:
             self.producers[path] = Producer(path, module, self._new(count))
         return self.producers[path]
@@ -256,33 +238,8 @@ class Channels:
         return None
 
     def _moved(self, node: OpNode, inputs: list[Labels | None]) -> Labels | None:
-        """The labels where an operator that treats all channels alike, or moves whole channels, puts them."""
         read = inputs[0]
-        if read is None:
-            return None
-        old, new = self.graph.by_name[node.inputs[0]].shape, node.shape
-        count, kind = len(read.ids), node.op_type.rpartition(".")[2]
-        if node.kind in _PASSING_KINDS or _RULE_OF[kind] == "passing":
-            return read if len(old) == len(new) and new[read.axis] == count else None
-        if _RULE_OF[kind] == "reshaping":
-            return _reshaped(read, old, new)
-        axes = [i for i, size in enumerate(new) if size == count]
-        return Labels(axes[0], read.ids) if len(axes) == 1 and old.count(count) == 1 else None
-
-
-def _reshaped(read: Labels, old: tuple[int, ...], new: tuple[int, ...]) -> Labels | None:
-    """Values keep their order: the channels stay an axis, or become one with all axes after them."""
-    if math.prod(old) != math.prod(new):
-        return None
-    outer, inner = math.prod(old[: read.axis]), math.prod(old[read.axis + 1 :])
-    for axis, size in enumerate(new):
-        if math.prod(new[:axis]) != outer:
-            continue
-        if size == len(read.ids):
-            return Labels(axis, read.ids)
-        if size == len(read.ids) * inner:
-            return Labels(axis, tuple(variable for variable in read.ids for _ in range(inner)))
-    return None
+        return None if read is None else moved(node, read, self.graph.by_name[node.inputs[0]].shape)
 
 
 def _channels_in(module: Any) -> int:

@@ -29,6 +29,7 @@ from qflow.quant.model.weighted import WeightedLeaf
 from qflow.repair.channel_ranges import Ranges, channel_ranges
 from qflow.repair.channels import Channels, Consumer, Producer
 from qflow.repair.contract import Context, Part, Step
+from qflow.repair.same_function import moving
 
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ROUNDS = 4
@@ -47,6 +48,14 @@ class Scaling:
     """Factor of each variable of the group."""
     gain: float
     """Predicted noise afterwards / before."""
+
+    @torch.no_grad()
+    def apply(self, exponent: int = 1) -> None:
+        """Scale the float weights in place; with exponent -1, take it back (exactly, for powers of two)."""
+        for producer, factors in self.rows:
+            scale_rows(producer.module, factors**exponent)
+        for consumer, factors in self.columns:
+            scale_columns(consumer.module, factors**-exponent)
 
 
 class Equalize(Step):
@@ -76,18 +85,17 @@ class Equalize(Step):
                 refused[name] = f"its predicted noise falls by less than {1 - self.gain:.0%}"
             else:
                 parts.append(Part(name, scaling))
-        return parts, refused
+        # the rules of channels.py go by shapes, which leave some doubt: whether x[:, i] takes channels as they are
+        wrong = moving(prepared, context, parts, lambda part: part.data.apply(), lambda part: part.data.apply(-1))
+        refused |= dict.fromkeys(sorted(wrong), "the float function would move: its channels are taken out of order")
+        return [part for part in parts if part.name not in wrong], refused
 
-    @torch.no_grad()
     def apply(self, prepared: QuantizedModel, context: Context, parts: Sequence[Part]) -> Mapping[str, str]:
         """Multiply rows (of the batch norm after a convolution, if there is one) and divide columns."""
         changed = {}
         for part in parts:
             scaling: Scaling = part.data
-            for producer, factors in scaling.rows:
-                scale_rows(producer.module, factors)
-            for consumer, factors in scaling.columns:
-                scale_columns(consumer.module, 1.0 / factors)
+            scaling.apply()
             low, high = float(scaling.factors.min()), float(scaling.factors.max())
             text = f"{len(scaling.factors)} channels by {low:.3g} to {high:.3g}, predicted noise x {scaling.gain:.2g}"
             changed[part.name] = text
@@ -206,7 +214,7 @@ class _Group:
                 noise = sum(c.noise(exact) for c in columns)
                 if noise < least:
                     best, least = exact, noise
-        if not before or least >= gain * before:
+        if best is plain or least >= gain * before:
             return None
         rows = tuple((p, best[self.index(p.ids)]) for p in self.producers)
         divided = tuple((c, best[self.index(c.ids)]) for c in self.consumers)

@@ -122,11 +122,13 @@ def _outputs(prepared: QuantizedModel, inputs: Any, size: int) -> Outputs:
 
 
 def _norms(tensor: Tensor) -> Tensor:
-    return tensor.double().reshape(len(tensor), -1).norm(dim=1).cpu()
+    norms: Tensor = torch.linalg.vector_norm(tensor.double().reshape(len(tensor), -1), dim=1)
+    return norms.cpu()
 
 
 def _difference(got: Tensor | None, wanted: Tensor) -> Tensor:
     """|got - wanted| for each sample; infinite where the quantized model gives another shape."""
     if got is None or got.shape != wanted.shape:
         return torch.full((len(wanted),), math.inf, dtype=torch.float64)
-    return _norms(got.double() - wanted.double())
+    difference: Tensor = got.double() - wanted.double()
+    return _norms(difference)
