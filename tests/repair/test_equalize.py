@@ -181,7 +181,7 @@ class Turned(nn.Module):
                 conv.weight.mul_(2.0 ** (torch.arange(6) * 1.5).view(-1, 1, 1, 1))
 
     def forward(self, x):
-        turned = torch.relu(self.a(x))[:, [1, 2, 0, 3, 4, 5]]
+        turned = torch.relu(self.a(x))[:, [0, 1, 5, 2, 3, 4]]
         return self.b(turned), self.d(torch.relu(self.c(x))[:, :, 1:, 1:])
 
 
