@@ -10,7 +10,8 @@ from torch import Tensor
 from qflow.core.graph import OpNode
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.trace.calling import call_model
-from qflow.repair.channels import Channels, Labels
+from qflow.repair.channel_rules import Labels
+from qflow.repair.channels import Channels
 from qflow.repair.contract import Context
 
 
