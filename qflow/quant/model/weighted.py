@@ -104,9 +104,10 @@ class WeightedLeaf(Leaf):
         factor = self.factor()
         shift = -norm.running_mean if self.bias is None else self.bias - norm.running_mean
         bias = shift * factor if norm.bias is None else norm.bias + shift * factor
-        return self.weight * self._along_output(factor), bias
+        return self.weight * self.along_output(factor), bias
 
-    def _along_output(self, vector: Tensor) -> Tensor:
+    def along_output(self, vector: Tensor) -> Tensor:
+        """`vector`, one value for each output channel, so that it broadcasts over the weight."""
         if getattr(self, "transposed", False):
             groups = int(getattr(self, "groups", 1))
             per_group = vector.view(groups, 1, -1).expand(groups, self.weight.shape[0] // groups, -1)
@@ -130,7 +131,7 @@ class WeightedLeaf(Leaf):
         # When activation checkpointing recomputes, the statistics have changed: it takes the factor of the first pass.
         with torch.no_grad():
             factor = run.kept(f"{name}.factor", self.factor)
-            factor = self._along_output(torch.where(factor.abs() < DEAD, torch.ones_like(factor), factor))
+            factor = self.along_output(torch.where(factor.abs() < DEAD, torch.ones_like(factor), factor))
         if self.qflow_mode == "with_bn_reverse_fold":
             folded: Tensor = quantizer(self.weight * factor)
             return folded / factor
