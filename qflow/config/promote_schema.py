@@ -13,6 +13,8 @@ class PromoteGoalSchema:
     """Largest loss against float, in the metric's own units."""
     max_latency_ms: float | None = None
     """Largest predicted latency of one thread."""
+    max_slowdown: float | None = None
+    """Largest predicted latency over that with every operator at int8."""
     max_int16_mac_share: float | None = None
     """Largest share of MACs with an int16 side."""
     max_traffic_mb: float | None = None

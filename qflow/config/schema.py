@@ -229,7 +229,9 @@ class ObjectiveSchema:
     max_drop: float = 0.01
     """Largest loss against float, in the metric's own units."""
     max_latency_ms: float | None = None
-    """Budget for the predicted latency of one thread; null sets none, as with the next two."""
+    """Budget for the predicted latency of one thread; null sets none, as with the next three."""
+    max_slowdown: float | None = None
+    """Budget for the predicted latency over that with every operator at int8: 1.1 allows a tenth more."""
     max_int16_mac_share: float | None = None
     """Budget for the share of MACs with an int16 side."""
     max_traffic_mb: float | None = None

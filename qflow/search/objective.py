@@ -23,6 +23,7 @@ LEAST_LATENCY: Directions = {"cost/latency_ms": MINIMIZE}
 
 BUDGETS = {
     "max_latency_ms": "cost/latency_ms",
+    "max_slowdown": "cost/slowdown",
     "max_int16_mac_share": "cost/int16_mac_share",
     "max_traffic_mb": "cost/traffic_mb",
 }
@@ -37,6 +38,7 @@ class Goal:
 
     max_drop: float
     max_latency_ms: float | None = None
+    max_slowdown: float | None = None
     max_int16_mac_share: float | None = None
     max_traffic_mb: float | None = None
     optimize: Directions = field(default_factory=dict)
@@ -50,6 +52,11 @@ class Goal:
         for name, limit in self.budgets.items():
             if not 0.0 <= limit < math.inf:
                 raise ConfigError(f"objective.{name} is a number of at least 0, but got {limit:g}. null sets no limit.")
+        if self.max_slowdown is not None and self.max_slowdown < 1.0:
+            raise ConfigError(
+                f"objective.max_slowdown is a factor of at least 1, the latency of all-int8, but got "
+                f"{self.max_slowdown:g}. 1.1 allows a tenth more; null sets no limit."
+            )
         if (self.max_int16_mac_share or 0.0) > 1.0:
             raise ConfigError(
                 f"objective.max_int16_mac_share is a share of at most 1, but got {self.max_int16_mac_share:g}."

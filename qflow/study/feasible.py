@@ -72,13 +72,14 @@ def check_budgets(evaluator: Evaluator, goal: Goal) -> None:
 
     A wrong number must not meet a budget.
     """
-    if goal.max_latency_ms is None and goal.max_traffic_mb is None:
+    on_latency = [name for name in ("max_latency_ms", "max_slowdown") if name in goal.budgets]
+    if not on_latency and goal.max_traffic_mb is None:
         return
     report = evaluator.cost(evaluator.template(QDtype.qint8)[1])
-    if goal.max_latency_ms is not None and report.refusal:
+    for name in on_latency if report.refusal else ():
         raise ConfigError(
-            f"objective.max_latency_ms needs a latency that can be judged, but got {report.refusal}. Load a measured "
-            "profile (device.profile=<report>), or drop the budget: objective.max_latency_ms=null."
+            f"objective.{name} needs a latency that can be judged, but got {report.refusal}. Load a measured profile "
+            f"(device.profile=<report>), or drop the budget: objective.{name}=null."
         )
     if goal.max_traffic_mb is not None and report.traffic.lower_bound:
         raise ConfigError(

@@ -22,6 +22,7 @@ SINCE = (
     "quant.fold_functional_norms",
     "quant.split_shared",
     "objective.optimize",
+    "objective.max_slowdown",
     "qconfig.float16_count",
     "qconfig.assignment",
     "qconfig.error_share",

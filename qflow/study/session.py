@@ -91,6 +91,7 @@ class Session:
         runs are missing.
         """
         check_feasible(self.evaluator, self.goal, module_settings(self.config, self.study.space))
+        self._say_slowdown()
         check_augmented(self.evaluator.task, self._may_be_true("calibration.augment"), self._may_be_true("qat.augment"))
         if self.config.search.early_stop:
             bounds_of(self.evaluator.task.metric)  # raises here instead of in the first trial
@@ -130,6 +131,15 @@ class Session:
         metrics = {f"float/{task.metric_name}": self.evaluator.float_metric}
         self.tracker.log_study(self.study_run, folder=self.shared, metrics=metrics)
         self.drive()
+
+    def _say_slowdown(self) -> None:
+        """Print the latency that `max_slowdown` allows: the cost model knows it before the first trial."""
+        if (factor := self.goal.max_slowdown) is not None:
+            ms = self.evaluator.precisions.int8_ms
+            self.console.say(
+                f"{'budget':<12} max_slowdown {factor:g} allows {factor * ms:.3f} ms: the cost model predicts "
+                f"{ms:.3f} ms with every operator at int8"
+            )
 
     def _may_be_true(self, key: str) -> bool:
         """Return whether the switch `key` is on, or may be on in a trial."""

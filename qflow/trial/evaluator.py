@@ -79,13 +79,15 @@ class Evaluator(SharedState):
             found = self._evaluation(key, applied, progress)
         self.hits += self.evaluations == ran
         findings = findings_of(model, stats, applied, calibrated, found.overflowed, report, self.precisions)
+        cost = self.cost(applied)
         result = TrialResult(
             metric=found.metric,
             drop=self.task.drop(self.float_metric, found.metric),
             samples=found.samples,
             qconfig=applied,
             requested=requested,
-            cost=self.cost(applied),
+            cost=cost,
+            slowdown=self.precisions.slowdown(cost.latency_ms),
             check=check_model(self.graph, requested, applied, findings, calibration.method),
             scales=scales(model),
             quantizers=stored_quantizers(model),

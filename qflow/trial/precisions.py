@@ -25,7 +25,7 @@ from qflow.search.cost_terms import Group, cost_terms
 from qflow.search.objective import BUDGETS
 from qflow.trial.resolver import OUTPUT, WEIGHT, Resolver, without_int16
 
-LATENCY = BUDGETS["max_latency_ms"]
+LATENCY, SLOWDOWN = BUDGETS["max_latency_ms"], BUDGETS["max_slowdown"]
 NO_BUDGETS: Mapping[str, float] = MappingProxyType({})
 INT16_STEP = 2.0**-8  # ratio of int16 to int8 steps; gives the int16 error of rows that were measured at int8 only
 NOISE = 0.1  # of the largest error that is left: if no weight gains that much, the weights are not the cause of a miss
@@ -111,11 +111,25 @@ class Precisions(Resolver):
             settings = replace(settings, error_share=None, assignment=mix)
         return super().resolve(settings)
 
+    @cached_property
+    def int8_ms(self) -> float:
+        """The predicted latency in ms with every operator at int8, whatever the configuration pins."""
+        return self.pricer().report(self.template(QDtype.qint8)[1]).latency_ms
+
+    def slowdown(self, latency_ms: float) -> float:
+        """Return a predicted latency over `int8_ms`."""
+        return latency_ms / self.int8_ms
+
+    def _cost(self, applied: QConfig) -> dict[str, float]:
+        """Return the cost metrics of a qconfig, by the names of a run's metrics."""
+        report = self.pricer().report(applied)
+        return {**cost_metrics(report), SLOWDOWN: self.slowdown(report.latency_ms)}
+
     def within(self, settings: QConfigSettings, budgets: Mapping[str, float]) -> bool:
         """Return whether the predicted cost of `settings` is within `budgets` (Goal.budgets)."""
         if not budgets:
             return True
-        costs = cost_metrics(self.pricer().report(self.resolve(settings)[1]))
+        costs = self._cost(self.resolve(settings)[1])
         return all(round(costs[BUDGETS[name]] - most, 9) <= 0.0 for name, most in budgets.items())
 
     def int16_ratios(self, settings: QConfigSettings, budgets: Mapping[str, float] = NO_BUDGETS) -> list[float]:
@@ -203,8 +217,9 @@ class Precisions(Resolver):
         @cache
         def costs(mix: str) -> dict[str, float]:
             applied, pricer = self.resolve(replace(settings, assignment=mix))[1], self.pricer()
-            if set(metrics) == {LATENCY}:  # faster than a full report
-                return {LATENCY: pricer.bpu_ms(applied) + pricer.host_ms}
-            return cost_metrics(pricer.report(applied))
+            if {LATENCY, SLOWDOWN} >= set(metrics):  # faster than a full report
+                ms = pricer.bpu_ms(applied) + pricer.host_ms
+                return {LATENCY: ms, SLOWDOWN: self.slowdown(ms)}
+            return self._cost(applied)
 
         return [lambda mix, metric=metric: costs(mix)[metric] for metric in metrics]  # type: ignore[misc]

@@ -37,6 +37,8 @@ class TrialResult:
     qconfig: QConfig
     requested: QConfig
     cost: CostReport
+    slowdown: float
+    """Predicted latency over that with every operator at int8."""
     check: ModelCheck
     scales: dict[str, float | list[float]]
     quantizers: dict[str, Any]
@@ -68,6 +70,7 @@ def _loss(trial: TrialResult) -> float | None:
 RUN_METRICS: Mapping[str, Callable[[TrialResult], float | None]] = {
     "accuracy/drop": lambda trial: trial.drop,
     **{name: _of_cost(read) for name, read in COST_METRICS.items()},
+    "cost/slowdown": lambda trial: trial.slowdown,
     "qconfig/int16_ratio": lambda trial: trial.qconfig.share(QDtype.qint16),
     "qconfig/n_int16": lambda trial: float(len(trial.qconfig.names(QDtype.qint16))),
     "qconfig/n_int16_weights": lambda trial: float(

@@ -39,12 +39,13 @@ def test_a_rebuild_asks_for_the_report_of_the_run():
 
 
 def test_the_goal_at_promote_is_at_least_the_studys():
-    study = {"max_drop": 0.01, "max_latency_ms": None, "max_int16_mac_share": 0.5, "max_traffic_mb": None}
-    none = dict.fromkeys(study)
+    study = {"max_drop": 0.01, "max_latency_ms": None, "max_slowdown": 1.2, "max_int16_mac_share": 0.5}
+    none = dict.fromkeys((*study, "max_traffic_mb"))
     assert stricter(study, none).max_drop == 0.01
     goal = stricter(study, {**none, "max_drop": 0.005, "max_latency_ms": 2.0})
     assert (goal.max_drop, goal.max_latency_ms, goal.max_int16_mac_share) == (0.005, 2.0, 0.5)
-    for laxer in ({"max_drop": 0.02}, {"max_int16_mac_share": 0.6}):
+    assert goal.max_slowdown == 1.2 and stricter(study, {**none, "max_slowdown": 1.1}).max_slowdown == 1.1
+    for laxer in ({"max_drop": 0.02}, {"max_slowdown": 1.3}, {"max_int16_mac_share": 0.6}):
         with pytest.raises(ConfigError, match=f"objective.{next(iter(laxer))} at promote is at most the study's"):
             stricter(study, {**none, **laxer})
 

@@ -72,10 +72,19 @@ def test_a_goal_without_budgets_is_the_drop_alone():
     assert str(GOAL) == "drop of at most 0.01, max_latency_ms 1, max_int16_mac_share 0.5"
 
 
-@pytest.mark.parametrize("name", ["max_latency_ms", "max_int16_mac_share", "max_traffic_mb"])
+@pytest.mark.parametrize("name", ["max_latency_ms", "max_slowdown", "max_int16_mac_share", "max_traffic_mb"])
 def test_a_budget_below_zero_is_refused(name):
     with pytest.raises(ConfigError, match=f"objective.{name} is a number of at least 0, but got -1"):
         Goal(0.01, **{name: -1.0})
+
+
+def test_a_slowdown_is_a_budget_in_units_of_all_int8():
+    goal = Goal(0.01, max_slowdown=1.1)
+    assert str(goal) == "drop of at most 0.01, max_slowdown 1.1"
+    assert goal.constraints({"accuracy/drop": 0.0, "cost/slowdown": 1.1})["max_slowdown"] == 0.0
+    assert goal.constraints({"accuracy/drop": 0.0, "cost/slowdown": 1.3})["max_slowdown"] == pytest.approx(0.2)
+    with pytest.raises(ConfigError, match="max_slowdown is a factor of at least 1, .* but got 0.9"):
+        Goal(0.01, max_slowdown=0.9)
 
 
 KNOWN = ("accuracy/map", "accuracy/drop", "cost/latency_ms", "cost/traffic_mb", "cost/fps")
@@ -99,7 +108,8 @@ def test_objectives_are_those_named_in_their_order_or_metric_and_latency():
 
 
 def test_an_unknown_metric_is_refused_with_those_that_exist():
-    with pytest.raises(ConfigError, match=r"but got cost/latency\. There are: accuracy/map, .*, cost/fps") as caught:
+    says = r"but got cost/latency\. Did you mean cost/latency_ms\? There are: accuracy/map, .*, cost/fps"
+    with pytest.raises(ConfigError, match=says) as caught:
         Goal(0.01, optimize={"cost/latency": "minimize"}).aimed("accuracy/map", "maximize", KNOWN)
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="maximize or minimize, but got 'less'"):

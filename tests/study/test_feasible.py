@@ -78,6 +78,7 @@ class Report:
     ("budget", "report", "says"),
     [
         ({"max_latency_ms": 1.0}, Report(refusal="no price for x"), "but got no price for x. Load a measured profile"),
+        ({"max_slowdown": 1.1}, Report(refusal="no price for x"), "but got no price for x. Load a measured profile"),
         ({"max_traffic_mb": 9.0}, Report(lower_bound=True), "a lower bound (2.000 MB all-int8)"),
         ({"max_latency_ms": 1.0}, Report(lower_bound=True), ""),
         ({"max_traffic_mb": 9.0}, Report(refusal="no price for x"), ""),
@@ -102,7 +103,7 @@ def test_traffic_of_a_device_without_its_memory_is_a_lower_bound(evaluator):
 
 def test_the_metrics_that_can_be_optimized_are_those_of_a_run(evaluator):
     from qflow.core.settings import CalibrationSettings, TrialSettings
-    from qflow.study.session import outcome
+    from qflow.study.outcome import outcome
     from qflow.trial.record import RUN_METRICS
 
     result = evaluator.run_trial(TrialSettings(calibration=CalibrationSettings(batch_size=16, steps=4)))

@@ -116,6 +116,20 @@ def test_there_is_an_int16_ratio_for_each_promotion_within_the_budgets(made):
     assert 0.0 in within
 
 
+def test_a_slowdown_bounds_the_latency_of_every_choice_by_that_of_all_int8(made):
+    settings = QConfigSettings()
+    int8, int16 = (made.pricer().report(made.template(d)[1]).latency_ms for d in (QDtype.qint8, QDtype.qint16))
+    factor = 0.5 * (1.0 + int16 / int8)
+    slow, ms = ({"max_slowdown": factor}, {"max_latency_ms": factor * int8})
+    by_factor, by_ms = made.problem(settings, slow), made.problem(settings, ms)
+    mixes = drawn(by_ms)
+    assert [by_factor.within(mix) for mix in mixes] == [by_ms.within(mix) for mix in mixes]
+    assert by_factor.within(by_factor.most_accurate()) and by_factor.most_accurate() != by_factor.all_int16
+    assert by_factor.price(by_factor.most_accurate()) <= factor * int8 + 1e-9
+    assert made.int16_ratios(settings, slow) == made.int16_ratios(settings, ms)
+    assert 0.0 in made.int16_ratios(settings, {"max_slowdown": 1.0})  # all-int8 is never slower than itself
+
+
 def test_there_is_no_int16_ratio_for_an_operator_with_a_fixed_dtype(nash_m):
     made = precisions("vision_transformer", nash_m)
     kept = QConfigSettings(modules={made.promotable[0]: "qint16", made.promotable[1]: "qint8"})
