@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from qflow.search.domain import Choice, Interval, Scalar, Space
 from qflow.search.importance import FANOVA, Importances
-from qflow.search.noise import Noise, difference_noise
+from qflow.search.noise import SIGMAS, Margin, Noise, difference_noise
 from qflow.search.objective import CONSTRAINT, Goal, accurate, best_trial, meets, merit, nearest_miss, over_budget
 from qflow.search.outcome import STOPPED, FailedTrial, FinishedTrial
 
@@ -20,7 +20,6 @@ NO_INFLUENCE = 0.01  # share of the variance of every metric below which a param
 EDGE = 0.02  # share of an interval (of its logarithms with log) next to its end that counts as the border
 FEW_STEPS, FEW_SAMPLES = 10, 50  # the guide recommends 10 to 100 steps of calibration
 MANY_FAILURES = 0.2  # share of trials
-SIGMAS = 2.0
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,7 @@ class Searched:
         """Noise of the difference of two trials, or of a trial to the float model (None)."""
         scores = self.scores(one), self.scores(other)
         reference = self.float_metric if other is None else other.outcome.metrics[self.accuracy]
-        pair = scores if scores[0] and scores[1] else None
-        return difference_noise(one.outcome.metrics[self.accuracy], reference, self.samples, pair, self.sequences)
+        return difference_noise(one.outcome.metrics[self.accuracy], reference, self.samples, scores, self.sequences)
 
 
 @dataclass(frozen=True)
@@ -189,12 +187,15 @@ def resolution(study: Searched) -> Verdict:
     if not noise.known:
         return Verdict(title, UNKNOWN, f"The noise is {noise.how}.")
     drop = best.outcome.metrics["accuracy/drop"]
-    gaps = [(f"Trial {best.number} is {{:.4g}} from the goal", study.goal.max_drop - drop, noise)]
+    gaps = [(f"Trial {best.number} is {{:.4g}} from the goal", Margin(study.goal.max_drop - drop, noise))]
     if rival is not None and study.best is not None:
         words = f"the cheaper trial {rival.number}, which misses it, loses {{:.4g}} more"
-        gaps.append((words, rival.outcome.metrics["accuracy/drop"] - drop, study.noise(rival, best)))
-    texts = [f"{words.format(abs(gap))} (two standard errors: {SIGMAS * n.error:.4g})" for words, gap, n in gaps]
-    small = [text for text, (_, gap, n) in zip(texts, gaps, strict=True) if abs(gap) <= SIGMAS * n.error]
+        gaps.append((words, Margin(rival.outcome.metrics["accuracy/drop"] - drop, study.noise(rival, best))))
+    texts = [
+        f"{words.format(abs(gap.distance))} (two standard errors: {SIGMAS * gap.noise.error:.4g})"
+        for words, gap in gaps
+    ]
+    small = [text for text, (_, gap) in zip(texts, gaps, strict=True) if not gap.sure]
     among = f" in {len(study.sequences)} sequences" if study.sequences else ""
     how = f"The noise is {noise.how}, over {study.samples} samples{among}."
     if small:

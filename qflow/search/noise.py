@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+SIGMAS = 2.0
+"""Standard errors beyond which a difference is taken as real."""
 PAIRED, BY_SEQUENCE = "paired by sample", "paired by sequence"
 BINOMIAL = "a binomial bound, because scores per sample are not kept"
 
@@ -27,6 +29,23 @@ class Noise:
     def known(self) -> bool:
         """Whether the noise is known."""
         return math.isfinite(self.error)
+
+
+@dataclass(frozen=True)
+class Margin:
+    """A distance in the metric's unit, such as that of a drop from the goal, and its noise."""
+
+    distance: float
+    noise: Noise
+
+    @property
+    def sure(self) -> bool:
+        """Whether the distance is larger than its noise."""
+        return abs(self.distance) > SIGMAS * self.noise.error
+
+    def __str__(self) -> str:
+        noise = f"{SIGMAS * self.noise.error:.4f} (two standard errors, {self.noise.how})"
+        return f"{abs(self.distance):.4f}, noise {noise}"
 
 
 def difference_noise(

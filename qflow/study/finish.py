@@ -12,13 +12,16 @@ from qflow.core.errors import TrialError
 from qflow.core.qconfig import QConfig
 from qflow.core.store import write_whole
 from qflow.report.console import SummaryRow, python_command, summary_table
+from qflow.search.noise import BY_SEQUENCE, PAIRED, Margin, difference_noise
 from qflow.search.objective import CONSTRAINT, accurate, nearest_miss, over_budget
 from qflow.search.outcome import STOPPED, FinishedTrial
 from qflow.study.front import log_decisions
+from qflow.study.manifest import SEQUENCES
 from qflow.study.marks import mark_trials, trials_url
 from qflow.study.missed import not_tried, tried
 from qflow.study.next_steps import promote_command
 from qflow.study.report import VERDICT, report_lines
+from qflow.study.run_files import RunFiles
 from qflow.study.session import Session
 from qflow.tracking.connect import masked
 
@@ -108,7 +111,8 @@ def verdict(session: Session, best: FinishedTrial | None, shown: FinishedTrial) 
     goal, int16 = str(session.goal), session.baselines.get("all-int16")
     if best is not None:
         saved = f", {_against_int16(session, best, int16)}" if int16 is not None and accurate(int16) else ""
-        return f"{'goal':<12}{goal}: met{saved}"
+        by = f" by {margin}" if (margin := _margin(session, best)) else ""
+        return f"{'goal':<12}{goal}: met{by}{saved}"
     over = over_budget(shown)
     if over and accurate(shown):
         found = ", ".join(f"{name} by {by:.4g}" for name, by in over.items())
@@ -117,10 +121,10 @@ def verdict(session: Session, best: FinishedTrial | None, shown: FinishedTrial) 
         cause = (
             "all-int16 misses the goal too: the decisions name the cause, which the float model or training may mend"
         )
-        missed = f"by {shown.outcome.constraints[CONSTRAINT]:.4f}{_samples(session, shown)}; {cause}"
+        missed = f"by {_miss(session, shown)}; {cause}"
     else:
         advice = f"raise objective.max_drop (to {shown.outcome.metrics['accuracy/drop']:.4f}) or search.n_trials"
-        missed = f"by {shown.outcome.constraints[CONSTRAINT]:.4f}{_samples(session, shown)}; {advice}"
+        missed = f"by {_miss(session, shown)}; {advice}"
     comma = "," if missed.startswith("over") else ""
     return f"{'goal':<12}{goal}: missed{comma} {missed}\n{_lists(session)}"
 
@@ -129,6 +133,23 @@ def _lists(session: Session) -> str:
     """Return the lines that say what was tried and what was not."""
     rest = not_tried(session)
     return f"{'tried':<12}{tried(session)}" + (f"\n{'not tried':<12}{rest}" if rest else "")
+
+
+def _miss(session: Session, shown: FinishedTrial) -> str:
+    """Return by how much a trial misses the accuracy, with the noise and the number of samples where they are known."""
+    few = _samples(session, shown)
+    return f"{_margin(session, shown) or f'{shown.outcome.constraints[CONSTRAINT]:.4f}'}{few}"
+
+
+def _margin(session: Session, trial: FinishedTrial) -> Margin | None:
+    """Return the distance of a trial from the goal with its noise; None unless its samples are paired with float's."""
+    with tempfile.TemporaryDirectory() as folder:
+        scores = RunFiles(session.tracker, Path(folder)).scores(trial.run_id)
+    evaluator, value = session.evaluator, trial.outcome.metrics[session.accuracy]
+    pair = scores, evaluator.float_scores
+    sequences = session.manifest.get(SEQUENCES, ())
+    noise = difference_noise(value, evaluator.float_metric, evaluator.eval_samples, pair, sequences)
+    return Margin(trial.outcome.constraints[CONSTRAINT], noise) if noise.how in (PAIRED, BY_SEQUENCE) else None
 
 
 def _samples(session: Session, shown: FinishedTrial) -> str:

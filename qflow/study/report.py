@@ -8,22 +8,19 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from omegaconf import DictConfig
 
 from qflow.analysis.measures.advice import Advice
 from qflow.analysis.measures.tables import BadcaseTable, CheckRow, Finding, LayerTable, SensitivityTable
-from qflow.bundle.bounded import read_config, read_json
 from qflow.config.quoting import assignment
-from qflow.config.settings import load_resolved, plain
-from qflow.core.errors import TrackingError
+from qflow.config.settings import plain
 from qflow.core.graph import ModelGraph
 from qflow.core.qconfig import QConfig
 from qflow.core.record import from_dict
 from qflow.core.store import write_whole
 from qflow.report.analysis_page import Analysis
-from qflow.report.files import SCORES
 from qflow.report.study_page import study_page
 from qflow.report.study_record import Mix, StudyRecord, Training
 from qflow.search.domain import Space
@@ -34,13 +31,13 @@ from qflow.search.outcome import FailedTrial, FinishedTrial
 from qflow.search.stored import space_from_dict, stored_trials
 from qflow.study.front import BASELINES, DECISIONS
 from qflow.study.manifest import SEQUENCES
+from qflow.study.run_files import RunFiles
 from qflow.study.session import Session
 from qflow.tracking.limits import param_name
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.tracking.views import runs_url
 from qflow.trial.record import RUN_METRICS
 
-T = TypeVar("T")
 PAGE = "report.html"  # at the root of the run's artifacts, where the MLflow UI opens a page by its address
 VERDICT = "qflow.verdict"  # tag of the study's run: the lines below its final table
 GOAL = "qflow.goal"  # tag of a study that has ended
@@ -80,7 +77,7 @@ def report_url(tracker: MlflowTracker, run: str) -> str:
 
 def load_record(tracker: MlflowTracker, study: str, run: str, folder: Path) -> StudyRecord:
     """Read everything that the report shows from the store; files are fetched into `folder`."""
-    files, tags, params = _Files(tracker, folder), tracker.run_tags(run), tracker.run_params(run)
+    files, tags, params = RunFiles(tracker, folder), tracker.run_tags(run), tracker.run_params(run)
     config = files.config(run)
     accuracy = f"accuracy/{params['metric']}"
     goal = Goal(**plain(config.objective)).aimed(accuracy, params["direction"], (accuracy, *RUN_METRICS))
@@ -109,7 +106,7 @@ def load_record(tracker: MlflowTracker, study: str, run: str, folder: Path) -> S
     )
 
 
-def _searched(tracker: MlflowTracker, files: _Files, study: str, run: str, goal: Goal, metric: str) -> Searched:
+def _searched(tracker: MlflowTracker, files: RunFiles, study: str, run: str, goal: Goal, metric: str) -> Searched:
     """Read the space, the trials and what the health of the study depends on."""
     space: Space = space_from_dict(files.json(run, "space.json") or {})
     runs, tags = tracker.trial_runs(study), tracker.run_tags(run)
@@ -127,46 +124,13 @@ def _searched(tracker: MlflowTracker, files: _Files, study: str, run: str, goal:
         float_metric=tracker.run_metrics(run).get(f"float/{metric}", math.nan),
         samples=samples,
         sequences=sequences,
-        scores=lambda trial: files.json(trial.run_id if trial else run, SCORES) or (),
+        scores=lambda trial: files.scores(trial.run_id if trial else run),
     )
     whole = searched.whole
     cost = next((name for name in goal.ranking if any(name in t.outcome.metrics for t in whole)), None)
     explained = {"accuracy/drop": MINIMIZE, **({cost: goal.ranking[cost]} if cost else {})}
     found = importances(space, whole, explained)
     return replace(searched, importances=found, calibration=_calibration(searched.shown))
-
-
-class _Files:
-    """Files of runs by name; None for one that a run does not have."""
-
-    def __init__(self, tracker: MlflowTracker, folder: Path) -> None:
-        self._tracker, self._folder = tracker, folder
-
-    def fetch(self, run: str, name: str) -> Path | None:
-        try:
-            return self._tracker.download(run, name, self._folder / run)
-        except (TrackingError, OSError):  # a local store raises the second for a file that is absent
-            return None
-
-    def config(self, run: str) -> DictConfig:
-        return read_config(self._folder / run) if self.fetch(run, "config.yaml") else load_resolved("")
-
-    def json(self, run: str, name: str) -> Any:
-        path = self.fetch(run, name)
-        return read_json(path.parent, path.name) if path else None
-
-    def record(self, run: str, name: str, kind: type[T]) -> T | None:
-        data = self.json(run, name)
-        return from_dict(kind, data) if data else None
-
-    def rows(self, run: str, name: str) -> list[dict[str, Any]] | None:
-        """Rows of a table in pandas' "split" layout."""
-        data = self.json(run, name)
-        return [dict(zip(data["columns"], row, strict=True)) for row in data["data"]] if data else None
-
-    def table(self, run: str, name: str, kind: type[T]) -> list[T] | None:
-        rows = self.rows(run, name)
-        return None if rows is None else [from_dict(kind, row) for row in rows]
 
 
 def _failed(tracker: MlflowTracker, runs: Sequence[tuple[str, int, str, str | None]]) -> list[FailedTrial]:
@@ -184,7 +148,7 @@ def _baselines(tags: Mapping[str, str], trials: Sequence[FinishedTrial]) -> dict
     return {label: by_number[number] for label, number in kept.items() if number in by_number}
 
 
-def _evaluation(files: _Files, trials: Sequence[FinishedTrial]) -> tuple[int, tuple[int, ...]]:
+def _evaluation(files: RunFiles, trials: Sequence[FinishedTrial]) -> tuple[int, tuple[int, ...]]:
     """Number of evaluation samples, and lengths of the sequences that they form, from the manifest of a trial."""
     manifest = (files.json(trials[-1].run_id, "manifest.json") if trials else None) or {}
     return int(manifest.get("eval_samples", 0)), tuple(manifest.get(SEQUENCES, ()))
@@ -199,14 +163,14 @@ def _calibration(trial: FinishedTrial | None) -> tuple[int, int]:
     return -(-samples // size), samples
 
 
-def _mix(files: _Files, trial: FinishedTrial) -> Mix | None:
+def _mix(files: RunFiles, trial: FinishedTrial) -> Mix | None:
     qconfig = files.record(trial.run_id, "qconfig/qconfig.json", QConfig)
     rows = files.rows(trial.run_id, "cost.json") or []
     times = {row["Name"]: (row["Time (ms)"], row["Low (ms)"], row["High (ms)"]) for row in rows}
     return Mix(trial, qconfig, times) if qconfig is not None else None
 
 
-def _analysis(files: _Files, run: str) -> Analysis:
+def _analysis(files: RunFiles, run: str) -> Analysis:
     advice = files.json(run, "analysis/advice.json")
     return Analysis(
         layers=files.record(run, "analysis/compare_per_layer_record.json", LayerTable),
@@ -217,7 +181,7 @@ def _analysis(files: _Files, run: str) -> Analysis:
     )
 
 
-def _training(files: _Files, shown: FinishedTrial | None, trials: Sequence[FinishedTrial]) -> Training | None:
+def _training(files: RunFiles, shown: FinishedTrial | None, trials: Sequence[FinishedTrial]) -> Training | None:
     """Loss and rate of the shown trial if it was trained, else of the most accurate trained one."""
     trained = [t for t in trials if t.outcome.metrics.get("qat/steps")]
     if not trained:

@@ -12,7 +12,7 @@ from support.study_records import SPACE, trial, trials
 
 from qflow.search.domain import Choice, Condition, Interval
 from qflow.search.importance import FANOVA, PED_ANOVA, importances
-from qflow.search.noise import BINOMIAL, BY_SEQUENCE, PAIRED, difference_noise
+from qflow.search.noise import BINOMIAL, BY_SEQUENCE, PAIRED, Margin, Noise, difference_noise
 from qflow.search.objective import MAXIMIZE, MINIMIZE
 
 METRICS = {"accuracy/drop": MINIMIZE, "cost/latency_ms": MINIMIZE}
@@ -99,6 +99,13 @@ def test_frames_of_a_sequence_count_as_one():
 def test_no_miss_among_few_samples_is_no_sure_share():
     assert difference_noise(1.0, 1.0, 20).error == difference_noise(0.0, 0.0, 20).error == 0.05
     assert difference_noise(1.0, 1.0, 20, sequences=[5] * 4).error == 0.25
+
+
+def test_a_margin_says_its_noise_and_whether_it_is_larger():
+    thin, wide = (Margin(distance, Noise(0.00325, PAIRED)) for distance in (-0.0028, 0.02))
+    assert str(thin) == "0.0028, noise 0.0065 (two standard errors, paired by sample)"
+    assert not thin.sure and wide.sure
+    assert not Margin(0.5, Noise(math.inf, "not known")).sure
 
 
 def test_noise_of_a_metric_that_counts_nothing_is_not_known():

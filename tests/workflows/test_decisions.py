@@ -1,9 +1,13 @@
 """What the tree decides: by the best of the searched calibrations, by baselines that are what their label says."""
 
+import json
 import re
+from statistics import mean, stdev
 
 import pytest
 from support.commands import run_qflow
+
+from qflow.tracking.mlflow_tracker import MlflowTracker
 
 pytestmark = pytest.mark.slow  # starts commands as processes of their own
 
@@ -89,6 +93,21 @@ def test_a_miss_by_one_sample_is_called_that(tmp_path):
     done = run_qflow("tune", *arguments, f"objective.max_drop={drop - 0.01:.4f}", cwd=tmp_path)
     assert "which is 1 of 64 samples: evaluate on more before you rely on it" in done.stdout, done.stdout
     assert "samples: evaluate" not in first.stdout
+
+
+def test_the_goal_line_gives_the_margin_and_its_noise_paired_by_sample(tmp_path):
+    arguments = ["+experiment=int8", *PEAK, "search.space.calibration.method=null", "search.n_trials=2"]
+    met = run_qflow("tune", *arguments, "objective.max_drop=0.9", cwd=tmp_path)
+    missed = run_qflow("tune", *arguments, "objective.max_drop=0", "study=peak/none", cwd=tmp_path)
+    tracker = MlflowTracker.open(None, tmp_path / "qflow_out", "peak")
+    for done, study, verdict, goal in ((met, "peak/int8", "met", 0.9), (missed, "peak/none", "missed", 0.0)):
+        line = rf"^goal .*: {verdict} by (\S+), noise (\S+) \(two standard errors, paired by sample\)"
+        by, noise = map(float, re.search(line, done.stdout, re.MULTILINE).groups())
+        runs = tracker.find_study(study), re.search(r"^qconfig .* run (\w+)", done.stdout, re.MULTILINE)[1]
+        before, after = (json.loads(tracker.download(run, "scores.json", tmp_path / run).read_text()) for run in runs)
+        losses = [a - b for a, b in zip(before, after, strict=True)]
+        assert by == pytest.approx(abs(mean(losses) - goal), abs=1e-4)
+        assert noise == pytest.approx(2 * stdev(losses) / len(losses) ** 0.5, abs=1e-4) and noise > 0
 
 
 def test_where_no_mix_gives_finite_outputs_the_study_ends_with_a_miss(tmp_path):
