@@ -94,16 +94,19 @@ class Distances:
             return torch.full((self.samples,), math.nan if value is None else value, dtype=torch.float64)
         return distance(self.metric, x[None], y[None]).mean().expand(self.samples)
 
+    def merged(self, variant: int) -> Tensor:
+        """Merged badness of each sample [samples]; a scalar 0 if no output is compared."""
+        merged = torch.zeros(())
+        for name, parts in self.values[variant].items():
+            if name not in self.left_out:
+                merged = merged + badness(self.metric, torch.cat(parts)) / self._unit(name)
+        return merged
+
     def result(self, variant: int) -> tuple[float, float, dict[str, float]]:
         """Merged score, its standard deviation over the samples, and the plain metric of each output."""
-        merged = torch.zeros(())
-        plain = {}
-        for name, parts in self.values[variant].items():
-            if name in self.left_out:
-                continue
-            values = torch.cat(parts)
-            plain[name] = float(values.mean())
-            merged = merged + badness(self.metric, values) / self._unit(name)
+        kept = {name: parts for name, parts in self.values[variant].items() if name not in self.left_out}
+        plain = {name: float(torch.cat(parts).mean()) for name, parts in kept.items()}
+        merged = self.merged(variant)
         if merged.ndim == 0:
             return 0.0, 0.0, plain
         score = float(merged.mean())
