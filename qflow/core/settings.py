@@ -14,7 +14,7 @@ from qflow.core.qconfig import METHODS
 
 RULES = ("gemm_int8", "gemm_to_layer_norm_int16", "gemm_to_softmax_int16", "gemm_to_grid_int16")
 NORM_MODES = ("fuse_bn", "with_bn", "with_bn_reverse_fold")
-SENSITIVITY_METHODS = ("exact", "screened", "estimate")
+SENSITIVITY_METHODS = ("exact", "screened", "estimate", "point")
 COMPARISONS = ("Cosine", "MSE", "L1", "KL", "SQNR", "Atol")
 
 
@@ -146,7 +146,8 @@ class SensitivitySettings:
     search_samples: int = 256
     """How many calibration samples are searched for bad cases."""
     method: str = "exact"
-    """exact; screened: all rows are estimated, and those that may be in the top fifth measured; estimate: no row is."""
+    """exact; screened: all rows are estimated, and those that may be in the top fifth measured; estimate: no row is;
+    point: what the outputs gain without each quantizer while all others stay on, to first order."""
     screened_share: float = 0.4
     """Largest share of the rows that screening measures."""
     draws: int = 64

@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qflow.analysis.measures.distances import Distances
+from qflow.analysis.sensitivity.candidates import candidates
 from qflow.analysis.sensitivity.measure import sensitivity
 from qflow.analysis.sensitivity.point import gains
 from qflow.core.dtype import QDtype
 from qflow.core.errors import DataError
 from qflow.core.resolve import resolve
 from qflow.core.setter import HighPrecisionOutput, ModuleNameSetter, TemplateSetter
-from qflow.core.settings import COMPARISONS, CalibrationSettings
+from qflow.core.settings import COMPARISONS, CalibrationSettings, SensitivitySettings
 from qflow.quant.model.calibrate import apply_scales, collect
 from qflow.quant.model.prepare import prepare
 from qflow.quant.trace.calling import named_tensors
@@ -66,7 +67,7 @@ def test_on_a_linear_network_the_first_order_gains_add_up_to_the_distance(depth,
     for quantizer in prepared.outputs.values():
         if quantizer.dtype == QDtype.qint8:
             quantizer.set_scale(quantizer.scale * 1.05)  # nothing is clipped
-    table = gains(model, prepared, [x])
+    table = gains(prepared, [x])
     assert not table.exact and sum(row.score for row in table.rows) == pytest.approx(
         distance(model, prepared, x), rel=1e-4
     )
@@ -74,24 +75,23 @@ def test_on_a_linear_network_the_first_order_gains_add_up_to_the_distance(depth,
 
 @settings(max_examples=10, deadline=None)
 @given(st.integers(2, 9), st.integers(0, 10**6))
-def test_the_gain_of_the_last_operator_of_a_linear_network_is_exact_under_mse(width, seed):
-    """Nothing is rounded after it, and its error is small against that of the operator before it."""
+def test_under_mse_the_gain_of_the_last_quantizer_is_off_by_its_own_square(width, seed):
+    """No activation is rounded after it, and D is quadratic: 2 e . de to first order, 2 e . de - |de|^2 in all."""
     model, x = linear(2, width, seed)
     prepared = mixed(model, x)
     first, measured = (
-        next(r.score for r in gains(model, prepared, [x], metric="MSE", exact=count).rows if r.op_name == "0")
+        next(r.score for r in gains(prepared, [x], metric="MSE", exact=count).rows if r.op_name == "0")
         for count in (0, 99)
     )
     error = distance(model, prepared, x, metric="MSE") - distance(model, prepared, x, off=["0"], metric="MSE")
     assert measured == pytest.approx(error, rel=1e-6, abs=1e-12)
-    # D(e) = |e|^2: the first order is 2 e . de, the change 2 e . de - |de|^2
     with torch.no_grad():
         plain = model(x)
         with prepared.quantized():
             mix = prepared(x)
             prepared.outputs["0"].enabled = False
             moved = mix - prepared(x)
-    part = float((moved.square().mean() / plain.abs().mean() ** 2))
+    part = float(moved.square().mean() / plain.abs().mean() ** 2)
     assert first - part == pytest.approx(measured, rel=1e-3, abs=1e-9)
 
 
@@ -102,14 +102,14 @@ def test_measured_gains_are_what_full_forwards_give_and_first_order_is_close(met
     x = torch.randn(32, 3, 8, 8)
     prepared = mixed(model.eval(), x)
     whole = distance(model, prepared, x, metric=metric)
-    table = gains(model, prepared, [x], metric=metric, exact=99)
+    table = gains(prepared, [x], metric=metric, exact=99)
     assert table.exact and all(row.exact for row in table.rows)
     for row in table.rows:
         off = {"weights_off" if row.sensitive_type == "weight" else "off": [row.op_name]}
         assert row.score == pytest.approx(
             whole - distance(model, prepared, x, metric=metric, **off), rel=1e-6, abs=1e-9
         )
-    guess = gains(model, prepared, [x[:16], x[16:]], metric=metric)
+    guess = gains(prepared, [x[:16], x[16:]], metric=metric)
     assert sum(r.score for r in guess.rows) == pytest.approx(sum(r.score for r in table.rows), abs=1.5 * whole)
     assert all(q.enabled is False for q in (*prepared.outputs.values(), *prepared.weights.values()))
     assert all(p.grad is None for p in model.parameters())
@@ -154,9 +154,8 @@ def test_a_cause_upstream_comes_first_where_promoting_the_head_recovers_nothing(
         prepared = mixed(model, x)
         whole = distance(model, prepared, x)
         recovered.append(1.0 - distance(model, prepared, x, **HEAD) / whole)
-        by_point += gains(model, prepared, [x]).rows[0].op_name == "[add]"
+        by_point += gains(prepared, [x]).rows[0].op_name == "[add]"
         alone += sensitivity(model, prepared, [x]).rows[0].op_name == "[add]"
-    print(by_point, alone, max(recovered))
     assert max(recovered) < 0.01
     assert by_point == SEEDS and alone < SEEDS
 
@@ -166,14 +165,38 @@ def test_ranked_again_after_each_promotion_two_rounds_repair_it():
     promoted, before = [], distance(model, mixed(model, x), x)
     for _ in range(2):
         prepared = mixed(model, x, promoted)
-        promoted.append(next(r.op_name for r in gains(model, prepared, [x]).rows if r.sensitive_type == "activation"))
+        promoted.append(next(r.op_name for r in gains(prepared, [x]).rows if r.sensitive_type == "activation"))
     assert promoted == ["[add]", "[mul]"]
     assert distance(model, mixed(model, x, promoted), x) < 0.05 * before
     one = distance(model, mixed(model, x, promoted[:1]), x)
     assert one > 0.9 * before  # the next operator rounds as coarsely: one promotion alone says nothing
 
 
+def test_rows_of_other_dtypes_are_judged_at_the_same_point():
+    model, x = planted(0)
+    prepared = mixed(model, x, ["[add]"])
+    coarse = candidates(mixed(model, x))
+    at_int8 = {r.op_name: r.score for r in gains(prepared, [x], rows=coarse).rows if r.sensitive_type == "activation"}
+    own = {r.op_name: r for r in gains(prepared, [x]).rows if r.sensitive_type == "activation"}
+    assert own["[add]"].quant_dtype == "qint16" and abs(own["[add]"].score) < 0.01 * at_int8["[mul]"]
+    assert own["[mul]"].score == pytest.approx(at_int8["[mul]"], rel=1e-5)
+    measured = gains(prepared, [x], rows=coarse, exact=99)
+    assert {r.op_name: r.score for r in measured.rows if r.sensitive_type == "activation"}["[add]"] == pytest.approx(
+        distance(model, mixed(model, x), x) - distance(model, prepared, x, off=["[add]"]), abs=1e-6
+    )
+
+
+def test_the_method_point_ranks_by_gains_and_has_no_scores_below_zero():
+    model, x = planted(3)
+    prepared, done = mixed(model, x), []
+    table = sensitivity(model, prepared, [x], settings=SensitivitySettings(method="point"), on_row=done.append)
+    signed = {(r.op_name, r.sensitive_type): r.score for r in gains(prepared, [x]).rows}
+    assert [r.score for r in table.rows] == [max(signed[r.op_name, r.sensitive_type], 0.0) for r in table.rows]
+    assert min(signed.values()) < 0.0 and table.rows[0].op_name == "[add]"
+    assert done == [len(table.rows)] and "all quantizers on" in table.method
+
+
 def test_a_gain_needs_samples():
     model, x = planted(0)
     with pytest.raises(DataError, match="needs quantizers and bad cases"):
-        gains(model, mixed(model, x), [])
+        gains(mixed(model, x), [])

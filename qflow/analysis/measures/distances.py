@@ -16,6 +16,8 @@ from qflow.analysis.measures.metrics import badness, distance
 from qflow.analysis.measures.tables import Finding
 from qflow.core.errors import DataError
 
+MERGE = "sum over outputs of distance / mean |float output|"
+
 
 class Distances:
     """Collects, for each of `count` variants, the distance of every output and sample in `metric`."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qflow.analysis.measures.tables import SensitivityRow
 from qflow.core.dtype import QDtype
-from qflow.core.graph import OpNode
+from qflow.core.graph import ModelGraph, OpNode
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.replay.captured_ops import Variant
 from qflow.quant.values.fake_quant import FakeQuant
@@ -106,3 +106,8 @@ def _copy(quantizer: FakeQuant, dtype: QDtype | None) -> FakeQuant:
     found.enabled = True
     found.averaging_constant = 0.0
     return found.eval()
+
+
+def sample_flops(graph: ModelGraph) -> int:
+    """FLOPs of the whole model for one sample."""
+    return sum(2 * node.macs // max(node.shape[0] if node.shape else 1, 1) for node in graph.weighted)

@@ -1,6 +1,7 @@
 """Quantization sensitivity: switches on one quantizer at a time and compares the outputs with float, on bad cases.
 
 Exact rows are measured by replay or by full forward passes (exact.py). Estimated rows are second order (estimate.py).
+With the method `point` all other quantizers are on instead (point.py).
 
 Outputs are merged by the sum over outputs of distance / mean |float output| (MSE: its square), so that outputs of
 different size count alike; for Cosine and SQNR by the sum of the badness, 1 - cosine and |noise| / |signal|.
@@ -16,20 +17,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from qflow.analysis.measures.distances import MERGE
 from qflow.analysis.measures.tables import Finding, SensitivityRow, SensitivityTable
-from qflow.analysis.sensitivity.candidates import Candidate, candidates
+from qflow.analysis.sensitivity.candidates import Candidate, candidates, sample_flops
 from qflow.analysis.sensitivity.captures import Captures
 from qflow.analysis.sensitivity.chunks import sample_bytes
 from qflow.analysis.sensitivity.estimate import estimable, estimate, in_one_unit, passes
 from qflow.analysis.sensitivity.exact import Exact
 from qflow.analysis.sensitivity.health import health
+from qflow.analysis.sensitivity.point import gains
 from qflow.core.errors import DataError
 from qflow.core.settings import SensitivitySettings
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.replay.capture import reason_of
 from qflow.quant.trace.calling import batch_size
 
-MERGE = "sum over outputs of distance / mean |float output|"
 DOUBT = 1.5  # factor by which an estimate may be wrong
 ESTIMATE_HOLDS = 5.0  # memory of an estimate over that of the kept values: also values inside groups, and gradients
 PROOF = 8  # samples of the first chunk, on which a replay is compared with full forward passes
@@ -47,13 +49,20 @@ def sensitivity(
 ) -> SensitivityTable:
     """Rank `rows` (None: every active quantizer of a calibrated model) on `batches` of bad cases (model inputs each).
 
-    `settings.method` is exact, screened (all estimated, the top share measured) or estimate. `on_row` is called with
-    the number of rows that are done. Raises DataError without samples or quantizers.
+    `settings.method` is exact, screened (all estimated, the top share measured), estimate, or point (point.py: all
+    other quantizers are on, at their present dtypes; a gain below zero counts as 0, because what cancels another error
+    here does not elsewhere). `on_row` is called with the number of rows that are done. Raises DataError without samples
+    or quantizers.
     """
     settings = settings or SensitivitySettings()
     rows = candidates(prepared) if rows is None else rows
     if not batches or not rows:
         raise DataError("A ranking needs quantizers and bad cases, but got none. Calibrate, and give data.")
+    if settings.method == "point":
+        table = gains(prepared, batches, rows=rows, metric=settings.metric)
+        table = replace(table, rows=tuple(replace(row, score=max(row.score, 0.0)) for row in table.rows))
+        on_row(len(rows))
+        return replace(table, findings=health(table))
     with torch.no_grad():
         measure = _Measure(model, prepared, rows, settings)
         return measure.table(batches, on_row)
@@ -98,7 +107,7 @@ class _Measure:
             merge=MERGE,
             samples=samples,
             exact=len(found) == len(self.rows),
-            flops=sum(2 * n.macs // max(n.shape[0] if n.shape else 1, 1) for n in self.prepared.graph.weighted),
+            flops=sample_flops(self.prepared.graph),
             rows=tuple(made),
             method=self.description(method if guessed else "exact", samples),
         )

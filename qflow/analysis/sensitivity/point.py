@@ -25,14 +25,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qflow.analysis.measures.distances import Distances
+from qflow.analysis.measures.distances import MERGE, Distances
 from qflow.analysis.measures.tables import SensitivityTable
-from qflow.analysis.sensitivity.candidates import candidates
-from qflow.analysis.sensitivity.measure import MERGE
+from qflow.analysis.sensitivity.candidates import Candidate, candidates, sample_flops
 from qflow.core.errors import DataError
 from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.replay.captured_ops import Variant
+from qflow.quant.replay.replay import borrowed
 from qflow.quant.trace.calling import batch_size, call_model, named_tensors
 from qflow.quant.trace.order import Order
 from qflow.quant.values.fake_quant import FakeQuant
@@ -41,81 +42,115 @@ Outputs = dict[str, Tensor]
 
 
 def gains(
-    model: nn.Module, prepared: QuantizedModel, batches: Sequence[Any], *, metric: str = "L1", exact: int = 0
+    prepared: QuantizedModel,
+    batches: Sequence[Any],
+    *,
+    rows: Sequence[Candidate] | None = None,
+    metric: str = "L1",
+    exact: int = 0,
 ) -> SensitivityTable:
     """Rank the quantizers of a calibrated mix by what the outputs gain without each, on `batches` of model inputs.
 
-    Scores are differences of D, in the units of `metric` merged as in `sensitivity`. The `exact` rows with the largest
-    absolute gains are measured, each by a forward pass with its quantizer off. Raises DataError without samples,
-    quantizers or outputs that can be compared.
+    Scores are differences of D, in the units of `metric` merged as in `sensitivity`. `rows` (None: every active
+    quantizer at its dtype in the mix) may have other dtypes: q is then the quantizer of the row, and g that of the mix.
+    The `exact` rows with the largest absolute gains are measured: D with this quantizer minus D with it off. Raises
+    DataError without samples, quantizers or outputs that can be compared.
     """
-    rows = candidates(prepared)
+    rows = candidates(prepared) if rows is None else rows
     if not batches or not rows:
         raise DataError("A ranking needs quantizers and bad cases, but got none. Calibrate, and give data.")
-    point = _Point(model, prepared, metric)
+    point = _Point(prepared, metric)
     total = sum(batch_size(inputs) for inputs in batches)
     found = [0.0] * len(rows)
-    quantizers = [_of(prepared, *row.quantizer) for row in rows]
+    variants = [row.variant for row in rows]
     for inputs in batches:
         share = batch_size(inputs) / total
-        found = [a + share * b for a, b in zip(found, point.first_order(inputs, quantizers), strict=True)]
+        found = [a + share * b for a, b in zip(found, point.first_order(inputs, variants), strict=True)]
     made = [row.row(gain, 0.0, {}, exact=False) for row, gain in zip(rows, found, strict=True)]
     largest = sorted(range(len(rows)), key=lambda i: -abs(found[i]))[:exact]
-    for i, gain in zip(largest, point.measured(batches, [quantizers[i] for i in largest]), strict=True):
+    for i, gain in zip(largest, point.measured(batches, [variants[i] for i in largest]), strict=True):
         made[i] = replace(made[i], score=gain, exact=True)
     order_of = {n: i for i, node in enumerate(prepared.graph.nodes) for n in (node.name, *node.inner)}
     made.sort(key=lambda r: (-r.score, order_of[r.op_name], r.sensitive_type))
-    measured = f"; the {len(largest)} largest with that quantizer off, full forwards" if largest else ""
+    measured = f"; the {len(largest)} largest measured by full forwards without that quantizer" if largest else ""
     return SensitivityTable(
         metric=metric,
         merge=MERGE,
         samples=total,
+        flops=sample_flops(prepared.graph),
         exact=len(largest) == len(rows),
         rows=tuple(made),
         method=f"all quantizers on, first order from one backward pass{measured}",
     )
 
 
-def _of(prepared: QuantizedModel, name: str, weight: bool) -> FakeQuant:
-    return (prepared.weights if weight else prepared.outputs)[name]
-
-
 class _Point:
-    """The mix that `prepared` holds, compared with the float `model` in `metric`."""
+    """The mix that `prepared` holds, compared with its float model in `metric`."""
 
-    def __init__(self, model: nn.Module, prepared: QuantizedModel, metric: str) -> None:
-        self.model, self.prepared, self.metric = model, prepared, metric
+    def __init__(self, prepared: QuantizedModel, metric: str) -> None:
+        self.prepared, self.metric = prepared, metric
 
-    def first_order(self, inputs: Any, quantizers: Sequence[FakeQuant]) -> list[float]:
-        """Return the first-order gain of each quantizer on one batch."""
+    def first_order(self, inputs: Any, variants: Sequence[Variant]) -> list[float]:
+        """Return the first-order gain of each variant on one batch."""
         order, plain = self._float(inputs)
         distances = Distances(self.metric, 1)
         distances.reference(plain, batch_size(inputs))
-        with torch.enable_grad(), _recorded(quantizers) as calls:
+        with torch.enable_grad(), self._recorded(variants) as calls:
             distances.add(0, self._mixed(inputs, order))
-            assert distances.findings is not None  # raises DataError if no output can be compared
-            merged = distances.merged(0).mean()
-        every = [call for found in calls for call in found]
-        if not every or not merged.requires_grad:
-            return [0.0] * len(quantizers)
-        gradients = iter(torch.autograd.grad(merged, [result for result, _ in every], allow_unused=True))
-        return [
-            sum(float((g.double() * error).sum()) for (_, error) in found if (g := next(gradients)) is not None)
-            for found in calls
+        _ = distances.findings  # raises DataError if no output can be compared
+        merged = distances.merged(0).mean()
+        results = [result for result, _ in calls]
+        if not results or not merged.requires_grad:
+            return [0.0] * len(variants)
+        found = [0.0] * len(variants)
+        gradients = torch.autograd.grad(merged, results, allow_unused=True)
+        for gradient, (_, errors) in zip(gradients, calls, strict=True):
+            for v, error in errors.items() if gradient is not None else ():
+                found[v] += float((gradient * error).sum(dtype=torch.float64))
+        return found
+
+    @contextmanager
+    def _recorded(self, variants: Sequence[Variant]) -> Iterator[list[tuple[Tensor, dict[int, Tensor]]]]:
+        """Record of each call of a quantizer its result, which the backward pass reaches, and its variants' errors."""
+        calls: list[tuple[Tensor, dict[int, Tensor]]] = []
+
+        def record(own: Sequence[int], x: Tensor, result: Tensor) -> Tensor:
+            result = result if result.requires_grad else result.detach().requires_grad_()
+            with torch.no_grad():
+                errors = {v: torch.nan_to_num_(variants[v].quantizer(x) - x, 0.0, 0.0, 0.0) for v in own}
+            calls.append((result, errors))
+            return result
+
+        of: dict[FakeQuant, list[int]] = {}
+        for v, variant in enumerate(variants):
+            of.setdefault(self._own(variant), []).append(v)
+        hooks = [
+            quantizer.register_forward_hook(lambda _, args, result, own=own: record(own, args[0].detach(), result))
+            for quantizer, own in of.items()
         ]
+        try:
+            yield calls
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
-    def measured(self, batches: Sequence[Any], quantizers: Sequence[FakeQuant]) -> list[float]:
-        """Return the gain of each quantizer: D of the mix minus D with this quantizer off."""
-        distances = Distances(self.metric, 1 + len(quantizers))
-        for inputs in batches if quantizers else ():
+    def measured(self, batches: Sequence[Any], variants: Sequence[Variant]) -> list[float]:
+        """Return the gain of each variant: D with it minus D with its quantizer off."""
+        distances = Distances(self.metric, 2 * len(variants))
+        for inputs in batches if variants else ():
             order, plain = self._float(inputs)
             distances.reference(plain, batch_size(inputs))
-            distances.add(0, self._mixed(inputs, order))
-            for position, quantizer in enumerate(quantizers, 1):
-                distances.add(position, self._mixed(inputs, order, quantizer))
-        whole, *without = (distances.result(position)[0] for position in range(1 + len(quantizers)))
-        return [whole - left for left in without]
+            for v, variant in enumerate(variants):
+                own = self._own(variant)
+                with borrowed(own, variant.quantizer):
+                    distances.add(2 * v, self._mixed(inputs, order))
+                distances.add(2 * v + 1, self._mixed(inputs, order, own))
+                found = [distances.result(v)[0] for v in range(2 * len(variants))]
+        return [found[2 * v] - found[2 * v + 1] for v in range(len(variants))]
+
+    def _own(self, variant: Variant) -> FakeQuant:
+        return (self.prepared.weights if variant.weight else self.prepared.outputs)[variant.name]
 
     def _float(self, inputs: Any) -> tuple[Order, Outputs]:
         """Return the order of topk and the like in the float model, and its outputs."""
@@ -128,25 +163,3 @@ class _Point:
             if off is not None:
                 off.enabled = False
             return dict(named_tensors(call_model(self.prepared, inputs)))
-
-
-@contextmanager
-def _recorded(quantizers: Sequence[FakeQuant]) -> Iterator[list[list[tuple[Tensor, Tensor]]]]:
-    """Record (result, error) of each call of each quantizer; every result takes part in the backward pass."""
-    calls: list[list[tuple[Tensor, Tensor]]] = [[] for _ in quantizers]
-
-    def record(found: list[tuple[Tensor, Tensor]], args: Any, result: Tensor) -> Tensor:
-        result = result if result.requires_grad else result.detach().requires_grad_()
-        error = torch.nan_to_num(result.detach().double() - args[0].detach().double(), 0.0, 0.0, 0.0)
-        found.append((result, error))
-        return result
-
-    hooks = [
-        quantizer.register_forward_hook(lambda module, args, result, found=found: record(found, args, result))
-        for quantizer, found in zip(quantizers, calls, strict=True)
-    ]
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
