@@ -358,7 +358,9 @@ def test_an_unhealthy_table_names_the_likely_cause(values, says):
 
 
 def test_settings_are_checked():
-    with pytest.raises(ConfigError, match="sensitivity.method is one of exact, screened, estimate, point, but got 'fast'"):
+    with pytest.raises(
+        ConfigError, match="sensitivity.method is one of exact, screened, estimate, point, but got 'fast'"
+    ):
         SensitivitySettings(method="fast")
     with pytest.raises(ConfigError, match="sensitivity.dtypes is one of"):
         SensitivitySettings(dtypes=["int8"])
