@@ -142,8 +142,8 @@ def _own(trial: StoredTrial, allow: tuple[str, ...], own: Mapping[str, Any] | No
         if name in BUILT_IN:  # its arguments are refused
             raise
         raise BundleError(
-            f"A model's code is not stored with {trial.source}, which names {name!s:.80}. Give it, model=... "
-            f"{way_out(str(name))}"
+            f"A model's code is not stored with {trial.source}, which names {name!s:.80}. In Python, give it as "
+            f"model=... {way_out(str(name))}"
         ) from error
     found = build_model(trial.config)
     if not isinstance(found, nn.Module):

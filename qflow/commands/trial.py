@@ -1,6 +1,6 @@
 """python -m qflow.trial: one trial, by hand or again.
 
-    qflow trial 'qconfig.modules={head.box: qint16}'    a mix of your own, tracked beside the trials of its study
+    qflow trial 'qconfig.modules={box_head: qint16}'    a mix of your own, tracked beside the trials of its study
     qflow trial from_run=<run>                          a trial again from its run alone: equal, or the differences
 
 Exit code 0: the mix meets the goal, or every figure and file is equal; 1: it does not, or something differs (each

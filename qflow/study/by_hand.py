@@ -154,8 +154,8 @@ class ByHand:
     def qconfig(self, run_id: str) -> QConfig:
         """Return the qconfig of a trial's run, as the device runs it."""
         with tempfile.TemporaryDirectory() as folder:
-            self.tracker.download(run_id, name := "qconfig/qconfig.json", Path(folder))
-            return from_dict(QConfig, read_json(Path(folder), name))
+            path = self.tracker.download(run_id, "qconfig/qconfig.json", Path(folder))  # where the store puts it
+            return from_dict(QConfig, read_json(path.parent, path.name))
 
 
 def _check_experiment(config: DictConfig, root: Path) -> None:
@@ -165,6 +165,7 @@ def _check_experiment(config: DictConfig, root: Path) -> None:
         if found and config.tracking.experiment not in found:
             raise ConfigError(
                 f"A trial by hand is in the experiment of its study, but got {config.tracking.experiment} for "
-                f"{config.study}, which is in {', '.join(found)}. Add {assignment('tracking.experiment', found[0])}, "
-                f"or use another name: study={config.study}-2."
+                f"{config.study}, which is in {', '.join(found)}. Give the task and keys that the study was tuned with "
+                f"(task=..., or {assignment('tracking.experiment', found[0])}), or another name, such as "
+                f"study={config.study}-2."
             )

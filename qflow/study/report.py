@@ -31,6 +31,7 @@ from qflow.search.outcome import FailedTrial, FinishedTrial
 from qflow.search.stored import space_from_dict, stored_trials
 from qflow.study.front import BASELINES, DECISIONS
 from qflow.study.manifest import SEQUENCES
+from qflow.study.next_steps import report_command
 from qflow.study.run_files import RunFiles
 from qflow.study.session import Session
 from qflow.tracking.limits import param_name
@@ -65,7 +66,10 @@ def report_lines(session: Session) -> str:
         place = write_report(session.tracker, session.study.name, session.study_run, session.root)
     except Exception as error:
         words = " ".join(str(error).split())
-        return f"{'report':<12}not written: {type(error).__name__}: {words} (python -m qflow.report writes it again)"
+        return (
+            f"{'report':<12}not written: {type(error).__name__}: {words}\n"
+            f"{'':<12}{report_command(session.config, session.root)}"
+        )
     return f"{'report':<12}{place}\n{'':<12}{report_url(session.tracker, session.study_run)}"
 
 

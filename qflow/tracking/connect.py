@@ -165,6 +165,11 @@ def plain_errors(uri: str) -> Iterator[None]:
         if type(error).__module__.partition(".")[0] not in _FOREIGN:
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
+        if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
+            raise TrackingError(
+                f"What is asked of a store must exist there, but got '{lines[0].replace(uri, masked(uri))}' from "
+                f"{masked(uri)}. Name another run, model or alias."
+            ) from error
         raise TrackingError(
             f"A call to the tracking store must succeed, but got '{lines[0].replace(uri, masked(uri))}' from "
             f"{masked(uri)}. Repair "

@@ -79,7 +79,9 @@ def test_code_of_ones_own_is_given_or_allowed(tmp_path, monkeypatch):
     run, evaluator = store_trial(tmp_path, *OWN)
     with pytest.raises(BundleError) as error:
         qflow.load(run, uri=uri_of(tmp_path))
-    assert "names user_task.model. Give it, model=... If it is yours, allow its package: " in str(error.value)
+    assert "names user_task.model. In Python, give it as model=... If it is yours, allow its package: " in str(
+        error.value
+    )
     assert "allow=['user_task'] in qflow.load" in str(error.value)
     wanted = fetch(run, uri=uri_of(tmp_path)).metrics["accuracy/error"]
     for given in ({"allow": ["user_task"]}, {"model": user_task.model}, {"model": user_task.model()}):
