@@ -146,8 +146,9 @@ class SensitivitySettings:
     search_samples: int = 256
     """How many calibration samples are searched for bad cases."""
     method: str = "exact"
-    """exact; screened: all rows are estimated, and those that may be in the top fifth measured; estimate: no row is;
-    point: what the outputs gain without each quantizer while all others stay on, to first order."""
+    """exact, screened (estimated, the top fifth measured), estimate, or point (with all other quantizers on).
+
+    point gives what the outputs gain without each quantizer while all others stay on, to first order."""
     screened_share: float = 0.4
     """Largest share of the rows that screening measures."""
     draws: int = 64

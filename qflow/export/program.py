@@ -150,7 +150,8 @@ def _traced(frozen: Prepared, inputs: Any, state: State | None, free: bool, why:
     except Exception as error:  # torch.export raises many types
         raise _refused(error) from error
     held = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
-    dynamic = any(isinstance(v, Tensor) and v.ndim > 0 and _is_free(v.shape[0]) for v in held)
+    sizes = [v.shape[0] for v in held if isinstance(v, Tensor) and v.ndim > 0]
+    dynamic = bool(sizes) and all(map(_is_free, sizes))  # one that is not would hold the size of the doubled sample
     tensors = input_tensors(frozen.model, inputs if state is None else Frame(inputs, state))
     given = tuple(name for name, _ in tensors)
     size = next((t.shape[0] for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim), 1)

@@ -56,17 +56,32 @@ def search_mix(session: Session, low: Baseline, high: FinishedTrial) -> None:
                 retry_calibration(session, session.measured[started:])
                 measure_promising(session)
             if chosen in EXPLORING:
-                session.budget.spare = SPARE
+                with _spared(session):
+                    EXPLORING[chosen](session, base, low, high)
+            lower_best(session)
+            if chosen in EXPLORING:  # with what that has left of the budget
                 EXPLORING[chosen](session, base, low, high)
         except BudgetSpent as spent:
             ended = str(spent)
-        session.budget.spare = 0
-        lower_best(session)
+            lower_best(session)
         searched = len(session.trials) - before
         known = session.evaluator.hits - hits
         parts = [f"{searched} trials by {chosen}", f"{known} already evaluated"]
         parts += [f"{session.screened} left out that cost too much to be the best"] if session.screened else []
         say(f"{', '.join(parts)}; {ended}")
+
+
+@contextmanager
+def _spared(session: Session) -> Iterator[None]:
+    """Leave a part of the budget for lowering the best mix; reaching that part ends the block."""
+    session.budget.spare = SPARE
+    try:
+        yield
+    except BudgetSpent:
+        session.budget.spare = 0
+        session.budget.require(session.trials, session.untrained_best is not None)  # raises if nothing is left at all
+    finally:
+        session.budget.spare = 0
 
 
 def _calibrated_as(session: Session, low: Baseline, high: FinishedTrial) -> Baseline:

@@ -231,4 +231,4 @@ def test_runs_that_are_gone_are_noticed(studied, tmp_path):
 def test_an_unknown_run_is_named(studied):
     done = run_qflow("promote", *STORE, "run=deadbeef", cwd=studied[0])
     assert done.returncode == 2
-    assert "but got deadbeef, unknown in" in done.stderr
+    assert "What is asked of a store must exist there, but got 'Run with id=deadbeef not found'" in done.stderr

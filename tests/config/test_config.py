@@ -65,7 +65,7 @@ REFUSED = {
     "sampler": ([BASE, "search.sampler=grid"], "search.sampler is one of tpe, nsga2, gp, random, but got 'grid'"),
     "trials": ([BASE, "search.n_trials=1"], "search.n_trials is at least 2"),
     "batch of none": ([BASE, "task.batch_size=0"], "task.batch_size is at least 1, but got 0"),
-    "threads": ([BASE, "executor.threads=-3"], "executor.threads is at least 0 (0 leaves it to torch), but got -3"),
+    "threads": ([BASE, "executor.threads=-3"], "executor.threads is 0 (leaves it to torch) to 1024, but got -3"),
     "a march without its rules": ([BASE, "device.march=nash-x"], "but got device.march=nash-x. Choose a device file"),
     "no device file": ([BASE, "device=nowhere.yaml"], "but got nowhere.yaml, which is no file"),
     "no option": (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from qflow.analysis.checks.shared_check import CASE, SHARED
+from qflow.analysis.checks.shared_check import SHARED
 from qflow.analysis.measures.tables import CheckRow, Finding, ModelCheck, also, text_table
 from qflow.core.device import input_dtypes
 from qflow.core.dtype import QDtype
@@ -81,7 +81,7 @@ def _unfused(graph: ModelGraph) -> Iterator[Finding]:
 def _calls(graph: ModelGraph, extra: Sequence[Finding]) -> Iterator[Finding]:
     """Shared modules that calibration (`extra`) has not compared, and modules that neither it nor tracing called."""
     seen = {finding.op.partition("(")[0] for finding in extra}
-    compared = {finding.op for finding in extra if finding.message.startswith(CASE)}
+    compared = {finding.op for finding in extra if finding.message.startswith(SHARED)}
     quantizers = Counter(node.quantizer for node in graph.nodes)
     for path, count in graph.calls.items():
         if quantizers[path] > 1 and path not in compared:
