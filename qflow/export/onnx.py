@@ -59,14 +59,20 @@ def onnx_model(program: Program) -> Any:
         import onnxscript  # noqa: F401  # torch.onnx imports it
     except ImportError as error:
         raise missing_extra("onnx", error) from error
-    program = replace(program, module=copy.deepcopy(program.module))
+    with quiet():  # torch copies a graph with a warning about its own classes
+        program = replace(program, module=copy.deepcopy(program.module))
     flatten_products(program.module)
     try:
         with quiet():
             made = torch.onnx.export(
-            program.exported(), dynamo=True, opset_version=OPSET, verbose=False, input_names=list(program.inputs),
-            output_names=list(program.outputs), custom_translation_table=_translations(),
-        )  # fmt: skip
+                program.exported(),
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                input_names=list(program.inputs),
+                output_names=list(program.outputs),
+                custom_translation_table=_translations(),
+            )
     except Exception as error:  # torch.onnx raises many types
         raise _refused(error) from error
     assert made is not None
