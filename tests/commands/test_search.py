@@ -55,7 +55,8 @@ def test_other_objectives_under_the_same_name_are_refused(studied):
 
 BAD = {
     "a metric of no run": (
-        ["objective.optimize={cost/latency: minimize}"], "got cost/latency. There are: accuracy/error, accuracy/drop",
+        ["objective.optimize={cost/latency: minimize}"],
+        "got cost/latency. Did you mean cost/latency_ms? There are: accuracy/error",
     ),
     "a budget on a lower bound": (["objective.max_traffic_mb=1"], "needs traffic that can be judged"),
     "a metric that cannot end early": (["search.early_stop=true"], "two finite numbers, but got no bounds"),

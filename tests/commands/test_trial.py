@@ -6,6 +6,7 @@ import pytest
 from support.commands import CUSTOM, run_qflow
 from support.stored import TINY, store_trial
 
+from qflow.config.quoting import assignment
 from qflow.tracking.mlflow_tracker import MlflowTracker
 
 pytestmark = pytest.mark.slow  # runs commands
@@ -43,7 +44,7 @@ def test_a_trial_by_hand_is_a_run_of_the_study_with_everything_that_others_have(
     assert study["qflow.study"] == "own/mixes"
     assert "by hand 1" in shown
     assert "has no best trial yet" in shown
-    assert f"qflow.promote run={info.run_id}" in shown
+    assert f"qflow.promote {assignment('run', info.run_id)}" in shown
     assert "security.allow=" in shown
     assert "viewStateShareKey" not in shown and "searchFilter" in shown  # tune has saved no view
 
