@@ -85,7 +85,7 @@ def test_training_is_searched_where_there_are_steps(tmp_path):
         "tune", *OWN, "search=qat", "qat=default", "task.data._target_=user_task.TrainData", "qat.batch_size=32",
         "qat.loss._target_=user_task.loss", "qat.steps=0", "search.space.qat.steps=choice(0,4)",
         "search.enqueue=[{qat.steps: 4}]",
-        "search.n_trials=9", cwd=tmp_path,
+        "search.n_trials=16", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode in (0, 1), done.stdout + done.stderr
     tracker = open_tracker(tmp_path)
