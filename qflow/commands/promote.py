@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from qflow.bundle.stored import StoredTrial
+    from qflow.search.objective import Goal
     from qflow.study.gate import Judged, Rules, Scores
     from qflow.study.rebuild import Rebuilt
     from qflow.tasks.task import Task
@@ -167,7 +168,7 @@ class Promotion:
 
 
 def judge(
-    config: DictConfig, store: Store, trial: StoredTrial, folder: Path, before: Version | None, rules: Any
+    config: DictConfig, store: Store, trial: StoredTrial, folder: Path, before: Version | None, rules: Rules
 ) -> tuple[Verdict, Promotion | None]:
     """Rebuild the trial, load the files that would be registered, and judge them."""
     from qflow.api.load import prepared_of
@@ -227,23 +228,22 @@ def against(verdict: Verdict, before: Version | None, judged: Judged, rules: Rul
         verdict.notes.append(why)
 
 
-def on_samples(verdict: Verdict, rebuilt: Rebuilt, loaded: Any, again: Scores, goal: Any, rules: Any) -> None:
+def on_samples(verdict: Verdict, rebuilt: Rebuilt, loaded: Any, again: Scores, goal: Goal, rules: Rules) -> None:
     """Judge the goal on held-out samples if the task has them, and the rules on classes and samples."""
     from qflow.study.gate import HELD_OUT, broken_rules, has_held_out, misses, score
 
-    evaluator = rebuilt.evaluator
-    task, split, after = evaluator.task, "evaluation", again
-    if has_held_out(task):
-        split = HELD_OUT
-        after = score(task, loaded, split, evaluator.eval_batch)
-    before = score(task, task.model, split, evaluator.eval_batch)
-    if split == HELD_OUT:
+    task, batch, after = rebuilt.evaluator.task, rebuilt.evaluator.eval_batch, again
+    if not (held_out := has_held_out(task)):
+        verdict.notes.append(f"task.data has no split {HELD_OUT}: the goal is judged on samples that the search saw")
+        if not rules.of_samples:
+            return
+    before = score(task, task.model, HELD_OUT if held_out else "evaluation", batch)
+    if held_out:
+        after = score(task, loaded, HELD_OUT, batch)
         drop = task.drop(before.metric, after.metric)
         print(f"{HELD_OUT:<18}{before.metric:>12.6g} float  {after.metric:>12.6g} rebuilt, drop {drop:+.6g}")
         only = type(goal)(max_drop=goal.max_drop)
         verdict.infeasible += misses(only, {"accuracy/drop": drop}, f" on data.{HELD_OUT}")
-    else:
-        verdict.notes.append(f"task.data has no split {HELD_OUT}: the goal is judged on samples that the search saw")
     verdict.rejected += broken_rules(rules, task, before, after)
 
 

@@ -87,21 +87,17 @@ def print_against_best(hand: ByHand, done: FinishedTrial) -> FinishedTrial | Non
 
 def print_next(hand: ByHand, done: FinishedTrial, best: FinishedTrial | None) -> None:
     """The commands that follow, and the address of the trials, with the view that `tune` has saved."""
-    from qflow.config.quoting import assignment
     from qflow.report.console import python_command
     from qflow.search.objective import meets
-    from qflow.study.next_steps import promote_command
-    from qflow.tracking.connect import masked
+    from qflow.study.next_steps import compare_command, promote_command
     from qflow.tracking.views import known_view, study_url, ui_host
 
-    config, python = hand.config, python_command()
-    root = [assignment("root", str(hand.root))] if hand.root != Path("qflow_out").resolve() else []
-    uri = [assignment("tracking.uri", masked(config.tracking.uri))] if config.tracking.uri else []
-    lines = [" ".join([python, "-m qflow.compare", best.run_id, done.run_id, *root, *uri])] if best else []
+    config = hand.config
+    lines = [compare_command(config, hand.root, best.run_id, done.run_id)] if best else []
     if meets(done):
         lines.append(promote_command(config, hand.root, done.run_id))
     ui = hand.tracker.ui_command()
-    lines.append(f"{python} -m {ui}" if ui.startswith("mlflow") else ui)
+    lines.append(f"{python_command()} -m {ui}" if ui.startswith("mlflow") else ui)
     for number, line in enumerate(lines):
         print(f"{'' if number else 'next':<12}{line}")
     host = ui_host(hand.tracker.uri)

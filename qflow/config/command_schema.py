@@ -213,19 +213,6 @@ SCHEMAS: dict[str, type] = {
     "report": ReportSchema,
     "train_float": TrainFloatSchema,
 }
-GROUPS = (
-    "task",
-    "device",
-    "calibration",
-    "sensitivity",
-    "qat",
-    "search",
-    "objective",
-    "tracking",
-    "executor",
-    "experiment",
-    "debug",
-)
 
 
 @functools.cache

@@ -70,6 +70,7 @@ class _Nodes:
         self.activations = {v.name for v in values if v.type.tensor_type.elem_type in floats}
         self.weights = {t.name for t in graph.initializer if t.data_type in floats}
         self.outputs = [value.name for value in graph.output]
+        self.by_quantizer = {node.quantizer: node.name for node in self.graph.quantized}
         self.owner = self._owners(list(graph.node))
         self.activations -= self._fixed(list(graph.node))
 
@@ -156,8 +157,7 @@ class _Nodes:
         if name is None:
             return None
         sources = self.graph.source(name)
-        owners = {node.quantizer: node.name for node in self.graph.quantized}
-        return self.ops[owners[self.graph.by_name[sources[0]].quantizer]].op.output if sources else None
+        return self.ops[self.by_quantizer[self.graph.by_name[sources[0]].quantizer]].op.output if sources else None
 
     def lost_float16(self, config: dict[str, dict[str, str]]) -> list[Unexpressed]:
         """Return the float16 operators that no node shows, and those that read another dtype than they compute in."""

@@ -10,7 +10,7 @@ from qflow.core.names import trial_name
 from qflow.report.charts import name_room
 from qflow.report.study_record import StudyRecord, Training
 from qflow.search.objective import best_trial, meets, pareto_set
-from qflow.search.outcome import STOPPED, FinishedTrial
+from qflow.search.outcome import FinishedTrial
 
 LATENCY, DROP = "cost/latency_ms", "accuracy/drop"
 LOW, HIGH = "cost/latency_low_ms", "cost/latency_high_ms"
@@ -26,10 +26,10 @@ def front_chart(record: StudyRecord) -> dict[str, Any]:
     every = [*study.trials, *study.by_hand]
     trials = [t for t in every if cost in t.outcome.metrics and DROP in t.outcome.metrics]
     low, high = drop_range(record, trials)
-    named = {t.number for t in study.baselines.values()} | {study.shown.number if study.shown else -1}
+    named = {t.number for t in study.baselines.values()} | ({study.shown.number} if study.shown else set())
     front = {t.number for t in front_of(record)}
     rest = [t for t in trials if t.number not in named and t.number >= 0]
-    inside = [t for t in rest if t.outcome.metrics[DROP] <= high and STOPPED not in t.outcome.tags]
+    inside = [t for t in rest if t.outcome.metrics[DROP] <= high and not t.stopped]
     edge = [t for t in rest if t not in inside]
 
     def series(name: str, color: str, mark: str, chosen: Sequence[FinishedTrial], **more: Any) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def front_of(record: StudyRecord) -> list[FinishedTrial]:
 
 def _point(record: StudyRecord, trial: FinishedTrial, cost: str, high: float, ranged: bool) -> list[Any]:
     m = trial.outcome.metrics
-    y = min(m[DROP], high) if STOPPED not in trial.outcome.tags else high
+    y = high if trial.stopped else min(m[DROP], high)
     ends = [m[LOW], m[HIGH]] if ranged and cost == LATENCY and LOW in m and HIGH in m else []
     return [m[cost], y, trial_text(record, trial), record.run_address(trial), *ends]
 
@@ -90,7 +90,7 @@ def _point(record: StudyRecord, trial: FinishedTrial, cost: str, high: float, ra
 def drop_range(record: StudyRecord, trials: Sequence[FinishedTrial]) -> tuple[float, float]:
     """Ends of the axis of drops: the goal, the baselines and the bulk of the trials are inside."""
     study = record.searched
-    drops = sorted(t.outcome.metrics[DROP] for t in trials if STOPPED not in t.outcome.tags) or [0.0]
+    drops = sorted(t.outcome.metrics[DROP] for t in trials if not t.stopped) or [0.0]
     goal = study.goal.max_drop
     first, third = drops[len(drops) // 4], drops[(3 * len(drops)) // 4]
     bulk = third + 3.0 * max(third - first, 0.5 * goal)
@@ -145,8 +145,8 @@ def trial_text(record: StudyRecord, trial: FinishedTrial) -> str:
         lines.append(f"{m[LATENCY]:.3f} ms [{m.get(LOW, math.nan):.2f}, {m.get(HIGH, math.nan):.2f}]")
     lines.append(f"int16 ratio {m.get('qconfig/int16_ratio', 0.0):.2f}")
     lines += [f"{key} {value}" for key, value in trial.params.items()]
-    if text := trial.outcome.tags.get(STOPPED):
-        lines.append(f"stopped {text}: the metric is the worst possible")
+    if trial.stopped:
+        lines.append(f"stopped {trial.stopped}: the metric is the worst possible")
     lines.append("meets the goal" if meets(trial) else "misses the goal")
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ from qflow.search.domain import Choice, Interval, Scalar, Space
 from qflow.search.importance import FANOVA, Importances
 from qflow.search.noise import SIGMAS, Margin, Noise, difference_noise
 from qflow.search.objective import CONSTRAINT, Goal, accurate, best_trial, meets, merit, nearest_miss, over_budget
-from qflow.search.outcome import STOPPED, FailedTrial, FinishedTrial
+from qflow.search.outcome import FailedTrial, FinishedTrial
 
 FINE, LOOK, UNKNOWN = "fine", "look", "unknown"
 NO_INFLUENCE = 0.01  # share of the variance of every metric below which a parameter has no influence
@@ -50,7 +50,7 @@ class Searched:
     @property
     def whole(self) -> list[FinishedTrial]:
         """The trials that were evaluated to the end; what ended early has no drop of its own."""
-        return [t for t in self.trials if STOPPED not in t.outcome.tags]
+        return [t for t in self.trials if not t.stopped]
 
     @property
     def best(self) -> FinishedTrial | None:
@@ -60,7 +60,7 @@ class Searched:
     @property
     def shown(self) -> FinishedTrial | None:
         """The best trial, or the nearest miss."""
-        return self.best or nearest_miss(self.whole or self.trials, self.goal.ranking)
+        return self.best or nearest_miss(self.trials, self.goal.ranking)
 
     @property
     def rival(self) -> FinishedTrial | None:

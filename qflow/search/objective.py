@@ -138,10 +138,11 @@ def nearest_miss(trials: Sequence[FinishedTrial], ranking: Directions = LEAST_LA
     """Return the trial that comes closest to the goal, for a study in which none meets it.
 
     It is the one with the least drop among the trials within the budgets. If no trial is within the budgets, it is the
-    best by `ranking` among the trials that are accurate enough.
+    best by `ranking` among the trials that are accurate enough. Trials that ended early count if there are no others.
     """
     known = [t for t in trials if CONSTRAINT in t.outcome.constraints]
-    return min(known, key=lambda t: _nearness(t, ranking), default=None)
+    whole = [t for t in known if not t.stopped]
+    return min(whole or known, key=lambda t: _nearness(t, ranking), default=None)
 
 
 def ranked(trials: Sequence[FinishedTrial], ranking: Directions = LEAST_LATENCY) -> list[FinishedTrial]:

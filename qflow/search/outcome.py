@@ -17,7 +17,6 @@ from qflow.core import record
 from qflow.core.errors import QflowError, TrialError
 from qflow.search.domain import Scalar
 
-STOPPED = "qflow.stopped"  # tag of a trial that ended early: its metric is the worst possible one
 MARKER_LIMIT = 60_000  # characters that the text columns of every database hold
 STOPPED = "qflow.stopped"  # tag of a trial that ended early: its metric is the worst possible one
 
@@ -94,6 +93,11 @@ class FinishedTrial:
     label: str
     outcome: Outcome
     seconds: float
+
+    @property
+    def stopped(self) -> str:
+        """After how many samples the evaluation ended early, in words: its metric is then the worst possible one."""
+        return self.outcome.tags.get(STOPPED, "")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import TrialError
 from qflow.search.domain import Choice
 from qflow.search.objective import CONSTRAINT, accurate, nearest_miss
-from qflow.search.outcome import STOPPED, FinishedTrial
+from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import RATIO, BudgetSpent
 from qflow.study.session import Session
 from qflow.trial.outputs import outputs_off_under
@@ -102,8 +102,7 @@ def retry_calibration(session: Session, missed: Sequence[FinishedTrial]) -> Fini
 
     A branch is given up only after that, because its mixes were tried under one calibration.
     """
-    whole = [t for t in missed if STOPPED not in t.outcome.tags]
-    nearest = nearest_miss(whole or missed, session.goal.ranking)
+    nearest = nearest_miss(missed, session.goal.ranking)
     found = best_calibration(session, nearest.params, nearest.label) if nearest is not None else None
     return found if accurate(found) else None
 

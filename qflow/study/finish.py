@@ -14,7 +14,7 @@ from qflow.core.store import write_whole
 from qflow.report.console import SummaryRow, python_command, summary_table
 from qflow.search.noise import BY_SEQUENCE, PAIRED, Margin, difference_noise
 from qflow.search.objective import CONSTRAINT, accurate, nearest_miss, over_budget
-from qflow.search.outcome import STOPPED, FinishedTrial
+from qflow.search.outcome import FinishedTrial
 from qflow.study.front import log_decisions
 from qflow.study.manifest import SEQUENCES
 from qflow.study.marks import mark_trials, trials_url
@@ -31,9 +31,8 @@ FEW_SAMPLES = 3  # a miss by so few samples is no safe verdict
 
 def finish(session: Session) -> int:
     """Print table and next steps, log the document to the study's run, and return 0 if the goal is met, else 1."""
-    trials, evaluator, best = session.trials, session.evaluator, session.best
-    whole = [trial for trial in trials if STOPPED not in trial.outcome.tags]  # not a worst-case metric
-    shown = best or nearest_miss(whole or trials, session.goal.ranking)
+    evaluator, best = session.evaluator, session.best
+    shown = best or nearest_miss(session.trials, session.goal.ranking)
     if shown is None:
         return _nothing_finite(session)
     rows = [SummaryRow("float", {session.accuracy: evaluator.float_metric})]
@@ -110,7 +109,9 @@ def verdict(session: Session, best: FinishedTrial | None, shown: FinishedTrial) 
     """Return whether the goal is met, and if not, by how much it is missed and what to relax."""
     goal, int16 = str(session.goal), session.baselines.get("all-int16")
     if best is not None:
-        saved = f", {_against_int16(session, best, int16)}" if int16 is not None and accurate(int16) else ""
+        saved = ""
+        if int16 is not None and accurate(int16):
+            saved = f"\n{'latency':<12}{_against_int16(session, best, int16)}"
         by = f" by {margin}" if (margin := _margin(session, best)) else ""
         return f"{'goal':<12}{goal}: met{by}{saved}"
     over = over_budget(shown)
@@ -169,10 +170,10 @@ def _against_int16(session: Session, best: FinishedTrial, int16: FinishedTrial) 
     """
     saved = 1.0 - best.outcome.metrics["cost/latency_ms"] / int16.outcome.metrics["cost/latency_ms"]
     if round(100.0 * saved) <= 0:
-        return "predicted latency not below all-int16"
+        return "predicted, not below all-int16"
     change = session.evaluator.pricer.change(_applied(session, int16), _applied(session, best))
     bpu = f"{change.ratio:.2f} of its BPU time [{change.low:.2f}, {change.high:.2f}]"
-    return f"predicted latency {saved:.0%} below all-int16 ({bpu})"
+    return f"predicted, {saved:.0%} below all-int16 ({bpu})"
 
 
 def _applied(session: Session, trial: FinishedTrial) -> QConfig:

@@ -45,6 +45,12 @@ class Rules:
             if value is not None and not 0 <= value < float("inf"):
                 raise ConfigError(f"gate.{name} is a number of at least 0, but got {value}. null sets no rule.")
 
+    @property
+    def of_samples(self) -> list[str]:
+        """The names of the rules that are set on classes and samples."""
+        names = ("max_class_drop", "max_sample_drop", "max_worse_share")
+        return [name for name in names if getattr(self, name) is not None]
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -131,10 +137,8 @@ def broken_rules(rules: Rules, task: Task, before: Scores, after: Scores) -> lis
     """
     drops = [task.drop(a, b) for a, b in zip(before.scores, after.scores, strict=True)]
     found = []
-    asked = {name: getattr(rules, name) for name in ("max_class_drop", "max_sample_drop", "max_worse_share")}
-    for name, limit in asked.items():
-        if limit is not None and not drops:
-            raise ConfigError(f"gate.{name} needs a metric that scores each sample, but got one of sums. Leave it out.")
+    for name in rules.of_samples if not drops else ():
+        raise ConfigError(f"gate.{name} needs a metric that scores each sample, but got one of sums. Leave it out.")
     if (limit := rules.max_class_drop) is not None:
         if not after.classes:
             raise ConfigError(

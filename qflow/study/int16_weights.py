@@ -11,7 +11,7 @@ from typing import Any
 
 from qflow.core.dtype import QDtype
 from qflow.search.objective import nearest_miss
-from qflow.search.outcome import STOPPED, FinishedTrial
+from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import ASSIGNMENT, RATIO, SENSITIVE_TYPE, raise_until_met
 from qflow.study.baselines import retry_calibration
 from qflow.study.session import Session
@@ -65,7 +65,7 @@ def weights_beside(session: Session, missed: Sequence[FinishedTrial], raised: Co
 
     `missed` are trials with fp16 operators, whose settings `raised` are left out of the point.
     """
-    nearest = nearest_miss([t for t in missed if STOPPED not in t.outcome.tags] or list(missed), session.goal.ranking)
+    nearest = nearest_miss(missed, session.goal.ranking)
     if nearest is None or not weights_that_matter(session, nearest.params, QDtype.qint16):
         return None
     started = len(session.measured)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from qflow.core.record import to_json
 from qflow.core.store import write_whole
 from qflow.search.objective import meets, pareto_set, ranked
-from qflow.search.outcome import STOPPED, FinishedTrial
+from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import ERROR_SHARE, RATIO
 from qflow.study.session import Session
 from qflow.tracking.limits import param_name
@@ -64,7 +64,7 @@ def largest_shown(trials: Sequence[FinishedTrial]) -> float | None:
     larger; None if no trial lies beyond. Trials that stopped early have the worst possible drop in place of their own.
     """
     drops = [trial.outcome.metrics[DROP] for trial in trials]
-    own = [trial.outcome.metrics[DROP] for trial in trials if STOPPED not in trial.outcome.tags]
+    own = [trial.outcome.metrics[DROP] for trial in trials if not trial.stopped]
     if len(own) < 4:  # quartiles of fewer say nothing
         return None
     low, _, high = statistics.quantiles(own, n=4, method="inclusive")

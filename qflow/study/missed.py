@@ -16,7 +16,7 @@ import numpy as np
 from qflow.core.dtype import QDtype
 from qflow.search.assign import Problem
 from qflow.search.objective import nearest_miss
-from qflow.search.outcome import STOPPED, FailedTrial, FinishedTrial
+from qflow.search.outcome import FailedTrial, FinishedTrial
 from qflow.search.strategies import ASSIGNMENT, ERROR_SHARE, FLOAT16, RATIO, SENSITIVE_TYPE, BudgetSpent
 from qflow.study.baselines import (
     ALL_INT8,
@@ -109,7 +109,7 @@ def _predicted(problem: Problem, known: Mapping[str, float], mix: str) -> float:
 
 def _whole(session: Session) -> list[FinishedTrial]:
     """Return the trials without training that were evaluated to the end; what ended early has no drop of its own."""
-    return [t for t in session.trials if not t.outcome.metrics.get("qat/steps") and STOPPED not in t.outcome.tags]
+    return [t for t in session.trials if not t.outcome.metrics.get("qat/steps") and not t.stopped]
 
 
 def tried(session: Session) -> str:

@@ -30,6 +30,11 @@ def promote_command(config: DictConfig, root: Path, run: str = "") -> str:
     return " ".join([f"{python_command()} -m qflow.promote", *words])
 
 
+def compare_command(config: DictConfig, root: Path, *runs: str) -> str:
+    """Return the command that compares `runs` in the store of `config` and `root`."""
+    return " ".join([f"{python_command()} -m qflow.compare", *runs, *_words(_store(config, root))])
+
+
 def report_command(config: DictConfig, root: Path) -> str:
     """Return the command that renders the report of a study with `config` in `root`."""
     named = {"study": (config.study, "perception/int8_int16"), **_store(config, root)}

@@ -108,7 +108,7 @@ def trial_line(trial: FinishedTrial | FailedTrial, accuracy: str) -> str:
     m, p = trial.outcome.metrics, trial.outcome.params
     verdict = "meets" if meets(trial) else "misses"
     amount = f"{p['calibration.batch_size']}x{p['calibration.steps']}"
-    stopped = f"  stopped {t}: at worst" if (t := trial.outcome.tags.get(STOPPED)) else ""
+    stopped = f"  stopped {t}: at worst" if (t := trial.stopped) else ""
     weights = f"  int16 weights {count:.0f}" if (count := m.get("qconfig/n_int16_weights")) else ""
     trained = f"  QAT {m['qat/steps']:.0f} steps" if "qat/steps" in m else ""
     return (

@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from qflow.search.objective import meets, nearest_miss
-from qflow.search.outcome import STOPPED, FinishedTrial
+from qflow.search.outcome import FinishedTrial
 from qflow.study.session import Session
 from qflow.tracking.connect import masked
 
 
 def study_record(session: Session) -> dict[str, Any]:
     """Return the goal, whether it is met, the best trial or the nearest miss, the baselines and all decisions."""
-    whole = [trial for trial in session.trials if STOPPED not in trial.outcome.tags]  # not a worst-case metric
-    nearest = nearest_miss(whole or session.trials, session.goal.ranking) if session.best is None else None
+    nearest = nearest_miss(session.trials, session.goal.ranking) if session.best is None else None
     return {
         "study": session.study.name,
         "experiment": session.config.tracking.experiment,

@@ -10,6 +10,7 @@ from qflow.config.keys import conf_dir
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.settings import QatSettings, QConfigSettings
+from qflow.quant.train.qat import DivergedError
 from qflow.tasks import digits
 from qflow.tasks.dual import build_model, spread
 from qflow.trial.training import Training
@@ -77,7 +78,8 @@ def test_a_fifth_of_the_float_steps_brings_it_back(evaluator, shipped) -> None:
     assert sum(applied.ops[name].output == QDtype.qint8 for name in evaluator.precisions.promotable) >= 2
 
 
-@pytest.mark.parametrize("rate", [1e-7, 1e-3])
-def test_a_bad_rate_fails(evaluator, shipped, rate) -> None:
-    settings = QatSettings(**{**shipped, "learning_rate": rate})
-    assert drop(evaluator, settings, int16_ratio=MIX) > MISSED
+def test_a_rate_that_is_too_low_misses_and_one_that_is_too_high_diverges(evaluator, shipped) -> None:
+    low, high = (QatSettings(**{**shipped, "learning_rate": rate}) for rate in (1e-7, 1e-3))
+    assert drop(evaluator, low, int16_ratio=MIX) > MISSED
+    with pytest.raises(DivergedError, match="leaves its calibrated range"):
+        drop(evaluator, high, int16_ratio=MIX)

@@ -65,7 +65,7 @@ def test_a_mix_is_searched_on_the_real_task(tmp_path):
     assert float(drops["all-int8"]) > 0.02 > float(drops["all-int16"])
     times = dict(re.findall(r"^(all-int16|best mix) +\S+ +\S+ +(\d\.\d+)", done.stdout, re.MULTILINE))
     verdict = re.search(
-        r"predicted latency (\d+)% below all-int16 \((.*) of its BPU time \[(.*), (.*)\]\)", done.stdout
+        r"latency     predicted, (\d+)% below all-int16 \((.*) of its BPU time \[(.*), (.*)\]\)", done.stdout
     )
     below = 100 * (1 - float(times["best mix"]) / float(times["all-int16"]))
     ratio, low, high = map(float, verdict.groups()[1:])

@@ -91,8 +91,6 @@ _SYMBOLS = {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "inv
 _SYMBOLS |= {"lshift": "bitwise_left_shift", "rshift": "bitwise_right_shift"}
 _SYMBOLS |= {"truediv": "div", "floordiv": "floor_divide", "mod": "remainder"}
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
 
 def function_name(function: object) -> str:
     """Canonical name of a torch function: `__radd__`, `add_` and `Tensor.add` are all `add`, `__iand__` `bitwise_and`.
