@@ -11,6 +11,7 @@ from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import BudgetSpent
 from qflow.study.baselines import ALL_INT8, baseline, baseline_point, method_of
 from qflow.study.session import Session
+from qflow.study.unrepaired import better_without
 
 
 def run(session: Session) -> None:
@@ -28,6 +29,7 @@ def branch(session: Session) -> FinishedTrial | None:
     if int8 is None:
         session.decide(ALL_INT8, f"its outputs are not finite, which misses the goal{_unstable(session)}")
         return None
+    int8 = better_without(session, int8)
     drop, miss = int8.outcome.metrics["accuracy/drop"], int8.outcome.constraints[CONSTRAINT]
     method = method_of(session, int8.params)
     if meets(int8):

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from qflow.config.promote_schema import GateSchema, PromoteGoalSchema, PromoteTrackingSchema
+from qflow.config.repair_schema import RepairSchema
 from qflow.config.schema import (
     CalibrationSchema,
     DeviceSchema,
@@ -42,6 +43,7 @@ class TuneSchema:
     device: DeviceSchema = field(default_factory=DeviceSchema)
     calibration: CalibrationSchema = field(default_factory=CalibrationSchema)
     quant: QuantSchema = field(default_factory=QuantSchema)
+    repair: RepairSchema = field(default_factory=RepairSchema)
     qconfig: QConfigSchema = field(default_factory=QConfigSchema)
     sensitivity: SensitivitySchema = field(default_factory=SensitivitySchema)
     qat: QatSchema = field(default_factory=QatSchema)

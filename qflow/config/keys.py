@@ -185,7 +185,8 @@ def _schemas() -> dict[str, str]:
 
 def _group_classes() -> dict[str, _Class]:
     """The classes of all groups."""
-    return _classes("config/schema.py") | _classes("config/promote_schema.py")
+    files = ("config/schema.py", "config/promote_schema.py", "config/repair_schema.py")
+    return {name: found for file in files for name, found in _classes(file).items()}
 
 
 @functools.cache

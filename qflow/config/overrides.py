@@ -29,7 +29,7 @@ NAMED = re.compile(
     r"((?:search\.space\.)?(?:qconfig\.modules|qat\.rates)|search\.when|objective\.optimize)(?:\.(.+)|$)"
 )
 """Mappings whose keys the user chooses (modules, searched keys, metrics), and one key, which may contain dots."""
-FIXES = re.compile(r"(calibration|qconfig|qat)\.(?!(modules|rates)$)\w+$|(qconfig\.modules|qat\.rates)\.")
+FIXES = re.compile(r"(calibration|qconfig|qat|repair)\.(?!(modules|rates)$)\w+$|(qconfig\.modules|qat\.rates)\.")
 """Keys that are removed from the search space when they get a single value."""
 
 

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qflow.config.command_schema import TuneSchema
 from qflow.config.explain import explain
 from qflow.core.errors import ConfigError
+from qflow.core.repair_settings import RepairSettings
 from qflow.core.settings import CalibrationSettings, QatSettings, QConfigSettings, SensitivitySettings, TrialSettings
 from qflow.search.domain import Scalar
 
@@ -24,11 +25,12 @@ MAPPINGS = ("qconfig.modules", "qat.rates")
 def trial_settings(config: DictConfig, params: Mapping[str, Scalar] | None = None) -> TrialSettings:
     """Return the settings of one trial: the configuration with `params` of the search. Raises ConfigError."""
     changed = with_params(config, params) if params else config
-    plain = {k: OmegaConf.to_container(changed[k], resolve=True) for k in ("calibration", "qconfig", "qat")}
+    plain = {k: OmegaConf.to_container(changed[k], resolve=True) for k in ("calibration", "qconfig", "qat", "repair")}
     return TrialSettings(
         calibration=CalibrationSettings(**plain["calibration"]),  # type: ignore[arg-type]
         qconfig=QConfigSettings(**plain["qconfig"]),  # type: ignore[arg-type]
         qat=QatSettings(**plain["qat"]),  # type: ignore[arg-type]
+        repair=RepairSettings(**plain["repair"]),  # type: ignore[arg-type]
     )
 
 

@@ -29,7 +29,7 @@ from qflow.core.errors import ConfigError
 from qflow.core.settings import QConfigSettings
 from qflow.search.domain import Choice, Condition, Domain, Interval, Range, Scalar, applies, parents_first
 
-SEARCHABLE = ("calibration", "qconfig", "qat")
+SEARCHABLE = ("calibration", "qconfig", "qat", "repair")
 NOT_SEARCHED = ("qat.loss", "qat.optimizer", "qat.scheduler")  # these are built once for all trials
 Conditions = dict[str, tuple[Condition, ...]]
 
@@ -64,11 +64,11 @@ def _require_searchable(key: str) -> None:
     group = key.split(".")[0]
     if group == "task":
         raise ConfigError(
-            f"A search varies keys of calibration, qconfig or qat, but got {key}: the task is built once for all "
-            "trials. Give each setting of it a study of its own: study=<name>."
+            f"A search varies keys of calibration, qconfig, qat or repair, but got {key}: the task is built once for "
+            "all trials. Give each setting of it a study of its own: study=<name>."
         )
     if group not in SEARCHABLE:
-        raise ConfigError(f"A search varies keys of calibration, qconfig or qat, but got {key}. Remove it.")
+        raise ConfigError(f"A search varies keys of calibration, qconfig, qat or repair, but got {key}. Remove it.")
     if any(key == fixed or key.startswith(f"{fixed}.") for fixed in NOT_SEARCHED):
         raise ConfigError(f"A search varies what each trial reads anew, but got {key}, built once for all. Remove it.")
 

@@ -16,6 +16,7 @@ __all__ = [
     "qconfig",
     "raisable",
     "record",
+    "repair_settings",
     "resolve",
     "setter",
     "settings",

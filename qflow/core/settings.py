@@ -11,6 +11,7 @@ from qflow.core.errors import ConfigError
 from qflow.core.nearest import did_you_mean
 from qflow.core.op_spec import parse_op
 from qflow.core.qconfig import METHODS
+from qflow.core.repair_settings import RepairSettings
 
 RULES = ("gemm_int8", "gemm_to_layer_norm_int16", "gemm_to_softmax_int16", "gemm_to_grid_int16")
 NORM_MODES = ("fuse_bn", "with_bn", "with_bn_reverse_fold")
@@ -276,6 +277,7 @@ class TrialSettings:
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     qconfig: QConfigSettings = field(default_factory=QConfigSettings)
     qat: QatSettings = field(default_factory=QatSettings)
+    repair: RepairSettings = field(default_factory=RepairSettings)
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -117,8 +117,8 @@ class Row:
     """One attempt of a step, or one part that it refused.
 
     `before` and `after` are mean errors on the held-out samples, `change` is the mean of the paired differences
-    (negative: better) and `noise` its standard error, all None where nothing was measured. The error of a sample is
-    |quantized - float| / |float|, Euclidean, averaged over the outputs (measure.py).
+    (negative: better) and `noise` its standard error, None where nothing was measured or it is not finite. The error of
+    a sample is |quantized - float| / |float|, Euclidean, averaged over the outputs (measure.py).
     """
 
     step: str
@@ -140,25 +140,35 @@ class Row:
 class RepairTable(Shown):
     """What a repair tried, kept, took back and refused, in order.
 
-    `before` and `after` are mean errors of all outputs on `held_out` calibration samples that no step has seen.
+    `before` and `after` are mean errors of all outputs on `held_out` calibration samples that no step has seen; None if
+    nothing was measured, or an error is not finite.
     """
 
     rows: tuple[Row, ...]
-    before: float
-    after: float
+    before: float | None
+    after: float | None
     held_out: int
     samples: int
     """Calibration samples that the steps worked with."""
     forwards: int
     """Samples that were run through the model in all; divided by the number of samples: passes over the data."""
 
+    @classmethod
+    def refused(cls, steps: Sequence[str], reason: str) -> RepairTable:
+        """Return the table of a model or data that no step can work with."""
+        return cls(tuple(Row(step, (), REFUSED, reason) for step in steps), None, None, 0, 0, 0)
+
+    @property
+    def kept(self) -> tuple[Row, ...]:
+        """The attempts that were kept."""
+        return tuple(row for row in self.rows if row.verdict == KEPT)
+
     def view(self) -> View:
         """Return the attempts as a table."""
-        kept = sum(row.verdict == KEPT for row in self.rows)
-        title = (
-            f"{kept} of {len(self.rows)} repairs kept: error of the outputs {self.before:.4g} -> {self.after:.4g} on "
-            f"{self.held_out} held-out samples"
-        )
+        kept = len(self.kept)
+        title = f"{kept} of {len(self.rows)} repairs kept"
+        if self.before is not None and self.after is not None:
+            title += f": error of the outputs {self.before:.4g} -> {self.after:.4g} on {self.held_out} held-out samples"
         header = ("step", "parts", "verdict", "error before", "after", "change", "noise", "reason")
         rows = [
             (row.step, _named(row.parts), row.verdict, row.before, row.after, row.change, row.noise, row.reason)

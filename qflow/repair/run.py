@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor
 
+from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, DataError
 from qflow.core.qconfig import QConfig
 from qflow.core.settings import CalibrationSettings
+from qflow.quant.model.calibrate import apply_scales
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.trace.calling import cut
 from qflow.repair.contract import KEPT, REFUSED, UNDONE, Context, Part, Point, RepairTable, Row, Step
-from qflow.repair.measure import SAME_FUNCTION, HeldOut, Verdict, judged
+from qflow.repair.measure import BEYOND, SAME_FUNCTION, HeldOut, Verdict, judged
 
 HELD_OUT = 4  # one sample in so many decides
 ATTEMPTS = 7  # of one step: the whole, its halves, their halves
@@ -30,12 +33,14 @@ def repair(
     qconfig: QConfig,
     settings: CalibrationSettings,
     steps: Sequence[Step],
+    also: Sequence[QConfig] = (),
 ) -> tuple[Model, Context, RepairTable]:
     """Return a repaired copy of `prepared`, calibrated on all of `batches`, the context and the table.
 
     `batches` are model inputs with their number of samples. One sample in four is held out: the steps do not see it,
-    and it decides. `prepared` is not changed. Raises DataError for fewer than four samples, ConfigError for a model
-    with temporal state.
+    and it decides. `also` are further qconfigs of the model, as all int16: a step that changes the float function is
+    taken back if under one of them it loses more than it gains under `qconfig`. `prepared` is not changed. Raises
+    DataError for fewer than four samples, ConfigError for a model with temporal state.
     """
     if prepared.cached is not None:
         raise ConfigError(
@@ -46,15 +51,15 @@ def repair(
     model = copy.deepcopy(prepared)
     context = Context(fit, qconfig, settings)
     context.calibrate(model)
-    trial = _Trial(model, context, HeldOut(model, held))
+    trial = _Trial(model, context, HeldOut(model, held), also)
     for step in steps:
         trial.step(step)
     last = replace(context, batches=batches)
     last.calibrate(model)
     table = RepairTable(
         tuple(trial.rows),
-        float(trial.first.mean()),
-        float(trial.errors.mean()),
+        _known(trial.first.mean()),
+        _known(trial.errors.mean()),
         trial.held.samples,
         context.samples,
         last.forwards,
@@ -80,18 +85,34 @@ def held_out(batches: Batches) -> tuple[Batches, Batches]:
     return fit, held
 
 
+def _known(value: Any) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
 class _Trial:
     """The model between steps: its errors on the held-out samples, and the rows so far."""
 
-    def __init__(self, model: QuantizedModel, context: Context, held: HeldOut) -> None:
-        self.model, self.context, self.held = model, context, held
+    def __init__(self, model: QuantizedModel, context: Context, held: HeldOut, also: Sequence[QConfig]) -> None:
+        self.model, self.context, self.held, self.also = model, context, held, also
         self.rows: list[Row] = []
         self.context.forwards += held.samples
         self.errors = self.first = self._measured()
+        self.elsewhere: list[Tensor] | None = None
 
     def _measured(self) -> Tensor:
         self.context.forwards += self.held.samples
         return self.held.errors(self.model)
+
+    def _measured_elsewhere(self) -> list[Tensor]:
+        """The errors under each qconfig of `also`; the model is left as it was."""
+        stats, found = self.context.stats, []
+        assert stats is not None
+        for qconfig in self.also:
+            apply_scales(self.model, stats, qconfig, self.context.settings)
+            found.append(self._measured())
+        if self.also:
+            apply_scales(self.model, stats, self.context.qconfig, self.context.settings)
+        return found
 
     def step(self, step: Step) -> None:
         """Try all parts of a step at once, then halves of what did not help."""
@@ -119,6 +140,8 @@ class _Trial:
         """Apply `parts`, measure, and take it back unless it helps. True if it was kept or changed nothing."""
         names, spent = tuple(part.name for part in parts), self.context.forwards
         before = Point.of(self.model, self.context)
+        if self.elsewhere is None and not step.preserving:
+            self.elsewhere = self._measured_elsewhere()
         changed = step.apply(self.model, self.context, parts)
         if not changed:
             self.rows.append(Row(step.name, names, REFUSED, "nothing to gain", forwards=self.context.forwards - spent))
@@ -127,8 +150,8 @@ class _Trial:
         after = self._measured()
         verdict = self._verdict(step, after)
         row = Row(
-            step.name, tuple(changed), KEPT if verdict.keep else UNDONE, verdict.reason, float(self.errors.mean()),
-            float(after.mean()), verdict.change, verdict.noise, changed,
+            step.name, tuple(changed), KEPT if verdict.keep else UNDONE, verdict.reason, _known(self.errors.mean()),
+            _known(after.mean()), _known(verdict.change), _known(verdict.noise), changed,
         )  # fmt: skip
         if verdict.keep:
             self.errors = after
@@ -140,9 +163,25 @@ class _Trial:
 
     def _verdict(self, step: Step, after: Tensor) -> Verdict:
         verdict = judged(self.errors, after, step.preserving)
-        if step.preserving and verdict.keep:
+        if not verdict.keep:
+            return verdict
+        if step.preserving:
             self.context.forwards += self.held.samples
             moved = self.held.moved(self.model)
             if moved > SAME_FUNCTION:
                 return replace(verdict, keep=False, reason=f"the float function moved by {moved:.1e}")
+            self.elsewhere = None  # the errors there are others now
+            return verdict
+        now = self._measured_elsewhere()
+        for qconfig, old, new in zip(self.also, self.elsewhere or (), now, strict=True):
+            other = judged(old, new, preserving=False)
+            if not other.change <= max(-verdict.change, BEYOND * other.noise):
+                where = _most_frequent(qconfig)
+                reason = f"with {where} it loses {other.change:.2g}, more than the {-verdict.change:.2g} that it gains"
+                return replace(verdict, keep=False, reason=reason)
+        self.elsewhere = now
         return verdict
+
+
+def _most_frequent(qconfig: QConfig) -> str:
+    return f"all {max(QDtype, key=lambda dtype: len(qconfig.names(dtype)))}"

@@ -102,10 +102,11 @@ class SummaryRow:
 
 def summary_table(rows: Sequence[SummaryRow], metric_name: str) -> str:
     """The final table: metric, drop, latency with its interval, int16 ratio."""
-    lines = [f"{'':<12}{metric_name:>10}{'drop':>10}{'latency ms':>13}{'interval':>17}{'int16 ratio':>14}"]
+    width = max(12, *(len(row.name) + 1 for row in rows))
+    lines = [f"{'':<{width}}{metric_name:>10}{'drop':>10}{'latency ms':>13}{'interval':>17}{'int16 ratio':>14}"]
     for row in rows:
         m = row.metrics
-        line = f"{row.name:<12}{m[f'accuracy/{metric_name}']:>10.4f}"
+        line = f"{row.name:<{width}}{m[f'accuracy/{metric_name}']:>10.4f}"
         if "cost/latency_ms" in m:
             interval = f"[{m['cost/latency_low_ms']:.2f}, {m['cost/latency_high_ms']:.2f}]"
             line += f"{m['accuracy/drop']:>+10.4f}{m['cost/latency_ms']:>13.3f}{interval:>17}"

@@ -17,6 +17,7 @@ from qflow.quant.train.qat import TrainingReport
 from qflow.trial.record import TrialResult
 
 SCORES = "scores.json"  # score of each evaluation sample: of a trial on its run, of the float model on the study's
+REPAIR = "repair.json"  # what the repair of a trial tried, kept and refused
 BUNDLE = "qconfig"  # the artifact folder that a registered model version points at: precisions and scales
 
 
@@ -58,8 +59,10 @@ def write_trial(
         from safetensors.torch import save_file  # imports torch, which would make --help slow
 
         save_file(result.weights, bundle / "weights.safetensors")
-        (folder / "training.json").write_text(to_json(result.training, indent=1))
+    if result.repair is not None:
+        (folder / REPAIR).write_text(to_json(result.repair, indent=1))
     if result.training is not None:
+        (folder / "training.json").write_text(to_json(result.training, indent=1))
         (folder / "training_steps.json").write_text(training_steps(result.training))
     if sensitivities is not None:
         write_rows(sensitivities.rows, folder / "sensitivity.json")

@@ -26,4 +26,5 @@ __all__ = [
     "stages",
     "start",
     "train_stage",
+    "unrepaired",
 ]

@@ -30,13 +30,14 @@ def make_evaluator(config: DictConfig) -> Evaluator:
     torch.backends.cuda.matmul.allow_tf32 = False  # TF32 ruins int16: 78 to 86 % of the outputs come out wrong
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
-    march = config.device.march
+    march, settings = config.device.march, trial_settings(config)
     return Evaluator(
         task=build_task(config),
         rules=DeviceRules(march=march, oe_version=config.device.oe_version, **plain(config.device.rules)),
         cost_model=cost_model(config),
         sensitivity_settings=sensitivity_settings(config),
-        default_calibration=trial_settings(config).calibration,
+        default_calibration=settings.calibration,
+        default_repair=settings.repair,
         eval_batch=config.task.batch_size,
         skip=tuple(config.quant.skip),
         fold_functional_norms=config.quant.fold_functional_norms,

@@ -35,7 +35,7 @@ from qflow.trial.evaluator import Evaluator
 from qflow.trial.record import RUN_METRICS
 
 LABEL = "by hand"
-VARIED = ("search.", "qconfig.", "calibration.", "qat.", "sensitivity.", "workflow", "study", "seed")
+VARIED = ("search.", "qconfig.", "calibration.", "qat.", "repair.", "sensitivity.", "workflow", "study", "seed")
 """Settings in which a trial by hand may differ from its study; in model, data, device and goal it must not."""
 
 OWN = ("from_run", "security.")
@@ -85,6 +85,7 @@ class ByHand:
             say(f"{evaluator.task.metric_name} {metric:.4f} on {evaluator.eval_samples} samples")
         settings = trial_settings(self.config).qconfig
         if settings.needs_ranking:
+            evaluator.repair()
             with console.stage("ranking") as say, console.bar("ranking", evaluator.quantizers, "rows") as bar:
                 say(f"{len(evaluator.rank(bar).rows)} rows: qconfig picks operators by their order")
         self.tracker.datasets = data_sets(evaluator)

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from qflow.bundle.files import DIGEST
-from qflow.config.settings import owner, plain
+from qflow.config.settings import owner, plain, trial_settings
 from qflow.core.dtype import QDtype
 from qflow.core.names import trial_name
 from qflow.search.objective import Goal, meets
@@ -31,6 +31,8 @@ def trial_params(config: DictConfig) -> dict[str, Any]:
     node["qconfig"]["modules"] = ", ".join(f"{name}: {spec}" for name, spec in plain(config.qconfig.modules).items())
     if config.qat.steps:
         node["qat"] = plain(config.qat)
+    if trial_settings(config).repair.steps:
+        node["repair"] = plain(config.repair)
     return {
         f"{group}.{key}": value
         for group, values in node.items()

@@ -17,6 +17,7 @@ from qflow.core.dtype import QDtype
 from qflow.core.qconfig import QConfig
 from qflow.core.record import digest
 from qflow.report.files import write_study
+from qflow.study.repair_stage import repair
 from qflow.study.session import Session
 from qflow.study.train_stage import leave_for_training
 from qflow.trial.diagnosis import Diagnosis
@@ -37,6 +38,7 @@ def begin(session: Session) -> None:
     with console.stage("check") as say:
         say(check(session))
     session.open()
+    repair(session)
     settings = evaluator.default_calibration
     with console.stage("calibrate") as say, console.bar("calibrate", settings.steps, "steps") as advance:
         stats = evaluator.calibrate(settings, advance)
@@ -118,7 +120,8 @@ def log_tables(session: Session, diagnosis: Diagnosis, tags: Mapping[str, str]) 
 
     evaluator = session.evaluator
     with tempfile.TemporaryDirectory() as folder:
-        write_analysis(diagnosis, Path(folder) / "analysis", f"{session.study.name}: all-int8 on its bad cases")
+        after = ", after the repair" if evaluator.weights.digest else ""
+        write_analysis(diagnosis, Path(folder) / "analysis", f"{session.study.name}: all-int8 on its bad cases{after}")
         check = checked(evaluator, *evaluator.template(QDtype.qint16), evaluator.default_calibration)
         write_study(Path(folder), evaluator.sensitivities, evaluator.badcases, check)
         session.tracker.log_study(session.study_run, folder=Path(folder), tags=tags)
@@ -133,16 +136,16 @@ def rank_again(session: Session, title: str, point: Mapping[str, Any]) -> Sensit
     evaluator = session.evaluator
     settings, usual = trial_settings(session.config, point), evaluator.default_calibration
     requested, applied = evaluator.resolve(settings.qconfig)
-    key = digest([applied.digest, settings.calibration])
+    key = digest([applied.digest, settings.calibration, settings.repair])
     if key in session.rankings:
         evaluator.badcases, evaluator.sensitivities = session.rankings[key]
         return evaluator.sensitivities
-    evaluator.default_calibration = settings.calibration  # that of the mix, which need not be the configured one
-    try:
-        cases, ranked = _ranked(session, title, applied)
-    finally:
-        evaluator.default_calibration = usual
-    with tempfile.TemporaryDirectory() as folder:
+    with evaluator.repaired(settings.repair, settings.calibration), tempfile.TemporaryDirectory() as folder:
+        evaluator.default_calibration = settings.calibration  # that of the mix, which need not be the configured one
+        try:
+            cases, ranked = _ranked(session, title, applied)
+        finally:
+            evaluator.default_calibration = usual
         place = Path(folder) / title.replace("/", "_")
         place.mkdir()
         write_study(place, ranked, cases, checked(evaluator, requested, applied, settings.calibration))

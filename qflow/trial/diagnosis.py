@@ -82,7 +82,9 @@ class Diagnosis:
         self.split_gain = split_gain(evaluator, self.qconfig({}))
         self.findings = calibrated + self.split_gain
         memory = evaluator.sensitivity_settings.memory_mb
-        self.layers = compare_layers(evaluator.task.model, evaluator.prepared, cases, memory_mb=memory, on_op=progress)
+        self.layers = compare_layers(
+            evaluator.weights.model, evaluator.prepared, cases, memory_mb=memory, on_op=progress
+        )
         return self.layers
 
     def rank(self, progress: Progress = silent) -> SensitivityTable:
@@ -149,7 +151,9 @@ class Diagnosis:
         if len(found) < len(rows):  # estimates are too rough to check what an advice changed
             exact = replace(evaluator.sensitivity_settings, method="exact")
             found = list(
-                sensitivity(evaluator.task.model, evaluator.prepared, evaluator.cases(), settings=exact, rows=rows).rows
+                sensitivity(
+                    evaluator.weights.model, evaluator.prepared, evaluator.cases(), settings=exact, rows=rows
+                ).rows
             )
         return {(r.op_name, r.sensitive_type): r for r in found}
 

@@ -1,4 +1,4 @@
-"""The evaluator: it runs one trial as a function of its settings, on the state that all trials share (shared.py).
+"""The evaluator: it runs one trial as a function of its settings, on the state that all trials share (analysed.py).
 
 A qconfig with scales that was evaluated before is not evaluated again.
 """
@@ -21,15 +21,16 @@ from qflow.quant.model.model_state import forward_state, stored_quantizers
 from qflow.quant.model.quantized_model import QuantizedModel, scales
 from qflow.tasks.identity import Identity, of_training
 from qflow.tasks.task import split_for
+from qflow.trial.analysed import AnalysedState
 from qflow.trial.findings import findings_of, require_all_ran
 from qflow.trial.frames import evaluate_from_start
 from qflow.trial.record import Evaluation, TrialResult
-from qflow.trial.shared import Progress, SharedState, silent
+from qflow.trial.shared import Progress, silent
 from qflow.trial.training import Training, float_weights, train_trial, training_key
 
 
 @dataclass
-class Evaluator(SharedState):
+class Evaluator(AnalysedState):
     """One task on one device, with the results of its trials."""
 
     training: Training | None = None
@@ -49,21 +50,25 @@ class Evaluator(SharedState):
         self._trainings: dict[str, Identity] = {}
 
     def run_trial(self, settings: TrialSettings, progress: Progress = silent) -> TrialResult:
-        """Resolve, calibrate and evaluate one trial and predict its cost. Equal (qconfig, calibration) run once."""
+        """Resolve, calibrate and evaluate one trial and predict its cost. Equal trials run once."""
         requested, applied = self.resolve(settings.qconfig)
         return self.run_qconfig(requested, applied, settings, progress)
 
     def run_qconfig(
         self, requested: QConfig, applied: QConfig, settings: TrialSettings, progress: Progress = silent
     ) -> TrialResult:
-        """Evaluate a qconfig that is already resolved, after QAT if `settings.qat.steps` is not 0."""
+        """Evaluate a qconfig that is already resolved, with repaired weights, after QAT if `settings` say so."""
+        with self.repaired(settings.repair, settings.calibration):
+            return self._run(requested, applied, settings, progress)
+
+    def _run(self, requested: QConfig, applied: QConfig, settings: TrialSettings, progress: Progress) -> TrialResult:
         calibration, qat, ran = settings.calibration, settings.qat, self.evaluations
         stats = self.calibrate(calibration)
         calibrated = apply_scales(self.prepared, stats, applied, calibration)
         # Only dtypes, scales and switches change numbers: settings that lead to the same ones are the same trial.
-        key = digest([applied.digest, forward_state(self.prepared), self.eval_batch])
+        key = digest(self.key(applied.digest, forward_state(self.prepared), self.eval_batch))
         if qat.steps:
-            training = training_key(self.prepared, self.training, qat, applied, calibration)
+            training = self.key(training_key(self.prepared, self.training, qat, applied, calibration))
             key = digest([key, self.least, qat.steps, training])
             if (known := self._trained.get(key)) is not None:
                 self.hits += 1
@@ -95,7 +100,8 @@ class Evaluator(SharedState):
             evaluated=self.evaluations > ran,
             scores=found.scores,
             training=report,
-            weights=float_weights(model) if qat.steps else None,
+            repair=self.weights.now.table if self.weights.now else None,
+            weights=float_weights(model) if qat.steps or self.weights.digest else None,
         )
         if qat.steps:
             self._trained[key] = result
@@ -144,4 +150,4 @@ class Evaluator(SharedState):
             for part in self._trainings[split].unidentified[:1]:
                 self.cache.say(f"{'training':<12} keeps no checkpoints: {part} cannot be recognised at the next start")
         found = self._trainings[split]
-        return None if found.unidentified else self.checkpoints / digest([self.identity.content, found.content])
+        return None if found.unidentified else self.checkpoints / digest(self.key(self.identity.content, found.content))

@@ -11,10 +11,10 @@ from qflow.core.settings import TrialSettings
 from qflow.quant.model.calibrate import apply_scales
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.trace.calling import batch_size, call_model, named_tensors
-from qflow.trial.shared import SharedState
+from qflow.trial.analysed import AnalysedState
 
 
-def outputs_off(state: SharedState, prepared: QuantizedModel | None = None) -> float:
+def outputs_off(state: AnalysedState, prepared: QuantizedModel | None = None) -> float:
     """Return the distance of the outputs under the present scales from float, merged over outputs and samples.
 
     It is measured in `sensitivity.metric`, as a row of the sensitivity table. The model is `prepared`, by default that
@@ -32,12 +32,13 @@ def outputs_off(state: SharedState, prepared: QuantizedModel | None = None) -> f
     return distances.result(0)[0]
 
 
-def outputs_off_under(state: SharedState, settings: TrialSettings) -> float:
+def outputs_off_under(state: AnalysedState, settings: TrialSettings) -> float:
     """Return `outputs_off` under the qconfig and the calibration of `settings`; infinity for outputs without one.
 
     It takes two forward passes over the bad cases, so calibration methods can be ordered without an evaluation.
     """
     calibration = settings.calibration
-    apply_scales(state.prepared, state.calibrate(calibration), state.resolve(settings.qconfig)[1], calibration)
-    found = outputs_off(state)
+    with state.repaired(settings.repair, calibration):
+        apply_scales(state.prepared, state.calibrate(calibration), state.resolve(settings.qconfig)[1], calibration)
+        found = outputs_off(state)
     return math.inf if math.isnan(found) else found

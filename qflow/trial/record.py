@@ -13,6 +13,7 @@ from qflow.core.record import digest
 from qflow.cost_model.records import CostReport
 from qflow.cost_model.table import COST_METRICS
 from qflow.quant.train.qat import TrainingReport
+from qflow.repair.contract import RepairTable
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,10 @@ class TrialResult:
     """Score of each evaluation sample, as in Evaluation."""
     training: TrainingReport | None = None
     """Report of QAT; None for a trial without training."""
+    repair: RepairTable | None = None
+    """What the repair tried; None for a trial without one."""
     weights: dict[str, Any] | None = None
-    """Trained tensors by the float model's own names."""
+    """Tensors by the float model's own names, if training or a repair has changed some."""
 
     @property
     def scales_digest(self) -> str:

@@ -1,28 +1,24 @@
-"""The state that all trials of a study share: float metric, traced model, statistics, bad cases, sensitivities, cost.
+"""The state that all trials of a study share: float metric, traced model, float weights, statistics, qconfigs, cost.
 
 Each part is computed once and cached by content; a cache hit gives the same numbers as a computation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from qflow.analysis.badcases.files import BadcaseInputs
-from qflow.analysis.measures.metrics import Custom
-from qflow.analysis.measures.tables import BadcaseTable, SensitivityTable
-from qflow.analysis.sensitivity.candidates import Candidate, candidates, finer
-from qflow.analysis.sensitivity.measure import sensitivity
+from qflow.analysis.measures.tables import SensitivityTable
 from qflow.core.device_rules import DeviceRules
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.graph import ModelGraph
 from qflow.core.qconfig import QConfig
-from qflow.core.record import digest
-from qflow.core.settings import CalibrationSettings, QConfigSettings, SensitivitySettings
+from qflow.core.repair_settings import RepairSettings
+from qflow.core.settings import CalibrationSettings, QConfigSettings
 from qflow.cost_model.latency import Pricer
 from qflow.cost_model.measured import measure
 from qflow.cost_model.model import CostModel
@@ -34,11 +30,11 @@ from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.tasks.identity import Identity, of_task, split_digest
 from qflow.tasks.loading import seeded
 from qflow.tasks.task import Task, batches, deploy_inputs, model_inputs, split_for
-from qflow.trial.badcases import BadcaseStage
 from qflow.trial.cache import Cache
-from qflow.trial.frames import beginning, chosen_frames, evaluate_from_start, steps_of
+from qflow.trial.frames import beginning, evaluate_from_start, steps_of
 from qflow.trial.precisions import Precisions
 from qflow.trial.record import Evaluation
+from qflow.trial.repaired import FloatWeights, Repaired, repaired
 
 Progress = Callable[[int], None]
 
@@ -54,8 +50,8 @@ class SharedState:
     task: Task
     rules: DeviceRules
     cost_model: CostModel | str  # a text says why the device has none; then nothing can be priced
-    sensitivity_settings: SensitivitySettings = field(default_factory=SensitivitySettings)
     default_calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    default_repair: RepairSettings = field(default_factory=RepairSettings)
     float_metric: float = float("nan")
     skip: tuple[str, ...] = ()
     """Modules or classes that stay in float."""
@@ -71,10 +67,6 @@ class SharedState:
     """Path of a measured report of this model at the deployed shape."""
     profile_dtype: QDtype = QDtype.qint8
     """Template of the qconfig that the report was measured with."""
-    own_metric: Custom | None = None
-    """The user's own metric, which chooses the bad cases."""
-    searches: Path | None = None
-    """Folder where long searches for bad cases save their state."""
     unmatched: tuple[str, ...] = ()
     """Layers of the report without an operator of the model, and operators without a layer."""
 
@@ -83,8 +75,8 @@ class SharedState:
         self._prepared: QuantizedModel | None = None
         self.example: Any = None  # the model inputs that the model is traced on
         self._deploy: ModelGraph | None = None
+        self._weights: FloatWeights | None = None
         self.sensitivities: SensitivityTable | None = None
-        self.badcases: BadcaseTable | None = None
         self.float_scores: tuple[float, ...] = ()
 
     def measure_float(self, progress: Progress = silent) -> float:
@@ -119,6 +111,7 @@ class SharedState:
         self.example = example = model_inputs(self.task, batch)
         task, fold = self.task, self.fold_functional_norms
         self._prepared = prepare(task.model, example, self.skip, fold, task.cached_attrs, self.split_shared)
+        self._weights = FloatWeights(task.model, self._prepared)
         way_out = f"Give the shape it is deployed at: task.deploy_shape is {self.task.deploy_shape}."
         self._deploy = graph_at(self._prepared, deploy_inputs(self.task, example), way_out)
         return self._prepared
@@ -140,6 +133,50 @@ class SharedState:
         assert self._deploy is not None
         return self._deploy
 
+    # ---- float weights
+
+    @property
+    def weights(self) -> FloatWeights:
+        """The float weights that the prepared model has at present."""
+        assert self.prepared is not None
+        assert self._weights is not None
+        return self._weights
+
+    def repair(self) -> Repaired:
+        """Give the prepared model the weights that `default_repair` gives, from now on; return what was done."""
+        found = self._repaired(self.default_repair, self.default_calibration)
+        self.weights.use(found)
+        return found
+
+    @contextmanager
+    def repaired(self, settings: RepairSettings, calibration: CalibrationSettings) -> Iterator[None]:
+        """Let the prepared model have the weights of another repair inside; it must be calibrated there."""
+        before = self.weights.now
+        self.weights.use(self._repaired(settings, calibration) if settings.steps else None)
+        try:
+            yield
+        finally:
+            self.weights.use(before)
+
+    def _repaired(self, settings: RepairSettings, calibration: CalibrationSettings) -> Repaired:
+        def tried() -> Repaired:
+            before = self.weights.now
+            self.weights.use(None)
+            try:
+                int8, int16 = self.template(QDtype.qint8)[1], self.template(QDtype.qint16)[1]
+                with seeded():
+                    return repaired(self.task, self.prepared, settings, calibration, int8, [int16])
+            finally:
+                self.weights.use(before)
+
+        return self.cache.get("repair", [settings, calibration.divisor, self.rules], tried, Repaired)
+
+    def key(self, *parts: Any) -> list[Any]:
+        """Return a key of the cache with the present float weights in it, if a repair has changed them."""
+        return [*parts, *([self.weights.digest] if self.weights.digest else [])]
+
+    # ---- calibration
+
     def calibrate(self, settings: CalibrationSettings, progress: Progress = silent) -> CalibrationStats:
         """Collect statistics of `steps` batches of `batch_size` in one pass, which serves all methods and dtypes.
 
@@ -156,7 +193,7 @@ class SharedState:
                 return collect(self.prepared, inputs, progress, settings.sampling, by_batch)
 
         by_batch = settings.averaging_constant is not None
-        key = [settings.batch_size, steps, settings.sampling, by_batch, self.augmented(settings)]
+        key = self.key(settings.batch_size, steps, settings.sampling, by_batch, self.augmented(settings))
         return self.cache.get("calibration", key, passed, CalibrationStats)
 
     def augmented(self, settings: CalibrationSettings) -> str:
@@ -177,33 +214,7 @@ class SharedState:
             for _ in batches(self.task, split, self.default_calibration.batch_size, limit=1):
                 pass
 
-    def find_badcases(
-        self, progress: Progress = silent, inputs: BadcaseInputs | None = None, applied: QConfig | None = None
-    ) -> BadcaseTable:
-        """Find the calibration samples on which the model under `applied` (default all int8) differs most from float.
-
-        `progress` counts steps; `inputs` keeps the model inputs of the chosen samples.
-        """
-        calibration, model = self.default_calibration, applied or self.template(QDtype.qint8)[1]
-        stage = self.badcase_stage
-        key = [model.digest, calibration, self.augmented(calibration), self.rules, *stage.key]
-        for part in stage.unidentified:
-            self.cache.leave_disk(part)
-
-        def searched() -> BadcaseTable:
-            self.apply(model)
-            state = stage.state(self.searches, lambda: self.identity, key, self.cache.say)
-            return stage.search(self.prepared, progress, inputs, state)
-
-        self.badcases = self.cache.get("badcases", key, searched, BadcaseTable)
-        if inputs is not None and not inputs.samples:  # the table came from the cache
-            stage.read(self.prepared, self.badcases, inputs)
-        return self.badcases
-
-    @property
-    def badcase_stage(self) -> BadcaseStage:
-        """The search for bad cases; its `steps` are what its progress counts."""
-        return BadcaseStage(self.task, self.sensitivity_settings, self.default_calibration.batch_size, self.own_metric)
+    # ---- qconfigs
 
     def all(self, dtype: QDtype) -> list[str]:
         """Call `apply` with every operator at `dtype`."""
@@ -213,55 +224,6 @@ class SharedState:
         """Set dtypes and scales of `applied` under the default calibration; return the findings of calibration."""
         calibration = self.default_calibration
         return apply_scales(self.prepared, self.calibrate(calibration), applied, calibration)
-
-    def cases(self) -> list[Any]:
-        """Return the model inputs of the bad cases as one batch; with state, each as a frame with the state before."""
-        worst = (self.badcases or self.find_badcases()).chosen
-        if (cached := self.prepared.cached) is not None:
-            return [*chosen_frames(self.task, cached, list(worst))]
-        return [model_inputs(self.task, b) for b, _ in batches(self.task, "calibration", len(worst), indices=worst)]
-
-    @property
-    def quantizers(self) -> int:
-        """Number of rows of a sensitivity table at int8: outputs, values inside them, weights."""
-        inner = sum(len(n.inner) for n in self.graph.quantized if self.template(QDtype.qint8)[1].ops[n.name].inner)
-        return self.graph.n_operators - len(self.graph.high_precision) + inner + len(self.graph.weighted)
-
-    def rank(self, progress: Progress = silent, applied: QConfig | None = None) -> SensitivityTable:
-        """Measure the sensitivity of every quantizer at each of `sensitivity.dtypes`; `progress` counts rows.
-
-        With `applied`, each quantizer has a row at its own dtype and one at each of these dtypes that is finer.
-        """
-        settings, badcases = self.sensitivity_settings, self.badcases or self.find_badcases(applied=applied)
-
-        def ranked() -> SensitivityTable:
-            rows, cases = self._candidates(applied), self.cases()
-            return sensitivity(self.task.model, self.prepared, cases, settings=settings, rows=rows, on_row=progress)
-
-        calibration, model = self.default_calibration, applied.digest if applied else "templates"
-        key = [model, calibration, self.augmented(calibration), settings, list(badcases.chosen), self.rules]
-        self.sensitivities = self.cache.get("sensitivity", key, ranked, SensitivityTable)
-        return self.sensitivities
-
-    def _candidates(self, applied: QConfig | None) -> list[Candidate]:
-        """Return the rows of a ranking, and leave the model with the qconfig that they belong to."""
-        base = applied or self.template(QDtype.qint8)[1]
-        self.apply(base)
-        rows = own = candidates(self.prepared) if applied else []
-        for dtype in (QDtype.parse(name, "sensitivity.dtypes") for name in self.sensitivity_settings.dtypes):
-            self.all(QDtype.qint8 if dtype == QDtype.float16 else dtype)
-            rows = rows + finer(candidates(self.prepared, dtype), own, rows)
-        self.apply(base)
-        return rows
-
-    @property
-    def analysis_key(self) -> str:
-        """Digest of all that bad cases, layers, sensitivities and advice depend on; empty if a part has no digest."""
-        calibration = self.default_calibration
-        settings = [calibration, self.augmented(calibration), self.sensitivity_settings, self.rules]
-        return "" if self.identity.unidentified else digest([self.identity.content, settings])
-
-    # ---- qconfigs
 
     @property
     def precisions(self) -> Precisions:

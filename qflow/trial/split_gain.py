@@ -11,11 +11,11 @@ from qflow.quant.model.calibrate import apply_scales
 from qflow.quant.model.prepare import prepare
 from qflow.quant.model.shared_modules import AUTO, SETTING
 from qflow.tasks.task import batches, model_inputs
+from qflow.trial.analysed import AnalysedState
 from qflow.trial.outputs import outputs_off
-from qflow.trial.shared import SharedState
 
 
-def split_gain(state: SharedState, applied: QConfig) -> tuple[Finding, ...]:
+def split_gain(state: AnalysedState, applied: QConfig) -> tuple[Finding, ...]:
     """Compare the outputs' distance to float on the bad cases with that of a copy whose unlike calls are split.
 
     The copy has the dtypes of `applied`, which `state.prepared` holds with its scales; its own scales come from the
@@ -30,7 +30,7 @@ def split_gain(state: SharedState, applied: QConfig) -> tuple[Finding, ...]:
     task, fold = state.task, state.fold_functional_norms
     batch, _ = next(batches(task, "calibration", 4, limit=1))
     split = (*state.split_shared, *shared)
-    apart = prepare(task.model, model_inputs(task, batch), state.skip, fold, task.cached_attrs, split)
+    apart = prepare(state.weights.model, model_inputs(task, batch), state.skip, fold, task.cached_attrs, split)
     owners = {node.quantizer: node.name for node in prepared.graph.quantized}
     known = prepared.graph.by_name
     ops = {node.name: applied.ops[owners[known[node.name].quantizer]] for node in apart.graph.quantized}

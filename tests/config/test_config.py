@@ -53,7 +53,7 @@ REFUSED = {
     "search of an unknown key": ([BASE, "calibration.methd=choice(a,b)"], "got calibration.methd"),
     "search of what is not a trial's": (
         [BASE, "seed=choice(1,2)"],
-        "varies keys of calibration, qconfig or qat, but got seed",
+        "varies keys of calibration, qconfig, qat or repair, but got seed",
     ),
     "a range in braces without quotes": (
         [BASE, "search.space={qconfig.int16_ratio: choice(0.1,0.3)}"],

@@ -1,0 +1,36 @@
+"""The settings of a repair: the steps that are tried on the float weights, and the samples that they read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from qflow.core.errors import ConfigError
+
+FEWEST = 4  # one of them is held out
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairSettings:
+    """One switch for each step (repair/steps.py), none by default. A repair does not depend on the rest of a trial."""
+
+    equalize: bool = False
+    """Factors between layers that leave the float function as it is."""
+    rounding: bool = False
+    """Codes of int8 weights that keep the outputs of their operators, instead of the nearest ones."""
+    bias: bool = False
+    """Biases that take back the shift of the mean by quantization."""
+    samples: int = 256
+    """Calibration samples that a repair reads; one in four decides and is not seen by the steps."""
+    batch_size: int = 16
+    """Samples in a batch of them."""
+
+    def __post_init__(self) -> None:
+        if self.samples < FEWEST:
+            raise ConfigError(f"repair.samples is {FEWEST} or more, but got {self.samples}.")
+        if self.batch_size < 1:
+            raise ConfigError(f"repair.batch_size is 1 or more, but got {self.batch_size}.")
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The names of the steps that are switched on."""
+        return tuple(f.name for f in fields(self) if getattr(self, f.name) is True)

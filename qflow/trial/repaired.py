@@ -1,0 +1,115 @@
+"""The float weights of trials: those of the user's model, or repaired ones, which are computed once for all trials.
+
+A repair is a function of its settings, the model, the first calibration samples and the grid of the device. It does not
+depend on the qconfig or the calibration of a trial: all operators are at int8, with scales of least squared error. So
+trials that differ in these share it, and a trial can be rebuilt from its own configuration.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from qflow.core.errors import ConfigError, DataError
+from qflow.core.qconfig import QConfig
+from qflow.core.repair_settings import RepairSettings
+from qflow.core.settings import CalibrationSettings
+from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.repair.contract import RepairTable
+from qflow.repair.run import repair
+from qflow.repair.steps import steps_of
+from qflow.tasks.content_digest import bytes_of
+from qflow.tasks.task import Task, batches, model_inputs
+
+DIGEST_CHARS = 16
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What a repair gave: the tensors that it changed, and the table of what was tried."""
+
+    weights: Mapping[str, Tensor]
+    """Changed parameters and buffers by the float model's own names, on the CPU."""
+    table: RepairTable
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the changed tensors; empty if nothing was changed."""
+        sha = hashlib.sha256()
+        for name, tensor in sorted(self.weights.items()):
+            sha.update(name.encode())
+            sha.update(bytes_of(tensor))
+        return sha.hexdigest()[:DIGEST_CHARS] if self.weights else ""
+
+
+def repaired(
+    task: Task,
+    prepared: QuantizedModel,
+    settings: RepairSettings,
+    calibration: CalibrationSettings,
+    qconfig: QConfig,
+    also: Sequence[QConfig],
+) -> Repaired:
+    """Repair a copy of `prepared`, which has the user's weights, at `qconfig`; see `repair` for `also`.
+
+    Only the divisor of `calibration` is used, because the grid of the weights depends on it. A model or data that no
+    repair takes give a table that says so.
+    """
+    steps = settings.steps
+    grid = CalibrationSettings(divisor=calibration.divisor, batch_size=settings.batch_size)
+    try:
+        first = range(0 if task.cached_attrs else min(settings.samples, len(task.data.calibration)))
+        stream = batches(task, "calibration", settings.batch_size, indices=first)
+        given = [(model_inputs(task, batch), size) for batch, size in stream]
+        model, _, table = repair(prepared, given, qconfig, grid, steps_of(steps), also)
+    except (ConfigError, DataError) as error:
+        return Repaired({}, RepairTable.refused(steps, str(error)))
+    before, after = prepared.float_state_dict(), model.float_state_dict()
+    return Repaired({name: t.detach().cpu().clone() for name, t in after.items() if not _equal(t, before[name])}, table)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return not isinstance(one, Tensor) or bool((one == other).all())
+
+
+class FloatWeights:
+    """The float weights that a prepared model has at present: the user's own, or repaired ones."""
+
+    def __init__(self, model: nn.Module, prepared: QuantizedModel) -> None:
+        self._user, self._prepared = model, prepared
+        self._now: Repaired | None = None
+        self._model: tuple[str, nn.Module] = ("", model)
+
+    @property
+    def digest(self) -> str:
+        """Digest of what a repair has changed in the present weights; empty for the user's own."""
+        return self._now.digest if self._now else ""
+
+    @property
+    def now(self) -> Repaired | None:
+        """The repair whose weights the prepared model has; None for the user's own."""
+        return self._now
+
+    def use(self, found: Repaired | None) -> None:
+        """Give the prepared model these weights. If they are others, it must be calibrated again."""
+        if (found.digest if found else "") != self.digest:
+            self._prepared.load_float_state_dict({**self._user.state_dict(), **(found.weights if found else {})})
+        self._now = found
+
+    @property
+    def model(self) -> nn.Module:
+        """The float model with the present weights; the user's own model if they are its own."""
+        if not self.digest:
+            return self._user
+        if self._model[0] != self.digest:
+            model = copy.deepcopy(self._user)
+            assert self._now is not None
+            model.load_state_dict({**self._user.state_dict(), **self._now.weights})
+            self._model = (self.digest, model)
+        return self._model[1]
