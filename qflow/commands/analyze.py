@@ -75,6 +75,9 @@ def diagnose(config: DictConfig, stages: list[str]) -> dict[str, Any]:
     evaluator.check_data()
     console = Console()
     evaluator.searches, evaluator.cache.say = root / "cache" / "searches", console.say
+    if evaluator.default_repair.steps:
+        with console.stage("repair") as say:
+            say(evaluator.repair().table.view().title)
     if settings.needs_ranking:
         with console.stage("ranking") as say, console.bar("ranking", evaluator.quantizers, "rows") as advance:
             rows = evaluator.rank(advance).rows

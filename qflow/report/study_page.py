@@ -25,6 +25,7 @@ from qflow.report.page import (
     paragraph,
     table,
 )
+from qflow.report.repair_part import repair_part
 from qflow.report.study_record import Mix, StudyRecord
 from qflow.report.words import cause_words, is_followed, label_words, rule_words
 from qflow.search.health import FINE, LOOK, health
@@ -63,6 +64,7 @@ def study_page(record: StudyRecord) -> str:
         Section("Importance of the parameters", _importances(record)),
         Section("The network", _network(record)),
         Section("What is not int8, and why", _raised(record)),
+        *([Section("Repair", repair_part(record.repair))] if record.repair else []),
         Section("Cost", _cost(record)),
         *([Section("Training", _training(record))] if record.training else []),
         Section("What to do next", _advice(record)),

@@ -9,6 +9,7 @@ from pathlib import Path
 from qflow.analysis.measures.tables import CheckRow, Finding
 from qflow.core.graph import ModelGraph
 from qflow.core.qconfig import QConfig
+from qflow.repair.contract import RepairTable
 from qflow.report.analysis_page import Analysis
 from qflow.search.health import Searched
 from qflow.search.outcome import FinishedTrial
@@ -58,6 +59,8 @@ class StudyRecord:
     check: tuple[Sequence[CheckRow], Sequence[Finding]] | None = None
     """Rows of the model check of the shown trial, and the findings of the study's model."""
     training: Training | None = None
+    repair: RepairTable | None = None
+    """What the repair of the float weights tried."""
 
     def run_address(self, trial: FinishedTrial) -> str:
         """Address of a trial's run; "" without one that a browser may open."""

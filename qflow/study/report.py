@@ -20,7 +20,9 @@ from qflow.core.graph import ModelGraph
 from qflow.core.qconfig import QConfig
 from qflow.core.record import from_dict
 from qflow.core.store import write_whole
+from qflow.repair.contract import RepairTable
 from qflow.report.analysis_page import Analysis
+from qflow.report.files import REPAIR
 from qflow.report.study_page import study_page
 from qflow.report.study_record import Mix, StudyRecord, Training
 from qflow.search.domain import Space
@@ -107,6 +109,7 @@ def load_record(tracker: MlflowTracker, study: str, run: str, folder: Path) -> S
         badcases=files.fetch(run, "analysis/badcases.png"),
         check=None if rows is None else (rows, files.table(run, "findings.json", Finding) or ()),
         training=_training(files, shown, searched.trials),
+        repair=files.record(run, REPAIR, RepairTable),
     )
 
 
