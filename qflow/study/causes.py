@@ -65,7 +65,8 @@ def _weights(evaluator: Evaluator, high: list[SensitivityRow], at8: SensitivityT
         if worst is not None and stands_out(worst, largest, at8.samples) and not evaluator.rules.dual(node):
             dual.append(f"{row.op_name} (weight {row.score:.3g}, its input {worst.op_name} {worst.score:.3g} at int8)")
     if dual:
-        return f"dual int16 suspected on {', '.join(dual[:TOP])}"
+        remedy = "" if evaluator.default_repair.steps else "; a repair equalizes such layers (repair=basic)"
+        return f"dual int16 suspected on {', '.join(dual[:TOP])}{remedy}"
     unknown = "" if inputs8 else "; whether their inputs need int16 too is not known: sensitivity.dtypes has no qint8"
     return f"int8 weights are too coarse: {_named(weights)}{unknown}"
 

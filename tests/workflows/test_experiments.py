@@ -74,7 +74,14 @@ def test_a_mix_is_searched_on_the_real_task(tmp_path):
 
 
 def test_evaluations_are_a_budget_and_what_was_evaluated_before_is_free(tmp_path):
-    arguments = ["+experiment=int8", "task=dual", "+debug=tiny", "search.n_trials=30", "search.max_evaluations=3"]
+    arguments = [
+        "+experiment=int8",
+        "task=dual",
+        "repair=none",
+        "+debug=tiny",
+        "search.n_trials=30",
+        "search.max_evaluations=3",
+    ]
     done = tune(*arguments, cwd=tmp_path)
     assert done.returncode == 1
     assert "3 evaluations are run (search.max_evaluations)" in done.stdout
@@ -107,7 +114,7 @@ def test_where_int16_misses_the_tree_goes_to_fp16_and_keeps_it(tmp_path):
 
 def test_where_no_mix_is_enough_training_is_and_gives_int16_back(tmp_path):
     done = tune(
-        "+experiment=full", "task=dual", "qat=dual", "qat.apply=after_search", "qat.steps=60",
+        "+experiment=full", "task=dual", "repair=none", "qat=dual", "qat.apply=after_search", "qat.steps=60",
         "search.rates=[1.0,1e-5]", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
@@ -137,7 +144,8 @@ def test_a_spent_budget_ends_the_tree_with_what_is_known(tmp_path):
 
 def test_what_training_reached_is_not_taken_for_fp16_at_the_next_start(tmp_path):
     arguments = [
-        "+experiment=int16_fp16", "task=dual", "+debug=tiny", "qat=dual", "qat.apply=after_search", "qat.steps=60",
+        "+experiment=int16_fp16", "task=dual", "repair=none",
+        "+debug=tiny", "qat=dual", "qat.apply=after_search", "qat.steps=60",
         "search.n_trials=30", "search.rates=[1e-5]",
     ]  # fmt: skip
     first, second = (tune(*arguments, cwd=tmp_path) for _ in range(2))
@@ -150,7 +158,8 @@ def test_what_training_reached_is_not_taken_for_fp16_at_the_next_start(tmp_path)
 def test_the_best_training_gives_back_however_long_it_was(tmp_path):
     """The probe is as long as the training, which may end worse than where it was half way."""
     done = tune(
-        "+experiment=full", "task=dual", "qat=dual", "qat.apply=after_search", "qat.steps=20", "search.probe_share=1",
+        "+experiment=full", "task=dual", "repair=none",
+        "qat=dual", "qat.apply=after_search", "qat.steps=20", "search.probe_share=1",
         "search.rates=[1e-5]", "objective.max_drop=0.0125", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode in (0, 1), done.stdout + done.stderr
@@ -161,7 +170,8 @@ def test_the_best_training_gives_back_however_long_it_was(tmp_path):
 
 def test_all_int8_stays_int8_and_leaves_trials_for_training(tmp_path):
     done = tune(
-        "+experiment=int8", "task=dual", "+debug=tiny", "qconfig.error_share=interval(0,1)", "search.n_trials=10",
+        "+experiment=int8", "task=dual", "repair=none",
+        "+debug=tiny", "qconfig.error_share=interval(0,1)", "search.n_trials=10",
         "qat=dual", "qat.apply=after_search", "qat.steps=4", cwd=tmp_path,
     )  # fmt: skip
     lines = re.findall(r"^trial .*", done.stdout, re.MULTILINE)
@@ -220,7 +230,8 @@ def test_where_nothing_meets_ending_early_changes_neither_the_start_of_training_
     for early in ("false", "true"):
         (tmp_path / early).mkdir()
         done = tune(
-            "+experiment=int8_int16", "task=dual", "+debug=tiny", "search=ratio", "objective.max_drop=0.045",
+            "+experiment=int8_int16", "task=dual", "repair=none",
+            "+debug=tiny", "search=ratio", "objective.max_drop=0.045",
             "objective.max_int16_mac_share=0.9", "qat=dual", "qat.apply=after_search", "qat.steps=4",
             "search.rates=[1e-4]", "task.batch_size=32", "calibration.method=mse", "search.n_trials=20",
             f"search.early_stop={early}", cwd=tmp_path / early,
@@ -232,7 +243,7 @@ def test_where_nothing_meets_ending_early_changes_neither_the_start_of_training_
 
 def test_no_training_where_a_budget_is_what_is_missed(tmp_path):
     done = tune(
-        "+experiment=int8_int16", "task=dual", "+debug=tiny", "objective.max_drop=0.045",
+        "+experiment=int8_int16", "task=dual", "repair=none", "+debug=tiny", "objective.max_drop=0.045",
         "objective.max_traffic_mb=0.001", "device.cost.onchip_mb=4", "qat=dual", "qat.apply=after_search",
         cwd=tmp_path,
     )  # fmt: skip
@@ -243,7 +254,8 @@ def test_no_training_where_a_budget_is_what_is_missed(tmp_path):
 
 def test_a_mix_of_an_error_share_is_demoted(tmp_path):
     done = tune(
-        "+experiment=int8_int16", "task=dual", "+debug=tiny", "search=error_share", "objective.max_drop=0.045",
+        "+experiment=int8_int16", "task=dual", "repair=none",
+        "+debug=tiny", "search=error_share", "objective.max_drop=0.045",
         "objective.max_int16_mac_share=0.9", "search.enqueue=[{qconfig.error_share: 0.3}]", "search.n_trials=32",
         "qat=dual", "qat.apply=after_search", "qat.steps=60", "search.rates=[1e-4]", "calibration.method=mse",
         cwd=tmp_path,
@@ -265,14 +277,15 @@ def test_a_metric_that_nothing_identifies_stays_in_memory_and_is_still_analysed(
 
 MISTAKES = {
     "training in the search and after it": (
-        ["+experiment=int8_int16", "task=dual", "qat=dual", "search=qat", "qat.apply=after_search"],
+        ["+experiment=int8_int16", "task=dual", "repair=none", "qat=dual", "search=qat", "qat.apply=after_search"],
         "search.space.qat.learning_rate=null",
     ),
     "fp16 by errors that are not measured": (
         ["+experiment=int16_fp16", "task=exposure", "sensitivity.dtypes=[qint8,qint16]"], "without float16",
     ),
     "a ratio that is searched beside an assignment": (
-        ["+experiment=int8_int16", "task=dual", "qconfig.assignment=66666"], "search.space.qconfig.int16_ratio=null",
+        ["+experiment=int8_int16", "task=dual", "repair=none",
+         "qconfig.assignment=66666"], "search.space.qconfig.int16_ratio=null",
     ),
 }  # fmt: skip
 

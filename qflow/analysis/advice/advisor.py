@@ -170,7 +170,8 @@ class _Maker:
             alone = self.weight(node, weight, gain * weight.score / (activation.score + weight.score))
             return replace(alone, text=f"{alone.text}; its output is sensitive too, but stays int8: {output}")
         if reason:
-            text += "the device has no dual int16 here; in the float model, clip or regularize the weight"
+            text += "the device has no dual int16 here; equalize the layer with its neighbours (repair=basic), or clip "
+            text += "or regularize the weight in the float model"
         return self.made(
             node.name,
             "dual int16",
