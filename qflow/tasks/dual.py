@@ -1,9 +1,10 @@
-"""Digits with channels of unequal size: no mix of int8, int16 and fp16 reaches the float accuracy, a short QAT does.
+"""Digits with channels of unequal size: no mix of int8, int16 and fp16 reaches the float accuracy without a repair.
 
 The network computes the same function as the digits network, but every fourth channel of its first two convolutions is
 256 times as large, and the layers that read it have weights 256 times as small for it. int8 activations lose the other
 channels, int8 weights lose these. Activations and weights would have to be int16 at once ("dual int16"), which Journey
-6M does not support. QAT trains the weights that int8 rounded away, at a learning rate that fits such small weights.
+6M does not support. Equalization takes the factor back (docs/repair.md). QAT trains the weights that int8 rounded away,
+at a learning rate that fits such small weights.
 """
 
 from __future__ import annotations

@@ -15,10 +15,11 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from qflow.core.errors import ConfigError, DataError
 from qflow.core.qconfig import QConfig
-from qflow.core.repair_settings import RepairSettings
+from qflow.core.repair_settings import FEWEST, RepairSettings
 from qflow.core.settings import CalibrationSettings
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.repair.contract import RepairTable
@@ -28,6 +29,8 @@ from qflow.tasks.content_digest import bytes_of
 from qflow.tasks.task import Task, batches, model_inputs
 
 DIGEST_CHARS = 16
+MEMORY = 2 << 30
+"""Bytes of model inputs that a repair holds; with larger samples it reads fewer."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,26 @@ def repaired(
     steps = settings.steps
     grid = CalibrationSettings(divisor=calibration.divisor, batch_size=settings.batch_size)
     try:
-        first = range(0 if task.cached_attrs else min(settings.samples, len(task.data.calibration)))
-        stream = batches(task, "calibration", settings.batch_size, indices=first)
-        given = [(model_inputs(task, batch), size) for batch, size in stream]
+        given = [] if task.cached_attrs else _first_samples(task, settings)
         model, _, table = repair(prepared, given, qconfig, grid, steps_of(steps), also)
     except (ConfigError, DataError) as error:
         return Repaired({}, RepairTable.refused(steps, str(error)))
     before, after = prepared.float_state_dict(), model.float_state_dict()
     return Repaired({name: t.detach().cpu().clone() for name, t in after.items() if not _equal(t, before[name])}, table)
+
+
+def _first_samples(task: Task, settings: RepairSettings) -> list[tuple[Any, int]]:
+    """Return the model inputs of the first calibration samples, as many as `settings` ask for or `MEMORY` holds."""
+    first = range(min(settings.samples, len(task.data.calibration)))
+    found: list[tuple[Any, int]] = []
+    held = 0
+    for batch, size in batches(task, "calibration", settings.batch_size, indices=first):
+        inputs = model_inputs(task, batch)
+        held += sum(t.numel() * t.element_size() for t in tree_leaves(inputs) if isinstance(t, Tensor))
+        if held > MEMORY and sum(count for _, count in found) >= FEWEST:
+            break
+        found.append((inputs, size))
+    return found
 
 
 def _equal(one: Any, other: Any) -> bool:
