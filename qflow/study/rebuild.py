@@ -76,7 +76,8 @@ def rebuild(
     try:
         found = differing_parts(manifest(evaluator), trial.manifest)
         evaluator.measure_float()
-        requested, applied = evaluator.resolve(settings.qconfig)
+        with evaluator.repaired(settings.repair, settings.calibration):
+            requested, applied = evaluator.resolve(settings.qconfig)
         for name, ours, stored in (("requested", requested, trial.requested), ("applied", applied, trial.qconfig)):
             if ours.digest != stored.digest:
                 names = ", ".join(list(ours.diff(stored))[:3])

@@ -135,7 +135,8 @@ def rank_again(session: Session, title: str, point: Mapping[str, Any]) -> Sensit
     """
     evaluator = session.evaluator
     settings, usual = trial_settings(session.config, point), evaluator.default_calibration
-    requested, applied = evaluator.resolve(settings.qconfig)
+    with evaluator.repaired(settings.repair, settings.calibration):
+        requested, applied = evaluator.resolve(settings.qconfig)
     key = digest([applied.digest, settings.calibration, settings.repair])
     if key in session.rankings:
         evaluator.badcases, evaluator.sensitivities = session.rankings[key]

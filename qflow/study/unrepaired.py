@@ -26,7 +26,7 @@ def better_without(session: Session, int8: FinishedTrial) -> FinishedTrial:
     it is given up, and the analysis is made again. Nothing is measured if nothing was repaired.
     """
     evaluator = session.evaluator
-    if not evaluator.weights.digest:
+    if evaluator.weights.now is None or not evaluator.weights.now.changed:
         return int8
     off = {f"repair.{step}": False for step in evaluator.default_repair.steps}
     try:

@@ -51,8 +51,9 @@ class Evaluator(AnalysedState):
 
     def run_trial(self, settings: TrialSettings, progress: Progress = silent) -> TrialResult:
         """Resolve, calibrate and evaluate one trial and predict its cost. Equal trials run once."""
-        requested, applied = self.resolve(settings.qconfig)
-        return self.run_qconfig(requested, applied, settings, progress)
+        with self.repaired(settings.repair, settings.calibration):
+            requested, applied = self.resolve(settings.qconfig)
+            return self.run_qconfig(requested, applied, settings, progress)
 
     def run_qconfig(
         self, requested: QConfig, applied: QConfig, settings: TrialSettings, progress: Progress = silent

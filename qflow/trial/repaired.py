@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, DataError
 from qflow.core.qconfig import QConfig
 from qflow.core.repair_settings import FEWEST, RepairSettings
@@ -40,6 +41,8 @@ class Repaired:
     weights: Mapping[str, Tensor]
     """Changed parameters and buffers by the float model's own names, on the CPU."""
     table: RepairTable
+    observers: Mapping[str, str] = field(default_factory=dict)
+    """Operator -> calibration method of its int8 output, where it is not that of the trial."""
 
     @cached_property
     def digest(self) -> str:
@@ -49,6 +52,21 @@ class Repaired:
             sha.update(name.encode())
             sha.update(bytes_of(tensor))
         return sha.hexdigest()[:DIGEST_CHARS] if self.weights else ""
+
+    @property
+    def changed(self) -> bool:
+        """Whether the repair changed anything."""
+        return bool(self.weights or self.observers)
+
+    def observed(self, qconfig: QConfig) -> QConfig:
+        """Return `qconfig` with the methods that the repair chose, for int8 outputs whose scale nothing else decides."""
+        chosen = {name: qconfig.ops[name] for name in self.observers if name in qconfig.ops}
+        free = {
+            name: replace(op, observer=self.observers[name], rule=f"{op.rule}; repair: {self.observers[name]}")
+            for name, op in chosen.items()
+            if op.output == QDtype.qint8 and op.observer is None and op.pinned_scale() is None
+        }
+        return qconfig.with_ops(free) if free else qconfig
 
 
 def repaired(
@@ -68,11 +86,16 @@ def repaired(
     grid = CalibrationSettings(divisor=calibration.divisor, batch_size=settings.batch_size)
     try:
         given = [] if task.cached_attrs else _first_samples(task, settings)
-        model, _, table = repair(prepared, given, qconfig, grid, steps_of(steps), also)
+        model, context, table = repair(prepared, given, qconfig, grid, steps_of(steps), also)
     except (ConfigError, DataError) as error:
         return Repaired({}, RepairTable.refused(steps, str(error)))
     before, after = prepared.float_state_dict(), model.float_state_dict()
-    return Repaired({name: t.detach().cpu().clone() for name, t in after.items() if not _equal(t, before[name])}, table)
+    weights = {name: t.detach().cpu().clone() for name, t in after.items() if not _equal(t, before[name])}
+    ops = context.qconfig.ops
+    methods = {
+        name: op.observer for name, op in ops.items() if op.observer and op.observer != qconfig.ops[name].observer
+    }
+    return Repaired(weights, table, methods)
 
 
 def _first_samples(task: Task, settings: RepairSettings) -> list[tuple[Any, int]]:

@@ -234,7 +234,7 @@ class SharedState:
 
     def template(self, dtype: QDtype) -> tuple[QConfig, QConfig]:
         """Return (requested, applied) with every operator at `dtype`."""
-        return self.precisions.template(dtype)
+        return self._observed(*self.precisions.template(dtype))
 
     @property
     def scores(self) -> dict[str, float]:
@@ -242,8 +242,15 @@ class SharedState:
         return self.precisions.scores
 
     def resolve(self, settings: QConfigSettings) -> tuple[QConfig, QConfig]:
-        """Return the (requested, applied) qconfig of a trial. A ratio between 0 and 1 needs sensitivities."""
-        return self.precisions.resolve(settings)
+        """Return the (requested, applied) qconfig of a trial. A ratio between 0 and 1 needs sensitivities.
+
+        Calibration methods that the present repair has chosen for single operators are in it.
+        """
+        return self._observed(*self.precisions.resolve(settings))
+
+    def _observed(self, requested: QConfig, applied: QConfig) -> tuple[QConfig, QConfig]:
+        now = self._weights.now if self._weights else None
+        return (now.observed(requested), now.observed(applied)) if now else (requested, applied)
 
     def cost(self, qconfig: QConfig) -> CostReport:
         """Predict the cost at the deployed shape."""
