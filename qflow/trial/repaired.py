@@ -59,7 +59,7 @@ class Repaired:
         return bool(self.weights or self.observers)
 
     def observed(self, qconfig: QConfig) -> QConfig:
-        """Return `qconfig` with the methods that the repair chose, for int8 outputs whose scale nothing else decides."""
+        """Return `qconfig` with the chosen methods, for int8 outputs whose scale nothing else decides."""
         chosen = {name: qconfig.ops[name] for name in self.observers if name in qconfig.ops}
         free = {
             name: replace(op, observer=self.observers[name], rule=f"{op.rule}; repair: {self.observers[name]}")
@@ -91,10 +91,8 @@ def repaired(
         return Repaired({}, RepairTable.refused(steps, str(error)))
     before, after = prepared.float_state_dict(), model.float_state_dict()
     weights = {name: t.detach().cpu().clone() for name, t in after.items() if not _equal(t, before[name])}
-    ops = context.qconfig.ops
-    methods = {
-        name: op.observer for name, op in ops.items() if op.observer and op.observer != qconfig.ops[name].observer
-    }
+    present, chosen = ({name: op.observer for name, op in q.ops.items()} for q in (qconfig, context.qconfig))
+    methods = {name: method for name, method in chosen.items() if method and method != present[name]}
     return Repaired(weights, table, methods)
 
 
