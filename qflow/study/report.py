@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from qflow.analysis.measures.advice import Advice
 from qflow.analysis.measures.tables import BadcaseTable, CheckRow, Finding, LayerTable, SensitivityTable
 from qflow.config.quoting import assignment
-from qflow.config.settings import plain
+from qflow.config.settings import plain, trial_settings
 from qflow.core.graph import ModelGraph
 from qflow.core.qconfig import QConfig
 from qflow.core.record import from_dict
@@ -220,6 +220,7 @@ def asked(config: DictConfig, goal: Goal, params: Mapping[str, str], searched: S
         ),
         ("at most", ", ".join(most)),
         *([("searched", keys)] if keys else []),
+        ("repair", ", ".join(trial_settings(config).repair.steps) or "none"),
         ("training", qat),
     ]
 
