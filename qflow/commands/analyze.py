@@ -207,7 +207,7 @@ def debug_qat(config: DictConfig) -> tuple[int, dict[str, Any]]:
     found = qat_debug(
         task.model,
         evaluator.prepared,
-        lambda: TrainBatches(task, settings.qat),
+        lambda: TrainBatches(task, settings.qat, training.loss is not None),
         training.loss,
         lambda groups: training.optimizer(groups, lr=settings.qat.learning_rate),
         metric,

@@ -60,7 +60,9 @@ def build_model(config: DictConfig) -> Any:
 
 
 def build_training(config: DictConfig) -> Training | None:
-    """Return loss, optimizer and scheduler of `qat`; None without a loss. Raises ConfigError for a failing `_target_`.
+    """Return loss, optimizer and scheduler of `qat`; None without a loss and a teacher.
+
+    Raises ConfigError for a failing `_target_`.
 
     A loss function is called with (outputs, batch); a loss class is instantiated first. Optimizer and scheduler are
     made later, with the parameters and the optimizer as arguments.
@@ -70,13 +72,15 @@ def build_training(config: DictConfig) -> Training | None:
     from qflow.trial.training import Training
 
     node = plain(config.qat)
-    if not node["loss"].get("_target_"):
+    loss = None
+    if node["loss"].get("_target_"):
+        try:
+            found = get_object(node["loss"]["_target_"])
+        except (HydraException, ImportError, ValueError) as error:
+            raise ConfigError(f"qat.loss._target_ must import, but got: {' '.join(str(error).split())}") from error
+        loss = _call(node["loss"] if isinstance(found, type) else {**node["loss"], "_partial_": True}, "qat.loss")
+    elif not node["teacher"]["weight"]:
         return None
-    try:
-        found = get_object(node["loss"]["_target_"])
-    except (HydraException, ImportError, ValueError) as error:
-        raise ConfigError(f"qat.loss._target_ must import, but got: {' '.join(str(error).split())}") from error
-    loss = _call(node["loss"] if isinstance(found, type) else {**node["loss"], "_partial_": True}, "qat.loss")
     optimizer = _call({**node["optimizer"], "_partial_": True}, "qat.optimizer")
     scheduled = node["scheduler"].get("_target_")
     scheduler = _call({**node["scheduler"], "_partial_": True}, "qat.scheduler") if scheduled else None

@@ -160,8 +160,17 @@ class SensitivitySchema:
 
 
 @dataclass(kw_only=True)
+class TeacherSchema:
+    """Fields of qflow.core.qat_settings.TeacherSettings."""
+
+    weight: float = 0.0
+    features: list[str] = field(default_factory=list)
+    temperature: float = 0.0
+
+
+@dataclass(kw_only=True)
 class QatSchema:
-    """Fields of qflow.core.settings.QatSettings."""
+    """Fields of qflow.core.qat_settings.QatSettings."""
 
     steps: int = 0
     apply: str = "every_trial"
@@ -185,6 +194,10 @@ class QatSchema:
     divergence: float = 10.0
     first_losses: int = 5
     checkpoint_every: int = 0
+    learned_scales: float = 0.0
+    teacher: TeacherSchema = field(default_factory=TeacherSchema)
+    ema: float = 0.0
+    dampening: float = 0.0
     amp: bool = False
     seed: int = 0
 

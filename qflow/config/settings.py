@@ -68,9 +68,10 @@ def with_params(config: DictConfig, params: Mapping[str, Scalar]) -> DictConfig:
 def _kept_ratios(config: DictConfig, params: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """Return `qat.rates` in proportion to a changed `qat.learning_rate`."""
     before, after = config.qat.learning_rate, params.get("qat.learning_rate")
-    if not isinstance(after, (int, float)) or not before or after == before:
+    if not isinstance(after, (int, float)) or after == before:
         return {}
-    return {f"qat.rates.{name}": float(f"{rate * after / before:.12g}") for name, rate in config.qat.rates.items()}
+    known = QatSettings(rates=plain(config.qat.rates), learning_rate=before)
+    return {f"qat.rates.{name}": rate for name, rate in known.rates_at(after).items()}
 
 
 def owner(key: str) -> str:

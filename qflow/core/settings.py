@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qflow.core.errors import ConfigError
-from qflow.core.nearest import did_you_mean
+from qflow.core.limits import one_of as _one_of
+from qflow.core.limits import within as _within
 from qflow.core.op_spec import parse_op
+from qflow.core.qat_settings import NORM_MODES as NORM_MODES
+from qflow.core.qat_settings import QatSettings as QatSettings
+from qflow.core.qat_settings import TeacherSettings as TeacherSettings
 from qflow.core.qconfig import METHODS
 from qflow.core.repair_settings import RepairSettings
 
 RULES = ("gemm_int8", "gemm_to_layer_norm_int16", "gemm_to_softmax_int16", "gemm_to_grid_int16")
-NORM_MODES = ("fuse_bn", "with_bn", "with_bn_reverse_fold")
 SENSITIVITY_METHODS = ("exact", "screened", "estimate", "point")
 COMPARISONS = ("Cosine", "MSE", "L1", "KL", "SQNR", "Atol")
 
@@ -179,98 +182,6 @@ class SensitivitySettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QatSettings:
-    """Quantization-aware training after calibration, with the guide's defaults; 0 steps is no training."""
-
-    steps: int = 0
-    """Training steps; 0 is no training."""
-    apply: str = "every_trial"
-    """`every_trial` trains each trial after its calibration; `after_search` trains in a stage after the search."""
-    batch_size: int = 64
-    """Training batch size."""
-    augment: bool = False
-    """Train on `task.data.train_augmented`, not `train`; the guide asks for less augmentation than in float."""
-    learning_rate: float = 1e-4
-    """Fixed unless there is a scheduler; there is no warm-up."""
-    weight_decay: float = 0.0
-    """Weight decay of the optimizer."""
-    rates: Mapping[str, float] = field(default_factory=dict)
-    """Module name prefix -> learning rate of what is below it; the longest prefix wins. Where a search changes
-    learning_rate, they keep their ratio to it."""
-    loss: Mapping[str, object] = field(default_factory=dict)
-    """`_target_` of the user's loss, which returns a scalar for (model outputs, batch)."""
-    optimizer: Mapping[str, object] = field(default_factory=lambda: {"_target_": "torch.optim.AdamW"})
-    """`_target_` of the optimizer, and its arguments."""
-    scheduler: Mapping[str, object] = field(default_factory=dict)
-    """`_target_` of a scheduler, called with the optimizer and stepped each step; empty for a fixed rate."""
-    scheduled: bool = True
-    """False keeps the rate fixed although there is a scheduler; the rates are compared this way."""
-    mode: str = "fuse_bn"
-    """How batch norms are trained (quant/model/weighted.py)."""
-    moving: bool = True
-    """Activation scales follow the data; false keeps the calibrated ones (suits a good calibration)."""
-    moving_weights: bool = True
-    """Weight scales follow the weights; false keeps them."""
-    averaging_constant: float = 0.01
-    """Constant of the moving average by which activation scales follow the data."""
-    freeze: tuple[str, ...] = ()
-    """Module name prefixes that are not trained: no gradients, eval mode, scales kept."""
-    float_steps: int | None = None
-    """Steps of the float training; QAT takes at most `max_share` of them."""
-    max_share: float = 0.2
-    """Largest share of `float_steps` that QAT takes."""
-    clip_gradients: float | None = None
-    """Largest norm of all gradients together."""
-    divergence: float = 10.0
-    """A loss of more than this times the median of the first `first_losses` stops the training."""
-    first_losses: int = 5
-    """How many losses at the start give the median for `divergence`."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0 writes one only at the end or at an interruption."""
-    amp: bool = False
-    """bfloat16 autocast; refused with int16, because 98 % of the outputs would be wrong."""
-    seed: int = 0
-    """Seed of the training: the order of the data, and the random choices of the model."""
-
-    def __post_init__(self) -> None:
-        _one_of("qat.mode", self.mode, NORM_MODES)
-        _one_of("qat.apply", self.apply, ("every_trial", "after_search"))
-        _within("qat.steps", self.steps, 0, 10_000_000)
-        _within("qat.batch_size", self.batch_size, 1, 65536)
-        _within("qat.learning_rate", self.learning_rate, 0.0, 10.0)
-        _within("qat.weight_decay", self.weight_decay, 0.0, 10.0)
-        for prefix, rate in self.rates.items():
-            _within(f"qat.rates.{prefix}", rate, 0.0, 10.0)
-        _within("qat.averaging_constant", self.averaging_constant, 0.0, 1.0)
-        _within("qat.max_share", self.max_share, 0.0, 1.0)
-        _within("qat.divergence", self.divergence, 1.0, math.inf)
-        _within("qat.first_losses", self.first_losses, 1, 1000)
-        _within("qat.checkpoint_every", self.checkpoint_every, 0, 10_000_000)
-        if self.float_steps is not None:
-            _within("qat.float_steps", self.float_steps, 1, 1_000_000_000)
-        if self.clip_gradients is not None:
-            _within("qat.clip_gradients", self.clip_gradients, 1e-12, math.inf)
-
-    @property
-    def unchecked(self) -> str:
-        """A hint if nothing says how long the float training was, so that the guide's share cannot be checked."""
-        if not self.steps or self.float_steps is not None:
-            return ""
-        return (
-            f"whether {self.steps} steps are at most {self.max_share * 100:g} % of the float training is not checked: "
-            "state its steps, qat.float_steps=<n>"
-        )
-
-    def capped(self) -> tuple[int, list[str]]:
-        """Return the number of steps, and a finding if they are cut to the guide's share of the float steps."""
-        cap = self.steps if self.float_steps is None else max(int(self.float_steps * self.max_share), 1)
-        if self.steps <= cap:
-            return self.steps, []
-        share = f"{self.max_share * 100:g} % of {self.float_steps} float steps"
-        return cap, [f"QAT takes at most {share}: {self.steps} steps cut to {cap}"]
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrialSettings:
     """All settings that a trial may vary."""
 
@@ -278,13 +189,3 @@ class TrialSettings:
     qconfig: QConfigSettings = field(default_factory=QConfigSettings)
     qat: QatSettings = field(default_factory=QatSettings)
     repair: RepairSettings = field(default_factory=RepairSettings)
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name} is one of {', '.join(allowed)}, but got {value!r}.{did_you_mean(value, allowed)}")
-
-
-def _within(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:  # NaN fails too
-        raise ConfigError(f"{name} lies between {low:g} and {high:g}, but got {value:g}.")

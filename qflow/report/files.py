@@ -13,7 +13,7 @@ from qflow.analysis.measures.tables import BadcaseTable, ModelCheck, Sensitivity
 from qflow.core.qconfig import QConfig
 from qflow.core.record import to_json
 from qflow.cost_model.table import cost_json
-from qflow.quant.train.qat import TrainingReport
+from qflow.quant.train.report import TrainingReport
 from qflow.trial.record import TrialResult
 
 SCORES = "scores.json"  # score of each evaluation sample: of a trial on its run, of the float model on the study's

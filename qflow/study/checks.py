@@ -60,9 +60,10 @@ def check_study(config: DictConfig) -> None:
 
 
 def _check_loss(config: DictConfig, trains: bool) -> None:
-    if trains and not plain(config.qat.loss).get("_target_"):
+    if trains and not plain(config.qat.loss).get("_target_") and not config.qat.teacher.weight:
         raise ConfigError(
-            "QAT needs a loss, but got none. Set qat.loss._target_ to a function of (outputs, batch), or use qat=none."
+            "QAT needs a loss, but got none. Set qat.loss._target_ to a function of (outputs, batch), let the float "
+            "model teach (qat.teacher.weight=1), or use qat=none."
         )
 
 

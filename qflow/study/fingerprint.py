@@ -27,6 +27,8 @@ SINCE = (
     "qconfig.assignment",
     "qconfig.error_share",
     "task.cached_attrs",
+    *("qat.learned_scales", "qat.ema", "qat.dampening"),
+    *("qat.teacher.weight", "qat.teacher.features", "qat.teacher.temperature"),
 )  # left out at their defaults, so that studies from before these keys existed continue
 UNSET: tuple[Any, ...] = (None, "", False, 0, {}, [], "report")
 LEGIBLE = 40  # characters up to which the fingerprint holds a setting as text; a longer one as its digest

@@ -15,7 +15,7 @@ from qflow.core.raisable import raisable
 from qflow.core.settings import CalibrationSettings
 from qflow.quant.model.calibrate import CalibrationStats, apply_scales
 from qflow.quant.model.quantized_model import QuantizedModel
-from qflow.quant.train.qat import TrainingReport
+from qflow.quant.train.report import TrainingReport
 from qflow.trial.precisions import Precisions
 from qflow.trial.shared import SharedState
 

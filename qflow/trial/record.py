@@ -12,7 +12,7 @@ from qflow.core.qconfig import QConfig
 from qflow.core.record import digest
 from qflow.cost_model.records import CostReport
 from qflow.cost_model.table import COST_METRICS
-from qflow.quant.train.qat import TrainingReport
+from qflow.quant.train.report import TrainingReport
 from qflow.repair.contract import RepairTable
 
 

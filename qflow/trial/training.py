@@ -1,6 +1,7 @@
 """QAT of one trial: the user's loss, optimizer and scheduler on a copy of the calibrated model.
 
-Batches come from `task.data.train`, shuffled by `qat.seed`, so that a trial can be rebuilt from its run alone.
+Batches come from `task.data.train`, shuffled by `qat.seed`, so that a trial can be rebuilt from its run alone. Where
+the float model alone teaches, no labels are read, and data without a train split train on `task.data.calibration`.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ from qflow.quant.model.model_state import forward_state
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.train.checkpoint import read_checkpoint
 from qflow.quant.train.groups import parameter_groups
-from qflow.quant.train.qat import TrainingReport, train
+from qflow.quant.train.learned_scales import LearnedScales
+from qflow.quant.train.qat import train
 from qflow.quant.train.qat_state import require_trainable
+from qflow.quant.train.report import TrainingReport
 from qflow.quant.train.schedule import check_schedule
+from qflow.quant.train.teacher import require_features
 from qflow.tasks.loading import loaded
 from qflow.tasks.task import Task, model_inputs, split_for
 
@@ -39,28 +43,37 @@ _log = logging.getLogger(__name__)
 class Training:
     """The user's `loss(outputs, batch)`, and the functions that make optimizer and scheduler."""
 
-    loss: Callable[[Any, Any], Tensor]
+    loss: Callable[[Any, Any], Tensor] | None
+    """None where the teacher's loss is the only one."""
     optimizer: Callable[..., torch.optim.Optimizer]
     scheduler: Callable[..., Any] | None = None
 
 
 class TrainBatches:
-    """Iterates over (model inputs, batch) of the training split, in an order that `qat.seed` decides."""
+    """Iterates over (model inputs, batch) of the training split, in an order that `qat.seed` decides.
 
-    def __init__(self, task: Task, settings: QatSettings) -> None:
+    Without `labels` (the float model is the only teacher), data without a train split train on that of calibration.
+    """
+
+    def __init__(self, task: Task, settings: QatSettings, labels: bool = True) -> None:
         if task.cached_attrs:
             raise ConfigError(
                 "QAT trains on single samples in random order, but got a model with state, task.cached_attrs="
                 f"{list(task.cached_attrs)}. Use qat=none."
             )
         self.split, batch_size = split_for(task, "train", settings.augment), settings.batch_size
+        if not labels and getattr(task.data, self.split, None) is None:
+            self.split = "calibration"
         data = getattr(task.data, self.split, None)
         if data is None or len(data) < batch_size:
             have = "none" if data is None else f"{len(data)} samples"
             raise DataError(
-                f"QAT needs task.data.train with at least one batch of {batch_size}, but got {have}. "
-                "Give the data a train split, or lower qat.batch_size."
+                f"QAT needs task.data.{self.split} with at least one batch of {batch_size}, but got {have}. "
+                f"{'Give the data a train split, or lower' if labels else 'Lower'} qat.batch_size."
             )
+        self.findings: tuple[str, ...] = ()
+        if self.split == "calibration":
+            self.findings = (f"the data have no train split: trained on the {len(data)} samples of calibration",)
         self.task = task
         generator = torch.Generator().manual_seed(settings.seed)
         collate = getattr(task.data, "collate", None)
@@ -93,12 +106,13 @@ def train_trial(
     if training is None:
         raise ConfigError("QAT needs a loss, but got none. Set qat.loss._target_ to a function of (outputs, batch).")
     trained = copy.deepcopy(prepared)
-    groups = parameter_groups(trained, settings.rates, settings.learning_rate, settings.weight_decay)
+    learned = LearnedScales.of(trained, settings, qconfig)
+    groups = parameter_groups(trained, settings.rates, settings.learning_rate, settings.weight_decay, learned)
     optimizer = training.optimizer(groups, lr=settings.learning_rate)
     scheduler = training.scheduler(optimizer) if training.scheduler is not None and settings.scheduled else None
     schedule = training.scheduler if settings.scheduled else None
     found = check_schedule(groups, training.optimizer, schedule, settings.learning_rate, settings.capped()[0])
-    batches = TrainBatches(task, settings)
+    batches = TrainBatches(task, settings, training.loss is not None)
     place = None
     if checkpoints is not None:
         name = digest(training_key(trained, training, settings, qconfig, calibration))
@@ -106,18 +120,21 @@ def train_trial(
     report = train(
         trained, batches, training.loss, optimizer, scheduler, settings,
         qconfig=qconfig, calibration=calibration, checkpoint=place, resume=place is not None,
+        learned=learned, float_model=task.model,
     )  # fmt: skip
-    return trained, replace(report, findings=(*report.findings, *found))
+    return trained, replace(report, findings=(*report.findings, *found, *batches.findings))
 
 
 def check_training(task: Task, training: Training, settings: QatSettings) -> None:
     """Raise ConfigError or DataError for a training that cannot run: its parameters, rates, optimizer or data."""
     require_trainable(task.model)
     require_trainable(task.model, settings.freeze)
+    if settings.teacher.weight:
+        require_features(task.model, settings.teacher.features)
     groups = parameter_groups(task.model, settings.rates, settings.learning_rate, settings.weight_decay)
     schedule = training.scheduler if settings.scheduled else None
     check_schedule(groups, training.optimizer, schedule, settings.learning_rate, settings.capped()[0])
-    TrainBatches(task, settings)
+    TrainBatches(task, settings, training.loss is not None)
 
 
 def training_key(
@@ -134,7 +151,7 @@ def training_key(
     scheduled = settings.scheduled and training is not None and training.scheduler is not None
     decides = replace(settings, steps=0, apply="every_trial", checkpoint_every=0, scheduled=scheduled)
     moving = [calibration.int16_margin, calibration.divisor]  # the settings that moving scales depend on
-    return {"qat": decides, "qconfig": qconfig.digest, "start": forward_state(prepared), "moving": moving}
+    return {"qat": decides.decisive(), "qconfig": qconfig.digest, "start": forward_state(prepared), "moving": moving}
 
 
 def _checkpoint(folder: Path, name: str, steps: int) -> Path:

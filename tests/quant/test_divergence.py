@@ -12,7 +12,8 @@ from support.training import data, same, sgd, small
 
 from qflow.core.settings import QatSettings
 from qflow.quant.train.first_batch import RULE, due, risen, suspicious
-from qflow.quant.train.qat import DivergedError, train
+from qflow.quant.train.qat import train
+from qflow.quant.train.report import DivergedError
 
 FIRST = 3
 SETTINGS = QatSettings(steps=12, first_losses=FIRST)

@@ -9,7 +9,8 @@ from qflow.core.errors import ConfigError
 from qflow.core.settings import QatSettings
 from qflow.quant.train.groups import parameter_groups
 from qflow.quant.train.loss import runaway
-from qflow.quant.train.qat import DivergedError, train
+from qflow.quant.train.qat import train
+from qflow.quant.train.report import DivergedError
 
 
 def test_a_loss_below_zero_diverges_when_it_has_lost_most_of_itself():

@@ -7,14 +7,15 @@ import torch.nn.functional as F
 from support.models import ResNet, revive
 from support.training import calibrated, data, loss, same, sgd, small
 
-from qflow.config.schema import QatSchema
+from qflow.config.schema import QatSchema, TeacherSchema
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, DataError, ModelError, TrialError
 from qflow.core.resolve import resolve
 from qflow.core.setter import HighPrecisionOutput, TemplateSetter
 from qflow.core.settings import NORM_MODES, QatSettings
 from qflow.quant.train.groups import parameter_groups
-from qflow.quant.train.qat import DivergedError, train
+from qflow.quant.train.qat import train
+from qflow.quant.train.report import DivergedError
 
 
 @pytest.mark.parametrize("mode", NORM_MODES)
@@ -260,11 +261,12 @@ def test_settings_are_checked(field, value, text):
 
 
 def test_the_schema_has_the_fields_and_defaults_of_the_settings():
-    schema, settings = QatSchema(), QatSettings()
-    assert [f.name for f in dataclasses.fields(schema)] == [f.name for f in dataclasses.fields(settings)]
-    for f in dataclasses.fields(schema):
-        a, b = getattr(schema, f.name), getattr(settings, f.name)
-        assert (tuple(a) if isinstance(a, list) else a) == b
+    settings = QatSettings()
+    for schema, record in ((QatSchema(), settings), (TeacherSchema(), settings.teacher)):
+        assert [f.name for f in dataclasses.fields(schema)] == [f.name for f in dataclasses.fields(record)]
+        for f in dataclasses.fields(schema):
+            a, b = getattr(schema, f.name), getattr(record, f.name)
+            assert isinstance(a, TeacherSchema) or (tuple(a) if isinstance(a, list) else a) == b
 
 
 def test_the_share_of_the_float_steps_is_checked_or_said_not_to_be():

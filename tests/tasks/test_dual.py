@@ -10,7 +10,7 @@ from qflow.config.keys import conf_dir
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.settings import QatSettings, QConfigSettings
-from qflow.quant.train.qat import DivergedError
+from qflow.quant.train.report import DivergedError
 from qflow.tasks import digits
 from qflow.tasks.dual import build_model, spread
 from qflow.trial.training import Training

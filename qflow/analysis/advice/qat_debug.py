@@ -27,8 +27,11 @@ from qflow.core.qconfig import QConfig
 from qflow.core.settings import CalibrationSettings, QatSettings
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.train.groups import parameter_groups
+from qflow.quant.train.learned_scales import LearnedScales
 from qflow.quant.train.loss import Loss
+from qflow.quant.train.objective import Objective
 from qflow.quant.train.qat import run_steps, train
+from qflow.quant.train.teacher import Teacher
 
 Build = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 Evaluate = Callable[[nn.Module], float]
@@ -73,7 +76,7 @@ def qat_debug(
     model: nn.Module,
     prepared: QuantizedModel,
     batches: Callable[[], Iterable[tuple[Any, Any]]],
-    loss: Loss,
+    loss: Loss | None,
     build: Build,
     evaluate: Evaluate,
     settings: QatSettings,
@@ -150,7 +153,8 @@ def _exact(stage: DebugStage, reference: float) -> DebugStage:
 def _train_float(model: nn.Module, settings: QatSettings, parts: Any) -> float:
     batches, loss, build, evaluate = parts
     groups = parameter_groups(model, settings.rates, settings.learning_rate, settings.weight_decay)
-    run_steps(model.train(), batches(), loss, build(groups), None, settings)
+    teacher = Teacher(copy.deepcopy(model), settings.teacher) if settings.teacher.weight else None
+    run_steps(model.train(), batches(), Objective(loss, settings, teacher, None), build(groups), None, settings)
     return float(evaluate(model.eval()))
 
 
@@ -158,10 +162,11 @@ def _train_prepared(
     prepared: QuantizedModel, settings: QatSettings, parts: Any, on: bool, qconfig: Any, calibration: Any
 ) -> float:
     batches, loss, build, evaluate = parts
-    groups = parameter_groups(prepared, settings.rates, settings.learning_rate, settings.weight_decay)
+    learned = LearnedScales.of(prepared, settings, qconfig) if on else None
+    groups = parameter_groups(prepared, settings.rates, settings.learning_rate, settings.weight_decay, learned)
     train(
         prepared, batches(), loss, build(groups), None, settings,
-        qconfig=qconfig, calibration=calibration, quantized=on,
+        qconfig=qconfig, calibration=calibration, quantized=on, learned=learned,
     )  # fmt: skip
     if not on:
         return float(evaluate(prepared))

@@ -1,3 +1,14 @@
 """Quantization-aware training: the loop, its state, checkpoints, losses and rates; the first bad operator."""
 
-__all__ = ["checkpoint", "groups", "loss", "qat", "qat_state", "schedule"]
+__all__ = [
+    "checkpoint",
+    "groups",
+    "learned_scales",
+    "loss",
+    "objective",
+    "qat",
+    "qat_state",
+    "report",
+    "schedule",
+    "teacher",
+]

@@ -9,16 +9,22 @@ from torch import nn
 
 from qflow.core.errors import ConfigError
 from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.train.learned_scales import LearnedScales
 from qflow.quant.train.qat_state import require_trainable, under
 
 
 def parameter_groups(
-    prepared: nn.Module, rates: Mapping[str, float], learning_rate: float, weight_decay: float = 0.0
+    prepared: nn.Module,
+    rates: Mapping[str, float],
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    learned: LearnedScales | None = None,
 ) -> list[dict[str, Any]]:
     """Optimizer groups of the trainable parameters; each parameter has the rate of its longest prefix in `rates`.
 
     Prefixes are module or parameter paths of the user's model (`backbone`, `head.cls`). Parameters without a prefix
-    have `learning_rate`. Raises ConfigError for a prefix without a parameter, and if all parameters are frozen.
+    have `learning_rate`. `learned` scales are the last group. Raises ConfigError for a prefix without a parameter, and
+    if all parameters are frozen.
     """
     inner = getattr(prepared, "module", prepared)  # DistributedDataParallel
     inner = inner.model if isinstance(inner, QuantizedModel) else inner
@@ -33,7 +39,8 @@ def parameter_groups(
         if parameter.requires_grad:
             owner = max((p for p in rates if under(name, p)), key=len, default="")
             groups.setdefault(owner, []).append(parameter)
-    return [
+    made: list[dict[str, Any]] = [
         {"params": parameters, "lr": rates.get(owner, learning_rate), "weight_decay": weight_decay, "name": owner}
         for owner, parameters in groups.items()
     ]
+    return [*made, learned.group(learning_rate)] if learned is not None else made

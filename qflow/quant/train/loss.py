@@ -27,14 +27,21 @@ def called(loss: Loss, outputs: Any, batch: Any) -> Any:
         ) from error
 
 
-def loss_value(value: Any) -> Tensor:
-    """Return what a loss has returned. Raises ConfigError unless it is one number that depends on the parameters."""
+def one_number(value: Any) -> Tensor:
+    """Return what a loss has returned. Raises ConfigError unless it is one number."""
     if isinstance(value, Mapping):
         names = ", ".join(map(str, value))
         raise ConfigError(f"A loss is one number, but got a {type(value).__name__} of {names}. Return their sum.")
     if not isinstance(value, Tensor) or value.numel() != 1:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ConfigError(f"A loss is one number, but got {shape}. Return its mean.")
+    found: Tensor = value
+    return found
+
+
+def loss_value(value: Any) -> Tensor:
+    """Return what a loss has returned. Raises ConfigError unless it is one number that depends on the parameters."""
+    value = one_number(value)
     if not value.requires_grad:
         raise ConfigError("QAT trains parameters, but got a loss that depends on none. Unfreeze some of the model.")
     return value

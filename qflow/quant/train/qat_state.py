@@ -1,7 +1,8 @@
 """The state in which a calibrated model trains, and how it is restored afterwards.
 
 activations  Scales move with the data (quant/values/fake_quant.py). Exceptions: scales that the qconfig fixes, knows or
-             freezes, scales below a frozen module, and all of them if `moving` is false (the plugin's fixed_act).
+             freezes, scales below a frozen module, and all of them if `moving` is false (the plugin's fixed_act) or if
+             scales are learned (learned_scales.py): those at int8 are trained then, the others stay as calibrated.
 weights      Scales follow the current weights, unless `moving_weights` is false.
 batch norms  They are in one of three modes (quant/model/weighted.py).
 """
@@ -87,6 +88,13 @@ def _quantizers(prepared: QuantizedModel) -> dict[FakeQuant, str]:
     return {**outputs, **dict.fromkeys(prepared.weights.values(), "weight")}
 
 
+def free_outputs(prepared: QuantizedModel, settings: QatSettings, qconfig: QConfig | None = None) -> list[FakeQuant]:
+    """Quantizers of integer activations whose scale may change: neither the qconfig nor a frozen module keeps it."""
+    qconfig = qconfig if qconfig is not None else getattr(prepared, "applied", None)
+    fixed, found = _fixed(prepared, settings, qconfig), _quantizers(prepared)
+    return [q for q, role in found.items() if role == "output" and q.dtype and q.dtype.is_integer and q not in fixed]
+
+
 def train_mode(prepared: QuantizedModel, settings: QatSettings) -> None:
     """Put the model into train mode, and the modules that `settings.freeze` names into eval mode."""
     prepared.train()
@@ -138,7 +146,7 @@ def _set_moving(
         quantizer.follows = False
         constant = 1.0 if settings.moving_weights else 0.0
     else:
-        constant = settings.averaging_constant if settings.moving else 0.0
+        constant = settings.averaging_constant if settings.moving and not settings.learned_scales else 0.0
     quantizer.averaging_constant = constant if integer and not fixed else 0.0
 
 

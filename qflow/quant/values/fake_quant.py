@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, ModelError
-from qflow.quant.values.grid import HalfStraightThrough, StraightThrough, quantize_dequantize, quantize_dequantize_
+from qflow.quant.values.grid import HalfStraightThrough, quantize_dequantize, quantize_dequantize_, straight_through
 from qflow.quant.values.half import overflows
 
 EPS = float(torch.finfo(torch.float32).eps)  # smallest scale, as in the plugin
@@ -47,6 +47,8 @@ class FakeQuant(nn.Module):
         """float16: saturate at the largest half instead of giving inf."""
         self.averaging_constant = 0.0
         """How fast the scale moves in train mode, as in the plugin; 0 keeps it."""
+        self.learned: Tensor | None = None
+        """The same scale with a gradient, during a training step that learns it (train/learned_scales.py)."""
         self.margin = 1.0
         """Range of a moving activation scale, divided by the largest value."""
         self.half_step = 0.0
@@ -193,6 +195,8 @@ class FakeQuant(nn.Module):
         It is a number for an activation on CPU, otherwise a tensor that no later call writes into, because a shared
         module moves its scale again before the backward pass of its first call.
         """
+        if self.learned is not None and torch.is_grad_enabled():
+            return self.learned
         moves = self.averaging_constant > 0.0 and (self.training or self.per_channel) and x.numel() > 0
         if not moves and not self._checked and not torch.compiler.is_compiling():
             self._check()
@@ -238,11 +242,10 @@ class FakeQuant(nn.Module):
             return torch.where(torch.isneginf(x), x, out) if self.keeps_mask and self.clip else out
         if scale is None:
             scale = self.scale_for(x)
-        if torch.is_grad_enabled() and x.requires_grad:
-            out = StraightThrough.apply(x, scale, self.dtype.qmin, self.dtype.qmax)  # type: ignore[no-untyped-call]
-        else:
-            out = quantize_dequantize(x, scale, self.dtype.qmin, self.dtype.qmax)
-        return torch.where(torch.isneginf(x), x, out) if self.keeps_mask else out
+        if not self.keeps_mask:
+            return straight_through(x, scale, self.dtype.qmin, self.dtype.qmax)
+        mask = torch.isneginf(x)  # masked values have no part in the gradient of a scale
+        return torch.where(mask, x, straight_through(x.masked_fill(mask, 0.0), scale, self.dtype.qmin, self.dtype.qmax))
 
     def write(self, x: Tensor) -> None:
         """Quantize `x` in place: for results of in-place operators, without gradients."""
@@ -281,7 +284,7 @@ class FakeQuant(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "cached": None}
+        return {**self.__dict__, "cached": None, "learned": None}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         if self.sides is not None and prefix + "scale" in state_dict:

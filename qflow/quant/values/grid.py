@@ -5,11 +5,18 @@
 It is written in four element-wise kernels, because torch's builtin is scalar code on CPU (measured 11 times slower) and
 maps NaN to qmin * scale, which hides divergence; here NaN stays NaN. The gradient passes where the code of x lies
 within qmin..qmax (torch's own mask, bit for bit) and is zero outside.
+
+A scale may have a gradient too (learned step size, Esser et al. 2020, equations 3 and 4):
+
+    dy/dscale = code - x / scale  within qmin..qmax, else the end that x is clamped to,      times 1 / sqrt(n * qmax)
+
+for the n values of the tensor. The factor balances the change of a scale with that of the weights (section 2.2 there).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -69,6 +76,42 @@ class StraightThrough(torch.autograd.Function):
             return grads[0] * ((code >= qmin) & (code <= qmax)), None, None, None
         low, high = gradient_bounds(ctx.number, qmin, qmax, x.dtype == torch.float64)
         return torch.ops.aten.hardtanh_backward(grads[0], x, low, high), None, None, None
+
+
+class LearnedScale(torch.autograd.Function):
+    """As `StraightThrough`, with the gradient of a scale that is one number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
+        number = float(scale) if scale.device.type == "cpu" else scale.detach()
+        out = quantize_dequantize(x, number, qmin, qmax)
+        ctx.limits, ctx.number = (qmin, qmax), number
+        ctx.save_for_backward(x, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x, out), (qmin, qmax), scale = ctx.saved_tensors, ctx.limits, ctx.number
+        if isinstance(scale, float):
+            low, high = gradient_bounds(scale, qmin, qmax, x.dtype == torch.float64)
+            inside = torch.ops.aten.hardtanh_backward(grads[0], x, low, high)
+        else:
+            code = x.mul(1.0 / scale.to(x.dtype)).round_()
+            inside = grads[0] * ((code >= qmin) & (code <= qmax))
+        # scale * dy/dscale is out - x within the range and out beyond it
+        kind = torch.promote_types(x.dtype, torch.float32)  # in bfloat16 the difference would be lost
+        total = (grads[0].to(kind) * out - inside.to(kind) * x).sum()
+        return inside, (total / scale / math.sqrt(max(x.numel(), 1) * qmax)).to(torch.float32), None, None
+
+
+def straight_through(x: Tensor, scale: Tensor | float, qmin: int, qmax: int) -> Tensor:
+    """`x` on the grid of `scale`, with the gradients that are asked for: of x, and of a scale that requires one."""
+    if torch.is_grad_enabled():
+        if isinstance(scale, Tensor) and scale.requires_grad:
+            return LearnedScale.apply(x, scale, qmin, qmax)  # type: ignore[no-any-return, no-untyped-call]
+        if x.requires_grad:
+            return StraightThrough.apply(x, scale, qmin, qmax)  # type: ignore[no-any-return, no-untyped-call]
+    return quantize_dequantize(x, scale, qmin, qmax)
 
 
 class HalfStraightThrough(torch.autograd.Function):
