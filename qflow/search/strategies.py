@@ -239,6 +239,6 @@ def halving(measure: Measure, candidates: Sequence[Values], rungs: Sequence[int]
 
 
 def _trained(point: Values, steps: int) -> str:
-    names = {"learning_rate": "rate", "moving": "moving", "weight_decay": "decay"}
+    names = {"learning_rate": "rate", "moving": "moving", "learned_scales": "learned", "weight_decay": "decay"}
     words = [f"{name} {_short(point[f'qat.{k}'])}" for k, name in names.items() if f"qat.{k}" in point]
     return f"QAT {steps} steps {', '.join(words)}".rstrip()

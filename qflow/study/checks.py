@@ -47,6 +47,9 @@ def check_study(config: DictConfig) -> None:
         )
     _check_loss(config, "qat.steps" in space)
     _check_trains(config, "qat.steps" in space)
+    if config.qat.steps and config.qat.apply == "after_search":
+        for rate in config.search.rates:  # where the rates of single modules keep their ratio, one may become too large
+            trial_settings(config, {"qat.learning_rate": rate})
     searched = sorted(key for key in space if key.startswith("qat."))
     if searched and config.qat.apply == "after_search":
         raise ConfigError(

@@ -1,9 +1,9 @@
 """The guide's QAT as a stage of its own, after the search, in three parts:
 
 rates     train with each rate of search.rates for a share of the steps, without scheduler, and keep the best rate
-halving   train with fixed and with moving activation scales, each with every search.weight_decays, with the scheduler;
-          the better half continues from its checkpoint until one candidate has all the steps (at most 20 % of the
-          float steps, `QatSettings.capped`)
+halving   train with fixed and with moving activation scales (with learned ones instead, if qat.learned_scales is set),
+          each with every search.weight_decays, with the scheduler; the better half continues from its checkpoint until
+          one candidate has all the steps (at most 20 % of the float steps, `QatSettings.capped`)
 demote    set int16 operators of the trained mix to int8 and train alike, as long as the goal is met
 """
 
@@ -18,6 +18,7 @@ from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import BudgetSpent, halving
 from qflow.study.fewer import demoted
 from qflow.study.session import Session
+from qflow.trial.training import NO_TRAIN_SPLIT, train_split
 
 DEMOTIONS = 6  # trials that are reserved for demotion
 RUNGS = 3  # rungs of the halving: a quarter, half, and all of the steps
@@ -38,7 +39,11 @@ def leave_for_training(session: Session) -> None:
         session.console.say(
             f"{'training':<12} each trial is trained after its calibration: {qat.steps} steps (qat.steps)"
         )
-    if hint := trial_settings(session.config).qat.unchecked:
+    settings, training, task = trial_settings(session.config).qat, session.evaluator.training, session.evaluator.task
+    unlabelled = training is not None and training.loss is None
+    if settings.steps and unlabelled and train_split(task, settings, labels=False) == "calibration":
+        session.console.say(f"{'':<12} {NO_TRAIN_SPLIT}")
+    if hint := settings.unchecked:
         session.console.say(f"{'':<12} {hint}")
 
 
@@ -99,13 +104,14 @@ def _trained(session: Session, point: dict[str, Any]) -> FinishedTrial | None:
     by_rate = ", ".join(f"{r:g}: {drop}" for r, drop in drops.items())
     session.decide("learning rate", f"{rate:g} is best after {probe} steps at a fixed rate (drop by rate {by_rate})")
     candidates = [
-        {**point, "qat.learning_rate": rate, "qat.scheduled": True, "qat.moving": moving, "qat.weight_decay": decay}
+        {**point, "qat.learning_rate": rate, "qat.scheduled": True, **scales, "qat.weight_decay": decay}
         for decay in search.weight_decays
-        for moving in (False, True)
+        for scales in _scales(session.config.qat.learned_scales)
     ]
     final = next(iter(halving(measure, candidates, _rungs(steps))), None)
     if final is not None:
-        scales = "moving" if final.params["qat.moving"] else "fixed"
+        learned = final.params.get("qat.learned_scales")
+        scales = "learned" if learned else "moving" if final.params["qat.moving"] else "fixed"
         session.decide(
             "training",
             f"{scales} activation scales, weight decay {final.params['qat.weight_decay']:g}: drop "
@@ -115,6 +121,13 @@ def _trained(session: Session, point: dict[str, Any]) -> FinishedTrial | None:
         failed = f"every training at rate {rate:g} with the scheduler fails"
         session.decide("training", f"{failed}; add lower rates to search.rates")
     return best_trial(done, session.goal.ranking)
+
+
+def _scales(learned: float) -> tuple[dict[str, Any], ...]:
+    """Return the two ways to treat activation scales that are compared: the guide has no figure to choose one by."""
+    if not learned:
+        return {"qat.moving": False}, {"qat.moving": True}
+    return tuple({"qat.moving": False, "qat.learned_scales": rate} for rate in (0.0, learned))
 
 
 def _rungs(steps: int) -> list[int]:

@@ -36,6 +36,7 @@ from qflow.quant.train.teacher import require_features
 from qflow.tasks.loading import loaded
 from qflow.tasks.task import Task, model_inputs, split_for
 
+NO_TRAIN_SPLIT = "the float model teaches on the calibration data: there is no train split"
 _log = logging.getLogger(__name__)
 
 
@@ -47,6 +48,12 @@ class Training:
     """None where the teacher's loss is the only one."""
     optimizer: Callable[..., torch.optim.Optimizer]
     scheduler: Callable[..., Any] | None = None
+
+
+def train_split(task: Task, settings: QatSettings, labels: bool = True) -> str:
+    """Return the split that a training reads; that of calibration where there is no train split and labels are none."""
+    split = split_for(task, "train", settings.augment)
+    return split if labels or getattr(task.data, split, None) is not None else "calibration"
 
 
 class TrainBatches:
@@ -61,9 +68,7 @@ class TrainBatches:
                 "QAT trains on single samples in random order, but got a model with state, task.cached_attrs="
                 f"{list(task.cached_attrs)}. Use qat=none."
             )
-        self.split, batch_size = split_for(task, "train", settings.augment), settings.batch_size
-        if not labels and getattr(task.data, self.split, None) is None:
-            self.split = "calibration"
+        self.split, batch_size = train_split(task, settings, labels), settings.batch_size
         data = getattr(task.data, self.split, None)
         if data is None or len(data) < batch_size:
             have = "none" if data is None else f"{len(data)} samples"
@@ -71,9 +76,7 @@ class TrainBatches:
                 f"QAT needs task.data.{self.split} with at least one batch of {batch_size}, but got {have}. "
                 f"{'Give the data a train split, or lower' if labels else 'Lower'} qat.batch_size."
             )
-        self.findings: tuple[str, ...] = ()
-        if self.split == "calibration":
-            self.findings = (f"the data have no train split: trained on the {len(data)} samples of calibration",)
+        self.findings = (NO_TRAIN_SPLIT,) if self.split == "calibration" else ()
         self.task = task
         generator = torch.Generator().manual_seed(settings.seed)
         collate = getattr(task.data, "collate", None)

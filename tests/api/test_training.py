@@ -81,6 +81,38 @@ def test_settings_come_as_a_record_or_by_name_and_the_same_seed_gives_the_same_n
         assert all(torch.equal(v, states[0][1][k]) for k, v in state.items() if isinstance(v, torch.Tensor))
 
 
+def test_without_a_loss_the_float_model_teaches():
+    images = [(images,) for images, _ in batches()]  # no labels
+    states = []
+    for teacher in (None, net()):
+        prepared = calibrated()
+        report = qflow.train(
+            prepared, images, steps=12, learning_rate=1e-5, float_steps=100,
+            teacher={"weight": 1.0}, ema=0.5, learned_scales=10.0, float_model=teacher,
+        )  # fmt: skip
+        assert report.losses[-1] < report.losses[0]
+        assert not report.findings
+        states.append(prepared.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    with pytest.raises(ConfigError, match=r"QAT needs a loss, but got none.*qat.teacher.weight=1"):
+        qflow.train(calibrated(), images, steps=1)
+
+
+def test_rates_of_modules_keep_their_ratio_to_another_learning_rate():
+    known = qflow.QatSettings(steps=1, learning_rate=1e-3, rates={"5": 1e-2})
+    made = []
+
+    def optimizer(groups, lr):
+        made.append({group["name"]: group["lr"] for group in groups})
+        return torch.optim.AdamW(groups, lr=lr)
+
+    for changes in ({}, {"learning_rate": 1e-5}, {"learning_rate": 1e-5, "rates": {"5": 0.5}}):
+        qflow.train(calibrated(), batches(), loss, optimizer=optimizer, settings=known, **changes)
+    rates = [{name: group[name] for name in ("", "5")} for group in made]
+    seen = [rate for i, rate in enumerate(rates) if rate not in rates[:i]]
+    assert seen == [{"": 1e-3, "5": 1e-2}, {"": 1e-5, "5": 1e-4}, {"": 1e-5, "5": 0.5}]
+
+
 @pytest.mark.parametrize("name", ["FuseBN", "WithBN", "WithBNReverseFold"])
 def test_the_mode_that_was_set_before_prepare_decides_about_the_batch_norms(name, mode):
     mode(qflow.QATMode[name])

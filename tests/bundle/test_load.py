@@ -36,6 +36,13 @@ TRIALS = {
         ["task=digits", "qat=dual", "qat.steps=3", "qat.mode=with_bn", "qat.moving_weights=false"],
         {"qconfig.int16_ratio": 1.0},
     ),
+    "taught, with learned scales": (
+        [
+            *("task=digits", "qat=teacher", "qat.steps=3", "qat.learned_scales=300", "qat.dampening=0.1"),
+            "qat.teacher.features=[dense]",
+        ],
+        {"qconfig.int16_ratio": 0.0},
+    ),
     "temporal": (["task=temporal"], {"qconfig.int16_ratio": 0.0}),
     "a device of one's own": (
         ["task=digits", "device.rules.int8_outputs=[conv]", "device.cost.clock_ghz=0.5"],

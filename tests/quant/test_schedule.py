@@ -16,11 +16,38 @@ def check(scheduler, steps=20, optimizer=torch.optim.AdamW):
     return check_schedule(GROUPS, optimizer, scheduler, 0.001, steps)
 
 
+class Own:
+    """A warm-up that is no scheduler of torch's."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.count = optimizer, 0
+        self.tops = [group["lr"] for group in optimizer.param_groups]
+        self.step()
+
+    def step(self):
+        self.count += 1
+        for group, top in zip(self.optimizer.param_groups, self.tops, strict=True):
+            group["lr"] = top * min(self.count / 5, 1.0)
+
+
+class Late(Own):
+    """The same, but the first step is done at the full rate."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        for group, top in zip(optimizer.param_groups, self.tops, strict=True):
+            group["lr"] = top
+
+
 RISING = {
     "one cycle": functools.partial(schedules.OneCycleLR, max_lr=0.1, total_steps=20),
     "linear": schedules.LinearLR,
     "constant": schedules.ConstantLR,
     "lambda": functools.partial(schedules.LambdaLR, lr_lambda=lambda step: min(1.0, (step + 1) / 5)),
+    "sequence": lambda optimizer: schedules.SequentialLR(
+        optimizer, [schedules.LinearLR(optimizer, 0.2, total_iters=5), schedules.CosineAnnealingLR(optimizer, 15)], [5]
+    ),
+    "one's own": lambda optimizer: Own(optimizer),
     "cyclic": functools.partial(schedules.CyclicLR, base_lr=0.01, max_lr=0.1, cycle_momentum=False),
     "one group": functools.partial(schedules.LambdaLR, lr_lambda=[lambda step: 1.0, lambda step: 1.0 + (step > 7)]),
 }
@@ -44,6 +71,11 @@ DECAYING = {
 @pytest.mark.parametrize("name", DECAYING)
 def test_a_rate_that_decays_is_taken(name):
     assert check(DECAYING[name]) == ()
+
+
+def test_a_warm_up_after_a_first_step_at_the_full_rate_is_reported():
+    (finding,) = check(Late)
+    assert finding.startswith("the rate rises again at step 3, from 0.04 to 0.06")
 
 
 def test_a_restart_is_reported():

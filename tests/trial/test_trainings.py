@@ -3,19 +3,22 @@
 import functools
 import os
 import signal
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from qflow.core.settings import CalibrationSettings, QatSettings, TrialSettings
+from qflow.core.errors import DataError
+from qflow.core.qat_settings import SINCE
+from qflow.core.settings import CalibrationSettings, QatSettings, QConfigSettings, TrialSettings
 from qflow.cost_model.model import CostModel
 from qflow.quant.train.interrupt import interrupts_held
+from qflow.quant.train.qat import NONE_LEARNED
 from qflow.tasks import digits
 from qflow.trial.evaluator import Evaluator
-from qflow.trial.training import Training
+from qflow.trial.training import NO_TRAIN_SPLIT, Training
 
 pytestmark = pytest.mark.slow  # trains
 
@@ -100,6 +103,45 @@ def test_what_moving_scales_read_of_the_calibration_tells_trainings_apart(made):
     for margin in (1.25, 2.0):
         trained(evaluator, calibration=CalibrationSettings(batch_size=16, steps=4, int16_margin=margin))
     assert evaluator.hits == 0
+
+
+def test_the_float_model_teaches_on_the_calibration_data_where_there_is_no_train_split(made, digits_task):
+    without = replace(digits_task.data, train=None)
+    evaluator = made(None, data=without)
+    found = trained(evaluator, steps=6, teacher={"weight": 1.0}, moving=False, ema=0.5)
+    assert found.training.losses[-1] < found.training.losses[0]
+    assert NO_TRAIN_SPLIT in found.training.findings
+    assert any(NO_TRAIN_SPLIT in finding.message for finding in found.check.findings)
+    longer = trained(made(None, data=without), steps=8, teacher={"weight": 1.0}, moving=False, ema=0.5)
+    assert longer.training.losses[:6] == found.training.losses  # from the checkpoint
+    assert NO_TRAIN_SPLIT not in trained(made(None), teacher={"weight": 1.0}).training.findings
+    with pytest.raises(DataError, match=r"QAT needs task.data.train with at least one batch"):
+        trained(made(Spied([]), data=without), teacher={"weight": 1.0})
+
+
+def test_learned_scales_of_a_checkpoint_go_on_and_int16_has_none_to_learn(made):
+    whole = trained(made(Spied([])), steps=6, learned_scales=10.0)
+    evaluator = made(Spied([]))
+    for file in evaluator.checkpoints.rglob("*.safetensors"):
+        file.unlink()
+    trained(evaluator, steps=3, learned_scales=10.0)
+    again = trained(evaluator, steps=6, learned_scales=10.0)
+    assert again.scales == whole.scales
+    assert again.training.losses == whole.training.losses
+    fixed = trained(evaluator, steps=6, moving=False)
+    assert any(again.scales[name] != scale for name, scale in fixed.scales.items() if not name.endswith(".weight"))
+    settings = QatSettings(steps=1, batch_size=16, learned_scales=10.0)
+    wide = evaluator.run_trial(TrialSettings(qconfig=QConfigSettings(template="qint16"), qat=settings))
+    assert NONE_LEARNED in wide.training.findings
+
+
+def test_a_training_of_an_earlier_version_has_the_same_key():
+    before = QatSettings(steps=3).decisive()
+    assert not set(SINCE) & set(before)
+    assert len(before) == len(fields(QatSettings)) - len(SINCE)
+    assert QatSettings(ema=0.9).decisive() == {**QatSettings().decisive(), "ema": 0.9}
+    taught = QatSettings(teacher={"weight": 1.0}).decisive()["teacher"]
+    assert taught == {"weight": 1.0, "features": [], "temperature": 0.0}
 
 
 def test_a_training_has_one_checkpoint_however_often_it_went_on(made, tmp_path):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from qflow.quant.train.report import TrainingReport
 from qflow.quant.train.teacher import Teacher
 from qflow.quant.train.trainer import Trainer
 
+NONE_LEARNED = "qat.learned_scales learns none: no activation is int8 with a scale that is free to change"
 log = logging.getLogger(__name__)
 
 
@@ -70,10 +72,12 @@ def train(
         teacher = Teacher(copy.deepcopy(prepared).model if float_model is None else float_model, settings.teacher)
     objective = Objective(loss, settings, teacher, prepared)
     with qat_state(prepared, settings, qconfig=qconfig, calibration=calibration, quantized=quantized):
-        return run_steps(
+        report = run_steps(
             model or prepared, batches, objective, optimizer, scheduler, settings,
             prepared=prepared, on_step=on_step, checkpoint=checkpoint, resume=resume, learned=learned,
         )  # fmt: skip
+    unlearned = (NONE_LEARNED,) if settings.learned_scales and learned is None and quantized else ()
+    return replace(report, findings=(*report.findings, *unlearned))
 
 
 def run_steps(

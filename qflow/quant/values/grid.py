@@ -84,21 +84,21 @@ class LearnedScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
         number = float(scale) if scale.device.type == "cpu" else scale.detach()
-        out = quantize_dequantize(x, number, qmin, qmax)
         ctx.limits, ctx.number = (qmin, qmax), number
-        ctx.save_for_backward(x, out)
-        return out
+        ctx.save_for_backward(x)  # not the result, into which relu(inplace=True) may write
+        return quantize_dequantize(x, number, qmin, qmax)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x, out), (qmin, qmax), scale = ctx.saved_tensors, ctx.limits, ctx.number
+        (x,), (qmin, qmax), scale = ctx.saved_tensors, ctx.limits, ctx.number
         if isinstance(scale, float):
             low, high = gradient_bounds(scale, qmin, qmax, x.dtype == torch.float64)
             inside = torch.ops.aten.hardtanh_backward(grads[0], x, low, high)
         else:
             code = x.mul(1.0 / scale.to(x.dtype)).round_()
             inside = grads[0] * ((code >= qmin) & (code <= qmax))
-        # scale * dy/dscale is out - x within the range and out beyond it
+        # scale * dy/dscale is y - x within the range and y beyond it
+        out = quantize_dequantize(x, scale, qmin, qmax)
         kind = torch.promote_types(x.dtype, torch.float32)  # in bfloat16 the difference would be lost
         total = (grads[0].to(kind) * out - inside.to(kind) * x).sum()
         return inside, (total / scale / math.sqrt(max(x.numel(), 1) * qmax)).to(torch.float32), None, None
