@@ -12,9 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from qflow.core.dtype import QDtype
 from qflow.core.resolve import resolve
 from qflow.core.setter import TemplateSetter
-from qflow.core.settings import CalibrationSettings
+from qflow.core.settings import CalibrationSettings, QatSettings
 from qflow.quant.model.calibrate import apply_scales, collect
 from qflow.quant.model.prepare import prepare
+from qflow.quant.train.learned_scales import LearnedScales
 
 pytestmark = pytest.mark.slow  # starts processes
 
@@ -45,11 +46,19 @@ def gradients(model, images, prepared):
     return {name: p.grad.clone() for name, p in prepared.model.named_parameters()}
 
 
+def scale_gradient(model, images, prepared):
+    learned = LearnedScales.of(prepared, QatSettings(learned_scales=1.0))
+    with prepared.quantized(), learned.step():
+        model(images).square().mean().backward()
+    return learned.logarithms.grad
+
+
 def worker(rank, store, results):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     prepared, images = trained()
     found = gradients(DistributedDataParallel(prepared), images[4 * rank : 4 * rank + 4], prepared)
-    torch.save((found, sorted(prepared.ran)), f"{results}/{rank}.pt")
+    scales = scale_gradient(DistributedDataParallel(prepared), images[4 * rank : 4 * rank + 4], prepared)
+    torch.save((found, sorted(prepared.ran), scales), f"{results}/{rank}.pt")
     gc.collect()  # a wrapper lies in a reference cycle; one that outlives its group aborts torch at exit, now and then
     dist.destroy_process_group()
 
@@ -57,9 +66,14 @@ def worker(rank, store, results):
 def test_two_processes_give_the_gradients_of_one(tmp_path):
     prepared, images = trained()
     alone = gradients(prepared, images, prepared)
+    scales = scale_gradient(prepared, images, prepared) * 2**0.5  # of half as many values at a time
     mp.spawn(worker, (tmp_path / "store", tmp_path), nprocs=2)
-    (first, ran), (second, _) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    (first, ran, ours), (second, _, theirs) = (
+        torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)
+    )
     assert set(ran) >= {"a", "b", "quant[x]"}
     for name, gradient in alone.items():
         assert torch.equal(first[name], second[name])
         assert torch.allclose(first[name], gradient, atol=1e-6), name
+    assert torch.equal(ours, theirs) and bool(ours.any())
+    torch.testing.assert_close(ours, scales, rtol=1e-3, atol=1e-6)

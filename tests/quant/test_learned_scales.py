@@ -48,6 +48,12 @@ def test_the_gradient_of_a_scale_is_that_of_lsq(dtype):
     assert torch.equal(x.grad, torch.where(inside, weight, torch.zeros_like(weight)))
 
 
+def test_an_operator_in_place_may_write_into_what_was_quantized():
+    x, scale = torch.linspace(-2.0, 2.0, 9, requires_grad=True), torch.tensor(0.03, requires_grad=True)
+    straight_through(x, scale, -128, 127).relu_().sum().backward()
+    assert torch.equal(x.grad, (x.detach() > 0).float()) and scale.grad.item() != 0.0
+
+
 def test_int8_scales_are_trained_and_all_others_stay_as_calibrated():
     prepared, qconfig = calibrated(revive(ResNet()), torch.randn(4, 3, 16, 16))
     names = [n.name for n in prepared.graph.quantized if prepared.outputs[n.quantizer].dtype == QDtype.qint8]

@@ -41,10 +41,10 @@ def one_number(value: Any) -> Tensor:
 
 def loss_value(value: Any) -> Tensor:
     """Return what a loss has returned. Raises ConfigError unless it is one number that depends on the parameters."""
-    value = one_number(value)
-    if not value.requires_grad:
+    number = one_number(value)
+    if not number.requires_grad:
         raise ConfigError("QAT trains parameters, but got a loss that depends on none. Unfreeze some of the model.")
-    return value
+    return number
 
 
 def runaway(losses: Sequence[float], number: float, settings: QatSettings) -> str:
