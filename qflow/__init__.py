@@ -21,7 +21,7 @@ _PLACES = {
     "qflow.analysis.checks.model_check": "check_text",
     "qflow.core.dtype": "QDtype",
     "qflow.core.qconfig": "OpQConfig QConfig",
-    "qflow.core.setter": "HighPrecisionOutput TemplateSetter",
+    "qflow.core.setter": "HighPrecisionOutput ObserverSetter TemplateSetter",
     "qflow.core.settings": "CalibrationSettings QatSettings",
     "qflow.export.model": "export_model",
     "qflow.quant.model.quantized_model": "scales",

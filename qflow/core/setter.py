@@ -234,6 +234,26 @@ class WeightSetter:
         return Overlay({"weight": QDtype.qint16}, "assigned int16 weight") if node.name in self.chosen else None
 
 
+@dataclass(frozen=True)
+class ObserverSetter:
+    """Calibration methods of single operators, which hold while the operator is int8; other setters decide its dtypes.
+
+    It comes after the setters whose own observers shall stand, and before those that answer for every operator.
+    """
+
+    methods: Mapping[str, str]
+
+    @classmethod
+    def of(cls, qconfig: QConfig) -> ObserverSetter:
+        """The methods of the int8 operators of `qconfig`, as a repair has chosen them, for another mix of precisions."""
+        ops = qconfig.ops.items()
+        return cls({name: op.observer for name, op in ops if op.observer and op.output == QDtype.qint8})
+
+    def __call__(self, node: OpNode, graph: ModelGraph) -> Overlay | None:
+        method = self.methods.get(node.name)
+        return Overlay({"observer": method}, f"observer {method}") if method else None
+
+
 def share_of(ratio: float, total: int) -> int:
     """How many of `total` a ratio takes, rounded up; a ratio computed as k/n gives back k."""
     return math.ceil(round(ratio * total, 9))

@@ -15,7 +15,7 @@ for its triangular factors and n^2 for each output channel.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,19 +120,29 @@ def write(prepared: QuantizedModel, name: str, leaf: WeightedLeaf, weight: Tenso
     prepared.weights[name].forget_weight()
 
 
+def second_moments(columns: Tensor) -> Tensor:
+    """X X^T of each group."""
+    return columns @ columns.transpose(1, 2)
+
+
 @torch.no_grad()
 def input_moments(
-    prepared: QuantizedModel, chosen: Mapping[str, WeightedLeaf], batches: Sequence[Any]
+    prepared: QuantizedModel,
+    chosen: Mapping[str, WeightedLeaf],
+    batches: Sequence[Any],
+    of: Callable[[Tensor], Tensor] = second_moments,
 ) -> dict[str, Tensor]:
-    """H = X X^T of each operator in one pass over the quantized model, [groups, inputs, inputs]."""
+    """Sums of `of` over the columns X of each operator, [groups, inputs, columns], in one pass over the quantized model.
+
+    By default H = X X^T, [groups, inputs, inputs].
+    """
     generator = torch.Generator().manual_seed(0)
     found: dict[str, Tensor] = {}
 
     def visit(name: str, run: Run, weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
         leaf = chosen[name]
         for part in _parts(leaf, input):
-            x = columns(leaf, part, generator).float()
-            moments = x @ x.transpose(1, 2)
+            moments = of(columns(leaf, part, generator).float())
             if name in found:
                 found[name] += moments
             else:

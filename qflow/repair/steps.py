@@ -8,10 +8,14 @@ from qflow.core.errors import ConfigError
 from qflow.repair.bias import FloatOutputs
 from qflow.repair.contract import Step
 from qflow.repair.equalize import Equalize
+from qflow.repair.observers import Observers
 from qflow.repair.reconstruction import Bias, Reference, Rounding
+from qflow.repair.weight_clipping import WeightClipping
 
 STEPS: Mapping[str, Callable[[Reference], Step]] = {
     "equalize": lambda _: Equalize(),
+    "observers": lambda _: Observers(),
+    "weight_clipping": WeightClipping,
     "rounding": Rounding,
     "bias": Bias,
 }
