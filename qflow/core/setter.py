@@ -245,7 +245,7 @@ class ObserverSetter:
 
     @classmethod
     def of(cls, qconfig: QConfig) -> ObserverSetter:
-        """The methods of the int8 operators of `qconfig`, as a repair has chosen them, for another mix of precisions."""
+        """The methods of the int8 operators of `qconfig`, as a repair has chosen them, for another mix."""
         ops = qconfig.ops.items()
         return cls({name: op.observer for name, op in ops if op.observer and op.output == QDtype.qint8})
 

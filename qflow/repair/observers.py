@@ -49,10 +49,13 @@ class Choice:
 
 
 class Observers(Step):
-    """Choose the calibration method of each operator anew; a part for each operator that gets another one."""
+    """Choose the calibration method of each operator anew; a part for each operator that gets another one.
+
+    The float function stays as it is, but the methods fit few samples: so the step does not ask for the milder verdict
+    of a step that is `preserving`.
+    """
 
     name = "observers"
-    preserving = True
 
     def parts(self, prepared: QuantizedModel, context: Context) -> tuple[Sequence[Part], Skipped]:
         tried, skipped = _methods(prepared, context)

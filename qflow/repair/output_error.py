@@ -7,9 +7,10 @@ relative error that this quantizer alone causes is
     E_s = mean over samples of |J e_s|^2,     e_s = q_s(x) - x
 
 J is not formed: for a vector v of independent signs, (v^T J e)^2 has the mean |J e|^2 (Hutchinson, Communications in
-Statistics 1990), and one backward pass gives v^T J at all quantizers at once. It keeps what errors of one quantizer have
-in common: values that are clipped together, channels that all round to zero. All scales meet the same v and samples,
-so that their errors are compared in pairs. Rounding passes gradients on, clipping stops them.
+Statistics 1990), and one backward pass gives v^T J at all quantizers at once. The sum over a sample comes before the
+square, so that it keeps what errors of one quantizer have in common: values that are clipped together, channels that
+all round to zero. All scales meet the same v and samples, so that their errors are compared in pairs. Rounding passes
+gradients on, clipping stops them.
 """
 
 from __future__ import annotations

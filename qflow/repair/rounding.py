@@ -132,9 +132,9 @@ def input_moments(
     batches: Sequence[Any],
     of: Callable[[Tensor], Tensor] = second_moments,
 ) -> dict[str, Tensor]:
-    """Sums of `of` over the columns X of each operator, [groups, inputs, columns], in one pass over the quantized model.
+    """Sums of `of`(X), by default H = X X^T, [groups, inputs, inputs], in one pass over the quantized model.
 
-    By default H = X X^T, [groups, inputs, inputs].
+    X are the columns of an operator, [groups, inputs, columns], in parts.
     """
     generator = torch.Generator().manual_seed(0)
     found: dict[str, Tensor] = {}

@@ -106,7 +106,7 @@ def clipped_weights(prepared: QuantizedModel, batches: Sequence[Any], bits: int 
 
 
 def _squares(columns: Tensor) -> Tensor:
-    """m of the module docstring, [groups, inputs]."""
+    """Sums of squares of the inputs, [groups, inputs]."""
     return columns.square().sum(2)
 
 
@@ -124,7 +124,8 @@ def _clipped(leaf: WeightedLeaf, quantizer: FakeQuant, squares: Tensor, bits: in
         """The squared error for each scale, of the shape of the scale."""
         step = (threshold / quantizer.divisor()).clamp_min(EPS) * stride
         codes = (folded / step).round().clamp(-128 // stride, 128 // stride - 1)
-        return ((codes * step - folded).square() * m).sum(dim=others, keepdim=True)
+        squared: Tensor = (codes * step - folded).square() * m
+        return squared.sum(dim=others, keepdim=True)
 
     before = error(largest)
     shares, least = torch.ones_like(largest), before

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.models import zoo
 from support.rounding import all_at
@@ -86,7 +86,7 @@ def test_samples_that_are_not_on_the_first_axis_have_the_same_mean():
 
     torch.manual_seed(0)
     x = torch.randn(640, 16)
-    prepared, context = calibrated(Turned().eval(), [x])
+    prepared, _ = calibrated(Turned().eval(), [x])
     scales = {q: [3 * float(prepared.outputs[q].scale)] for q in prepared.outputs if prepared.outputs[q].calibrated}
     found = output_errors(prepared, [(x, 640)], scales)
     shapes = {name: tuple(errors.shape) for name, errors in found.items()}
