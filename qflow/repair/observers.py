@@ -32,9 +32,9 @@ MARGIN = "largest value with a margin"
 """The name of what int16 takes without a method of its own."""
 ALIKE = 0.01
 """Thresholds that differ by less than this share are one."""
-SAMPLES = 128
+SAMPLES = 192
 """Samples whose gradients are taken."""
-BEYOND = 2.0
+BEYOND = 1.5
 """A method is chosen if its squared error is lower by this many standard errors of the paired difference."""
 LEAST = 0.002
 """It also has to lower the squared error by this share of that of all quantizers together."""
