@@ -1,5 +1,6 @@
 """The calibration method of each operator is chosen by the error of the outputs, and never against the user."""
 
+import importlib
 import math
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.models import zoo
 from support.rounding import all_at
+from support.torchvision_ops import declare
 from support.zoo import build
 from torch import nn
 
@@ -21,6 +23,7 @@ from qflow.repair.contract import KEPT, Context
 from qflow.repair.observers import Observers, best, observed
 from qflow.repair.output_error import output_errors
 from qflow.repair.run import repair
+from qflow.tasks import digits
 from qflow.tasks.perception.data import build_data
 from qflow.tasks.perception.model import build_model
 
@@ -216,6 +219,41 @@ def test_a_detector_loses_less_with_methods_of_its_own():
     _, table = qflow.repair_model(prepared, x.split(32), steps=["observers"])
     assert table.after < 0.7 * table.before
     assert table.forwards < 12 * table.samples
+
+
+@pytest.mark.slow
+def test_a_transformer_with_large_channels_in_its_norms_loses_less():
+    """A vision transformer of timm; four channels of each layer norm are 32 times as large, their readers 1/32."""
+    declare()
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    torch.manual_seed(0)
+    model = timm.VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=10).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            for norm, reader in ((block.norm1, block.attn.qkv), (block.norm2, block.mlp.fc1)):
+                norm.weight[::12] *= 32
+                reader.weight.mul_(4)[:, ::12] /= 32
+    x = torch.randn(96, 3, 32, 32)
+    prepared = qflow.prepare(model, x[:2])
+    found, table = qflow.repair_model(prepared, x.split(32), steps=["observers", "weight_clipping"])
+    assert any(row.verdict == KEPT and any("norm" in part for part in row.parts) for row in table.rows)
+    assert table.after < 0.95 * table.before
+    assert all(torch.equal(p, q) for p, q in zip(found.model.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["digits", "exposure", "dual"])
+def test_built_in_tasks_never_lose_more_and_say_why_not(task):
+    module = importlib.import_module(f"qflow.tasks.{task}")
+    data = (digits if task == "dual" else module).build_data()
+    prepared = qflow.prepare(module.build_model(), data.calibration.tensors[0][:2])
+    _, table = qflow.repair_model(prepared, data.calibration.tensors[0].split(32), steps=["observers"])
+    assert table.after <= table.before
+    reasons = {row.reason for row in table.rows}
+    if task == "dual":
+        assert table.after < 0.95 * table.before and table.rows[0].parts == ("conv1", "conv2")
+    if task == "exposure":
+        assert "its gradient is not finite" in reasons, "the level of a black image is 1 / sqrt(0)"
 
 
 def test_methods_go_to_another_mix_and_the_copy_is_a_prepared_model_like_any(tmp_path):
