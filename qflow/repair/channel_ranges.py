@@ -2,46 +2,60 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qflow.core.graph import OpNode
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.trace.calling import call_model
-from qflow.repair.channel_rules import Labels
-from qflow.repair.channels import Channels
+from qflow.repair.channel_weights import Read
 from qflow.repair.contract import Context
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ranges:
-    """Largest |x| and mean square of each channel of an operator's result, float64 [channels]."""
+    """Largest |x| and mean square of each channel of a tensor, float64 with the sizes of its `Read`."""
 
     largest: Tensor
     power: Tensor
+    count: int
+
+    def add(self, other: Ranges) -> None:
+        """Take in further values."""
+        total = self.count + other.count
+        self.largest = torch.maximum(self.largest, other.largest)
+        self.power = self.power * (self.count / total) + other.power * (other.count / total)
+        self.count = total
 
 
 @torch.no_grad()
-def channel_ranges(prepared: QuantizedModel, channels: Channels, context: Context) -> dict[str, Ranges]:
-    """Operator -> ranges along the axis of its labels, over all calls; operators that did not run are left out."""
-    wanted = _wanted(prepared, channels)
-    largest: dict[str, Tensor] = {}
-    total: dict[str, Tensor] = {}
-    count: dict[str, int] = {}
+def channel_ranges(
+    prepared: QuantizedModel, reads: Collection[Read], results: Mapping[str, int], context: Context
+) -> dict[Read, Ranges]:
+    """The ranges of these tensors over all calls; those that did not run, or have other sizes, are left out.
+
+    `results` is the number of results of each operator.
+    """
+    wanted: dict[tuple[str, int], list[Read]] = {}
+    for read in dict.fromkeys(reads):
+        wanted.setdefault((read.name, read.position), []).append(read)
+    names = {name for name, _ in wanted}
+    seen: Counter[str] = Counter()
+    found: dict[Read, Ranges] = {}
 
     def watch(call: str, value: Tensor) -> None:
-        if call not in wanted:
+        if call not in names:
             return
-        name, labels = wanted[call]
-        if value.ndim <= labels.axis or value.shape[labels.axis] != len(labels.ids) or not value.is_floating_point():
-            return
-        rows = value.movedim(labels.axis, 0).flatten(1).double().cpu()
-        top, squares = rows.abs().amax(1), rows.square().sum(1)
-        largest[name] = torch.maximum(largest[name], top) if name in largest else top
-        total[name] = total[name] + squares if name in total else squares
-        count[name] = count.get(name, 0) + rows.shape[1]
+        position = seen[call] % results.get(call, 1)  # several results come one after the other
+        seen[call] += 1
+        for read in wanted.get((call, position), ()):
+            rows = _rows(value, read)
+            if rows is not None:
+                here = Ranges(rows.abs().amax(-1), rows.square().mean(-1), rows.shape[-1])
+                found.setdefault(read, Ranges(here.largest, here.power, 0)).add(here)
 
     before, prepared.watch = prepared.watch, watch
     try:
@@ -51,24 +65,19 @@ def channel_ranges(prepared: QuantizedModel, channels: Channels, context: Contex
                 context.forwards += size
     finally:
         prepared.watch = before
-    return {
-        name: Ranges(largest[name], total[name] / count[name]) for name in largest if largest[name].isfinite().all()
-    }
+    return {read: ranges for read, ranges in found.items() if bool(ranges.largest.isfinite().all())}
 
 
-def _wanted(prepared: QuantizedModel, channels: Channels) -> dict[str, tuple[str, Labels]]:
-    """Call of the last operator of a group -> the group's name and labels, of what consumers read."""
-    graph = prepared.graph
-    read = {source for consumer in channels.consumers.values() for source in consumer.sources}
-    read |= {source for name in read for source in graph.source(name)}
-    found = {}
-    for node in graph.nodes:
-        labels = channels.labels[node.name]
-        if node.name in read and labels is not None:
-            found[_last(prepared, node)] = node.name, labels
-    return found
-
-
-def _last(prepared: QuantizedModel, node: OpNode) -> str:
-    members = (node.name, *node.fused)
-    return next((member for member in members if member in prepared.plan.output_at), node.name)
+def _rows(value: Tensor, read: Read) -> Tensor | None:
+    """The values of each channel in the last axis; None if the tensor has no such channels."""
+    if not value.is_floating_point() or value.ndim != read.ndim or value.numel() == 0:
+        return None
+    value, places = value.detach().double().cpu(), dict.fromkeys(read.axes, 0)
+    for axis, size in sorted(zip(read.axes, read.sizes, strict=True), reverse=True):
+        if value.shape[axis] % size:
+            return None
+        value = value.reshape(
+            *value.shape[:axis], -1, size, *value.shape[axis + 1 :]
+        )  # batch and channels may share an axis, the batch first
+        places = {key: place + (key > axis) for key, place in places.items()} | {axis: axis + 1}
+    return value.movedim(list(places.values()), list(range(len(places)))).flatten(len(places))

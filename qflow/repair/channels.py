@@ -1,257 +1,264 @@
 """Which channels of a model share one factor: the groups that equalization scales.
 
-Every channel of every tensor gets a variable. A weighted operator or the affine part of a norm makes new variables for
-its output channels (a producer) and reads those of its input (a consumer): a factor on a variable is multiplied into
-the rows of its producers and divided out of the columns of its consumers, and the float function stays. What lies
-between is homogeneous, f(s x) = s f(x) for s > 0: ReLU, LeakyReLU, PReLU, max and average pooling, resizing, moves;
-an add makes the variables of its branches equal, a concat puts them in a row. Everything else reads its input as it is
-(sigmoid, softmax, ReLU6, whose bound would have to move with every channel, outputs of the model): these variables are
-fixed at 1, and the first reason is kept for the table.
-
-Operators are known by kind, type and shape. Where the shape does not tell which axis holds the channels (a transpose of
-equal axes, a split), they are fixed too. Where it tells the axis but not the order along it (an index, a roll), they
-are taken as in order: same_function.py proves it.
+A weighted operator or the affine part of a norm makes new variables for its output channels (a producer) and reads
+those of its input (a consumer): a factor on a variable is multiplied into the rows of its producers and divided out of
+the columns of its consumers, and the float function stays. The model runs once on one sample, and each operator takes
+the ids of its arguments to those of its results (channel_rules.py), so it is known of every value which channels it
+holds, wherever moves have put them. A product of two activations that is summed over channels, as query and key of an
+attention, takes the inverse factors on its other side (a pair). What reads values as they are fixes their variables at
+1, and the first reason is kept for the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from qflow.core.graph import WEIGHTED_KINDS, ModelGraph, OpKind, OpNode
+from qflow.core.graph import WEIGHTED_KINDS, OpKind
+from qflow.quant.model.leaf import own_classes
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.model.weighted import WeightedLeaf
-from qflow.repair.channel_rules import PASSING_KINDS, RULE_OF, Labels, moved
+from qflow.quant.replay.capture import capture
+from qflow.quant.replay.captured_ops import Ops
+from qflow.quant.trace.tape import Op, Ref
+from qflow.repair.channel_rules import Found, Rules, UnknownIds, read_by
+from qflow.repair.channel_weights import Consumer, Matrix, Pair, Producer, Read, Source, Vectors
+from qflow.repair.held_parameters import HeldParameters, tied
+from qflow.repair.products import Letters, letters_of, placed
+from qflow.repair.variables import FIXED, thin
 
-RELU6 = "ReLU6 bounds it, and the bound would have to move with each channel"
-FIXED = 0
-"""The variable whose factor is 1."""
-
-
-@dataclass(frozen=True)
-class Producer:
-    """A module whose output channels have variables of their own."""
-
-    path: str
-    module: Any
-    ids: tuple[int, ...]
+_RELU6 = "ReLU6 bounds it, and the bound would have to move with each channel"
+_NORM_ARGUMENTS = {"layer_norm": (2, 3), "rms_norm": (2, 9), "group_norm": (2, 3), "batch_norm": (3, 4)}
+_NORM_ARGUMENTS |= {"instance_norm": (3, 4)}
 
 
-@dataclass(frozen=True)
-class Consumer:
-    """A weighted module and the variables of the channels that it reads, from operators `sources` (one a call)."""
+class Channels(Rules):
+    """The variables of a prepared model: its `producers` and `consumers` by name, and its `pairs`.
 
-    path: str
-    module: WeightedLeaf
-    sources: list[str]
-    ids: tuple[int, ...]
-
-
-class Channels:
-    """The variables of a prepared model: `labels` by operator, `producers`, `consumers`, and reasons for what is fixed.
-
-    Variables that have to be equal are found by `find`.
+    `inputs` are those of one sample. Raises ReplayError for a model whose operators cannot be followed on it.
     """
 
-    def __init__(self, prepared: QuantizedModel) -> None:
-        self.graph: ModelGraph = prepared.graph
-        self.modules = dict(prepared.model.named_modules())
-        self.tied = _tied(prepared.model)
-        self.parent = [FIXED]
-        self.fixed: dict[int, str] = {FIXED: "it stays as it is"}
-        """Variable, as `find` gives it -> why its factor is 1."""
-        self.labels: dict[str, Labels | None] = {}
-        self.producers: dict[str, Producer] = {}
-        self.consumers: dict[str, Consumer] = {}
-        for node in self.graph.nodes:
-            self.labels[node.name] = self._of(node)
-        for _, producer in self.graph.outputs:
-            self.fix(self.labels.get(producer), "its result is an output of the model")
-        for name in self.graph.state:
-            self.fix(self.labels.get(name), "the model keeps its result as state")
+    def __init__(self, prepared: QuantizedModel, inputs: Any) -> None:
+        with own_classes(prepared.model):
+            captured = capture(prepared.model, prepared.plan, inputs, 0.0)
+        super().__init__(Ops(prepared.model, prepared, captured))
+        self.plan = prepared.plan
+        self.held = HeldParameters(prepared.model, self.ops.ops)
+        self.tied = tied(prepared.model)
+        self.producers: dict[Any, Producer] = {}
+        self.consumers: dict[Any, Consumer] = {}
+        self.pairs: list[Pair] = []
+        self.results: dict[str, int] = {}
+        """Operator -> the number of its results, where they have ids."""
+        self.sources: dict[int, tuple[Source, ...]] = {}
+        """Operator -> tensors with a scale whose noise is in its result, in the channels of that result."""
+        for op in self.ops.ops:
+            self._follow(op)
+        for _, ref in captured.outputs:
+            self._fix(ref, "its result is an output of the model")
+        for op in self.ops.ops:
+            if op.name in prepared.graph.state or op.index in captured.tape.read_by_python:
+                self._fix(Ref(op.index, 0), "the model keeps its result as state")
 
-    # ---- variables ------------------------------------------------------------------------------------------------
+    def factors(self, ids: Tensor, values: Tensor) -> Tensor:
+        """The factor of each id; `values` has one for each variable, of which that of the root counts."""
+        signed = self.variables.of(ids)
+        found = values[signed.abs()]
+        return torch.where(signed < 0, 1 / found, found)
 
-    def find(self, variable: int) -> int:
-        """Return the variable that stands for all that are equal to this one."""
-        while self.parent[variable] != variable:
-            self.parent[variable] = self.parent[self.parent[variable]]
-            variable = self.parent[variable]
-        return variable
+    # ---- following operators
 
-    def along(self, ids: Sequence[int], values: Tensor) -> Tensor:
-        """The values of these variables; `values` has one for each variable, of which that of `find` counts."""
-        return values[[self.find(variable) for variable in ids]]
-
-    def fix(self, labels: Labels | None, why: str) -> None:
-        """Let the factors of these channels be 1, because of `why`."""
-        for variable in labels.ids if labels else ():
-            self.fixed.setdefault(self.find(variable), why)
-
-    def _equal(self, a: Sequence[int], b: Sequence[int]) -> None:
-        for first, second in zip(a, b, strict=True):
-            x, y = sorted((self.find(first), self.find(second)))
-            if x == y:
-                continue
-            if x == FIXED:  # not merged, so that each keeps its own reason
-                self.fixed.setdefault(y, "it meets values that stay as they are")
-                continue
-            self.parent[y] = x
-            if y in self.fixed:
-                self.fixed.setdefault(x, self.fixed[y])
-
-    def _new(self, count: int) -> tuple[int, ...]:
-        first = len(self.parent)
-        self.parent += range(first, first + count)
-        return tuple(range(first, first + count))
-
-    # ---- operators ------------------------------------------------------------------------------------------------
-
-    def _of(self, node: OpNode) -> Labels | None:
-        """The labels of an operator's result; None if its channels are fixed, or unknown and so fixed."""
-        inputs = [self.labels[name] for name in node.inputs]
-        if node.kind in WEIGHTED_KINDS:
-            return self._weighted(node, inputs)
-        if node.kind in (OpKind.layer_norm, OpKind.norm):
-            return self._norm(node, inputs)
-        kind = node.op_type.rpartition(".")[2]
-        rule = self._rule(node, kind)
-        found = rule(node, inputs) if rule else None
+    def _follow(self, op: Op) -> None:
+        read = read_by(op)
+        found = self._of(op) if op.floating else None
         if found is None:
-            for labels in inputs:
-                self.fix(labels, RELU6 if "relu6" in kind.lower() else f"{kind} reads it")
-        return found
+            name = self.name(op)
+            for ref in read:
+                self._fix(ref, _RELU6 if "relu6" in name.lower() else f"{name} reads it")
+        own = tuple(source for ref in read for source in self.sources.get(ref.op, ()))
+        if op.kind in WEIGHTED_KINDS or self._normalizes(op):
+            own = ()
+        self.results[op.name] = len(found or ())
+        for position, ids in enumerate(found or ()):
+            self.shapes[Ref(op.index, position)] = tuple(ids.shape)
+            if self.variables.free(ids):
+                ref = Ref(op.index, position)
+                self.labels[ref] = ids
+                if op.name in self.plan.output_at and position == 0:
+                    own = (*own, Source(self._read(ref, ids, _varying(ids)), _along(ids, _varying(ids))))
+        if own and found:
+            self.sources[op.index] = tuple(dict.fromkeys(own))
 
-    def _rule(self, node: OpNode, kind: str) -> Callable[[OpNode, list[Labels | None]], Labels | None] | None:
-        rule, count = RULE_OF.get(kind), len(node.inputs)
-        if rule == "adding":
-            return self._added if count == 2 else None
-        if rule == "scaling":
-            return self._scaled
-        if node.kind == OpKind.concat:
-            return self._joined
-        return self._moved if count == 1 and (rule or node.kind in PASSING_KINDS) else None
+    def _of(self, op: Op) -> Found:
+        if op.kind in WEIGHTED_KINDS:
+            return self._weighted(op)
+        if self._normalizes(op):
+            return self._norm(op)
+        if op.owner in self.ops.folded:  # the producer before it scales it
+            return self._passing(op)
+        return self._matmul(op) if op.kind == OpKind.matmul else self.passed(op)
 
-    def _weighted(self, node: OpNode, inputs: list[Labels | None]) -> Labels | None:
-        module = self.modules.get(node.weight or "")
-        shared = {node.weight, getattr(module, "qflow_norm_path", None)} & self.tied
-        if not isinstance(module, WeightedLeaf) or shared or len(inputs) != 1 + node.fused_add:
-            why = "a weight is shared by several modules" if shared else "a weight is no module's own"
-            for labels in inputs:
-                self.fix(labels, f"{why} ({node.weight or node.name})")
+    def _normalizes(self, op: Op) -> bool:
+        return op.kind in (OpKind.layer_norm, OpKind.norm) and op.owner not in self.ops.folded
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        """The ids of a constant; a parameter that is a vector has variables of its own."""
+        name = self.held.name(tensor)
+        if name is None or tensor.numel() < 2 or max(tensor.shape) != tensor.numel() or not self.held.own(tensor):
+            return super().constant(tensor)
+        return self._produced(self.held.key(tensor), name, tensor.numel(), Vectors((tensor,))).view(tensor.shape)
+
+    def _fix(self, argument: Any, why: str) -> None:
+        if isinstance(argument, Ref) and argument in self.labels:
+            self.variables.fix(self.labels[argument], why)
+
+    def _read(self, ref: Ref, ids: Tensor, axes: Sequence[int]) -> Read:
+        sizes = tuple(ids.shape[axis] for axis in axes)
+        return Read(self.ops.tape.ops[ref.op].name, ref.position, tuple(axes), sizes, ids.ndim)
+
+    # ---- producers and consumers
+
+    def _weighted(self, op: Op) -> Found:
+        argument = self.arguments(op, "input")[0]
+        holds, why = self._matrix(op)
+        if holds is None:
+            for ref in read_by(op):
+                self._fix(ref, why)
             return None
-        path, axis = str(node.weight), len(node.shape) - 1 if node.kind == OpKind.linear else 1
-        self._consumed(path, module, node, inputs[0])
-        producer = self._produced(path, module, node.shape[axis])
-        found = Labels(axis, producer.ids)
-        if module.qflow_norm is None and "BN" in node.fused_types:
-            self.fix(found, "its batch norm is no module")
-        norm: Any = module.qflow_norm
-        if norm is not None and (getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is None):
-            self.fix(found, "its batch norm has no weight and bias")
-        if node.fused_add and (inputs[1] is None or inputs[1].axis != axis):
-            for labels in (found, inputs[1]):
-                self.fix(labels, "it is added to values that stay as they are")
-        elif inputs[1:] and inputs[1] is not None:
-            self._equal(found.ids, inputs[1].ids)
-        if "ReLU6" in node.fused_types:
-            self.fix(found, RELU6)
-        return found
+        axis = len(op.shape) - (holds.weight.ndim - 1)
+        key = op.module or self.held.key(holds.weight)
+        path = str(op.module or (op.weight.name if op.weight else op.name))
+        self._consumed(key, path, holds, argument, axis)
+        rows: Matrix | Vectors = holds
+        norm: Any = holds.leaf.qflow_norm if holds.leaf is not None else None
+        if norm is not None:
+            rows = Vectors((norm.weight, norm.bias))
+        ids = self._produced(key, path, op.shape[axis], rows)
+        if why:
+            self.variables.fix(ids, why)
+        return (ids.view(-1, *[1] * (len(op.shape) - axis - 1)).expand(op.shape),)
 
-    def _consumed(self, path: str, module: WeightedLeaf, node: OpNode, read: Labels | None) -> None:
-        """Let the columns of a weight have the variables of what it reads, or fix them."""
-        source, count = node.inputs[0], _channels_in(module)
-        axis = len(self.graph.by_name[source].shape) - 1 if node.kind == OpKind.linear else 1
-        if read is None or read.axis != axis or len(read.ids) != count:
-            self.fix(read, f"{type(module).__name__.removeprefix('Q')} reads it along another axis")
-            read = None
-        ids = read.ids if read is not None else (FIXED,) * count
-        known = self.consumers.setdefault(path, Consumer(path, module, [], ids))
-        known.sources.append(source)
-        self._equal(known.ids, ids)  # another call of a shared module
+    def _matrix(self, op: Op) -> tuple[Matrix | None, str]:
+        """The weight of an operator, and why its rows (or, without a weight, also its columns) stay as they are."""
+        groups, transposed = op.attrs.get("groups", 1), op.kind == OpKind.conv_transpose
+        if op.module is not None:
+            leaf: Any = self.ops.leaves[op.module]
+            norm = getattr(leaf, "qflow_norm", None)
+            if {op.module, getattr(leaf, "qflow_norm_path", None)} & self.tied:
+                return None, f"a weight is shared by several modules ({op.module})"
+            if not isinstance(leaf, WeightedLeaf):
+                return None, f"a weight is no module's own ({op.module})"
+            bare = norm is not None and (getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is None)
+            why = "its batch norm has no weight and bias" if bare else ""
+            return Matrix(leaf.weight, leaf.bias, groups, transposed, leaf), why
+        given = self.arguments(op)
+        assert op.call is not None
+        weight = op.call.kwargs.get("weight", given[1] if len(given) > 1 else None)
+        bias = op.call.kwargs.get("bias", given[2] if len(given) > 2 else None)
+        if not isinstance(weight, Tensor) or not self.held.own(weight):
+            return None, f"a weight is no module's own ({op.weight.name if op.weight else op.name})"
+        free = bias is None or (isinstance(bias, Tensor) and self.held.own(bias))
+        return Matrix(weight, bias if free else None, groups, transposed), "" if free else "its bias is no parameter"
 
-    def _produced(self, path: str, module: Any, count: int) -> Producer:
-        if path not in self.producers:
-            self.producers[path] = Producer(path, module, self._new(count))
-        return self.producers[path]
+    def _consumed(self, key: Any, path: str, holds: Matrix, argument: Any, axis: int) -> None:
+        """Let the columns of a weight have the variables of what it reads; positions of a channel have one factor."""
+        try:
+            x = self.ids(argument)
+        except UnknownIds:
+            x = torch.full((holds.columns,), FIXED).double().view(-1, *[1] * (holds.weight.ndim - 2))
+            axis = 0
+        others = [i for i in range(x.ndim) if i != axis]
+        ids = self.variables.unify(x, others, f"{path} reads it beside values that stay as they are").flatten()
+        ids = torch.where(ids == 0, FIXED, ids)
+        known = self.consumers.setdefault(key, Consumer(path, holds, ids, [], []))
+        self.variables.equal(known.ids, ids, f"{path} reads it beside values that stay as they are")
+        if isinstance(argument, Ref):
+            known.reads.append(self._read(argument, x, [axis]))
+            known.sources += [s for s in self.sources.get(argument.op, ()) if s not in known.sources]
 
-    def _norm(self, node: OpNode, inputs: list[Labels | None]) -> Labels | None:
-        for labels in inputs:
-            self.fix(labels, f"{node.op_type.rpartition('.')[2]} reads it")
-        # a functional belongs to the module that calls it: if its weight is another one, the float function would move
-        path = node.name.partition("(")[0].partition("[")[0]
-        module: Any = self.modules.get(path)
-        weight = getattr(module, "weight", None)
-        axis = (
-            1 if node.kind == OpKind.norm or node.op_type.endswith(("GroupNorm", "group_norm")) else len(node.shape) - 1
-        )
-        if not isinstance(weight, Tensor) or tuple(weight.shape) != (node.shape[axis],) or path in self.tied:
-            return None
-        return Labels(axis, self._produced(path, module, len(weight)).ids)
+    def _produced(self, key: Any, path: str, count: int, holds: Matrix | Vectors) -> Tensor:
+        if key not in self.producers:
+            self.producers[key] = Producer(path, self.variables.new(count), holds)
+        return self.producers[key].ids
 
-    def _added(self, node: OpNode, inputs: list[Labels | None]) -> Labels | None:
-        """Branches of one shape have equal factors; any other sum leaves its branches as they are."""
-        a, b = inputs
-        if a is None or b is None or a.axis != b.axis:
+    def _norm(self, op: Op) -> Found:
+        name, given = self.name(op), self.arguments(op)
+        for ref in read_by(op):
+            self._fix(ref, f"{name} reads it")
+        assert op.call is not None
+        if op.module is not None:
+            module: Any = self.ops.leaves[op.module]
+            vectors = [getattr(module, "weight", None), getattr(module, "bias", None)]
+            own = op.module not in self.tied
+        else:
+            places = zip(("weight", "bias"), _NORM_ARGUMENTS.get(name, (9, 9)), strict=True)
+            vectors = [op.call.kwargs.get(key, given[i] if len(given) > i else None) for key, i in places]
+            own = all(v is None or (isinstance(v, Tensor) and self.held.own(v)) for v in vectors)
+        axis = len(op.shape) - 1 if name.lower().removesuffix("norm").rstrip("_") in ("layer", "rms") else 1
+        tensors = tuple(v for v in vectors if isinstance(v, Tensor))
+        if vectors[0] is None or not own or any(tuple(v.shape) != (op.shape[axis],) for v in tensors):
             return None
-        if any(self.graph.by_name[name].shape != node.shape for name in node.inputs):
-            return None
-        self._equal(a.ids, b.ids)
-        return a
+        path = op.module or str(self.held.name(tensors[0])).rpartition(".")[0] or op.name
+        ids = self._produced(op.module or self.held.key(tensors[0]), path, op.shape[axis], Vectors(tensors))
+        return (ids.view(-1, *[1] * (len(op.shape) - axis - 1)).expand(op.shape),)
 
-    def _scaled(self, node: OpNode, inputs: list[Labels | None]) -> Labels | None:
-        """A product with a number, or with a tensor that stays as it is: s x y."""
-        if not inputs or (node.op_type.endswith("div") and len(inputs) == 1 and node.operands[:1] != (None,)):
-            return None
-        if len(inputs) == 2 and node.inputs[0] == node.inputs[1]:
-            return None
-        elements = [self.graph.by_name[name].elements for name in node.inputs]
-        first = 0 if node.op_type.endswith("div") else elements.index(max(elements))
-        for i, labels in enumerate(inputs):
-            if i != first:
-                self.fix(labels, "it is a factor of a product")
-        found = inputs[first]
-        return found if found is not None and node.shape == self.graph.by_name[node.inputs[first]].shape else None
+    # ---- products of two activations
 
-    def _joined(self, node: OpNode, inputs: list[Labels | None]) -> Labels | None:
-        """A concat along the channels puts the variables in a row; along another axis, its branches have equal ones."""
-        shapes = [self.graph.by_name[name].shape for name in node.inputs]
-        known = next((labels for labels in inputs if labels is not None), None)
-        if known is None or any(len(shape) != len(node.shape) for shape in shapes):
+    def _matmul(self, op: Op) -> Found:
+        """One side stays as it is and the other passes, with one factor along what is summed; or both are a pair."""
+        given = self.arguments(op, "input", "other", "mat2")
+        sides = [v for v in given if isinstance(v, (Ref, Tensor))]
+        try:
+            both = [self.ids(side) for side in sides]
+        except UnknownIds:
             return None
-        axis = known.axis
-        parts = [
-            labels.ids if labels is not None and labels.axis == axis else (FIXED,) * shape[axis]
-            for labels, shape in zip(inputs, shapes, strict=True)
+        letters = letters_of(self.name(op), given, [ids.ndim for ids in both])
+        if letters is None:
+            return None
+        free, summed = [self.variables.free(ids) for ids in both], [letters.left.index(x) for x in letters.summed]
+        if all(free) and not set(summed).isdisjoint(_varying(both[0])):
+            self._paired(op, sides, both, letters)
+            return (torch.full((), FIXED, dtype=torch.float64).expand(op.shape),)
+        kept = int(free[1])
+        own, ids = (letters.left, letters.right)[kept], both[kept]
+        self.variables.fix(both[1 - kept], "it is multiplied by values that have factors of their own")
+        axes = [i for i, x in enumerate(own) if x not in letters.out]
+        ids = self.variables.unify(ids, axes, f"{self.name(op)} reads it")
+        return (placed(ids, own, letters.out).expand(op.shape),)
+
+    def _paired(self, op: Op, sides: Sequence[Any], both: Sequence[Tensor], letters: Letters) -> None:
+        """The left side takes a factor for each summed channel, the right side its inverse."""
+        owns, why = (letters.left, letters.right), f"{self.name(op)} reads it beside values that stay as they are"
+        shared = "".join(x for x in letters.left if x in letters.right)
+        ones = [
+            placed(self.variables.unify(ids, [i for i, x in enumerate(own) if x not in shared], why), own, shared)
+            for ids, own in zip(both, owns, strict=True)
         ]
-        if any(labels is not None and labels.axis != axis for labels in inputs):
-            return None
-        if sum(map(len, parts)) == node.shape[axis]:
-            return Labels(axis, tuple(variable for part in parts for variable in part))
-        if all(len(part) == node.shape[axis] for part in parts):
-            for part in parts[1:]:
-                self._equal(parts[0], part)
-            return Labels(axis, parts[0])
-        return None
-
-    def _moved(self, node: OpNode, inputs: list[Labels | None]) -> Labels | None:
-        read = inputs[0]
-        return None if read is None else moved(node, read, self.graph.by_name[node.inputs[0]].shape)
-
-
-def _channels_in(module: Any) -> int:
-    return int(module.in_features if hasattr(module, "in_features") else module.in_channels)
+        self.variables.equal(ones[0], -ones[1], why)
+        shape = torch.broadcast_shapes(*(ids.shape for ids in ones))  # type: ignore[no-untyped-call]
+        whole = [ids.expand(shape) for ids in ones]
+        axes = [x for i, x in enumerate(shared) if any(i in _varying(ids) for ids in whole) and x not in letters.summed]
+        order = "".join(axes) + letters.summed
+        reads, sources = [], []
+        for side, ids, own in zip(sides, both, owns, strict=True):
+            reads.append(self._read(side, ids, [own.index(x) for x in order]))
+            sources.append(self.sources.get(side.op, ()))
+        self.pairs.append(
+            Pair(op.name, placed(whole[0], shared, order), (reads[0], reads[1]), (sources[0], sources[1]))
+        )
 
 
-def _tied(model: nn.Module) -> frozenset[str]:
-    """Modules whose parameters belong to several modules, or are computed at each access (parametrized)."""
-    owners: dict[int, set[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(path)
-    tied = {path for paths in owners.values() if len(paths) > 1 for path in paths}
-    computed = {path for path, m in model.named_modules() if hasattr(m, "parametrizations")}
-    return frozenset(tied | computed)
+def _varying(ids: Tensor) -> list[int]:
+    """The axes along which there are several ids."""
+    few = thin(ids)
+    return [i for i, size in enumerate(few.shape) if size > 1 and not bool((few == few.narrow(i, 0, 1)).all())]
+
+
+def _along(ids: Tensor, axes: Sequence[int]) -> Tensor:
+    """The ids along `axes`, taken at the first position of all others."""
+    for axis in reversed([i for i in range(ids.ndim) if i not in axes]):
+        ids = ids.select(axis, 0)
+    return ids

@@ -1,65 +1,36 @@
 """Equalization changes how ranges lie among channels and nothing else: the float function stays."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.forced_factors import any_factors, arguments, forced, like, powers_of_two
 from support.rescaled import ResNet20, rescaled
 from support.zoo import NAMES, build
 from torch import nn
 from zoo_real.registry import entries
 
 import qflow
-from qflow.quant.trace.calling import call_model, map_named, named_tensors
-from qflow.repair.channels import Channels
+from qflow.quant.trace.calling import map_named
 from qflow.repair.contract import Context
-from qflow.repair.equalize import Equalize, scale_columns, scale_rows
+from qflow.repair.equalize import Equalize
 from qflow.tasks import digits, dual, exposure
 from qflow.tasks.perception import data as perception_data
 from qflow.tasks.perception import model as perception
-
-
-def like(_, tensor):
-    return torch.randn_like(tensor) if tensor.is_floating_point() else tensor
 
 
 def applied(model, example):
     """What an equalization changes if every predicted gain counts, and what it refuses."""
     prepared = qflow.prepare(model, example)
     torch.manual_seed(3)
-    inputs = [map_named(like, example if isinstance(example, (dict, tuple)) else (example,)) for _ in range(4)]
+    inputs = [map_named(like, arguments(example)) for _ in range(4)]
     context = Context([(item, 2) for item in inputs], prepared.applied)
     step = Equalize(gain=1.1)
     parts, refused = step.parts(prepared, context)
     return step.apply(prepared, context, parts), refused
-
-
-def scale_all(prepared, factors_of):
-    """Multiply all channels that may have a factor by those of `factors_of(count)`; return how many there are."""
-    channels = Channels(prepared)
-    factors = factors_of(len(channels.parent))
-    for variable in channels.fixed:
-        factors[variable] = 1.0
-    with torch.no_grad():
-        for member in channels.producers.values():
-            scale_rows(member.module, channels.along(member.ids, factors))
-        for member in channels.consumers.values():
-            scale_columns(member.module, 1 / channels.along(member.ids, factors))
-    return len({channels.find(variable) for variable in range(len(channels.parent))} - channels.fixed.keys())
-
-
-def powers_of_two(count):
-    return 2.0 ** torch.randint(-6, 7, (count,), generator=torch.Generator().manual_seed(7))
-
-
-def moved(model, prepared, inputs):
-    """The largest relative difference of a float output."""
-    inputs = inputs if isinstance(inputs, (dict, tuple)) else (inputs,)
-    with torch.no_grad():
-        pairs = zip(named_tensors(call_model(model, inputs)), named_tensors(call_model(prepared, inputs)), strict=True)
-        return max(float((b - a).norm() / a.norm()) for (_, a), (_, b) in pairs if a.is_floating_point())
 
 
 @pytest.mark.filterwarnings("ignore:The prepared model is not calibrated")
@@ -67,10 +38,9 @@ def moved(model, prepared, inputs):
 def test_powers_of_two_leave_the_float_function_bit_for_bit(name):
     model, example = build(name)
     before = copy.deepcopy(model.state_dict())
-    prepared = qflow.prepare(model, example)
-    scaled = scale_all(prepared, powers_of_two)
-    assert scaled > 0 or name in ("functional", "two_inputs", "shared", "point_pillars", "linear_attention")
-    assert moved(model, prepared, map_named(like, example)) == 0.0
+    found = forced(qflow.prepare(model, example), example, powers_of_two)
+    assert found.variables > 0 or name in ("functional", "two_inputs", "shared", "point_pillars")
+    assert found.moved == 0.0
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items()), "the user's model"
 
 
@@ -80,10 +50,9 @@ def test_powers_of_two_leave_the_float_function_bit_for_bit(name):
 def test_the_models_of_the_built_in_tasks_keep_their_function(task):
     model, data = task.build_model(), build_data_of(task)
     images = torch.stack([data.calibration[i][0] for i in range(8)])
-    prepared = qflow.prepare(model, images)
-    scaled = scale_all(prepared, powers_of_two)
-    assert (scaled == 0) == (task is perception), "there a SiLU follows every convolution"
-    assert moved(model, prepared, images) == 0.0
+    found = forced(qflow.prepare(model, images), images, powers_of_two)
+    assert (found.variables == 0) == (task is perception), "there a SiLU follows every convolution"
+    assert found.moved == 0.0
 
 
 def build_data_of(task):
@@ -96,13 +65,14 @@ def build_data_of(task):
 @pytest.mark.slow  # libraries that take seconds to load
 @pytest.mark.parametrize("name", ["timm_swin", "timm_mobilenetv3", "torchvision_resnet50", "transformers_detr"])
 def test_real_models_keep_their_function(name):
+    """benchmarks/equalize_zoo.py does it for all of them."""
     entry = entries()[name]
     if entry.missing:
         pytest.skip(f"needs {entry.missing}: pip install 'qflow[zoo]'")
     model, inputs = entry.made()
-    prepared = qflow.prepare(model, inputs(2))
-    assert scale_all(prepared, powers_of_two) > 50
-    assert moved(model, prepared, inputs(3)) == 0.0
+    found = forced(qflow.prepare(model, inputs(2)), inputs(2), powers_of_two)
+    assert found.variables > 50 and found.moved == 0.0
+    assert (found.pairs > 0) == (name in ("timm_swin", "transformers_detr")), "query and key"
 
 
 @pytest.mark.parametrize(
@@ -111,8 +81,15 @@ def test_real_models_keep_their_function(name):
         "resnet": ["blocks.0.conv1 -> blocks.0.conv2", "blocks.1.conv1 -> blocks.1.conv2"],
         "mobilenet": ["2.conv.2.0 -> 6"],
         "unet": ["up -> out"],
-        "vision_transformer": ["norm1 -> qkv", "norm2 -> mlp.0"],
-        "detr": ["encoder.linear1 -> encoder.linear2"],
+        "vision_transformer": ["norm1 -> qkv", "norm2 -> mlp.0", "qkv -> proj"],
+        "detr": [
+            "cross.in_proj_weight:2 -> cross.out_proj.weight",
+            "cross.out_proj.weight -> boxes",
+            "encoder.linear1 -> encoder.linear2",
+            "encoder.norm2 -> cross.in_proj_weight:1",
+            "encoder.self_attn.in_proj_weight -> encoder.self_attn.out_proj.weight",
+        ],
+        "linear_attention": ["qkv -> out"],
         "dense": ["layers.l0.0 -> layers.l0.2", "layers.l1.0 -> layers.l1.2", "layers.l1.2 -> head"],
     }.items(),
 )
@@ -161,16 +138,13 @@ def test_a_factor_passes_through_all_that_is_homogeneous():
 @given(st.integers(0, 10**6))
 def test_any_factors_leave_the_function_within_rounding(seed):
     torch.manual_seed(0)
-    model, generator = Chain().eval(), torch.Generator().manual_seed(seed)
-    prepared = qflow.prepare(model, torch.randn(2, 2, 4, 4))
-    assert (
-        scale_all(prepared, lambda count: 10 ** (torch.rand(count, generator=generator) * 4 - 2)) == 6 + 6 + 8 + 6 + 3
-    )
-    assert moved(model, prepared, torch.randn(4, 2, 4, 4, generator=generator)) < 1e-5
+    images = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
+    found = forced(qflow.prepare(Chain().eval(), images), images, functools.partial(any_factors, seed=seed))
+    assert found.variables == 6 + 6 + 8 + 6 + 3 and found.moved < 1e-5
 
 
 class Turned(nn.Module):
-    """An index that takes channels out of order, and a group beside it."""
+    """An index that takes channels out of order, and a weight that other code reads too."""
 
     def __init__(self):
         super().__init__()
@@ -182,14 +156,14 @@ class Turned(nn.Module):
 
     def forward(self, x):
         turned = torch.relu(self.a(x))[:, [0, 1, 5, 2, 3, 4]]
-        return self.b(turned), self.d(torch.relu(self.c(x))[:, :, 1:, 1:])
+        return self.b(turned), self.d(torch.relu(self.c(x))) * self.c.weight.sum()
 
 
-def test_channels_out_of_order_are_found_by_the_float_outputs():
+def test_channels_are_followed_out_of_order_and_a_weight_that_is_read_in_another_way_is_found_by_the_float_outputs():
     torch.manual_seed(0)
     changed, refused = applied(Turned().eval(), torch.randn(2, 2, 4, 4))
-    assert list(changed) == ["c -> d"]
-    assert refused["a -> b"] == "the float function would move: its channels are taken out of order"
+    assert list(changed) == ["a -> b"]
+    assert refused["c -> d"] == "the float function would move: its weights are read in another way too"
 
 
 @pytest.mark.parametrize("name", ["vision_transformer", "convnext"])

@@ -3,6 +3,7 @@
 __all__ = [
     "calibrate",
     "graph_at_shape",
+    "leaf",
     "model_state",
     "module_names",
     "plan",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,6 +86,19 @@ def leaf_type(mixin: type, own: type) -> type:
     if key not in _LEAF_CLASSES:
         _LEAF_CLASSES[key] = type(f"Q{own.__name__}", key, {"__module__": __name__})
     return _LEAF_CLASSES[key]
+
+
+@contextmanager
+def own_classes(model: nn.Module) -> Iterator[None]:
+    """The leaf modules of a prepared model are of the user's own classes again, so that it can be traced."""
+    swapped = [(module, type(module)) for module in model.modules() if isinstance(module, Leaf)]
+    try:
+        for module, cls in swapped:
+            module.__class__ = cls.__bases__[1]
+        yield
+    finally:
+        for module, cls in swapped:
+            module.__class__ = cls
 
 
 def _rebuild_leaf(mixin: type, own: type) -> Any:
