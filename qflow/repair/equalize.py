@@ -118,7 +118,9 @@ class _Fit:
         self.numbers[roots] = torch.arange(1, self.count + 1)
         noises = [self._weight(c) for c in group.consumers] + [self._pair(p) for p in group.pairs]
         self.noises = [noise for noise in noises if noise is not None and noise.reaches]
-        self.anchored = any(bool((reach.index == 0).any()) for noise in self.noises for reach in noise.reaches)
+        reaches = [reach for noise in self.noises for reach in noise.reaches]
+        self.anchored = bool(group.pairs) or any(bool((reach.index == 0).any()) for reach in reaches)
+        """True if the size of the factors counts, not only their ratios."""
 
     def index(self, ids: Tensor) -> Tensor:
         """The places of these ids' factors."""
@@ -178,26 +180,39 @@ class _Fit:
     def _moved(self, factors: Tensor, exponent: float) -> Tensor:
         """One step to the fixed point: ranges of channels and of columns as these factors leave them.
 
-        What has the inverse of a factor counts on the other side: the channels of a key are columns to the query.
+        A factor whose inverse stands on the other side of a product takes equal ranges to both.
         """
-        whole = _with_inverse(factors)
-        channel, column = torch.zeros_like(whole), torch.zeros_like(whole)
+        n, whole = self.count, _with_inverse(factors)
+        channel, column, size = (torch.zeros_like(whole) for _ in range(3))
         for noise in self.noises:
             for reach in noise.reaches:
                 channel.scatter_reduce_(0, reach.index, reach.relative(whole), "amax")
             if isinstance(noise, WeightNoise):
                 column.scatter_reduce_(0, *noise.column(whole), "amax")
-        n = self.count
-        channel, column = (
-            torch.maximum(channel[1 : n + 1], column[n + 1 :]), torch.maximum(column[1 : n + 1], channel[n + 1 :])
-        )  # fmt: skip
-        alive = (channel > 0) & (column > 0)
-        ones = torch.ones_like(factors)
+            else:
+                for reach in (*noise.left_reaches[:1], *noise.right_reaches[:1]):
+                    size.scatter_reduce_(0, reach.index, reach.largest * whole[reach.index], "amax")
+        channel, column, size, other = channel[1 : n + 1], column[1 : n + 1], size[1 : n + 1], size[n + 1 :]
+        alive, paired, ones = (channel > 0) & (column > 0), (size > 0) & (other > 0), torch.ones_like(factors)
         channel, column = torch.where(alive, channel, ones), torch.where(alive, column, ones)
         moved = factors * column ** (1 - exponent) / channel**exponent
-        if not self.anchored and bool(alive.any()):  # only ratios count: as many grow as shrink
+        if not self.anchored and bool(alive.any()):  # as many grow as shrink
             moved = torch.where(alive, moved / moved[alive].log().mean().exp(), moved)
-        return moved.clamp(1 / LIMIT, LIMIT)
+        moved = torch.where(paired, factors * torch.where(paired, other / size, ones).sqrt(), moved)
+        return self._beside(paired, moved).clamp(1 / LIMIT, LIMIT)
+
+    def _beside(self, paired: Tensor, factors: Tensor) -> Tensor:
+        """Values that share a tensor with queries and keys fill the range that those have: more would cost them codes.
+
+        Their factors are multiplied by one number; less would cost the values codes, and gain nothing.
+        """
+        whole, free = _with_inverse(factors), torch.cat([torch.zeros(1, dtype=torch.bool), ~paired, ~paired])
+        ratios = []
+        for reach in {id(reach): reach for noise in self.noises for reach in noise.reaches}.values():
+            scaled, own = reach.largest * whole[reach.index], free[reach.index]
+            if bool(paired.any()) and bool(own.any()) and not bool(own.all()) and float(scaled[own].max()) > 0:
+                ratios.append(float(scaled[~own].max() / scaled[own].max()))
+        return torch.where(paired, factors, factors * min(ratios, default=1.0))
 
 
 def _with_inverse(factors: Tensor) -> Tensor:

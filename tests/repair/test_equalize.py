@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.forced_factors import any_factors, arguments, forced, like, powers_of_two
+from support.outliers import SmallTransformer, standing_out
 from support.rescaled import ResNet20, rescaled
 from support.zoo import NAMES, build
 from torch import nn
@@ -230,6 +231,31 @@ def test_rescaled_channels_cost_int8_nothing_after_equalization(data, plain):
     assert right(repaired) >= right(plain) - 0.01
     assert error(planted, hard, images) > 10 * error(usual, plain, images)
     assert error(repaired, hard, images) < 1.1 * error(usual, plain, images)
+
+
+@pytest.fixture(scope="module")
+def transformer(data):
+    """A transformer that reads digits."""
+    return digits.fit(SmallTransformer, data.train, epochs=12, seed=0)
+
+
+@pytest.mark.slow  # it trains the network
+@pytest.mark.parametrize(("norms", "attention"), [(8, 0), (0, 8), (8, 6)])
+def test_outliers_of_a_trained_transformer_cost_int8_nothing_after_equalization(data, transformer, norms, attention):
+    """Behind layer norms, and in queries, keys and values: one linear layer gives all three with one scale."""
+    images, digits_of = data.evaluation.tensors
+    loader = data.calibration.tensors[0].split(16)
+    hard = standing_out(copy.deepcopy(transformer), norms, attention)
+    usual, planted = (qflow.prepare(model, loader[0]) for model in (transformer, hard))
+    for prepared in (usual, planted):
+        qflow.calibrate(prepared, loader)
+    repaired, _ = qflow.repair_model(planted, loader)
+    with torch.no_grad():
+        nets = transformer, hard, planted, repaired
+        right = [float((net(images).argmax(1) == digits_of).float().mean()) for net in nets]
+    assert abs(right[1] - right[0]) < 1e-6 and right[2] < right[0] - 0.2
+    assert right[3] > right[0] - 0.015
+    assert error(repaired, hard, images) < 1.2 * error(usual, transformer, images)
 
 
 @pytest.mark.slow  # it trains the network
