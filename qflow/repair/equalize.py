@@ -29,7 +29,7 @@ from qflow.repair.same_function import moving
 
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ROUNDS = 4
-GAIN = 0.5
+GAIN = 0.7
 LIMIT = 2.0**20
 
 
