@@ -17,6 +17,18 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def built_once(tmp_path_factory):
+    """The folder of what is built once a session; the workers of a session share it."""
+    from support.built_once import build_once
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    build_once(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def digits_task():
     from qflow.tasks import digits

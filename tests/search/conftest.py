@@ -1,27 +1,20 @@
-"""A store per test: copies of two databases, because building them takes 2 s of CPU."""
+"""A store per test."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from qflow.core.store import build_aside
-from qflow.search.database import _create
-from qflow.tracking.mlflow_tracker import MlflowTracker
+from qflow.search import database
+from qflow.tracking.connect import open_store
 
 
 @pytest.fixture
-def store(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def store(tmp_path: Path) -> Path:
     """A folder with whole, empty databases of MLflow and Optuna."""
-    template = tmp_path_factory.getbasetemp() / "template-store"
-    if not (template / "mlflow.db").exists():
-        MlflowTracker.open(None, template, "template")
-    if not (template / "optuna.db").exists():
-        build_aside(template / "optuna.db", _create)
     folder = tmp_path / "store"
-    folder.mkdir()
-    for name in ("mlflow.db", "optuna.db"):
-        shutil.copy(template / name, folder / name)
+    open_store(None, folder)
+    build_aside(folder / "optuna.db", database._create)
     return folder

@@ -1,7 +1,8 @@
-"""Commands as a user starts them, each a process of its own that has torch and MLflow loaded already.
+"""Commands as a user starts them, each a process of its own that has torch, MLflow and qflow loaded already.
 
-They are forked from a server that did nothing but import, so a test waits for what the command does, not three seconds
-for imports. What a new interpreter does itself (start-up, signals) is tested on real ones in commands/test_tune.py.
+They are forked from a server that did nothing but import, so a test waits for what the command does, not four seconds
+for imports, and they share what is built once a session (built_once.py). What a new interpreter does itself (start-up,
+signals) is tested on real ones in commands/test_tune.py.
 """
 
 import atexit
@@ -13,13 +14,17 @@ import time
 from pathlib import Path
 from subprocess import CompletedProcess
 
+from support import built_once
+
 TESTS = Path(__file__).parents[1]
 OWN_CODE = f"{TESTS / 'support'}:{TESTS}"
 """PYTHONPATH of a user whose task is support/user_task.py."""
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     ["torch._dynamo", "mlflow.store.tracking.sqlalchemy_store", "optuna", "hydra.main", "pandas", "sklearn.datasets"]
-    + ["matplotlib.pyplot", "scipy.optimize"]
+    + ["matplotlib.pyplot", "scipy.optimize", "mlflow.store.artifact.local_artifact_repo", "sqlalchemy.dialects.sqlite"]
+    + ["qflow.study.baselines", "qflow.study.finish", "qflow.study.unrepaired", "qflow.report.analysis_files"]
+    + [f"qflow.commands.{name}" for name in ("analyze", "check", "compare", "cost", "export", "promote", "trial", "tune")]
 )
 
 
@@ -30,7 +35,7 @@ def run_qflow(name, *arguments, cwd, killed_after="", **env):
     """
     files = [Path(cwd) / f".{name}.{stream}" for stream in ("stdout", "stderr")]
     env = {**os.environ, "PYTHONPATH": OWN_CODE, "QFLOW_HOME": "", **env}
-    process = _server.Process(target=_run, args=(name, arguments, str(cwd), env, files))
+    process = _server.Process(target=_run, args=(name, arguments, str(cwd), env, files, built_once.folder))
     process.start()
     end = time.monotonic() + 300
     while killed_after and process.exitcode is None and time.monotonic() < end:
@@ -47,7 +52,7 @@ def run_qflow(name, *arguments, cwd, killed_after="", **env):
     return CompletedProcess(["-m", f"qflow.{name}", *arguments], process.exitcode, out, err)
 
 
-def _run(name, arguments, cwd, env, files):
+def _run(name, arguments, cwd, env, files, folder):
     for number, file in enumerate(files, 1):
         with file.open("wb") as stream:
             os.dup2(stream.fileno(), number)
@@ -56,6 +61,7 @@ def _run(name, arguments, cwd, env, files):
     os.environ.update(env)
     sys.path[:0] = [cwd, *env["PYTHONPATH"].split(":")]
     sys.argv = [name, *arguments]
+    built_once.build_once(folder)
     try:
         runpy.run_module(f"qflow.{name}", run_name="__main__", alter_sys=True)
     finally:

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from support.built_once import built_anew
 from support.commands import run_qflow
 
 from qflow.config.device_file import load_cost, load_rules
@@ -141,7 +142,9 @@ def test_the_state_is_part_of_the_cost(evaluator):
 
 @pytest.mark.slow
 def test_the_network_needs_its_state():
-    model, again = build_model(), build_model()
+    model = build_model()
+    with built_anew():
+        again = build_model()
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     data = build_data()
     assert hits(model, data.evaluation) > 0.88

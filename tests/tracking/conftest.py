@@ -1,25 +1,21 @@
-"""A store per test: a copy of one database, because building one takes 2 s of CPU."""
+"""A store per test."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from qflow.tracking.connect import open_store
 from qflow.tracking.mlflow_tracker import MlflowTracker
 
 
 @pytest.fixture
-def store(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def store(tmp_path: Path) -> Path:
     """A folder with a whole, empty MLflow database."""
-    template = tmp_path_factory.getbasetemp() / "template-store"
-    if not (template / "mlflow.db").exists():
-        MlflowTracker.open(None, template, "template")
     folder = tmp_path / "store"
-    folder.mkdir()
-    shutil.copy(template / "mlflow.db", folder / "mlflow.db")
+    open_store(None, folder)
     return folder
 
 

@@ -1,0 +1,21 @@
+"""The store of a test is the one that MLflow builds."""
+
+import sqlite3
+from contextlib import closing
+
+from support.built_once import built_anew
+
+from qflow.tracking.connect import open_store
+
+
+def content(folder):
+    """Every statement that builds the database, without the times at which MLflow made its rows."""
+    with closing(sqlite3.connect(folder / "mlflow.db")) as found:
+        found.execute("UPDATE experiments SET creation_time = 0, last_update_time = 0")
+        return sorted(line.replace(str(folder), "FOLDER") for line in found.iterdump())
+
+
+def test_the_store_of_a_test_holds_what_mlflow_puts_into_a_new_one(store, tmp_path):
+    with built_anew():
+        open_store(None, tmp_path / "new")
+    assert content(store) == content(tmp_path / "new")
