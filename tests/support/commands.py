@@ -16,6 +16,8 @@ from subprocess import CompletedProcess
 
 from support import built_once
 
+from qflow.config.command_table import COMMANDS
+
 TESTS = Path(__file__).parents[1]
 OWN_CODE = f"{TESTS / 'support'}:{TESTS}"
 """PYTHONPATH of a user whose task is support/user_task.py."""
@@ -24,7 +26,7 @@ _server.set_forkserver_preload(
     ["torch._dynamo", "mlflow.store.tracking.sqlalchemy_store", "optuna", "hydra.main", "pandas", "sklearn.datasets"]
     + ["matplotlib.pyplot", "scipy.optimize", "mlflow.store.artifact.local_artifact_repo", "sqlalchemy.dialects.sqlite"]
     + ["qflow.study.baselines", "qflow.study.finish", "qflow.study.unrepaired", "qflow.report.analysis_files"]
-    + [f"qflow.commands.{name}" for name in ("analyze", "check", "compare", "cost", "export", "promote", "trial", "tune")]
+    + [f"qflow.commands.{name}" for name in COMMANDS]
 )
 
 
