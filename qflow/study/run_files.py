@@ -13,22 +13,30 @@ from qflow.config.settings import load_resolved
 from qflow.core.errors import TrackingError
 from qflow.core.record import from_dict
 from qflow.report.files import SCORES
+from qflow.tracking.artifacts import Store
 from qflow.tracking.mlflow_tracker import MlflowTracker
 
 T = TypeVar("T")
 
 
 class RunFiles:
-    """Files of runs by name; None for one that a run does not have."""
+    """Files of runs by name; None for one that a run does not have. A run's address is asked for once, not by file."""
 
     def __init__(self, tracker: MlflowTracker, folder: Path) -> None:
         self._tracker, self._folder = tracker, folder
+        self._store = Store(tracker.client, tracker.uri)
+        self._addresses: dict[str, str] = {}
 
     def fetch(self, run: str, name: str) -> Path | None:
+        into = self._folder / run
+        into.mkdir(parents=True, exist_ok=True)
         try:
-            return self._tracker.download(run, name, self._folder / run)
+            with self._tracker.calling():
+                address = self._addresses.get(run) or self._addresses.setdefault(run, self._store.run(run)[2])
+                self._store.download(address, [name], into)
         except (TrackingError, OSError):  # a local store raises the second for a file that is absent
             return None
+        return into / name
 
     def config(self, run: str) -> DictConfig:
         return read_config(self._folder / run) if self.fetch(run, "config.yaml") else load_resolved("")

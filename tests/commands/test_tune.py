@@ -150,34 +150,42 @@ def test_debug_shows_the_traceback(tmp_path):
 
 
 def test_interrupted_or_killed_the_study_goes_on(tmp_path):
-    """Ctrl-C after some trials, then SIGKILL, then to the end: nothing is lost, nothing runs twice."""
-    command = [sys.executable, "-m", "qflow.tune", *OWN, "search.n_trials=20"]
-    env = {**os.environ, "PYTHONPATH": OWN_CODE, "QFLOW_HOME": ""}
-    seen = []
-    for number, wait_for in ((signal.SIGINT, "trial 2"), (signal.SIGKILL, "trial 4")):
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        deadline = time.monotonic() + 120
-        for line in process.stdout:
-            seen += re.findall(r"^trial (\d+)", line)
-            if line.startswith(wait_for) or time.monotonic() > deadline:
-                break
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-        seen += re.findall(r"^trial (\d+)", out, re.MULTILINE)
-        if number == signal.SIGINT:
-            assert process.returncode == 130
-            assert "the same command continues" in err
-            assert "Traceback" not in err
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    """Ctrl-C after some trials, in an interpreter of its own, then SIGKILL, then to the end: nothing is lost, nothing
+    runs twice.
+    """
+    study = [*OWN, "search.n_trials=12"]
+    seen = _interrupted(study, tmp_path)
+    killed = run_qflow("tune", *study, cwd=tmp_path, killed_after="trial 4")
+    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+    done = run_qflow("tune", *study, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     runs = open_tracker(tmp_path).trial_runs("own/int8_int16")
     finished = [number for _, number, status, _ in runs if status == "FINISHED"]
-    assert len(finished) == len(set(finished)) == 20
+    assert len(finished) == len(set(finished)) == 12
     assert not any(status == "RUNNING" for _, _, status, _ in runs)
-    seen += re.findall(r"^trial (\d+)", done.stdout, re.MULTILINE)
+    seen += re.findall(r"^trial (\d+)", killed.stdout + done.stdout, re.MULTILINE)
     assert set(map(int, seen)) <= {number for _, number, *_ in runs}
+
+
+def _interrupted(study, folder):
+    """The numbers of the trials that a new interpreter prints, to which Ctrl-C is sent after trial 2."""
+    env = {**os.environ, "PYTHONPATH": OWN_CODE, "QFLOW_HOME": ""}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qflow.tune", *study], cwd=folder, env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    shown = ""
+    for line in process.stdout:
+        shown += line
+        if line.startswith("trial 2") or time.monotonic() > deadline:
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command continues" in err
+    assert "Traceback" not in err
+    return re.findall(r"^trial (\d+)", shown + out, re.MULTILINE)
 
 
 MORE = {

@@ -202,7 +202,7 @@ def test_ending_evaluations_early_changes_no_choice(tmp_path):
         folder = tmp_path / early
         folder.mkdir()
         done = tune(
-            "+experiment=full", "task=exposure", "search=ratio", "search.n_trials=24", f"search.early_stop={early}",
+            "+experiment=full", "task=exposure", "search=ratio", "search.n_trials=14", f"search.early_stop={early}",
             "task.batch_size=64", cwd=folder,
         )  # fmt: skip
         found[early] = done.stdout
