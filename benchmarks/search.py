@@ -1,8 +1,9 @@
-"""Measures what a search finds and costs: `python -m benchmarks.search [minimal] [front] [overhead] [--small]`.
+"""Measures what a search finds and costs: `python -m benchmarks.search [section ...] [--small]`.
 
 minimal    ResNet-20 with damage planted in three blocks: which operators are promoted, and the cost in FFE (time over
            that of one float forward pass over the calibration set)
 front      40 evaluations of each strategy against the front of all 4096 mixes; `--make 1` makes data/front-1.npz anew
+program    the 0/1 program of ResNet-302: CPU time of a solution, median (worst) of budgets, and the gap that it proves
 overhead   the time of a trial beyond its calibration and evaluation, in a study as the command `qflow.tune` runs it
 
 One thread. `--small` runs everything in miniature to test the benchmark; its numbers are meaningless.
@@ -17,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import search_front, search_minimal, search_overhead
+from benchmarks import search_front, search_minimal, search_overhead, search_program
 
-SECTIONS = ("minimal", "front", "overhead")
+SECTIONS = ("minimal", "front", "program", "overhead")
 WEIGHTS = Path("qflow_out/benchmarks")  # trained networks; ignored by git
 
 
@@ -44,6 +45,11 @@ def front(problems: Sequence[int], only: Sequence[str], seeds: int, small: bool)
         path = Path(folder) / "front-0.npz"
         search_front.make(1, path, operators=5, epochs=1)
         return "\n".join([search_front.describe(path), "", table(header, search_front.front([path], 1, only))])
+
+
+def program(small: bool) -> str:
+    header = ["free", "operators", "terms", "a solution", "proved gap", "solutions beyond the gap that is asked for"]
+    return table(header, search_program.program(1, 1) if small else search_program.program())
 
 
 def overhead(small: bool) -> str:
@@ -76,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 front(options.landscapes, options.only, 1 if options.small else options.draws, options.small),
                 flush=True,
             )
+        elif section == "program":
+            print(program(options.small), flush=True)
         else:
             print(overhead(options.small), flush=True)
         print()

@@ -178,7 +178,7 @@ def _importances(record: StudyRecord) -> str:
         return missing(found.reason)
     words = (
         "fANOVA: share of a metric's variance over all trials that a parameter explains. PED-ANOVA: how much the best "
-        "tenth of the trials has it in common. Trials in which a strategy chose the operators itself are left out."
+        "tenth of the trials has it in common. Of a mix that a strategy chose, the int16 share is the measured one."
     )
     return paragraph(words) + chart(charts.importance_chart(record))
 

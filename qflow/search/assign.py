@@ -3,7 +3,9 @@
     cheapest       min time    subject to  sum of errors <= budget, and the limits
     most accurate  min errors  subject to  time <= budget, and the limits
 
-The errors of single operators are added up as if they were independent; strategies.py corrects this by measurements.
+The errors of single operators are added up as if they were independent; surrogate.py corrects them by measurements, and
+adds what pairs of operators that stay int8 together lose beyond that sum. A pair is a group too: it loses nothing as
+soon as one of the two is int16.
 Costs are sums over groups of operators (cost_terms.py), with one variable for each group, so that a cost which several
 operators share is counted once. HiGHS (scipy.optimize.milp) solves the program within `GAP` of what int16 adds, or
 returns the best solution that it finds in `NODES` nodes. A cost that is not such a sum is approximated, but each limit
@@ -15,13 +17,13 @@ letters exclude each other: at most one of them is 6.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
-from qflow.search.cost_terms import CostTerms
+from qflow.search.cost_terms import CostTerms, Group
 from qflow.search.integer_program import Row, solve
 
 SLACK = 1e-9  # relative: keeps a bound that is met exactly from being missed by rounding
@@ -79,6 +81,8 @@ class Problem:
     letters: int
     limits: tuple[Limit, ...] = ()
     exclusions: tuple[tuple[int, int], ...] = ()
+    pairs: Mapping[Group, float] = field(default_factory=dict)
+    """What two operators lose beyond the sum of their errors while both are int8, by the letters of the two."""
 
     def __post_init__(self) -> None:
         known = [e for o in self.operators for e in (o.int8_error, o.int16_error) if math.isfinite(e)]
@@ -94,8 +98,9 @@ class Problem:
         return self.time.exact(mix)
 
     def error(self, mix: str) -> float:
-        """Return the predicted error of `mix`: the sum over the operators."""
-        return sum(o.int16_error if mix[o.place] == "6" else o.int8_error for o in self.operators)
+        """Return the predicted error of `mix`: the sum over the operators and the pairs."""
+        single = sum(o.int16_error if mix[o.place] == "6" else o.int8_error for o in self.operators)
+        return single + sum(amount for (a, b), amount in self.pairs.items() if mix[a] == mix[b] == "8")
 
     def errors(self, mixes: Sequence[str]) -> np.ndarray:
         """Return the predicted error of each of `mixes`."""
@@ -130,9 +135,9 @@ class Problem:
 
     @cached_property
     def finest(self) -> str:
-        """The mix of least predicted error, whatever it costs; of mixes without weights it is all int16."""
-        if not self.exclusions:
-            return self._with(o.place for o in self.operators)
+        """The mix of least predicted error, whatever it costs; without weights and pairs it is all int16."""
+        if not (self.exclusions or self.pairs):
+            return self._with(o.place for o in self.operators if o.gain >= 0.0)
         return replace(self, limits=()).most_accurate()
 
     def budget(self, share: float) -> float:
@@ -145,9 +150,8 @@ class Problem:
         if self.error(self.all_int8) <= max_error and self.within(self.all_int8):
             return self.all_int8
         loss = self._loss
-        least = (
-            self.error(self.finest) if self.exclusions else loss.base - sum(max(o.gain, 0.0) for o in self.operators)
-        )
+        coupled = self.exclusions or self.pairs
+        least = self.error(self.finest) if coupled else loss.base - sum(max(o.gain, 0.0) for o in self.operators)
         reach = SLACK * (loss.base - least)  # rounding must not put a budget that all int16 just meets out of reach
         found = self._solved(self.time, [Row(loss.terms, max(max_error, least + reach) - loss.base)])
         if found is None or max_error < least - reach:
@@ -167,7 +171,9 @@ class Problem:
     @cached_property
     def _loss(self) -> CostTerms:
         """The predicted error of a mix as terms."""
-        return CostTerms(self.error, self.error(self.all_int8), {(o.place,): -o.gain for o in self.operators})
+        singles = {(o.place,): -o.gain for o in self.operators}
+        both = {(min(pair), max(pair)): -amount for pair, amount in self.pairs.items()}
+        return CostTerms(self.error, self.error(self.all_int8), {**singles, **both})
 
     def _solved(self, least: CostTerms, rows: Sequence[Row]) -> str | None:
         """Return the mix with the smallest `least` within `rows` and the limits, or None if there is none.
@@ -179,10 +185,10 @@ class Problem:
         bounds = [limit.most - limit.cost.base for limit in self.limits]
         for _ in range(TIGHTENED):
             limited = [Row(limit.cost.terms, bound) for limit, bound in zip(self.limits, bounds, strict=True)]
-            chosen = solve(least.terms, [*rows, *limited, *one_of], places)
-            if chosen is None:
+            found = solve(least.terms, [*rows, *limited, *one_of], places)
+            if found is None:
                 return None
-            mix = self._with(chosen)
+            mix = self._with(found.places)
             if self.within(mix):
                 return mix
             over = [max(limit.cost.exact(mix) - limit.most, 0.0) for limit in self.limits]

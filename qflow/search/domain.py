@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, TypeAlias, TypeGuard
 
 from qflow.core import record
@@ -20,6 +21,12 @@ from qflow.core.errors import ConfigError
 
 Scalar: TypeAlias = str | int | float | bool | None
 Values: TypeAlias = Mapping[str, Scalar]  # one point: configuration key -> value
+NOTHING: Values = MappingProxyType({})
+
+
+def as_proposed(_: Values) -> Values:
+    """Leave a proposal of the sampler as it is: no values are added."""
+    return NOTHING
 
 
 def _number(value: object) -> TypeGuard[float]:

@@ -1,15 +1,16 @@
 """Which searched keys matter: Optuna's own evaluators on the finished trials of a study.
 
 The trials are put into a study in memory with the points that were really measured, because the database holds the
-sampler's values where a strategy replaced them. A strategy's own trials lack the keys that it replaced, and are left
-out, so that every key that is always searched is compared. Keys with conditions are left out where a trial lacks them.
+sampler's values where a strategy replaced them. The int16 share of a mix that a strategy chose is the measured one, and
+is compared like a key. Trials that lack another searched key are left out, so that every key that is always searched is
+compared. Keys with conditions are left out where a trial lacks them.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -21,6 +22,7 @@ from qflow.search.outcome import FinishedTrial
 ENOUGH = 20  # trials; with fewer, one lucky trial decides the figures
 TREES = 16  # of fANOVA's forest; the 64 of Optuna take 5 s for 500 trials
 PED_ANOVA, FANOVA = "PED-ANOVA", "fANOVA"
+SHARE, CHOSEN, MEASURED_SHARE = "qconfig.int16_ratio", "qconfig.assignment", "qconfig/int16_ratio"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ def importances(space: Space, trials: Sequence[FinishedTrial], metrics: Directio
     fANOVA gives the share of a metric's variance over all trials; PED-ANOVA compares the best tenth with the rest, so
     it tells which keys the best trials have in common (both are those of optuna.importance, with seed 0).
     """
+    if any(CHOSEN in trial.params for trial in trials):
+        space, trials = {**space, SHARE: Interval(0.0, 1.0)}, [_with_share(trial) for trial in trials]
     every = {key: _distribution(domain) for key, domain in space.items()}
     always = [key for key, domain in space.items() if not domain.when]
     measured = [t for t in trials if all(name in t.outcome.metrics for name in metrics)]
@@ -63,6 +67,12 @@ def importances(space: Space, trials: Sequence[FinishedTrial], metrics: Directio
         if len({t.outcome.metrics[metric] for t in known}) > 1
     }
     return Importances(shares, "" if shares else "All trials have the same metrics.")
+
+
+def _with_share(trial: FinishedTrial) -> FinishedTrial:
+    """Return the trial with the share of operators that it has in int16 as a param."""
+    share = trial.outcome.metrics.get(MEASURED_SHARE)
+    return trial if share is None else replace(trial, params={**trial.params, SHARE: share})
 
 
 def _shares(

@@ -29,7 +29,15 @@ class Row:
     most: float
 
 
-def solve(cost: Mapping[Group, float], rows: Sequence[Row], places: Sequence[int]) -> list[int] | None:
+@dataclass(frozen=True)
+class Solution:
+    """The places that are int16, and the relative gap to the optimum that the solver proves: 0 if it is the optimum."""
+
+    places: list[int]
+    gap: float = 0.0
+
+
+def solve(cost: Mapping[Group, float], rows: Sequence[Row], places: Sequence[int]) -> Solution | None:
     """Return which of `places` are int16 so that `cost` is least within `rows`, or None if nothing satisfies `rows`.
 
     All groups consist of members of `places`.
@@ -39,7 +47,7 @@ def solve(cost: Mapping[Group, float], rows: Sequence[Row], places: Sequence[int
     shared = dict.fromkeys(g for terms in (cost, *(row.terms for row in rows)) for g in terms if len(g) > 1)
     column = {group: k for k, group in enumerate([*((i,) for i in places), *shared])}
     if not column:
-        return [] if all(row.most >= 0.0 for row in rows) else None
+        return Solution([]) if all(row.most >= 0.0 for row in rows) else None
     objective, _ = _scaled(Row(cost, 0.0), column)
     constraints = [LinearConstraint(values, ub=most) for values, most in (_scaled(row, column) for row in rows)]
     if shared:
@@ -52,7 +60,9 @@ def solve(cost: Mapping[Group, float], rows: Sequence[Row], places: Sequence[int
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": GAP, "node_limit": NODES},
         )
-    return None if found.x is None else [i for i, x in zip(places, found.x, strict=False) if x > 0.5]
+    if found.x is None:
+        return None
+    return Solution([i for i, x in zip(places, found.x, strict=False) if x > 0.5], float(found.mip_gap))
 
 
 def _scaled(row: Row, column: Mapping[Group, int]) -> tuple[np.ndarray, float]:

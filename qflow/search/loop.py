@@ -21,12 +21,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeAlias
 from urllib.parse import quote
 
 from qflow.core.errors import QflowError, TrialError
-from qflow.search.domain import Choice, Values, all_points, applies, point_key
+from qflow.search.domain import NOTHING, Choice, Values, all_points, applies, as_proposed, point_key
 from qflow.search.interrupts import Terminated, interrupts
 from qflow.search.outcome import FailedTrial, FinishedTrial, Marker, Outcome, Tracker
 from qflow.search.proposal import Proposal
@@ -160,18 +159,23 @@ class Driver:
         raise RuntimeError(f"A queued point must be proposed, but {point} was not.")
 
     def sample(
-        self, kept: Values = MappingProxyType({}), screen: Callable[[Values], str] = _nothing_against
+        self,
+        kept: Values = NOTHING,
+        screen: Callable[[Values], str] = _nothing_against,
+        inside: Callable[[Values], Values] = as_proposed,
     ) -> FinishedTrial | FailedTrial | None:
         """Evaluate the next queued point, else the sampler's next proposal; return None if no new point is left.
 
         After `FAILURES` proposals in a row that cannot work (FailedTrial.lasting) none is made any more. In the
-        sampler's proposals the values of `kept` replace those of the same keys. A point for which `screen` returns a
-        reason is not evaluated (Optuna prunes only in studies with one objective). At most `SCREENED` points in a row
-        are left out this way, because a sampler learns only from evaluated points.
+        sampler's proposals the values of `kept` replace those of the same keys, and so do those that `inside` returns
+        for the proposal. A point for which `screen` returns a reason is not evaluated (Optuna prunes only in studies
+        with one objective). At most `SCREENED` points in a row are left out this way, because a sampler learns only
+        from evaluated points.
         """
         left_out = len(self.screened)
         for turn in range(ASKS if self.broken < FAILURES else 0):
-            trial = self._next(kept, screen if len(self.screened) - left_out < SCREENED else _nothing_against)
+            against = screen if len(self.screened) - left_out < SCREENED else _nothing_against
+            trial = self._next(kept, against, inside)
             if trial is not None:
                 self.broken = self.broken + 1 if isinstance(trial, FailedTrial) and trial.lasting else 0
                 return trial
@@ -188,12 +192,15 @@ class Driver:
                 settled.add(label)
 
     def _next(
-        self, kept: Values = MappingProxyType({}), screen: Callable[[Values], str] = _nothing_against
+        self,
+        kept: Values = NOTHING,
+        screen: Callable[[Values], str] = _nothing_against,
+        inside: Callable[[Values], Values] = as_proposed,
     ) -> FinishedTrial | FailedTrial | None:
         """Evaluate the next proposal; return None if its point is known already or `screen` rejects it."""
         if self.asked_to_end.is_set():
             raise Terminated("the process was asked to end")
-        proposal = self.study.ask(kept)
+        proposal = self.study.ask(kept, inside)
         self.checkpoint("asked")
         twin = self.known(proposal.params)
         if twin is not None:

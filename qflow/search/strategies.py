@@ -15,15 +15,15 @@ spent.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeAlias, TypeVar
 
 from qflow.search.assign import Problem
 from qflow.search.domain import Scalar, Values
+from qflow.search.next_mix import NextMix
 from qflow.search.objective import accurate
 from qflow.search.outcome import FinishedTrial
-from qflow.search.surrogate import Surrogate
+from qflow.search.surrogate import Measurement
 
 STRATEGIES = ("optuna", "ratio", "assign")
 RATIO, FLOAT16, ASSIGNMENT = "qconfig.int16_ratio", "qconfig.float16_count", "qconfig.assignment"
@@ -105,52 +105,30 @@ def assign(
     measured = {problem.all_int8: int8_drop, top: int16_drop}
     ends = {mix: drop for mix, drop in measured.items() if drop is not None}
     seen: dict[str, FinishedTrial | None] = {mix: None for mix in measured if mix not in ends}
+    high = max(max_drop, int16_drop) if int8_drop is None else int8_drop
+    chosen = NextMix(problem, max_drop, int16_drop, high)
 
     def ask(mix: str, label: str) -> FinishedTrial | None:
         if mix not in seen:
             seen[mix] = measure({**base, ASSIGNMENT: mix}, label)
         return seen[mix]
 
-    found = _bracket(ask, problem, max_drop, ends, top)
-    if found is not None:
-        demote(ask, problem, found, patience, missed=[problem.all_int8])
-    if explore:
-        _explore(ask, problem, seen, ends)
+    def known() -> list[Measurement]:
+        drops = {**ends, **{mix: _drop(trial) for mix, trial in seen.items() if trial}}
+        return [Measurement(mix, drop) for mix, drop in drops.items()]
 
-
-def _bracket(ask: Ask, problem: Problem, max_drop: float, ends: Mapping[str, float], top: str) -> str | None:
-    """Return the cheapest mix found that meets the goal, or None.
-
-    The error budget is bracketed between one that meets the goal and one that misses it. The next budget is
-    interpolated from the drops measured at both ends, at some distance from the ends. If `top` (all int16) exceeds the
-    limits, the most accurate mix within them takes its place.
-    """
-    best: str | None = None
-    low_drop, high_drop = ends[top], max(ends.get(problem.all_int8, math.inf), max_drop)
+    found: str | None = top
     if not problem.within(top):
-        top = problem.most_accurate()
-        trial = None if top in ends else ask(top, "most accurate within the limits")
-        if not accurate(trial):
-            return None
-        best, low_drop = top, _drop(trial)
-    low, high = problem.error(top), problem.budget(1.0)  # the goal is met at `low` and missed at `high`
-    least = low
-    for _ in range(REFINEMENTS):
-        if high - low <= NARROW * (high - least):
-            break
-        slope = (max_drop - low_drop) / (high_drop - low_drop) if low_drop < high_drop < math.inf else 0.5
-        budget = low + min(max(slope, 0.02), 0.8) * (high - low)
-        mix = problem.cheapest(budget)
-        if mix in (top, best):  # known to meet the goal
-            low = budget
-            continue
-        trial = ask(mix, f"assigned {mix.count('6')}")
-        if accurate(trial):
-            best, low, low_drop = mix, budget, min(_drop(trial), max_drop)
-        else:
-            high = max(problem.error(mix), low)
-            high_drop = max(_drop(trial), max_drop) if trial else high_drop
-    return best
+        found = problem.most_accurate()
+        if found not in ends and not accurate(ask(found, "most accurate within the limits")):
+            found = None
+    if found is not None:
+        while mix := chosen.choose(known(), {*ends, *seen}, front=False):
+            found = mix if accurate(ask(mix, f"assigned {mix.count('6')}")) else found
+        if found != top:
+            demote(ask, problem, found, patience, missed=[problem.all_int8])
+    while explore and (mix := chosen.choose(known(), {*ends, *seen})):
+        ask(mix, "for the front")
 
 
 def _drop(trial: FinishedTrial) -> float:
@@ -199,27 +177,6 @@ def leave_out(chosen: Sequence[T], without: Callable[[Sequence[T]], bool | None]
             size = len(group) // 2
         else:
             left, needed, size = left[1:], needed + (gone is False), 1
-
-
-def _explore(ask: Ask, problem: Problem, seen: Mapping[str, FinishedTrial | None], ends: Mapping[str, float]) -> None:
-    """Measure mixes for the Pareto front, each time the one that is expected to add most hypervolume.
-
-    Candidates are the cheapest mixes for error budgets over the whole range, and mixes that differ from one on the
-    front in one operator.
-    """
-    budgets = [problem.budget((k / BUDGETS) ** 2) for k in range(1, BUDGETS)]
-    solved = list(dict.fromkeys(problem.cheapest(budget) for budget in budgets))
-    while True:
-        surrogate = Surrogate(problem, {**ends, **{mix: _drop(trial) for mix, trial in seen.items() if trial}})
-        drops = sorted(surrogate.expected(solved).items())
-        expected = {m: drop for m, drop in drops if m not in seen and m not in ends}
-        prices = problem.time.estimates(list(expected))
-        gains = {m: surrogate.gain(drop, float(ms)) for (m, drop), ms in zip(expected.items(), prices, strict=True)}
-        promising = (m for m in sorted(gains, key=gains.__getitem__, reverse=True) if problem.within(m))
-        first = next(promising, None)
-        if first is None:
-            return
-        ask(first, "for the front")
 
 
 def halving(measure: Measure, candidates: Sequence[Values], rungs: Sequence[int]) -> list[FinishedTrial]:

@@ -12,10 +12,9 @@ import logging
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
@@ -29,6 +28,7 @@ from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.store import exclusive
 from qflow.search.database import open_storage, place_of
 from qflow.search.domain import (
+    NOTHING,
     Choice,
     Domain,
     Interval,
@@ -37,6 +37,7 @@ from qflow.search.domain import (
     Values,
     applicable,
     applies,
+    as_proposed,
     parents_first,
     space_dict,
 )
@@ -128,17 +129,19 @@ class Study:
         """Return `params` in the types of the space, with sorted keys, so that equal points compare equal."""
         return self._point({}, {"fixed": params})
 
-    def ask(self, kept: Values = MappingProxyType({})) -> Proposal:
+    def ask(self, kept: Values = NOTHING, inside: Callable[[Values], Values] = as_proposed) -> Proposal:
         """Return the next point: the next queued one, else the sampler's with the values of `kept` in it.
 
-        The sampler is asked for a key only if its conditions hold, so that it learns from the keys that a trial had.
+        `inside` takes the sampler's point and returns the values that are added to it or replace its own. The sampler
+        is asked for a key only if its conditions hold, so that it learns from the keys that a trial had.
         """
         point: dict[str, Scalar] = {}
         absent: set[str] = set()
         with _quiet(self._study.sampler):
             trial = self._study.ask()
             attrs = trial.user_attrs
-            if kept and "fixed" not in attrs:
+            queued = "fixed" in attrs
+            if kept and not queued:
                 attrs = {**attrs, "fixed": dict(kept)}
                 trial.set_user_attr("fixed", attrs["fixed"])
             fixed = attrs.get("fixed", {})
@@ -149,6 +152,9 @@ class Study:
                 else:
                     absent.add(key)
         self._asked[trial.number] = trial
+        if not queued and (more := inside(self._point(trial.params, attrs))):
+            attrs = {**attrs, "fixed": {**fixed, **more}}
+            trial.set_user_attr("fixed", attrs["fixed"])
         return Proposal(trial.number, self._point(trial.params, attrs), attrs.get("label", ""))
 
     def link(self, number: int, run_id: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, TypeAlias
 
 from qflow.config.settings import plain
@@ -25,6 +24,7 @@ from qflow.study.baselines import (
 from qflow.study.fewer import lower_best, without_needless
 from qflow.study.int16_weights import raise_weights, weights_searched
 from qflow.study.missed import ATTEMPTS, measure_promising
+from qflow.study.mix_inside import MixInside
 from qflow.study.session import Session
 from qflow.study.stages import rank_again
 
@@ -97,13 +97,18 @@ def _by_sampler(session: Session, base: dict[str, Any], low: Baseline, high: Fin
 
     Ends with the first trial that meets the goal; a few are left for what is measured before it is called missed.
     """
+    _enqueued(session, base)
+    most = session.config.search.n_trials
+    left = min(ATTEMPTS + 1, most // 4)
+    _sampled(session, base, lambda: session.untrained_best is None and most - len(session.trials) > left)
+
+
+def _enqueued(session: Session, base: dict[str, Any]) -> None:
+    """Measure the points of `search.enqueue`, completed by the values of `base`."""
     for point in plain(session.config.search.enqueue):
         known = {k: v for k, v in point.items() if k in session.study.space and k not in session.kept}
         if known:  # skips a point that sets none of the searched keys
             session.measure({**base, **known}, " ".join(f"{k.split('.')[-1]}={v}" for k, v in known.items()))
-    most = session.config.search.n_trials
-    left = min(ATTEMPTS + 1, most // 4)
-    _sampled(session, base, lambda: session.untrained_best is None and most - len(session.trials) > left)
 
 
 def _sampled(session: Session, base: dict[str, Any], more: Callable[[], bool] = lambda: True) -> None:
@@ -123,9 +128,9 @@ def _by_ratio(session: Session, base: dict[str, Any], low: Baseline, high: Finis
         raise_until_met(session.measure, base, RATIO, ratios)
 
 
-def _by_assignment(
-    session: Session, base: dict[str, Any], low: Baseline, high: FinishedTrial, explore: bool = False
-) -> None:
+def _by_assignment(session: Session, base: dict[str, Any], low: Baseline, high: FinishedTrial) -> None:
+    """Measure the points of `search.enqueue`, then the mixes that `assign` finds under the baselines' settings."""
+    _enqueued(session, base)
     problem = session.evaluator.precisions.problem(session.qconfig_at(base), session.goal.budgets)
     assign(
         session.measure,
@@ -135,15 +140,22 @@ def _by_assignment(
         int8_drop=low.outcome.metrics["accuracy/drop"] if low else None,
         int16_drop=high.outcome.metrics["accuracy/drop"],
         top=problem.plain(str(high.params.get(ASSIGNMENT, ""))),
-        explore=explore,
+        explore=False,
     )
+
+
+def _settings_around(session: Session, base: dict[str, Any], low: Baseline, high: FinishedTrial) -> None:
+    """Measure the settings that the sampler proposes, each with the mix that is most worth a trial under them."""
+    inside = MixInside(session, base, low, high)
+    while session.sample(inside):
+        pass
 
 
 FINDING: Mapping[str, Strategy] = {"optuna": _by_sampler, "ratio": _by_ratio, "assign": _by_assignment}
 """Strategy -> what finds a mix that meets the goal."""
 EXPLORING: Mapping[str, Strategy] = {
     "optuna": lambda session, base, low, high: _sampled(session, base),
-    "assign": partial(_by_assignment, explore=True),
+    "assign": _settings_around,
 }
 """Strategy -> what spends the rest of the budget."""
 

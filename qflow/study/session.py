@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +20,7 @@ from qflow.core.errors import ConfigError, QflowError, TrackingError
 from qflow.core.record import to_json
 from qflow.core.settings import QConfigSettings
 from qflow.report.console import Console, duration
+from qflow.search.domain import Values, as_proposed
 from qflow.search.loop import Driver, driving
 from qflow.search.objective import Goal, aims, best_trial, meets
 from qflow.search.outcome import FailedTrial, FinishedTrial, Outcome
@@ -214,15 +215,16 @@ class Session:
         found = self.driver.known({**self.base(), **point})
         return isinstance(found, FailedTrial) and found.lasting
 
-    def sample(self) -> bool:
+    def sample(self, inside: Callable[[Values], Values] = as_proposed) -> bool:
         """Evaluate the sampler's next point; return False if the space is exhausted. Raises BudgetSpent.
 
+        `inside` returns values that replace those of the point, such as those of a mix.
         Points that cannot be the best because of their cost are not evaluated (`screened` counts them): those over a
         budget and, if least latency is the first aim and all-int16 meets the goal, those slower than all-int16.
         """
         assert self.driver is not None
         self.budget.require(self.trials, self.untrained_best is not None)
-        return self.driver.sample(self.kept, self._reason_against) is not None
+        return self.driver.sample(self.kept, self._reason_against, inside) is not None
 
     @property
     def screened(self) -> int:

@@ -1,0 +1,84 @@
+"""The mix inside the settings that the sampler proposes: Optuna searches the settings, the program of assign the mix.
+
+The sampler proposes everything else that is searched (calibration, training). The mix is the one that is most worth a
+trial under these settings (next_mix.py), given the drops of all trials so far, whatever their settings were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qflow.core.dtype import QDtype
+from qflow.core.errors import QflowError
+from qflow.core.record import to_json
+from qflow.core.settings import QConfigSettings
+from qflow.search.assign import Problem
+from qflow.search.domain import Values
+from qflow.search.next_mix import NextMix
+from qflow.search.outcome import FinishedTrial
+from qflow.search.strategies import ASSIGNMENT, ERROR_SHARE, RATIO, SENSITIVE_TYPE
+from qflow.search.surrogate import Measurement
+from qflow.study.session import Session
+
+COUNTING = "qconfig.counting"
+OF_THE_MIX = (RATIO, ASSIGNMENT, ERROR_SHARE, SENSITIVE_TYPE, COUNTING, "qconfig.ranking")
+"""The keys that choose a mix; all others are the settings around it."""
+
+
+@dataclass
+class MixInside:
+    """Chooses the mix for the settings of a proposal. `low` and `high` are the baselines at int8 and int16."""
+
+    session: Session
+    base: Mapping[str, Any]
+    low: FinishedTrial | None
+    high: FinishedTrial
+    _choosers: dict[str, NextMix] = field(default_factory=dict)
+
+    def __call__(self, proposal: Values) -> dict[str, Any]:
+        """Return the keys of the mix for a proposal of the sampler; none if no mix is worth a trial there."""
+        own = {key: self.base[key] for key in (SENSITIVE_TYPE, COUNTING) if key in self.base}
+        own |= {RATIO: 0.0, **({ERROR_SHARE: None} if ERROR_SHARE in proposal else {})}
+        point = {**self.session.base(), **proposal, **own}
+        try:
+            settings = self.session.qconfig_at(point)
+            chooser = self._chooser(settings)
+        except QflowError:
+            return {}  # the trial will fail with this error as its reason
+        measured, around = self._measured(settings, chooser.problem), _around(point)
+        seen = {m.mix for m in measured if m.settings == around} | self._failed(around)
+        mix = chooser.choose(measured, seen, around)
+        return {**own, ASSIGNMENT: mix} if mix else {}
+
+    def _chooser(self, settings: QConfigSettings) -> NextMix:
+        key = to_json(settings)
+        if key not in self._choosers:
+            session, least = self.session, self.high.outcome.metrics["accuracy/drop"]
+            problem = session.evaluator.precisions.problem(settings, session.goal.budgets)
+            most = self.low.outcome.metrics["accuracy/drop"] if self.low else max(session.goal.max_drop, least)
+            self._choosers[key] = NextMix(problem, session.goal.max_drop, least, most)
+        return self._choosers[key]
+
+    def _measured(self, settings: QConfigSettings, problem: Problem) -> list[Measurement]:
+        """Return the mix, the drop and the settings of all trials so far that were evaluated to the end."""
+        session, precisions = self.session, self.session.evaluator.precisions
+        found = []
+        for trial in session.trials:
+            if trial.stopped:
+                continue
+            applied = precisions.resolve(session.qconfig_at(trial.params))[1]
+            mix = precisions.mix(settings, applied.names(QDtype.qint16), applied.weights(QDtype.qint16))
+            drop = trial.outcome.metrics["accuracy/drop"]
+            found.append(Measurement(problem.plain(mix), drop, _around(trial.params)))
+        return found
+
+    def _failed(self, around: str) -> set[str]:
+        failed = self.session.driver.failed.values() if self.session.driver else ()
+        return {str(t.params[ASSIGNMENT]) for t in failed if ASSIGNMENT in t.params and _around(t.params) == around}
+
+
+def _around(params: Mapping[str, Any]) -> str:
+    """Return the settings of a trial around its mix as text."""
+    return to_json({key: value for key, value in sorted(params.items()) if key not in OF_THE_MIX})
