@@ -143,15 +143,15 @@ def _scores(evaluator: Evaluator, seed: int, names: Sequence[str]) -> list[float
 class Measured:
     """A strategy's `measure` that looks mixes up: it counts distinct ones, baselines first, and stops at the budget."""
 
-    def __init__(self, problem: EnumeratedProblem, seed: int) -> None:
-        self.problem, self.seed = problem, seed
+    def __init__(self, problem: EnumeratedProblem, seed: int, most: int = EVALUATIONS) -> None:
+        self.problem, self.seed, self.most = problem, seed, most
         self.mixes: list[str] = []
         for letter in "68":
             self.look(letter * len(problem.operators))
 
     def look(self, mix: str) -> tuple[float, float]:
         if mix not in self.mixes:
-            if len(self.mixes) >= EVALUATIONS:
+            if len(self.mixes) >= self.most:
                 raise BudgetSpent("search.n_trials")
             self.mixes.append(mix)
         return self.problem.drops[mix], self.problem.ms[mix]

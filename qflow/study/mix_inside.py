@@ -6,7 +6,7 @@ trial under these settings (next_mix.py), given the drops of all trials so far, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,9 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import QflowError
 from qflow.core.record import to_json
 from qflow.core.settings import QConfigSettings
-from qflow.search.assign import Problem
-from qflow.search.domain import Values
+from qflow.search.assign import Limit, Problem
+from qflow.search.cost_terms import CostTerms
+from qflow.search.domain import Domain, Interval, Scalar, Values
 from qflow.search.next_mix import NextMix
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import ASSIGNMENT, ERROR_SHARE, RATIO, SENSITIVE_TYPE
@@ -25,6 +26,23 @@ from qflow.study.session import Session
 COUNTING = "qconfig.counting"
 OF_THE_MIX = (RATIO, ASSIGNMENT, ERROR_SHARE, SENSITIVE_TYPE, COUNTING, "qconfig.ranking")
 """The keys that choose a mix; all others are the settings around it."""
+
+
+def mix_problem(session: Session, settings: QConfigSettings) -> Problem:
+    """Return the choice of int16 operators within the budgets and the largest int16 share of the search space."""
+    problem = session.evaluator.precisions.problem(settings, session.goal.budgets)
+    domain = session.study.space.get(RATIO)
+    ends = [session.config.qconfig.int16_ratio] if domain is None else _ends(domain)
+    most = max((end for end in ends if isinstance(end, (int, float))), default=0.0)
+    if not 0.0 < most < 1.0:  # 0 is the default of a key that is not set
+        return problem
+    outputs = [o.place for o in problem.operators if not o.weight]
+    count = CostTerms(lambda mix: sum(mix[i] == "6" for i in outputs), 0.0, {(i,): 1.0 for i in outputs})
+    return problem.bounded(Limit(count, most * len(session.evaluator.precisions.promotable)))
+
+
+def _ends(domain: Domain) -> Sequence[Scalar]:
+    return (domain.low, domain.high) if isinstance(domain, Interval) else domain.points()
 
 
 @dataclass
@@ -56,7 +74,7 @@ class MixInside:
         key = to_json(settings)
         if key not in self._choosers:
             session, least = self.session, self.high.outcome.metrics["accuracy/drop"]
-            problem = session.evaluator.precisions.problem(settings, session.goal.budgets)
+            problem = mix_problem(session, settings)
             most = self.low.outcome.metrics["accuracy/drop"] if self.low else max(session.goal.max_drop, least)
             self._choosers[key] = NextMix(problem, session.goal.max_drop, least, most)
         return self._choosers[key]

@@ -24,7 +24,7 @@ from qflow.study.baselines import (
 from qflow.study.fewer import lower_best, without_needless
 from qflow.study.int16_weights import raise_weights, weights_searched
 from qflow.study.missed import ATTEMPTS, measure_promising
-from qflow.study.mix_inside import MixInside
+from qflow.study.mix_inside import MixInside, mix_problem
 from qflow.study.session import Session
 from qflow.study.stages import rank_again
 
@@ -131,7 +131,7 @@ def _by_ratio(session: Session, base: dict[str, Any], low: Baseline, high: Finis
 def _by_assignment(session: Session, base: dict[str, Any], low: Baseline, high: FinishedTrial) -> None:
     """Measure the points of `search.enqueue`, then the mixes that `assign` finds under the baselines' settings."""
     _enqueued(session, base)
-    problem = session.evaluator.precisions.problem(session.qconfig_at(base), session.goal.budgets)
+    problem = mix_problem(session, session.qconfig_at(base))
     assign(
         session.measure,
         base,

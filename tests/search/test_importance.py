@@ -34,8 +34,20 @@ def test_few_trials_or_parameters_say_so_instead_of_figures():
     assert "Fewer than two parameters" in importances(SPACE, same, METRICS).reason
 
 
+def test_the_share_of_a_mix_that_a_strategy_chose_is_the_measured_one():
+    sampled = trials(60)
+    as_mixes = [
+        replace(t, params={**t.params, "qconfig.int16_ratio": 0.0, "qconfig.assignment": "86"}) for t in sampled
+    ]
+    shares = [float(t.params["qconfig.int16_ratio"]) for t in sampled]
+    known = [
+        replace(t, outcome=replace(t.outcome, metrics={**t.outcome.metrics, "qconfig/int16_ratio": share}))
+        for t, share in zip(as_mixes, shares, strict=True)
+    ]
+    assert importances(SPACE, known, METRICS) == importances(SPACE, sampled, METRICS)
+
+
 def test_trials_without_a_searched_key_are_left_out_and_the_key_stays():
-    """A strategy's trials have an assignment of operators in place of the share of int16."""
     lacking = {"calibration.method": "mse", "calibration.steps": 16}
     demoted = [trial(100 + i, 0.002, 0.6 + 0.001 * i, "demoted", params=lacking) for i in range(5)]
     assert importances(SPACE, [*trials(60), *demoted], METRICS) == importances(SPACE, trials(60), METRICS)

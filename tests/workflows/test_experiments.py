@@ -215,7 +215,8 @@ def test_ending_evaluations_early_changes_no_choice(tmp_path):
 def test_what_costs_more_than_all_int16_is_not_evaluated(tmp_path):
     """At these shapes casts make many mixes slower than all-int16, which meets the goal."""
     done = tune(
-        "+experiment=int8_int16", "search.sampler=random", "search.n_trials=12", "search.enqueue=[]",
+        "+experiment=int8_int16", "search=int16_ratio", "search.sampler=random", "search.n_trials=12",
+        "search.enqueue=[]",
         "task.data.calibration_size=64", "+task.data.evaluation_size=128", "task.float_metric=null",
         "calibration.steps=4", "calibration.batch_size=16", cwd=tmp_path,
     )  # fmt: skip
