@@ -171,9 +171,9 @@ class Problem:
     @cached_property
     def _loss(self) -> CostTerms:
         """The predicted error of a mix as terms."""
-        singles = {(o.place,): -o.gain for o in self.operators}
-        both = {(min(pair), max(pair)): -amount for pair, amount in self.pairs.items()}
-        return CostTerms(self.error, self.error(self.all_int8), {**singles, **both})
+        terms: dict[Group, float] = {(o.place,): -o.gain for o in self.operators}
+        terms |= {tuple(sorted(pair)): -amount for pair, amount in self.pairs.items()}
+        return CostTerms(self.error, self.error(self.all_int8), terms)
 
     def _solved(self, least: CostTerms, rows: Sequence[Row]) -> str | None:
         """Return the mix with the smallest `least` within `rows` and the limits, or None if there is none.

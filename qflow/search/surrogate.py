@@ -69,7 +69,7 @@ class Surrogate:
         singles = self.shares + (SINGLE * self.parts) ** 2 * (self.known.T @ weights)
         pairs = (PAIR * np.minimum.outer(self.parts, self.parts)) ** 2 * ((self.known.T * weights) @ self.known)
         first, second = np.triu_indices(len(singles), 1)
-        largest = [k for k in np.argsort(-np.abs(pairs[first, second]), kind="stable")[:PAIRS]]
+        largest = np.argsort(-np.abs(pairs[first, second]), kind="stable")[:PAIRS]
         operators = [
             replace(o, int8_error=self.span * float(single), int16_error=0.0)
             for o, single in zip(self.problem.operators, singles, strict=True)
@@ -83,14 +83,14 @@ class Surrogate:
     def _letters(self, mixes: Sequence[str]) -> np.ndarray:
         """Return x of each of `mixes`: a row of zeros and ones over the operators."""
         letters = np.frombuffer("".join(mixes).encode(), np.uint8).reshape(len(mixes), self.problem.letters)
-        return (letters[:, [o.place for o in self.problem.operators]] == ord("8")).astype(float)
+        return np.asarray(letters[:, [o.place for o in self.problem.operators]] == ord("8"), dtype=float)
 
     def _covariance(self, letters: np.ndarray, mixes: Sequence[str]) -> np.ndarray:
         """Return the covariances of `mixes` (with these letters) and the measured ones under equal settings."""
         found = (letters * (SINGLE * self.parts) ** 2) @ self.known.T
         for k, (other, m) in enumerate(zip(self.known, self.measured, strict=True)):
             found[:, k] += self._pairs(letters * other) + REST**2 * np.array([mix == m.mix for mix in mixes], float)
-        return found
+        return np.asarray(found)
 
     def _pairs(self, letters: np.ndarray) -> np.ndarray:
         """Return the variance of the pairs in each row: of two shares in falling order the second is the smaller."""
@@ -108,7 +108,7 @@ def expected_fall(level: float, means: np.ndarray, deviations: np.ndarray) -> np
     """Return by how much normally distributed numbers are expected to fall below `level`."""
     z = (level - means) / deviations
     density = np.exp(-0.5 * z**2) / np.sqrt(2.0 * np.pi)
-    return np.maximum(deviations * (z * below(level, means, deviations) + density), 0.0)
+    return np.asarray(np.maximum(deviations * (z * below(level, means, deviations) + density), 0.0))
 
 
 def below(level: float, means: np.ndarray, deviations: np.ndarray) -> np.ndarray:
