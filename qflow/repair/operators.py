@@ -64,6 +64,15 @@ def weight_refused(leaf: WeightedLeaf, held: Mapping[int, int]) -> str:
     return "another module holds the same weight" if held[id(weight)] > 1 else ""
 
 
+def writable_leaves(prepared: QuantizedModel) -> tuple[dict[str, WeightedLeaf], Skipped]:
+    """The modules whose int8 weight can be written, and why others cannot. int16 weights are in neither."""
+    found, skipped = int8_leaves(prepared)
+    held = users(prepared.model)
+    refused = {name: weight_refused(leaf, held) for name, leaf in found.items()}
+    skipped |= {name: why for name, why in refused.items() if why}
+    return {name: leaf for name, leaf in found.items() if not refused[name]}, skipped
+
+
 def bias_of(leaf: WeightedLeaf, held: Mapping[int, int]) -> tuple[Tensor | None, str]:
     """The parameter that shifts the result of `leaf` with its batch norm, and why there is none."""
     norm: Any = leaf.qflow_norm

@@ -1,4 +1,4 @@
-"""Rounding by reconstruction: the int8 codes of the weights that keep the outputs of the operators.
+"""Second-order rounding: the int8 codes of the weights that keep the outputs of the operators.
 
 Each operator's inputs are taken from the quantized model, and its codes are chosen by second_order.py for
 
@@ -27,7 +27,7 @@ from qflow.quant.model.weighted import DEAD, WeightedLeaf
 from qflow.quant.trace.calling import call_model
 from qflow.quant.values.fake_quant import FakeQuant
 from qflow.repair.columns import POSITIONS, as_rows, columns, from_rows
-from qflow.repair.operators import Run, Skipped, int8_leaves, users, visiting, weight_refused
+from qflow.repair.operators import Run, Skipped, visiting, writable_leaves
 from qflow.repair.second_order import Grid, second_order, squared
 
 DAMPING = 0.01
@@ -58,20 +58,17 @@ class Rounded:
 
 def writable(prepared: QuantizedModel) -> tuple[dict[str, WeightedLeaf], Skipped]:
     """The operators whose int8 weight can be rounded anew, and why others cannot. int16 weights are in neither."""
-    found, skipped = int8_leaves(prepared)
-    held = users(prepared.model)
-    refused = {name: _refused(leaf, held) for name, leaf in found.items()}
-    chosen = {name: leaf for name, leaf in found.items() if not refused[name]}
+    found, skipped = writable_leaves(prepared)
+    sizes = {name: as_rows(leaf, leaf.weight).shape[-1] for name, leaf in found.items()}
+    chosen = {name: leaf for name, leaf in found.items() if sizes[name] <= LARGEST}
+    skipped |= {
+        name: f"its {size} inputs an output are more than the limit of {LARGEST}"
+        for name, size in sizes.items()
+        if name not in chosen
+    }
     late = [name for group in in_memory(chosen)[PASSES:] for name in group]
-    skipped |= {name: why for name, why in refused.items() if why}
     skipped |= dict.fromkeys(late, f"H of its inputs does not fit into {PASSES} passes of {MEMORY >> 20} MB")
     return {name: leaf for name, leaf in chosen.items() if name not in skipped}, skipped
-
-
-def _refused(leaf: WeightedLeaf, held: Mapping[int, int]) -> str:
-    inputs = as_rows(leaf, leaf.weight).shape[-1]
-    long = f"its {inputs} inputs an output are more than the limit of {LARGEST}" if inputs > LARGEST else ""
-    return weight_refused(leaf, held) or long
 
 
 def in_memory(chosen: Mapping[str, WeightedLeaf]) -> list[list[str]]:

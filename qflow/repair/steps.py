@@ -9,14 +9,15 @@ from qflow.repair.bias import FloatOutputs
 from qflow.repair.contract import Step
 from qflow.repair.equalize import Equalize
 from qflow.repair.observers import Observers
-from qflow.repair.reconstruction import Bias, Reference, Rounding
 from qflow.repair.weight_clipping import WeightClipping
+from qflow.repair.weight_steps import Bias, Reconstruction, Reference, Rounding
 
 STEPS: Mapping[str, Callable[[Reference], Step]] = {
     "equalize": lambda _: Equalize(),
     "observers": lambda _: Observers(),
     "weight_clipping": WeightClipping,
     "rounding": Rounding,
+    "reconstruction": Reconstruction,
     "bias": Bias,
 }
 DEFAULT = ("equalize",)

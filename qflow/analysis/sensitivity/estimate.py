@@ -32,8 +32,8 @@ from qflow.core.settings import SensitivitySettings
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.replay.backward import Backward
 from qflow.quant.replay.capture import Captured
-from qflow.quant.replay.captured_ops import Patch, Variant
-from qflow.quant.replay.fused import FoldedOps, Weights
+from qflow.quant.replay.captured_ops import Patch, Variant, Weights
+from qflow.quant.replay.fused import FoldedOps
 from qflow.quant.replay.widen import first_axes
 from qflow.quant.trace.calling import batch_size
 from qflow.quant.trace.ops import function_name

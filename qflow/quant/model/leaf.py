@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -99,6 +100,12 @@ def own_classes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, cls in swapped:
             module.__class__ = cls
+
+
+def float_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model inside a prepared one with the user's own classes: the float model with these weights."""
+    with own_classes(model):
+        return copy.deepcopy(model)
 
 
 def _rebuild_leaf(mixin: type, own: type) -> Any:

@@ -21,6 +21,8 @@ from qflow.quant.trace.tape import Op, Ref, references, tensors_in
 from qflow.quant.values.fake_quant import FakeQuant
 
 Values = tuple[Tensor, ...]
+Weights = dict[str, tuple[Tensor, Tensor | None]]
+"""Path of a weighted module -> weight and bias to run it with, its batch norm folded in."""
 _CONTAINERS = (tuple, list, dict)
 
 
@@ -143,21 +145,32 @@ class Ops:
 
         A convolution with a folded batch norm gives the result of the norm; the norm itself is then the identity.
         """
+        values = self.before_quantizer(op, prepared, args, kwargs)
+        name = prepared.plan.output_at.get(op.name)
+        return values if name is None else (prepared.outputs[name](values[0]), *values[1:])
+
+    def before_quantizer(
+        self, op: Op, prepared: QuantizedModel, args: Any, kwargs: Any, weights: Weights | None = None
+    ) -> Values:
+        """As `quantized`, without the quantizer of the result.
+
+        `weights` holds, by module path, quantized weights and biases that take the place of the present ones.
+        """
         for slot, quantizer in prepared.arguments_of(op.name).items():
             args, kwargs = _with_argument(args, kwargs, slot, quantizer)
         leaf: Any = self.leaves.get(op.module or "")
         weight = prepared.weights.get(op.module or "")
         if op.owner in self.folded and prepared.weights[self.folded[op.owner]].active:
-            values: Values = (args[0] if args else kwargs["input"],)
-        elif weight is not None and weight.active and isinstance(leaf, WeightedLeaf):
-            folded, bias = leaf.folded()
-            values = (leaf.run_with(weight(folded), bias, *args, **kwargs),)
-        else:
-            inner = {step: prepared.outputs[name] for step, name in prepared.plan.inner_at.get(op.name, {}).items()}
-            active = any(quantizer.active for quantizer in inner.values())
-            values = self._inside(op, inner, args, kwargs) if active else self.run(op, args, kwargs)
-        name = prepared.plan.output_at.get(op.name)
-        return values if name is None else (prepared.outputs[name](values[0]), *values[1:])
+            return (args[0] if args else kwargs["input"],)
+        if weight is not None and weight.active and isinstance(leaf, WeightedLeaf):
+            given = (weights or {}).get(op.module or "")
+            if given is None:
+                folded, bias = leaf.folded()
+                given = weight(folded), bias
+            return (leaf.run_with(*given, *args, **kwargs),)
+        inner = {step: prepared.outputs[name] for step, name in prepared.plan.inner_at.get(op.name, {}).items()}
+        active = any(quantizer.active for quantizer in inner.values())
+        return self._inside(op, inner, args, kwargs) if active else self.run(op, args, kwargs)
 
     def _inside(self, op: Op, quantizers: Mapping[str, FakeQuant], args: Any, kwargs: Any) -> Values:
         """Run a norm or softmax by its formula with these inner values quantized."""

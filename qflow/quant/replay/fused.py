@@ -19,7 +19,7 @@ from qflow.core.graph import OpKind
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.model.weighted import ConvLeaf, WeightedLeaf
 from qflow.quant.replay.capture import Captured
-from qflow.quant.replay.captured_ops import Ops, Patch, Values
+from qflow.quant.replay.captured_ops import Ops, Patch, Values, Weights
 from qflow.quant.trace.ops import function_name
 from qflow.quant.trace.tape import Op
 from qflow.quant.values.fake_quant import FakeQuant
@@ -31,9 +31,6 @@ _FOLLOWS = frozenset(
 """Kinds of operators whose result has the memory layout of their input."""
 _STRIDES = frozenset(["as_strided"])
 """Functions that address memory by strides, so that the layout changes their result."""
-
-Weights = dict[str, tuple[Tensor, Tensor | None]]
-"""Path of a weighted module -> weight and bias with its batch norm folded in; shared by the chunks of one analysis."""
 
 
 class FoldedOps(Ops):
