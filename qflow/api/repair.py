@@ -24,9 +24,9 @@ def repair_model(
     memory. One sample in four is held out and decides. The copy keeps the qconfig and the calibration settings of
     `prepared`, its `float_state_dict()` holds the repaired weights under the float model's own keys, and its
     quantizers are on. `steps` are names or steps of your own: `equalize`, the default, leaves the float function bit
-    for bit; `rounding` and `bias` change it, so that the quantized model computes what the float model did. `prepared`
-    and the float model are not changed. Raises ConfigError for an unknown step or a model with temporal state,
-    DataError for fewer than four samples, ModelError during QAT.
+    for bit; `rounding`, `reconstruction` and `bias` change it, so that the quantized model computes what the float
+    model did. `prepared` and the float model are not changed. Raises ConfigError for an unknown step or a model with
+    temporal state, DataError for fewer than four samples, ModelError during QAT.
     """
     if prepared.training:
         raise ModelError("A repair starts from a model in eval mode, but got one in train mode. Repair it before QAT.")
