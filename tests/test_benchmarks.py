@@ -211,3 +211,78 @@ def test_the_torch_matrix_says_what_it_could_not_try(named, capsys, tmp_path):
     arguments = ["--torches", "2.6.0", "--pythons", "python3.99", "--folder", str(tmp_path)]
     assert named("torch_matrix").main(arguments) == 0
     assert table(capsys.readouterr().out) == [["2.6.0", "python3.99", "-", "not tried: no such interpreter here", "0"]]
+
+
+@pytest.fixture
+def repair(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+    from benchmarks import repair
+
+    return repair
+
+
+def test_repairs_in_miniature(repair, capsys, tmp_path):
+    from qflow.repair.steps import STEPS
+
+    repair.main(["exposure", "rnet", "--small", "--records", str(tmp_path / "records")])
+    text = capsys.readouterr().out
+    assert "rnet is left out: give the folder of its two wheels" in text
+    drops, mixes = [[r for r in table(text) if r[0] == "exposure" and (r[1] == "8 bits") == mix] for mix in (0, 1)]
+    assert len(drops) == 3  # two of drops, one of mixes at 6 bits
+    assert all(len(r) >= 5 + len(STEPS) and float(r[-1].split(",")[0]) > 2 for r in drops[:2])
+    assert len(mixes) == 1
+    capsys.readouterr()
+    first = repair.read(tmp_path / "records")
+    assert [(r.network, r.bits) for r in first] == [("exposure", 8), ("exposure", 6)]
+    assert repair.tables(first) == repair.tables(repair.read(tmp_path / "records"))
+    assert first[0].drop == 0.0 or first[0].results["all"].drop <= first[0].drop + 2 * first[0].results["all"].noise
+
+
+def test_weights_at_six_bits_take_every_fourth_code(repair):
+    import torch
+
+    import qflow
+    from benchmarks.repair_networks.stress import steps_at, stressed
+    from qflow.repair import rounding
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 3, bias=False)).eval()
+    images = torch.randn(8, 1, 8, 8)
+    prepared = qflow.prepare(model, images)
+    stressed(prepared)
+    qflow.calibrate(prepared, [images])
+    quantizer, weight = prepared.weights["0"], model[0].weight.detach()
+    codes = (quantizer(weight) / quantizer.scale).round()
+    largest = weight.abs() == weight.abs().amax((1, 2, 3), keepdim=True)
+    assert bool((codes[~largest] % 4 == 0).all()) and bool((codes[largest].abs() >= 127).all())
+    with steps_at(6):
+        assert rounding.grid_of.__defaults__ == (6,)
+        moved = rounding.round_weights(prepared, [images])
+    assert rounding.grid_of.__defaults__ == (8,)
+    assert moved["0"].after <= moved["0"].before
+    new = moved["0"].weight
+    assert torch.allclose(quantizer(new)[~largest], new[~largest], atol=1e-6), "the grids of both are the same"
+
+
+def test_a_summary_counts_what_is_lost_and_what_is_recovered(repair):
+    from benchmarks.repair_networks.records import Record, Result
+
+    def record(drop, after, int16, least, worse=False):
+        result = Result(after, 0.001, 0.1, 8.0, worse)
+        return Record(
+            "net", "", 8, True, "accuracy", 0.9, 100, 64, drop, 0.005, 0.2,
+            {"without training": result, "all": result}, int16, (0.0, 0.0), least, 1.0,
+        )  # fmt: skip
+
+    rows = [
+        record(0.10, 0.02, (4, 1), (0.05, 0.01)),
+        record(0.20, 0.01, (None, 0), (0.2, 0.0)),
+        record(0.01, 0.02, (0, 0), (0.0, 0.0), worse=True),
+    ]
+    text = "\n".join(repair.summary(rows))
+    assert "2 of 3 rows lose more than twice the noise" in text
+    assert "- all: the drop is reduced by 88% in the median (80% to 95%)" in text
+    assert "1 rows need none before the repair; of the others 1 reach the goal only after it, 0 never" in text
+    assert "the rest keeps 25% of them" in text
+    assert "median 95%, worst 90%, of 2 rows" in text
+    assert "worse beyond the noise: net, 8 bits (without training), net, 8 bits (all)" in text

@@ -1,0 +1,116 @@
+"""The tables of the records, and their medians."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+
+from benchmarks.repair_networks.records import Record, Result
+
+NONE = "-"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows]]
+
+
+def points(value: float) -> str:
+    """A drop in points of the metric."""
+    return f"{100 * value:.2f}"
+
+
+def tables(records: Sequence[Record]) -> list[str]:
+    """Lines of a table of the drops for each number of bits, one of the mixes, and one of another tool."""
+    lines: list[str] = []
+    for bits in sorted({record.bits for record in records}, reverse=True):
+        chosen = [record for record in records if record.bits == bits]
+        labels = list(dict.fromkeys(label for record in chosen for label in record.results))
+        if all(r.results["all"] == r.results["without training"] for r in chosen):
+            labels.remove("without training")
+        header = ["network", "float", f"all int8, weights at {bits} bits", *labels, "error of the outputs", "FFE"]
+        lines += [*table(header, (_drops(record, labels) for record in chosen)), ""]
+    header = ["network", "weights", "int16 operators for the goal", "drop of all int16", "recovered at 1.10 x the time"]
+    lines += table(header, (_mixes(record) for record in records))
+    others = [record for record in records if record.peer]
+    if others:
+        labels = list(dict.fromkeys(label for record in others for label in record.peer))
+        rows = ([_named(r), *(points(r.peer[x]) if x in r.peer else NONE for x in labels)] for r in others)
+        lines += ["", *table(["network", *labels], rows)]
+    return lines
+
+
+def _named(record: Record) -> str:
+    return f"{record.network}, {record.bits} bits"
+
+
+def _drops(record: Record, labels: Sequence[str]) -> list[str]:
+    last = record.results["all"]
+    return [
+        record.network,
+        f"{record.float_metric:.4f} ({record.metric}, {record.samples})",
+        f"{points(record.drop)} ± {points(record.noise)}",
+        *(_cell(record.results[label]) if label in record.results else NONE for label in labels),
+        f"{record.error:.4f} -> {last.error:.4f}",
+        f"{record.results['without training'].passes:.1f}"
+        + (f", {last.passes:.1f}" if last != record.results["without training"] else ""),
+    ]
+
+
+def _cell(result: Result) -> str:
+    return f"{points(result.drop)} ± {points(result.noise)}{' worse' if result.worse else ''}"
+
+
+def _mixes(record: Record) -> list[str]:
+    counts = ["goal missed" if count is None else str(count) for count in record.int16]
+    shares = [NONE if math.isnan(share) else f"{share:.0%}" for share in recovered(record)]
+    return [
+        record.network,
+        f"{record.bits} bits",
+        " -> ".join(counts),
+        " -> ".join(map(points, record.int16_drop)),
+        " -> ".join(shares) if any(share != NONE for share in shares) else NONE,
+    ]
+
+
+def recovered(record: Record) -> tuple[float, float]:
+    """Share of the int8 loss that the best mix at 1.10 x the time recovers, before and after the repair.
+
+    NaN where the loss is not beyond its noise.
+    """
+    if not record.drop > 2 * record.noise:
+        return math.nan, math.nan
+    low, high = (1.0 - least / record.drop for least in record.least)
+    return low, high
+
+
+def summary(records: Sequence[Record]) -> list[str]:
+    """Lines with the medians over all networks, those with a loss beyond its noise where a share is meant."""
+    lost = [record for record in records if record.drop > 2 * record.noise]
+    lines = [f"{len(lost)} of {len(records)} rows lose more than twice the noise at all int8; of these:"]
+    for label in ("without training", "all"):
+        shares = [1.0 - record.results[label].drop / record.drop for record in lost]
+        passes = [record.results[label].passes for record in records]
+        if shares:
+            lines.append(
+                f"- {label}: the drop is reduced by {statistics.median(shares):.0%} in the median ({min(shares):.0%} "
+                f"to {max(shares):.0%}), at {statistics.median(passes):.1f} FFE (at most {max(passes):.1f})"
+            )
+    counts = [(low, high) for low, high in (record.int16 for record in records)]
+    wanted = [(low, high) for low, high in counts if low != 0]
+    fewer = [(low, high) for low, high in wanted if low is not None and high is not None]
+    mended = sum(low is None and high is not None for low, high in wanted)
+    lines.append(
+        f"- int16 operators: {len(counts) - len(wanted)} rows need none before the repair; of the others {mended} "
+        f"reach the goal only after it, {sum(high is None for _, high in wanted)} never"
+        + (f", the rest keeps {statistics.median(h / w for w, h in fewer):.0%} of them in the median" if fewer else "")
+    )
+    after = [share for _, share in map(recovered, (r for r in records if r.located)) if not math.isnan(share)]
+    if after:
+        lines.append(
+            f"- recovered at 1.10 x the time after the repair: median {statistics.median(after):.0%}, worst "
+            f"{min(after):.0%}, of {len(after)} rows"
+        )
+    worse = [f"{_named(r)} ({label})" for r in records for label, result in r.results.items() if result.worse]
+    return [*lines, f"- worse beyond the noise: {', '.join(worse) if worse else 'none'}"]
