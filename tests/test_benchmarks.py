@@ -280,9 +280,9 @@ def test_a_summary_counts_what_is_lost_and_what_is_recovered(repair):
         record(0.01, 0.02, (0, 0), (0.0, 0.0), worse=True),
     ]
     text = "\n".join(repair.summary(rows))
-    assert "2 of 3 rows lose more than twice the noise" in text
-    assert "- all: the drop is reduced by 88% in the median (80% to 95%)" in text
-    assert "1 rows need none before the repair; of the others 1 reach the goal only after it, 0 never" in text
+    assert "2 of 3 networks lose more than twice the noise" in text
+    assert "- all: their drop is reduced by 88% in the median (80% to 95%)" in text
+    assert "1 networks need none before the repair; of the others 1 reach the goal only after it, 0 never" in text
     assert "the rest keeps 25% of them" in text
-    assert "median 95%, worst 90%, of 2 rows" in text
+    assert "median 95%, worst 90%, of 2 networks" in text
     assert "worse beyond the noise: net, 8 bits (without training), net, 8 bits (all)" in text

@@ -86,15 +86,21 @@ def recovered(record: Record) -> tuple[float, float]:
 
 
 def summary(records: Sequence[Record]) -> list[str]:
-    """Lines with the medians over all networks, those with a loss beyond its noise where a share is meant."""
+    """Lines with the medians over all networks for each number of bits."""
+    bits = sorted({record.bits for record in records}, reverse=True)
+    return [line for b in bits for line in [f"Weights at {b} bits:", *_medians([r for r in records if r.bits == b])]]
+
+
+def _medians(records: Sequence[Record]) -> list[str]:
+    """Of the networks with a loss beyond its noise where a share is meant."""
     lost = [record for record in records if record.drop > 2 * record.noise]
-    lines = [f"{len(lost)} of {len(records)} rows lose more than twice the noise at all int8; of these:"]
+    lines = [f"- {len(lost)} of {len(records)} networks lose more than twice the noise at all int8"]
     for label in ("without training", "all"):
         shares = [1.0 - record.results[label].drop / record.drop for record in lost]
         passes = [record.results[label].passes for record in records]
         if shares:
             lines.append(
-                f"- {label}: the drop is reduced by {statistics.median(shares):.0%} in the median ({min(shares):.0%} "
+                f"- {label}: their drop is reduced by {statistics.median(shares):.0%} in the median ({min(shares):.0%} "
                 f"to {max(shares):.0%}), at {statistics.median(passes):.1f} FFE (at most {max(passes):.1f})"
             )
     counts = [(low, high) for low, high in (record.int16 for record in records)]
@@ -102,7 +108,7 @@ def summary(records: Sequence[Record]) -> list[str]:
     fewer = [(low, high) for low, high in wanted if low is not None and high is not None]
     mended = sum(low is None and high is not None for low, high in wanted)
     lines.append(
-        f"- int16 operators: {len(counts) - len(wanted)} rows need none before the repair; of the others {mended} "
+        f"- int16 operators: {len(counts) - len(wanted)} networks need none before the repair; of the others {mended} "
         f"reach the goal only after it, {sum(high is None for _, high in wanted)} never"
         + (f", the rest keeps {statistics.median(h / w for w, h in fewer):.0%} of them in the median" if fewer else "")
     )
@@ -110,7 +116,7 @@ def summary(records: Sequence[Record]) -> list[str]:
     if after:
         lines.append(
             f"- recovered at 1.10 x the time after the repair: median {statistics.median(after):.0%}, worst "
-            f"{min(after):.0%}, of {len(after)} rows"
+            f"{min(after):.0%}, of {len(after)} networks"
         )
     worse = [f"{_named(r)} ({label})" for r in records for label, result in r.results.items() if result.worse]
     return [*lines, f"- worse beyond the noise: {', '.join(worse) if worse else 'none'}"]
