@@ -4,19 +4,17 @@ qflow's own search on the float model and on the repaired one.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+import torch
 
 from benchmarks.repair_networks.states import BATCH, State, Subject
 from benchmarks.repair_networks.stress import stressed
 from qflow.config.device_file import load_cost, load_rules
-from qflow.core.dtype import QDtype
-from qflow.core.qconfig import QConfig
+from qflow.core.repair_settings import RepairSettings
 from qflow.core.settings import CalibrationSettings, QConfigSettings, SensitivitySettings, TrialSettings
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.search.assign import Problem
@@ -25,6 +23,7 @@ from qflow.search.objective import Goal, accurate
 from qflow.search.outcome import FinishedTrial, Outcome
 from qflow.search.strategies import ASSIGNMENT, BudgetSpent, assign
 from qflow.trial.evaluator import Evaluator
+from qflow.trial.repaired import Repaired
 
 MARCH = "nash-m"
 SLOWDOWN = 1.1
@@ -35,35 +34,23 @@ EVALUATIONS = 6
 
 @dataclass
 class RepairedEvaluator(Evaluator):
-    """An evaluator of a model that `repair_model` gave."""
+    """An evaluator whose trials all have the weights and methods that `repair_model` gave."""
 
-    state: State | None = None
+    given: Repaired | None = None
     bits: int = 8
 
     def prepare(self) -> QuantizedModel:
-        """Prepare as always, with the bits of the stress."""
+        """Prepare as always, with the bits of the stress and the repaired weights."""
         prepared = super().prepare()
         if self.bits < 8:
             stressed(prepared)
+        self.weights.use(self.given)
         return prepared
 
-    def resolve(self, settings: QConfigSettings) -> tuple[QConfig, QConfig]:
-        """Return the (requested, applied) qconfig, with the calibration that the repair chose for int8 outputs."""
-        requested, applied = super().resolve(settings)
-        assert self.state is not None
-        chosen = self.state.model.applied.ops
-        return requested, applied.with_ops(
-            {
-                name: replace(
-                    op,
-                    observer=chosen[name].observer,
-                    own_observer=chosen[name].own_observer,
-                    fixed_scale=chosen[name].fixed_scale,
-                )
-                for name, op in applied.ops.items()
-                if name in chosen and op.output == chosen[name].output == QDtype.qint8
-            }
-        )
+    @contextmanager
+    def repaired(self, settings: RepairSettings, calibration: CalibrationSettings) -> Iterator[None]:
+        """The weights stay those of `given`, whatever a trial's settings are."""
+        yield
 
 
 @dataclass(frozen=True)
@@ -80,16 +67,14 @@ class Mixes:
 
 class _Search:
     def __init__(self, subject: Subject, state: State) -> None:
-        model = _float_of(subject, state)
-        steps = max(len(subject.data), 1)
         self.evaluator = RepairedEvaluator(
-            replace(subject.task, model=model),
+            subject.task,
             load_rules(MARCH),
             load_cost(MARCH),
             sensitivity_settings=SensitivitySettings(),
-            default_calibration=CalibrationSettings(batch_size=BATCH, steps=steps),
+            default_calibration=CalibrationSettings(batch_size=BATCH, steps=len(subject.data)),
             eval_batch=2 * BATCH,
-            state=state,
+            given=_given(subject, state),
             bits=subject.bits,
         )
         self.evaluator.float_metric = subject.float_metric
@@ -125,10 +110,13 @@ class _Search:
         return list(found.items())
 
 
-def _float_of(subject: Subject, state: State) -> nn.Module:
-    model = copy.deepcopy(subject.task.model)
-    model.load_state_dict(state.model.float_state_dict())
-    return model
+def _given(subject: Subject, state: State) -> Repaired:
+    before, after = subject.prepared.float_state_dict(), state.model.float_state_dict()
+    weights = {name: tensor for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    plain, chosen = subject.prepared.applied.ops, state.model.applied.ops
+    methods = {name: op.observer for name, op in chosen.items() if op.observer and op.observer != plain[name].observer}
+    assert state.table is not None
+    return Repaired(weights, state.table, methods)
 
 
 def mixes(subject: Subject, state: State, max_drop: float, located: bool) -> Mixes:

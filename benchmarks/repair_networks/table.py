@@ -18,7 +18,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def points(value: float) -> str:
     """A drop in points of the metric."""
-    return f"{100 * value:.2f}"
+    return f"{round(100 * value, 2) + 0.0:.2f}"
 
 
 def tables(records: Sequence[Record]) -> list[str]:
@@ -91,6 +91,10 @@ def summary(records: Sequence[Record]) -> list[str]:
     return [line for b in bits for line in [f"Weights at {b} bits:", *_medians([r for r in records if r.bits == b])]]
 
 
+def _spread(values: Sequence[float]) -> tuple[float, float, float]:
+    return statistics.median(values), min(values), max(values)
+
+
 def _medians(records: Sequence[Record]) -> list[str]:
     """Of the networks with a loss beyond its noise where a share is meant."""
     lost = [record for record in records if record.drop > 2 * record.noise]
@@ -99,9 +103,10 @@ def _medians(records: Sequence[Record]) -> list[str]:
         shares = [1.0 - record.results[label].drop / record.drop for record in lost]
         passes = [record.results[label].passes for record in records]
         if shares:
+            median, low, high = (f"{round(share, 2) + 0.0:.0%}" for share in _spread(shares))
             lines.append(
-                f"- {label}: their drop is reduced by {statistics.median(shares):.0%} in the median ({min(shares):.0%} "
-                f"to {max(shares):.0%}), at {statistics.median(passes):.1f} FFE (at most {max(passes):.1f})"
+                f"- {label}: their drop is reduced by {median} in the median ({low} to {high}), at "
+                f"{statistics.median(passes):.1f} FFE (at most {max(passes):.1f})"
             )
     counts = [(low, high) for low, high in (record.int16 for record in records)]
     wanted = [(low, high) for low, high in counts if low != 0]
