@@ -10,7 +10,10 @@ class RepairSchema:
     """Fields of qflow.core.repair_settings.RepairSettings."""
 
     equalize: bool = False
+    observers: bool = False
+    weight_clipping: bool = False
     rounding: bool = False
+    reconstruction: bool = False
     bias: bool = False
     samples: int = 256
     batch_size: int = 16

@@ -15,8 +15,14 @@ class RepairSettings:
 
     equalize: bool = False
     """Factors between layers that leave the float function as it is."""
+    observers: bool = False
+    """Calibration methods of single operators, by the error of the outputs; no weight changes."""
+    weight_clipping: bool = False
+    """The largest weights of an operator clipped, so that its scale is smaller."""
     rounding: bool = False
     """Codes of int8 weights that keep the outputs of their operators, instead of the nearest ones."""
+    reconstruction: bool = False
+    """Codes of int8 weights that are learned layer by layer, then by blocks: minutes, not seconds."""
     bias: bool = False
     """Biases that take back the shift of the mean by quantization."""
     samples: int = 256

@@ -27,7 +27,7 @@ from qflow.quant.values.fake_quant import EPS, FakeQuant
 from qflow.repair.columns import as_rows, from_rows
 from qflow.repair.contract import Context, Part, Step
 from qflow.repair.operators import Skipped, int8_leaves, users, weight_refused
-from qflow.repair.reconstruction import Reference
+from qflow.repair.weight_steps import Reference
 from qflow.repair.rounding import input_moments, write
 
 SHARES = tuple(share / 50 for share in range(49, 4, -1))

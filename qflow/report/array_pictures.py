@@ -40,8 +40,8 @@ def save(figure: Figure, path: Path) -> Figure:
     """
     figure.set_dpi(DPI)
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    imsave(path, np.asarray(canvas.buffer_rgba()), dpi=DPI)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    imsave(path, np.asarray(canvas.buffer_rgba()), dpi=DPI)  # type: ignore[no-untyped-call]
     return figure
 
 

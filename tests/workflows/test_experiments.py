@@ -1,4 +1,5 @@
 """Every experiment file, tiny: none rots."""
+# Long: the experiments share what their studies print and store.
 
 import json
 import re
