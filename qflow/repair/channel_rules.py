@@ -180,7 +180,9 @@ class Rules:
     def _moving(self, argument: Any) -> Any:
         if isinstance(argument, Ref):
             return self.ids(argument)
-        return self.constant(argument) if isinstance(argument, Tensor) and argument.is_floating_point() else argument
+        if not isinstance(argument, Tensor):
+            return argument
+        return self.constant(argument) if argument.is_floating_point() else argument.cpu()
 
 
 def read_by(op: Op) -> list[Ref]:

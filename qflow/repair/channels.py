@@ -59,9 +59,8 @@ class Channels(Rules):
             self._follow(op)
         for _, ref in captured.outputs:
             self._fix(ref, "its result is an output of the model")
-        for op in self.ops.ops:
-            if op.name in prepared.graph.state or op.index in captured.tape.read_by_python:
-                self._fix(Ref(op.index, 0), "the model keeps its result as state")
+        for index in captured.tape.read_by_python:
+            self._fix(Ref(index, 0), "a Python value is taken from it")
 
     def factors(self, ids: Tensor, values: Tensor) -> Tensor:
         """The factor of each id; `values` has one for each variable, of which that of the root counts."""
@@ -158,7 +157,9 @@ class Channels(Rules):
         assert op.call is not None
         weight = op.call.kwargs.get("weight", given[1] if len(given) > 1 else None)
         bias = op.call.kwargs.get("bias", given[2] if len(given) > 2 else None)
-        if not isinstance(weight, Tensor) or not self.held.own(weight):
+        if not isinstance(weight, Tensor):
+            return None, f"it is a weight that is computed ({op.name})"
+        if not self.held.own(weight):
             return None, f"a weight is no module's own ({op.weight.name if op.weight else op.name})"
         free = bias is None or (isinstance(bias, Tensor) and self.held.own(bias))
         return Matrix(weight, bias if free else None, groups, transposed), "" if free else "its bias is no parameter"

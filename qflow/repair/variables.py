@@ -43,8 +43,10 @@ class Variables:
 
     def free_roots(self, ids: Tensor) -> Tensor:
         """The roots of those of these factors that may differ from 1, int64, sorted."""
-        roots: Tensor = torch.unique(self.of(thin(ids)).abs())
-        return roots[(roots != ANY) & (self._why[roots] == 0)]
+        there = torch.zeros(len(self), dtype=torch.bool)
+        there[self.of(thin(ids)).abs()] = True
+        there[ANY] = False
+        return (there & (self._why == 0)).nonzero().flatten()
 
     def free(self, ids: Tensor) -> bool:
         """True if one of these factors may differ from 1."""
@@ -65,8 +67,12 @@ class Variables:
         shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
         a, b = a.expand(shape), b.expand(shape)
         axes = [i for i in range(a.ndim) if a.stride(i) == 0 and b.stride(i) == 0]
-        pairs = torch.stack([thin(a, axes), thin(b, axes)]).flatten(1).long()
-        pairs = torch.unique(pairs[:, (pairs != ANY).all(0)], dim=1)
+        a, b = (thin(ids, axes).flatten().long() for ids in (a, b))
+        both, base = (a != ANY) & (b != ANY), 2 * len(self)
+        codes = torch.unique(
+            (a[both] + len(self)) * base + b[both] + len(self)
+        )  # one number for each pair: it sorts fast
+        pairs = torch.stack([codes // base, codes % base]) - len(self)
         while pairs.shape[1]:
             low, high = self.of(pairs[0]), self.of(pairs[1])
             low, high = torch.where(low.abs() < high.abs(), low, high), torch.where(low.abs() < high.abs(), high, low)
