@@ -27,8 +27,8 @@ from qflow.quant.values.fake_quant import EPS, FakeQuant
 from qflow.repair.columns import as_rows, from_rows
 from qflow.repair.contract import Context, Part, Step
 from qflow.repair.operators import Skipped, int8_leaves, users, weight_refused
-from qflow.repair.weight_steps import Reference
 from qflow.repair.rounding import input_moments, write
+from qflow.repair.weight_steps import Reference
 
 SHARES = tuple(share / 50 for share in range(49, 4, -1))
 """Thresholds that are tried, as shares of the largest |w|: 0.98 down to 0.1."""
