@@ -89,7 +89,7 @@ class QatSettings:
     """Steps between checkpoints; 0 writes one only at the end or at an interruption."""
     learned_scales: float = 0.0
     """Above 0, int8 activation scales are trained (LSQ) instead of moving, at this many times `learning_rate`, by their
-    logarithm: with Adam, one step at a rate of 0.001 changes a scale by at most 0.1 %. int16 scales stay then."""
+    logarithm: with Adam, one step at a rate of 0.001 changes a scale by about 0.1 %. int16 scales stay then."""
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     """The float model as a loss, alone (without `loss`) or beside it."""
     ema: float = 0.0

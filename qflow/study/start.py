@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from qflow.config.settings import plain, root_dir, trial_settings
 from qflow.config.space import search_space
+from qflow.quant.train.teacher import require_comparable
 from qflow.report.console import Console
 from qflow.search.objective import Goal
 from qflow.search.study import Study
@@ -36,6 +37,8 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
     space, qat = search_space(config), trial_settings(config).qat
     if evaluator.training and qat.steps and not any(key.startswith("qat.") for key in space):  # else each trial checks
         check_training(evaluator.task, evaluator.training, qat)
+        if qat.teacher.features:  # which of them the quantized model shares, its fusion decides
+            require_comparable(evaluator.prepared, qat.teacher, qat.mode)
     accuracy = f"accuracy/{evaluator.task.metric_name}"
     goal = Goal(**plain(config.objective)).aimed(accuracy, evaluator.task.direction, (accuracy, *RUN_METRICS))
     space, left_out = within_data(search_space(config), evaluator.task)

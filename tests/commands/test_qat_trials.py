@@ -62,6 +62,11 @@ def test_the_debug_order_names_the_stage(tmp_path):
     [
         (["qat.loss._target_=null"], "QAT needs a loss, but got none"),
         (["qat.loss._target_=user_task.nothing"], "qat.loss._target_ must import, but got"),
+        (
+            ["qat.loss._target_=null", "qat.teacher.weight=1", "qat.teacher.features=[nowhere]"],
+            "qat.teacher.features names modules, but got 'nowhere'",
+        ),
+        (["qat.teacher.temperature=2"], "Set qat.teacher.weight=1"),
         (["qat.mode=often"], "qat.mode is one of fuse_bn, with_bn, with_bn_reverse_fold, but got 'often'"),
         (["qat.optimizer._target_=torch.optim.Nothing"], "qat.optimizer"),
         (["task.data._target_=user_task.Data"], "QAT needs task.data.train"),
