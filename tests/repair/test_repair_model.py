@@ -85,7 +85,7 @@ def test_the_same_data_give_the_same_repair(repaired, loader):
 
 def test_a_step_that_nobody_knows_is_refused(loader):
     prepared = qflow.prepare(hard(), loader[0])
-    with pytest.raises(ConfigError, match="is one of equalize, observers, .*, rounding, bias, but got 'polish'"):
+    with pytest.raises(ConfigError, match="A repair step is one of equalize, .*, bias, but got 'polish'"):
         qflow.repair_model(prepared, loader, steps=["polish"])
     found, table = qflow.repair_model(prepared, loader, steps=[])
     assert table.rows == () and not found.uncalibrated
