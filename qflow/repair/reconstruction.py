@@ -9,9 +9,9 @@ more error than the block has with float weights, while activations are quantize
     minimise   sum |y_quantized - y_float|^2 / sum |y_float|^2 + a regulariser     on all C_i but each fourth
     keep       the codes of least error, of the present ones and those on the way   on each fourth C_i
 
-A region is left alone if float weights would not lower its error by more than `LEFT`: what remains comes from its
-inputs. Training stops early when not even weights between two codes have less error than the best codes so far. Regions
-are learned in order of execution, and each sees the codes that those before it have found.
+A region is left alone if float weights would have no less error (`LEFT`): what remains comes from its inputs. Training
+stops early when not even weights between two codes have less error than the best codes so far. Regions are learned in
+order of execution, and each sees the codes that those before it have found.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LOOK = 20
 """Iterations between two looks at the samples that decide."""
 PATIENCE = 3
 """Training stops after so many looks in a row at which weights between two codes had no less error than codes have."""
-LEFT = 1.1
+LEFT = 1.0
 """A region is learned if its (squared) error is more than so many times that with float weights."""
 
 Codes = dict[str, Tensor]

@@ -12,6 +12,7 @@ from qflow.core.resolve import resolve
 from qflow.core.setter import HighPrecisionOutput, TemplateSetter
 from qflow.core.settings import CalibrationSettings
 from qflow.quant.model.calibrate import apply_scales, collect
+from qflow.quant.model.leaf import float_copy
 from qflow.quant.model.prepare import prepare
 from qflow.quant.model.verify import Observed
 from qflow.quant.trace.calling import call_model, named_tensors
@@ -36,6 +37,16 @@ def calibrated(name, dtype=QDtype.qint8, rules=None):
 def outputs(model, inputs):
     with torch.no_grad():
         return [t for _, t in named_tensors(call_model(model, inputs))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_float_model_comes_out_of_a_prepared_one_with_its_own_classes(name):
+    model, example, prepared = calibrated(name)
+    found = float_copy(prepared.model)
+    assert [type(module) for module in found.modules()] == [type(module) for module in model.modules()]
+    assert prepare(found, example).graph.nodes == prepared.graph.nodes
+    for a, b in zip(outputs(found, example), outputs(model, example), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", NAMES)
