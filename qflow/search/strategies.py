@@ -10,7 +10,7 @@ the trial failed. A point that the study has measured before costs nothing, so a
 calls at no cost and continues. `measure` raises BudgetSpent if no further trial may start. A strategy is a
 deterministic function of its measurements and ends by itself. The best trial of a study is `objective.best_trial`,
 whatever a strategy returns. Optuna's samplers are a further strategy: `Driver.sample` (loop.py) until the budget is
-spent.
+spent. After `assign` they propose the settings around its mixes (study/mix_inside.py).
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ from qflow.search.surrogate import Measurement
 STRATEGIES = ("optuna", "ratio", "assign")
 RATIO, FLOAT16, ASSIGNMENT = "qconfig.int16_ratio", "qconfig.float16_count", "qconfig.assignment"
 ERROR_SHARE, SENSITIVE_TYPE = "qconfig.error_share", "qconfig.sensitive_type"
-NARROW = 0.02  # relative width of a bracket of error budgets below which it is not narrowed further
-REFINEMENTS = 8  # how many mixes are measured at most to narrow the bracket of error budgets
-BUDGETS = 64  # error budgets for each of which a candidate for the front is solved
 DEMOTED = "demoted"  # how the label of a trial with fewer promotions than one before begins
 SAME_MS = 1e-9  # times that differ by less count as equal
 
@@ -95,7 +92,8 @@ def assign(
 ) -> None:
     """Search the cheapest assignment that meets the goal, demote what it does not need, then explore the front.
 
-    No mix is measured that exceeds a limit of the problem. `int8_drop` and `int16_drop` are the measured drops of the
+    Each mix is the one that is most worth a trial, given all drops measured so far (next_mix.py). No mix is measured that
+    exceeds a limit of the problem. `int8_drop` and `int16_drop` are the measured drops of the
     baselines; they relate predicted errors to drops. `int8_drop` is None if the outputs of all int8 are not finite.
     `top` is the mix of `int16_drop`, which is known to meet the goal, if that is not all int16 but has int16 weights.
     Demotion ends after `patience` operators in a row that prove needed. With `explore` the rest of the budget is spent
