@@ -92,7 +92,7 @@ def assign(
 ) -> None:
     """Search the cheapest assignment that meets the goal, demote what it does not need, then explore the front.
 
-    Each mix is the one that is most worth a trial, given all drops measured so far (next_mix.py). No mix is measured that
+    Each mix is the one that is most worth a trial, given all drops measured so far (next_mix.py). None is measured that
     exceeds a limit of the problem. `int8_drop` and `int16_drop` are the measured drops of the
     baselines; they relate predicted errors to drops. `int8_drop` is None if the outputs of all int8 are not finite.
     `top` is the mix of `int16_drop`, which is known to meet the goal, if that is not all int16 but has int16 weights.

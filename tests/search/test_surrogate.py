@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qflow.search.assign import Operator, Problem
@@ -44,8 +44,8 @@ def test_a_drop_under_other_settings_teaches_less():
     problem = problem_of([1.0] * COUNT)
     mix, worse = "6688888", 0.5
     near, far = (
-        Surrogate(problem, [Measurement(mix, worse, settings)], 0.0, 0.5).expected([mix], "mse")
-        for settings in ("mse", "kl")
+        Surrogate(problem, [Measurement(mix, worse, around)], 0.0, 0.5).expected([mix], "mse")
+        for around in ("mse", "kl")
     )
     plain = Surrogate(problem, [], 0.0, 0.5).expected([mix])[0]
     assert plain[0] < far[0][0] < near[0][0] == pytest.approx(worse, abs=0.001)
@@ -78,6 +78,7 @@ def test_the_program_with_pairs_finds_the_optimum_of_all_mixes(seed):
 POINTS = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=8)
 
 
+@settings(deadline=None)
 @given(POINTS, st.floats(0, 1), st.floats(0, 1))
 def test_a_certain_drop_adds_the_hypervolume_between_the_fronts(points, drop, time):
     worst = (1.0, 1.0)
@@ -85,6 +86,7 @@ def test_a_certain_drop_adds_the_hypervolume_between_the_fronts(points, drop, ti
     assert gain == pytest.approx(hypervolume([*points, (drop, time)], worst) - hypervolume(points, worst), abs=1e-6)
 
 
+@settings(deadline=None)
 @given(st.floats(-1, 1), st.floats(-1, 1), st.floats(0.01, 1))
 def test_an_expected_fall_is_the_mean_of_the_falls(level, mean, deviation):
     draws = mean + deviation * np.random.default_rng(0).standard_normal(20_000)
