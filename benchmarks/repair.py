@@ -71,7 +71,7 @@ def measure(name: str, case: Case, size: Size, places: Places, bits: int, goal: 
 
 
 def _result(subject: Subject, state: State, before: State) -> Result:
-    return Result(state.drop, state.noise(before), state.error, subject.passes(state), state.worse(before))
+    return Result(state.drop, state.noise(before), state.error, subject.passes(state))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -267,8 +267,8 @@ def test_weights_at_six_bits_take_every_fourth_code(repair):
 def test_a_summary_counts_what_is_lost_and_what_is_recovered(repair):
     from benchmarks.repair_networks.records import Record, Result
 
-    def record(drop, after, int16, least, worse=False):
-        result = Result(after, 0.001, 0.1, 8.0, worse)
+    def record(drop, after, int16, least):
+        result = Result(after, 0.001, 0.1, 8.0)
         return Record(
             "net", "", 8, True, "accuracy", 0.9, 100, 64, drop, 0.005, 0.2,
             {"without training": result, "all": result}, int16, (0.0, 0.0), least, 1.0,
@@ -277,12 +277,13 @@ def test_a_summary_counts_what_is_lost_and_what_is_recovered(repair):
     rows = [
         record(0.10, 0.02, (4, 1), (0.05, 0.01)),
         record(0.20, 0.01, (None, 0), (0.2, 0.0)),
-        record(0.01, 0.02, (0, 0), (0.0, 0.0), worse=True),
+        record(0.01, 0.02, (0, 0), (0.0, 0.0)),
+        record(-0.01, 0.001, (0, 0), (0.0, 0.0)),
     ]
     text = "\n".join(repair.summary(rows))
-    assert "2 of 3 networks lose more than twice the noise" in text
+    assert "2 of 4 networks lose more than twice the noise" in text
     assert "- all: their drop is reduced by 88% in the median (80% to 95%)" in text
-    assert "1 networks need none before the repair; of the others 1 reach the goal only after it, 0 never" in text
+    assert "2 networks need none before the repair; of the others 1 reach the goal only after it, 0 never" in text
     assert "the rest keeps 25% of them" in text
     assert "median 95%, worst 90%, of 2 networks" in text
-    assert "worse beyond the noise: net, 8 bits (without training), net, 8 bits (all)" in text
+    assert "worse beyond the noise: net (without training), net (all)" in text

@@ -128,7 +128,7 @@ class Aimet:
 
 
 def main(name: str, bits: str, calibration: str, evaluation: str, weights: str, wheels: str = "") -> None:
-    """Print the drops by step; a step that fails is told on stderr and left out."""
+    """Print the drops by step, after each of them; a step that fails is told on stderr and left out."""
     torch.set_num_threads(1)
     declare_torchvision()
     size = Size(int(calibration), int(evaluation))
@@ -137,9 +137,9 @@ def main(name: str, bits: str, calibration: str, evaluation: str, weights: str, 
     for label, step in (("int8", aimet.plain), ("CLE", aimet.equalized), ("AdaRound", aimet.rounded)):
         try:
             found[f"AIMET {label}"] = step()
+            print(json.dumps(found), flush=True)  # the last line counts
         except Exception as error:  # the tool's own, of any kind
             print(f"{label}: {type(error).__name__}: {error}", file=sys.stderr)
-    print(json.dumps(found))
 
 
 if __name__ == "__main__":

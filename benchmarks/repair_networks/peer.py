@@ -23,12 +23,12 @@ def measure_peer(record: Record, size: Size, places: Places, python: Path) -> Re
     call += [str(size.calibration), str(size.evaluation), str(places.weights), *wheels]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     try:
-        ran = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        print(f"{record.network}: AIMET took longer than {SECONDS} s")
-        return record
-    lines = [line for line in ran.stdout.splitlines() if line.startswith("{")]
+        ran = subprocess.run(call, env=environment, capture_output=True, timeout=SECONDS)
+        out, words = ran.stdout, ran.stderr
+    except subprocess.TimeoutExpired as late:
+        out, words = late.stdout or b"", f"it took longer than {SECONDS} s".encode()
+    lines = [line for line in out.decode().splitlines() if line.startswith("{")]
     if not lines:
-        print(f"{record.network}: AIMET gave no figures: {(ran.stderr.strip() or 'no message').splitlines()[-1]}")
+        print(f"{record.network}: AIMET gave no figures: {(words.decode().strip() or 'no message').splitlines()[-1]}")
         return record
     return replace(record, peer=json.loads(lines[-1]))

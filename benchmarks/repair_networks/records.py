@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+BEYOND = 2.0  # standard errors
+
 
 @dataclass(frozen=True)
 class Result:
@@ -20,8 +22,6 @@ class Result:
     """Relative error of the outputs."""
     passes: float
     """Passes over the calibration samples that the repair took (FFE)."""
-    worse: bool
-    """True if it loses more than without a repair by more than two `noise`."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,13 @@ class Record:
     seconds: float
     peer: Mapping[str, float] = field(default_factory=dict)
     """Drop by step of another tool, `int8` without a step."""
+
+
+def worse(record: Record, result: Result) -> bool:
+    """True if `result` loses more than the model without a repair, beyond the paired noise. Where that one is better
+    than float by chance, coming back to float is no loss.
+    """
+    return max(result.drop, 0.0) - max(record.drop, 0.0) > BEYOND * result.noise
 
 
 def append(path: Path, record: Record) -> None:

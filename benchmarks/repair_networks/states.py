@@ -19,7 +19,6 @@ from qflow.repair.measure import HeldOut
 from qflow.tasks.task import Task, batches, evaluate, model_inputs
 
 BATCH = 32
-BEYOND = 2.0  # standard errors
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,6 @@ class State:
     def noise(self, other: State) -> float:
         """Standard error of the difference of the metric to another state on the same samples."""
         return float((self.scores - other.scores).std()) / len(self.scores) ** 0.5
-
-    def worse(self, before: State) -> bool:
-        """True if this state loses more than `before` beyond the paired noise."""
-        return self.drop - before.drop > BEYOND * self.noise(before)
 
 
 class Subject:

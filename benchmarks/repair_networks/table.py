@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-from benchmarks.repair_networks.records import Record, Result
+from benchmarks.repair_networks.records import BEYOND, Record, Result, worse
 
 NONE = "-"
 
@@ -51,15 +51,15 @@ def _drops(record: Record, labels: Sequence[str]) -> list[str]:
         record.network,
         f"{record.float_metric:.4f} ({record.metric}, {record.samples})",
         f"{points(record.drop)} ± {points(record.noise)}",
-        *(_cell(record.results[label]) if label in record.results else NONE for label in labels),
+        *(_cell(record, record.results[label]) if label in record.results else NONE for label in labels),
         f"{record.error:.4f} -> {last.error:.4f}",
         f"{record.results['without training'].passes:.1f}"
         + (f", {last.passes:.1f}" if last != record.results["without training"] else ""),
     ]
 
 
-def _cell(result: Result) -> str:
-    return f"{points(result.drop)} ± {points(result.noise)}{' worse' if result.worse else ''}"
+def _cell(record: Record, result: Result) -> str:
+    return f"{points(result.drop)} ± {points(result.noise)}{' worse' if worse(record, result) else ''}"
 
 
 def _mixes(record: Record) -> list[str]:
@@ -79,7 +79,7 @@ def recovered(record: Record) -> tuple[float, float]:
 
     NaN where the loss is not beyond its noise.
     """
-    if not record.drop > 2 * record.noise:
+    if not record.drop > BEYOND * record.noise:
         return math.nan, math.nan
     low, high = (1.0 - least / record.drop for least in record.least)
     return low, high
@@ -97,7 +97,7 @@ def _spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 def _medians(records: Sequence[Record]) -> list[str]:
     """Of the networks with a loss beyond its noise where a share is meant."""
-    lost = [record for record in records if record.drop > 2 * record.noise]
+    lost = [record for record in records if record.drop > BEYOND * record.noise]
     lines = [f"- {len(lost)} of {len(records)} networks lose more than twice the noise at all int8"]
     for label in ("without training", "all"):
         shares = [1.0 - record.results[label].drop / record.drop for record in lost]
@@ -123,5 +123,5 @@ def _medians(records: Sequence[Record]) -> list[str]:
             f"- recovered at 1.10 x the time after the repair: median {statistics.median(after):.0%}, worst "
             f"{min(after):.0%}, of {len(after)} networks"
         )
-    worse = [f"{_named(r)} ({label})" for r in records for label, result in r.results.items() if result.worse]
-    return [*lines, f"- worse beyond the noise: {', '.join(worse) if worse else 'none'}"]
+    harm = [f"{r.network} ({label})" for r in records for label, result in r.results.items() if worse(r, result)]
+    return [*lines, f"- worse beyond the noise: {', '.join(harm) if harm else 'none'}"]
