@@ -148,8 +148,8 @@ def search_once(
         made,
         FREE_ADDS,
         CostModel(),
-        SensitivitySettings(),
-        CalibrationSettings(batch_size=16, steps=CALIBRATION // 16),
+        sensitivity_settings=SensitivitySettings(),
+        default_calibration=CalibrationSettings(batch_size=16, steps=CALIBRATION // 16),
         eval_batch=64,
     )
     search = Search(evaluator)

@@ -169,7 +169,7 @@ def test_interrupted_or_killed_the_study_goes_on(tmp_path):
 
 def _interrupted(study, folder):
     """The numbers of the trials that a new interpreter prints, to which Ctrl-C is sent after trial 2."""
-    env = {**os.environ, "PYTHONPATH": OWN_CODE, "QFLOW_HOME": ""}
+    env = {**os.environ, "PYTHONPATH": f"{OWN_CODE}:{os.environ.get('PYTHONPATH', '')}", "QFLOW_HOME": ""}
     process = subprocess.Popen(
         [sys.executable, "-m", "qflow.tune", *study], cwd=folder, env=env, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
