@@ -22,6 +22,7 @@ from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import ASSIGNMENT, ERROR_SHARE, RATIO, SENSITIVE_TYPE
 from qflow.search.surrogate import Measurement
 from qflow.study.session import Session
+from qflow.study.unrepaired import UNREPAIRED
 
 COUNTING = "qconfig.counting"
 OF_THE_MIX = (RATIO, ASSIGNMENT, ERROR_SHARE, SENSITIVE_TYPE, COUNTING, "qconfig.ranking")
@@ -84,7 +85,7 @@ class MixInside:
         session, precisions = self.session, self.session.evaluator.precisions
         found = []
         for trial in session.trials:
-            if trial.stopped:
+            if trial.stopped or trial.label == UNREPAIRED:
                 continue
             applied = precisions.resolve(session.qconfig_at(trial.params))[1]
             mix = precisions.mix(settings, applied.names(QDtype.qint16), applied.weights(QDtype.qint16))

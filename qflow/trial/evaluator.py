@@ -79,7 +79,9 @@ class Evaluator(AnalysedState):
         model, report = self.prepared, None
         if qat.steps:
             place = self.training_folder(split_for(self.task, "train", qat.augment))
-            model, report = train_trial(self.task, self.prepared, self.training, qat, applied, calibration, place)
+            model, report = train_trial(
+                self.task, self.prepared, self.training, qat, applied, calibration, place, self.weights.model
+            )
             found = self._evaluated(model, applied, progress)
         else:
             found = self._evaluation(key, applied, progress)

@@ -99,9 +99,12 @@ def train_trial(
     qconfig: QConfig,
     calibration: CalibrationSettings,
     checkpoints: Path | None = None,
+    float_model: nn.Module | None = None,
 ) -> tuple[QuantizedModel, TrainingReport]:
     """Train a copy of `prepared`, calibrated with `qconfig`, for `settings.steps`. Raises DivergedError, DataError.
 
+    `float_model` has the weights that `prepared` starts from; None if these are the task's own. It teaches features,
+    which a repair may have rescaled; outputs are taught by the task's model.
     `checkpoints` is a folder for this task, loss, optimizer and training data. If it holds a shorter or interrupted
     training that differs in its steps only, the longest one is continued: no step is trained twice, and the result is
     the same, bit for bit, as that of an uninterrupted training.
@@ -123,7 +126,7 @@ def train_trial(
     report = train(
         trained, batches, training.loss, optimizer, scheduler, settings,
         qconfig=qconfig, calibration=calibration, checkpoint=place, resume=place is not None,
-        learned=learned, float_model=task.model,
+        learned=learned, float_model=(settings.teacher.features and float_model) or task.model,
     )  # fmt: skip
     return trained, replace(report, findings=(*report.findings, *found, *batches.findings))
 
