@@ -26,7 +26,7 @@ from qflow.quant.model.weighted import DEAD, WeightedLeaf
 from qflow.quant.values.fake_quant import EPS, FakeQuant
 from qflow.repair.columns import as_rows, from_rows
 from qflow.repair.contract import Context, Part, Step
-from qflow.repair.operators import Skipped, int8_leaves, users, weight_refused
+from qflow.repair.operators import Skipped, writable_leaves
 from qflow.repair.rounding import input_moments, write
 from qflow.repair.weight_steps import Reference
 
@@ -45,7 +45,7 @@ class WeightClipping(Step):
         self.reference = reference
 
     def parts(self, prepared: QuantizedModel, context: Context) -> tuple[Sequence[Part], Skipped]:
-        chosen, skipped = clippable(prepared)
+        chosen, skipped = writable_leaves(prepared)
         found = clipped_weights(prepared, [inputs for inputs, _ in context.batches])
         context.forwards += context.samples
         skipped |= {name: f"no smaller scale takes {GAIN:.0%} off its error" for name in chosen if name not in found}
@@ -53,7 +53,7 @@ class WeightClipping(Step):
 
     def apply(self, prepared: QuantizedModel, context: Context, parts: Sequence[Part]) -> Mapping[str, str]:
         self.reference.take(prepared, context)
-        chosen, _ = clippable(prepared)
+        chosen, _ = writable_leaves(prepared)
         for part in parts:
             write(prepared, part.name, chosen[part.name], part.data.weight)
         return {part.name: str(part.data) for part in parts}
@@ -83,15 +83,6 @@ class Clipped:
         )
 
 
-def clippable(prepared: QuantizedModel) -> tuple[dict[str, WeightedLeaf], Skipped]:
-    """The operators whose int8 weight can be clipped, and why others cannot. int16 weights are in neither."""
-    found, skipped = int8_leaves(prepared)
-    held = users(prepared.model)
-    refused = {name: weight_refused(leaf, held) for name, leaf in found.items()}
-    skipped |= {name: why for name, why in refused.items() if why}
-    return {name: leaf for name, leaf in found.items() if not refused[name]}, skipped
-
-
 @torch.no_grad()
 def clipped_weights(prepared: QuantizedModel, batches: Sequence[Any], bits: int = 8) -> dict[str, Clipped]:
     """Operator -> its clipped weight, where that has the smaller error, from one pass over `batches` of model inputs.
@@ -99,7 +90,7 @@ def clipped_weights(prepared: QuantizedModel, batches: Sequence[Any], bits: int 
     `prepared` is calibrated and in eval mode; nothing is written. Fewer `bits` keep to every 2^(8 - bits)-th code, as a
     stress test. An operator whose inputs are not finite, or that the samples do not reach, is not in the result.
     """
-    chosen, _ = clippable(prepared)
+    chosen, _ = writable_leaves(prepared)
     squares = input_moments(prepared, chosen, batches, of=_squares)
     found = {name: _clipped(chosen[name], prepared.weights[name], own.double(), bits) for name, own in squares.items()}
     return {name: clipped for name, clipped in found.items() if clipped is not None}
