@@ -125,7 +125,7 @@ class _Trial:
         while waiting and attempts < ATTEMPTS:
             tried = waiting.pop(0)
             attempts += 1
-            if not self._attempt(step, tried) and len(tried) > 1:
+            if not self._attempt(step, tried) and len(tried) > 1 and not _within_noise(self.rows[-1]):
                 middle = len(tried) // 2
                 waiting += [tried[:middle], tried[middle:]]
         if waiting:
@@ -181,6 +181,11 @@ class _Trial:
                 return replace(verdict, keep=False, reason=reason)
         self.elsewhere = now
         return verdict
+
+
+def _within_noise(row: Row) -> bool:
+    """Whether an attempt made no difference that can be told from noise: its halves would make even less of one."""
+    return row.change is not None and row.noise is not None and abs(row.change) <= BEYOND * row.noise
 
 
 def _most_frequent(qconfig: QConfig) -> str:
