@@ -224,18 +224,15 @@ def repair(monkeypatch):
 def test_repairs_in_miniature(repair, capsys, tmp_path):
     from qflow.repair.steps import STEPS
 
-    repair.main(["exposure", "rnet", "--small", "--records", str(tmp_path / "records")])
+    repair.main(["exposure", "rnet", "--small", "--bits", "6", "--records", str(tmp_path / "records")])
     text = capsys.readouterr().out
     assert "rnet is left out: give the folder of its two wheels" in text
-    drops, mixes = [[r for r in table(text) if r[0] == "exposure" and (r[1] == "8 bits") == mix] for mix in (0, 1)]
-    assert len(drops) == 3  # two of drops, one of mixes at 6 bits
-    assert all(len(r) >= 5 + len(STEPS) and float(r[-1].split(",")[0]) > 2 for r in drops[:2])
-    assert len(mixes) == 1
-    capsys.readouterr()
-    first = repair.read(tmp_path / "records")
-    assert [(r.network, r.bits) for r in first] == [("exposure", 8), ("exposure", 6)]
-    assert repair.tables(first) == repair.tables(repair.read(tmp_path / "records"))
-    assert first[0].drop == 0.0 or first[0].results["all"].drop <= first[0].drop + 2 * first[0].results["all"].noise
+    drops, mixes = (r for r in table(text) if r[0] == "exposure")
+    assert len(drops) >= 5 + len(STEPS) and float(drops[-1].split(",")[0]) > 2
+    assert mixes[1] == "6 bits"
+    (first,) = repair.read(tmp_path / "records")
+    assert (first.network, first.bits, first.samples) == ("exposure", 6, 32)
+    assert all(line in text for line in repair.tables([first]) if line.startswith("| exposure"))
 
 
 def test_weights_at_six_bits_take_every_fourth_code(repair):
