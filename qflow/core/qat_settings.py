@@ -88,8 +88,8 @@ class QatSettings:
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 writes one only at the end or at an interruption."""
     learned_scales: float = 0.0
-    """Above 0, int8 activation scales are trained (LSQ) instead of moving, at this many times `learning_rate`, by their
-    logarithm: with Adam, one step at a rate of 0.001 changes a scale by about 0.1 %. int16 scales stay then."""
+    """Above 0, int8 activation scales are trained (LSQ) instead of moving, at so many times `learning_rate`. The
+    logarithm is trained: with Adam, one step at a rate of 0.001 changes a scale by about 0.1 %. int16 scales stay."""
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     """The float model as a loss, alone (without `loss`) or beside it."""
     ema: float = 0.0

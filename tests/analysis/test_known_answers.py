@@ -23,8 +23,8 @@ def planted(digits_task, nash_m):
         task,
         nash_m,
         CostModel(),
-        SensitivitySettings(bad_cases=8, search_samples=64),
-        CalibrationSettings(method="minmax", batch_size=16, steps=8),
+        sensitivity_settings=SensitivitySettings(bad_cases=8, search_samples=64),
+        default_calibration=CalibrationSettings(method="minmax", batch_size=16, steps=8),
         eval_batch=256,
     )
     evaluator.measure_float()

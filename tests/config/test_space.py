@@ -174,7 +174,8 @@ def test_the_wide_space():
 @pytest.mark.slow
 def test_the_space_of_qat(capsys):
     space = space_of(BASE, "search=qat", "qat=perception")
-    assert set(space) == {k for k in KEYS if k.startswith("qat.")} | {"qconfig.int16_ratio"}
+    assert set(space) == {k for k in KEYS if k.startswith("qat.")} | {"qconfig.int16_ratio", "qat.learned_scales"}
+    assert space["qat.moving"].when[1].key == "qat.learned_scales", "scales that are learned do not move"
     assert all(space[k].when[0].key == "qat.steps" for k in space if k not in ("qat.steps", "qconfig.int16_ratio"))
     assert set(space_of(BASE, "search=qat", "qat.steps=0")) == {"qconfig.int16_ratio"}
     assert set(space_of(BASE, "search=qat", "qat.steps=60")) == set(space) - {"qat.steps"}

@@ -236,9 +236,10 @@ def test_a_transformer_with_large_channels_in_its_norms_loses_less():
                 reader.weight.mul_(4)[:, ::12] /= 32
     x = torch.randn(96, 3, 32, 32)
     prepared = qflow.prepare(model, x[:2])
+    prepared.settings = CalibrationSettings(method="minmax")
     found, table = qflow.repair_model(prepared, x.split(32), steps=["observers", "weight_clipping"])
-    assert any(row.verdict == KEPT and any("norm" in part for part in row.parts) for row in table.rows)
-    assert table.after < 0.95 * table.before
+    assert [row.step for row in table.kept] == ["observers"]
+    assert table.after < 0.85 * table.before
     assert all(torch.equal(p, q) for p, q in zip(found.model.parameters(), model.parameters(), strict=True))
 
 

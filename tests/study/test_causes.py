@@ -12,6 +12,7 @@ from qflow.config.device_file import load_rules
 from qflow.core.device import apply_rules
 from qflow.core.dtype import QDtype
 from qflow.core.qconfig import OpQConfig, QConfig
+from qflow.core.repair_settings import RepairSettings
 from qflow.core.resolve import resolve
 from qflow.core.setter import HighPrecisionOutput, TemplateSetter
 from qflow.quant.model.prepare import prepare
@@ -31,7 +32,8 @@ def net():
     graph = prepare(nn.Sequential(*layers).eval(), torch.randn(1, 3, 4, 4)).graph
     rules = load_rules("nash-m")
     requested = resolve(graph, [HighPrecisionOutput(), TemplateSetter(QDtype.qint16)], rules.march)
-    return SimpleNamespace(graph=graph, rules=rules), apply_rules(graph, requested, rules)
+    evaluator = SimpleNamespace(graph=graph, rules=rules, default_repair=RepairSettings(equalize=True))
+    return evaluator, apply_rules(graph, requested, rules)
 
 
 def table(*rows):

@@ -25,7 +25,8 @@ DISTRACTED = ["task=custom", "task.name=distracted", "task.model._target_=tree_t
 
 
 def decisions(done):
-    return re.findall(r"^decision +(.*)", done.stdout, re.MULTILINE)
+    """What the study decided about mixes, in order."""
+    return re.findall(r"^decision +(?! |repair:)(.*)", done.stdout, re.MULTILINE)
 
 
 def test_a_miss_under_one_calibration_is_no_miss_of_the_baseline(tmp_path):

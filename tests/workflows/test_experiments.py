@@ -110,7 +110,9 @@ def test_where_int16_misses_the_tree_goes_to_fp16_and_keeps_it(tmp_path):
     )  # everything before the trials comes from the cache
     assert "15 trials of an earlier start are kept" in again.stdout
     assert len(re.findall(r"^trial \d+", again.stdout, re.MULTILINE)) == 1
-    assert re.search(r"badcases 3 of 3, calibration (\d+) of \1, .*float 1 of 1, sensitivity 3 of 3", again.stdout)
+    assert re.search(
+        r"badcases 3 of 3, calibration (\d+) of \1, .*float 1 of 1, repair .*, sensitivity 3 of 3", again.stdout
+    )
 
 
 def test_where_no_mix_is_enough_training_is_and_gives_int16_back(tmp_path):
@@ -280,7 +282,7 @@ def test_a_metric_that_nothing_identifies_stays_in_memory_and_is_still_analysed(
 MISTAKES = {
     "training in the search and after it": (
         ["+experiment=int8_int16", "task=dual", "repair=none", "qat=dual", "search=qat", "qat.apply=after_search"],
-        "search.space.qat.learning_rate=null",
+        "search.space.qat.learned_scales=null",
     ),
     "fp16 by errors that are not measured": (
         ["+experiment=int16_fp16", "task=exposure", "sensitivity.dtypes=[qint8,qint16]"], "without float16",
