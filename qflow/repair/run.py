@@ -21,6 +21,7 @@ from qflow.repair.contract import KEPT, REFUSED, UNDONE, Context, Part, Point, R
 from qflow.repair.measure import BEYOND, SAME_FUNCTION, HeldOut, Verdict, judged
 
 HELD_OUT = 4  # one sample in so many decides
+TEXT = 200  # characters of an error that a reason shows
 ATTEMPTS = 7  # of one step: the whole, its halves, their halves
 
 Model = TypeVar("Model", bound=QuantizedModel)
@@ -115,7 +116,19 @@ class _Trial:
         return found
 
     def step(self, step: Step) -> None:
-        """Try all parts of a step at once, then halves of what did not help."""
+        """Try a step. One that fails is taken back whole and refused: a study can go on without it."""
+        before, errors, rows = Point.of(self.model, self.context), self.errors, len(self.rows)
+        try:
+            self._step(step)
+        except Exception as error:  # a user's model may fail in a backward pass, or where its parts run alone
+            before.restore(self.model, self.context)
+            self.context.calibrate(self.model)
+            self.errors, self.elsewhere = errors, None
+            text = " ".join(str(error).split())[:TEXT]
+            self.rows[rows:] = [Row(step.name, (), REFUSED, f"it failed: {type(error).__name__}: {text}")]
+
+    def _step(self, step: Step) -> None:
+        """Try all parts of a step at once, then halves of what did harm."""
         lack = step.needs(self.model, self.context)
         if lack:
             self.rows.append(Row(step.name, (), REFUSED, lack))

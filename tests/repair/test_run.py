@@ -60,6 +60,25 @@ def test_a_step_that_does_harm_is_taken_back_whole_and_in_halves(prepared, batch
     assert prepared.uncalibrated and not model.uncalibrated, "the model given is left as it was"
 
 
+class Fails(Spoils):
+    """Changes weights, then fails, as the backward pass of a user's model may."""
+
+    name = "fail"
+
+    def apply(self, prepared, context, parts):
+        super().apply(prepared, context, parts)
+        raise RuntimeError("a leaf Variable that requires grad is being used\nin an in-place operation")
+
+
+def test_a_step_that_fails_is_taken_back_and_refused_with_its_error(prepared, batches):
+    model, _, table = run(prepared, batches, Fails(), Spoils())
+    first, *rest = table.rows
+    assert (first.step, first.verdict) == ("fail", "refused")
+    assert first.reason.startswith("it failed: RuntimeError: a leaf Variable that requires grad is being used in an")
+    assert [row.verdict for row in rest] == ["undone", "undone", "undone", "refused"], "the next step is tried as usual"
+    assert all(torch.equal(model.float_state_dict()[n], t) for n, t in prepared.float_state_dict().items())
+
+
 def test_without_steps_the_copy_is_calibrated_as_by_the_library(prepared, batches):
     model, _, table = run(prepared, batches)
     torch.manual_seed(0)
