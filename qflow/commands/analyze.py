@@ -77,7 +77,8 @@ def diagnose(config: DictConfig, stages: list[str]) -> dict[str, Any]:
     evaluator.searches, evaluator.cache.say = root / "cache" / "searches", console.say
     if evaluator.default_repair.steps:
         with console.stage("repair") as say:
-            say(evaluator.repair().table.view().title)
+            found = evaluator.repair()
+            say(found.table.view().title if found else "nothing to repair")
     if settings.needs_ranking:
         with console.stage("ranking") as say, console.bar("ranking", evaluator.quantizers, "rows") as advance:
             rows = evaluator.rank(advance).rows

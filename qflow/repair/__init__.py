@@ -3,4 +3,4 @@
 `contract` says what a step is and what the table holds, `measure` decides, `run` tries the steps one after the other.
 """
 
-__all__ = ["contract", "run", "steps"]
+__all__ = ["contract", "observers", "run", "steps"]

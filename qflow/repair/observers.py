@@ -107,8 +107,7 @@ def _methods(prepared: QuantizedModel, context: Context) -> tuple[dict[str, tupl
         histogram = context.stats.histograms.get(quantizer.name)
         if quantizer.dtype is None or not quantizer.dtype.is_integer or histogram is None:
             continue
-        held = _held(op)
-        if held:
+        if held := held_by_user(op):
             skipped[node.name] = held
             continue
         wide = quantizer.dtype == QDtype.qint16
@@ -127,7 +126,7 @@ def _methods(prepared: QuantizedModel, context: Context) -> tuple[dict[str, tupl
     return tried, skipped
 
 
-def _held(op: OpQConfig) -> str:
+def held_by_user(op: OpQConfig) -> str:
     """Why the user's setting for this operator stands; empty if it has none."""
     if op.fixed_scale is not None:
         return "its scale is fixed"

@@ -12,6 +12,7 @@ from typing import Any
 
 from qflow.core.dtype import QDtype
 from qflow.core.errors import QflowError
+from qflow.core.qconfig import QConfig
 from qflow.core.record import to_json
 from qflow.core.settings import QConfigSettings
 from qflow.search.assign import Limit, Problem
@@ -55,6 +56,8 @@ class MixInside:
     low: FinishedTrial | None
     high: FinishedTrial
     _choosers: dict[str, NextMix] = field(default_factory=dict)
+    _applied: dict[int, QConfig] = field(default_factory=dict)
+    """By number of the trial: resolved once, because a study has many proposals."""
 
     def __call__(self, proposal: Values) -> dict[str, Any]:
         """Return the keys of the mix for a proposal of the sampler; none if no mix is worth a trial there."""
@@ -87,7 +90,9 @@ class MixInside:
         for trial in session.trials:
             if trial.stopped or trial.label == UNREPAIRED:
                 continue
-            applied = precisions.resolve(session.qconfig_at(trial.params))[1]
+            if trial.number not in self._applied:
+                self._applied[trial.number] = precisions.resolve(session.qconfig_at(trial.params))[1]
+            applied = self._applied[trial.number]
             mix = precisions.mix(settings, applied.names(QDtype.qint16), applied.weights(QDtype.qint16))
             drop = trial.outcome.metrics["accuracy/drop"]
             found.append(Measurement(problem.plain(mix), drop, _around(trial.params)))

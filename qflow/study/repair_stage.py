@@ -15,11 +15,13 @@ NAMED = 3  # reasons that a decision names for each step
 
 def repair(session: Session) -> None:
     """Repair the float weights with the configured steps, for all that follows, and record what was tried and why."""
-    evaluator, settings = session.evaluator, session.evaluator.default_repair
+    settings = session.evaluator.default_repair
     if not settings.steps:
         return
     with session.console.stage("repair") as say:
-        table = evaluator.repair().table
+        found = session.evaluator.repair()
+        assert found is not None  # there are steps
+        table = found.table
         say(table.view().title + _passes(table))
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / REPAIR).write_text(to_json(table, indent=1))

@@ -10,10 +10,11 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -24,6 +25,7 @@ from qflow.core.repair_settings import FEWEST, RepairSettings
 from qflow.core.settings import CalibrationSettings
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.repair.contract import RepairTable
+from qflow.repair.observers import held_by_user, observed
 from qflow.repair.run import repair
 from qflow.repair.steps import steps_of
 from qflow.tasks.content_digest import bytes_of
@@ -59,14 +61,10 @@ class Repaired:
         return bool(self.weights or self.observers)
 
     def observed(self, qconfig: QConfig) -> QConfig:
-        """Return `qconfig` with the chosen methods, for int8 outputs whose scale nothing else decides."""
+        """Return `qconfig` with the chosen methods, for int8 outputs for which the user has set nothing."""
         chosen = {name: qconfig.ops[name] for name in self.observers if name in qconfig.ops}
-        free = {
-            name: replace(op, observer=self.observers[name], rule=f"{op.rule}; repair: {self.observers[name]}")
-            for name, op in chosen.items()
-            if op.output == QDtype.qint8 and op.observer is None and op.pinned_scale() is None
-        }
-        return qconfig.with_ops(free) if free else qconfig
+        free = {name: op for name, op in chosen.items() if op.output == QDtype.qint8 and not held_by_user(op)}
+        return qconfig.with_ops({name: observed(op, self.observers[name]) for name, op in free.items()})
 
 
 def repaired(
@@ -90,7 +88,8 @@ def repaired(
     except (ConfigError, DataError) as error:
         return Repaired({}, RepairTable.refused(steps, str(error)))
     before, after = prepared.float_state_dict(), model.float_state_dict()
-    weights = {name: t.detach().cpu().clone() for name, t in after.items() if not _equal(t, before[name])}
+    tensors = {name: t for name, t in after.items() if isinstance(t, Tensor)}  # else the extra state of a user's module
+    weights = {name: t.detach().cpu().clone() for name, t in tensors.items() if not torch.equal(t, before[name])}
     present, chosen = ({name: op.observer for name, op in q.ops.items()} for q in (qconfig, context.qconfig))
     methods = {name: method for name, method in chosen.items() if method and method != present[name]}
     return Repaired(weights, table, methods)
@@ -108,10 +107,6 @@ def _first_samples(task: Task, settings: RepairSettings) -> list[tuple[Any, int]
             break
         found.append((inputs, size))
     return found
-
-
-def _equal(one: Any, other: Any) -> bool:
-    return not isinstance(one, Tensor) or bool((one == other).all())
 
 
 class FloatWeights:

@@ -142,23 +142,25 @@ class SharedState:
         assert self._weights is not None
         return self._weights
 
-    def repair(self) -> Repaired:
-        """Give the prepared model the weights that `default_repair` gives, from now on; return what was done."""
-        found = self._repaired(self.default_repair, self.default_calibration)
-        self.weights.use(found)
-        return found
+    def repair(self) -> Repaired | None:
+        """Give the prepared model the weights of `default_repair` from now on; return what was done, None without steps."""
+        self.weights.use(self._repaired(self.default_repair, self.default_calibration))
+        return self.weights.now
 
     @contextmanager
     def repaired(self, settings: RepairSettings, calibration: CalibrationSettings) -> Iterator[None]:
         """Let the prepared model have the weights of another repair inside; it must be calibrated there."""
         before = self.weights.now
-        self.weights.use(self._repaired(settings, calibration) if settings.steps else None)
+        self.weights.use(self._repaired(settings, calibration))
         try:
             yield
         finally:
             self.weights.use(before)
 
-    def _repaired(self, settings: RepairSettings, calibration: CalibrationSettings) -> Repaired:
+    def _repaired(self, settings: RepairSettings, calibration: CalibrationSettings) -> Repaired | None:
+        if not settings.steps:
+            return None
+
         def tried() -> Repaired:
             before = self.weights.now
             self.weights.use(None)
