@@ -143,7 +143,7 @@ class SharedState:
         return self._weights
 
     def repair(self) -> Repaired | None:
-        """Give the prepared model the weights of `default_repair` from now on; return what was done, if there are steps."""
+        """Give the prepared model the weights of `default_repair` from now on; return it, None without steps."""
         self.weights.use(self._repaired(self.default_repair, self.default_calibration))
         return self.weights.now
 
