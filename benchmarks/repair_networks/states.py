@@ -14,8 +14,8 @@ import qflow
 from benchmarks.repair_networks.stress import steps_at, stressed
 from qflow.api.prepared import Prepared
 from qflow.quant.trace.calling import batch_size
-from qflow.repair.contract import RepairTable
-from qflow.repair.measure import HeldOut
+from qflow.repair.base.contract import RepairTable
+from qflow.repair.base.measure import HeldOut
 from qflow.tasks.task import Task, batches, evaluate, model_inputs
 
 BATCH = 32
@@ -31,7 +31,7 @@ class State:
     scores: Tensor
     """Score of each sample, float64."""
     error: float
-    """Relative error of the outputs, as a repair measures it (qflow/repair/measure.py)."""
+    """Relative error of the outputs, as a repair measures it (qflow/repair/base/measure.py)."""
     table: RepairTable | None = None
     seconds: float = 0.0
     """CPU time of the repair."""

@@ -10,7 +10,7 @@ from qflow.api.prepared import Prepared
 from qflow.core.errors import ModelError
 from qflow.quant.trace.binding import inputs_of
 from qflow.quant.trace.calling import batch_size
-from qflow.repair.contract import RepairTable, Step
+from qflow.repair.base.contract import RepairTable, Step
 from qflow.repair.run import repair
 from qflow.repair.steps import steps_of
 

@@ -17,8 +17,8 @@ from qflow.core.settings import CalibrationSettings
 from qflow.quant.model.calibrate import apply_scales
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.trace.calling import cut
-from qflow.repair.contract import KEPT, REFUSED, UNDONE, Context, Part, Point, RepairTable, Row, Step
-from qflow.repair.measure import BEYOND, SAME_FUNCTION, HeldOut, Verdict, judged
+from qflow.repair.base.contract import KEPT, REFUSED, UNDONE, Context, Part, Point, RepairTable, Row, Step
+from qflow.repair.base.measure import BEYOND, SAME_FUNCTION, HeldOut, Verdict, judged
 
 HELD_OUT = 4  # one sample in so many decides
 TEXT = 200  # characters of an error that a reason shows

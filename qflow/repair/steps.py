@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from qflow.core.errors import ConfigError
-from qflow.repair.bias import FloatOutputs
-from qflow.repair.contract import Step
-from qflow.repair.equalize import Equalize
-from qflow.repair.observers import Observers
-from qflow.repair.weight_clipping import WeightClipping
-from qflow.repair.weight_steps import Bias, Reconstruction, Reference, Rounding
+from qflow.repair.base.contract import Step
+from qflow.repair.calibration.observers import Observers
+from qflow.repair.equalization.equalize import Equalize
+from qflow.repair.weights.bias import FloatOutputs
+from qflow.repair.weights.weight_clipping import WeightClipping
+from qflow.repair.weights.weight_steps import Bias, Reconstruction, Reference, Rounding
 
 STEPS: Mapping[str, Callable[[Reference], Step]] = {
     "equalize": lambda _: Equalize(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qflow.repair.contract import KEPT, RepairTable, Row
+from qflow.repair.base.contract import KEPT, RepairTable, Row
 from qflow.report.page import Cell, cell, folded, paragraph, table
 
 HEADER = ("step", "parts", "verdict", "reason", "error before", "after", "change", "noise")

@@ -9,7 +9,7 @@ from pathlib import Path
 from qflow.analysis.measures.tables import CheckRow, Finding
 from qflow.core.graph import ModelGraph
 from qflow.core.qconfig import QConfig
-from qflow.repair.contract import RepairTable
+from qflow.repair.base.contract import RepairTable
 from qflow.report.analysis_page import Analysis
 from qflow.search.health import Searched
 from qflow.search.outcome import FinishedTrial

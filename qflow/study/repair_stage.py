@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from qflow.core.record import to_json
-from qflow.repair.contract import KEPT, REFUSED, RepairTable, Row
+from qflow.repair.base.contract import KEPT, REFUSED, RepairTable, Row
 from qflow.report.files import REPAIR
 from qflow.study.session import Session
 

@@ -20,7 +20,7 @@ from qflow.core.graph import ModelGraph
 from qflow.core.qconfig import QConfig
 from qflow.core.record import from_dict
 from qflow.core.store import write_whole
-from qflow.repair.contract import RepairTable
+from qflow.repair.base.contract import RepairTable
 from qflow.report.analysis_page import Analysis
 from qflow.report.files import REPAIR
 from qflow.report.study_page import study_page

@@ -13,7 +13,7 @@ from qflow.core.record import digest
 from qflow.cost_model.records import CostReport
 from qflow.cost_model.table import COST_METRICS
 from qflow.quant.train.report import TrainingReport
-from qflow.repair.contract import RepairTable
+from qflow.repair.base.contract import RepairTable
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from qflow.core.qconfig import QConfig
 from qflow.core.repair_settings import FEWEST, RepairSettings
 from qflow.core.settings import CalibrationSettings
 from qflow.quant.model.quantized_model import QuantizedModel
-from qflow.repair.contract import RepairTable
-from qflow.repair.observers import held_by_user, observed
+from qflow.repair.base.contract import RepairTable
+from qflow.repair.calibration.observers import held_by_user, observed
 from qflow.repair.run import repair
 from qflow.repair.steps import steps_of
 from qflow.tasks.content_digest import bytes_of

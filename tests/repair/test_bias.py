@@ -8,8 +8,8 @@ from support.models import zoo
 from support.rounding import calibrated, error, recalibrate
 from torch import nn
 
-from qflow.repair.bias import FloatOutputs, FloatWeights, correct_biases, correctable
-from qflow.repair.operators import channel_means, leaves, visiting
+from qflow.repair.base.operators import channel_means, leaves, visiting
+from qflow.repair.weights.bias import FloatOutputs, FloatWeights, correct_biases, correctable
 from qflow.tasks.digits import build_data, build_model
 from qflow.tasks.exposure import ExposureNet
 

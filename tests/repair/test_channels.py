@@ -9,8 +9,8 @@ from support.forced_factors import any_factors, forced, powers_of_two
 from torch import nn
 
 import qflow
-from qflow.repair.channels import Channels
-from qflow.repair.variables import Variables
+from qflow.repair.equalization.channels import Channels
+from qflow.repair.equalization.variables import Variables
 
 pytestmark = pytest.mark.filterwarnings("ignore:The prepared model is not calibrated")
 DIM, HEADS = 8, 2

@@ -16,8 +16,8 @@ from zoo_real.registry import entries
 
 import qflow
 from qflow.quant.trace.calling import map_named
-from qflow.repair.contract import Context
-from qflow.repair.equalize import Equalize
+from qflow.repair.base.contract import Context
+from qflow.repair.equalization.equalize import Equalize
 from qflow.tasks import digits, dual, exposure
 from qflow.tasks.perception import data as perception_data
 from qflow.tasks.perception import model as perception

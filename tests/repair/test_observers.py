@@ -19,9 +19,9 @@ from qflow.core.dtype import QDtype
 from qflow.core.setter import ModuleNameSetter, ObserverSetter
 from qflow.core.settings import CalibrationSettings
 from qflow.quant.model.prepare import prepare
-from qflow.repair.contract import KEPT, Context
-from qflow.repair.observers import Observers, best, observed
-from qflow.repair.output_error import output_errors
+from qflow.repair.base.contract import KEPT, Context
+from qflow.repair.calibration.observers import Observers, best, observed
+from qflow.repair.calibration.output_error import output_errors
 from qflow.repair.run import repair
 from qflow.tasks import digits
 from qflow.tasks.perception.data import build_data

@@ -12,16 +12,16 @@ from torch import nn
 from qflow.quant.model.leaf import float_copy
 from qflow.quant.model.prepare import prepare
 from qflow.quant.trace.calling import batch_size
-from qflow.repair import reconstruction, walk
-from qflow.repair.bias import FloatOutputs
-from qflow.repair.contract import KEPT, REFUSED, UNDONE, Context
-from qflow.repair.learned_codes import LearnedCodes
-from qflow.repair.reconstruction import reconstruct
-from qflow.repair.regions import regions_of
-from qflow.repair.rounding import round_weights
+from qflow.repair.base.contract import KEPT, REFUSED, UNDONE, Context
 from qflow.repair.run import repair
-from qflow.repair.walk import Walk, samples_of
-from qflow.repair.weight_steps import Reconstruction, Reference, Rounding
+from qflow.repair.weights import reconstruction, walk
+from qflow.repair.weights.bias import FloatOutputs
+from qflow.repair.weights.learned_codes import LearnedCodes
+from qflow.repair.weights.reconstruction import reconstruct
+from qflow.repair.weights.regions import regions_of
+from qflow.repair.weights.rounding import round_weights
+from qflow.repair.weights.walk import Walk, samples_of
+from qflow.repair.weights.weight_steps import Reconstruction, Reference, Rounding
 from qflow.tasks.digits import build_data, build_model
 
 

@@ -5,8 +5,8 @@ from support.zoo import build
 
 from qflow.quant.model.leaf import float_copy
 from qflow.quant.trace.calling import batch_size
-from qflow.repair.regions import regions_of
-from qflow.repair.walk import samples_of
+from qflow.repair.weights.regions import regions_of
+from qflow.repair.weights.walk import samples_of
 
 
 def names_of(name):

@@ -16,8 +16,8 @@ from torch.nn.utils import parametrize
 
 from qflow.core.dtype import QDtype
 from qflow.core.settings import CalibrationSettings
-from qflow.repair import rounding
-from qflow.repair.rounding import grid_of, round_weights, writable
+from qflow.repair.weights import rounding
+from qflow.repair.weights.rounding import grid_of, round_weights, writable
 from qflow.tasks.digits import build_data, build_model
 
 BITS = 6  # at 8 bits the inputs of so small a network lose more than its weights

@@ -7,8 +7,8 @@ from torch import nn
 
 import qflow
 from qflow.core.errors import DataError
-from qflow.repair.contract import Part, Step
-from qflow.repair.measure import judged
+from qflow.repair.base.contract import Part, Step
+from qflow.repair.base.measure import judged
 from qflow.repair.run import held_out, repair
 
 

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qflow.quant.model.runtime import leaf_class
-from qflow.repair import columns as columns_module
-from qflow.repair import second_order as second_order_module
-from qflow.repair.columns import POSITIONS, as_rows, columns, from_rows
-from qflow.repair.second_order import Grid, second_order
+from qflow.repair.weights import columns as columns_module
+from qflow.repair.weights import second_order as second_order_module
+from qflow.repair.weights.columns import POSITIONS, as_rows, columns, from_rows
+from qflow.repair.weights.second_order import Grid, second_order
 
 OPERATORS = {
     "groups": (nn.Conv2d(4, 6, 3, padding=1, stride=2, groups=2, bias=False), (3, 4, 9, 8)),

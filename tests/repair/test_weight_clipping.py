@@ -13,13 +13,13 @@ from torch import nn
 
 from qflow.core.dtype import QDtype
 from qflow.quant.model.prepare import prepare
-from qflow.repair.bias import FloatOutputs
-from qflow.repair.contract import Context, Point
-from qflow.repair.operators import leaves
-from qflow.repair.rounding import round_weights, write
+from qflow.repair.base.contract import Context, Point
+from qflow.repair.base.operators import leaves
 from qflow.repair.run import repair
-from qflow.repair.weight_clipping import WeightClipping, clipped_weights
-from qflow.repair.weight_steps import Reference
+from qflow.repair.weights.bias import FloatOutputs
+from qflow.repair.weights.rounding import round_weights, write
+from qflow.repair.weights.weight_clipping import WeightClipping, clipped_weights
+from qflow.repair.weights.weight_steps import Reference
 
 QUIET = 1  # the input channel that is nearly always 0
 LOUD_WEIGHT = 50.0  # times the usual size of a weight

@@ -9,11 +9,11 @@ from support.zoo import build
 from torch import nn
 
 from qflow.quant.model.prepare import prepare
-from qflow.repair.bias import FloatOutputs, FloatWeights, correct_biases
-from qflow.repair.contract import KEPT, REFUSED, UNDONE, Context, Part, Point
-from qflow.repair.rounding import round_weights, writable
+from qflow.repair.base.contract import KEPT, REFUSED, UNDONE, Context, Part, Point
 from qflow.repair.run import repair
-from qflow.repair.weight_steps import Bias, Reference, Rounding
+from qflow.repair.weights.bias import FloatOutputs, FloatWeights, correct_biases
+from qflow.repair.weights.rounding import round_weights, writable
+from qflow.repair.weights.weight_steps import Bias, Reference, Rounding
 from qflow.tasks.digits import build_data, build_model
 
 

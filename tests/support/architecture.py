@@ -37,6 +37,7 @@ The number is the package's column in the picture, chosen so that no arrow passe
 SUBPACKAGES = {
     "quant": (("trace", "values"), ("model",), ("replay", "train")),
     "analysis": (("measures",), ("badcases", "layers", "sensitivity", "checks"), ("advice",)),
+    "repair": (("base",), ("equalization", "calibration", "weights")),
     "tasks": (("perception",),),
 }
 """The same within a package."""

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.trace.calling import call_model, map_named, named_tensors
-from qflow.repair.channel_groups import groups
-from qflow.repair.channels import Channels
+from qflow.repair.equalization.channel_groups import groups
+from qflow.repair.equalization.channels import Channels
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ from torch import Tensor
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.model.weighted import DEAD, WeightedLeaf
 from qflow.quant.values.fake_quant import EPS, FakeQuant
-from qflow.repair.columns import as_rows, from_rows
-from qflow.repair.contract import Context, Part, Step
-from qflow.repair.operators import Skipped, writable_leaves
-from qflow.repair.rounding import input_moments, write
-from qflow.repair.weight_steps import Reference
+from qflow.repair.base.contract import Context, Part, Step
+from qflow.repair.base.operators import Skipped, writable_leaves
+from qflow.repair.weights.columns import as_rows, from_rows
+from qflow.repair.weights.rounding import input_moments, write
+from qflow.repair.weights.weight_steps import Reference
 
 SHARES = tuple(share / 50 for share in range(49, 4, -1))
 """Thresholds that are tried, as shares of the largest |w|: 0.98 down to 0.1."""

@@ -24,11 +24,11 @@ from qflow.quant.model.weighted import WeightedLeaf
 from qflow.quant.replay.capture import capture
 from qflow.quant.replay.captured_ops import Ops
 from qflow.quant.trace.tape import Op, Ref
-from qflow.repair.channel_rules import Found, Rules, UnknownIds, read_by
-from qflow.repair.channel_weights import Consumer, Matrix, Pair, Producer, Read, Source, Vectors
-from qflow.repair.held_parameters import HeldParameters, tied
-from qflow.repair.products import Letters, letters_of, placed
-from qflow.repair.variables import FIXED, thin
+from qflow.repair.equalization.channel_rules import Found, Rules, UnknownIds, read_by
+from qflow.repair.equalization.channel_weights import Consumer, Matrix, Pair, Producer, Read, Source, Vectors
+from qflow.repair.equalization.held_parameters import HeldParameters, tied
+from qflow.repair.equalization.products import Letters, letters_of, placed
+from qflow.repair.equalization.variables import FIXED, thin
 
 _RELU6 = "ReLU6 bounds it, and the bound would have to move with each channel"
 _NORM_ARGUMENTS = {"layer_norm": (2, 3), "rms_norm": (2, 9), "group_norm": (2, 3), "batch_norm": (3, 4)}

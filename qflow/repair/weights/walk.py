@@ -26,7 +26,7 @@ from qflow.quant.replay.captured_ops import Ops, Values, Weights
 from qflow.quant.replay.widen import path_of
 from qflow.quant.trace.calling import cut
 from qflow.quant.trace.tape import Op, Ref
-from qflow.repair.regions import Region
+from qflow.repair.weights.regions import Region
 
 CHUNK = 16
 """Samples of a chunk at most: it is the batch of one training iteration."""

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from qflow.quant.model.weighted import WeightedLeaf
 from qflow.quant.values.fake_quant import FakeQuant
-from qflow.repair.columns import as_rows, from_rows
-from qflow.repair.rounding import grid_of, stored
+from qflow.repair.weights.columns import as_rows, from_rows
+from qflow.repair.weights.rounding import grid_of, stored
 
 STRETCH = 0.1
 """How far the sigmoid reaches beyond 0 and 1 before it is cut off, so that it reaches both."""

@@ -17,7 +17,7 @@ from qflow.core.graph import OpKind
 from qflow.quant.replay.captured_ops import Ops
 from qflow.quant.trace.ops import MODULE_KINDS, function_name
 from qflow.quant.trace.tape import Op, Ref, references, tensors_in
-from qflow.repair.variables import ANY, FIXED, Variables
+from qflow.repair.equalization.variables import ANY, FIXED, Variables
 
 _RULES: Mapping[str, str] = {
     "passing": "ReLU LeakyReLU PReLU Identity Dropout Dropout1d Dropout2d Dropout3d relu leaky_relu prelu identity "

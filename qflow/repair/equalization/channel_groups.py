@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from qflow.repair.channel_weights import Consumer, Pair, Producer, Read
-from qflow.repair.channels import Channels
+from qflow.repair.equalization.channel_weights import Consumer, Pair, Producer, Read
+from qflow.repair.equalization.channels import Channels
 
 Member = Producer | Consumer | Pair
 

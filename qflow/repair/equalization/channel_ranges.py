@@ -11,8 +11,8 @@ from torch import Tensor
 
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.trace.calling import call_model
-from qflow.repair.channel_weights import Read
-from qflow.repair.contract import Context
+from qflow.repair.base.contract import Context
+from qflow.repair.equalization.channel_weights import Read
 
 
 @dataclass

@@ -22,9 +22,9 @@ from qflow.core.graph import OpNode
 from qflow.core.qconfig import OpQConfig
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.trace.calling import cut
-from qflow.repair.contract import Context, Part, Step
-from qflow.repair.operators import Skipped
-from qflow.repair.output_error import DIRECTIONS, output_errors
+from qflow.repair.base.contract import Context, Part, Step
+from qflow.repair.base.operators import Skipped
+from qflow.repair.calibration.output_error import DIRECTIONS, output_errors
 
 METHODS = ("minmax", "percentile", "mse", "kl", "mix")
 """The methods without parameters that belong to one range of values (clip, clip_std)."""

@@ -19,13 +19,13 @@ from torch import Tensor
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.replay.capture import ReplayError
 from qflow.quant.trace.calling import cut
-from qflow.repair.channel_groups import Group, groups
-from qflow.repair.channel_ranges import Ranges, channel_ranges
-from qflow.repair.channel_weights import Consumer, Pair, Producer, Read, Source
-from qflow.repair.channels import Channels
-from qflow.repair.contract import Context, Part, Step
-from qflow.repair.predicted_noise import PairNoise, Reach, WeightNoise, total
-from qflow.repair.same_function import moving
+from qflow.repair.base.contract import Context, Part, Step
+from qflow.repair.equalization.channel_groups import Group, groups
+from qflow.repair.equalization.channel_ranges import Ranges, channel_ranges
+from qflow.repair.equalization.channel_weights import Consumer, Pair, Producer, Read, Source
+from qflow.repair.equalization.channels import Channels
+from qflow.repair.equalization.predicted_noise import PairNoise, Reach, WeightNoise, total
+from qflow.repair.equalization.same_function import moving
 
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ROUNDS = 4

@@ -26,9 +26,9 @@ from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.model.weighted import DEAD, WeightedLeaf
 from qflow.quant.trace.calling import call_model
 from qflow.quant.values.fake_quant import FakeQuant
-from qflow.repair.columns import POSITIONS, as_rows, columns, from_rows
-from qflow.repair.operators import Run, Skipped, visiting, writable_leaves
-from qflow.repair.second_order import Grid, second_order, squared
+from qflow.repair.base.operators import Run, Skipped, visiting, writable_leaves
+from qflow.repair.weights.columns import POSITIONS, as_rows, columns, from_rows
+from qflow.repair.weights.second_order import Grid, second_order, squared
 
 DAMPING = 0.01
 LARGEST = 4608

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from qflow.quant.model.leaf import float_copy
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.replay.capture import reason_of
-from qflow.repair.bias import Target, correct_biases, correctable
-from qflow.repair.contract import Context, Part, Step
-from qflow.repair.operators import Skipped, writable_leaves
-from qflow.repair.reconstruction import Reconstructed, reconstruct
-from qflow.repair.regions import Region, regions_of
-from qflow.repair.rounding import Rounded, in_memory, round_weights, writable, write
-from qflow.repair.walk import MEMORY, Samples, samples_of
+from qflow.repair.base.contract import Context, Part, Step
+from qflow.repair.base.operators import Skipped, writable_leaves
+from qflow.repair.weights.bias import Target, correct_biases, correctable
+from qflow.repair.weights.reconstruction import Reconstructed, reconstruct
+from qflow.repair.weights.regions import Region, regions_of
+from qflow.repair.weights.rounding import Rounded, in_memory, round_weights, writable, write
+from qflow.repair.weights.walk import MEMORY, Samples, samples_of
 
 
 class Reference:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from qflow.quant.trace.tape import Op
-from qflow.repair.channel_rules import constants_of
+from qflow.repair.equalization.channel_rules import constants_of
 
 Key = tuple[int, tuple[int, ...], tuple[int, ...]]
 

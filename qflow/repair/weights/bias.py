@@ -36,7 +36,7 @@ from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.model.weighted import WeightedLeaf
 from qflow.quant.trace.calling import call_model
 from qflow.quant.trace.order import Order
-from qflow.repair.operators import (
+from qflow.repair.base.operators import (
     Run,
     Skipped,
     add_to_bias,

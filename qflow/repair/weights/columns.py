@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qflow.quant.model.weighted import LinearLeaf, WeightedLeaf
-from qflow.repair.operators import transposed
+from qflow.repair.base.operators import transposed
 
 POSITIONS = 64
 """Output positions of a sample that enter H; neighbours hold nearly the same values."""

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.trace.calling import call_model, cut, named_tensors
-from qflow.repair.contract import Context, Part
-from qflow.repair.measure import SAME_FUNCTION
+from qflow.repair.base.contract import Context, Part
+from qflow.repair.base.measure import SAME_FUNCTION
 
 
 def moving(

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from qflow.core.graph import WEIGHTED_KINDS, OpKind
 from qflow.quant.replay.captured_ops import Ops
 from qflow.quant.trace.tape import Op
-from qflow.repair.operators import Skipped
+from qflow.repair.base.operators import Skipped
 
 LARGEST_BLOCK = 8
 """Weights of a block at most: the more of them, the easier they fit the few samples instead of the network."""

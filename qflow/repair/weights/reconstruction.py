@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.replay.captured_ops import Weights
-from qflow.repair.learned_codes import LearnedCodes
-from qflow.repair.operators import leaves
-from qflow.repair.regions import Region
-from qflow.repair.rounding import write
-from qflow.repair.walk import LEAST, Chunk, Walk
+from qflow.repair.base.operators import leaves
+from qflow.repair.weights.learned_codes import LearnedCodes
+from qflow.repair.weights.regions import Region
+from qflow.repair.weights.rounding import write
+from qflow.repair.weights.walk import LEAST, Chunk, Walk
 
 ITERATIONS = 300
 """Training iterations of a region at most; one takes a chunk of samples."""
