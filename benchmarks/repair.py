@@ -2,7 +2,8 @@
 
 Each network is measured with int8 weights and, as a stress, with weights at 6 bits: the loss of the metric with all
 operators at int8, after each step of `qflow.repair_model` alone and after all of them; the passes over the calibration
-samples (FFE); the fewest int16 operators that keep the loss within `--goal`, before and after the repair; and for
+samples (FFE); the fewest int16 operators that keep the loss within `--goal`, without a repair, with that of
+`repair=basic`, and with all steps; and for
 detectors and segmenters the share of the int8 loss that is recovered at 1.10 times the predicted time of all int8.
 
 Networks are trained once, in one thread, and kept in qflow_out/benchmarks (ignored by git). R-Net needs `--wheels`, a
@@ -33,6 +34,8 @@ from qflow.repair.steps import STEPS
 
 WEIGHTS = Path("qflow_out/benchmarks")  # trained networks; ignored by git
 BITS = (8, 6)
+BASIC = ("equalize", "observers")
+"""The steps of `repair=basic`, which a study tries by itself."""
 TRAINING = ("reconstruction",)
 """Steps that train weights; all others together are `without training` in the table."""
 
@@ -43,13 +46,14 @@ def measure(name: str, case: Case, size: Size, places: Places, bits: int, goal: 
     subject = Subject(case.build(size, places), bits)
     before = subject.state(())
     analytic = tuple(step for step in STEPS if step not in TRAINING)
-    sets = {**{step: (step,) for step in STEPS}, "without training": analytic, "all": tuple(STEPS)}
+    alone = {step: (step,) for step in STEPS}
+    sets = {**alone, "basic": BASIC, "without training": analytic, "all": tuple(STEPS)}
     found: dict[str, State] = {}
     known: dict[tuple[str, ...], State] = {}
     for label, steps in sets.items():
         known[steps] = found[label] = known[steps] if steps in known else subject.state(steps)
     results = {label: _result(subject, state, before) for label, state in found.items()}
-    low, high = (mixes(subject, state, goal, case.located) for state in (before, found["all"]))
+    searched = [mixes(subject, state, goal, case.located) for state in (before, found["basic"], found["all"])]
     return Record(
         network=name,
         words=case.words,
@@ -63,9 +67,9 @@ def measure(name: str, case: Case, size: Size, places: Places, bits: int, goal: 
         noise=float((before.scores - subject.float_scores).std()) / len(before.scores) ** 0.5,
         error=before.error,
         results=results,
-        int16=(low.int16, high.int16),
-        int16_drop=(low.int16_drop, high.int16_drop),
-        least=(low.least, high.least),
+        int16=tuple(mix.int16 for mix in searched),
+        int16_drop=tuple(mix.int16_drop for mix in searched),
+        least=tuple(mix.least for mix in searched),
         seconds=time.process_time() - start,
     )
 

@@ -240,7 +240,7 @@ def test_weights_at_six_bits_take_every_fourth_code(repair):
 
     import qflow
     from benchmarks.repair_networks.stress import steps_at, stressed
-    from qflow.repair import rounding
+    from qflow.repair.weights import rounding
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 3, bias=False)).eval()
@@ -268,19 +268,20 @@ def test_a_summary_counts_what_is_lost_and_what_is_recovered(repair):
         result = Result(after, 0.001, 0.1, 8.0)
         return Record(
             "net", "", 8, True, "accuracy", 0.9, 100, 64, drop, 0.005, 0.2,
-            {"without training": result, "all": result}, int16, (0.0, 0.0), least, 1.0,
+            {"basic": result, "without training": result, "all": result}, int16, (0.0,) * 3, least, 1.0,
         )  # fmt: skip
 
     rows = [
-        record(0.10, 0.02, (4, 1), (0.05, 0.01)),
-        record(0.20, 0.01, (None, 0), (0.2, 0.0)),
-        record(0.01, 0.02, (0, 0), (0.0, 0.0)),
-        record(-0.01, 0.001, (0, 0), (0.0, 0.0)),
+        record(0.10, 0.02, (4, 2, 1), (0.05, 0.02, 0.01)),
+        record(0.20, 0.01, (None, None, 0), (0.2, 0.2, 0.0)),
+        record(0.01, 0.02, (0, 0, 0), (0.0, 0.0, 0.0)),
+        record(-0.01, 0.001, (0, 0, 0), (0.0, 0.0, 0.0)),
     ]
     text = "\n".join(repair.summary(rows))
     assert "2 of 4 networks lose more than twice the noise" in text
     assert "- all: their drop is reduced by 88% in the median (80% to 95%)" in text
-    assert "2 networks need none before the repair; of the others 1 reach the goal only after it, 0 never" in text
-    assert "the rest keeps 25% of them" in text
-    assert "median 95%, worst 90%, of 2 networks" in text
-    assert "worse beyond the noise: net (without training), net (all)" in text
+    none = "int16 operators: 2 networks need none before the repair; of the others"
+    assert f"basic, {none} 0 reach the goal only after it, 1 never, the rest keeps 50% of them" in text
+    assert f"all, {none} 1 reach the goal only after it, 0 never, the rest keeps 25% of them" in text
+    assert "all, recovered at 1.10 x the time: median 95%, worst 90%, of 2 networks" in text
+    assert "worse beyond the noise: net (basic), net (without training), net (all)" in text

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 BEYOND = 2.0  # standard errors
+REPAIRS = ("none", "basic", "all")
+"""The repairs before which mixes are searched."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,13 @@ class Record:
     """Standard error of the int8 drop."""
     error: float
     results: Mapping[str, Result]
-    """By step, `without training`, and `all`."""
-    int16: tuple[int | None, int | None]
-    """Fewest int16 operators that meet the goal, before and after all steps; None if no measured mix meets it."""
-    int16_drop: tuple[float, float]
-    """The drop with all outputs at int16 that may be."""
-    least: tuple[float, float]
-    """Least drop at 1.10 times the time of all int8; NaN if the answer has no places."""
+    """By step, `basic`, `without training`, and `all`."""
+    int16: tuple[int | None, ...]
+    """Fewest int16 operators that meet the goal, in the order of REPAIRS; None if no measured mix meets it."""
+    int16_drop: tuple[float, ...]
+    """The drop with all outputs at int16 that may be, likewise."""
+    least: tuple[float, ...]
+    """Least drop at 1.10 times the time of all int8, likewise; NaN if the answer has no places."""
     seconds: float
     peer: Mapping[str, float] = field(default_factory=dict)
     """Drop by step of another tool, `int8` without a step."""

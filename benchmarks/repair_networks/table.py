@@ -6,9 +6,10 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-from benchmarks.repair_networks.records import BEYOND, Record, Result, worse
+from benchmarks.repair_networks.records import BEYOND, REPAIRS, Record, Result, worse
 
 NONE = "-"
+SHARE = "recovered at 1.10 x the time"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -31,7 +32,8 @@ def tables(records: Sequence[Record]) -> list[str]:
             labels.remove("without training")
         header = ["network", "float", f"all int8, weights at {bits} bits", *labels, "error of the outputs", "FFE"]
         lines += [*table(header, (_drops(record, labels) for record in chosen)), ""]
-    header = ["network", "weights", "int16 operators for the goal", "drop of all int16", "recovered at 1.10 x the time"]
+    repairs = " -> ".join(REPAIRS)
+    header = ["network", "weights", f"int16 operators for the goal, {repairs}", "drop of all int16", SHARE]
     lines += table(header, (_mixes(record) for record in records))
     others = [record for record in records if record.peer]
     if others:
@@ -74,15 +76,14 @@ def _mixes(record: Record) -> list[str]:
     ]
 
 
-def recovered(record: Record) -> tuple[float, float]:
-    """Share of the int8 loss that the best mix at 1.10 x the time recovers, before and after the repair.
+def recovered(record: Record) -> tuple[float, ...]:
+    """Share of the int8 loss that the best mix at 1.10 x the time recovers, after each of REPAIRS.
 
     NaN where the loss is not beyond its noise.
     """
     if not record.drop > BEYOND * record.noise:
-        return math.nan, math.nan
-    low, high = (1.0 - least / record.drop for least in record.least)
-    return low, high
+        return (math.nan,) * len(REPAIRS)
+    return tuple(1.0 - least / record.drop for least in record.least)
 
 
 def summary(records: Sequence[Record]) -> list[str]:
@@ -99,7 +100,7 @@ def _medians(records: Sequence[Record]) -> list[str]:
     """Of the networks with a loss beyond its noise where a share is meant."""
     lost = [record for record in records if record.drop > BEYOND * record.noise]
     lines = [f"- {len(lost)} of {len(records)} networks lose more than twice the noise at all int8"]
-    for label in ("without training", "all"):
+    for label in ("basic", "without training", "all"):
         shares = [1.0 - record.results[label].drop / record.drop for record in lost]
         passes = [record.results[label].passes for record in records]
         if shares:
@@ -108,20 +109,28 @@ def _medians(records: Sequence[Record]) -> list[str]:
                 f"- {label}: their drop is reduced by {median} in the median ({low} to {high}), at "
                 f"{statistics.median(passes):.1f} FFE (at most {max(passes):.1f})"
             )
-    counts = [(low, high) for low, high in (record.int16 for record in records)]
+    for label in REPAIRS[1:]:
+        lines += _mixed(records, label)
+    harm = [f"{r.network} ({label})" for r in records for label, result in r.results.items() if worse(r, result)]
+    return [*lines, f"- worse beyond the noise: {', '.join(harm) if harm else 'none'}"]
+
+
+def _mixed(records: Sequence[Record], label: str) -> list[str]:
+    """The mixes after one of REPAIRS, against those without a repair."""
+    place = REPAIRS.index(label)
+    counts = [(record.int16[0], record.int16[place]) for record in records]
     wanted = [(low, high) for low, high in counts if low != 0]
     fewer = [(low, high) for low, high in wanted if low is not None and high is not None]
     mended = sum(low is None and high is not None for low, high in wanted)
-    lines.append(
-        f"- int16 operators: {len(counts) - len(wanted)} networks need none before the repair; of the others {mended} "
-        f"reach the goal only after it, {sum(high is None for _, high in wanted)} never"
+    lines = [
+        f"- {label}, int16 operators: {len(counts) - len(wanted)} networks need none before the repair; of the others "
+        f"{mended} reach the goal only after it, {sum(high is None for _, high in wanted)} never"
         + (f", the rest keeps {statistics.median(h / w for w, h in fewer):.0%} of them in the median" if fewer else "")
-    )
-    after = [share for _, share in map(recovered, (r for r in records if r.located)) if not math.isnan(share)]
+    ]
+    after = [share for share in (recovered(r)[place] for r in records if r.located) if not math.isnan(share)]
     if after:
         lines.append(
-            f"- recovered at 1.10 x the time after the repair: median {statistics.median(after):.0%}, worst "
-            f"{min(after):.0%}, of {len(after)} networks"
+            f"- {label}, recovered at 1.10 x the time: median {statistics.median(after):.0%}, worst {min(after):.0%}, "
+            f"of {len(after)} networks"
         )
-    harm = [f"{r.network} ({label})" for r in records for label, result in r.results.items() if worse(r, result)]
-    return [*lines, f"- worse beyond the noise: {', '.join(harm) if harm else 'none'}"]
+    return lines
