@@ -6,13 +6,15 @@ same root finds what was computed before. If something changes, so does the key,
 hit equals, bit for bit, what would have been computed.
 
 A file is one record in safetensors: tensors as tensors, everything else as JSON in its header, so that nothing is
-unpickled. It is written under a temporary name and renamed, so that a kill leaves no partial file. Files may be deleted
-at any time.
+unpickled. It is written to disk under a temporary name and renamed, so that a kill leaves no partial file. Its header
+has a checksum over its kind, its key and its content: a file that was changed, or that lies under the name of another,
+is said and computed again. Files may be deleted at any time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -22,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -89,7 +92,7 @@ class Cache:
 
     def _read(self, place: Path, record: type[T]) -> T | None:
         """Return the content of a file; None if it is missing or cannot be read, so that it is computed again."""
-        if not place.exists():
+        if not os.path.lexists(place):
             return None
         try:
             return read_record(place, record)
@@ -106,10 +109,14 @@ class Cache:
 
 
 def read_record(place: Path, record: type[T]) -> T:
-    """Return the record that `write_record` wrote. Another file may raise any exception."""
+    """Return the record that `write_record` wrote to this place. Another file may raise any exception."""
+    if place.is_symlink() or not place.is_file():
+        raise ValueError("it is no file of its own")
     with safe_open(place, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         header = file.metadata() or {}
+    if header["checksum"] != _checksum(place, header["record"], tensors):
+        raise ValueError("its checksum is another: it was changed, or belongs to another key")
 
     def with_tensor(node: dict[str, Any]) -> Any:
         name = node.get("tensor")
@@ -125,10 +132,21 @@ def write_record(place: Path, content: Any) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     aside = place.with_suffix(f".{os.getpid()}.tmp")
     try:
-        save_file(tensors, aside, {"record": text})
+        save_file(tensors, aside, {"record": text, "checksum": _checksum(place, text, tensors)})
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())  # else a renamed file may be empty after a power failure
         os.replace(aside, place)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _checksum(place: Path, text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over kind and key (the last two parts of `place`), the JSON and all tensors."""
+    found = hashlib.sha256(f"{place.parent.name}/{place.stem}\n{text}".encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _lifted(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -127,6 +127,45 @@ def test_a_foreign_file_is_a_miss_that_is_said(foreign, tmp_path):
     assert Cache(tmp_path).get("float", 1, lambda: Evaluation(0.0, 0), Evaluation) == Evaluation(0.5, 2)
 
 
+def test_a_file_under_the_name_of_another_key_is_a_miss_that_is_said(tmp_path):
+    said = []
+    cache = Cache(tmp_path, say=said.append)
+    for key, metric in ((1, 0.5), (2, 0.9)):
+        cache.get("float", key, lambda: Evaluation(metric, 2), Evaluation)  # noqa: B023  # called at once
+    one, two = tmp_path.rglob("*.safetensors")
+    kept = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(kept)
+    again = Cache(tmp_path, say=said.append)
+    assert [again.get("float", key, lambda: Evaluation(0.1, 2), Evaluation).metric for key in (1, 2)] == [0.1, 0.1]
+    assert len(said) == 2 and all("belongs to another key" in line for line in said)
+
+
+def test_a_flipped_bit_anywhere_never_gives_another_record(tmp_path):
+    place = tmp_path / "float" / "key.safetensors"
+    write_record(place, content := {"a": torch.arange(3.0), "b": torch.tensor(7, dtype=torch.int8)})
+    kept = place.read_bytes()
+    for position in range(len(kept)):
+        changed = bytearray(kept)
+        changed[position] ^= 1 << position % 8
+        place.write_bytes(changed)
+        try:
+            found = read_record(place, dict)
+        except Exception:  # a miss
+            continue
+        assert same_bits(found, content), position
+
+
+def test_a_link_is_a_miss_that_is_said(tmp_path):
+    said = []
+    Cache(tmp_path).get("float", 1, lambda: Evaluation(0.5, 2), Evaluation)
+    (file,) = tmp_path.rglob("*.safetensors")
+    file.rename(tmp_path / "aside")
+    file.symlink_to(tmp_path / "aside")
+    assert Cache(tmp_path, say=said.append).get("float", 1, lambda: Evaluation(0.1, 2), Evaluation).metric == 0.1
+    assert "it is no file of its own" in said[0]
+
+
 def test_what_cannot_be_stored_stays_in_memory_and_is_said(tmp_path):
     said = []
     cache = Cache(tmp_path, say=said.append)
