@@ -108,8 +108,8 @@ def default_source(store: Store, config: DictConfig) -> str:
 
     Raises TrackingError if there is neither.
     """
+    from qflow.core.credentials import masked
     from qflow.study.find import one_study
-    from qflow.tracking.connect import masked
     from qflow.tracking.limits import model_name
 
     unresolved: Any = OmegaConf.to_container(config, resolve=False)

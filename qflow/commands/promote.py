@@ -270,7 +270,7 @@ def roll_back(store: Store, config: DictConfig) -> Result:
 
 def show_how_to_load(config: DictConfig, trial: StoredTrial, store: Store, source: str) -> None:
     """Print the two lines that load the registered model."""
-    from qflow.tracking.connect import masked
+    from qflow.core.credentials import masked
 
     uri = masked(store.uri)
     allow = ", ".join(repr(str(package)) for package in config.security.allow)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from qflow.config.command_table import CLOSED_PIPE, DEFECT, INTERRUPTED, named
 from qflow.config.json_output import document, only_json
+from qflow.core.credentials import masked
 from qflow.core.errors import QflowError
 
 if TYPE_CHECKING:
@@ -77,10 +78,10 @@ def _answer(
         return _code_of(ended_by), {}, "" if not ended_by.code else REFUSED
     except QflowError as error:
         if debug:
-            traceback.print_exc()
-        return 2, {}, " ".join(line.strip() for line in str(error).splitlines())
+            sys.stderr.write(masked(traceback.format_exc()))
+        return 2, {}, masked(" ".join(line.strip() for line in str(error).splitlines()))
     except Exception:  # a defect of qflow or of the user's code, which needs a code of its own
-        traceback.print_exc()
+        sys.stderr.write(masked(traceback.format_exc()))
         return DEFECT, {}, ""
     return (ended, {}, "") if isinstance(ended, int) else (*ended, "")
 

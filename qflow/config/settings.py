@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qflow.config.command_schema import TuneSchema
 from qflow.config.explain import explain
+from qflow.core.credentials import masked
 from qflow.core.errors import ConfigError
 from qflow.core.repair_settings import RepairSettings
 from qflow.core.settings import CalibrationSettings, QatSettings, QConfigSettings, SensitivitySettings, TrialSettings
@@ -135,8 +136,9 @@ def resolved_yaml(config: DictConfig) -> str:
     """Return the configuration without interpolations, from which a run can be rebuilt.
 
     The order of the keys is kept, because the first name in `qconfig.modules` that covers an operator decides.
+    Passwords in addresses are hidden: a run says where it was kept, and whoever reads it has an account of their own.
     """
-    return OmegaConf.to_yaml(config, resolve=True)
+    return masked(OmegaConf.to_yaml(config, resolve=True))
 
 
 def plain(config: Any) -> Any:

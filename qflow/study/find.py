@@ -9,9 +9,9 @@ from omegaconf import DictConfig
 
 from qflow.bundle.bounded import read_config
 from qflow.config.quoting import assignment
+from qflow.core.credentials import masked
 from qflow.core.errors import TrackingError
 from qflow.tracking.artifacts import Store
-from qflow.tracking.connect import masked
 from qflow.tracking.limits import model_name
 
 

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from qflow.core.credentials import masked
 from qflow.core.dtype import QDtype
 from qflow.core.errors import TrialError
 from qflow.core.qconfig import QConfig
@@ -23,7 +24,6 @@ from qflow.study.next_steps import promote_command
 from qflow.study.report import VERDICT, report_lines
 from qflow.study.run_files import RunFiles
 from qflow.study.session import Session
-from qflow.tracking.connect import masked
 
 NAMED = 12  # how many operators the console lists per dtype
 FEW_SAMPLES = 3  # a miss by so few samples is no safe verdict

@@ -11,8 +11,8 @@ from omegaconf import DictConfig
 from qflow.bundle.targets import own_packages
 from qflow.config.quoting import assignment, word
 from qflow.config.settings import plain
+from qflow.core.credentials import masked
 from qflow.report.console import python_command
-from qflow.tracking.connect import masked
 
 
 def promote_command(config: DictConfig, root: Path, run: str = "") -> str:

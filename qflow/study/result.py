@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from qflow.core.credentials import masked
 from qflow.search.objective import meets, nearest_miss
 from qflow.search.outcome import FinishedTrial
 from qflow.study.session import Session
-from qflow.tracking.connect import masked
 
 
 def study_record(session: Session) -> dict[str, Any]:

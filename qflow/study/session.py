@@ -16,6 +16,7 @@ from qflow.analysis.measures.tables import BadcaseTable, SensitivityTable
 from qflow.bundle.stored import example_digest
 from qflow.config.settings import trial_settings, with_params
 from qflow.config.space import configured, module_settings
+from qflow.core.credentials import masked
 from qflow.core.errors import ConfigError, QflowError, TrackingError
 from qflow.core.record import to_json
 from qflow.core.settings import QConfigSettings
@@ -34,7 +35,6 @@ from qflow.study.manifest import data_sets, manifest
 from qflow.study.outcome import trial_line
 from qflow.study.shared_files import write_shared
 from qflow.tasks.early_stop import bounds_of
-from qflow.tracking.connect import masked
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.trial.evaluator import Evaluator
 

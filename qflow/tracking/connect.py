@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qflow.core.credentials import masked
 from qflow.core.errors import TrackingError
 from qflow.core.store import build_aside, sqlite_path, sqlite_url
 
@@ -26,11 +27,6 @@ SCHEMA = "1"  # version of the tags, params and files in a store
 ANSWER_SECONDS = 4.0  # a server that takes longer to answer counts as down
 _FOREIGN = ("mlflow", "sqlalchemy", "alembic", "sqlite3", "requests", "urllib3")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-
-
-def masked(uri: str) -> str:
-    """Return an address without its password, for lines and errors."""
-    return re.sub(r"(://[^/@:]*):.*@", r"\1:***@", uri)
 
 
 def open_client(uri: str | None, folder: Path, experiment: str) -> tuple[MlflowClient, str, str]:
@@ -167,11 +163,11 @@ def plain_errors(uri: str) -> Iterator[None]:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
             raise TrackingError(
-                f"What is asked of a store must exist there, but got '{lines[0].replace(uri, masked(uri))}' from "
+                f"What is asked of a store must exist there, but got '{masked(lines[0])}' from "
                 f"{masked(uri)}. Name another run, model or alias."
             ) from error
         raise TrackingError(
-            f"A call to the tracking store must succeed, but got '{lines[0].replace(uri, masked(uri))}' from "
+            f"A call to the tracking store must succeed, but got '{masked(lines[0])}' from "
             f"{masked(uri)}. Repair "
             f"the store and run the same command again: finished trials are kept."
         ) from error

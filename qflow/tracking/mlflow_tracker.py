@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qflow.core.credentials import masked
 from qflow.core.names import trial_name
 from qflow.tracking import connect, limits
 from qflow.tracking.connect import SCHEMA
@@ -68,8 +69,8 @@ class MlflowTracker:
     def ui_command(self) -> str:
         """Return the command that shows the runs; for a server, its address."""
         if self.uri.startswith("http"):
-            return f"open {connect.masked(self.uri)}"
-        return f"mlflow ui --workers 1 --backend-store-uri {shlex.quote(connect.masked(self.uri))}"
+            return f"open {masked(self.uri)}"
+        return f"mlflow ui --workers 1 --backend-store-uri {shlex.quote(masked(self.uri))}"
 
     def open_study(self, name: str, *, tags: Mapping[str, str], params: Mapping[str, Plain], description: str) -> str:
         """Return the run id of the study `name`: a new run, or its existing one with the status RUNNING again.

@@ -145,7 +145,7 @@ def _checksum(place: Path, text: str, tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256(f"{place.parent.name}/{place.stem}\n{text}".encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -180,6 +180,12 @@ def test_a_resolved_configuration_comes_back():
     assert back.calibration.steps == 7
 
 
+def test_a_stored_configuration_holds_no_password():
+    config = compose(BASE, "tracking.uri='postgresql://bob:s3cret@host/mlflow'", "root=/nowhere")
+    assert "uri: postgresql://bob:***@host/mlflow" in resolved_yaml(config)
+    assert config.tracking.uri == "postgresql://bob:s3cret@host/mlflow"
+
+
 @pytest.mark.parametrize("march", ["nash-m", "nash-e"])
 def test_device_files_fit_their_records(march):
     from qflow.core.device_rules import DeviceRules
