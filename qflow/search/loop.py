@@ -53,21 +53,24 @@ def driving(
     study: Study, tracker: Tracker, evaluate: Evaluate, *,
     scratch: Path,
     on_trial: Callable[[FinishedTrial | FailedTrial], None] = _nothing,
-    study_run_id: str | None = None,
+    open_run: Callable[[], str] | None = None,
     checkpoint: Callable[[str], None] = _nothing,
 ) -> Iterator[Driver]:  # fmt: skip
-    """Open the study for new trials: reconcile what an earlier process left, then yield the driver.
+    """Open the study for new trials: take its lock, reconcile what an earlier process left, yield the driver.
 
+    `open_run` then returns the MLflow run that the trials' runs belong to; it is called under the lock, before anything
+    is written for this start, and may refuse the start.
     `evaluate(params, folder)` writes the trial's files into the folder. A QflowError from it fails this trial only; any
     other exception marks the trial as failed and ends the search. On Ctrl-C or SIGTERM the running trial is queued
     again and the interrupt propagates. `checkpoint` is called with the name of each step that was just done.
     Raises TrackingError if another process drives the study, TrialError after `FAILURES` failures in a row.
     """
-    parent = study_run_id or tracker.open_study(study.name, tags={}, params={}, description="")
     with interrupts() as asked_to_end, study.driver():
         folder = scratch / quote(study.name, safe="")
         shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
-        for trial in reconcile(study, tracker):
+        recovered = reconcile(study, tracker)
+        parent = open_run() if open_run else tracker.open_study(study.name, tags={}, params={}, description="")
+        for trial in recovered:
             on_trial(trial)
         try:
             yield Driver(study, tracker, evaluate, parent, folder, on_trial, checkpoint, asked_to_end)

@@ -1,5 +1,4 @@
-"""The Optuna study of a search, in a database. Only this module and database.py import optuna.
-
+"""The Optuna study of a search, in a database.
 Each proposal asks for the keys of the space one by one, parents first (define-by-run), because keys may depend on each
 other. Of the samplers only TPE (with groups) learns about a key that some trials lack; NSGA-II and GP draw such a key
 at random. Constraints follow Optuna 5: `<= 0` is feasible, and a trial without constraints counts as feasible. The user
@@ -9,11 +8,11 @@ attributes of a trial hold its MLflow run, its commit marker and, if it failed, 
 from __future__ import annotations
 
 import logging
-import sys
+import uuid
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -21,7 +20,7 @@ from urllib.parse import quote
 import optuna
 from optuna.samplers import BaseSampler
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from qflow.core import record
 from qflow.core.errors import ConfigError, TrackingError
@@ -42,7 +41,12 @@ from qflow.search.domain import (
     space_dict,
 )
 from qflow.search.proposal import Proposal, StudyTrial, check_arguments
+from qflow.search.sampler import make_sampler, quiet
 
+IDENTITY = "qflow.study_id"
+"""User attribute of an Optuna study, and tag of the MLflow run that belongs to it."""
+STOPPED = ("lost", "interrupted")
+"""How a trial ended that the stop of its process ended."""
 _STATES = {
     TrialState.RUNNING: "running",
     TrialState.WAITING: "waiting",
@@ -55,8 +59,16 @@ _STATES = {
 class Study:
     """An Optuna study with a fixed space; open it with `Study.open`."""
 
-    def __init__(self, study: optuna.Study, space: Space, directions: tuple[str, ...], lock: Path) -> None:
+    def __init__(
+        self,
+        study: optuna.Study,
+        space: Space,
+        directions: tuple[str, ...],
+        lock: Path,
+        sampler: Callable[[int], BaseSampler],
+    ) -> None:
         self.name = study.study_name
+        self._sampler = sampler
         self.space = dict(space)
         self.directions = directions
         self._study = study
@@ -94,14 +106,22 @@ class Study:
                 f"{str(error).splitlines()[0]}. Repair it or name another storage."
             ) from error
         _keep_space(study, {"space": space_dict(space), "directions": list(directions)})
+        if IDENTITY not in study.user_attrs:
+            study.set_user_attr(IDENTITY, uuid.uuid4().hex)
         if metrics and study.metric_names != list(metrics):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names(list(metrics))
-        study.sampler = _sampler(
-            sampler, zlib.crc32(f"{seed}/{name}/{len(study.get_trials(deepcopy=False))}".encode()), n_trials
-        )
-        return cls(study, space, directions, lock_folder / f".{quote(name, safe='')}.study.lock")
+
+        def seeded(asked: int) -> BaseSampler:
+            return make_sampler(sampler, zlib.crc32(f"{seed}/{name}/{asked}".encode()), n_trials)
+
+        return cls(study, space, directions, lock_folder / f".{quote(name, safe='')}.study.lock", seeded)
+
+    @property
+    def identity(self) -> str:
+        """What tells this study from another of the same name, in whatever folder or database that is."""
+        return str(self._study.user_attrs[IDENTITY])
 
     def driver(self) -> AbstractContextManager[None]:
         """Return the lock for adding trials. Entering it raises TrackingError while another process holds it."""
@@ -115,9 +135,17 @@ class Study:
         """
         known = {k: v for k, v in params.items() if k in self.space and _expressible(self.space[k], v)}
         attrs: dict[str, Any] = {"label": label, "try": attempt, "fixed": dict(params)}
-        if retry_of is not None:
-            attrs["retry_of"] = retry_of
-        self._study.enqueue_trial(known, user_attrs=attrs)
+        if retry_of is None:
+            self._study.enqueue_trial(known, user_attrs=attrs)
+            return
+        lost = self._study.get_trials(deepcopy=False)[retry_of]  # NSGA-II would not count it in its generation again
+        kept = {key: value for key, value in lost.system_attrs.items() if key.endswith(":generation")}
+        again = create_trial(
+            state=TrialState.WAITING,
+            user_attrs={**attrs, "retry_of": retry_of},
+            system_attrs={"fixed_params": known, **kept},  # what enqueue_trial writes
+        )
+        self._study.add_trial(again)
 
     def enqueue_once(self, params: Values, *, label: str = "") -> None:
         """Queue a point unless it is queued already."""
@@ -134,10 +162,15 @@ class Study:
 
         `inside` takes the sampler's point and returns the values that are added to it or replace its own. The sampler
         is asked for a key only if its conditions hold, so that it learns from the keys that a trial had.
+
+        Each proposal has a seed of its own, by the number of earlier trials without those that a stop ended, so that a
+        search that was stopped and continued makes the proposals that it would have made without the stop.
         """
         point: dict[str, Scalar] = {}
         absent: set[str] = set()
-        with _quiet(self._study.sampler):
+        asked = sum(trial.state != "waiting" and trial.ending not in STOPPED for trial in self.trials())
+        self._study.sampler = self._sampler(asked)
+        with quiet(self._study.sampler):
             trial = self._study.ask()
             attrs = trial.user_attrs
             queued = "fixed" in attrs
@@ -234,36 +267,6 @@ def _keep_space(study: optuna.Study, terms: dict[str, Any]) -> None:
             f"A study keeps the space it was started with, but got another one for '{study.study_name}' "
             f"(changed: {', '.join(changed)}). Use another name: study={study.study_name}-2."
         )
-
-
-def _sampler(kind: str, seed: int, n_trials: int) -> BaseSampler:
-    """Return the sampler. `seed` must differ on resume, or the first points of the study would be proposed again."""
-    startup = max(1, min(10, n_trials // 4))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group=True
-        if kind == "tpe":
-            return optuna.samplers.TPESampler(multivariate=True, group=True, n_startup_trials=startup, seed=seed)
-        if kind == "nsga2":
-            return optuna.samplers.NSGAIISampler(population_size=max(4, min(20, n_trials // 5)), seed=seed)
-        if kind == "gp":
-            return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed)
-        return optuna.samplers.RandomSampler(seed=seed)
-
-
-@contextmanager
-def _quiet(sampler: BaseSampler) -> Iterator[None]:
-    """Suppress warnings of fixed values out of range; run the Gaussian process on one thread (12 times faster)."""
-    torch = sys.modules.get("torch") if isinstance(sampler, optuna.samplers.GPSampler) else None
-    threads = torch.get_num_threads() if torch else 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            if torch:
-                torch.set_num_threads(1)
-            yield
-        finally:
-            if torch:
-                torch.set_num_threads(threads)
 
 
 def _suggest(trial: optuna.Trial, key: str, domain: Domain) -> Scalar:

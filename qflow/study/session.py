@@ -16,8 +16,7 @@ from qflow.analysis.measures.tables import BadcaseTable, SensitivityTable
 from qflow.bundle.stored import example_digest
 from qflow.config.settings import trial_settings, with_params
 from qflow.config.space import configured, module_settings
-from qflow.core.credentials import masked
-from qflow.core.errors import ConfigError, QflowError, TrackingError
+from qflow.core.errors import QflowError
 from qflow.core.record import to_json
 from qflow.core.settings import QConfigSettings
 from qflow.report.console import Console, duration
@@ -29,8 +28,9 @@ from qflow.search.study import Study
 from qflow.study.budget import Budget
 from qflow.study.evaluate import evaluate_trial
 from qflow.study.feasible import check_augmented, check_feasible
-from qflow.study.fingerprint import changes, fingerprint
+from qflow.study.fingerprint import fingerprint
 from qflow.study.front import log_decisions, log_front
+from qflow.study.identity import identity_tags, require_first, require_same
 from qflow.study.manifest import data_sets, manifest
 from qflow.study.outcome import trial_line
 from qflow.study.shared_files import write_shared
@@ -96,27 +96,20 @@ class Session:
         check_augmented(self.evaluator.task, self._may_be_true("calibration.augment"), self._may_be_true("qat.augment"))
         if self.config.search.early_stop:
             bounds_of(self.evaluator.task.metric)  # raises here instead of in the first trial
-        state = fingerprint(self.config, self.manifest)
-        found = self.tracker.find_study(self.study.name)
-        finished = sum(trial.state == "complete" for trial in self.study.trials())
-        if found is None and finished:
-            raise TrackingError(
-                f"A study's runs are in its tracking store, but {self.study.name} has {finished} finished trials and "
-                f"no run in {masked(self.tracker.uri)}. Restore the store, or use another name: "
-                f"study={self.study.name}-2."
-            )
-        if found is not None and finished:
-            changed = changes(self.tracker.run_tags(found).get("qflow.fingerprint", ""), state)
-            if changed:
-                raise ConfigError(
-                    f"A study keeps the settings that it began with, but got others for {self.study.name}: "
-                    f"{', '.join(changed[:4])}. Use another name: study={self.study.name}-2."
-                )
-        config, task = self.config, self.evaluator.task
+        self.drive()
+
+    def _open_run(self) -> str:
+        """Return the study's run, created or opened again. The caller holds the lock and has reconciled the trials."""
+        config, task, state = self.config, self.evaluator.task, fingerprint(self.config, self.manifest)
+        require_same(self.study, self.tracker, self.root, state)
         self.tracker.datasets = data_sets(self.evaluator)
-        self.study_run = self.tracker.open_study(
+        run = self.tracker.open_study(
             self.study.name,
-            tags={"qflow.fingerprint": to_json(state), "qflow.workflow": config.workflow},
+            tags={
+                "qflow.fingerprint": to_json(state),
+                "qflow.workflow": config.workflow,
+                **identity_tags(self.study, self.root),
+            },
             params={
                 "task": config.task.name,
                 "march": config.device.march,
@@ -129,9 +122,11 @@ class Session:
             },
             description=f"{self.study.name}: {self.goal}; {aims(self.goal)}.",
         )
+        require_first(self.study, self.tracker, run)
+        self.study_run = run
         metrics = {f"float/{task.metric_name}": self.evaluator.float_metric}
-        self.tracker.log_study(self.study_run, folder=self.shared, metrics=metrics)
-        self.drive()
+        self.tracker.log_study(run, folder=self.shared, metrics=metrics)
+        return run
 
     def _say_slowdown(self) -> None:
         """Print the latency that `max_slowdown` allows: the cost model knows it before the first trial."""
@@ -156,7 +151,7 @@ class Session:
                 self.evaluate,
                 scratch=self.root / "scratch",
                 on_trial=self._on_trial,
-                study_run_id=self.study_run,
+                open_run=self._open_run,
             )
         )
         search = self.config.search

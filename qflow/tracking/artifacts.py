@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from qflow.core.errors import TrackingError
 from qflow.tracking import connect
+from qflow.tracking.limits import joined, runs_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -48,9 +49,7 @@ class Store:
 
     def studies(self, name: str, experiment: str | None = None) -> dict[str, str]:
         """Return experiment -> run id of every study of this name, in all experiments or in the one that is named."""
-        if "'" in name:
-            raise TrackingError(f"A study name holds no quotes, but got {name!r}. Correct it.")
-        query = f"tags.`qflow.study` = '{name}' and tags.`qflow.kind` = 'study'"
+        query = runs_of(name, "study")
         with self.calling() as client:
             names = {e.experiment_id: str(e.name) for e in client.search_experiments()}
             places = [key for key, value in names.items() if experiment in (None, value)]
@@ -59,8 +58,6 @@ class Store:
 
     def run(self, run_id: str) -> tuple[dict[str, str], dict[str, float], str]:
         """Return tags, metrics and artifact address of a run. Raises TrackingError for one that does not exist."""
-        from qflow.tracking.limits import joined
-
         with connect.plain_errors(self.uri):
             run = self.client.get_run(run_id)
         return joined(run.data.tags), dict(run.data.metrics), str(run.info.artifact_uri)

@@ -60,8 +60,13 @@ def model_name(name: str) -> str:
 def quoted(name: str) -> str:
     """Return a study's name as a text of a query. Raises TrackingError for one with quotes."""
     if "'" in name:
-        raise TrackingError(f"A study name holds no quotes, but got {name!r}. Rename the study.")
+        raise TrackingError(f"A study name holds no quotes, but got {name!r}. Correct it.")
     return f"'{name}'"
+
+
+def runs_of(study: str, kind: str) -> str:
+    """Return the query for the runs of a study: its own (kind study) or those of its trials (kind trial)."""
+    return f"tags.`qflow.study` = {quoted(study)} and tags.`qflow.kind` = '{kind}'"
 
 
 def rounded(value: float) -> float:

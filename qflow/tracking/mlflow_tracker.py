@@ -97,17 +97,11 @@ class MlflowTracker:
             return run_id
 
     def find_study(self, name: str) -> str | None:
-        """Return the run id of the study `name`, found by tag; None if there is none."""
+        """Return the run id of the study `name`, found by tag; None if there is none. Of several it is the first."""
         with self._call():
-            found = self._search(f"tags.`qflow.study` = {limits.quoted(name)} and tags.`qflow.kind` = 'study'", 1)
-        return str(found[0].info.run_id) if found else None
-
-    def experiments_with(self, study: str) -> list[str]:
-        """Return the names of the store's experiments that hold the study `study`."""
-        query = f"tags.`qflow.study` = {limits.quoted(study)} and tags.`qflow.kind` = 'study'"
-        with self._call():
-            names = {e.experiment_id: e.name for e in self.client.search_experiments()}
-            return sorted({names[run.info.experiment_id] for run in self.client.search_runs(list(names), query)})
+            runs = self._search(limits.runs_of(name, "study"))
+        found = sorted((run.info.start_time, str(run.info.run_id)) for run in runs)
+        return found[0][1] if found else None
 
     def start_trial(self, study_run_id: str, study: str, number: int, label: str) -> str:
         """Create a run for trial `number`, a child of the study's run, and return its id."""
@@ -176,14 +170,14 @@ class MlflowTracker:
 
     def running_trials(self, study: str) -> list[str]:
         """Return the ids of the trial runs that were not ended, by a query for these only."""
-        query = f"tags.`qflow.study` = {limits.quoted(study)} and tags.`qflow.kind` = 'trial'"
+        query = f"{limits.runs_of(study, 'trial')} and attributes.status = 'RUNNING'"
         with self._call():
-            return [str(r.info.run_id) for r in self._search(f"{query} and attributes.status = 'RUNNING'")]
+            return [str(run.info.run_id) for run in self._search(query)]
 
     def trial_runs(self, study: str) -> list[tuple[str, int, str, str | None]]:
         """Return (run id, trial number, status, marker) of every trial run; it takes 2.5 ms per run."""
         with self._call():
-            runs = self._search(f"tags.`qflow.study` = {limits.quoted(study)} and tags.`qflow.kind` = 'trial'")
+            runs = self._search(limits.runs_of(study, "trial"))
         found = [(r.info, limits.joined(r.data.tags)) for r in runs]
         return [(info.run_id, int(tags["qflow.trial"]), info.status, tags.get(RESULT)) for info, tags in found]
 

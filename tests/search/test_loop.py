@@ -239,7 +239,7 @@ def test_a_second_driver_is_refused(harness):
     assert len(harness.run(1, evaluate)) == 1
 
 
-def run_and_die(store: Path, step: str = "", trial: int = 0, evaluate=None) -> int:
+def run_and_die(store: Path, step: str = "", trial: int = 0, evaluate=None, **options) -> int:
     """Run the loop in a child that kills itself after `step` of its n-th trial; the signal it died of."""
     child = os.fork()
     if child == 0:
@@ -251,10 +251,49 @@ def run_and_die(store: Path, step: str = "", trial: int = 0, evaluate=None) -> i
                 if left[0] < 0:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-            Harness(store).run(4, evaluate, checkpoint=checkpoint)
+            Harness(store, **options).run(4, evaluate, checkpoint=checkpoint)
         finally:
             os._exit(1)
     return os.WTERMSIG(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2"])
+def test_a_search_that_was_killed_makes_the_proposals_of_one_that_was_not(store, tmp_path, sampler):
+    for step, trial in (("asked", 2), ("committed", 1)):
+        assert run_and_die(store, step, trial, sampler=sampler) == signal.SIGKILL
+    continued = Harness(store, sampler=sampler).run(7)
+    whole = Harness(tmp_path / "whole", sampler=sampler).run(7)
+    assert [trial.params for trial in continued] == [trial.params for trial in whole]
+
+
+def test_a_start_that_is_refused_changes_nothing(store):
+    first, second = Harness(store), Harness(store)
+    with driving(first.study, first.tracker, first.evaluate, scratch=store / "scratch") as driver:
+        driver.sample()
+        run = first.tracker.find_study("task/stage")
+        before = first.tracker.client.get_run(run).to_dictionary(), first.study.trials()
+        opened = []
+        options = {"scratch": store / "scratch", "open_run": lambda: opened.append("opened")}
+        with (
+            pytest.raises(TrackingError, match="One process at a time"),
+            driving(second.study, second.tracker, second.evaluate, **options),
+        ):
+            pass
+        assert (first.tracker.client.get_run(run).to_dictionary(), first.study.trials()) == before
+        assert not opened
+        assert driver.sample().number == 1
+
+
+def test_a_start_with_the_store_of_another_study_loses_no_result(store, tmp_path):
+    """The trial was committed and not told; in the other store its run does not exist."""
+    assert run_and_die(store, "committed") == signal.SIGKILL
+    wrong = Harness(store)
+    wrong.tracker = Harness(tmp_path / "other").tracker
+    with pytest.raises(TrackingError, match="must exist there"):
+        wrong.run(2)
+    right = Harness(store)
+    assert [trial.label for trial in right.run(1)] == ["all-int8"]
+    assert right.evaluated == []
 
 
 @pytest.mark.parametrize("step", STEPS)

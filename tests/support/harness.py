@@ -31,11 +31,11 @@ def outcome(params, **changes) -> Outcome:
 class Harness:
     """One study on one store, with a count of the evaluations."""
 
-    def __init__(self, store: Path, space=SPACE, name: str = "task/stage") -> None:
+    def __init__(self, store: Path, space=SPACE, name: str = "task/stage", sampler: str = "random") -> None:
         self.store = store
         self.tracker = MlflowTracker.open(None, store, "experiment")
         self.study = Study.open(
-            store, name, space=space, directions=("maximize", "minimize"), sampler="random", n_trials=8
+            store, name, space=space, directions=("maximize", "minimize"), sampler=sampler, n_trials=8
         )
         self.evaluated: list[dict] = []
         self.seen: list[FinishedTrial | FailedTrial] = []

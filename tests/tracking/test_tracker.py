@@ -15,6 +15,7 @@ from qflow.core.errors import ConfigError, TrackingError
 from qflow.search.domain import Choice
 from qflow.search.study import Study
 from qflow.tracking import limits
+from qflow.tracking.artifacts import Store
 from qflow.tracking.limits import rounded
 from qflow.tracking.mlflow_tracker import BATCH, MlflowTracker
 
@@ -209,7 +210,14 @@ def test_a_study_is_found_in_another_experiment(tracker, store):
     tracker.open_study("s", tags={}, params={}, description="")
     other = MlflowTracker.open(None, store, "elsewhere")
     assert other.find_study("s") is None
-    assert (other.experiments_with("s"), other.experiments_with("t")) == (["experiment"], [])
+    assert [list(Store(tracker.client, tracker.uri).studies(name)) for name in ("s", "t")] == [["experiment"], []]
+
+
+def test_of_two_runs_that_were_created_at_once_the_first_is_the_study(tracker):
+    first = tracker.open_study("s", tags={}, params={}, description="")
+    tags = {"qflow.study": "s", "qflow.kind": "study"}
+    tracker.client.create_run(tracker.experiment_id, tags=tags)
+    assert tracker.find_study("s") == first
 
 
 @pytest.mark.parametrize("name", ["a%20b", "{x}?y#z", "%%2F & é@\\ [x]:$HOME;~\n日本", "out.v1"])
