@@ -182,6 +182,7 @@ class QatSchema:
     loss: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=lambda: {"_target_": "torch.optim.AdamW"})
     scheduler: dict[str, Any] = field(default_factory=dict)
+    cosine_decay: bool = False
     scheduled: bool = True
     mode: str = "fuse_bn"
     moving: bool = True

@@ -12,7 +12,7 @@ from qflow.core.record import plain
 
 NORM_MODES = ("fuse_bn", "with_bn", "with_bn_reverse_fold")
 
-SINCE = ("learned_scales", "teacher", "ema", "dampening")
+SINCE = ("learned_scales", "teacher", "ema", "dampening", "cosine_decay")
 """Settings that left trainings as they were when they were added: at their defaults they have no part in digests."""
 
 
@@ -51,7 +51,7 @@ class QatSettings:
     augment: bool = False
     """Train on `task.data.train_augmented`, not `train`; the guide asks for less augmentation than in float."""
     learning_rate: float = 1e-4
-    """Fixed unless there is a scheduler; there is no warm-up."""
+    """Fixed unless there is a scheduler or `cosine_decay`; there is no warm-up."""
     weight_decay: float = 0.0
     """Weight decay of the optimizer."""
     rates: Mapping[str, float] = field(default_factory=dict)
@@ -63,6 +63,8 @@ class QatSettings:
     """`_target_` of the optimizer, and its arguments."""
     scheduler: Mapping[str, object] = field(default_factory=dict)
     """`_target_` of a scheduler, called with the optimizer and stepped each step; empty for a fixed rate."""
+    cosine_decay: bool = False
+    """Without a scheduler, the rate falls to 0 over the steps along half a cosine (Loshchilov and Hutter 2017)."""
     scheduled: bool = True
     """False keeps the rate fixed although there is a scheduler; the rates are compared this way."""
     mode: str = "fuse_bn"

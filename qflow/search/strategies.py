@@ -177,15 +177,25 @@ def leave_out(chosen: Sequence[T], without: Callable[[Sequence[T]], bool | None]
             left, needed, size = left[1:], needed + (gone is False), 1
 
 
-def halving(measure: Measure, candidates: Sequence[Values], rungs: Sequence[int]) -> list[FinishedTrial]:
+def halving(
+    measure: Measure,
+    candidates: Sequence[Values],
+    rungs: Sequence[int],
+    enough: Callable[[FinishedTrial], bool] = lambda trial: False,
+) -> list[FinishedTrial]:
     """Train all `candidates` for `rungs[0]` steps, the half with the smallest drops for `rungs[1]` steps, and so on.
 
-    Returns the trials of the last rung, the best first. `rungs` ascend, so that each training continues from its
-    checkpoint. A candidate whose training fails (diverges) is left out.
+    Returns the trials of the last rung, the best first; the first trial that is `enough` alone. `rungs` ascend, so that
+    each training continues from its checkpoint. A candidate whose training fails (diverges) is left out.
     """
     alive, ranked = list(candidates), []
     for place, steps in enumerate(rungs):
-        trials = [(measure({**point, "qat.steps": steps}, _trained(point, steps)), point) for point in alive]
+        trials = []
+        for point in alive:
+            trial = measure({**point, "qat.steps": steps}, _trained(point, steps))
+            if trial is not None and enough(trial):
+                return [trial]
+            trials.append((trial, point))
         known = [(t, p) for t, p in trials if t is not None]
         ranked = sorted(known, key=lambda pair: pair[0].outcome.metrics["accuracy/drop"])
         keep = max(len(ranked) // 2, 1) if place + 1 < len(rungs) else len(ranked)

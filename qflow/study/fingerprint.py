@@ -27,7 +27,7 @@ SINCE = (
     "qconfig.assignment",
     "qconfig.error_share",
     "task.cached_attrs",
-    *("qat.learned_scales", "qat.ema", "qat.dampening"),
+    *("qat.learned_scales", "qat.ema", "qat.dampening", "qat.cosine_decay"),
     *("qat.teacher.weight", "qat.teacher.features", "qat.teacher.temperature"),
 )  # left out at their defaults, so that studies from before these keys existed continue
 UNSET: tuple[Any, ...] = (None, "", False, 0, {}, [], "report")

@@ -13,16 +13,14 @@ from qflow.core.errors import TrialError
 from qflow.core.qconfig import QConfig
 from qflow.core.store import write_whole
 from qflow.report.console import SummaryRow, python_command, summary_table
-from qflow.search.noise import BY_SEQUENCE, PAIRED, Margin, difference_noise
 from qflow.search.objective import CONSTRAINT, accurate, nearest_miss, over_budget
 from qflow.search.outcome import FinishedTrial
 from qflow.study.front import log_decisions
-from qflow.study.manifest import SEQUENCES
 from qflow.study.marks import mark_trials, trials_url
 from qflow.study.missed import not_tried, tried
 from qflow.study.next_steps import promote_command
+from qflow.study.paired import goal_margin
 from qflow.study.report import VERDICT, report_lines
-from qflow.study.run_files import RunFiles
 from qflow.study.session import Session
 
 NAMED = 12  # how many operators the console lists per dtype
@@ -112,7 +110,7 @@ def verdict(session: Session, best: FinishedTrial | None, shown: FinishedTrial) 
         saved = ""
         if int16 is not None and accurate(int16):
             saved = f"\n{'latency':<12}{_against_int16(session, best, int16)}"
-        by = f" by {margin}" if (margin := _margin(session, best)) else ""
+        by = f" by {margin}" if (margin := goal_margin(session, best)) else ""
         return f"{'goal':<12}{goal}: met{by}{saved}"
     over = over_budget(shown)
     if over and accurate(shown):
@@ -139,18 +137,7 @@ def _lists(session: Session) -> str:
 def _miss(session: Session, shown: FinishedTrial) -> str:
     """Return by how much a trial misses the accuracy, with the noise and the number of samples where they are known."""
     few = _samples(session, shown)
-    return f"{_margin(session, shown) or f'{shown.outcome.constraints[CONSTRAINT]:.4f}'}{few}"
-
-
-def _margin(session: Session, trial: FinishedTrial) -> Margin | None:
-    """Return the distance of a trial from the goal with its noise; None unless its samples are paired with float's."""
-    with tempfile.TemporaryDirectory() as folder:
-        scores = RunFiles(session.tracker, Path(folder)).scores(trial.run_id)
-    evaluator, value = session.evaluator, trial.outcome.metrics[session.accuracy]
-    pair = scores, evaluator.float_scores
-    sequences = session.manifest.get(SEQUENCES, ())
-    noise = difference_noise(value, evaluator.float_metric, evaluator.eval_samples, pair, sequences)
-    return Margin(trial.outcome.constraints[CONSTRAINT], noise) if noise.how in (PAIRED, BY_SEQUENCE) else None
+    return f"{goal_margin(session, shown) or f'{shown.outcome.constraints[CONSTRAINT]:.4f}'}{few}"
 
 
 def _samples(session: Session, shown: FinishedTrial) -> str:

@@ -1,9 +1,10 @@
 """The guide's QAT as a stage of its own, after the search, in three parts:
 
-rates     train with each rate of search.rates for a share of the steps, without scheduler, and keep the best rate
+rates     train with qat.learning_rate and search.rates for a share of the steps, without scheduler (train_rate.py)
 halving   train with fixed and with moving activation scales (with learned ones instead, if qat.learned_scales is set),
           each with every search.weight_decays, with the scheduler; the better half continues from its checkpoint until
-          one candidate has all the steps (at most 20 % of the float steps, `QatSettings.capped`)
+          one candidate has all the steps (at most 20 % of the float steps, `QatSettings.capped`), or meets the goal
+          beyond its noise
 demote    set int16 operators of the trained mix to int8 and train alike, as long as the goal is met
 """
 
@@ -13,11 +14,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from qflow.config.settings import trial_settings
-from qflow.search.objective import best_trial, nearest_miss, over_budget
+from qflow.search.objective import best_trial, meets, nearest_miss, over_budget
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import BudgetSpent, halving
 from qflow.study.fewer import demoted
+from qflow.study.paired import goal_margin
 from qflow.study.session import Session
+from qflow.study.train_rate import find_rate, rates
 from qflow.trial.training import NO_TRAIN_SPLIT, train_split
 
 DEMOTIONS = 6  # trials that are reserved for demotion
@@ -28,7 +31,7 @@ def leave_for_training(session: Session) -> None:
     """Print when trials are trained. If that is after the search, switch training off until then and reserve trials."""
     qat, search = session.config.qat, session.config.search
     if qat.steps and qat.apply == "after_search":
-        alive, trainings = 2 * len(search.weight_decays), len(search.rates) + DEMOTIONS
+        alive, trainings = 2 * len(search.weight_decays), len(rates(session.config)) + DEMOTIONS
         steps, cut = trial_settings(session.config).qat.capped()
         for _ in _rungs(steps):
             trainings, alive = trainings + alive, max(alive // 2, 1)
@@ -83,7 +86,10 @@ def train(session: Session, start: FinishedTrial) -> None:
 
 
 def _trained(session: Session, point: dict[str, Any]) -> FinishedTrial | None:
-    """Search the rate, then scales and weight decay; return the best trained trial that meets the goal, or None."""
+    """Search the rate, then scales and weight decay; return the best trained trial that meets the goal, or None.
+
+    It ends with the first trial that meets the goal beyond its noise.
+    """
     done: list[FinishedTrial] = []
 
     def measure(point: Mapping[str, Any], label: str) -> FinishedTrial | None:
@@ -91,43 +97,48 @@ def _trained(session: Session, point: dict[str, Any]) -> FinishedTrial | None:
         done.extend([trial] if trial is not None else [])
         return trial
 
+    def enough(trial: FinishedTrial | None) -> bool:
+        return meets(trial) and (margin := goal_margin(session, trial)) is not None and margin.sure
+
     search, (steps, _) = session.config.search, trial_settings(session.config).qat.capped()
-    probe = max(round(steps * search.probe_share), 1)
-    fixed = {**point, "qat.steps": probe, "qat.scheduled": False}
-    trials = {r: measure({**fixed, "qat.learning_rate": r}, f"QAT rate {r:g}") for r in search.rates}
-    known = {rate: t for rate, t in trials.items() if t is not None}
-    if not known:
-        session.decide("learning rate", f"every rate of {list(search.rates)} fails; add lower rates to search.rates")
+    final = find_rate(session, measure, {**point, "qat.scheduled": False}, max(round(steps * search.probe_share), 1))
+    if final is None:
         return None
-    rate = max(known, key=lambda r: (_score(known[r]), -r))
-    drops = {r: f"{t.outcome.metrics['accuracy/drop']:+.4f}" if t else "failed" for r, t in trials.items()}
-    by_rate = ", ".join(f"{r:g}: {drop}" for r, drop in drops.items())
-    session.decide("learning rate", f"{rate:g} is best after {probe} steps at a fixed rate (drop by rate {by_rate})")
-    candidates = [
-        {**point, "qat.learning_rate": rate, "qat.scheduled": True, **scales, "qat.weight_decay": decay}
-        for decay in search.weight_decays
-        for scales in _scales(session.config.qat.learned_scales)
-    ]
-    final = next(iter(halving(measure, candidates, _rungs(steps))), None)
+    if not enough(final):
+        rate = final.params["qat.learning_rate"]
+        candidates = [
+            {**point, "qat.learning_rate": rate, "qat.scheduled": True, **scales, "qat.weight_decay": decay}
+            for decay in search.weight_decays
+            for scales in _scales(session.config.qat.learned_scales, session.config.qat.moving)
+        ]
+        final = next(iter(halving(measure, candidates, _rungs(steps), enough)), None)
+        if final is None:
+            failed = f"every training at rate {rate:g} with the scheduler fails"
+            session.decide("training", f"{failed}; add lower rates to search.rates")
     if final is not None:
-        learned = final.params.get("qat.learned_scales")
-        scales = "learned" if learned else "moving" if final.params["qat.moving"] else "fixed"
-        session.decide(
-            "training",
-            f"{scales} activation scales, weight decay {final.params['qat.weight_decay']:g}: drop "
-            f"{final.outcome.metrics['accuracy/drop']:+.4f} after {final.outcome.metrics['qat/steps']:.0f} steps",
-        )
-    else:
-        failed = f"every training at rate {rate:g} with the scheduler fails"
-        session.decide("training", f"{failed}; add lower rates to search.rates")
+        session.decide("training", _ending(session, final, steps))
     return best_trial(done, session.goal.ranking)
 
 
-def _scales(learned: float) -> tuple[dict[str, Any], ...]:
-    """Return the two ways to treat activation scales that are compared: the guide has no figure to choose one by."""
+def _ending(session: Session, final: FinishedTrial, steps: int) -> str:
+    """Return how the last training was done and what it reached; why it ended early, if it did."""
+    at = {**session.base(), **final.params}
+    learned, moving, decay = (
+        at.get(f"qat.{key}", session.config.qat[key]) for key in ("learned_scales", "moving", "weight_decay")
+    )
+    scales, taken = "learned" if learned else "moving" if moving else "fixed", final.outcome.metrics["qat/steps"]
+    early = ""
+    if taken < steps and meets(final):
+        early = f", which meets the goal by {goal_margin(session, final)}: the other {steps - taken:.0f} are left out"
+    drop = final.outcome.metrics["accuracy/drop"]
+    return f"{scales} activation scales, weight decay {decay:g}: drop {drop:+.4f} after {taken:.0f} steps{early}"
+
+
+def _scales(learned: float, moving: bool) -> tuple[dict[str, Any], ...]:
+    """Return the two ways to treat activation scales that are compared, the configured one first."""
     if not learned:
-        return {"qat.moving": False}, {"qat.moving": True}
-    return tuple({"qat.moving": False, "qat.learned_scales": rate} for rate in (0.0, learned))
+        return {"qat.moving": moving}, {"qat.moving": not moving}
+    return tuple({"qat.moving": False, "qat.learned_scales": rate} for rate in (learned, 0.0))
 
 
 def _rungs(steps: int) -> list[int]:

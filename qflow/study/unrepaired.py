@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from qflow.core.repair_settings import RepairSettings
-from qflow.search.noise import SIGMAS, Noise, difference_noise
+from qflow.search.noise import SIGMAS
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import BudgetSpent
 from qflow.study.baselines import ALL_INT8
-from qflow.study.manifest import SEQUENCES
-from qflow.study.run_files import RunFiles
+from qflow.study.paired import paired_noise
 from qflow.study.session import Session
 from qflow.study.stages import diagnose
 
@@ -37,7 +33,7 @@ def better_without(session: Session, int8: FinishedTrial) -> FinishedTrial:
         session.decide("repair", "kept: without it all-int8 gives no finite outputs")
         return int8
     before, after = plain.outcome.metrics[DROP], int8.outcome.metrics[DROP]
-    noise = _noise(session, int8, plain)
+    noise = paired_noise(session, int8, plain)
     lost = after > before and (after - before > SIGMAS * noise.error or not noise.known)
     known = f"noise {SIGMAS * noise.error:.4f}" if noise.known else "noise not known"
     verdict = "given up" if lost else "kept"
@@ -51,12 +47,3 @@ def better_without(session: Session, int8: FinishedTrial) -> FinishedTrial:
     evaluator.repair()
     diagnose(session)
     return plain
-
-
-def _noise(session: Session, one: FinishedTrial, other: FinishedTrial) -> Noise:
-    with tempfile.TemporaryDirectory() as folder:
-        files = RunFiles(session.tracker, Path(folder))
-        scores = files.scores(one.run_id), files.scores(other.run_id)
-    values = one.outcome.metrics[session.accuracy], other.outcome.metrics[session.accuracy]
-    known = scores if all(scores) else None
-    return difference_noise(*values, session.evaluator.eval_samples, known, session.manifest.get(SEQUENCES, ()))

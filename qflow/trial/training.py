@@ -152,10 +152,15 @@ def training_key(
 ) -> dict[str, Any]:
     """Return everything that decides the result of a training, apart from task, loss, optimizer, data and steps.
 
-    `prepared` is calibrated. Without a scheduler, `settings.scheduled` makes no difference and is ignored.
+    `prepared` is calibrated. Without a scheduler, `settings.scheduled` makes no difference and is ignored. A rate that
+    decays depends on the number of steps from the first one on, so that number is a part of the key then.
     """
     scheduled = settings.scheduled and training is not None and training.scheduler is not None
-    decides = replace(settings, steps=0, apply="every_trial", checkpoint_every=0, scheduled=scheduled)
+    decays = settings.cosine_decay and not scheduled
+    decides = replace(
+        settings, steps=settings.capped()[0] if decays else 0, apply="every_trial", checkpoint_every=0,
+        scheduled=scheduled, cosine_decay=decays,
+    )  # fmt: skip
     moving = [calibration.int16_margin, calibration.divisor]  # the settings that moving scales depend on
     return {"qat": decides.decisive(), "qconfig": qconfig.digest, "start": forward_state(prepared), "moving": moving}
 

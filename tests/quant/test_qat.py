@@ -1,5 +1,6 @@
 import dataclasses
 import logging
+import math
 
 import pytest
 import torch
@@ -115,6 +116,18 @@ def test_a_scheduler_is_stepped_and_gradients_are_clipped():
     report = train(prepared, data(3), loss, optimizer, schedule, QatSettings(steps=3, clip_gradients=0.01))
     assert report.learning_rates == (0.1, 0.05, 0.025)
     assert all(norm <= 0.0101 for norm in norms)
+
+
+def test_a_rate_decays_to_zero_along_half_a_cosine_unless_a_scheduler_is_given():
+    settings = QatSettings(steps=4, cosine_decay=True)
+    prepared = small()
+    found = train(prepared, list(data()), loss, sgd(prepared, 1e-3), settings=settings).learning_rates
+    assert found == pytest.approx([1e-3 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)])
+    prepared = small()
+    optimizer = sgd(prepared, 1e-3)
+    halved = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    own = train(prepared, list(data()), loss, optimizer, halved, settings)
+    assert own.learning_rates == pytest.approx([1e-3, 5e-4, 2.5e-4, 1.25e-4])
 
 
 def test_data_that_end_early_are_said_and_none_is_refused():

@@ -373,3 +373,8 @@ def test_halving_trains_the_better_half_further():
 
     halving(measure, [{"qat.learning_rate": r} for r in (1.0, 0.1, 0.2, 0.3)], [10, 20, 40])
     assert asked == [(1.0, 10), (0.1, 10), (0.2, 10), (0.3, 10), (0.3, 20), (0.3, 40)]
+    asked.clear()
+    (found,) = halving(
+        measure, [{"qat.learning_rate": r} for r in (0.1, 0.2, 0.3)], [10, 20], lambda t: t.outcome.objectives[0] >= 2.0
+    )
+    assert (found.params["qat.learning_rate"], asked) == (0.2, [(0.1, 10), (0.2, 10)])  # enough: no other is trained

@@ -98,6 +98,15 @@ def test_with_a_scheduler_the_probe_is_another_training(made):
     assert len(calls) == 6
 
 
+def test_a_longer_training_whose_rate_decays_is_another_training(made):
+    calls = []
+    evaluator = made(Spied(calls))
+    trained(evaluator, steps=2, cosine_decay=True)
+    longer = trained(evaluator, steps=4, cosine_decay=True)
+    assert len(calls) == 6
+    assert longer.training.learning_rates[0] == 0.01 > longer.training.learning_rates[-1]
+
+
 def test_what_moving_scales_read_of_the_calibration_tells_trainings_apart(made):
     evaluator = made(Spied([]))
     for margin in (1.25, 2.0):

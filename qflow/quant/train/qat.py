@@ -1,8 +1,8 @@
 """Quantization-aware training: the user's loss, optimizer and scheduler on a calibrated model.
 
 The prepared model trains with the qconfig that it was calibrated with (qat_state.py: which scales move). As the guide
-advises, there is no warm-up, the learning rate is constant unless a scheduler is given, and the number of steps is
-limited to a share of the float training's.
+advises, there is no warm-up, the learning rate is constant unless a scheduler is given (or the rate is to decay), and
+the number of steps is limited to a share of the float training's.
 
 Training is deterministic, given the seed and the order of the batches, which the caller controls. For a resumed
 training to continue bit for bit, a shuffling loader needs a generator of its own.
@@ -98,6 +98,8 @@ def run_steps(
     steps, findings = settings.capped()
     for finding in findings:
         log.warning(finding)
+    if scheduler is None and settings.cosine_decay and steps:
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     trainer = Trainer(model, prepared, objective, optimizer, scheduler, settings, learned)
     _refuse_amp(prepared, settings)
     reason = ""

@@ -1,0 +1,31 @@
+"""Differences of trials with their noise, from the scores of their samples as their runs hold them."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from qflow.search.noise import BY_SEQUENCE, PAIRED, Margin, Noise, difference_noise
+from qflow.search.objective import CONSTRAINT
+from qflow.search.outcome import FinishedTrial
+from qflow.study.manifest import SEQUENCES
+from qflow.study.run_files import RunFiles
+from qflow.study.session import Session
+
+
+def paired_noise(session: Session, one: FinishedTrial, other: FinishedTrial | None = None) -> Noise:
+    """Return the noise of the difference of two trials, or of a trial and the float model (None)."""
+    evaluator = session.evaluator
+    with tempfile.TemporaryDirectory() as folder:
+        files = RunFiles(session.tracker, Path(folder))
+        scores = files.scores(one.run_id), files.scores(other.run_id) if other else evaluator.float_scores
+    metric = other.outcome.metrics[session.accuracy] if other else evaluator.float_metric
+    sequences = session.manifest.get(SEQUENCES, ())
+    known = scores if all(scores) else None
+    return difference_noise(one.outcome.metrics[session.accuracy], metric, evaluator.eval_samples, known, sequences)
+
+
+def goal_margin(session: Session, trial: FinishedTrial) -> Margin | None:
+    """Return the distance of a trial from the goal with its noise; None unless its samples are paired with float's."""
+    noise = paired_noise(session, trial)
+    return Margin(trial.outcome.constraints[CONSTRAINT], noise) if noise.how in (PAIRED, BY_SEQUENCE) else None
