@@ -221,7 +221,7 @@ class SearchSchema:
     """End an evaluation once the goal is out of reach, where only that matters (ratio strategy, demotion);
     the metric states its `bounds`."""
     rates: list[float] = field(default_factory=lambda: [1e-3, 1e-4, 1e-5, 1e-6])
-    """Learning rates that the training stage compares, each fixed for `probe_share` of its steps."""
+    """Learning rates that the training stage tries after `qat.learning_rate`, each for `probe_share` of its steps."""
     probe_share: float = 0.2
     """Share of the training steps for which each rate is compared."""
     weight_decays: list[float] = field(default_factory=lambda: [0.0])
