@@ -67,18 +67,21 @@ $(VENV)/constraints.txt: constraints.txt
 	    $(BIN)/python -c 'import torch; print("torch==" + torch.__version__.partition("+")[0])' >> $@; \
 	    else cp constraints.txt $@; fi
 
+INSTALL_OPTIONS ?=
+INSTALL := $(BIN)/python -m pip install --quiet $(INSTALL_OPTIONS) --constraint $(VENV)/constraints.txt --editable
+
 $(VENV)/.base: $(VENV)/constraints.txt pyproject.toml
-	$(BIN)/python -m pip install --quiet --constraint $< --editable .
+	$(INSTALL) .
 	touch $@
 
 $(VENV)/.dev: $(VENV)/constraints.txt pyproject.toml
-	$(BIN)/python -m pip install --quiet --constraint $< --editable '.[dev]'
+	$(INSTALL) '.[dev]'
 	touch $@ $(VENV)/.base
 
 $(VENV)/.dashboard: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dashboard]'
+	$(INSTALL) '.[dashboard]'
 	touch $@
 
 $(VENV)/.zoo: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[zoo]'
+	$(INSTALL) '.[zoo]'
 	touch $@
