@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from support.commands import OWN, STORE, measured, open_tracker, run_qflow
+from support.commands import STORE, UNREPAIRED, measured, open_tracker, run_qflow
 
 pytestmark = pytest.mark.slow  # starts commands as processes of their own
 
 QAT = [
-    *OWN, "task.data._target_=user_task.TrainData", "qat=default", "qat.steps=6", "qat.batch_size=32",
+    *UNREPAIRED, "task.data._target_=user_task.TrainData", "qat=default", "qat.steps=6", "qat.batch_size=32",
     "qat.loss._target_=user_task.loss", "+qat.rates={loud: 0.0001}", "qat.learning_rate=0.001", "search.n_trials=2",
 ]  # fmt: skip
 

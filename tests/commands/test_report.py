@@ -9,7 +9,7 @@ import sys
 import pytest
 from report.test_page import charts_of
 from support.browser import CHROMIUM, browser, mlflow_ui, required
-from support.commands import OWN, OWN_CODE, open_tracker, run_qflow
+from support.commands import OWN, OWN_CODE, UNREPAIRED, open_tracker, run_qflow
 
 pytestmark = pytest.mark.slow  # starts commands as processes of their own
 
@@ -65,7 +65,7 @@ def test_a_study_that_does_not_exist_is_one_line(studied):
 
 def test_an_interrupted_study_has_a_report_of_what_it_measured(tmp_path):
     env = {**os.environ, "PYTHONPATH": f"{OWN_CODE}:{os.environ.get('PYTHONPATH', '')}", "QFLOW_HOME": ""}
-    command = [sys.executable, "-m", "qflow.tune", *OWN, "search.n_trials=40"]
+    command = [sys.executable, "-m", "qflow.tune", *UNREPAIRED, "search.n_trials=40"]
     process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
     lines = []
     for line in process.stdout:

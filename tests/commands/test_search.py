@@ -3,12 +3,12 @@
 import shutil
 
 import pytest
-from support.commands import OWN, STORE, open_tracker, run_qflow
+from support.commands import STORE, UNREPAIRED, open_tracker, run_qflow
 
 pytestmark = pytest.mark.slow  # starts commands as processes of their own
 
 SEARCH = [
-    *OWN, "search=wide", "calibration.batch_size=16", "calibration.steps=4",
+    *UNREPAIRED, "search=wide", "calibration.batch_size=16", "calibration.steps=4",
     "qconfig.modules.quiet=choice(qint8,qint16)",
     "calibration.method=choice(mse,percentile)", "search.enqueue=[{calibration.method: percentile}]",
     "objective.optimize={cost/traffic_mb: minimize, accuracy/error: minimize}", "search.n_trials=7",
@@ -75,14 +75,14 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_a_mistake_gets_one_line(case, tmp_path):
     arguments, message = BAD[case]
-    done = run_qflow("tune", *OWN, *arguments, cwd=tmp_path)
+    done = run_qflow("tune", *UNREPAIRED, *arguments, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stdout + done.stderr
     assert message in done.stderr
 
 
 def test_training_is_searched_where_there_are_steps(tmp_path):
     done = run_qflow(
-        "tune", *OWN, "search=qat", "qat=default", "task.data._target_=user_task.TrainData", "qat.batch_size=32",
+        "tune", *UNREPAIRED, "search=qat", "qat=default", "task.data._target_=user_task.TrainData", "qat.batch_size=32",
         "qat.loss._target_=user_task.loss", "qat.steps=0", "search.space.qat.steps=choice(0,4)",
         "search.enqueue=[{qat.steps: 4}]",
         "search.n_trials=16", cwd=tmp_path,

@@ -4,11 +4,11 @@ import json
 import re
 
 import pytest
-from support.commands import OWN, STORE, open_tracker, run_qflow
+from support.commands import STORE, UNREPAIRED, open_tracker, run_qflow
 
 pytestmark = pytest.mark.slow  # starts commands as processes of their own
 
-DETECTOR = [*OWN, "task.model._target_=user_task.detector", "objective.max_drop=0.5", "search.n_trials=3"]
+DETECTOR = [*UNREPAIRED, "task.model._target_=user_task.detector", "objective.max_drop=0.5", "search.n_trials=3"]
 ACT = "detector.stem.act"
 
 

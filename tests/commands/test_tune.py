@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from support.commands import OWN, OWN_CODE, STORE, TESTS, measured, open_tracker, run_qflow
+from support.commands import OWN, OWN_CODE, STORE, TESTS, UNREPAIRED, measured, open_tracker, run_qflow
 
 pytestmark = pytest.mark.slow  # starts commands as processes of their own
 
@@ -153,7 +153,7 @@ def test_interrupted_or_killed_the_study_goes_on(tmp_path):
     """Ctrl-C after some trials, in an interpreter of its own, then SIGKILL, then to the end: nothing is lost, nothing
     runs twice.
     """
-    study = [*OWN, "search.n_trials=12"]
+    study = [*UNREPAIRED, "search.n_trials=12"]
     seen = _interrupted(study, tmp_path)
     killed = run_qflow("tune", *study, cwd=tmp_path, killed_after="trial 4")
     assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
@@ -221,9 +221,9 @@ def test_options_may_stand_anywhere_and_a_users_conf_folder_is_found(tmp_path):
 
 
 def test_a_study_without_a_trial_takes_other_settings(tmp_path):
-    refused = run_qflow("tune", *OWN, "+qconfig.modules.nosuch=qint16", cwd=tmp_path)
+    refused = run_qflow("tune", *UNREPAIRED, "+qconfig.modules.nosuch=qint16", cwd=tmp_path)
     assert refused.returncode == 2
-    assert run_qflow("tune", *OWN, "calibration.steps=3", "search.n_trials=2", cwd=tmp_path).returncode in (0, 1)
+    assert run_qflow("tune", *UNREPAIRED, "calibration.steps=3", "search.n_trials=2", cwd=tmp_path).returncode in (0, 1)
 
 
 def test_runs_that_are_gone_are_noticed(studied, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.plugin_stand_in import OE_3_0, OE_3_5, executed
 from torch import nn
-from zoo_real.registry import entries
+from zoo_real.registry import alive, entries, images
 
 import qflow
 from qflow.core.errors import ConfigError, ModelError
@@ -31,7 +31,9 @@ TASKS = {
     "temporal": lambda: (temporal.build_model(epochs=0), torch.rand(4, 1, 16, 16)),
 }
 STATE = {"temporal": ("hidden",)}
-OTHERS = ("torchvision_resnet50", "timm_vit", "point_pillars", "siamese_tracker")
+SMALL = ("digits", "dual", "exposure", "temporal")
+"""These are exported twice, to the same bytes."""
+OTHERS = ("bottlenecks", "timm_vit", "point_pillars", "siamese_tracker")
 REFUSED = {("hmct", "temporal")}
 """Target and model that do not go together: the target says so in one line."""
 
@@ -40,10 +42,21 @@ def entry(name):
     return entries()[name]
 
 
+def bottlenecks():
+    """The blocks of torchvision's resnet50, one a stage, on small images."""
+    resnet = pytest.importorskip("torchvision.models.resnet")
+    model = resnet.ResNet(resnet.Bottleneck, (1, 1, 1, 1), num_classes=8, width_per_group=16)
+    inputs = images(32, 32)
+    alive(model.eval(), inputs)
+    return model, inputs(2)
+
+
 def built(name):
     torch.manual_seed(0)
     if name in TASKS:
         return TASKS[name]()
+    if name == "bottlenecks":
+        return bottlenecks()
     if entry(name).missing:
         pytest.skip(f"needs {entry(name).missing}")
     model, inputs = entry(name).made()
@@ -146,8 +159,9 @@ def test_a_target_keeps_the_contract(name, target, tmp_path):
     files = {path: (tmp_path / "one" / path).read_bytes() for path in exported.files}
     assert exported.files == written(tmp_path / "one")
 
-    assert export_model(model, target, tmp_path / "elsewhere" / "two") == exported
-    assert {path: (tmp_path / "elsewhere" / "two" / path).read_bytes() for path in exported.files} == files
+    if name in SMALL:
+        assert export_model(model, target, tmp_path / "elsewhere" / "two") == exported
+        assert {path: (tmp_path / "elsewhere" / "two" / path).read_bytes() for path in exported.files} == files
 
     places = [str(tmp_path), os.getcwd(), os.path.expanduser("~") + "/", "/tmp/", str(os.path.dirname(torch.__file__))]
     for path, content in files.items():

@@ -78,6 +78,8 @@ OWN = [
 ]  # fmt: skip
 
 
+UNREPAIRED = [*OWN, "repair=none"]
+"""For what a repair has no part in: half a second less a study."""
 STORE = ["study=own/int8_int16", "tracking.experiment=own", "security.allow=[user_task]"]
 
 

@@ -12,16 +12,16 @@ from qflow.tracking.mlflow_tracker import MlflowTracker
 pytestmark = pytest.mark.slow  # starts commands as processes of their own
 
 PEAK = ["task=custom", "task.name=peak", "task.model._target_=tree_tasks.peak", "task.data._target_=tree_tasks.Peaks",
-        "task.metric._target_=tree_tasks.Near", "calibration.steps=4"]  # fmt: skip
+        "task.metric._target_=tree_tasks.Near", "calibration.steps=4", "repair=none"]  # fmt: skip
 FIXED = [f"search.space.calibration.{key}=null" for key in ("method", "batch_size", "steps")]
 DIVIDES = ["task=custom", "task.name=divides", "task.model._target_=tree_tasks.divides",
            "task.data._target_=tree_tasks.Points", "task.metric._target_=tree_tasks.Off", "calibration.steps=4",
-           "objective.max_drop=0.05", *FIXED]  # fmt: skip
+           "objective.max_drop=0.05", "repair=none", *FIXED]  # fmt: skip
 
 
 DISTRACTED = ["task=custom", "task.name=distracted", "task.model._target_=tree_tasks.distracted",
               "task.data._target_=tree_tasks.Angles", "task.metric._target_=tree_tasks.SecondOff",
-              "calibration.steps=4", "objective.max_drop=0.01", "search.n_trials=16", "executor.threads=1"]  # fmt: skip
+              "calibration.steps=4", "objective.max_drop=0.01", "search.n_trials=16", "repair=none", "executor.threads=1"]  # fmt: skip
 
 
 def decisions(done):

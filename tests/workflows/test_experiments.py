@@ -28,7 +28,7 @@ def study_run(folder, name):
 
 @pytest.mark.parametrize("experiment", experiments())
 def test_experiments_run_in_miniature(experiment, tmp_path):
-    done = tune(f"+experiment={experiment}", "task=digits", "+debug=tiny", cwd=tmp_path)
+    done = tune(f"+experiment={experiment}", "task=digits", "+debug=tiny", "repair=none", cwd=tmp_path)
     assert re.search(r"^decision     all-int(8|16): ", done.stdout, re.MULTILINE)
     tracker, run_id = study_run(tmp_path, f"digits/{experiment}")
     text = tracker.download(run_id, "decision.md", tmp_path / "got").read_text()
@@ -137,7 +137,7 @@ def test_where_no_mix_is_enough_training_is_and_gives_int16_back(tmp_path):
 def test_a_spent_budget_ends_the_tree_with_what_is_known(tmp_path):
     """Within int16/fp16 here, with a switch that only the baselines speak of."""
     done = tune(
-        "+experiment=full", "task=exposure", "search.n_trials=6",
+        "+experiment=full", "task=exposure", "repair=none", "search.n_trials=6",
         "search.space.qconfig.modules.dense=choice(qint8,qint16)", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -190,7 +190,7 @@ def test_all_int8_stays_int8_and_leaves_trials_for_training(tmp_path):
 @pytest.mark.parametrize("strategy", ["ratio", "assign"])
 def test_where_another_calibration_meets_the_goal_nothing_is_promoted(strategy, tmp_path):
     done = tune(
-        "+experiment=int8_int16", "task=digits", f"search={strategy}", "calibration.method=clip",
+        "+experiment=int8_int16", "task=digits", "repair=none", f"search={strategy}", "calibration.method=clip",
         "calibration.clip_min=-0.2", "calibration.clip_max=0.2",
         "search.space.calibration.method=choice(clip,minmax,mse)", cwd=tmp_path,
     )  # fmt: skip
@@ -208,8 +208,8 @@ def test_ending_evaluations_early_changes_no_choice(tmp_path):
         folder = tmp_path / early
         folder.mkdir()
         done = tune(
-            "+experiment=full", "task=exposure", "search=ratio", "search.n_trials=14", f"search.early_stop={early}",
-            "task.batch_size=64", cwd=folder,
+            "+experiment=full", "task=exposure", "repair=none", "search=ratio", "search.n_trials=14",
+            f"search.early_stop={early}", "task.batch_size=64", cwd=folder,
         )  # fmt: skip
         found[early] = done.stdout
     qconfigs = [re.search(r"^qconfig +(\w+)", text, re.MULTILINE)[1] for text in found.values()]
@@ -221,7 +221,7 @@ def test_ending_evaluations_early_changes_no_choice(tmp_path):
 def test_what_costs_more_than_all_int16_is_not_evaluated(tmp_path):
     """At these shapes casts make many mixes slower than all-int16, which meets the goal."""
     done = tune(
-        "+experiment=int8_int16", "search=int16_ratio", "search.sampler=random", "search.n_trials=8",
+        "+experiment=int8_int16", "repair=none", "search=int16_ratio", "search.sampler=random", "search.n_trials=8",
         "search.enqueue=[]",
         "task.data.calibration_size=32", "+task.data.evaluation_size=32", "task.float_metric=null",
         "calibration.steps=4", "calibration.batch_size=8", cwd=tmp_path,
@@ -277,7 +277,10 @@ def test_a_metric_that_nothing_identifies_stays_in_memory_and_is_still_analysed(
         "    def __init__(self):\n        self.lock = threading.Lock()\n"
     )
     for _ in range(2):
-        done = tune("+experiment=int16", "task=digits", "+debug=tiny", "task.metric._target_=mine.Metric", cwd=tmp_path)
+        done = tune(
+            "+experiment=int16", "task=digits", "repair=none", "+debug=tiny", "task.metric._target_=mine.Metric",
+            cwd=tmp_path,
+        )  # fmt: skip
         assert "in memory only" in done.stdout
         assert re.search(r"^advice +\d+ operators stand out", done.stdout, re.MULTILINE), done.stdout
 
