@@ -9,7 +9,8 @@ import pytest
 import torch
 from support.plugin_stand_in import OE_3_0, OE_3_5, executed
 from torch import nn
-from zoo_real.registry import alive, entries, images
+from zoo_real.registry import Entry, entries, images
+from zoo_real.timm_models import timm
 
 import qflow
 from qflow.core.errors import ConfigError, ModelError
@@ -33,30 +34,36 @@ TASKS = {
 STATE = {"temporal": ("hidden",)}
 SMALL = ("digits", "dual", "exposure", "temporal")
 """These are exported twice, to the same bytes."""
-OTHERS = ("bottlenecks", "timm_vit", "point_pillars", "siamese_tracker")
+OTHERS = ("bottlenecks", "vit_block", "point_pillars", "siamese_tracker")
 REFUSED = {("hmct", "temporal")}
 """Target and model that do not go together: the target says so in one line."""
 
 
-def entry(name):
-    return entries()[name]
-
-
 def bottlenecks():
-    """The blocks of torchvision's resnet50, one a stage, on small images."""
-    resnet = pytest.importorskip("torchvision.models.resnet")
-    model = resnet.ResNet(resnet.Bottleneck, (1, 1, 1, 1), num_classes=8, width_per_group=16)
-    inputs = images(32, 32)
-    alive(model.eval(), inputs)
-    return model, inputs(2)
+    """The blocks of resnet50, one a stage, on small images."""
+    from torchvision.models.resnet import Bottleneck, ResNet
+
+    return ResNet(Bottleneck, (1, 1, 1, 1), num_classes=8, width_per_group=16), images(32, 32)
+
+
+BLOCKS = {
+    "bottlenecks": Entry("bottlenecks", bottlenecks, ("torchvision",)),
+    "vit_block": Entry(
+        "vit_block", timm("vit_tiny_patch16_224", 32, img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2),
+        ("timm", "torchvision"),
+    ),
+}  # fmt: skip
+"""Real networks with fewer blocks than those of the zoo."""
+
+
+def entry(name):
+    return BLOCKS[name] if name in BLOCKS else entries()[name]
 
 
 def built(name):
     torch.manual_seed(0)
     if name in TASKS:
         return TASKS[name]()
-    if name == "bottlenecks":
-        return bottlenecks()
     if entry(name).missing:
         pytest.skip(f"needs {entry(name).missing}")
     model, inputs = entry(name).made()

@@ -21,7 +21,8 @@ DIVIDES = ["task=custom", "task.name=divides", "task.model._target_=tree_tasks.d
 
 DISTRACTED = ["task=custom", "task.name=distracted", "task.model._target_=tree_tasks.distracted",
               "task.data._target_=tree_tasks.Angles", "task.metric._target_=tree_tasks.SecondOff",
-              "calibration.steps=4", "objective.max_drop=0.01", "search.n_trials=16", "repair=none", "executor.threads=1"]  # fmt: skip
+              "calibration.steps=4", "objective.max_drop=0.01", "search.n_trials=16", "repair=none",
+              "executor.threads=1"]  # fmt: skip
 
 
 def decisions(done):
