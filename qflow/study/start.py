@@ -41,7 +41,7 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
             require_comparable(evaluator.prepared, qat.teacher, qat.mode)
     accuracy = f"accuracy/{evaluator.task.metric_name}"
     goal = Goal(**plain(config.objective)).aimed(accuracy, evaluator.task.direction, (accuracy, *RUN_METRICS))
-    space, left_out = within_data(search_space(config), evaluator.task)
+    space, left_out = within_data(space, evaluator.task)
     study = Study.open(
         root,
         config.study,
