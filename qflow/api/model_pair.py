@@ -21,6 +21,7 @@ from qflow.api.plugin_names import plugin_ranking
 from qflow.api.prepared import Prepared
 from qflow.config.device_file import load_rules
 from qflow.core.device import apply_rules
+from qflow.core.device_rules import DeviceRules
 from qflow.core.errors import ConfigError, ModelError
 from qflow.core.graph import ModelGraph, OpNode
 from qflow.core.qconfig import OpQConfig
@@ -136,19 +137,24 @@ class ModelPair:
         """Digest of qconfig and scales."""
         return digest({"qconfig": self.prepared.applied.digest, "scales": scales(self.prepared)})
 
-    def refused(self, operator: str, spec: str) -> str:
-        """Return why the device would not keep `spec` on `operator` beside the present qconfig; "" if it does."""
-        return self._refused({operator: setting(spec)})
+    def refusals(self) -> Callable[[str, str], str]:
+        """Return `refused(operator, spec)`: why the device would not keep it beside the present qconfig; "" if it does.
+
+        The device file is read once for all answers.
+        """
+        rules = load_rules(self.prepared.march)
+        return lambda operator, spec: self._refused({operator: setting(spec)}, rules)
 
     def agreed(self, wanted: Sequence[tuple[str, str]]) -> dict[str, str | Mapping[str, str]]:
         """Return the (operator, spec) pairs that the device keeps together; of two that conflict, the earlier."""
         found: dict[str, str | Mapping[str, str]] = {}
+        rules = load_rules(self.prepared.march)
         for operator, spec in wanted:
             more = {operator: setting(spec), **found}
-            found = found if operator in found or self._refused(more) else {**found, operator: setting(spec)}
+            found = found if operator in found or self._refused(more, rules) else {**found, operator: setting(spec)}
         return found
 
-    def _refused(self, settings: Mapping[str, str | Mapping[str, str]]) -> str:
+    def _refused(self, settings: Mapping[str, str | Mapping[str, str]], rules: DeviceRules) -> str:
         prepared, rest = self.prepared, self.prepared.requested.ops
 
         def present(node: OpNode, graph: ModelGraph) -> OpQConfig | None:
@@ -158,7 +164,7 @@ class ModelPair:
         ranking = plugin_ranking(named, prepared.graph)
         try:
             requested = resolve(prepared.graph, (named, present), prepared.requested.march)
-            applied = apply_rules(prepared.graph, requested, load_rules(prepared.march), ranking=ranking)
+            applied = apply_rules(prepared.graph, requested, rules, ranking=ranking)
         except ConfigError as error:
             return str(error)
         for asked, kept in ((requested.ops[name], applied.ops[name]) for name in settings):

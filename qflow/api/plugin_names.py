@@ -267,4 +267,5 @@ def plugin_ranking(setters: Setter | Sequence[Setter], graph: ModelGraph) -> lis
     if not any(isinstance(setter, (ModuleNameSetter, TableSetter)) for setter in rules):
         return None
     names = [node.name for node in graph.quantized]
-    return list(dict.fromkeys(op for key in keys for op in names if stands_for(_shortened(key, names), op, graph)))
+    short = dict.fromkeys(_shortened(key, names) for key in keys)
+    return list(dict.fromkeys(op for key in short for op in names if stands_for(key, op, graph)))

@@ -202,7 +202,7 @@ class QuantAnalysis:
         A row stays if either filter matches: `prefixes` of names, or `types` (a class, a full name or its last part) of
         the float or the calibrated model (`Conv2dBNReLU`). Writes compare_per_layer_out.txt and .csv.
         """
-        table = filtered(self._last("layers") or self.run(), *filters(prefixes, types))
+        table = filtered(self._last("layers", self.pair.state) or self.run(), *filters(prefixes, types))
         if not table.rows:
             raise ConfigError(f"prefixes and types choose rows, but got none by {prefixes} and {types}. Give others.")
         for ending, text in (("txt", layers_text(table)), ("csv", layers_csv(table))):
@@ -250,8 +250,10 @@ class QuantAnalysis:
         if stats is None:
             where = "a state dict does not hold them. Call qflow.calibrate."
             raise ModelError(f"Advice rests on calibration statistics, but got none: {where}")
-        table, layers = self._last("sensitivity") or self.sensitivity(), self._last("layers") or self.run()
-        found = advise(self.pair.prepared, stats, table, layers, self.pair.refused)
+        state = self.pair.state
+        table = self._last("sensitivity", state) or self.sensitivity()
+        layers = self._last("layers", state) or self.run()
+        found = advise(self.pair.prepared, stats, table, layers, self.pair.refusals())
         (self.out_dir / "abnormal_layer_advisor.txt").write_text(advice_text(found, None))
         return found
 
@@ -288,7 +290,7 @@ class QuantAnalysis:
         wanted = [*held.chosen, *(held.index[name].get(metric, -1) for name in outputs if name in held.index)]
         return [held.samples[i][0] for i in dict.fromkeys(wanted) if i in held.samples] or [held.inputs]
 
-    def _last(self, what: str) -> Any:
-        """Return the last table of this kind, or None if qconfig or scales have changed since."""
-        state, table = self._done.get(what, ("", None))
-        return table if state == self.pair.state else None
+    def _last(self, what: str, state: str) -> Any:
+        """Return the last table of this kind, or None if it is of another `state`: qconfig or scales have changed."""
+        of, table = self._done.get(what, ("", None))
+        return table if of == state else None

@@ -131,20 +131,20 @@ class _Applied:
         held = (*(op.input or ()), *[None] * len(node.inputs))[: len(node.inputs)]
         self.change(node.name, reason, input=(*held[:position], dtype, *held[position + 1 :]))
 
-    def int8_only(self, node: OpNode) -> tuple[frozenset[int], str]:
-        """Return the input positions of `node` that take int8 only, and the text of the reason."""
+    def int8_only(self, node: OpNode) -> Sequence[int]:
+        """Return the input positions of `node` that take int8 only."""
         if node.fused_add and self.device.fused_add_int8:
-            return frozenset({0, 1}), f"{node.name} (conv and add fused) takes int8 inputs only"
-        return frozenset(
-            self.device.int8_inputs.get(node.kind.value, ())
-        ), f"{node.name} ({node.kind}) takes int8 input only"
+            return 0, 1
+        return self.device.int8_inputs.get(node.kind.value, ())
 
     def take_int8(self, node: OpNode) -> None:
-        positions, reason = self.int8_only(node)
+        positions = self.int8_only(node)
         for i, producer in enumerate(node.inputs):
             if i not in positions:
                 continue
-            asked = self.asked(node, i)
+            fused = node.fused_add and self.device.fused_add_int8
+            what = "conv and add fused) takes int8 inputs" if fused else f"{node.kind}) takes int8 input"
+            reason, asked = f"{node.name} ({what} only", self.asked(node, i)
             if asked not in (None, QDtype.qint8):
                 raise ConfigError(f"On {self.device.march} {reason}, but got input {asked}. Leave its input at qint8.")
             for source in self.graph.source(producer) if asked is None else ():
@@ -152,7 +152,7 @@ class _Applied:
 
     def cast_floats(self, node: OpNode) -> None:
         """Cast fp16 inputs of a GEMM to the GEMM's own integer dtype, and those at int8-only positions to qint8."""
-        op, (positions, _) = self.op(node), self.int8_only(node)
+        op, positions = self.op(node), self.int8_only(node)
         gemm = node.kind in GEMM_KINDS and node.kind.value not in self.device.float16_kinds
         for i, producer in enumerate(node.inputs):
             if QDtype.float16 not in self.given(producer) or self.asked(node, i) or not (gemm or i in positions):
@@ -229,7 +229,8 @@ class _Applied:
         for node in self.graph.quantized:
             op, known = self.ops[node.name], node.inner and node.kind.value in self.device.inner_int16
             dtype = QDtype.float16 if op.output == QDtype.float16 else QDtype.qint16
-            self.ops[node.name] = replace(op, inner=dtype if known else None)
+            if op.inner != (inner := dtype if known else None):
+                self.ops[node.name] = replace(op, inner=inner)
 
     def refuse(self, node: OpNode) -> None:
         """Raise ConfigError for a precision that no fallback corrects."""

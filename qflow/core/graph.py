@@ -176,11 +176,15 @@ class ModelGraph:
 
     def sources(self, name: str) -> tuple[str, ...]:
         """Return the nearest operators upstream of `name` that own a quantizer; transparent ones are passed."""
-        found: list[str] = []
-        for source in self.by_name[name].inputs:
-            node = self.by_name[source]
-            found.extend([source] if node.quantizer is not None else self.sources(source))
-        return tuple(dict.fromkeys(found))
+        if name not in self._sources:
+            found = [above for source in self.by_name[name].inputs for above in self.source(source)]
+            self._sources[name] = tuple(dict.fromkeys(found))
+        return self._sources[name]
+
+    @cached_property
+    def _sources(self) -> dict[str, tuple[str, ...]]:
+        """What `sources` has found: the device rules ask for it again and again."""
+        return {}
 
     def source(self, producer: str) -> tuple[str, ...]:
         """Return `producer` itself if it owns a quantizer, else its sources."""

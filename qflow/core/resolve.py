@@ -44,7 +44,8 @@ def resolve(
             answer = answer.over(base) if answer and isinstance(base, OpQConfig) else base
         if not isinstance(answer, OpQConfig):
             raise ConfigError(f"Every operator needs a qconfig, but no setter answers for {node.name}. Add a template.")
-        op = replace(answer, input=inputs_by_position(answer, node))
+        inputs = inputs_by_position(answer, node)
+        op = answer if answer.input == inputs else replace(answer, input=inputs)
         check_op({"output": op.output, "observer": op.observer}, node.name)
         ops[node.name] = op
     _one_weight(graph, ops)

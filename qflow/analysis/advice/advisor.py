@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from qflow.analysis.advice.causes import CUT, FAR_VALUES, Case, cause_of
 from qflow.analysis.checks.harmless import noise_level
@@ -64,7 +65,7 @@ def advise(
         if r.sensitive_type == "activation" and r.op_name not in around and (r.score > noise or r.op_name in near)
     }
     scores = {(r.op_name, r.quant_dtype): r.score for r in table.rows if r.sensitive_type == "activation"}
-    maker = _Maker(prepared, stats, layers, refused, scores, noise, finite_masks(prepared, stats), near)
+    maker = _Maker(prepared, stats, layers, cache(refused), scores, noise, finite_masks(prepared, stats), near)
     found = []
     for name in dict.fromkeys([*activations, *weights]):
         activation, weight = activations.get(name), weights.get(name)
