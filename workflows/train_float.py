@@ -13,17 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-
-from qflow.config.build import build_task, get_function
 from qflow.config.command import run_command
-from qflow.config.settings import check_executor, plain
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # each function imports what it uses, so that --help loads neither Hydra nor PyTorch
     from omegaconf import DictConfig
+    from torch import Tensor, nn
+    from torch.utils.data import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +48,9 @@ def train(
     seed: int,
 ) -> None:
     """Train `model` in place and leave it in eval mode."""
+    import torch
+    from torch.utils.data import DataLoader
+
     torch.manual_seed(seed)
     loader = DataLoader(data.train, batch_size, shuffle=True, drop_last=True)
     steps = epochs * len(loader)
@@ -75,14 +73,23 @@ def train(
     log.info("metric %.4f", evaluate(model.eval(), data.evaluation, metric))
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, samples: Dataset[Any], metric: Callable[[Any, Any], Tensor]) -> float:
     """Return the mean of the metric's scores per sample."""
-    return float(torch.cat([metric(model(batch[0]), batch) for batch in DataLoader(samples, 64)]).mean())
+    import torch
+    from torch.utils.data import DataLoader
+
+    with torch.no_grad():
+        return float(torch.cat([metric(model(batch[0]), batch) for batch in DataLoader(samples, 64)]).mean())
 
 
 def train_float(config: DictConfig) -> int:
     """Build the task with untrained weights, train and measure the model, and save its weights."""
+    import torch
+    from safetensors.torch import save_file
+
+    from qflow.config.build import build_task, get_function
+    from qflow.config.settings import check_executor, plain
+
     check_executor(config)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if config.executor.threads:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 Result = int | tuple[int, Mapping[str, Any]]
 """What a command returns: its exit code, and the fields of its result for `--json`."""
 REFUSED = "The options of a command are those of --help, but got others. The lines above say which."
-WORKS = "reads its configuration, then loads PyTorch and MLflow"
 
 
 def run_command(name: str, act: Callable[[DictConfig], Result], argv: Sequence[str] | None = None) -> NoReturn:
@@ -63,13 +62,15 @@ def _answer(
 
         print(command_help(name, called(name)))
         return 0, {}, ""
-    if sys.stdout.isatty() and not any(word.startswith("-") for word in arguments):
-        print(f"{name:<12} {WORKS}", flush=True)
+    shown = sys.stdout.isatty() and not any(word.startswith("-") for word in arguments)
+    if shown:
+        print(f"{name:<12} {named(name).summary or 'train the float weights of a task'}", flush=True)
     from qflow.config.compose import composed
     from qflow.config.overrides import flags_and_sources
 
     try:
-        ended = composed(name, module_name(name), act, flags_and_sources(name, arguments)) or 0
+        acting = _saying_the_task(act) if shown else act
+        ended = composed(name, module_name(name), acting, flags_and_sources(name, arguments)) or 0
     except BrokenPipeError:
         raise
     except KeyboardInterrupt:
@@ -84,6 +85,20 @@ def _answer(
         sys.stderr.write(masked(traceback.format_exc()))
         return DEFECT, {}, ""
     return (ended, {}, "") if isinstance(ended, int) else (*ended, "")
+
+
+def _saying_the_task(act: Callable[[DictConfig], Result]) -> Callable[[DictConfig], Result]:
+    """Return `act` with a line before it: the task and the march that the configuration names, if it runs one."""
+
+    def acting(config: DictConfig) -> Result:
+        from omegaconf import OmegaConf
+
+        task, march = (OmegaConf.select(config, key) for key in ("task.name", "device.march"))
+        if task and march and not config.get("from_run") and config.get("mode") != "fit":
+            print(f"{'task':<12} {task} on {march}", flush=True)
+        return act(config)
+
+    return acting
 
 
 def _code_of(ended: SystemExit) -> int:

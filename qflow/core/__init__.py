@@ -10,6 +10,7 @@ __all__ = [
     "dtype",
     "errors",
     "graph",
+    "installed",
     "known_range",
     "names",
     "nearest",

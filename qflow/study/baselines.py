@@ -122,7 +122,7 @@ def other_methods(session: Session, point: Mapping[str, Any]) -> list[dict[str, 
 
 def _error(session: Session, point: Mapping[str, Any]) -> float:
     """Return how far the outputs at `point` are from float on the bad cases; infinity if they are not finite."""
-    return outputs_off_under(session.evaluator, trial_settings(session.config, point))
+    return outputs_off_under(session.evaluator, trial_settings(session.config_at(point)))
 
 
 def method_of(session: Session, point: Mapping[str, Any]) -> str:

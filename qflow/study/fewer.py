@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from qflow.core.dtype import QDtype
@@ -32,10 +33,9 @@ def lower_best(session: Session) -> None:
     trials = [t for t in session.trials if not t.label.startswith(DEMOTED) and not t.outcome.metrics.get("qat/steps")]
     start = best_trial(trials, session.goal.ranking)
     if start is not None:
-        try:
+        with suppress(BudgetSpent):
+            session.budget.require(session.trials, session.untrained_best is not None)
             demoted(session, start, PATIENCE)
-        except BudgetSpent:
-            return
 
 
 def demoted(

@@ -46,6 +46,8 @@ def search_mix(session: Session, low: Baseline, high: FinishedTrial) -> None:
         ended = "done"
         try:
             low = _calibrated_as(session, low, high)
+            # once nothing may be measured, a strategy would only repeat what the study knows
+            session.budget.require(session.trials, session.untrained_best is not None)
             own = low.params if low else {**baseline_point(session, ALL_INT8), METHOD: method_of(session, high.params)}
             base = {**free_point(own), **weights, RATIO: 0.0}
             started = len(session.measured)

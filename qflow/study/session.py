@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qflow.analysis.measures.tables import BadcaseTable, SensitivityTable
 from qflow.bundle.stored import example_digest
-from qflow.config.settings import trial_settings, with_params
+from qflow.config.settings import ConfigAt, trial_settings
 from qflow.config.space import configured, module_settings
 from qflow.core.errors import QflowError
 from qflow.core.record import to_json
@@ -228,7 +228,12 @@ class Session:
 
     def qconfig_at(self, params: Mapping[str, Any]) -> QConfigSettings:
         """Return the settings of the qconfig of a trial at `params`; keys that they leave open are as configured."""
-        return trial_settings(self.config, params).qconfig
+        return trial_settings(self.config_at(params)).qconfig
+
+    @cached_property
+    def config_at(self) -> ConfigAt:
+        """The configuration at a point, to be read only."""
+        return ConfigAt(self.config)
 
     def _reason_against(self, params: Mapping[str, Any]) -> str:
         budgets, int16 = self.goal.budgets, self.baselines.get("all-int16")
@@ -272,7 +277,7 @@ class Session:
 
     def evaluate(self, params: Mapping[str, Any], folder: Path) -> Outcome:
         """Evaluate one trial at `params`: write its files into `folder` and return its numbers."""
-        changed = with_params(self.config, params)
+        changed = self.config_at(params)
         return evaluate_trial(changed, self.evaluator, self.goal, self.manifest, folder, self.console, params)
 
     def note_best(self) -> None:

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+
+from qflow.core.installed import folder_of
 
 Batch = tuple[Tensor, Tensor]  # image [B, 1, 8, 8], digit int64 [B]
 HELD_OUT = 597  # images kept for evaluation; 1,200 are left for training
@@ -36,10 +38,10 @@ class DigitsData:
 
 def build_data(*, calibration_size: int = 128, seed: int = 0) -> DigitsData:
     """Shuffle by `seed` and split."""
-    digits = load_digits()
-    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(seed))
-    images = torch.from_numpy(digits.images).float()[order, None] / 16
-    labels = torch.from_numpy(digits.target).long()[order]
+    rows = torch.from_numpy(np.loadtxt(folder_of("sklearn") / "datasets" / "data" / "digits.csv.gz", delimiter=","))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    images = rows[:, :-1].float().reshape(-1, 8, 8)[order, None] / 16
+    labels = rows[:, -1].long()[order]
     if not 0 < calibration_size <= len(order) - HELD_OUT:
         raise ValueError(
             f"calibration_size must lie in 1..{len(order) - HELD_OUT}, the number of training images; "

@@ -73,7 +73,8 @@ class AnalysedState(SharedState):
     @property
     def quantizers(self) -> int:
         """Number of rows of a sensitivity table at int8: outputs, values inside them, weights."""
-        inner = sum(len(n.inner) for n in self.graph.quantized if self.template(QDtype.qint8)[1].ops[n.name].inner)
+        ops = self.template(QDtype.qint8)[1].ops
+        inner = sum(len(n.inner) for n in self.graph.quantized if ops[n.name].inner)
         return self.graph.n_operators - len(self.graph.high_precision) + inner + len(self.graph.weighted)
 
     def rank(self, progress: Progress = silent, applied: QConfig | None = None) -> SensitivityTable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +13,13 @@ from qflow.quant.model.calibrate import apply_scales
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.trace.calling import batch_size, call_model, named_tensors
 from qflow.trial.analysed import AnalysedState
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A distance of outputs from float, as the cache holds it."""
+
+    value: float
 
 
 def outputs_off(state: AnalysedState, prepared: QuantizedModel | None = None) -> float:
@@ -35,10 +43,18 @@ def outputs_off(state: AnalysedState, prepared: QuantizedModel | None = None) ->
 def outputs_off_under(state: AnalysedState, settings: TrialSettings) -> float:
     """Return `outputs_off` under the qconfig and the calibration of `settings`; infinity for outputs without one.
 
-    It takes two forward passes over the bad cases, so calibration methods can be ordered without an evaluation.
+    It takes two forward passes over the bad cases, so calibration methods can be ordered without an evaluation; a later
+    start reads it.
     """
     calibration = settings.calibration
     with state.repaired(settings.repair, calibration):
-        apply_scales(state.prepared, state.calibrate(calibration), state.resolve(settings.qconfig)[1], calibration)
-        found = outputs_off(state)
-    return math.inf if math.isnan(found) else found
+        applied = state.resolve(settings.qconfig)[1]
+
+        def measured() -> Distance:
+            apply_scales(state.prepared, state.calibrate(calibration), applied, calibration)
+            found = outputs_off(state)
+            return Distance(math.inf if math.isnan(found) else found)
+
+        data = state.augmented(calibration), list((state.badcases or state.find_badcases()).chosen)
+        key = state.key(applied.digest, calibration, state.rules, state.sensitivity_settings.metric, *data)
+        return state.cache.get("outputs", key, measured, Distance).value

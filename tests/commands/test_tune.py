@@ -73,6 +73,11 @@ def test_the_same_command_goes_on_and_repeats_nothing(studied):
     assert "7 trials of an earlier start are kept" in again.stdout
     assert "with the advice on the study's run: nothing that they depend on has changed" in again.stdout
     assert len(re.findall(r"^trial \d+", again.stdout, re.MULTILINE)) == 1
+    done = run_qflow("tune", *OWN, "search.n_trials=8", cwd=folder)  # and of a finished study nothing is left to do
+    (line,) = re.findall(r"^cache +read instead of computed: (.*)", done.stdout, re.MULTILINE)
+    assert all(read == every for read, every in re.findall(r"(\d+) of (\d+)", line)) and "evaluation" not in line, line
+    result = [text.partition("decisions ")[0].partition("\nfloat ")[2] for text in (again.stdout, done.stdout)]
+    assert result[0] == result[1] != ""
 
 
 def test_another_configuration_under_the_same_name_is_refused(studied):

@@ -17,6 +17,7 @@ from qflow.search.objective import Goal
 from qflow.study.outcome import outcome
 from qflow.trial.cache import Cache, read_record, write_record
 from qflow.trial.evaluator import Evaluator
+from qflow.trial.outputs import outputs_off_under
 from qflow.trial.record import RUN_METRICS, Evaluation
 
 SETTINGS = TrialSettings(
@@ -36,13 +37,15 @@ def start(task, rules, folder, say=print, **changes):
 
 
 def test_another_start_reads_everything_and_gets_the_same_bits(digits_task, nash_m, tmp_path):
-    _, table, trial = start(digits_task, nash_m, tmp_path)
+    first, table, trial = start(digits_task, nash_m, tmp_path)
+    off = outputs_off_under(first, SETTINGS)
     again, same_table, same = start(digits_task, nash_m, tmp_path)
+    assert outputs_off_under(again, SETTINGS) == off > 0.0
     assert (sum(again.cache.misses.values()), again.evaluations) == (0, 0)
     assert (trial.evaluated, same.evaluated, again.hits) == (True, False, 1)
     assert (same_table, replace(same, evaluated=True)) == (table, trial)
-    _, fresh_table, fresh = start(digits_task, nash_m, None)
-    assert (fresh_table, fresh) == (table, trial)
+    other, fresh_table, fresh = start(digits_task, nash_m, None)
+    assert (fresh_table, fresh, outputs_off_under(other, SETTINGS)) == (table, trial, off)
 
 
 def test_exactly_what_depends_on_a_change_is_computed_again(digits_task, nash_m, tmp_path):

@@ -22,9 +22,11 @@ from typing import TypedDict
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_sample_images
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from qflow.core.installed import folder_of
 
 SIDE = 96  # pixels, of an image
 FRAME = 28  # pixels, of an item in Fashion-MNIST
@@ -147,7 +149,8 @@ def build_data(*, calibration_size: int = 256, evaluation_size: int = 1536, seed
             f"There are {len(items)} items for calibration and training, {len(test_items)} for evaluation; "
             f"got calibration_size={calibration_size}, evaluation_size={evaluation_size}."
         )
-    photographs = torch.from_numpy(np.stack(load_sample_images().images))
+    paths = sorted((folder_of("sklearn") / "datasets" / "images").glob("*.jpg"))
+    photographs = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in paths]))
     seen, unseen = photographs[:, :, :GROUND_BORDER], photographs[:, :, GROUND_BORDER:]
     kinds, test_kinds = (torch.tensor(KIND)[part.long()] for part in (labels, test_labels))
     spare, kept, tested = slice(calibration_size), slice(calibration_size, None), slice(evaluation_size)
