@@ -55,7 +55,9 @@ def program(small: bool) -> str:
 def overhead(small: bool) -> str:
     header = ["task", "trials", "a trial", "calibrate, evaluate", "rest of the evaluator", "loop, study, store", "both"]
     cases = [("digits", 2)] if small else [("perception", 12), ("digits", 12)]
-    return table([*header, "share (range)"], [search_overhead.overhead(*case) for case in cases])
+    return table(
+        [*header, "share (range)", "both, processor time"], [search_overhead.overhead(*case) for case in cases]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -28,10 +28,10 @@ SPACE = [
 
 
 class Clock:
-    """Seconds spent in calibration passes and evaluations, and in the evaluator as a whole."""
+    """Seconds spent in calibration passes and evaluations (`used`: of processor time), and in the whole evaluator."""
 
     def __init__(self) -> None:
-        self.inside = self.evaluator = 0.0
+        self.inside = self.used = self.evaluator = 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -45,18 +45,20 @@ class Clock:
 
     def _timed(self, call: Callable[..., Any], what: str) -> Callable[..., Any]:
         def timed(*arguments: Any, **options: Any) -> Any:
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             try:
                 return call(*arguments, **options)
             finally:
                 setattr(self, what, getattr(self, what) + time.perf_counter() - start)
+                self.used += time.process_time() - used if what == "inside" else 0.0
 
         return timed
 
 
 def overhead(name: str, n_trials: int) -> list[str]:
     """Cells of one task: its name, trials, median time of a trial, of its calibration and evaluation, of the rest of
-    the evaluator, of the loop with study and store, of the last two together, and their share.
+    the evaluator, of the loop with study and store, of the last two together, their share, and their processor time,
+    which other programs disturb less.
     """
     register_schema("tune")
     clock, taken = Clock(), []
@@ -68,18 +70,19 @@ def overhead(name: str, n_trials: int) -> list[str]:
             for label in (ALL_INT16, ALL_INT8):  # these also warm up the store
                 baseline(session, label)
             for _ in range(n_trials):
-                before = time.perf_counter(), clock.inside, clock.evaluator
+                before = time.perf_counter(), clock.inside, clock.evaluator, time.process_time(), clock.used
                 session.sample()
-                now = time.perf_counter(), clock.inside, clock.evaluator
+                now = time.perf_counter(), clock.inside, clock.evaluator, time.process_time(), clock.used
                 taken.append([b - a for a, b in zip(before, now, strict=True)])
-    shares = sorted((wall - inside) / wall for wall, inside, _ in taken)
+    shares = sorted((wall - inside) / wall for wall, inside, *_ in taken)
     return [
         name,
         str(len(taken)),
         f"{statistics.median(wall for wall, *_ in taken):.2f} s",
-        f"{statistics.median(inside for _, inside, _ in taken):.2f} s",
-        f"{statistics.median(evaluator - inside for _, inside, evaluator in taken) * 1e3:.0f} ms",
-        f"{statistics.median(wall - evaluator for wall, _, evaluator in taken) * 1e3:.0f} ms",
-        f"{statistics.median(wall - inside for wall, inside, _ in taken) * 1e3:.0f} ms",
+        f"{statistics.median(inside for _, inside, *_ in taken):.2f} s",
+        f"{statistics.median(evaluator - inside for _, inside, evaluator, *_ in taken) * 1e3:.0f} ms",
+        f"{statistics.median(wall - evaluator for wall, _, evaluator, *_ in taken) * 1e3:.0f} ms",
+        f"{statistics.median(wall - inside for wall, inside, *_ in taken) * 1e3:.0f} ms",
         f"{statistics.median(shares):.1%} ({shares[0]:.1%} to {shares[-1]:.1%})",
+        f"{statistics.median(used - inside for *_, used, inside in taken) * 1e3:.0f} ms",
     ]

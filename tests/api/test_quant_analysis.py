@@ -16,6 +16,7 @@ import qflow
 from qflow.analysis.badcases.files import BadcaseInputs
 from qflow.analysis.measures.metrics import distance
 from qflow.api.cases import kept_cases
+from qflow.config.device_file import load_rules
 from qflow.core.errors import QflowError
 
 GUIDE = """
@@ -154,11 +155,14 @@ def test_advice_on_a_weight_is_applied(analysis):
     assert [n for n, op in found.items() if str(op.weight) == "qint16"] == ["a"]
 
 
-def test_advice_that_bars_other_advice_comes_first(tmp_path):
+def test_advice_reads_the_device_once_and_what_bars_other_advice_comes_first(tmp_path, monkeypatch):
     model, example = build("resnet")
     qa = qflow.QuantAnalysis(model, calibrated(model, [example]), out_dir=tmp_path)
     qa.auto_find_bad_case([example])
+    read = []
+    monkeypatch.setattr("qflow.api.model_pair.load_rules", lambda march: read.append(march) or load_rules(march))
     first, *rest = (a for a in qa.advise() if a.spec)
+    assert read == ["nash-m"]
     pool = dataclasses.replace(first, target="[adaptive_avg_pool2d]", spec="qint16")
     head = dataclasses.replace(first, target="head", spec="{weight: qint16}")  # with it: int16 x int16
     assert qa.setter([pool, head]).dtypes == {"[adaptive_avg_pool2d]": "qint16"}

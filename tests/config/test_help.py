@@ -1,5 +1,7 @@
 """`--help`: each key with a line that explains it, in 80 columns, from the text of the schemas."""
 
+import subprocess
+import sys
 from dataclasses import is_dataclass
 from typing import get_type_hints
 
@@ -79,3 +81,15 @@ def test_the_list_of_commands_fits_and_names_each_with_its_purpose():
     assert all(len(line) <= 80 for line in text.splitlines())
     for name, command in COMMANDS.items():
         assert f"  {name:<10}{command.summary}" in text
+
+
+def test_no_help_loads_a_library_that_is_slow_to_import():
+    """Nor does the module of the command, which is imported before."""
+    modules = [*(f"qflow.commands.{name}" for name in COMMANDS), "qflow.workflows.train_float"]
+    code = (
+        f"import sys, {', '.join(modules)}\nfrom qflow.config.help import command_help, overview\n"
+        f"overview(), [command_help(name, 'qflow') for name in {ALL}]\n"
+        "print({'torch', 'mlflow', 'optuna', 'hydra', 'pandas', 'numpy', 'scipy', 'sklearn'} & {*sys.modules})"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert shown.stdout.strip() == "set()"
