@@ -7,7 +7,7 @@ to the front of drop and time (Emmerich et al. 2006). The sum of both finds the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +17,8 @@ from qflow.search.assign import Problem
 from qflow.search.surrogate import Measurement, Surrogate, below, expected_fall
 
 BUDGETS = 64  # error budgets, for each of which the cheapest mix by the predicted errors is a candidate
-CORRECTED = 6  # levels of the drop, for each of which the cheapest mix by the corrected errors is a candidate
+CORRECTED = 7  # levels of the drop, for each of which the cheapest mix by the corrected errors is a candidate
+CLIMBED = 4  # mixes of most worth, whose neighbours are candidates too, until none of these is worth more
 WORTH = 0.01  # share of what a mix costs beyond all int8, below which an expected saving is not worth a trial
 SAVED = 0.5  # what a saving counts beside hypervolume, over the drop of all int8
 
@@ -64,29 +65,51 @@ class NextMix:
         """
         problem, surrogate = self.problem, Surrogate(self.problem, measured, self.low, self.high)
         within = [m for m in measured if problem.within(m.mix)]
-        mixes = [mix for mix in self._candidates(surrogate, within, settings) if mix not in seen]
-        times, drops = problem.time.estimates(mixes), surrogate.expected(mixes, settings)
         meeting = [problem.price(m.mix) for m in within if round(m.drop - self.max_drop, 9) <= 0.0]
         best, lowest = min(meeting, default=-np.inf), problem.price(problem.all_int8)
-        saved = np.maximum(best - times, 0.0) * below(self.max_drop, *drops)
-        if not front and saved.max(initial=0.0) <= WORTH * max(best - lowest, 0.0):
-            return None
         ends = max(m.drop for m in measured), max(lowest, problem.price(problem.all_int16))
-        added = Front([(m.drop, problem.price(m.mix)) for m in within], ends).gains(*drops, times)
-        gains = SAVED * surrogate.span * saved + added
-        order = np.argsort(-gains, kind="stable")
-        return next((mixes[k] for k in order if gains[k] > 0.0 and problem.within(mixes[k])), None)
+        known = Front([(m.drop, problem.price(m.mix)) for m in within], ends)
 
-    def _candidates(self, surrogate: Surrogate, within: Sequence[Measurement], settings: str) -> dict[str, None]:
-        """Return the cheapest mixes for some error budgets, and all that differ in one letter from the front."""
-        problem, corrected = self.problem, surrogate.corrected(settings)
-        levels = [self.max_drop - self.low, *(surrogate.span * (k / CORRECTED) ** 2 for k in range(CORRECTED))]
+        def saved(mixes: Sequence[str]) -> np.ndarray:
+            times, drops = problem.time.estimates(mixes), surrogate.expected(mixes, settings)
+            return np.asarray(np.maximum(best - times, 0.0) * below(self.max_drop, *drops))
+
+        def worth(mixes: Sequence[str]) -> np.ndarray:
+            added = known.gains(*surrogate.expected(mixes, settings), problem.time.estimates(mixes))
+            return np.asarray(SAVED * surrogate.span * saved(mixes) + added)
+
+        candidates = self._candidates(surrogate.corrected(settings), within, 1 if front else CORRECTED)
+        gains = self._climbed(worth, candidates, seen, CLIMBED if front else 0)
+        if not front and saved([*gains]).max(initial=0.0) <= WORTH * max(best - lowest, 0.0):
+            return None
+        order = sorted((mix for mix in gains if gains[mix] > 0.0), key=gains.__getitem__, reverse=True)
+        return next((mix for mix in order if problem.within(mix)), None)
+
+    def _candidates(self, corrected: Problem, within: Sequence[Measurement], count: int) -> list[str]:
+        """Return the cheapest mixes by predicted errors, and for `count` drops by corrected ones, and the front's."""
+        shares = np.linspace(0.0, 1.0, CORRECTED - 1, endpoint=False) ** 2
+        levels = [self.max_drop - self.low, *((self.high - self.low) * shares).tolist()]
         front: dict[str, float] = {}
-        for m in sorted(within, key=lambda m: (problem.price(m.mix), m.drop, m.mix)):
+        for m in sorted(within, key=lambda m: (self.problem.price(m.mix), m.drop, m.mix)):
             if m.drop < min(front.values(), default=np.inf):
                 front[m.mix] = m.drop
-        flipped = (problem.flipped(mix, o.place) for mix in front for o in problem.operators)
-        return dict.fromkeys([*self._solved, *(corrected.cheapest(level) for level in levels), *flipped])
+        return [*self._solved, *(corrected.cheapest(level) for level in levels[:count]), *self._neighbours(front)]
+
+    def _climbed(
+        self, worth: Callable[[Sequence[str]], np.ndarray], mixes: Sequence[str], seen: Collection[str], most: int
+    ) -> dict[str, float]:
+        """Return what `mixes` are worth, and the neighbours of the `most` best ones, until none of these is better."""
+        found, spread = dict[str, float](), set[str]()
+        while new := [mix for mix in dict.fromkeys(mixes) if mix not in found and mix not in seen]:
+            found |= dict(zip(new, worth(new).tolist(), strict=True))
+            best = sorted(found, key=found.__getitem__, reverse=True)[:most]
+            mixes = self._neighbours(mix for mix in best if mix not in spread)
+            spread |= {*best}
+        return found
+
+    def _neighbours(self, mixes: Iterable[str]) -> list[str]:
+        """Return the mixes that differ in one letter from one of `mixes`."""
+        return [self.problem.flipped(mix, o.place) for mix in mixes for o in self.problem.operators]
 
     @cached_property
     def _solved(self) -> list[str]:

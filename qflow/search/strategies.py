@@ -90,14 +90,14 @@ def assign(
     patience: int = 3,
     explore: bool = True,
 ) -> None:
-    """Search the cheapest assignment that meets the goal, demote what it does not need, then explore the front.
+    """Search the cheapest assignment that meets the goal, and demote what it does not need.
 
     Each mix is the one that is most worth a trial, given all drops measured so far (next_mix.py). None is measured that
-    exceeds a limit of the problem. `int8_drop` and `int16_drop` are the measured drops of the
-    baselines; they relate predicted errors to drops. `int8_drop` is None if the outputs of all int8 are not finite.
-    `top` is the mix of `int16_drop`, which is known to meet the goal, if that is not all int16 but has int16 weights.
-    Demotion ends after `patience` operators in a row that prove needed. With `explore` the rest of the budget is spent
-    on the Pareto front of drop against latency.
+    exceeds a limit of the problem. With `explore` the Pareto front of drop against latency is worth trials as well, and
+    demotion comes last. `int8_drop` and `int16_drop` are the measured drops of the baselines; they relate predicted
+    errors to drops. `int8_drop` is None if the outputs of all int8 are not finite. `top` is the mix of `int16_drop`,
+    which is known to meet the goal, if that is not all int16 but has int16 weights. Demotion ends after `patience`
+    operators in a row that prove needed.
     """
     top = top or problem.all_int16
     measured = {problem.all_int8: int8_drop, top: int16_drop}
@@ -120,13 +120,11 @@ def assign(
         found = problem.most_accurate()
         if found not in ends and not accurate(ask(found, "most accurate within the limits")):
             found = None
-    if found is not None:
-        while mix := chosen.choose(known(), {*ends, *seen}, front=False):
-            found = mix if accurate(ask(mix, f"assigned {mix.count('6')}")) else found
-        if found != top:
-            demote(ask, problem, found, patience, missed=[problem.all_int8])
-    while explore and (mix := chosen.choose(known(), {*ends, *seen})):
-        ask(mix, "for the front")
+    while (found or explore) and (mix := chosen.choose(known(), {*ends, *seen}, front=explore)):
+        met = accurate(ask(mix, f"assigned {mix.count('6')}"))
+        found = mix if met and (not found or problem.price(mix) < problem.price(found)) else found
+    if found and found != top:
+        demote(ask, problem, found, patience, missed=[problem.all_int8])
 
 
 def _drop(trial: FinishedTrial) -> float:
