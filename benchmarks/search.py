@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import search_front, search_minimal, search_overhead, search_program
+from benchmarks import front_problem, search_front, search_minimal, search_overhead, search_program
 
 SECTIONS = ("minimal", "front", "program", "overhead")
 WEIGHTS = Path("qflow_out/benchmarks")  # trained networks; ignored by git
@@ -35,16 +35,17 @@ def minimal(seeds: Sequence[int], small: bool) -> str:
         return "\n".join(search_minimal.minimal(Path(folder), [0], epochs=0, evaluation=64, side=8))
 
 
-def front(problems: Sequence[int], only: Sequence[str], seeds: int, small: bool) -> str:
-    header = ["test problem", "strategy", *(f"{m} evaluations" for m in search_front.MARKS), "most", "CPU s a search"]
+def front(problems: Sequence[int], only: Sequence[str], seeds: int, most: int, small: bool) -> str:
+    marks = [f"{mark} evaluations" for mark in search_front.MARKS if mark <= most]
+    header = ["test problem", "strategy", *marks, "most", "CPU s a search"]
     if not small:
         files = [search_front.DATA / f"front-{number}.npz" for number in problems]
-        rows = search_front.front(files, seeds, only)
+        rows = search_front.front(files, seeds, only, most)
         return "\n".join([*map(search_front.describe, files), "", table(header, rows)])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "front-0.npz"
-        search_front.make(1, path, operators=5, epochs=1)
-        return "\n".join([search_front.describe(path), "", table(header, search_front.front([path], 1, only))])
+        front_problem.make(1, path, operators=5, epochs=1)
+        return "\n".join([search_front.describe(path), "", table(header, search_front.front([path], 1, only, most))])
 
 
 def program(small: bool) -> str:
@@ -67,13 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)), help="minimal: one training per seed")
     parser.add_argument("--landscapes", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="front: the test problems")
     parser.add_argument("--draws", type=int, default=10, help="front: number of seeds")
+    parser.add_argument("--evaluations", type=int, default=search_front.EVALUATIONS, help="front: of each search")
     parser.add_argument("--only", nargs="+", default=list(search_front.STRATEGIES), help="front: the strategies")
     parser.add_argument("--make", type=int, help="front: make the file of this test problem and end")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.make is not None:
-        search_front.make(options.make, search_front.DATA / f"front-{options.make}.npz")
+        front_problem.make(options.make, search_front.DATA / f"front-{options.make}.npz")
         return
     print(f"torch {torch.__version__}, one thread\n")
     for section in options.sections or SECTIONS:
@@ -81,8 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(minimal(options.seeds, options.small), flush=True)
         elif section == "front":
             print(
-                front(options.landscapes, options.only, 1 if options.small else options.draws, options.small),
-                flush=True,
+                front(options.landscapes, options.only, options.draws, options.evaluations, options.small), flush=True
             )
         elif section == "program":
             print(program(options.small), flush=True)

@@ -137,9 +137,9 @@ def test_a_hypervolume_is_the_area_below_the_reference():
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
 def test_the_stored_test_problems_hold_every_mix(search, number):
-    problem = search.search_front.EnumeratedProblem.read(search.search_front.DATA / f"front-{number}.npz")
+    problem = search.front_problem.EnumeratedProblem.read(search.search_front.DATA / f"front-{number}.npz")
     assert len(problem.drops) == 4096
-    assert len(problem.scores) == search.search_front.SEEDS
+    assert len(problem.scores) == search.front_problem.SEEDS
     assert problem.drops["8" * 12] > 0.2 > 0.011 > problem.drops["6" * 12]
     assert problem.volume(problem.drops) > problem.volume(["8" * 12, "6" * 12]) > 0
 

@@ -108,7 +108,8 @@ def test_no_mix_is_chosen_twice_and_none_that_cannot_save_time():
 @pytest.mark.slow
 def test_ten_evaluations_cover_the_front_of_a_network():
     """All 4096 mixes of it were evaluated, so the exhaustive front is known."""
-    from benchmarks.search_front import EnumeratedProblem, Measured, by_assign
+    from benchmarks.front_problem import EnumeratedProblem
+    from benchmarks.search_front import Measured, by_assign
 
     problem = EnumeratedProblem.read(Path(__file__).parents[2] / "benchmarks" / "data" / "front-3.npz")
     measure = Measured(problem, 0, most=10)
