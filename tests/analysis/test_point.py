@@ -1,5 +1,7 @@
 """Gains at the point of a mix: exact where theory says so, and a planted cause upstream comes first."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -202,3 +204,26 @@ def test_a_gain_needs_samples():
     model, x = planted(0)
     with pytest.raises(DataError, match="needs quantizers and bad cases"):
         gains(mixed(model, x), [])
+
+
+class Root(nn.Module):
+    """The gradient of a square root at 0 is infinite, and a ReLU gives zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.outside = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.outside(torch.relu(self.inside(x)).sqrt())
+
+
+def test_rows_without_a_finite_gradient_are_measured():
+    torch.manual_seed(0)
+    model, x = Root().eval(), torch.randn(16, 4)
+    prepared = mixed(model, x)
+    table = gains(prepared, [x])
+    measured = {r.op_name: r.score for r in table.rows if r.exact and r.sensitive_type == "activation"}
+    whole = distance(model, prepared, x)
+    assert measured == {name: pytest.approx(whole - distance(model, prepared, x, off=[name])) for name in measured}
+    assert "inside" in measured
+    assert all(math.isfinite(r.score) for r in table.rows)

@@ -19,6 +19,7 @@ Measured gains say what one promotion alone brings, which is nothing for each of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -53,8 +54,9 @@ def gains(
 
     Scores are differences of D, in the units of `metric` merged as in `sensitivity`. `rows` (None: every active
     quantizer at its dtype in the mix) may have other dtypes: q is then the quantizer of the row, and g that of the mix.
-    The `exact` rows with the largest absolute gains are measured: D with this quantizer minus D with it off. Raises
-    DataError without samples, quantizers or outputs that can be compared.
+    The `exact` rows with the largest absolute gains are measured: D with this quantizer minus D with it off. So are
+    those without a finite gradient, as that of a square root at 0. Raises DataError without samples, quantizers or
+    outputs that can be compared.
     """
     rows = candidates(prepared) if rows is None else rows
     if not batches or not rows:
@@ -67,18 +69,22 @@ def gains(
         share = batch_size(inputs) / total
         found = [a + share * b for a, b in zip(found, point.first_order(inputs, variants), strict=True)]
     made = [row.row(gain, 0.0, {}, exact=False) for row, gain in zip(rows, found, strict=True)]
-    largest = sorted(range(len(rows)), key=lambda i: -abs(found[i]))[:exact]
-    for i, gain in zip(largest, point.measured(batches, [variants[i] for i in largest]), strict=True):
+    steep = [i for i, gain in enumerate(found) if not math.isfinite(gain)]
+    largest = sorted({*range(len(rows))} - {*steep}, key=lambda i: -abs(found[i]))[:exact]
+    again = [*steep, *largest]
+    for i, gain in zip(again, point.measured(batches, [variants[i] for i in again]), strict=True):
         made[i] = replace(made[i], score=gain, exact=True)
     order_of = {n: i for i, node in enumerate(prepared.graph.nodes) for n in (node.name, *node.inner)}
     made.sort(key=lambda r: (-r.score, order_of[r.op_name], r.sensitive_type))
-    measured = f"; the {len(largest)} largest measured by full forwards without that quantizer" if largest else ""
+    which = [f"the {len(largest)} largest"] if largest else []
+    which += [f"{len(steep)} without a finite gradient"] if steep else []
+    measured = f"; {' and '.join(which)} measured by full forwards without that quantizer" if which else ""
     return SensitivityTable(
         metric=metric,
         merge=MERGE,
         samples=total,
         flops=sample_flops(prepared.graph),
-        exact=len(largest) == len(rows),
+        exact=len(again) == len(rows),
         rows=tuple(made),
         method=f"all quantizers on, first order from one backward pass{measured}",
     )
@@ -147,7 +153,7 @@ class _Point:
                     distances.add(2 * v, self._mixed(inputs, order))
                 distances.add(2 * v + 1, self._mixed(inputs, order, own))
                 found = [distances.result(v)[0] for v in range(2 * len(variants))]
-        return [found[2 * v] - found[2 * v + 1] for v in range(len(variants))]
+        return [_difference(found[2 * v], found[2 * v + 1]) for v in range(len(variants))]
 
     def _own(self, variant: Variant) -> FakeQuant:
         return (self.prepared.weights if variant.weight else self.prepared.outputs)[variant.name]
@@ -163,3 +169,8 @@ class _Point:
             if off is not None:
                 off.enabled = False
             return dict(named_tensors(call_model(self.prepared, inputs)))
+
+
+def _difference(mixed: float, without: float) -> float:
+    """Return `mixed` - `without`; 0 if neither is finite, since then no difference is known."""
+    return 0.0 if not (math.isfinite(mixed) or math.isfinite(without)) else mixed - without
