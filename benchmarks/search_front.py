@@ -18,8 +18,9 @@ from qflow.search.domain import Choice
 from qflow.search.next_mix import Front
 from qflow.search.objective import CONSTRAINT
 from qflow.search.outcome import FinishedTrial, Outcome
+from qflow.search.sampler import make_sampler
 from qflow.search.strategies import ASSIGNMENT, BudgetSpent, assign, raise_until_met
-from qflow.search.study import Study, _sampler
+from qflow.search.study import Study
 
 DATA = Path(__file__).parent / "data"
 GOAL = 0.05
@@ -106,8 +107,9 @@ def by_optuna(kind: str) -> Callable[[Measured], None]:
     def run(measure: Measured) -> None:
         names = [f"op{i:02d}" for i in range(len(measure.problem.operators))]
         directions = ("maximize", "minimize")
-        inner = optuna.create_study(directions=list(directions), sampler=_sampler(kind, measure.seed, EVALUATIONS))
-        study = Study(inner, dict.fromkeys(names, Choice(("qint8", "qint16"))), directions, Path())
+        sampler = make_sampler(kind, measure.seed, EVALUATIONS)
+        inner = optuna.create_study(directions=list(directions), sampler=sampler)
+        study = Study(inner, dict.fromkeys(names, Choice(("qint8", "qint16"))), directions, Path(), lambda _: sampler)
         for dtype in ("qint16", "qint8"):
             study.enqueue(dict.fromkeys(names, dtype))
         measured: set[str] = set()

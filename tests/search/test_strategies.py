@@ -21,8 +21,9 @@ from qflow.search.domain import Choice
 from qflow.search.loop import Driver
 from qflow.search.objective import CONSTRAINT, best_trial
 from qflow.search.outcome import FinishedTrial, Outcome
+from qflow.search.sampler import make_sampler
 from qflow.search.strategies import ASSIGNMENT, BudgetSpent, assign, demote, halving, leave_out, raise_until_met
-from qflow.search.study import Study, _sampler
+from qflow.search.study import Study
 
 RATIO = "qconfig.int16_ratio"
 N, GOAL = 20, 0.01
@@ -126,8 +127,9 @@ def run_optuna(problem):
     """The sampler over the ratio, as the session drives it: until the space or the budget is used up."""
     if problem.driver is None:
         shares = tuple(dict.fromkeys(k / (problem.count or 1) for k in range(problem.count + 1)))
-        inner = optuna.create_study(directions=["maximize", "minimize"], sampler=_sampler("tpe", 0, len(shares)))
-        study = Study(inner, {RATIO: Choice(shares)}, ("maximize", "minimize"), Path())
+        sampler = make_sampler("tpe", 0, len(shares))
+        inner = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+        study = Study(inner, {RATIO: Choice(shares)}, ("maximize", "minimize"), Path(), lambda _: sampler)
 
         def evaluate(params, folder):
             trial = problem.measure(params)
