@@ -19,6 +19,7 @@ __all__ = [
     "outcome",
     "proposal",
     "reconcile",
+    "sampler",
     "stored",
     "strategies",
     "study",
