@@ -75,6 +75,7 @@ class CostSchema:
     mac_factors: dict[str, Any] = field(default_factory=dict)
     vector_factors: dict[str, Any] = field(default_factory=dict)
     softmax_factors: dict[str, Any] = field(default_factory=dict)
+    element_prices: dict[str, Any] = field(default_factory=dict)
     provenance: str = ""
 
 

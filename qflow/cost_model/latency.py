@@ -1,10 +1,10 @@
 """Latency of a qconfig on Journey 6: the sum of its operators' times (model.py), each with an interval.
 
 The interval of an operator is [0.80, 1.25] of its time, times the range of its dtypes' factors. It is [0.65, 1.5] for
-an operator in 16 bits, and in a network that has operators which the measured rows do not contain or whose MACs are
-mostly depthwise. No network was ever published both in int8 and in int16: the int16 factors rest on one all-int16
-network (DINOv2 ViT-S, measured on nash-e and nash-m), those of fp16 on no measurement. The ratio of two qconfigs of one
-network is more reliable than either latency, because fixed costs and weights cancel.
+an operator in 16 bits, and in a network that the measured rows do not cover (domain.py). No network was ever published
+both in int8 and in int16: the int16 factors rest on one all-int16 network (DINOv2 ViT-S, measured on nash-e and
+nash-m), those of fp16 on no measurement. The ratio of two qconfigs of one network is more reliable than either latency,
+because fixed costs and weights cancel.
 
 With a measured profile (profile.py), measured times replace the formula at the dtypes that were measured; for other
 dtypes they are multiplied by the formula's ratio. If the report has a total, the part that the operators do not explain
@@ -20,6 +20,7 @@ from dataclasses import replace
 from qflow.core.dtype import QDtype
 from qflow.core.graph import ModelGraph, OpKind
 from qflow.core.qconfig import OpQConfig, QConfig
+from qflow.cost_model.domain import domain_of
 from qflow.cost_model.features import OpFeatures, under
 from qflow.cost_model.model import CostModel, Range
 from qflow.cost_model.records import Change, CostReport, Measured, OpCost
@@ -30,13 +31,6 @@ INT8_INTERVAL = (0.80, 1.25)
 UNSEEN_INTERVAL = (0.65, 1.5)
 MEASURED_INTERVAL = (0.88, 1.14)
 """The times of a network on one board under two tool chains differ by up to 14 %."""
-# Kinds of operators in the networks of the public rows; a network with other kinds gets UNSEEN_INTERVAL.
-VALIDATED = frozenset(
-    [OpKind.input, OpKind.constant, OpKind.conv, OpKind.linear, OpKind.relu, OpKind.lut, OpKind.add, OpKind.mul]
-    + [OpKind.concat, OpKind.resize, OpKind.max_pool, OpKind.avg_pool, OpKind.move, OpKind.reduce, OpKind.norm]
-)
-# Kinds that dominate BEV and DETR heads and that the public rows do not contain.
-UNVALIDATED = frozenset({OpKind.softmax, OpKind.layer_norm, OpKind.grid_sample, OpKind.order})
 TINY = 1e-9  # ms: time of a network without any work, so that its frame rate is finite
 
 
@@ -47,16 +41,14 @@ class Pricer:
         self.graph, self.model, self.measured = graph, model, measured
         self.works = work_of(graph)
         self.large = model.large_share(self.works)
-        macs, depthwise = sum(w.macs for w in self.works), sum(w.depthwise_macs for w in self.works)
-        # The fit gives depthwise MACs no cost: good enough beside other MACs, a guess if most MACs are depthwise.
-        self.seen = all(w.kind in VALIDATED for w in self.works) and depthwise <= 0.5 * macs
         self.readers: dict[str, list[OpWork]] = {}
         for work in self.works:
             for owner in {work.owner, *(o for owners in work.inputs for o in owners)} - {None}:
                 self.readers.setdefault(owner, []).append(work)  # type: ignore[arg-type]
         self._times: dict[tuple[object, ...], tuple[Range, float]] = {}
         own = measured.times if measured is not None else {}
-        priced = [w for w in self.works if not w.transparent or w.name in own]
+        self.domain = domain_of(self.works, model, self.large, own)
+        priced = [w for w in self.works if not w.transparent or w.priced or w.name in own]
         self._known: list[tuple[OpWork, tuple[str, ...], dict[tuple[object, ...], float]]] = [
             (w, tuple(dict.fromkeys(o for owners in w.inputs for o in owners)), {}) for w in priced
         ]
@@ -105,7 +97,7 @@ class Pricer:
     def _op(self, row: OpFeatures, bpu_ms: float, bytes_: tuple[int, int, int]) -> OpCost:
         work, (low, ms, high) = row.work, self.times(row)
         integer8 = row.input_dtype == QDtype.qint8 and row.weight_dtype in (None, QDtype.qint8) and not row.cast
-        below, above = INT8_INTERVAL if self.seen and integer8 else UNSEEN_INTERVAL
+        below, above = INT8_INTERVAL if not self.domain.widened and integer8 else UNSEEN_INTERVAL
         source = "formula"
         if self.measured and work.name in self.measured.times:
             source = "measured" if self._same(row) else "measured, other dtypes"
@@ -164,7 +156,7 @@ class Pricer:
         bpu = self.fixed_ms + self._sum(rows)
         moved = traffic(rows, self.model.onchip_mb)
         ops = tuple(self._op(row, bpu, moved.by_op[row.work.name]) for row in rows)
-        below, above = INT8_INTERVAL if self.seen else UNSEEN_INTERVAL
+        below, above = INT8_INTERVAL if not self.domain.widened else UNSEEN_INTERVAL
         if self.measured is not None and self.measured.total_ms is not None:
             below, above = MEASURED_INTERVAL
         outside = self.fixed_ms + self.host_ms
@@ -182,7 +174,8 @@ class Pricer:
             weight_mb=moved.weight_bytes * 1e-6,
             ops=ops,
             traffic=moved,
-            refusal=self.refusal(),
+            refusal=self.domain.refusal,
+            widened=self.domain.widened,
             measured=self._coverage(),
             measured_bytes=self.measured.ddr_bytes if self.measured else None,
             shapes={n.name: n.shape for n in self.graph.nodes if n.kind == OpKind.input},
@@ -226,22 +219,6 @@ class Pricer:
         self, works: Sequence[OpWork], before: Mapping[str, OpQConfig], after: Mapping[str, OpQConfig]
     ) -> float:
         return self._sum(under(works, after)) - self._sum(under(works, before))
-
-    def refusal(self) -> str:
-        """Why the predicted cost should not be published; "" if it may be."""
-        times = self.measured.times if self.measured else {}
-        works = [w for w in self.works if w.name not in times]
-        foreign = [w.name for w in works if w.engine == "host"]
-        if foreign:
-            return f"no price for {', '.join(foreign[:3])}: the latency is a lower bound; compare two qconfigs only"
-        total = sum(w.elements for w in self.works)
-        unknown = sum(w.elements for w in works if w.kind in UNVALIDATED)
-        if total and unknown > 0.5 * total:
-            return (
-                f"softmax, layer norm, grid_sample and gather hold {unknown / total:.0%} of the elements: outside what "
-                "the model was validated on; load a measured profile, or read only the change between two qconfigs"
-            )
-        return ""
 
     def _coverage(self) -> str:
         if self.measured is None:

@@ -1,12 +1,14 @@
 """The cost model of one march, a sum over operators: its parameters, and the time of one operator.
 
-    T_op  = [tau*gemm + k_mac*(MAC/M + large*MAC/L + ATT/A) + k_soft*SOFT/S + k_vec*(LUT+CAST+FP16)/V] / f  +  bytes / B
+    T_op  = [tau*gemm + k_mac*(MAC/M + large*MAC/L + ATT/A) + k_soft*SOFT/S + k_vec*(LUT+CAST+FP16)/V + p*PASS] / f
+            + bytes / B
     T_bpu = T0 + sum of T_op + float outputs / F;      latency (1 thread) = T_bpu + H
 
 MAC counts padded channels and no depthwise convolutions: the measured rows do not determine their rate, so they cost
 their GEMM call and their weights only. ATT are the MACs of the matmuls and SOFT the softmax elements of attention, LUT
 the elements of SiLU, GELU, sigmoid and the like, FP16 those of any other element-wise operator that runs in fp16 on the
-vector unit (in integers its time is not known). `large` is a property of the network: the share of its MACs beyond
+vector unit, PASS the elements that any other operator passes (resize, concat, add, layer norm, grid_sample, ...), whose
+price p is a range (`element_prices`). `large` is a property of the network: the share of its MACs beyond
 t = `large_gemm_gmac` per GEMM, max(0, 1 - t*GEMMs/MAC). Networks with large GEMMs run slower than their MACs, weights
 and look-ups explain; that their tensors do not fit into the on-chip memory is an inference. The parameters are fitted
 to published board measurements (fit.py).
@@ -21,7 +23,7 @@ from dataclasses import dataclass, field
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.cost_model.features import OpFeatures
-from qflow.cost_model.work import OpWork
+from qflow.cost_model.work import PRICED, OpWork
 
 Range = tuple[float, float, float]
 """Lowest, likely and highest value."""
@@ -79,6 +81,22 @@ class CostModel:
         default_factory=lambda: {"qint8": (1.0, 1.0, 1.0), "qint16": (1.0, 2.0, 2.0), "float16": (4.0, 8.0, 16.0)}
     )
     """Dtype -> lowest, likely and highest cost of a softmax relative to int8."""
+    element_prices: Mapping[str, Sequence[float]] = field(
+        default_factory=lambda: {
+            "elementwise": (0.0, 0.0, 0.03),
+            "move": (0.0, 0.0, 0.0208),
+            "pool": (0.0, 0.0, 0.099),
+            "reduce": (0.0, 0.0, 0.0361),
+            "resize": (0.05, 0.099, 0.15),
+            "layer_norm": (0.0, 0.07, 0.175),
+            "grid_sample": (0.099, 0.2, 0.36),
+            "order": (0.1, 0.36, 1.0),
+        }
+    )
+    """Kind of operator without a rate -> lowest, likely, highest time of 10^6 int8 elements in ms at 1 GHz (p).
+
+    Where they come from: docs/cost-model.md, "Operators with a range".
+    """
     provenance: str = ""
     """What the parameters were fitted to, and their errors on rows that were left out."""
 
@@ -95,6 +113,13 @@ class CostModel:
         for name in ("mac_factors", "vector_factors", "softmax_factors"):
             table = getattr(self, name)
             object.__setattr__(self, name, {key: _range(value, f"cost.{name}.{key}") for key, value in table.items()})
+        prices = {k: _range(v, f"cost.element_prices.{k}", least=0.0) for k, v in self.element_prices.items()}
+        if missing := set(PRICED.values()) - set(prices):
+            raise ConfigError(
+                f"cost.element_prices has a price for {', '.join(sorted(set(PRICED.values())))}, but got none for "
+                f"{', '.join(sorted(missing))}. Start from a shipped device: defaults: [nash-m, _self_]."
+            )
+        object.__setattr__(self, "element_prices", prices)
 
     def large_share(self, works: Sequence[OpWork]) -> float:
         """Share of a network's MACs beyond `large_gemm_gmac` per GEMM."""
@@ -111,8 +136,8 @@ class CostModel:
         mac = work.padded_macs * 1e-9 * (1.0 / self.gmac_per_ms_ghz + large / self.large_gmac_per_ms_ghz)
         mac += work.attention_macs * 1e-9 / self.attention_gmac_per_ms_ghz
         elements = work.lut + row.cast
-        if row.input_dtype == QDtype.float16:
-            elements += work.elementwise + work.layer_norm + work.reduce
+        if row.input_dtype == QDtype.float16 and work.priced in VECTOR:
+            elements += work.passed
         vector = elements * 1e-6 / self.lut_melem_per_ms_ghz
         soft = work.softmax * 1e-6 / self.softmax_melem_per_ms_ghz
         parts = [
@@ -124,6 +149,9 @@ class CostModel:
         for amount, table, key in parts:
             if amount:
                 total = [t + amount * k for t, k in zip(total, _factor(table, key, row), strict=True)]
+        if work.priced:
+            amount = work.passed * 1e-6 * _width(row)
+            total = [t + amount * p for t, p in zip(total, self.element_prices[work.priced], strict=True)]
         low, likely, high = (t / self.clock_ghz for t in total)
         return low, likely, high
 
@@ -136,17 +164,36 @@ RATES = (
     *("clock_ghz", "gmac_per_ms_ghz", "large_gmac_per_ms_ghz", "attention_gmac_per_ms_ghz", "lut_melem_per_ms_ghz"),
     *("softmax_melem_per_ms_ghz", "weight_mb_per_ms", "float_melem_per_ms", "nominal_mac_per_cycle"),
 )
+VECTOR = ("elementwise", "layer_norm", "reduce")
+"""Keys of `element_prices` that the vector unit computes."""
 AMOUNTS = ("fixed_ms", "gemm_us_ghz", "large_gemm_gmac", "host_ms")
 
 
-def _range(value: Sequence[float] | float, where: str) -> Range:
-    """A factor as a range; a single number stands for itself. Raises ConfigError."""
+def _width(row: OpFeatures) -> float:
+    """How often an element counts: twice in 16 bits, since a unit takes half as many of them at once.
+
+    The values inside a layer norm are 16 bits wide whatever its dtype is, and what the vector unit computes in fp16 has
+    a price of its own.
+    """
+    work = row.work
+    if row.input_dtype == QDtype.float16 and work.priced in VECTOR:
+        return 0.0
+    return 1.0 if work.layer_norm else row.input_dtype.bits / 8
+
+
+def _range(value: Sequence[float] | float, where: str, least: float | None = None) -> Range:
+    """A factor as a range; a single number stands for itself. Raises ConfigError.
+
+    Each number is above 0, or at least `least` if this is given.
+    """
     try:
         given = [float(value)] * 3 if isinstance(value, (int, float, str)) else [float(v) for v in value]
     except (TypeError, ValueError):
         given = []
-    if len(given) != 3 or not 0.0 < given[0] <= given[1] <= given[2] < math.inf:
-        raise ConfigError(f"{where} is a number above 0 or [lowest, likely, highest], but got {value}.")
+    allowed = len(given) == 3 and (given[0] > 0.0 if least is None else given[0] >= least)
+    if not allowed or not given[0] <= given[1] <= given[2] < math.inf:
+        rule = "above 0" if least is None else f"of at least {least:g}"
+        raise ConfigError(f"{where} is a number {rule} or [lowest, likely, highest], but got {value}.")
     return given[0], given[1], given[2]
 
 

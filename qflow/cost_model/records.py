@@ -68,6 +68,8 @@ class CostReport(Shown):
     ops: tuple[OpCost, ...]
     traffic: Traffic
     refusal: str = ""
+    widened: tuple[str, ...] = ()
+    """Why the interval is wider than that of the measured networks; () if it is not."""
     measured: str = ""
     """The measured profile that times come from, and how many operators it covers."""
     measured_bytes: int | None = None
@@ -79,6 +81,7 @@ class CostReport(Shown):
         """Return the operators, the costliest first; the title has the latency and its interval."""
         title = f"{self.latency_ms:.3f} ms [{self.low_ms:.3f}, {self.high_ms:.3f}] on {self.march}, {self.fps:.0f} fps"
         title += f"; no estimate: {self.refusal}" if self.refusal else ""
+        title += f"; wide: {'; '.join(self.widened)}" if self.widened and not self.refusal else ""
         rows = [
             (op.op, op.engine, op.input_dtype, op.weight_dtype, op.ms, op.low_ms, op.high_ms, 100.0 * op.share)
             for op in sorted(self.ops, key=lambda op: -op.ms)

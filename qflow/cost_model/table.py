@@ -160,6 +160,8 @@ def _totals(report: CostReport, fps: float | None) -> Sequence[str]:
         lines.insert(4, f"{'':<12}measured {report.measured_bytes * 1e-6:.3f} MB a frame, at the profile's dtypes")
     if report.measured:
         lines.append(f"{'measured':<12}{report.measured}")
+    if not report.refusal:
+        lines += [f"{'wide':<12}{reason}" for reason in report.widened]
     if report.refusal:
         lines.append(f"{'no estimate':<12}{report.refusal}")
     return lines

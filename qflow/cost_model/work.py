@@ -1,5 +1,7 @@
 """Counts the work of each operator, independent of its dtypes: MACs, look-ups, elements moved, weights.
 
+A softmax in steps counts as one (attention.py), and views (reshape, squeeze, ...) move nothing.
+
 The work is counted on the fused graph at the deployed shape. A GEMM's channels are padded to multiples of 16 per group
 (16 and 32 fit the published rows equally well, 64 is clearly worse). The two matmuls of an attention core are counted
 separately: they run much slower per MAC than a convolution, and the published rows only give a cost of them together
@@ -8,14 +10,35 @@ with the softmax between them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from qflow.core.graph import GEMM_KINDS, TRANSPARENT_KINDS, ModelGraph, OpKind, OpNode
+from qflow.cost_model.attention import attention_matmuls, function_of, softmaxes
 
 CHANNEL_ALIGN = 16
 ELEMENTWISE = frozenset({OpKind.add, OpKind.mul, OpKind.arithmetic, OpKind.norm})
 MOVES = frozenset({OpKind.move, OpKind.concat, OpKind.resize, OpKind.max_pool, OpKind.avg_pool})
+_VIEWS = (
+    "Identity Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout Flatten Unflatten reshape view "
+    "view_as flatten unflatten ravel squeeze unsqueeze contiguous clone detach dropout dropout1d dropout2d dropout3d "
+    "alpha_dropout feature_dropout identity to float half double bfloat16 type type_as data"
+)
+VIEWS = frozenset(_VIEWS.split())
+"""Functions and modules whose result is the same memory in another shape; they take no time."""
+SPLITS = frozenset(["chunk", "split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit", "unbind"])
+PRICED = {
+    **dict.fromkeys([*ELEMENTWISE, OpKind.relu], "elementwise"),
+    **dict.fromkeys([OpKind.move, OpKind.concat], "move"),
+    **dict.fromkeys([OpKind.max_pool, OpKind.avg_pool], "pool"),
+    OpKind.resize: "resize",
+    OpKind.reduce: "reduce",
+    OpKind.layer_norm: "layer_norm",
+    OpKind.grid_sample: "grid_sample",
+    OpKind.order: "order",
+}
+"""Kind -> key of `CostModel.element_prices`. These kinds cost by the elements that they pass, in a range."""
+READ = frozenset({OpKind.reduce, OpKind.max_pool, OpKind.avg_pool})
+"""Kinds whose time follows the elements that they read. (topk and gather read no more than they need.)"""
 ENGINES = {
     **dict.fromkeys(GEMM_KINDS, "TAE"),
     **dict.fromkeys([OpKind.relu, OpKind.lut, OpKind.softmax, OpKind.layer_norm, OpKind.reduce, *ELEMENTWISE], "VAE"),
@@ -57,6 +80,8 @@ class OpWork:
     gathered: int = 0
     """Output elements of grid_sample, topk, gather and the like."""
     weights: int = 0
+    passed: int = 0
+    """Elements that an operator of `PRICED` passes; 0 for views and for steps of a softmax."""
     leaving: bool = False
     """True if the result is a model output."""
 
@@ -64,6 +89,11 @@ class OpWork:
     def engine(self) -> str:
         """Unit that computes the operator; "host" outside the quantized region."""
         return ENGINES.get(self.kind, "host")
+
+    @property
+    def priced(self) -> str:
+        """Key of `CostModel.element_prices`, or "" if the operator has no price by the element."""
+        return PRICED.get(self.kind, "") if self.passed else ""
 
     @property
     def two_activations(self) -> bool:
@@ -82,7 +112,9 @@ COUNTS = tuple(f.name for f in fields(OpWork) if f.type == "int")
 def work_of(graph: ModelGraph) -> tuple[OpWork, ...]:
     """One row per operator of `graph`, traced at the deployed shape."""
     owners = {node.quantizer: node.name for node in graph.quantized}
-    attention = _attention_matmuls(graph)
+    found = softmaxes(graph)
+    attention = attention_matmuls(graph, found)
+    steps = {name: name == softmax.last for softmax in found for name in softmax.steps}
     leaving = {producer for _, producer in graph.outputs}
     return tuple(
         OpWork(
@@ -98,14 +130,31 @@ def work_of(graph: ModelGraph) -> tuple[OpWork, ...]:
             shape=node.shape,
             weight=node.weight or "",
             leaving=node.name in leaving,
-            **_counts(node, node.name in attention),
+            **(_step(node, steps[node.name]) if node.name in steps else _counts(graph, node, node.name in attention)),
         )
         for node in graph.nodes
     )
 
 
-def _counts(node: OpNode, attention: bool) -> dict[str, int]:
-    kind, elements = node.kind, node.elements
+def _step(node: OpNode, last: bool) -> dict[str, int]:
+    """Counts of one step of a softmax; the last one stands for all of them."""
+    return {"softmax": node.elements if last else 0}
+
+
+def _passed(graph: ModelGraph, node: OpNode) -> int:
+    """Elements that an operator passes on, or reads if its time follows its input."""
+    if node.kind not in PRICED:
+        return 0
+    read = sum(graph.by_name[name].elements for name in node.inputs)
+    if node.kind == OpKind.move:
+        name = function_of(node)
+        whole = name == "getitem" and node.elements == read  # x[None], x[:]
+        return 0 if name in VIEWS or whole else read if name in SPLITS else node.elements
+    return max(node.elements, read) if node.kind in READ else node.elements
+
+
+def _counts(graph: ModelGraph, node: OpNode, attention: bool) -> dict[str, int]:
+    kind, elements, passed = node.kind, node.elements, _passed(graph, node)
     depthwise = kind in GEMM_KINDS and bool(node.macs) and _depthwise(node)
     return {
         "gemm": int(kind in GEMM_KINDS),
@@ -114,12 +163,12 @@ def _counts(node: OpNode, attention: bool) -> dict[str, int]:
         "depthwise_macs": node.macs if depthwise else 0,
         "attention_macs": node.macs if attention else 0,
         "lut": elements if kind == OpKind.lut else 0,
-        "softmax": elements if kind == OpKind.softmax else 0,
         "layer_norm": elements if kind == OpKind.layer_norm else 0,
         "reduce": elements if kind == OpKind.reduce else 0,
         "elementwise": elements if kind in ELEMENTWISE or node.fused_add else 0,
-        "moved": elements if kind in MOVES else 0,
+        "moved": elements if kind in MOVES and passed else 0,
         "gathered": elements if kind in (OpKind.grid_sample, OpKind.order) else 0,
+        "passed": passed,
         "weights": elements if kind == OpKind.constant else node.attrs.get("weights", 0),
     }
 
@@ -143,36 +192,3 @@ def _padded_macs(node: OpNode) -> int:
     groups = node.attrs["groups"]
     inner, outer = node.attrs["in"] // groups, node.attrs["out"] // groups
     return node.positions * groups * _padded(inner) * _padded(outer) * node.attrs["kernel"]
-
-
-def _attention_matmuls(graph: ModelGraph) -> frozenset[str]:
-    """The two matmuls of each attention core: one before a softmax (with scaling, mask, clamp, cap and moves between),
-    one directly after it. A matmul on one side only does not count as attention.
-    """
-    found: set[str] = set()
-    upstream = {node.name: node.inputs for node in graph.nodes}
-    scaling = {OpKind.mul, OpKind.arithmetic, OpKind.add, OpKind.relu, OpKind.lut, *TRANSPARENT_KINDS}
-    for node in graph.nodes:
-        if node.kind == OpKind.softmax:
-            before = _nearest_matmuls(graph, upstream, node.name, scaling)
-            after = _nearest_matmuls(graph, graph.consumers, node.name, set(TRANSPARENT_KINDS))
-            if before and after:
-                found |= before | after
-    return frozenset(found)
-
-
-def _nearest_matmuls(
-    graph: ModelGraph, neighbours: Mapping[str, tuple[str, ...]], start: str, passing: set[OpKind]
-) -> set[str]:
-    found: set[str] = set()
-    seen: set[str] = set()
-    frontier = list(neighbours[start])
-    while frontier:
-        name = frontier.pop()
-        kind = graph.by_name[name].kind
-        if kind == OpKind.matmul:
-            found.add(name)
-        elif kind in passing and name not in seen:
-            seen.add(name)
-            frontier.extend(neighbours[name])
-    return found
