@@ -65,6 +65,8 @@ def cost_section(model: CostModel) -> str:
         if f.name == "provenance":
             folded = textwrap.wrap(value, 110, break_long_words=False, break_on_hyphens=False)
             lines += ["  provenance: >-", *(f"    {line}" for line in folded)] if value else []
+        elif isinstance(value, tuple):
+            lines.append(f"  {f.name}: [{', '.join(f'{v:g}' for v in value)}]")
         elif isinstance(value, dict):
             entries = ", ".join(f"{key}: [{', '.join(f'{v:g}' for v in r)}]" for key, r in value.items())
             lines.append(f"  {f.name}: {{{entries}}}")

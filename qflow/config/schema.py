@@ -68,6 +68,10 @@ class CostSchema:
     softmax_melem_per_ms_ghz: float = MISSING
     weight_mb_per_ms: float = MISSING
     host_ms: float = MISSING
+    host_output_ms: float = MISSING
+    host_interval: list[float] = MISSING
+    interval: list[float] = MISSING
+    short_interval: list[float] = MISSING
     float_melem_per_ms: float = MISSING
     host_dequantize: bool = False
     nominal_mac_per_cycle: float = MISSING
@@ -76,6 +80,7 @@ class CostSchema:
     vector_factors: dict[str, Any] = field(default_factory=dict)
     softmax_factors: dict[str, Any] = field(default_factory=dict)
     element_prices: dict[str, Any] = field(default_factory=dict)
+    boundary_ms: list[float] = MISSING
     provenance: str = ""
 
 

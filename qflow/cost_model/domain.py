@@ -34,10 +34,14 @@ HOST = "a part of it runs on the host or has no price"
 
 @dataclass(frozen=True)
 class Domain:
-    """`refusal` says why the latency should not be published, or is ""; `widened` says why its interval is wide."""
+    """`refusal` says why the latency should not be published, or is ""; `widened` says why its interval is wide.
+
+    `int8_ms` is the BPU time of the network with every operator at int8.
+    """
 
     refusal: str = ""
     widened: tuple[str, ...] = ()
+    int8_ms: float = 0.0
 
 
 def domain_of(works: Sequence[OpWork], model: CostModel, large: float, known: Mapping[str, float]) -> Domain:
@@ -46,7 +50,7 @@ def domain_of(works: Sequence[OpWork], model: CostModel, large: float, known: Ma
     if foreign:
         names = ", ".join(foreign[:3])
         return Domain(f"no price for {names}: the latency is a lower bound; compare two qconfigs only", (HOST,))
-    likely, attention, upper = model.fixed_ms, 0.0, dict.fromkeys([*PRESENT, *ABSENT], 0.0)
+    likely, absent, attention, upper = model.fixed_ms, 0.0, 0.0, dict.fromkeys([*PRESENT, *ABSENT], 0.0)
     for work in works:
         row = _at_int8(work)
         ms = known.get(work.name, model.compute_ms(row, large)[1] + model.stream_ms(row))
@@ -54,7 +58,8 @@ def domain_of(works: Sequence[OpWork], model: CostModel, large: float, known: Ma
         attention += ms if work.attention_macs or work.softmax else 0.0
         if work.priced in upper and work.name not in known:
             upper[work.priced] += model.element_prices[work.priced][2] * work.passed * 1e-6 / model.clock_ghz
-            likely -= ms if work.priced in ABSENT else 0.0
+            absent += ms if work.priced in ABSENT else 0.0
+    int8_ms, likely = likely, likely - absent
     beyond = max(0.0, sum(upper[name] for name in PRESENT) - SEEN * likely)
     unpriced = sum(upper[name] for name in ABSENT) + beyond
     share = unpriced / (likely + unpriced) if unpriced else 0.0
@@ -67,13 +72,13 @@ def domain_of(works: Sequence[OpWork], model: CostModel, large: float, known: Ma
         reasons.append(f"attention takes {attention / likely:.0%} of the time, and its price comes from one network")
     if share > REFUSE or attention > ATTENTION_REFUSE * likely:
         way = "load a measured profile, or read only the change between two qconfigs"
-        return Domain(f"{'; '.join(reasons)}: outside what the model was validated on; {way}", tuple(reasons))
+        return Domain(f"{'; '.join(reasons)}: outside what the model was validated on; {way}", tuple(reasons), int8_ms)
     macs, depthwise = sum(w.macs for w in works), sum(w.depthwise_macs for w in works)
     if depthwise > 0.5 * macs:  # the fit gives them no cost: good enough beside other MACs, a guess for most of them
         reasons.append(f"{depthwise / macs:.0%} of the MACs are depthwise, and the measured rows give them no price")
-    return Domain("", tuple(reasons))
+    return Domain("", tuple(reasons), int8_ms)
 
 
 def _at_int8(work: OpWork) -> OpFeatures:
     stored = work.weights if work.kind != OpKind.constant else 0
-    return OpFeatures(work, QDtype.qint8, QDtype.qint8, QDtype.qint8, 0, stored)
+    return OpFeatures(work, QDtype.qint8, QDtype.qint8, QDtype.qint8, 0, 0, stored)

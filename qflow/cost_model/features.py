@@ -24,6 +24,9 @@ class OpFeatures:
     output_dtype: QDtype | None
     cast: int
     """Elements of inputs that must be cast to another dtype first."""
+    boundary: int
+    """Elements that pass from int8 to int16 or back at the operator: its casts between the two, and its output if it
+    writes the other one than it computes in."""
     weight_bytes: int
     """Bytes stored in the model: weights, and constants at the dtype in which they are read."""
 
@@ -38,20 +41,26 @@ def under(works: Sequence[OpWork], ops: Ops) -> Iterator[OpFeatures]:
     for work in works:
         op = ops[work.owner] if work.owner is not None else None
         arriving = _arriving(work, op, ops)
-        known = [d for at in arriving for d in at if d != QDtype.float32]
+        dtypes = {d for at in arriving for d in at}
+        known = dtypes - FLOAT
         computed = max(known, key=_rank) if known else (op.output if op and op.output else QDtype.qint8)
         if op is not None and op.output == QDtype.float16:
             computed = QDtype.float16
+        alike = len(dtypes) == 1 and computed in dtypes and not (op is not None and op.input)
+        cast = 0 if alike or work.transparent else _casts(work, op, ops, computed)
         yield OpFeatures(
-            work=work,
-            input_dtype=computed,
-            weight_dtype=_weight_dtype(work, op, arriving),
-            output_dtype=op.output if op else None,
-            cast=0 if work.transparent else _casts(work, op, ops, computed),
-            weight_bytes=_stored_bytes(work, op) if work.weights else 0,
+            work,
+            computed,
+            _weight_dtype(work, op, arriving) if work.gemm else None,
+            op.output if op else None,
+            cast,
+            _boundary(work, op, computed, cast),
+            _stored_bytes(work, op) if work.weights else 0,
         )
 
 
+FLOAT = frozenset({QDtype.float32})
+INTEGERS = (QDtype.qint8, QDtype.qint16)
 _RANK = {dtype: dtype.rank for dtype in QDtype}
 _rank = _RANK.__getitem__
 
@@ -61,22 +70,31 @@ def _arriving(work: OpWork, op: OpQConfig | None, ops: Ops) -> list[list[QDtype]
     producer.
     """
     given = op.input if op and op.input else ()
+    if not given:
+        return [[ops[o].output or QDtype.float32 for o in owners] for owners in work.inputs]
     return [
         [given[i]] if i < len(given) and given[i] is not None else [ops[o].output or QDtype.float32 for o in owners]  # type: ignore[list-item]
         for i, owners in enumerate(work.inputs)
     ]
 
 
-def _weight_dtype(work: OpWork, op: OpQConfig | None, arriving: Sequence[Sequence[QDtype]]) -> QDtype | None:
+def _weight_dtype(work: OpWork, op: OpQConfig | None, arriving: Sequence[Sequence[QDtype]]) -> QDtype:
     if work.two_activations:
         factors = [d for at in arriving[:2] for d in at if d != QDtype.float32]
         return min(factors, key=_rank) if len(factors) > 1 else QDtype.qint8
-    return ((op.weight if op else None) or QDtype.qint8) if work.gemm else None
+    return (op.weight if op else None) or QDtype.qint8
 
 
 def _stored_bytes(work: OpWork, op: OpQConfig | None) -> int:
     dtype = (op.output if work.kind == OpKind.constant else op.weight) if op else None
     return work.weights * dtype.bits // 8 if dtype else 0
+
+
+def _boundary(work: OpWork, op: OpQConfig | None, computed: QDtype, cast: int) -> int:
+    if computed not in INTEGERS or work.transparent:
+        return 0
+    written = op.output if op else None
+    return cast + (work.elements if written in INTEGERS and written != computed else 0)
 
 
 def _casts(work: OpWork, op: OpQConfig | None, ops: Ops, to: QDtype) -> int:

@@ -1,95 +1,64 @@
 """Fits the parameters of the cost model to networks whose time was measured, and validates the predictions.
 
 The fit is a relative non-negative least squares: it minimizes the sum over rows of (predicted / measured - 1)^2, with
-no coefficient below 0, plus (strength * (c / c0 - 1))^2 for each coefficient, with a published fit c0 as prior. A
-coefficient that the rows hardly determine (attention, of which they contain little) therefore stays close to the value
-from the larger published set. Attention was published in two forms, by softmax elements and by matmul MACs; each counts
-half. Clocks are given; T0 and B do not scale with them. The surcharge on large GEMMs is qflow's own: its prior is a
-rounded value of what the rows give, so that a few large networks do not determine it by chance.
+no coefficient below 0. Clocks and the price of resizes are given; T0 and B do not scale with the clock. The rows hardly
+contain attention, so its two coefficients have a prior c0, which adds (strength * (c / c0 - 1))^2. No other coefficient
+has one, and the prior comes from a network that is not among the rows. The kink (the GMAC per GEMM from which large
+GEMMs cost more) is the one of `KINKS` with the least squared errors when families are left out of the rows of the fit.
 
-The validation leaves out whole families, then single networks, and predicts each march from the rows of the others.
+The validation is blind: it leaves out whole families, then single networks, and predicts each march from the rows of
+the others. All that decides a prediction and its interval (coefficients, kink, host times, residuals) comes from the
+other rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qflow.core.errors import ConfigError
 from qflow.core.record import digest
-from qflow.cost_model.latency import INT8_INTERVAL
+from qflow.cost_model.host import Host, fit_hosts
 from qflow.cost_model.model import CostModel
 from qflow.cost_model.networks import CLOCKS, COLUMNS, Network
+from qflow.cost_model.predictions import Bands, Errors, Prediction, bands_of, errors_of
 
 Array = NDArray[np.float64]
-STRENGTH = 0.3
-"""Strength of the prior, for residuals of about 0.07 per row: coefficients are expected within a quarter of it."""
-KINK = 0.5
-"""GMAC per GEMM beyond which a network's MACs cost more (`CostModel.large_gemm_gmac`); 0.3 to 0.6 fit about as well."""
+STRENGTH = 1.0
+"""Strength of the prior, for residuals of about 0.07 per row: the two coefficients are expected within 7 % of it."""
 NEVER = 1e9
 """A kink in GMAC beyond any network: no surcharge."""
-# Published fits on all rows (their sources: docs/cost-model.md); ms, or ms * GHz, per unit of the column. Attention by
-# softmax elements was 0.142, by matmul MACs 2.23: half of each. Large GEMMs: see above.
-PRIOR = {
-    "fixed": 0.062,
-    "gemms": 1.6e-3,
-    "gmacs": 0.0663,
-    "large_gmacs": 0.03,
-    "attention_gmacs": 1.115,
-    "softmax_melem": 0.071,
-    "lut_melem": 0.0361,
-    "weight_mb": 0.0155,
-}
-NAMES = tuple(PRIOR)
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Relative errors of predictions; `inside` is the share of measured times inside `interval_of`."""
-
-    rows: int
-    median: float
-    p90: float
-    worst: float
-    worst_name: str
-    inside: float
-    spearman: Mapping[str, float]
-    """March -> rank correlation; a march with fewer than three rows or with equal values has none."""
-
-    def __str__(self) -> str:
-        ranks = ", ".join(f"{march} {value:.3f}" for march, value in self.spearman.items())
-        return (
-            f"{self.rows} rows: median {self.median:.1%}, 90th percentile {self.p90:.1%}, worst {self.worst:.1%} "
-            f"({self.worst_name}), {self.inside:.0%} inside the interval" + (f", Spearman {ranks}" if ranks else "")
-        )
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One measured time, and its prediction by a fit without its group; ms."""
-
-    name: str
-    family: str
-    march: str
-    measured: float
-    predicted: float
+KINKS = (0.3, 0.4, 0.5, 0.6, 0.8, NEVER)
+NAMES = (
+    *("fixed", "gemms", "gmacs", "large_gmacs", "attention_gmacs", "softmax_melem"),
+    *("lut_melem", "weight_mb"),
+)
+# ms * GHz per unit. DINOv2 ViT-S was measured all in int16 on both boards: with factor 2, and without what the
+# int8 rows and a layer norm explain, attention takes 0.89 ms * GHz there on nash-e and 1.15 on nash-m. Half of the
+# average goes to its 0.609 GMAC of matmuls, half to its 4.76 million elements of softmax.
+PRIOR = {"attention_gmacs": 0.835, "softmax_melem": 0.107}
+RESIZE = CostModel().element_prices["resize"][1]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Coefficients by `NAMES`, and the validation of the fit."""
+    """Coefficients by `NAMES`, the time on the host by march, the intervals, and the validation of the fit."""
 
     coefficients: Mapping[str, float]
-    families: Sequence[str]
-    rows: int
     kink: float
-    data: str
+    hosts: Mapping[str, Host]
+    bands: Bands
+    families: Sequence[str] = ()
+    rows: int = 0
+    data: str = ""
     """Digest of the rows."""
-    left_out: Mapping[str, Sequence[Prediction]]
-    """`family`, `network`, and `<march> from the others` -> predictions."""
+    left_out: Mapping[str, Sequence[Prediction]] = field(default_factory=dict)
+    """`family`, `network`, and `<march> from the others` -> predictions of the BPU's time."""
+    latencies: Mapping[str, Sequence[Prediction]] = field(default_factory=dict)
+    """The same for the latency of one thread, where it was measured."""
 
     def errors(self, how: str) -> Errors:
         """Errors of one kind of validation, a key of `left_out`."""
@@ -98,14 +67,21 @@ class Fit:
     def apply(self, model: CostModel) -> CostModel:
         """`model` with the fitted parameters and their provenance."""
         c = self.coefficients
-        return replace(
+        host = self.hosts.get(model.march)
+        found = replace(
             model,
             fixed_ms=_round(c["fixed"]),
             gemm_us_ghz=_round(1e3 * c["gemms"]),
             large_gemm_gmac=self.kink,
+            interval=tuple(map(_round, self.bands.longer)),
+            short_interval=tuple(map(_round, self.bands.short)),
             provenance=self.provenance(),
             **{field: _inverse(c[name]) for name, field in RATE_OF.items()},  # type: ignore[arg-type]
         )
+        if host is None:
+            return found
+        times = {"host_ms": _round(host.fixed_ms), "host_output_ms": _round(host.output_ms)}
+        return replace(found, **times, host_interval=tuple(map(_round, host.band)))  # type: ignore[arg-type]
 
     def provenance(self) -> str:
         """One line for the device file."""
@@ -139,117 +115,150 @@ def _inverse(coefficient: float) -> float:
 
 @dataclass(frozen=True)
 class _Rows:
-    """One row per network and march: the design matrix in the order of `NAMES`, measured times."""
+    """Pairs of a network and a march on which it was measured."""
 
-    design: Array
-    times: Array
-    names: list[str]
-    families: list[str]
-    marches: list[str]
+    pairs: Sequence[tuple[Network, str]]
+
+    @staticmethod
+    def of(networks: Sequence[Network]) -> _Rows:
+        return _Rows([(n, march) for n in networks if n.dtype == "int8" for march in n.times])
+
+    @property
+    def times(self) -> Array:
+        return np.array([n.times[march] for n, march in self.pairs])
+
+    @property
+    def families(self) -> list[str]:
+        return [n.family for n, _ in self.pairs]
+
+    @property
+    def names(self) -> list[str]:
+        return [n.name for n, _ in self.pairs]
+
+    @property
+    def marches(self) -> list[str]:
+        return [march for _, march in self.pairs]
 
     def only(self, kept: NDArray[np.bool_]) -> _Rows:
-        pick = [i for i, k in enumerate(kept) if k]
-        lists = ([column[i] for i in pick] for column in (self.names, self.families, self.marches))
-        return _Rows(self.design[kept], self.times[kept], *lists)
+        return _Rows([pair for pair, keep in zip(self.pairs, kept, strict=True) if keep])
+
+    def networks(self) -> list[Network]:
+        """The networks with the times and latencies of these rows alone."""
+        marches: dict[str, set[str]] = {}
+        for n, march in self.pairs:
+            marches.setdefault(n.name, set()).add(march)
+        unique = {n.name: n for n, _ in self.pairs}
+        return [
+            replace(n, **{name: {m: t for m, t in getattr(n, name).items() if m in marches[n.name]} for name in _TIMES})  # type: ignore[arg-type]
+            for n in unique.values()
+        ]
+
+    def design(self, kink: float) -> Array:
+        """One row for each pair, in the order of `NAMES`; ms per coefficient."""
+        found = []
+        for n, march in self.pairs:
+            work = {**{name: getattr(n, name) for name in COLUMNS}, "fixed": 1.0}
+            work["large_gmacs"] = max(0.0, n.gmacs - kink * n.gemms)
+            found.append([work[name] / (1.0 if name in ("fixed", "weight_mb") else CLOCKS[march]) for name in NAMES])
+        return np.array(found, dtype=float).reshape(-1, len(NAMES))
+
+    def resizes(self) -> Array:
+        """The given part of each time: that of resizes, in ms."""
+        return np.array([RESIZE * n.resize_melem / CLOCKS[march] for n, march in self.pairs])
 
 
-def _rows(networks: Sequence[Network], kink: float) -> _Rows:
-    pairs = [(n, march, t) for n in networks if n.dtype == "int8" for march, t in n.times.items()]
-    design = []
-    for n, march, _ in pairs:
-        large = max(0.0, n.gmacs - kink * n.gemms)
-        work = {**{field: getattr(n, field) for field in COLUMNS}, "large_gmacs": large, "fixed": 1.0}
-        design.append([work[name] / (1.0 if name in ("fixed", "weight_mb") else CLOCKS[march]) for name in NAMES])
-    return _Rows(
-        np.array(design, dtype=float).reshape(-1, len(NAMES)),
-        np.array([t for *_, t in pairs], dtype=float),
-        [n.name for n, *_ in pairs],
-        [n.family for n, *_ in pairs],
-        [march for _, march, _ in pairs],
-    )
+_TIMES = ("times", "latencies")
 
 
-def _solve(rows: _Rows, strength: float) -> Array:
+def _solve(design: Array, given: Array, times: Array, strength: float) -> Array:
     from scipy.optimize import nnls
 
-    prior = np.array([PRIOR[name] for name in NAMES])
-    a = np.vstack([rows.design / rows.times[:, None], np.diag(strength / prior)])
-    b = np.concatenate([np.ones(len(rows.times)), np.full(len(prior), strength)])
+    rows = [design / times[:, None]]
+    aims = [1.0 - given / times]
+    for name, prior in PRIOR.items() if strength else ():
+        rows.append(np.array([[strength / prior if n == name else 0.0 for n in NAMES]]))
+        aims.append(np.array([strength]))
+    a = np.vstack(rows)
     scale = np.linalg.norm(a, axis=0)
     scale[scale == 0] = 1.0
-    solution: Array = nnls(a / scale, b)[0] / scale
+    solution: Array = nnls(a / scale, np.concatenate(aims))[0] / scale
     return solution
 
 
-def fit_networks(networks: Sequence[Network], strength: float = STRENGTH, kink: float = KINK) -> Fit:
-    """Fit the int8 rows of `networks` and validate. Raises ConfigError for fewer than ten times."""
-    rows = _rows(networks, kink)
-    if len(rows.times) < 10:
-        raise ConfigError(f"A fit needs at least ten int8 times, but got {len(rows.times)}. Add networks.")
-    validated: dict[str, list[Prediction]] = {}
-    if len(set(rows.families)) > 1:
-        validated["family"] = _left_out(rows, rows.families, strength)
-    validated["network"] = _left_out(rows, rows.names, strength)
-    for march in sorted(set(rows.marches)) if len(set(rows.marches)) > 1 else ():
-        test = np.array([m == march for m in rows.marches])
-        validated[f"{march} from the others"] = _predictions(rows, test, strength)
-    return Fit(
-        coefficients=dict(zip(NAMES, map(float, _solve(rows, strength)), strict=True)),
-        families=tuple(sorted(set(rows.families))),
-        rows=len(rows.times),
-        kink=kink,
-        data=digest([[n, m, float(t)] for n, m, t in zip(rows.names, rows.marches, rows.times, strict=True)]),
-        left_out=validated,
-    )
-
-
-def _left_out(rows: _Rows, groups: Sequence[str], strength: float) -> list[Prediction]:
-    found: list[Prediction] = []
+def _left_out(rows: _Rows, groups: Sequence[str], strength: float, kink: float) -> Array:
+    """Times predicted without the group of each row."""
+    design, given, times, labels = rows.design(kink), rows.resizes(), rows.times, np.array(groups)
+    found = np.zeros(len(times))
     for group in sorted(set(groups)):
-        found += _predictions(rows, np.array([g == group for g in groups]), strength)
+        test = labels == group
+        found[test] = given[test] + design[test] @ _solve(design[~test], given[~test], times[~test], strength)
     return found
 
 
-def _predictions(rows: _Rows, test: NDArray[np.bool_], strength: float) -> list[Prediction]:
-    held = rows.only(test)
-    predicted = held.design @ _solve(rows.only(~test), strength)
-    columns = (held.names, held.families, held.marches, map(float, held.times), map(float, predicted))
-    return [Prediction(*cells) for cells in zip(*columns, strict=True)]
-
-
-# ---- errors
-
-
-def interval_of(prediction: Prediction) -> tuple[float, float]:
-    """The interval of int8 convolutional networks in ms; for a network with softmax qflow prints a wider one."""
-    low, high = INT8_INTERVAL
-    return prediction.predicted * low, prediction.predicted * high
-
-
-def errors_of(predictions: Sequence[Prediction]) -> Errors:
-    """Errors of predictions, relative to the measured times."""
-    off = [abs(p.predicted / p.measured - 1.0) for p in predictions]
-    ends = [(p.measured, *interval_of(p)) for p in predictions]
-    worst = max(range(len(off)), key=off.__getitem__)
-    return Errors(
-        rows=len(off),
-        median=float(np.median(off)),
-        p90=float(np.percentile(off, 90)),
-        worst=off[worst],
-        worst_name=f"{predictions[worst].name} on {predictions[worst].march}",
-        inside=sum(low <= t <= high for t, low, high in ends) / len(off),
-        spearman=_spearman(predictions),
+def _fitted(rows: _Rows, strength: float, kink: float | None) -> Fit:
+    """The fit of `rows` without a validation: the kink (unless given) and the intervals by left-out families."""
+    groups = rows.families if len(set(rows.families)) > 1 else rows.names
+    groups = groups if len(set(groups)) > 1 else rows.marches
+    candidates = KINKS if kink is None else (kink,)
+    found = {k: _left_out(rows, groups, strength, k) for k in candidates}
+    best = min(candidates, key=lambda k: float(np.sum((found[k] / rows.times - 1.0) ** 2)))
+    design = rows.design(best)
+    solved = _solve(design, rows.resizes(), rows.times, strength)
+    predicted = np.maximum(found[best], 1e-9)
+    return Fit(
+        coefficients=dict(zip(NAMES, map(float, solved), strict=True)),
+        kink=best,
+        hosts=fit_hosts(rows.networks()),
+        bands=bands_of([float(p) for p in predicted], [float(r) for r in rows.times / predicted]),
     )
 
 
-def _spearman(predictions: Sequence[Prediction]) -> dict[str, float]:
-    from scipy.stats import spearmanr
+def fit_networks(networks: Sequence[Network], strength: float = STRENGTH, kink: float | None = None) -> Fit:
+    """Fit the int8 rows of `networks` and validate. Raises ConfigError for fewer than ten times.
 
-    found = {}
-    for march in sorted({p.march for p in predictions}):
-        pairs = [(p.measured, p.predicted) for p in predictions if p.march == march]
-        if len(pairs) > 2 and all(len(set(column)) > 1 for column in zip(*pairs, strict=True)):
-            found[march] = float(spearmanr(pairs).statistic)
+    A `kink` replaces the choice among `KINKS`.
+    """
+    rows = _Rows.of(networks)
+    if len(rows.pairs) < 10:
+        raise ConfigError(f"A fit needs at least ten int8 times, but got {len(rows.pairs)}. Add networks.")
+    splits: dict[str, tuple[Sequence[str], Sequence[str]]] = {}
+    if len(set(rows.families)) > 1:
+        splits["family"] = rows.families, sorted(set(rows.families))
+    if len(set(rows.names)) > 1:
+        splits["network"] = rows.names, sorted(set(rows.names))
+    for march in sorted(set(rows.marches)) if len(set(rows.marches)) > 1 else ():
+        splits[f"{march} from the others"] = rows.marches, [march]
+    times, latencies = {}, {}
+    for how, (labels, groups) in splits.items():
+        found = [pair for group in groups for pair in _predictions(rows, np.array(labels) == group, strength, kink)]
+        times[how] = [bpu for bpu, _ in found]
+        latencies[how] = [latency for _, latency in found if latency is not None]
+    return replace(
+        _fitted(rows, strength, kink),
+        families=tuple(sorted(set(rows.families))),
+        rows=len(rows.pairs),
+        data=digest([[n.name, march, float(n.times[march])] for n, march in rows.pairs]),
+        left_out=times,
+        latencies=latencies,
+    )
+
+
+def _predictions(
+    rows: _Rows, test: NDArray[np.bool_], strength: float, kink: float | None
+) -> list[tuple[Prediction, Prediction | None]]:
+    """Of each row of `test`, its BPU time and its latency (None if not measured), by a fit of the other rows."""
+    held, fit = rows.only(test), _fitted(rows.only(~test), strength, kink)
+    predicted = held.resizes() + held.design(fit.kink) @ np.array([fit.coefficients[name] for name in NAMES])
+    found: list[tuple[Prediction, Prediction | None]] = []
+    for (n, march), ms in zip(held.pairs, map(float, predicted), strict=True):
+        low, high = (ms * end for end in fit.bands.of(ms))
+        bpu = Prediction(n.name, n.family, march, n.times[march], ms, low, high)
+        host, latency = fit.hosts.get(march), None
+        if host is not None and n.outputs and march in n.latencies:
+            h = host.ms(n.outputs)
+            ends = low + h * host.band[0], high + h * host.band[1]
+            latency = Prediction(n.name, n.family, march, n.latencies[march], ms + h, *ends)
+        found.append((bpu, latency))
     return found
 
 
@@ -264,5 +273,6 @@ def predict_network(network: Network, march: str, model: CostModel) -> float:
         + network.attention_gmacs / model.attention_gmac_per_ms_ghz
         + network.softmax_melem / model.softmax_melem_per_ms_ghz
         + network.lut_melem / model.lut_melem_per_ms_ghz
+        + network.resize_melem * model.element_prices["resize"][1]
     )
     return model.fixed_ms + compute / f + network.weight_mb / model.weight_mb_per_ms

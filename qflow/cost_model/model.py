@@ -2,7 +2,7 @@
 
     T_op  = [tau*gemm + k_mac*(MAC/M + large*MAC/L + ATT/A) + k_soft*SOFT/S + k_vec*(LUT+CAST+FP16)/V + p*PASS] / f
             + bytes / B
-    T_bpu = T0 + sum of T_op + float outputs / F;      latency (1 thread) = T_bpu + H
+    T_bpu = T0 + sum of T_op + float outputs / F;      latency (1 thread) = T_bpu + H + h * outputs
 
 MAC counts padded channels and no depthwise convolutions: the measured rows do not determine their rate, so they cost
 their GEMM call and their weights only. ATT are the MACs of the matmuls and SOFT the softmax elements of attention, LUT
@@ -11,7 +11,7 @@ vector unit, PASS the elements that any other operator passes (resize, concat, a
 price p is a range (`element_prices`). `large` is a property of the network: the share of its MACs beyond
 t = `large_gemm_gmac` per GEMM, max(0, 1 - t*GEMMs/MAC). Networks with large GEMMs run slower than their MACs, weights
 and look-ups explain; that their tensors do not fit into the on-chip memory is an inference. The parameters are fitted
-to published board measurements (fit.py).
+to published board measurements (fit.py). To T_op comes the time of conversions between int8 and int16 (`boundary_ms`).
 """
 
 from __future__ import annotations
@@ -36,26 +36,34 @@ class CostModel:
     march: str = "nash-m"
     clock_ghz: float = 1.5
     """Clock of the BPU in GHz (f)."""
-    fixed_ms: float = 0.0549
+    fixed_ms: float = 0.0503
     """Time of a network without operators in ms (T0)."""
-    gemm_us_ghz: float = 1.718
+    gemm_us_ghz: float = 1.58
     """Time of each GEMM call in us at 1 GHz (tau)."""
-    gmac_per_ms_ghz: float = 19.2
+    gmac_per_ms_ghz: float = 20.2
     """Rate of convolutions and linear layers in GMAC/ms at 1 GHz (M)."""
     large_gemm_gmac: float = 0.5
     """GMAC for each GEMM from which on a network counts as large (t)."""
-    large_gmac_per_ms_ghz: float = 30.3
+    large_gmac_per_ms_ghz: float = 26
     """Further rate for the MACs of large networks in GMAC/ms at 1 GHz (L)."""
-    attention_gmac_per_ms_ghz: float = 1.062
+    attention_gmac_per_ms_ghz: float = 1.22
     """Rate of the matmuls of attention in GMAC/ms at 1 GHz (A)."""
-    lut_melem_per_ms_ghz: float = 22.7
+    lut_melem_per_ms_ghz: float = 26.3
     """Rate of look-ups, casts and fp16 in million elements/ms at 1 GHz (V)."""
-    softmax_melem_per_ms_ghz: float = 15.7
+    softmax_melem_per_ms_ghz: float = 9.53
     """Rate of the softmax of attention in million elements/ms at 1 GHz (S)."""
-    weight_mb_per_ms: float = 61.2
+    weight_mb_per_ms: float = 54
     """Bandwidth at which weights are read in MB/ms (B)."""
-    host_ms: float = 0.32
+    host_ms: float = 0.214
     """Time on the host for each frame in ms (H)."""
+    host_output_ms: float = 0.0121
+    """Further time on the host for each output tensor in ms (h)."""
+    host_interval: Sequence[float] = (0.914, 1.18)
+    """Lowest and highest time on the host, relative to the predicted one."""
+    interval: Sequence[float] = (0.904, 1.17)
+    """Lowest and highest BPU time of an int8 network like the measured ones, relative to the predicted one."""
+    short_interval: Sequence[float] = (0.849, 1.2)
+    """The same for a network of less than `SHORT_MS` (predictions.py)."""
     float_melem_per_ms: float = 1.56
     """Rate at which float outputs are converted in million elements/ms (F)."""
     host_dequantize: bool = False
@@ -87,7 +95,7 @@ class CostModel:
             "move": (0.0, 0.0, 0.0208),
             "pool": (0.0, 0.0, 0.099),
             "reduce": (0.0, 0.0, 0.0361),
-            "resize": (0.05, 0.099, 0.15),
+            "resize": (0.02, 0.099, 0.15),
             "layer_norm": (0.0, 0.07, 0.175),
             "grid_sample": (0.099, 0.2, 0.36),
             "order": (0.1, 0.36, 1.0),
@@ -96,6 +104,11 @@ class CostModel:
     """Kind of operator without a rate -> lowest, likely, highest time of 10^6 int8 elements in ms at 1 GHz (p).
 
     Where they come from: docs/cost-model.md, "Operators with a range".
+    """
+    boundary_ms: Sequence[float] = (0.0, 0.0254, 0.64)
+    """Lowest, likely, highest time in ms for 10^6 elements that pass from int8 to int16 or back.
+
+    Free in the output stage of the operator; one pass of the vector unit; a conversion on the host.
     """
     provenance: str = ""
     """What the parameters were fitted to, and their errors on rows that were left out."""
@@ -113,6 +126,8 @@ class CostModel:
         for name in ("mac_factors", "vector_factors", "softmax_factors"):
             table = getattr(self, name)
             object.__setattr__(self, name, {key: _range(value, f"cost.{name}.{key}") for key, value in table.items()})
+        for name in ("host_interval", "interval", "short_interval"):
+            object.__setattr__(self, name, _ends(getattr(self, name), f"cost.{name}"))
         prices = {k: _range(v, f"cost.element_prices.{k}", least=0.0) for k, v in self.element_prices.items()}
         if missing := set(PRICED.values()) - set(prices):
             raise ConfigError(
@@ -120,6 +135,7 @@ class CostModel:
                 f"{', '.join(sorted(missing))}. Start from a shipped device: defaults: [nash-m, _self_]."
             )
         object.__setattr__(self, "element_prices", prices)
+        object.__setattr__(self, "boundary_ms", _range(self.boundary_ms, "cost.boundary_ms", least=0.0))
 
     def large_share(self, works: Sequence[OpWork]) -> float:
         """Share of a network's MACs beyond `large_gemm_gmac` per GEMM."""
@@ -159,14 +175,24 @@ class CostModel:
         """Time to read the operator's weights."""
         return row.weight_bytes * 1e-6 / self.weight_mb_per_ms
 
+    def conversion_ms(self, row: OpFeatures) -> Range:
+        """Time of the conversions between int8 and int16 at an operator; the likely one without that of its casts,
+        which `compute_ms` contains.
+        """
+        if not row.boundary:
+            return NOTHING
+        low, likely, high = self.boundary_ms
+        return low * row.boundary * 1e-6, likely * (row.boundary - row.cast) * 1e-6, high * row.boundary * 1e-6
 
+
+NOTHING = (0.0, 0.0, 0.0)
 RATES = (
     *("clock_ghz", "gmac_per_ms_ghz", "large_gmac_per_ms_ghz", "attention_gmac_per_ms_ghz", "lut_melem_per_ms_ghz"),
     *("softmax_melem_per_ms_ghz", "weight_mb_per_ms", "float_melem_per_ms", "nominal_mac_per_cycle"),
 )
 VECTOR = ("elementwise", "layer_norm", "reduce")
 """Keys of `element_prices` that the vector unit computes."""
-AMOUNTS = ("fixed_ms", "gemm_us_ghz", "large_gemm_gmac", "host_ms")
+AMOUNTS = ("fixed_ms", "gemm_us_ghz", "large_gemm_gmac", "host_ms", "host_output_ms")
 
 
 def _width(row: OpFeatures) -> float:
@@ -195,6 +221,17 @@ def _range(value: Sequence[float] | float, where: str, least: float | None = Non
         rule = "above 0" if least is None else f"of at least {least:g}"
         raise ConfigError(f"{where} is a number {rule} or [lowest, likely, highest], but got {value}.")
     return given[0], given[1], given[2]
+
+
+def _ends(value: Sequence[float], where: str) -> tuple[float, float]:
+    """An interval relative to its middle, which is 1. Raises ConfigError."""
+    try:
+        low, high = map(float, value)
+    except (TypeError, ValueError):
+        low, high = 0.0, 0.0
+    if not 0.0 < low <= 1.0 <= high < math.inf:
+        raise ConfigError(f"{where} is [lowest, highest] around 1, above 0, but got {value}.")
+    return low, high
 
 
 def _factor(table: Mapping[str, Sequence[float]], key: str, row: OpFeatures) -> Sequence[float]:

@@ -33,6 +33,7 @@ COLUMNS: dict[str, str] = {
     "Moved (elements)": "moved_elements",
     "Gathered (elements)": "gathered_elements",
     "Cast (elements)": "cast_elements",
+    "Boundary (elements)": "boundary_elements",
     "Weight (bytes)": "weight_bytes",
     "Input (bytes)": "input_bytes",
     "Output (bytes)": "output_bytes",
@@ -98,6 +99,9 @@ COST_METRICS: Mapping[str, Callable[[CostReport], float]] = {
     "cost/latency_high_ms": lambda report: report.high_ms,
     "cost/bpu_ms": lambda report: report.bpu_ms,
     "cost/fps": lambda report: report.fps,
+    "cost/boundaries": lambda report: float(report.boundaries),
+    "cost/boundary_ms": lambda report: report.boundary_ms[1],
+    "cost/boundary_high_ms": lambda report: report.boundary_ms[2],
     "cost/int16_mac_share": lambda report: report.int16_mac_share,
     "cost/weight_mb": lambda report: report.weight_mb,
     "cost/traffic_mb": lambda report: report.traffic.bytes * 1e-6,
@@ -146,7 +150,8 @@ def _totals(report: CostReport, fps: float | None) -> Sequence[str]:
     bound = "at least " if traffic.lower_bound else ""
     spilled = "unknown (device.cost.onchip_mb)" if traffic.lower_bound else f"{traffic.spilled_bytes * 1e-6:.3f}"
     lines = [
-        f"{'latency':<12}{report.latency_ms:.3f} ms [{report.low_ms:.3f}, {report.high_ms:.3f}], one thread",
+        f"{'latency':<12}{report.latency_ms:.3f} ms [{report.low_ms:.3f}, {report.high_ms:.3f}], one thread; "
+        f"{report.latency_at(2):.3f} with two",
         f"{'throughput':<12}{report.fps:.0f} frames/s saturated ({report.bpu_ms:.3f} ms on the BPU)",
         f"{'work':<12}{report.gmacs:.3f} GMAC, {report.int16_mac_share:.1%} of them with int16; "
         f"weights {report.weight_mb:.3f} MB",
@@ -156,8 +161,13 @@ def _totals(report: CostReport, fps: float | None) -> Sequence[str]:
         f"{traffic.peak_bytes * 1e-6:.3f} MB of activations at once",
         f"{'shapes':<12}{', '.join(f'{name} {list(shape)}' for name, shape in report.shapes.items())}",
     ]
+    if report.boundaries:
+        lines.insert(1, _boundaries(report))
     if report.measured_bytes is not None:
-        lines.insert(4, f"{'':<12}measured {report.measured_bytes * 1e-6:.3f} MB a frame, at the profile's dtypes")
+        lines.insert(
+            4 + bool(report.boundaries),
+            f"{'':<12}measured {report.measured_bytes * 1e-6:.3f} MB a frame, at the profile's dtypes",
+        )
     if report.measured:
         lines.append(f"{'measured':<12}{report.measured}")
     if not report.refusal:
@@ -165,6 +175,14 @@ def _totals(report: CostReport, fps: float | None) -> Sequence[str]:
     if report.refusal:
         lines.append(f"{'no estimate':<12}{report.refusal}")
     return lines
+
+
+def _boundaries(report: CostReport) -> str:
+    free = report.latency_ms - report.boundary_ms[1]
+    return (
+        f"{'boundaries':<12}{report.boundaries} between int8 and int16 take {report.boundary_ms[1]:.3f} ms of it: "
+        f"{free:.3f} ms if they are free, {free + report.boundary_ms[2]:.3f} if the host converts"
+    )
 
 
 def _line(op: OpCost, width: int) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from qflow.core.graph import OpKind
 from qflow.cost_model.features import OpFeatures
+from qflow.cost_model.work import OpWork
 
 
 @dataclass(frozen=True)
@@ -42,74 +43,101 @@ class Traffic:
         return self.bytes * fps / 2**30
 
 
-def traffic(rows: Sequence[OpFeatures], onchip_mb: float | None) -> Traffic:
-    """Bytes a frame of operators in order of execution; `onchip_mb` (10^6 bytes) None if unknown."""
-    sizes = _sizes(rows)
-    roots = _roots(rows)
-    last: dict[str, int] = {}
-    for i, row in enumerate(rows):
-        for name in (row.work.name, *row.work.producers):
-            last[roots[name]] = i
-    last.update(dict.fromkeys([roots[r.work.name] for r in rows if r.work.leaving], len(rows)))
-    spilled, peak = _spills(rows, sizes, roots, last, None if onchip_mb is None else onchip_mb * 1e6)
+@dataclass(frozen=True)
+class Lifetimes:
+    """What is in memory when, whatever the dtypes are. Operators are places in the order of execution."""
+
+    roots: tuple[int, ...]
+    """The operator that owns the memory of a result: itself, or for a view the operator viewed."""
+    producers: tuple[tuple[int, ...], ...]
+    last: tuple[int, ...]
+    """The last reader of the memory that an operator owns; for a model output, behind the last operator."""
+    ending: tuple[tuple[int, ...], ...]
+    """The owners of memory that is read for the last time at each operator."""
+
+
+def lifetimes(works: Sequence[OpWork]) -> Lifetimes:
+    """The lifetimes of the results of `works`."""
+    places = {work.name: i for i, work in enumerate(works)}
+    producers = tuple(tuple(places[name] for name in work.producers) for work in works)
+    roots: list[int] = []
+    for i, work in enumerate(works):
+        view = work.kind == OpKind.move and len(work.producers) == 1 and work.elements == work.input_elements[0]
+        roots.append(roots[producers[i][0]] if view else i)
+    last = list(range(len(works)))
+    for i, read in enumerate(producers):
+        for place in (i, *read):
+            last[roots[place]] = i
+    for i, work in enumerate(works):
+        if work.leaving:
+            last[roots[i]] = len(works)
+    ending: list[list[int]] = [[] for _ in works]
+    for root in set(roots):
+        if last[root] < len(works):
+            ending[last[root]].append(root)
+    return Lifetimes(tuple(roots), producers, tuple(last), tuple(map(tuple, ending)))
+
+
+def traffic(rows: Sequence[OpFeatures], onchip_mb: float | None, known: Lifetimes | None = None) -> Traffic:
+    """Bytes a frame of operators in order of execution; `onchip_mb` (10^6 bytes) None if unknown.
+
+    `known` are the lifetimes of the operators, which need not be found again for other dtypes.
+    """
+    works = [row.work for row in rows]
+    sizes, held = [_size(row) for row in rows], known or lifetimes(works)
+    spilled, peak = _spills(sizes, held, None if onchip_mb is None else onchip_mb * 1e6)
     return Traffic(
-        weight_bytes=sum({r.work.weight or r.work.name: r.weight_bytes for r in rows}.values()),
-        input_bytes=sum(sizes[r.work.name] for r in rows if r.work.kind == OpKind.input),
-        output_bytes=sum(sizes[r.work.name] for r in rows if r.work.leaving),
-        spilled_bytes=2 * sum(sizes[name] for name in spilled),
+        weight_bytes=sum({w.weight or w.name: row.weight_bytes for w, row in zip(works, rows, strict=True)}.values()),
+        input_bytes=sum([size for w, size in zip(works, sizes, strict=True) if w.kind == OpKind.input]),
+        output_bytes=sum([size for w, size in zip(works, sizes, strict=True) if w.leaving]),
+        spilled_bytes=2 * sum([sizes[place] for place in spilled]),
         lower_bound=onchip_mb is None,
         peak_bytes=peak,
         by_op={
-            r.work.name: (
-                sum(sizes[p] for p in r.work.producers),
-                sizes[r.work.name],
-                2 * sizes[r.work.name] if r.work.name in spilled else 0,
+            work.name: (
+                sizes[read[0]] if len(read) == 1 else sum([sizes[place] for place in read]),
+                sizes[i],
+                2 * sizes[i] if i in spilled else 0,
             )
-            for r in rows
+            for i, (work, read) in enumerate(zip(works, held.producers, strict=True))
         },
     )
 
 
-def _sizes(rows: Sequence[OpFeatures]) -> dict[str, int]:
-    """Bytes of every operator's result; without a quantizer it has the dtype that it reads, after a GEMM int32."""
-    sizes = {}
-    for row in rows:
-        bits = row.output_dtype.bits if row.output_dtype else 32 if row.work.gemm else row.input_dtype.bits
-        sizes[row.work.name] = 0 if row.work.kind == OpKind.constant else row.work.elements * bits // 8
-    return sizes
+def _size(row: OpFeatures) -> int:
+    """Bytes of an operator's result; without a quantizer it has the dtype that it reads, after a GEMM int32."""
+    if row.work.kind == OpKind.constant:
+        return 0
+    bits = row.output_dtype.bits if row.output_dtype else 32 if row.work.gemm else row.input_dtype.bits
+    return row.work.elements * bits // 8
 
 
-def _roots(rows: Sequence[OpFeatures]) -> dict[str, str]:
-    """Operator -> the operator that owns the memory of its result: itself, or for a view the operator viewed."""
-    roots: dict[str, str] = {}
-    for row in rows:
-        work = row.work
-        view = work.kind == OpKind.move and len(work.producers) == 1 and work.elements == work.input_elements[0]
-        roots[work.name] = roots[work.producers[0]] if view else work.name
-    return roots
-
-
-def _spills(
-    rows: Sequence[OpFeatures],
-    sizes: Mapping[str, int],
-    roots: Mapping[str, str],
-    last: Mapping[str, int],
-    capacity: float | None,
-) -> tuple[set[str], int]:
+def _spills(sizes: Sequence[int], held: Lifetimes, capacity: float | None) -> tuple[set[int], int]:
     """The results that are spilled, and the largest sum of bytes in memory at once."""
-    alive: set[str] = set()
-    spilled: set[str] = set()
-    peak = 0
-    for i, row in enumerate(rows):
-        at_work = {roots[row.work.name], *(roots[p] for p in row.work.producers)}
-        alive |= {roots[row.work.name]}
-        peak = max(peak, sum(sizes[name] for name in alive))
-        held = sum(sizes[name] for name in alive - spilled)
-        order = sorted(alive - spilled, key=lambda name: (name in at_work, -last[name], -sizes[name]))
-        for name in order:
-            if capacity is None or held <= capacity:
-                break
-            spilled.add(name)
-            held -= sizes[name]
-        alive = {name for name in alive if last[name] > i}
+    alive: set[int] = set()
+    spilled: set[int] = set()
+    peak = total = 0
+    for i, root in enumerate(held.roots):
+        if root not in alive:
+            alive.add(root)
+            total += sizes[root]
+        peak = max(peak, total)
+        if capacity is not None and total > capacity:
+            _spill(alive, spilled, sizes, held, i, capacity)
+        for ended in held.ending[i]:
+            alive.discard(ended)
+            total -= sizes[ended]
     return spilled, peak
+
+
+def _spill(
+    alive: set[int], spilled: set[int], sizes: Sequence[int], held: Lifetimes, place: int, capacity: float
+) -> None:
+    """Add to `spilled` until what is alive beside it fits at the operator at `place`."""
+    at_work = {held.roots[place], *(held.roots[p] for p in held.producers[place])}
+    inside = sum(sizes[root] for root in alive - spilled)
+    for root in sorted(alive - spilled, key=lambda root: (root in at_work, -held.last[root], -sizes[root])):
+        if inside <= capacity:
+            break
+        spilled.add(root)
+        inside -= sizes[root]

@@ -10,7 +10,9 @@ with the softmax between them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from qflow.core.graph import GEMM_KINDS, TRANSPARENT_KINDS, ModelGraph, OpKind, OpNode
 from qflow.cost_model.attention import attention_matmuls, function_of, softmaxes
@@ -37,6 +39,14 @@ PRICED = {
     OpKind.order: "order",
 }
 """Kind -> key of `CostModel.element_prices`. These kinds cost by the elements that they pass, in a range."""
+COUNTED = {
+    **dict.fromkeys(ELEMENTWISE, "elementwise"),
+    **dict.fromkeys([OpKind.grid_sample, OpKind.order], "gathered"),
+    OpKind.lut: "lut",
+    OpKind.layer_norm: "layer_norm",
+    OpKind.reduce: "reduce",
+}
+"""Kind -> the count of `OpWork` that its output elements are."""
 READ = frozenset({OpKind.reduce, OpKind.max_pool, OpKind.avg_pool})
 """Kinds whose time follows the elements that they read. (topk and gather read no more than they need.)"""
 ENGINES = {
@@ -106,71 +116,90 @@ class OpWork:
         return self.kind in TRANSPARENT_KINDS
 
 
-COUNTS = tuple(f.name for f in fields(OpWork) if f.type == "int")
+_KNOWN: dict[int, tuple[weakref.ref[ModelGraph], tuple[OpWork, ...]]] = {}
 
 
 def work_of(graph: ModelGraph) -> tuple[OpWork, ...]:
-    """One row per operator of `graph`, traced at the deployed shape."""
+    """One row per operator of `graph`, traced at the deployed shape; counted once for as long as the graph lives."""
+    place = id(graph)
+    if place not in _KNOWN:
+        _KNOWN[place] = weakref.ref(graph, lambda _: _KNOWN.pop(place, None)), tuple(_counted(graph))
+    return _KNOWN[place][1]
+
+
+def _counted(graph: ModelGraph) -> Iterator[OpWork]:
     owners = {node.quantizer: node.name for node in graph.quantized}
+    acting = {
+        node.name: (owners[node.quantizer],)
+        if node.quantizer is not None
+        else tuple(owners[graph.by_name[s].quantizer] for s in graph.sources(node.name))
+        for node in graph.nodes
+    }
+    sizes = {node.name: node.elements for node in graph.nodes}
     found = softmaxes(graph)
     attention = attention_matmuls(graph, found)
     steps = {name: name == softmax.last for softmax in found for name in softmax.steps}
     leaving = {producer for _, producer in graph.outputs}
-    return tuple(
-        OpWork(
-            name=node.name,
+    for node in graph.nodes:
+        name, size, read = node.name, sizes[node.name], tuple([sizes[producer] for producer in node.inputs])
+        if name in steps:  # the last step of a softmax stands for all of them
+            counts = {"softmax": size if steps[name] else 0}
+        elif node.kind in GEMM_KINDS:
+            counts = _products(node, name in attention)
+        else:
+            counts = _others(node, size, sum(read))
+        yield OpWork(
+            name=name,
             kind=node.kind,
             owner=owners[node.quantizer] if node.quantizer else None,
-            inputs=tuple(
-                tuple(owners[graph.by_name[s].quantizer] for s in graph.source(producer)) for producer in node.inputs
-            ),
+            inputs=tuple([acting[producer] for producer in node.inputs]),
             producers=node.inputs,
-            input_elements=tuple(graph.by_name[producer].elements for producer in node.inputs),
-            elements=node.elements,
+            input_elements=read,
+            elements=size,
             shape=node.shape,
             weight=node.weight or "",
-            leaving=node.name in leaving,
-            **(_step(node, steps[node.name]) if node.name in steps else _counts(graph, node, node.name in attention)),
+            leaving=name in leaving,
+            **counts,
         )
-        for node in graph.nodes
-    )
 
 
-def _step(node: OpNode, last: bool) -> dict[str, int]:
-    """Counts of one step of a softmax; the last one stands for all of them."""
-    return {"softmax": node.elements if last else 0}
+def _products(node: OpNode, attention: bool) -> dict[str, int]:
+    """Counts of a GEMM."""
+    macs = node.macs
+    depthwise = bool(macs) and _depthwise(node)
+    return {
+        "gemm": 1,
+        "macs": macs,
+        "padded_macs": _padded_macs(node) if macs and not (attention or depthwise) else 0,
+        "depthwise_macs": macs if depthwise else 0,
+        "attention_macs": macs if attention else 0,
+        "elementwise": node.elements if node.fused_add else 0,
+        "weights": node.attrs.get("weights", 0),
+    }
 
 
-def _passed(graph: ModelGraph, node: OpNode) -> int:
+def _others(node: OpNode, elements: int, read: int) -> dict[str, int]:
+    """Counts of an operator that is no GEMM, with `elements` out and `read` elements in."""
+    kind, passed = node.kind, _passed(node, elements, read)
+    counts = {"passed": passed, "weights": elements if kind == OpKind.constant else node.attrs.get("weights", 0)}
+    if kind in COUNTED:
+        counts[COUNTED[kind]] = elements
+    if node.fused_add:
+        counts["elementwise"] = elements
+    if kind in MOVES and passed:
+        counts["moved"] = elements
+    return counts
+
+
+def _passed(node: OpNode, elements: int, read: int) -> int:
     """Elements that an operator passes on, or reads if its time follows its input."""
-    if node.kind not in PRICED:
-        return 0
-    read = sum(graph.by_name[name].elements for name in node.inputs)
     if node.kind == OpKind.move:
         name = function_of(node)
-        whole = name == "getitem" and node.elements == read  # x[None], x[:]
-        return 0 if name in VIEWS or whole else read if name in SPLITS else node.elements
-    return max(node.elements, read) if node.kind in READ else node.elements
-
-
-def _counts(graph: ModelGraph, node: OpNode, attention: bool) -> dict[str, int]:
-    kind, elements, passed = node.kind, node.elements, _passed(graph, node)
-    depthwise = kind in GEMM_KINDS and bool(node.macs) and _depthwise(node)
-    return {
-        "gemm": int(kind in GEMM_KINDS),
-        "macs": node.macs,
-        "padded_macs": 0 if attention or depthwise else _padded_macs(node),
-        "depthwise_macs": node.macs if depthwise else 0,
-        "attention_macs": node.macs if attention else 0,
-        "lut": elements if kind == OpKind.lut else 0,
-        "layer_norm": elements if kind == OpKind.layer_norm else 0,
-        "reduce": elements if kind == OpKind.reduce else 0,
-        "elementwise": elements if kind in ELEMENTWISE or node.fused_add else 0,
-        "moved": elements if kind in MOVES and passed else 0,
-        "gathered": elements if kind in (OpKind.grid_sample, OpKind.order) else 0,
-        "passed": passed,
-        "weights": elements if kind == OpKind.constant else node.attrs.get("weights", 0),
-    }
+        whole = name == "getitem" and elements == read  # x[None], x[:]
+        return 0 if name in VIEWS or whole else read if name in SPLITS else elements
+    if node.kind not in PRICED:
+        return 0
+    return max(elements, read) if node.kind in READ else elements
 
 
 def _depthwise(node: OpNode) -> bool:
@@ -184,8 +213,6 @@ def _padded(channels: int) -> int:
 
 def _padded_macs(node: OpNode) -> int:
     """MACs with padded input and output channels (per group)."""
-    if not node.macs:
-        return 0
     if node.kind == OpKind.matmul:
         inner, columns = node.attrs["inner"], node.shape[-1] if node.shape else 1
         return node.elements // max(columns, 1) * _padded(columns) * _padded(inner)

@@ -116,7 +116,7 @@ def test_rules_alone_need_no_cost_and_a_cost_model_says_what_it_lacks(tmp_path):
     path = tmp_path / "device.yaml"
     path.write_text(WHOLE)
     assert load_rules(path).march == "mine"
-    with pytest.raises(ConfigError, match="needs cost.attention_gmac_per_ms_ghz, cost.clock_ghz"):
+    with pytest.raises(ConfigError, match="needs cost.attention_gmac_per_ms_ghz, cost.boundary_ms, cost.clock_ghz"):
         load_cost(path)
 
 

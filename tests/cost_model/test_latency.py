@@ -1,5 +1,6 @@
 """Laws of the cost model, and its predictions against the published formula by hand."""
 
+from dataclasses import replace
 from math import inf, nan
 
 import pytest
@@ -17,6 +18,7 @@ from qflow.core.setter import HighPrecisionOutput, TemplateSetter
 from qflow.cost_model.features import features
 from qflow.cost_model.latency import Pricer, predict
 from qflow.cost_model.model import AMOUNTS, RATES, CostModel
+from qflow.cost_model.table import cost_text
 from qflow.quant.model.plan import make_plan
 from qflow.quant.trace.trace import trace
 
@@ -27,9 +29,10 @@ def test_the_total_is_the_published_formula():
     gmacs = 32 * 32 * 9 * (16 * 32 + 32 * 32) * 1e-9  # 3 -> 16 and 20 -> 32 channels padded
     lut = 32 * 32 * 32 * 1e-6
     weights = (32 * 3 * 9 + 20 * 32 * 9) * 1e-6
-    by_hand = 0.0549 + (2 * 1.718e-3 + gmacs / 19.2 + lut / 22.7) / 1.5 + weights / 61.2
+    compute = 2e-3 * MODEL.gemm_us_ghz + gmacs / MODEL.gmac_per_ms_ghz + lut / MODEL.lut_melem_per_ms_ghz
+    by_hand = MODEL.fixed_ms + compute / 1.5 + weights / MODEL.weight_mb_per_ms
     assert report.bpu_ms == pytest.approx(by_hand, rel=1e-9)
-    assert report.latency_ms == pytest.approx(by_hand + 0.32, rel=1e-9)
+    assert report.latency_ms == pytest.approx(by_hand + MODEL.host_ms + MODEL.host_output_ms, rel=1e-9)
     assert report.fps == pytest.approx(1000 / by_hand)
 
 
@@ -53,9 +56,9 @@ def test_whatever_runs_in_fp16_takes_time(kind):
 def test_an_int16_input_doubles_macs_and_look_ups():
     graph = network()
     low, high = (predict(graph, all_at(graph, d), MODEL) for d in (QDtype.qint8, QDtype.qint16))
-    fixed = 1.718e-3 / 1.5
+    fixed = 1e-3 * MODEL.gemm_us_ghz / 1.5
     for a, b in zip(low.ops[1:], high.ops[1:], strict=True):
-        stream = a.weight_bytes * 1e-6 / 61.2
+        stream = a.weight_bytes * 1e-6 / MODEL.weight_mb_per_ms
         gemm = fixed if a.kind == "conv" else 0.0
         assert b.ms - stream - gemm == pytest.approx(2 * (a.ms - stream - gemm))
     assert high.int16_mac_share == 1.0
@@ -67,9 +70,63 @@ def test_the_interval_widens_only_for_what_runs_in_16_bits():
     int8 = all_at(graph, QDtype.qint8)
     mixed = int8.with_ops({"act": OpQConfig(QDtype.qint16)})
     a, b = (predict(graph, q, MODEL) for q in (int8, mixed))
-    assert a.high_ms / a.latency_ms == pytest.approx(1.25)
-    assert 1.25 < b.high_ms / b.latency_ms < 2.5
+    host = MODEL.host_ms + MODEL.host_output_ms
+    for end, bpu, of_host in zip((a.low_ms, a.high_ms), MODEL.short_interval, MODEL.host_interval, strict=True):
+        assert end == pytest.approx(bpu * a.bpu_ms + of_host * host)
+    assert a.high_ms / a.latency_ms < b.high_ms / b.latency_ms < 2.5
     assert next(op for op in b.ops if op.op == "a").high_ms == next(op for op in a.ops if op.op == "a").high_ms
+    assert (a.widened, [r.split(":")[0] for r in b.widened]) == ((), ["int16 operators"])
+
+
+def test_a_network_of_half_a_millisecond_has_the_wider_interval_of_short_ones():
+    """Both ends come from the residuals of left-out networks of less than a millisecond, and of the longer ones."""
+    for size, ends in ((64, MODEL.short_interval), (1024, MODEL.interval)):
+        graph = ModelGraph(
+            (OpNode("x", OpKind.input, "QuantStub", (), (1, 64, size, size), "x"), conv("c", "x", 64, 64, size)),
+            (("0", "c"),),
+        )
+        op = predict(graph, all_at(graph, QDtype.qint8), MODEL).ops[-1]
+        assert (op.low_ms / op.ms, op.high_ms / op.ms) == pytest.approx(ends)
+
+
+def test_each_output_takes_time_on_the_host_and_frames_in_flight_wait_for_the_bpu():
+    graph = network()
+    two = replace(graph, outputs=(("0", "b"), ("1", "act")))
+    a, b = (predict(g, all_at(g, QDtype.qint8), MODEL) for g in (graph, two))
+    assert b.latency_ms - a.latency_ms == pytest.approx(MODEL.host_output_ms)
+    assert a.bpu_ms == b.bpu_ms
+    assert a.latency_at(1) == a.latency_at(2) == a.latency_ms  # the host takes longer than the BPU
+    assert a.latency_at(20) == pytest.approx(20 * a.bpu_ms)
+
+
+def chain(*dtypes):
+    """Sigmoids one after another, with these output dtypes."""
+    nodes = [OpNode("x", OpKind.input, "QuantStub", (), (1, 8, 64, 64), "x")]
+    for i in range(len(dtypes)):
+        nodes.append(OpNode(f"s{i}", OpKind.lut, "Sigmoid", (nodes[-1].name,), (1, 8, 64, 64), f"s{i}"))
+    graph = ModelGraph(tuple(nodes), (("0", nodes[-1].name),))
+    raised = {f"s{i}": OpQConfig(d) for i, d in enumerate(dtypes)}
+    return predict(graph, all_at(graph, QDtype.qint8).with_ops(raised), MODEL)
+
+
+def test_passing_between_int8_and_int16_takes_time_and_one_block_less_than_two():
+    low, high = QDtype.qint8, QDtype.qint16
+    none, block, apart = chain(low, low, low, low), chain(low, high, high, low), chain(high, low, high, low)
+    million = 8 * 64 * 64e-6
+    assert (none.boundaries, none.boundary_ms) == (0, (0.0, 0.0, 0.0))
+    assert (block.boundaries, apart.boundaries) == (2, 4)
+    for report, times in ((block, 2), (apart, 4)):
+        assert report.boundary_ms == pytest.approx([times * million * price for price in MODEL.boundary_ms])
+        assert "if they are free" in cost_text(report)
+    assert block.latency_ms < apart.latency_ms
+    assert block.high_ms < apart.high_ms
+    assert "boundaries  " not in cost_text(none)
+
+
+def test_both_readings_of_boundaries_lie_in_the_interval():
+    report = chain(QDtype.qint16, QDtype.qint8)
+    free, host = (report.latency_ms - report.boundary_ms[1] + report.boundary_ms[k] for k in (0, 2))
+    assert report.low_ms < free < report.latency_ms < host < report.high_ms
 
 
 def test_depthwise_counts_its_call_and_its_weights_only():
@@ -132,10 +189,10 @@ def test_a_product_of_two_activations_is_priced_by_both(kind):
     m = OpNode("m", kind, "torch.conv2d", ("a", "b"), (1, 16, 16), "m", attrs=sizes)
     graph = ModelGraph((a, b, m), (("0", "m"),))
     int8 = all_at(graph, QDtype.qint8)
-    times = [
-        predict(graph, int8.with_ops({n: OpQConfig(QDtype.qint16) for n in names}), MODEL).ops[-1].ms - 1.718e-3 / 1.5
-        for names in ([], ["a"], ["a", "b"])
-    ]
+    pricer = Pricer(graph, MODEL)
+    ops = [int8.with_ops({n: OpQConfig(QDtype.qint16) for n in names}) for names in ([], ["a"], ["a", "b"])]
+    rows = [replace(features(graph, q)[-1], boundary=0) for q in ops]
+    times = [pricer.times(row)[1] - 1e-3 * MODEL.gemm_us_ghz / 1.5 for row in rows]
     assert times[1] == pytest.approx(2 * times[0])
     assert times[2] == pytest.approx(4 * times[0])
 
@@ -194,7 +251,9 @@ def test_large_gemms_run_slower_than_their_macs_say():
 
     assert rate(64) > rate(512)
     assert Pricer(network_of(64), MODEL).large == 0.0
-    assert Pricer(network_of(512), MODEL).large == pytest.approx(1 - 0.5 / (512 * 512 * 64 * 64 * 9e-9))
+    assert Pricer(network_of(512), MODEL).large == pytest.approx(
+        1 - MODEL.large_gemm_gmac / (512 * 512 * 64 * 64 * 9e-9)
+    )
 
 
 @pytest.mark.parametrize(

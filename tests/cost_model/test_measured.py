@@ -53,7 +53,7 @@ def test_the_host_s_part_of_a_profile_is_latency_only():
     int8 = all_at(graph, QDtype.qint8)
     measured = Measured({}, int8, total_ms=2.0, host_ms=0.5, ddr_bytes=1_500_000)
     plain = Pricer(graph, MODEL, measured).report(int8)
-    assert (plain.bpu_ms, plain.latency_ms) == pytest.approx((2.0, 2.0 + 0.32 + 0.5))
+    assert (plain.bpu_ms, plain.latency_ms) == pytest.approx((2.0, 2.0 + MODEL.host_ms + MODEL.host_output_ms + 0.5))
     converted = Pricer(graph, replace(MODEL, host_dequantize=True), measured).report(int8)
     assert converted.bpu_ms - plain.bpu_ms == pytest.approx(20 * 32 * 32e-6 / MODEL.float_melem_per_ms)
     assert "measured 1.500 MB a frame" in cost_text(plain)
@@ -98,7 +98,7 @@ def test_nodes_on_the_cpu_are_no_time_of_the_bpu(tmp_path):
     assert (measured.times, measured.total_ms, measured.host_ms) == ({}, 2.0, 0.25)
     assert lines[0] == "Node-1-CPU-act: 0.2500 ms on the CPU, in the latency only"
     report = Pricer(network(), MODEL, measured).report(measured.reference)
-    assert (report.bpu_ms, report.latency_ms) == pytest.approx((2.0, 2.0 + MODEL.host_ms + 0.25))
+    assert (report.bpu_ms, report.latency_ms) == pytest.approx((2.0, 2.0 + MODEL.host_ms + MODEL.host_output_ms + 0.25))
 
 
 def test_a_report_brings_its_traffic(tmp_path):
