@@ -192,7 +192,8 @@ class Precisions(Resolver):
         return self.mix(replace(settings, sensitive_type="both"), outputs, names)
 
     def _read_together(self, weights: Mapping[str, int]) -> set[Group]:
-        """Return the groups of promotable operators, by place, that one operator reads, also with its weight's place.
+        """Return the groups of promotable operators, by place, that one operator reads, also with its weight's place
+        and with its own, since values that it writes in another dtype than it reads are converted.
 
         `weights` are the places of weights. A constant's readers stand for it.
         """
@@ -207,8 +208,8 @@ class Precisions(Resolver):
         found: set[Group] = set()
         for work, read in zip(works, reads, strict=True):
             group = {place[d] for name in read for d in deciding[name] if d in place}
-            own = weights.get(work.owner or "")
-            found |= {tuple(sorted(group)), tuple(sorted(group | ({own} if own is not None else set())))}
+            for own in (weights.get(work.owner or ""), place.get(work.owner or "")):
+                found |= {tuple(sorted(group)), tuple(sorted(group | ({own} if own is not None else set())))}
         return {group for group in found if len(group) > 1}
 
     def _costs(self, settings: QConfigSettings, metrics: Sequence[str]) -> list[Callable[[str], float]]:
