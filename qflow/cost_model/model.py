@@ -108,7 +108,8 @@ class CostModel:
     boundary_ms: Sequence[float] = (0.0, 0.0254, 0.64)
     """Lowest, likely, highest time in ms for 10^6 elements that pass from int8 to int16 or back.
 
-    Free in the output stage of the operator; one pass of the vector unit; a conversion on the host.
+    They are free in the output stage of an operator, take one pass of the vector unit (1 / (V f)), or the host makes
+    them (1 / F). Why the middle one is the likely one: docs/cost-model.md, "Boundaries between int8 and int16".
     """
     provenance: str = ""
     """What the parameters were fitted to, and their errors on rows that were left out."""

@@ -27,7 +27,7 @@ def test_a_users_model_is_priced(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     table = rows(tmp_path)
     total = sum(float(row["Time (ms)"]) for row in table)
-    assert f"({total + 0.054858:.3f} ms on the BPU)" in done.stdout
+    assert f"({total + 0.050277:.3f} ms on the BPU)" in done.stdout
     assert {row["Engine"] for row in table} >= {"TAE", "VAE"}
     assert "GB/s at 30 frames/s" in done.stdout
     assert "to all-int8" in done.stdout
