@@ -63,8 +63,9 @@ def domain_of(works: Sequence[OpWork], model: CostModel, large: float, known: Ma
     beyond = max(0.0, sum(upper[name] for name in PRESENT) - SEEN * likely)
     unpriced = sum(upper[name] for name in ABSENT) + beyond
     share = unpriced / (likely + unpriced) if unpriced else 0.0
-    names = {**(PRESENT if beyond else {}), **ABSENT}
-    kinds = " and ".join(names[n] for n in sorted(upper, key=lambda n: -upper[n])[:2] if n in names and upper[n] > 0.0)
+    words = {**(PRESENT if beyond else {}), **ABSENT}
+    most = sorted((n for n in words if upper[n] > 0.0), key=lambda n: -upper[n])[:2]
+    kinds = " and ".join(words[n] for n in most)
     reasons = []
     if share > WIDEN:
         reasons.append(f"{kinds} may take {share:.0%} of the time, and no board measured them alone")

@@ -268,6 +268,9 @@ def test_large_gemms_run_slower_than_their_macs_say():
         ),
         ({"vector_factors": {"qint8": [2, 1, 3]}}, r"cost.vector_factors.qint8 is a number above 0 or \[lowest"),
         ({"mac_factors": {"qint8/qint8": [1, 2]}}, "cost.mac_factors.qint8/qint8 is a number"),
+        ({"boundary_ms": [0, 2, 1]}, r"cost.boundary_ms is a number of at least 0 or \[lowest"),
+        ({"element_prices": {"resize": 1}}, "cost.element_prices has a price for .*, but got none for elementwise, gr"),
+        *(({"interval": v}, r"cost.interval is \[lowest, highest\] around 1") for v in ([1.1, 1.2], [0, 2], "ab", [1])),
     ],
 )
 def test_parameters_that_no_device_has_are_refused(changes, message):
