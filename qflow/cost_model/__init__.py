@@ -4,4 +4,4 @@ The package is not called `cost`, because `qflow.cost` is a function of the libr
 command.
 """
 
-__all__ = ["fit", "latency", "measured", "model", "networks", "records", "table"]
+__all__ = ["features", "fit", "latency", "measured", "model", "networks", "predictions", "records", "table"]
