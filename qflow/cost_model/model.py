@@ -93,7 +93,7 @@ class CostModel:
         default_factory=lambda: {
             "elementwise": (0.0, 0.0, 0.03),
             "move": (0.0, 0.0, 0.0208),
-            "pool": (0.0, 0.0, 0.099),
+            "pool": (0.0, 0.0, 0.025),
             "reduce": (0.0, 0.0, 0.0361),
             "resize": (0.02, 0.099, 0.15),
             "layer_norm": (0.0, 0.07, 0.175),
