@@ -102,7 +102,7 @@ def test_a_report_of_another_model_is_refused(tmp_path):
 
 
 def test_a_fit_renews_a_board_of_one_s_own_that_a_study_takes(tmp_path):
-    """What the rows do not say (memory, clock) stays as the board's file has it; the host's time is in their latencies."""
+    """What the rows do not say (memory, clock) stays as the board's file has it; the host is in the latencies."""
     shutil.copy(DATA, tmp_path / "mine.csv")
     board = tmp_path / "mine.yaml"
     board.write_text(
