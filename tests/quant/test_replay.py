@@ -243,3 +243,35 @@ def test_a_functional_norm_is_folded_with_its_weight_alone_too():
         prepared.weights["0"].retype(QDtype.qint16)
         prepared.weights["0"].set_scale(torch.full_like(prepared.weights["0"].scale, 1e-4))
         assert torch.allclose(prepared(x), plain, atol=1e-2)
+
+
+class Encoder(nn.Module):
+    """A transformer block with torch's fused attention, whose last bits differ from those of its parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(48), nn.LayerNorm(48)
+        self.qkv, self.proj = nn.Linear(48, 144), nn.Linear(48, 48)
+        self.mlp = nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 48))
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm1(x)).reshape(*x.shape[:2], 3, 3, 16).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        x = x + self.proj(y)
+        return x + self.mlp(self.norm2(x))
+
+
+@torch.no_grad()
+def test_a_transformer_block_is_ranked_by_replay_which_equals_full_passes_bit_for_bit():
+    torch.manual_seed(0)
+    model = nn.Sequential(Encoder()).eval()
+    x = torch.randn(16, 40, 48)  # more samples than are stacked
+    prepared = calibrated(model, x)
+    rows = candidates(prepared)
+    table = sensitivity(model, prepared, [x], rows=rows)
+    assert "replay" in table.method
+    assert not [f for f in table.findings if "given up" in f.message]
+    replay = Replay(model, prepared, capture(model, prepared.plan, x, INF))
+    for i, got in replay.run([row.variant for row in rows]):
+        wanted = full_forward(prepared, x, rows[i].variant, written_out=True)
+        assert torch.equal(got["0"], wanted["0"]), rows[i].name

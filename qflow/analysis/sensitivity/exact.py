@@ -117,7 +117,8 @@ class Exact:
             raise ReplayError(f"its float outputs differ from the model's by {rounding:.2g}")
         worst, nothing = 0.0, max(1e-3, 4.0 * rounding / AGREES)
         chosen = self.to_check(replay, variants)
-        full = {i: got for i, (_, got) in zip(chosen, self._full(inputs, [variants[i] for i in chosen]), strict=True)}
+        measured = self._full(inputs, [variants[i] for i in chosen], written_out=True)
+        full = {i: got for i, (_, got) in zip(chosen, measured, strict=True)}
         for i, got in outputs:
             worst = max(worst, disagreement(got, full[i], plain, nothing) if i in full else 0.0)
             if worst > AGREES:
@@ -153,7 +154,9 @@ class Exact:
                 return None
         return self.widths.at(captured, size, most)
 
-    def _full(self, inputs: Any, variants: Sequence[Variant]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def _full(
+        self, inputs: Any, variants: Sequence[Variant], written_out: bool = False
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Outputs of each variant by a full forward pass in which topk and the like use the float order."""
         order = None
         if self.reorders and variants:
@@ -161,4 +164,4 @@ class Exact:
                 call_model(self.prepared, inputs)
         for i, variant in enumerate(variants):
             with nullcontext() if order is None else self.prepared.following(order):
-                yield i, full_forward(self.prepared, inputs, variant)
+                yield i, full_forward(self.prepared, inputs, variant, written_out)

@@ -67,8 +67,7 @@ class QuantizedModel(TemporalStateMixin, QuantizerStateMixin):
         self._arguments: dict[str, dict[int, FakeQuant]] = {}
         self.requants_at: dict[str, dict[int, FakeQuant]] = {}
         self.place_requants({})
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        self.store.to(device)
+        self.store.to(next((p.device for p in self.model.parameters()), torch.device("cpu")))
 
     @property
     def graph(self) -> ModelGraph:
@@ -225,13 +224,18 @@ class QuantizedModel(TemporalStateMixin, QuantizerStateMixin):
             yield self
 
     @contextmanager
-    def only(self, outputs: Collection[str] = (), weights: Collection[str] = ()) -> Iterator[QuantizedModel]:
-        """Switch only the named quantizers on. Raises ModelError for an unknown name or for no name."""
-        keys = {("output", name) for name in outputs} | {("weight", name) for name in weights}
+    def only(
+        self, outputs: Collection[str] = (), weights: Collection[str] = (), written_out: bool = False
+    ) -> Iterator[QuantizedModel]:
+        """Switch only the named quantizers on, with attention `written_out` everywhere or only where one acts inside.
+
+        Raises ModelError for an unknown name or for no name.
+        """
+        keys = {*(("output", name) for name in outputs), *(("weight", name) for name in weights)}
         unknown = sorted(name for kind, name in keys - set(self._keys()))
         if unknown or not keys:
             raise ModelError(f"Quantizers are switched by name, but got {unknown or 'no name'}. See the model check.")
-        with self._switched(keys, functionals_of(self.plan, outputs, weights)):
+        with self._switched(keys, None if written_out else functionals_of(self.plan, outputs, weights)):
             yield self
 
     @contextmanager

@@ -204,12 +204,18 @@ class _Pass:
         return tuple(self._cat(op.index, i, [t] * count) for i, t in enumerate(base))
 
 
-def full_forward(prepared: QuantizedModel, inputs: Any, variant: Variant) -> dict[str, Tensor]:
-    """The outputs that `Replay.run` gives for one variant, but from a full forward pass: slow, and always right."""
+def full_forward(
+    prepared: QuantizedModel, inputs: Any, variant: Variant, written_out: bool = False
+) -> dict[str, Tensor]:
+    """The outputs that `Replay.run` gives for one variant, but from a full forward pass: slow, and always right.
+
+    torch's fused attention gives other last bits than its parts, and these move codes at near ties. With `written_out`
+    the quantizer reads what it reads in a replay; without it, attention that it does not act on is fused and faster.
+    """
     kept = prepared.weights if variant.weight else prepared.outputs
     own = kept[variant.name]
-    switch = {"weights": [variant.name]} if variant.weight else {"outputs": [variant.name]}
-    with borrowed(own, variant.quantizer), prepared.only(**switch):
+    switch: dict[str, Any] = {"weights" if variant.weight else "outputs": [variant.name]}
+    with borrowed(own, variant.quantizer), prepared.only(**switch, written_out=written_out):
         return dict(named_tensors(call_model(prepared, inputs)))
 
 
