@@ -189,7 +189,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     notes = []
     for name in options.only:
         s = subject(name, options.batch)
-        cells = [name, f"{s.forward(s.inputs) * 1e3:.0f} ms", *(cell(s, stage, options.rounds) for stage in options.stages)]
+        cells = [
+            name,
+            f"{s.forward(s.inputs) * 1e3:.0f} ms",
+            *(cell(s, stage, options.rounds) for stage in options.stages),
+        ]
         print(f"| {' | '.join(cells)} |", flush=True)
         notes += [f"{name}, {stage}: {text}" for stage, text in s.notes.items() if text]
     print("\n" + "\n".join(notes))

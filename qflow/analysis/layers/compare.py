@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from qflow.analysis.layers.forwards import by_forwards
-from qflow.analysis.layers.rows import Rows
+from qflow.analysis.layers.rows import Rows, Twin
+from qflow.analysis.measures.pair_sums import same_values
 from qflow.analysis.measures.tables import Finding, LayerRow, LayerTable, also
 from qflow.core.graph import ModelGraph, OpKind
 from qflow.quant.model.quantized_model import QuantizedModel
@@ -83,15 +84,28 @@ class _Walk:
         self.single: dict[int, Values] = {}
         """Values inside a fused group when the group alone is run on float inputs."""
         self.sources: dict[str, tuple[str, ...]] = {}
+        self.made: dict[int, LayerRow] = {}
         self.rows = Rows(prepared)
 
     def row(self, op: Op) -> LayerRow:
         """Run one operator and compare its float, calibrated and single-operator values."""
         base, own, alone = self._values(op)
-        row = self.rows.row(op.name, op.op_type, base[0], own[0], alone[0] if alone else None)
+        twin = self._twin(op, base, own, alone)
+        row = self.rows.row(op.name, op.op_type, base[0], own[0], alone[0] if alone else None, twin)
+        self.made[op.index] = row
         self.sources[op.name] = tuple(self.captured.tape.ops[i].name for i in self.ops.reads[op.index])
         self._free(op)
         return row
+
+    def _twin(self, op: Op, base: Values, own: Values, alone: Values) -> Twin | None:
+        """The row of an operator that this one reads, if this one gives its three values unchanged."""
+        for index in self.ops.reads[op.index]:
+            read = self.plain[index][0], self.calibrated[index][0], self._alone(Ref(index, 0))
+            given = base[0], own[0], alone[0]
+            if all(same_values(a, b) for a, b in zip(read, given, strict=True)):
+                alike = all(a.shape == b.shape and a.stride() == b.stride() for a, b in zip(read, given, strict=True))
+                return Twin(self.made[index], alike)
+        return None
 
     def _values(self, op: Op) -> tuple[Values, Values, Values]:
         """(float, calibrated, single-operator) values of one operator, which are kept for its readers."""

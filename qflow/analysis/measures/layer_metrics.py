@@ -1,7 +1,8 @@
 """Compares the float and the calibrated values of one operator: the columns of the guide's layer table.
 
 The formulas are the plugin's, over the whole tensor, with x float and y calibrated (KL: over dim 1, over the last dim
-below 3-d). Sums run in float64 over parts of the tensor, so that a large feature map needs little extra memory.
+below 3-d). Sums run over parts of the tensor, so that a large feature map needs little extra memory: in float32
+(pair_sums.py), in float64 where float32 cannot hold them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-PART = 1 << 16  # values in one part: they fit into the cache of a core
+from qflow.analysis.measures.pair_sums import PART, SMALL, in_memory_order, pair_sums, parts
+
+SERIES = 0.03  # largest |c| for which exp(c) is its series: the next term is 5e-7 of the sum
 OVERFLOWS = 80.0  # exp of much more than this overflows float32
 
 EMPTY = (
@@ -31,11 +34,45 @@ def compare(x: Tensor, y: Tensor) -> dict[str, float | None]:
     """
     if x.shape != y.shape or not x.is_floating_point() or not x.numel():
         return dict.fromkeys(EMPTY)
+    s = pair_sums(x, y)
+    if s is None:
+        return _in_double(x, y)
+    columns: dict[str, float | None] = {
+        **_averages(s.n, s.xx, s.dd, s.l1),
+        "Cosine": s.cosine,
+        "KL": _finite_divergence(x, y),
+        "Atol": s.atol,
+        "Rtol": s.rtol,
+        "base_model_mean": s.x / s.n,
+        "analy_model_mean": (s.x + s.d) / s.n,
+        "base_model_var": s.x_var,
+        "analy_model_var": s.y_var,
+    }
+    for model, ends in (("base", s.x_ends), ("analy", s.y_ends)):
+        columns.update({f"{model}_model_min": ends[0], f"{model}_model_max": ends[1]})
+    return columns
+
+
+def _averages(n: float, xx: float, dd: float, l1: float) -> dict[str, float | None]:
+    return {
+        "MSE": dd / n,
+        "L1": l1 / n,
+        "SQNR": math.inf if dd == 0.0 else (10.0 * math.log10(xx / dd) if xx > 0 else -math.inf),
+        "error": _ratio(xx, dd),
+    }
+
+
+def _ratio(xx: float, dd: float) -> float:
+    return math.sqrt(dd / xx) if xx > 0 else (0.0 if dd == 0.0 else math.inf)
+
+
+def _in_double(x: Tensor, y: Tensor) -> dict[str, float | None]:
+    """`compare` in float64, for masks, infinities, NaN, and values whose squares leave the range of float32."""
     a, b = x.reshape(-1), y.reshape(-1)
     ends = {f"{m}_model_{e}": v for m, t in (("base", a), ("analy", b)) for e, v in _range(t).items()}
     sums = torch.zeros(8, dtype=torch.float64)
     atol = rtol = 0.0
-    for p, q in zip(torch.split(a, PART), torch.split(b, PART), strict=True):
+    for p, q in parts(a, b):
         p64, q64 = _finite(p.double(), q.double())
         if not p64.numel():
             continue
@@ -51,18 +88,15 @@ def compare(x: Tensor, y: Tensor) -> dict[str, float | None]:
         return {**dict.fromkeys(EMPTY), "Atol": worst, "L1": worst, "MSE": worst, "error": worst, **ends}
     norms = math.sqrt(xx) * math.sqrt(yy)
     return {
+        **_averages(n, xx, dd, l1),
         "Cosine": 1.0 if dd == 0.0 else (xy / norms if norms else 0.0),
-        "MSE": dd / n,
-        "L1": l1 / n,
         "KL": divergence(x, y),
-        "SQNR": math.inf if dd == 0.0 else (10.0 * math.log10(xx / dd) if xx > 0 else -math.inf),
         "Atol": atol,
         "Rtol": rtol,
         "base_model_mean": sx / n,
         "analy_model_mean": sy / n,
         "base_model_var": max(xx - sx * sx / n, 0.0) / max(n - 1, 1),
         "analy_model_var": max(yy - sy * sy / n, 0.0) / max(n - 1, 1),
-        "error": math.sqrt(dd / xx) if xx > 0 else (0.0 if dd == 0.0 else math.inf),
         **ends,
     }
 
@@ -98,26 +132,38 @@ def _largest(ratios: Tensor) -> float:
 def divergence(x: Tensor, y: Tensor) -> float | None:
     """KL divergence as in torch's KLDivLoss: mean over all elements of p (log p - log q).
 
-    With d = y - x and m its mean under p, the sum over a row is log E_p[exp(d - m)]. This takes two exponentials per
-    element and no difference of large numbers, so that float32 loses only the last digits of a small divergence.
+    With d = y - x and m its mean under p, the sum over a row is log E_p[exp(d - m)]. This takes at most two
+    exponentials per element and no difference of large numbers: float32 loses only the last digits of a small one.
     """
-    if x.ndim == 0:
-        return 0.0
     if not _all_finite(x) or not _all_finite(y):
         return None  # the softmax of infinite scores is not defined
+    return _finite_divergence(x, y)
+
+
+def _finite_divergence(x: Tensor, y: Tensor) -> float:
+    if x.ndim == 0:
+        return 0.0
     total = 0.0
     for p, q in _columns(x, y):
-        weights = (p - p.amax(1, keepdim=True)).exp_()
-        weights /= weights.sum(1, keepdim=True)
+        weights = p.softmax(1)
         change = q - p
         mean = (weights * change).sum(1, keepdim=True)
         change -= mean
-        if float(change.max()) > OVERFLOWS:
+        low, high = torch.stack(torch.aminmax(change)).tolist()
+        if high > OVERFLOWS:
             rows = torch.logsumexp(q.double(), 1) - torch.logsumexp(p.double(), 1) - mean.double()[:, 0]
         else:
-            rows = change.expm1_().mul_(weights).sum(1).log1p_()
+            # E_p[change] is 0: a series without the linear term takes less time than expm1 and loses no digits
+            series = max(-low, high) < SERIES
+            grown = _second_order(change) if series else change.expm1_()
+            rows = grown.mul_(weights).sum(1).log1p_()
         total += float(rows.sum(dtype=torch.float64))
     return total / x.numel()
+
+
+def _second_order(c: Tensor) -> Tensor:
+    """exp(c) - 1 - c = c^2 (1/2 + c/6 + c^2/24 + ...), for |c| < SERIES exact to float32."""
+    return torch.mul(c, 1.0 / 24.0).add_(1.0 / 6.0).mul_(c).add_(0.5).mul_(c).mul_(c)
 
 
 def _all_finite(tensor: Tensor) -> bool:
@@ -134,8 +180,13 @@ def _columns(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         a, b = (t.reshape(-1, t.shape[-1]).t()[None] for t in (x, y))
     sample = a.shape[1] * a.shape[2]
     samples, columns = max(1, PART // max(sample, 1)), max(1, PART // max(a.shape[1], 1))
-    for p, q in zip(torch.split(a, samples), torch.split(b, samples), strict=True):
-        yield from zip(torch.split(p, columns, 2), torch.split(q, columns, 2), strict=True)
+    for i in range(0, a.shape[0], samples):
+        p, q = a[i : i + samples], b[i : i + samples]
+        if columns >= a.shape[2]:
+            yield p, q
+            continue
+        for j in range(0, a.shape[2], columns):
+            yield p[:, :, j : j + columns], q[:, :, j : j + columns]
 
 
 def relative_error(x: Tensor, y: Tensor) -> float | None:
@@ -143,10 +194,22 @@ def relative_error(x: Tensor, y: Tensor) -> float | None:
     if x.shape != y.shape or not x.is_floating_point():
         return None
     dd = xx = 0.0
-    for p, q in zip(torch.split(x.reshape(-1), PART), torch.split(y.reshape(-1), PART), strict=True):
+    if x.dtype == y.dtype == torch.float32:
+        found = []
+        for p, q in parts(*in_memory_order(x, y)):
+            d = q - p
+            found.append(torch.stack([d.square_().sum(), torch.mul(p, p, out=d).sum()]))
+        dd, xx = torch.stack(found).sum(0, dtype=torch.float64).tolist() if found else (0.0, 0.0)
+        if math.isfinite(dd + xx) and _squares_fit(dd, xx, x.numel()):
+            return _ratio(xx, dd)
+        dd = xx = 0.0
+    for p, q in parts(x.reshape(-1), y.reshape(-1)):
         p64, q64 = _finite(p.double(), q.double())
         d = p64 - q64
         dd, xx = dd + float(d.dot(d)), xx + float(p64.dot(p64))
-    if not math.isfinite(dd):
-        return math.inf
-    return _number(math.sqrt(dd / xx) if xx > 0 else (0.0 if dd == 0.0 else math.inf))
+    return _number(_ratio(xx, dd)) if math.isfinite(dd) else math.inf
+
+
+def _squares_fit(dd: float, xx: float, n: int) -> bool:
+    """True unless squares may have become too small for float32; equal tensors have sums of exact zeros or none."""
+    return min(dd, xx) > n * SMALL**2

@@ -50,6 +50,20 @@ def inner_names(target: Any, args: Any, kwargs: Any) -> tuple[str, ...]:
     written = written_out(target, args, kwargs)
     if written is None:
         return ()
+    given = tuple(_kind(v) for v in written.args), tuple((key, _kind(v)) for key, v in written.kwargs.items())
+    key = written.formula, *given
+    if key not in _NAMES:
+        _NAMES[key] = _names(written)
+    return _NAMES[key]
+
+
+def _kind(value: Any) -> Any:
+    """What the names depend on: which arguments are given, and which are on; not on their shapes."""
+    return value if value is None or isinstance(value, bool) else type(value)
+
+
+def _names(written: Written) -> tuple[str, ...]:
+    """The names, from a run on the meta device, which takes longer than the operator itself."""
     found: list[str] = []
 
     def node(name: str, value: Tensor) -> Tensor:
@@ -167,6 +181,8 @@ def _of_instance_norm(m: Any, x: Tensor) -> Written | None:
     return Written(_instance_norm, (x, None, None, m.weight, m.bias, True, 0.0, m.eps), {})
 
 
+_NAMES: dict[Any, tuple[str, ...]] = {}
+"""Names of the inner values, by formula and the kinds of its arguments."""
 _FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
     **dict.fromkeys((F.layer_norm, torch.layer_norm), _layer_norm),
     **dict.fromkeys((F.group_norm, torch.group_norm), _group_norm),
