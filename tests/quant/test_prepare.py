@@ -131,6 +131,29 @@ def test_folding_the_batch_norm_changes_nothing_but_the_rounding(name):
     assert {q.name for q in prepared.weights.values()} <= prepared.ran
 
 
+class Counted(nn.Module):
+    """Counts its own calls, and those of its copies."""
+
+    calls = 0
+
+    def __init__(self, shift):
+        super().__init__()
+        self.layer, self.shift = nn.Linear(4, 4), nn.Parameter(torch.ones(4)) if shift else None
+
+    def forward(self, x):
+        Counted.calls += 1
+        y = self.layer(x)
+        return y if self.shift is None else y + self.shift.expand(len(x), 4)
+
+
+@pytest.mark.parametrize(("constant", "most"), [(False, 4), (True, 5)])
+def test_preparing_runs_the_model_at_most_five_times(constant, most):
+    Counted.calls = 0
+    prepare(Counted(constant).eval(), torch.randn(2, 4))
+    # traced; with other values, if it holds constants; the copy at two batch sizes, the model at the other one
+    assert Counted.calls == most
+
+
 def test_the_float_model_is_left_as_it_was():
     model, example = zoo()["resnet"]
     before = copy.deepcopy(model.state_dict())

@@ -124,6 +124,8 @@ def _inside(value: Any) -> State:
 
 
 def _equal(a: Any, b: Any) -> bool:
+    if type(a) is type(b) and type(a) in _PLAIN:
+        return bool(a == b)
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(_filled(a), _filled(b)))
     (ours, form), (theirs, other) = tree_flatten(a), tree_flatten(b)

@@ -30,7 +30,7 @@ def graph_at(prepared: QuantizedModel, inputs: Any, way_out: str = "Give inputs=
         model = _unswapped(prepared.model)
     try:
         shown = inputs if prepared.cached is None else settled(model, prepared.cached, inputs)
-        tape = trace_filled(model, shown, plan.skipped, plan.sites)
+        tape, _ = trace_filled(model, shown, plan.skipped, plan.sites)
         graph = make_plan(tape, model, plan.skipped, plan.fold_functional_norms, plan.split).graph
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__

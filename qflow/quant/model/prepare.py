@@ -8,7 +8,7 @@ is computed outside of torch operators (NumPy, TorchScript) is found by tracing 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ from qflow.quant.trace.calling import batch_size, map_named, state_tensors
 from qflow.quant.trace.ops import is_leaf
 from qflow.quant.trace.state import cached_state
 from qflow.quant.trace.tape import Tape
-from qflow.quant.trace.trace import trace, trace_filled
+from qflow.quant.trace.trace import trace_filled
 
 T = TypeVar("T")
 Skip = Named
@@ -68,11 +68,10 @@ def prepare(
     if cached is not None:
         inputs = _runs(model, example_inputs, functools.partial(settled, model, cached, example_inputs))
     tape = _trace(model, inputs, paths)
-    _refuse_unseen(tape, model, inputs, paths)
     prepared = QuantizedModel(model, make_plan(tape, model, paths, fold_functional_norms, split), cached).eval()
     tolerance = TOLERANCE if tape.decomposed else 0.0
     try:
-        _verify(model, prepared, inputs, tolerance)
+        _verify(model, prepared, inputs, tape.results, tolerance)
     except ModelError as error:
         found = holder(model)
         if not found:
@@ -101,8 +100,10 @@ def _refuse_compiled(model: nn.Module) -> None:
         raise ModelError(f"A model is plain PyTorch, but got torch.compile at {at}. {way_out}")
 
 
-def _verify(model: nn.Module, prepared: QuantizedModel, inputs: Any, tolerance: float) -> None:
-    verify_float(model, prepared, inputs, tolerance)
+def _verify(
+    model: nn.Module, prepared: QuantizedModel, inputs: Any, traced: Mapping[str, Tensor], tolerance: float
+) -> None:
+    verify_float(model, prepared, inputs, tolerance, traced)
     if prepared.cached is not None:
         verify_sequence(model, prepared, inputs.inputs, tolerance)
     try:
@@ -160,8 +161,9 @@ def _runs(model: nn.Module, inputs: Any, call: Callable[[], T]) -> T:
 
 def _trace(model: nn.Module, inputs: Any, skip: Collection[str]) -> Tape:
     before = held_values(model)
-    tape = _runs(model, inputs, lambda: trace_filled(model, inputs, skip))
-    state = unnamed_state(model, inputs, map_named(_other_values, inputs), before)
+    others = [map_named(_other_values, inputs), map_named(_other_floats, inputs)]
+    tape, other = _runs(model, inputs, lambda: trace_filled(model, inputs, skip, others=others))
+    state = unnamed_state(model, inputs, others[0], before)
     if state:
         named = ", ".join(f'"{path}"' for path in state) + "," * (len(state) == 1)
         raise ModelError(
@@ -173,19 +175,15 @@ def _trace(model: nn.Module, inputs: Any, skip: Collection[str]) -> Tape:
         raise ModelError(f"Outputs have different names, but got {sorted(names)}. Rename the keys.")
     if not tape.outputs:
         raise ModelError("A model has outputs computed from its inputs, but tracing found none. Return tensors.")
+    if other is not None:
+        _refuse_unseen(tape, other)
     return tape
 
 
-def _refuse_unseen(tape: Tape, model: nn.Module, inputs: Any, skip: Collection[str]) -> None:
+def _refuse_unseen(tape: Tape, other: Tape) -> None:
     """Refuse a model in which a traced "constant" changes with the inputs: tracing missed how it is computed."""
-    if not tape.fingerprints:
-        return
-    try:
-        other = trace(model, map_named(_other_values, inputs), skip).fingerprints
-    except Exception:  # integers such as lengths may be valid for their own sample only
-        other = trace(model, map_named(_other_floats, inputs), skip).fingerprints
     for name, (reader, values) in tape.fingerprints.items():
-        if name in other and other[name][1] != values:
+        if name in other.fingerprints and other.fingerprints[name][1] != values:
             raise ModelError(
                 f"Tensors reach an operator through PyTorch operators, but got {name}, read by {reader}, computed "
                 "where tracing cannot see it (NumPy, TorchScript) or at random. Write it in torch and make the model "

@@ -143,6 +143,8 @@ class Recording(CallNames):
         return op.index
 
     def keep_fingerprint(self, name: str, reader: str, tensor: Tensor) -> None:
+        if isinstance(tensor, nn.Parameter):
+            return  # it is not computed
         values = tensor.detach().double().nan_to_num(posinf=0.0, neginf=0.0)
         places = torch.linspace(1.0, 2.0, values.numel(), dtype=values.dtype, device=values.device)
         order = float(values.flatten() @ places)  # equal values in another order give another fingerprint

@@ -114,6 +114,8 @@ def put_state(model: nn.Module, state: State) -> None:
 
 def copied_state(state: Any) -> Any:
     """A copy without gradients."""
+    if state is None or type(state) in (bool, int, float, str):
+        return state  # nearly all attributes of modules, and torch's tree functions take ten times as long for one
     return tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else copy.deepcopy(v), state)
 
 

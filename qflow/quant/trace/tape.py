@@ -112,6 +112,8 @@ class Tape:
     """Constant, or output without a producer -> its reader, and sums of its values; inputs must not change them."""
     state: list[int] = field(default_factory=list)
     """Ops whose result is kept as temporal state (state.py), returned or not."""
+    results: dict[str, Tensor] = field(default_factory=dict)
+    """Copies of the outputs that depend on the inputs, in a trace that keeps them."""
 
 
 _PLAIN = (int, float, bool, str, type(None))

@@ -7,8 +7,8 @@ in a prepared model, and `self.conv.forward(x)` is the same operator as `self.co
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -103,7 +103,7 @@ class _Hooks:
         for path, module in self.tracer.modules.items():
             if path in self.leaves:
                 leaves.append((module, module.__dict__.get("forward")))
-                module.forward = self.wrapped(path, module)
+                vars(module)["forward"] = self.wrapped(path, module)  # nn.Module's own way takes ten times as long
             elif path in self.skip:
                 handles.append(module.register_forward_pre_hook(self.enter_leaf, with_kwargs=True))
                 handles.append(module.register_forward_hook(self.leave_leaf(path), with_kwargs=True))
@@ -116,9 +116,9 @@ class _Hooks:
             for handle in handles:
                 handle.remove()
             for leaf, own in leaves:
-                del leaf.forward
+                del vars(leaf)["forward"]
                 if own is not None:
-                    leaf.forward = own
+                    vars(leaf)["forward"] = own
 
 
 def trace(model: nn.Module, inputs: Any, skip: Collection[str] = (), tracer: Tracer | None = None) -> Tape:
@@ -185,28 +185,58 @@ def _leaving(tracer: Tracer, inputs: Any, outputs: Any, skip: Collection[str]) -
     return [*named_tensors(outputs.outputs), *((name, tensor) for _, name, tensor in fresh)]
 
 
+class _Kept(Tracer):
+    """A tracer that keeps copies of the outputs: a later call may write into them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.results: dict[str, Tensor] = {}
+
+    def leaving(self, name: str, tensor: Tensor) -> None:
+        """Keep a copy."""
+        self.results[name] = tensor.clone()
+
+
 def trace_filled(
     model: nn.Module,
     inputs: Any,
     skip: Collection[str] = (),
     given: Mapping[tuple[str, str, int, int], str] | None = None,
-) -> Tape:
+    others: Sequence[Any] = (),
+) -> tuple[Tape, Tape | None]:
     """As `trace`, with caches filled. What fills them is known, because train() or eval() may empty them again.
 
-    Names are those of the filled model. `given` are names by call site from an earlier trace (call_names.py).
+    Names are those of the filled model. `given` are names by call site from an earlier trace (call_names.py). `others`
+    are the same inputs with other values. The first of them that runs is traced too, if the first tape holds constants;
+    its tape, which also shows whether caches were filled, is returned. Without caches, that makes two passes.
     """
 
-    def traced() -> Tape:
-        tracer = Tracer(model)
+    def traced(inputs: Any) -> Tape:
+        tracer = _Kept(model)
         tracer.given = given
-        return trace(model, inputs, skip, tracer)
+        return replace(trace(model, inputs, skip, tracer), results=tracer.results)
 
     buffers = {name for name, _ in model.named_buffers()}
-    first = traced()
-    if first.names == {op.name for op in first.ops}:
-        return first  # every call depends on the inputs
-    second = traced()
-    if first.names == second.names and buffers.issuperset(name for name, _ in model.named_buffers()):
-        return first
+    first, other = traced(inputs), None
+    whole = first.names == {op.name for op in first.ops}  # every call depends on the inputs
+    if first.fingerprints or not whole:
+        other = _first_running(traced, others)
+
+    def unfilled(tape: Tape) -> bool:
+        return first.names == tape.names and buffers.issuperset(name for name, _ in model.named_buffers())
+
+    if whole or (other is not None and unfilled(other)):
+        return first, other
+    second = traced(inputs)
+    if unfilled(second):
+        return first, other
     filling = {site: f"{name} for a cache" for site, name in first.sites.items() if site not in second.sites}
-    return replace(second, names=second.names.union(filling.values()), sites={**second.sites, **filling})
+    return replace(second, names=second.names.union(filling.values()), sites={**second.sites, **filling}), other
+
+
+def _first_running(traced: Callable[[Any], Tape], others: Sequence[Any]) -> Tape | None:
+    """The tape of the first inputs that run: integers such as lengths may be valid for their own sample only."""
+    for inputs in others[:-1]:
+        with suppress(Exception):
+            return traced(inputs)
+    return traced(others[-1]) if others else None
