@@ -25,6 +25,7 @@ SMALLEST = float(torch.finfo(torch.float32).tiny)  # 2^-126; what is smaller cou
 _MANTISSA, _BIAS, _MAGNITUDE = 23, 127, 0x7FFFFFFF  # of IEEE 754 binary32
 
 
+_NONE = torch.zeros(0, PER_OCTAVE, dtype=torch.float64)
 Filled = tuple[Tensor, Tensor, Tensor]
 """Lower edges, upper edges and counts of bins, as from `LogBins.filled`."""
 
@@ -35,25 +36,29 @@ class LogBins:
 
     octaves: list[int] = field(default_factory=list)
     """Exponents e of the stored octaves, ascending."""
-    counts: Tensor = field(default_factory=lambda: torch.zeros(0, PER_OCTAVE, dtype=torch.float64))
+    counts: Tensor = field(default_factory=lambda: _NONE)
     """[octaves, bins of an octave], float64."""
 
     @classmethod
-    def of(cls, values: Tensor, weight: float) -> tuple[LogBins, float]:
-        """Bins of the contiguous float32 `values`, each counted `weight` times, and the count of zeros."""
+    def of(cls, values: Tensor, weight: float, largest: float) -> tuple[LogBins, float]:
+        """Bins of the contiguous float32 `values`, each counted `weight` times, and the count of zeros.
+
+        No |value| exceeds `largest`.
+        """
         index = values.view(-1).view(torch.int32).bitwise_and(_MAGNITUDE).bitwise_right_shift_(_MANTISSA - BITS)
-        found = torch.bincount(index).cpu()
-        octaves = -(-len(found) // PER_OCTAVE)
-        rows = torch.zeros(octaves, PER_OCTAVE, dtype=torch.float64)
-        rows.view(-1)[: len(found)] = found
+        octaves = (int(np.float32(largest).view(np.int32)) >> _MANTISSA) + 1
+        rows = torch.bincount(index, minlength=octaves * PER_OCTAVE).cpu().view(octaves, PER_OCTAVE)
         sums = rows.sum(1).tolist()
         stored = [row for row in range(1, octaves) if sums[row]]  # row 0 holds zeros and numbers below 2^-126
-        made = cls([row - _BIAS for row in stored], rows[_at(stored)].mul(weight))
+        made = cls([row - _BIAS for row in stored], rows[_at(stored)].to(torch.float64).mul_(weight))
         made._fold(MOST_OCTAVES)
         return made, sums[0] * weight
 
     def merge(self, other: LogBins) -> None:
         """Add the counts of `other`. The order of merges does not matter."""
+        if not self.octaves:
+            self.octaves, self.counts = other.octaves, other.counts.clone()
+            return
         union = sorted({*self.octaves, *other.octaves})
         if union != self.octaves:
             own = self.counts

@@ -111,7 +111,7 @@ class Histogram:
         scaled = sample.mul(1.0 / largest)  # so sums of squares cannot overflow, even with large mask values
         self.total = weight * largest * float(scaled.sum())
         self.squares = weight * largest**2 * float(scaled.dot(scaled))
-        self.bins, self.zeros = LogBins.of(sample, weight)
+        self.bins, self.zeros = LogBins.of(sample, weight, largest)
 
     def _merge(self, batch: Histogram) -> None:
         self.bins.merge(batch.bins)
