@@ -9,6 +9,8 @@ thread, measured in the same round; a cell is the median of the rounds. Stages:
     forward             a pass of the calibrated model with all quantizers on: no column of the others can be below it
     layers              the layer table
     exact, screened     a sensitivity table of all int8 quantizers, FFE a row; in brackets how it was measured
+    behind              mean share of the products of convolutions and linear layers that lie behind a quantizer: what
+                        an exact row has to compute, in any case, at the speed of the float forward
     naive               a full pass with one quantizer on, the mean of four rows: what a row costs without a replay
     fx                  torch.ao's graph mode: `prepare_fx`, and a calibration pass with its default histograms of
                         activations (and no statistics for other methods); "-" where it cannot trace the network
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import statistics
 import time
 import warnings
@@ -42,10 +45,12 @@ from qflow.process.allocator import keep_freed_memory
 from qflow.quant.model.calibrate import apply_scales, collect
 from qflow.quant.model.prepare import prepare
 from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.quant.replay.capture import capture
+from qflow.quant.replay.fused import FoldedOps
 from qflow.quant.replay.replay import full_forward
 from qflow.quant.trace.calling import call_model, cut
 
-STAGES = ("prepare", "prepare1", "calibration", "forward", "layers", "exact", "screened", "naive", "fx")
+STAGES = ("prepare", "prepare1", "calibration", "forward", "layers", "exact", "screened", "behind", "naive", "fx")
 
 
 @dataclass
@@ -124,6 +129,23 @@ def _ranked(s: Subject, method: str) -> tuple[float, str]:
     return spent / unit / len(rows), f"{len(rows)} rows, {how}"
 
 
+def _behind(s: Subject) -> tuple[float, str]:
+    ops = FoldedOps(s.model, s.prepared, capture(s.model, s.prepared.plan, s.inputs, math.inf))
+    products = {node.name: node.macs for node in s.prepared.graph.weighted}
+    whole = sum(products.get(op.name, 0) for op in ops.ops)
+    shares = []
+    for row in candidates(s.prepared):
+        patches = ops.of(row.variant)
+        moved = {patch.at for patch in patches}
+        run = {patch.op for patch in patches if patch.kind != "result"}
+        for op in ops.ops:
+            if ops.reads[op.index] & moved:
+                moved.add(op.index)
+                run.add(op.index)
+        shares.append(sum(products.get(op.name, 0) for op in ops.ops if op.index in run) / whole)
+    return statistics.mean(shares), ""
+
+
 def _naive(s: Subject) -> tuple[float, str]:
     unit, rows = s.forward(s.inputs), candidates(s.prepared)
     some = rows[:: max(1, len(rows) // 4)][:4]
@@ -155,6 +177,7 @@ MEASURES: dict[str, Callable[[Subject], tuple[float, str]]] = {
     "layers": _layers,
     "exact": lambda s: _ranked(s, "exact"),
     "screened": lambda s: _ranked(s, "screened"),
+    "behind": _behind,
     "naive": _naive,
     "fx": _fx,
 }

@@ -95,14 +95,8 @@ class Ops:
         self.patches.setdefault((weight, name), []).append(patch)
 
     def arguments(self, call: Any, value: Callable[[Ref], Tensor]) -> tuple[Any, Any]:
-        """(args, kwargs) of a call with its `Ref`s replaced. Flat calls (nearly all) are done without a tree walk."""
-        args, kwargs = call
-        if len(args) == 1 and type(args[0]) is Ref and not kwargs:
-            return (value(args[0]),), kwargs
-        if all(type(v) not in _CONTAINERS for v in args) and not kwargs:
-            return tuple([value(v) if type(v) is Ref else v for v in args]), kwargs
-        found: tuple[Any, Any] = tree_map(lambda v: value(v) if isinstance(v, Ref) else v, call)
-        return found
+        """(args, kwargs) of a call with its `Ref`s replaced."""
+        return _replaced(call[0], value), _replaced(call[1], value) if call[1] else call[1]
 
     def reaches(self, variant: Variant) -> bool:
         """True if `variant` runs on this batch."""
@@ -189,6 +183,20 @@ class Ops:
         found = values()
         indices = indices_of(name, found if len(found) > 1 else found[0])
         return None if indices is None else tuple(tensors_in(in_order(name, indices, args, kwargs)))
+
+
+def _replaced(structure: Any, value: Callable[[Ref], Tensor]) -> Any:
+    """The same structure with its `Ref`s replaced; torch's tree functions take ten times as long."""
+    kind = type(structure)
+    if kind is Ref:
+        return value(structure)
+    if kind is tuple or kind is list:
+        return kind([_replaced(v, value) for v in structure])
+    if kind is dict:
+        return {key: _replaced(v, value) for key, v in structure.items()}
+    if isinstance(structure, _CONTAINERS):  # of another class, such as a named tuple
+        return tree_map(lambda v: value(v) if isinstance(v, Ref) else v, structure)
+    return structure
 
 
 def _with_argument(args: Any, kwargs: Any, slot: int, quantizer: FakeQuant) -> tuple[Any, Any]:
