@@ -78,6 +78,17 @@ def test_rows_that_cannot_be_fitted_are_refused_in_one_line(cost, tmp_path, caps
     assert "A fit reads a CSV file of networks" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_the_times_of_a_real_network_in_miniature(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+    from benchmarks import real_models
+
+    real_models.main(["--only", "tiny", "--stages", "prepare", "layers", "exact", "behind", "--rounds", "1"])
+    (found,) = rows(capsys.readouterr().out, "| tiny")
+    assert all(float(cell.split()[0]) > 0 for cell in found[1:])
+    assert found[4].endswith("replay)")
+    assert float(found[5]) < 1
+
+
 @pytest.fixture
 def search(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))

@@ -86,7 +86,7 @@ def pair_sums(x: Tensor, y: Tensor) -> PairSums | None:
 def in_memory_order(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Both flat, in the order of the memory of x if it is dense: sums do not depend on the order of the values."""
     if not x.is_contiguous():
-        order = sorted(range(x.ndim), key=lambda d: (-x.stride(d), d))
+        order = _by_stride(x)
         x, y = x.permute(order), y.permute(order)
     return x.reshape(-1).contiguous(), y.reshape(-1).contiguous()
 
@@ -100,8 +100,12 @@ def same_values(a: Tensor, b: Tensor) -> bool:
 
 
 def _dense(x: Tensor) -> bool:
-    order = sorted(range(x.ndim), key=lambda d: (-x.stride(d), d))
-    return x.is_contiguous() or x.permute(order).is_contiguous()
+    return x.is_contiguous() or x.permute(_by_stride(x)).is_contiguous()
+
+
+def _by_stride(x: Tensor) -> list[int]:
+    strides = x.stride()
+    return sorted(range(x.ndim), key=lambda d: -strides[d])
 
 
 def parts(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
