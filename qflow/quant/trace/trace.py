@@ -103,7 +103,7 @@ class _Hooks:
         for path, module in self.tracer.modules.items():
             if path in self.leaves:
                 leaves.append((module, module.__dict__.get("forward")))
-                vars(module)["forward"] = self.wrapped(path, module)  # nn.Module's own way takes ten times as long
+                module.__dict__["forward"] = self.wrapped(path, module)  # nn.Module's own way takes ten times as long
             elif path in self.skip:
                 handles.append(module.register_forward_pre_hook(self.enter_leaf, with_kwargs=True))
                 handles.append(module.register_forward_hook(self.leave_leaf(path), with_kwargs=True))
@@ -116,9 +116,9 @@ class _Hooks:
             for handle in handles:
                 handle.remove()
             for leaf, own in leaves:
-                del vars(leaf)["forward"]
+                del leaf.__dict__["forward"]
                 if own is not None:
-                    vars(leaf)["forward"] = own
+                    leaf.__dict__["forward"] = own
 
 
 def trace(model: nn.Module, inputs: Any, skip: Collection[str] = (), tracer: Tracer | None = None) -> Tape:
