@@ -138,7 +138,11 @@ class _Trial:
         while waiting and attempts < ATTEMPTS:
             tried = waiting.pop(0)
             attempts += 1
-            if not self._attempt(step, tried) and len(tried) > 1 and not _within_noise(self.rows[-1]):
+            if (
+                not self._attempt(step, tried)
+                and len(tried) > 1
+                and (step.preserving or not _within_noise(self.rows[-1]))
+            ):
                 middle = len(tried) // 2
                 waiting += [tried[:middle], tried[middle:]]
         if waiting:
