@@ -128,7 +128,10 @@ class _Trial:
             self.rows[rows:] = [Row(step.name, (), REFUSED, f"it failed: {type(error).__name__}: {text}")]
 
     def _step(self, step: Step) -> None:
-        """Try all parts of a step at once, then halves of what did harm."""
+        """Try all parts of a step at once, then halves of what was not kept.
+
+        A change within the noise that may fit the held-out samples, because the float function changes, ends there.
+        """
         lack = step.needs(self.model, self.context)
         if lack:
             self.rows.append(Row(step.name, (), REFUSED, lack))
@@ -201,7 +204,7 @@ class _Trial:
 
 
 def _within_noise(row: Row) -> bool:
-    """Whether an attempt made no difference that can be told from noise: its halves would make even less of one."""
+    """Whether an attempt made no difference that can be told from noise: in either direction."""
     return row.change is not None and row.noise is not None and abs(row.change) <= BEYOND * row.noise
 
 
