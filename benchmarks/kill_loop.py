@@ -29,8 +29,8 @@ from pathlib import Path
 
 import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  # imported here, so that no round spends time on it
 
+from qflow.process.interrupts import interrupts
 from qflow.search.domain import Choice, Interval, Space, Values, point_key
-from qflow.search.interrupts import interrupts
 from qflow.search.loop import run_trials
 from qflow.search.outcome import Outcome
 from qflow.search.reconcile import check_invariants

@@ -64,6 +64,7 @@ def diagnose(config: DictConfig, stages: list[str]) -> dict[str, Any]:
     from qflow.report.analysis_files import write_analysis
     from qflow.report.console import Console
     from qflow.study.assemble import make_evaluator
+    from qflow.tracking.ended import ended
     from qflow.tracking.mlflow_tracker import MlflowTracker
     from qflow.trial.diagnosis import Diagnosis
 
@@ -97,11 +98,9 @@ def diagnose(config: DictConfig, stages: list[str]) -> dict[str, Any]:
         params={"task": evaluator.task.name, "march": config.device.march, "template": config.qconfig.template},
         description=f"Analysis of {evaluator.task.name}, {what}: analysis.html has all results.",
     )
-    tracker.clear(
-        run
-    )  # else files of an earlier analysis with other stages would stay and look like results of this one
-    tracker.log_study(run, folder=folder)
-    tracker.close_study(run)
+    with ended(tracker, run):
+        tracker.clear(run)  # files of an earlier analysis with other stages would look like results of this one
+        tracker.log_study(run, folder=folder)
     console.say(f"{'written':<12} {folder / 'analysis.html'} and {len(pictures)} pictures; MLflow run {name}")
     return {"analysed": what, "run": run, "written": str(folder), **fields(diagnosis)}
 

@@ -53,6 +53,7 @@ def report(config: DictConfig) -> Result:
     from qflow.core.raisable import kept_alone
     from qflow.cost_model.table import cost_metrics, cost_text
     from qflow.study.assemble import make_evaluator
+    from qflow.tracking.ended import ended
     from qflow.tracking.mlflow_tracker import MlflowTracker
 
     settings = trial_settings(config)
@@ -84,8 +85,8 @@ def report(config: DictConfig) -> Result:
         description=f"Cost of {evaluator.task.name} on {config.device.march}: cost.png is the picture, "
         "cost.json and cost.csv the table, promotions.json what int16 would cost for each operator that keeps it.",
     )
-    tracker.log_study(run, folder=folder, metrics=cost_metrics(found))
-    tracker.close_study(run)
+    with ended(tracker, run):
+        tracker.log_study(run, folder=folder, metrics=cost_metrics(found))
     print(f"{'written':<12}{folder / 'cost.csv'}; MLflow run {name}")
     record = {
         "qconfig": applied.digest,

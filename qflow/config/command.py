@@ -17,6 +17,7 @@ from qflow.config.command_table import CLOSED_PIPE, DEFECT, INTERRUPTED, named
 from qflow.config.json_output import document, only_json
 from qflow.core.credentials import masked
 from qflow.core.errors import QflowError
+from qflow.process.interrupts import interrupts
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -40,7 +41,8 @@ def run_command(name: str, act: Callable[[DictConfig], Result], argv: Sequence[s
             stream.reconfigure(errors="backslashreplace")  # a name must not end a study where the console is ASCII
     with only_json(json) as write:
         try:
-            code, record, message = _answer(name, act, [word for word in arguments if word != "--json"])
+            with interrupts():  # SIGTERM is an end like Ctrl-C: open runs are closed, and the exit code says it
+                code, record, message = _answer(name, act, [word for word in arguments if word != "--json"])
             if message:
                 print(f"qflow: {message}", file=sys.stderr)
             if json:

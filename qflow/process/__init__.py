@@ -1,3 +1,3 @@
-"""How a process keeps freed memory, and how its threads wait."""
+"""How a process keeps freed memory, how its threads wait, and how it is interrupted."""
 
-__all__ = ["allocator", "waiting"]
+__all__ = ["allocator", "interrupts", "waiting"]

@@ -11,7 +11,6 @@ __all__ = [
     "health",
     "importance",
     "integer_program",
-    "interrupts",
     "loop",
     "next_mix",
     "noise",

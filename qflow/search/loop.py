@@ -25,8 +25,8 @@ from typing import Any, TypeAlias
 from urllib.parse import quote
 
 from qflow.core.errors import QflowError, TrialError
+from qflow.process.interrupts import Terminated, interrupts
 from qflow.search.domain import NOTHING, Choice, Values, all_points, applies, as_proposed, point_key
-from qflow.search.interrupts import Terminated, interrupts
 from qflow.search.outcome import FailedTrial, FinishedTrial, Marker, Outcome, Tracker
 from qflow.search.proposal import Proposal
 from qflow.search.reconcile import INTERRUPTED, LASTING, LOST, finished, given_up, reconcile

@@ -15,12 +15,11 @@ from qflow.bundle.bounded import read_json
 from qflow.bundle.stored import example_digest
 from qflow.config.quoting import assignment
 from qflow.config.settings import plain, root_dir, trial_settings
-from qflow.core.errors import ConfigError, QflowError, TrackingError
+from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.names import check_study_name
 from qflow.core.qconfig import QConfig
 from qflow.core.record import from_dict, to_json
 from qflow.report.console import Console
-from qflow.search.interrupts import interrupts
 from qflow.search.objective import Goal
 from qflow.search.outcome import FinishedTrial, Marker
 from qflow.study.assemble import make_evaluator
@@ -29,6 +28,7 @@ from qflow.study.fingerprint import changes, fingerprint
 from qflow.study.manifest import data_sets, manifest
 from qflow.study.shared_files import write_shared
 from qflow.tracking.artifacts import Store
+from qflow.tracking.ended import ended
 from qflow.tracking.limits import check_metric_name
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.trial.evaluator import Evaluator
@@ -97,8 +97,7 @@ class ByHand:
             shared.mkdir()
             folder.mkdir()
             write_shared(shared, self.config, evaluator, {})
-            with interrupts():  # SIGTERM ends the run too
-                return self._tracked(self._study(shared), folder, example_digest(shared))
+            return self._tracked(self._study(shared), folder, example_digest(shared))
 
     def _study(self, shared: Path) -> str:
         """Return the study's run; without one, a run of this name, which `tune` will continue."""
@@ -120,25 +119,22 @@ class ByHand:
             params={"task": config.task.name, "march": config.device.march, "metric": task.metric_name},
             description=f"{config.study}: trials by hand; {self.goal}.",
         )
-        self.tracker.log_study(run, folder=shared, metrics={f"float/{task.metric_name}": self.evaluator.float_metric})
-        self.tracker.close_study(run)
+        with ended(self.tracker, run):
+            self.tracker.log_study(
+                run, folder=shared, metrics={f"float/{task.metric_name}": self.evaluator.float_metric}
+            )
         return run
 
     def _tracked(self, study_run: str, folder: Path, example: str) -> FinishedTrial:
         number = min([0, *(n for _, n, *_ in self.tracker.trial_runs(self.config.study))]) - 1
         run_id = self.tracker.start_trial(study_run, self.config.study, number, LABEL)
         start = time.monotonic()
-        try:
+        with ended(self.tracker, run_id):
             made = {**manifest(self.evaluator), "example": example}
             outcome = evaluate_trial(self.config, self.evaluator, self.goal, made, folder, self.console)
             outcome.check(len(self.goal.optimize))
             marker = Marker(outcome, LABEL, round(time.monotonic() - start, 3))
             self.tracker.commit(run_id, marker.to_json(), outcome.params, outcome.metrics, outcome.tags, folder)
-        except BaseException as error:
-            reason = str(error) if isinstance(error, QflowError) else type(error).__name__
-            self.tracker.end(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", reason)
-            raise
-        self.tracker.end(run_id, "FINISHED")
         return FinishedTrial(number, run_id, {}, LABEL, outcome, marker.seconds)
 
     def best(self) -> tuple[FinishedTrial, QConfig] | None:

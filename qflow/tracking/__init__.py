@@ -8,6 +8,7 @@ __all__ = [
     "carried",
     "connect",
     "datasets",
+    "ended",
     "limits",
     "mlflow_tracker",
     "model_files",

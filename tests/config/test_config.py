@@ -1,6 +1,7 @@
 """A configuration that cannot work is refused before any work, in one line that names what exists."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -178,6 +179,18 @@ def test_a_resolved_configuration_comes_back():
     back = load_resolved(resolved_yaml(config))
     assert plain(back)["calibration"] == plain(config)["calibration"]
     assert back.calibration.steps == 7
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_at_any_time_is_an_interrupt_with_a_line(number, capsys):
+    def act(_config):
+        signal.raise_signal(number)
+
+    with pytest.raises(SystemExit) as ended:
+        run_command("tune", act, [BASE])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("qflow: Interrupted.")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_stored_configuration_holds_no_password():

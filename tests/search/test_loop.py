@@ -14,8 +14,8 @@ import pytest
 from support.harness import SPACE, Harness, outcome
 
 from qflow.core.errors import TrackingError, TrialError
+from qflow.process.interrupts import interrupts
 from qflow.search.domain import Choice, Range
-from qflow.search.interrupts import interrupts
 from qflow.search.loop import FAILURES, driving
 from qflow.search.outcome import MARKER_LIMIT, FailedTrial, Marker
 from qflow.search.reconcile import MAX_RETRY

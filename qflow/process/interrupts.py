@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a study is driven."""
+"""Ctrl-C and SIGTERM as exceptions."""
 
 from __future__ import annotations
 
