@@ -6,7 +6,6 @@ import math
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +16,6 @@ from qflow.search.domain import Choice
 from qflow.search.study import Study
 from qflow.tracking import limits
 from qflow.tracking.artifacts import Store
-from qflow.tracking.ended import ended
 from qflow.tracking.limits import rounded
 from qflow.tracking.mlflow_tracker import BATCH, MlflowTracker
 
@@ -213,23 +211,6 @@ def test_a_study_is_found_in_another_experiment(tracker, store):
     other = MlflowTracker.open(None, store, "elsewhere")
     assert other.find_study("s") is None
     assert [list(Store(tracker.client, tracker.uri).studies(name)) for name in ("s", "t")] == [["experiment"], []]
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "reason"),
-    [
-        (None, "FINISHED", None),
-        (KeyboardInterrupt(), "KILLED", "KeyboardInterrupt"),
-        (TrackingError("It is full."), "FAILED", "It is full."),
-    ],
-)
-def test_a_run_ends_however_its_block_ends(tracker, error, status, reason):
-    run = tracker.open_study("s", tags={}, params={}, description="")
-    with nullcontext() if error is None else pytest.raises(type(error)), ended(tracker, run):
-        if error is not None:
-            raise error
-    assert tracker.client.get_run(run).info.status == status
-    assert tracker.run_tags(run).get("qflow.end_reason") == reason
 
 
 def test_of_two_runs_that_were_created_at_once_the_first_is_the_study(tracker):
