@@ -186,7 +186,12 @@ def pareto_set(trials: Sequence[FinishedTrial], directions: Sequence[str]) -> li
         for i, t in enumerate(trials)
         if len(t.outcome.objectives) == len(directions) and not any(map(math.isnan, t.outcome.objectives))
     }
-    return [trials[i] for i, mine in costs.items() if not any(dominates(other, mine) for other in costs.values())]
+    front: list[int] = []
+    for i in sorted(costs, key=lambda i: costs[i]):  # only an earlier one of this order can dominate
+        last = front[-1:] if len(directions) == 2 else front  # of two costs it has the least second one so far
+        if not any(dominates(costs[j], costs[i]) for j in last):
+            front.append(i)
+    return [trials[i] for i in sorted(front)]
 
 
 def dominates(one: Sequence[float], other: Sequence[float]) -> bool:

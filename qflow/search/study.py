@@ -168,7 +168,8 @@ class Study:
         """
         point: dict[str, Scalar] = {}
         absent: set[str] = set()
-        asked = sum(trial.state != "waiting" and trial.ending not in STOPPED for trial in self.trials())
+        begun = (t for t in self._study.get_trials(deepcopy=False) if t.state != TrialState.WAITING)
+        asked = sum(trial.user_attrs.get("end", {}).get("ending") not in STOPPED for trial in begun)
         self._study.sampler = self._sampler(asked)
         with quiet(self._study.sampler):
             trial = self._study.ask()
