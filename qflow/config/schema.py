@@ -80,7 +80,7 @@ class CostSchema:
     vector_factors: dict[str, Any] = field(default_factory=dict)
     softmax_factors: dict[str, Any] = field(default_factory=dict)
     element_prices: dict[str, Any] = field(default_factory=dict)
-    boundary_ms: list[float] = MISSING
+    boundary_ms: Any = MISSING
     provenance: str = ""
 
 

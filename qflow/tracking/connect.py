@@ -157,6 +157,11 @@ def plain_errors(uri: str) -> Iterator[None]:
     """Turn exceptions of MLflow and its drivers into a TrackingError of one line."""
     try:
         yield
+    except ModuleNotFoundError as error:
+        raise TrackingError(
+            f"A database is reached through its driver, but got '{error}' for {masked(uri)}. Install it: "
+            f"pip install {error.name}."
+        ) from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in _FOREIGN:
             raise

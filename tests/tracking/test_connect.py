@@ -1,10 +1,13 @@
 """The store of a test is the one that MLflow builds."""
 
 import sqlite3
+import sys
 from contextlib import closing
 
+import pytest
 from support.built_once import built_anew
 
+from qflow.core.errors import TrackingError
 from qflow.tracking.connect import open_store
 
 
@@ -20,3 +23,11 @@ def test_the_store_of_a_test_holds_what_mlflow_puts_into_a_new_one(store, tmp_pa
     with built_anew():
         open_store(None, tmp_path / "new")
     assert content(store) == content(tmp_path / "new")
+
+
+def test_a_database_without_its_driver_is_one_line_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyodbc", None)
+    with pytest.raises(
+        TrackingError, match=r"pyodbc.* for mssql://bob:\*\*\*@host/x. Install it: pip install pyodbc.$"
+    ):
+        open_store("mssql://bob:s3cret@host/x", tmp_path)
