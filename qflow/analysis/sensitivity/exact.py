@@ -23,11 +23,12 @@ from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.replay.capture import Captured, ReplayError, reason_of
 from qflow.quant.replay.captured_ops import Variant
 from qflow.quant.replay.replay import Replay, full_forward
-from qflow.quant.replay.widen import Widths, widen
+from qflow.quant.replay.widen import Widths, most_behind, widen
 from qflow.quant.trace.calling import batch_size, call_model, named_tensors
 from qflow.quant.trace.order import may_change_order
 
 WIDE_BYTES = 1e6  # average bytes of a result of all variants together; beyond it a CPU gains nothing (docs/log.md)
+MOST_AT_ONCE = 16  # variants; each op is tested for as many
 FEW_SAMPLES = 8  # several variants are run at once for batches of up to so many samples
 CHECKED = 2  # quantizers for which a replay is compared with full forward passes
 AGREES = 1e-3  # difference that counts as equal, over the change by quantization: larger batches run other kernels
@@ -140,19 +141,21 @@ class Exact:
             return None
         held = [t.numel() * t.element_size() for ts in captured.values.values() for t in ts]
         fitting = self.memory / 2 / max(sum(held), 1.0) * 8  # at most an eighth of all values is in use at a time
-        most = int(min(WIDE_BYTES * len(held) / max(sum(held), 1.0), fitting, self.most))
+        most = int(min(fitting, self.most, MOST_AT_ONCE))
         tight = 4.0 * sum(held) > self.memory / 2  # `widen` captures the batch, another, and both together
-        if most < 2 or tight:
+        behind = most_behind(captured, most, WIDE_BYTES)
+        if max(behind) < 2 or tight:
             return None
         if self.widths is None:
             try:
-                self.widths = widen(self.model, self.prepared, replay.ops, inputs, captured, size, most)
+                made = widen(self.model, self.prepared, replay.ops, inputs, captured, size, most, WIDE_BYTES)
+                self.widths = made
                 return self.widths
             except ReplayError as error:
                 self.one_at_a_time = f"one quantizer at a time, though samples are few: {error.reason}"
                 self.findings.append(Finding("sensitivity", "info", self.one_at_a_time))
                 return None
-        return self.widths.at(captured, size, most)
+        return self.widths.at(captured, size, behind)
 
     def _full(
         self, inputs: Any, variants: Sequence[Variant], written_out: bool = False

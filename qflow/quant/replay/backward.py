@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qflow.core.graph import OpKind
 from qflow.quant.model.weighted import LinearLeaf, WeightedLeaf
 from qflow.quant.replay.capture import Captured
-from qflow.quant.replay.captured_ops import Floats
+from qflow.quant.replay.floats import Floats
 from qflow.quant.replay.fused import FoldedOps
 from qflow.quant.trace.ops import function_name
 from qflow.quant.trace.tape import Op, Ref, references

@@ -65,6 +65,10 @@ class Ops:
             self.last_use.update(dict.fromkeys(self.reads[op.index], op.index))
         for _, ref in captured.outputs:
             self.last_use[ref.op] = len(tape.ops)
+        self.last_read = {
+            op.index: [i for i in self.reads[op.index] if self.last_use[i] == op.index] for op in self.ops
+        }
+        """Op -> those that no later op reads."""
         functions = [(op.index, op.call.function) for op in self.ops if op.call is not None]
         self.ordering = {i for i, f in functions if f is not None and function_name(f) in ORDER_CHANGING}
         self.patches: dict[tuple[bool, str], list[Patch]] = {}
@@ -119,9 +123,16 @@ class Ops:
             module = self.modules[call.module]
             # Operators in the hooks of a leaf module were captured as ops; hooks of a skipped module are part of it.
             forward = module if op.kind == OpKind.skipped else module.forward
-            return tuple(all_tensors(forward(*args, **kwargs)))
+            out = forward(*args, **kwargs)
+            return (out,) if type(out) is Tensor else tuple(all_tensors(out))
         out = call.function(*args, **kwargs)
+        if type(out) is Tensor:
+            return (out,)
         return (args[0],) if out is None else tuple(tensors_in(out))  # setitem returns None
+
+    def float_run(self, op: Op, args: Any, kwargs: Any) -> Values:
+        """Run the op for a float value that a quantizer may read: other last bits would change how it rounds."""
+        return self.run(op, args, kwargs)
 
     def patched(self, op: Op, patch: Patch, quantizer: FakeQuant, args: Any, kwargs: Any) -> Values:
         """Run the op (with its batch norm) with a quantized weight or argument, or with one inner value quantized."""
@@ -191,7 +202,7 @@ def _replaced(structure: Any, value: Callable[[Ref], Tensor]) -> Any:
     if kind is Ref:
         return value(structure)
     if kind is tuple or kind is list:
-        return kind([_replaced(v, value) for v in structure])
+        return kind([value(v) if type(v) is Ref else _replaced(v, value) for v in structure])
     if kind is dict:
         return {key: _replaced(v, value) for key, v in structure.items()}
     if isinstance(structure, _CONTAINERS):  # of another class, such as a named tuple
@@ -227,73 +238,3 @@ def _live(reads: dict[int, frozenset[int]], outputs: Sequence[int]) -> set[int]:
             live.add(index)
             stack.extend(reads[index])
     return live
-
-
-class Floats:
-    """Float values by op: those that the capture kept; others are computed from their inputs on request."""
-
-    def __init__(self, ops: Ops, captured: Captured) -> None:
-        self.ops = ops
-        self.by_index = {op.index: op for op in ops.ops}
-        self.given = captured.inputs
-        self.kept = {i: v for i, v in captured.values.items() if i not in ops.raw} if captured.complete else {}
-        self.ends: dict[int, Values] = {}
-        """Values of the model's outputs: they are small, and each variant that does not change them reads them."""
-        self.complete = captured.complete
-        self.position = -1
-
-    def get(self, index: int) -> Values:
-        """The op's tensors."""
-        found = self._there(index)
-        if found is not None:
-            return found
-        values = self._compute(index)
-        if self.complete:
-            self.kept[index] = values
-        elif any(ref.op == index for _, ref in self.ops.outputs):
-            self.ends[index] = values
-        return values
-
-    def _there(self, index: int) -> Values | None:
-        if index in self.given:
-            return (self.given[index],)
-        return self.kept.get(index) or self.ends.get(index)
-
-    def _compute(self, index: int) -> Values:
-        """Run all ops that this value depends on, in order; a value is dropped after its last reader among them."""
-        wanted, stack = {index}, [index]
-        while stack:
-            for i in self.ops.reads[stack.pop()]:
-                if i not in wanted and self._there(i) is None:
-                    wanted.add(i)
-                    stack.append(i)
-        last = {i: max((j for j in wanted if i in self.ops.reads[j]), default=i) for i in wanted}
-        found: dict[int, Values] = {}
-        for i in sorted(wanted):
-            found[i] = self._run(i, found)
-            for j in self.ops.reads[i]:
-                if last.get(j) == i:
-                    del found[j]
-        return found[index]
-
-    def _run(self, index: int, found: dict[int, Values]) -> Values:
-        def value(ref: Ref) -> Tensor:
-            return (found[ref.op] if ref.op in found else self.get(ref.op))[ref.position]
-
-        op = self.by_index[index]
-        assert op.call is not None
-        args, kwargs = self.ops.arguments((op.call.args, op.call.kwargs), value)
-        return self.ops.run(op, args, kwargs)
-
-    def advance(self, position: int) -> None:
-        """Hold the values before `position` that later ops read; does nothing if the capture kept all values."""
-        if self.complete:
-            return
-        for op in self.ops.ops:
-            if self.position < op.index < position and op.index not in self.given:
-                self.kept[op.index] = self._run(op.index, {})
-                for i in (op.index, *self.ops.reads[op.index]):
-                    if self.ops.last_use[i] <= op.index:
-                        self.kept.pop(i, None)
-        self.kept = {i: v for i, v in self.kept.items() if self.ops.last_use[i] >= position}
-        self.position = max(self.position, position - 1)

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from qflow.core.graph import OpKind
+from qflow.core.graph import WEIGHTED_KINDS, OpKind
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.model.weighted import ConvLeaf, WeightedLeaf
 from qflow.quant.replay.capture import Captured
 from qflow.quant.replay.captured_ops import Ops, Patch, Values, Weights
+from qflow.quant.replay.packed import Convolve, packed
 from qflow.quant.trace.ops import function_name
 from qflow.quant.trace.tape import Op
 from qflow.quant.values.fake_quant import FakeQuant
@@ -29,6 +30,8 @@ _FOLLOWS = frozenset(
     + [OpKind.concat, OpKind.resize, OpKind.max_pool, OpKind.avg_pool]
 )
 """Kinds of operators whose result has the memory layout of their input."""
+_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+"""Modules that give their input unchanged in eval mode."""
 _STRIDES = frozenset(["as_strided"])
 """Functions that address memory by strides, so that the layout changes their result."""
 
@@ -90,21 +93,39 @@ class FusedOps(FoldedOps):
         super().__init__(model, prepared, captured, weights)
         last: set[int] = set()
         for op in self.ops:
-            follows = op.kind in _FOLLOWS and any(i in last for i in self.reads[op.index])
+            follows = op.kind in _FOLLOWS or isinstance(self.leaves.get(op.module or ""), _IDENTITIES)
+            follows = follows and any(i in last for i in self.reads[op.index])
             if len(op.shape) == 4 and (follows or _channels_last(self.leaves.get(op.module or ""))):
                 last.add(op.index)
         for index in last & captured.values.keys():  # equal values; mixed layouts would take twice the time
             captured.values[index] = tuple(_laid_out(t) for t in captured.values[index])
+        functions = {op.index: op.call.function for op in self.ops if op.call is not None}
+        self.by_strides = {i for i, f in functions.items() if f is not None and function_name(f) in _STRIDES}
+        self.convolutions: dict[str, Convolve | None] = {}
+        """Path of a weighted module -> its convolution with a weight that is laid out once."""
 
     def run(self, op: Op, args: Any, kwargs: Any) -> Values:
         """As in FoldedOps, in either layout."""
-        function = op.call.function if op.call is not None else None
-        if function is not None and function_name(function) in _STRIDES:
+        convolve = self._convolution(op, args, kwargs)
+        return self.float_run(op, args, kwargs) if convolve is None else (convolve(args[0]),)
+
+    def float_run(self, op: Op, args: Any, kwargs: Any) -> Values:
+        """As `run`, with torch's own convolutions."""
+        if op.index in self.by_strides:
             args, kwargs = _plain((args, kwargs))
         try:
             return super().run(op, args, kwargs)
         except RuntimeError:  # view() and similar functions refuse channels-last tensors
             return super().run(op, *_plain((args, kwargs)))
+
+    def _convolution(self, op: Op, args: Any, kwargs: Any) -> Convolve | None:
+        """The convolution with a packed weight; None for any other operator."""
+        path = op.module
+        if path is None or op.kind not in WEIGHTED_KINDS or len(args) != 1 or kwargs:
+            return None
+        if path not in self.convolutions:
+            self.convolutions[path] = packed(self.leaves.get(path), *self.weight(op), args[0])
+        return self.convolutions[path]
 
     def folded_weight(self, leaf: Any) -> tuple[Tensor, Tensor | None]:
         """Weight and bias that `run` uses for this leaf module."""

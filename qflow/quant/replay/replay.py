@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.replay.capture import Captured, ReplayError
-from qflow.quant.replay.captured_ops import Floats, Patch, Values, Variant
+from qflow.quant.replay.captured_ops import Patch, Values, Variant
+from qflow.quant.replay.floats import Floats
 from qflow.quant.replay.fused import FusedOps
 from qflow.quant.replay.widen import Widths
 from qflow.quant.trace.calling import call_model, named_tensors
@@ -33,7 +34,7 @@ from qflow.quant.values.fake_quant import FakeQuant
 
 
 class Replay:
-    """Replays variants on one captured batch, up to `widths.most` at a time. Use it inside `torch.no_grad()`."""
+    """Replays variants on one captured batch, as many at a time as `widths` says. Use it inside `torch.no_grad()`."""
 
     def __init__(
         self, model: nn.Module, prepared: QuantizedModel, captured: Captured, widths: Widths | None = None
@@ -48,7 +49,8 @@ class Replay:
 
     def replayed(self) -> dict[str, Tensor]:
         """The same outputs, replayed op by op from the inputs without any quantizer."""
-        floats = Floats(self.ops, Captured(self.ops.tape, self.ops.outputs, self.floats.given, {}, False))
+        nothing = Captured(self.ops.tape, self.ops.outputs, self.floats.given, {}, False)
+        floats = Floats(self.ops, nothing, self.ops.run)
         floats.advance(len(self.ops.tape.ops))
         return {name: floats.get(ref.op)[ref.position] for name, ref in self.ops.outputs}
 
@@ -63,9 +65,14 @@ class Replay:
 
     def passes(self, variants: Sequence[Variant]) -> list[list[int]]:
         """Groups of variants that run together, as positions in `variants`, sorted by the first op they change."""
-        order = sorted(range(len(variants)), key=lambda i: self.start(variants[i]))
-        width = self.widths.most if self.widths else 1
-        return [order[begin : begin + width] for begin in range(0, len(order), width)]
+        starts = [self.start(variant) for variant in variants]
+        order = sorted(range(len(variants)), key=lambda i: starts[i])
+        groups = []
+        while order:
+            width = self.widths.most[starts[order[0]]] if self.widths else 1
+            groups.append(order[:width])
+            order = order[width:]
+        return groups
 
 
 class _Pass:
@@ -87,6 +94,8 @@ class _Pass:
                     self.results.setdefault(patch.at, []).append(v)
                 else:
                     self.patches.setdefault(patch.op, []).append((v, patch))
+        self.acting = {patch.op for variant in variants for patch in self.ops.of(variant)}
+        self.acting |= {patch.at for variant in variants for patch in self.ops.of(variant)}
         self.replaced: dict[int, dict[int, Values]] = {}
         """Op -> variant -> its result there, if a patch has already computed it."""
 
@@ -103,12 +112,25 @@ class _Pass:
         return found
 
     def _op(self, op: Op) -> None:
+        reads = self.ops.reads[op.index]
+        begun = 0
+        for i in reads:
+            if i in self.stacked and self.stacked[i][1] > begun:
+                begun = self.stacked[i][1]
+        if op.index in self.acting:
+            self._acted(op, begun)
+        elif begun:
+            self.stacked[op.index] = self._run(op, begun), begun
+        if begun:
+            for i in self.ops.last_read[op.index]:
+                self.stacked.pop(i, None)
+
+    def _acted(self, op: Op, begun: int) -> None:
+        """As `_op`, where quantizers act on the op; `begun` variants are there already."""
         for v, patch in self.patches.get(op.index, ()):
             args, kwargs = self._arguments(op, lambda ref, v=v: self._slice(ref, v))  # type: ignore[misc]
             result = self.ops.patched(op, patch, self.variants[v].quantizer, args, kwargs)
             self.replaced.setdefault(patch.at, {})[v] = result
-        reads = self.ops.reads[op.index]
-        begun = max((self.stacked[i][1] for i in reads if i in self.stacked), default=0)
         replaced, results = self.replaced.pop(op.index, {}), self.results.get(op.index, [])
         count = max([begun, *(v + 1 for v in (*replaced, *results))])
         if count:
@@ -117,16 +139,16 @@ class _Pass:
             else:
                 values, begun = (), 0
             self.stacked[op.index] = self._joined(op, values, begun, count, replaced, results), count
-        for index in reads:
-            if self.ops.last_use[index] <= op.index:
-                self.stacked.pop(index, None)
 
     def _run(self, op: Op, count: int) -> Values:
         """Run the float op on the first `count` slices. Raises ReplayError if its result has not as many slices."""
         args, kwargs = self._arguments(op, lambda ref: self._first(ref, count), count)
-        ordered = self.ops.follows_order(op, lambda: self._repeated(op, count), args, kwargs)
-        if ordered is not None or count == 1:
-            return self.ops.run(op, args, kwargs) if ordered is None else ordered
+        if op.index in self.ops.ordering:
+            ordered = self.ops.follows_order(op, lambda: self._repeated(op, count), args, kwargs)
+            if ordered is not None:
+                return ordered
+        if count == 1:
+            return self.ops.run(op, args, kwargs)
         try:
             values = self.ops.run(op, args, kwargs)
         except Exception as error:  # a call with a fixed size in it may raise anything at another size

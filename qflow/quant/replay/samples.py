@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from qflow.core.graph import OpKind
 from qflow.quant.model.weighted import LinearLeaf, WeightedLeaf
 from qflow.quant.replay.capture import Captured, ReplayError
-from qflow.quant.replay.captured_ops import Floats, Ops, Values
+from qflow.quant.replay.captured_ops import Ops, Values
+from qflow.quant.replay.floats import Floats
 from qflow.quant.trace.ops import function_name
 from qflow.quant.trace.tape import Op, Ref, references, tensors_in
 
@@ -48,9 +49,9 @@ def as_captured(op: Op, count: int) -> tuple[Any, Any]:
 
 
 def axes_by_running(
-    ops: Ops, captured: Captured, size: int, repeats: int = 0, calls: Callable[[Op, int], Any] = as_captured
+    ops: Ops, captured: Captured, size: int, repeats: Sequence[int] = (), calls: Callable[[Op, int], Any] = as_captured
 ) -> Axes:
-    """Axes of all captured values of a batch of `size`; with `repeats`, tested for that many stacked batches.
+    """Axes of all captured values of a batch of `size`; with `repeats`, tested for so many stacked batches at each op.
 
     `calls(op, n)` gives the arguments of an op for n batches. Raises MixesSamples or ReplayError; an op may also raise
     something else at another batch size.
@@ -64,7 +65,7 @@ def axes_by_running(
             axes[op.index] = (0,)
             continue
         axis = _by_definition(ops, op, axes)
-        stacked = repeats or 2 * (size % 2)
+        stacked = max(2, repeats[op.index]) if repeats else 2 * (size % 2)
         axes[op.index] = _by_running(ops, op, floats, axes, size, stacked, calls) if axis is None else (axis,)
     return axes
 

@@ -10,6 +10,9 @@ batch and other data.
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,13 +30,14 @@ from qflow.quant.trace.tape import Op, Ref
 
 @dataclass
 class Widths:
-    """Up to `most` variants run at once; `axes[op]` is the axis of the samples in each result of the op.
+    """Up to `most[op]` variants run at once if the first of them starts at this op.
 
-    `rows` is the number of samples, over all variants together, for which every op was tested to keep samples apart.
+    `axes[op]` is the axis of the samples in each result of the op. `rows[op]` is the number of samples, over all
+    variants together, for which this op and those behind it were tested to keep samples apart.
     """
 
-    most: int
-    rows: int
+    most: list[int]
+    rows: list[int]
     axes: dict[int, tuple[int, ...]]
     path: list[tuple[str, int]]
     """Names and ranks of the ops: on another path through the model, the same index is another op."""
@@ -41,15 +45,15 @@ class Widths:
     """Op -> leaf of its (args, kwargs) that grows with the batch -> None for an integer, the axis for a tensor."""
     calls: dict[tuple[int, int], Any] = field(default_factory=dict)
 
-    def at(self, captured: Captured, size: int, most: int) -> Widths | None:
-        """The same for another batch of `size`, up to `most` variants and as many rows as were tested.
+    def at(self, captured: Captured, size: int, most: Sequence[int]) -> Widths | None:
+        """The same for another batch of `size`, up to `most[op]` variants and as many rows as were tested.
 
         None if only one variant fits, or if the batch takes another path through the model.
         """
-        most = min(most, self.rows // size)
-        if most < 2 or path_of(captured) != self.path:
+        if path_of(captured) != self.path:
             return None
-        return Widths(most, self.rows, self.axes, self.path, self.scaled)
+        fitting = [max(1, min(n, rows // size)) for n, rows in zip(most, self.rows, strict=True)]
+        return Widths(fitting, self.rows, self.axes, self.path, self.scaled) if max(fitting) > 1 else None
 
     def call(self, op: Op, count: int) -> Any:
         """(args, kwargs) of the op, with `Ref`s, for `count` stacked batches."""
@@ -65,20 +69,46 @@ class Widths:
         return self.calls[key]
 
 
+def most_behind(captured: Captured, most: int, room: float) -> list[int]:
+    """For each op, how many variants (at most `most`) may run at once if none of them starts before it.
+
+    An average value of that op and of those behind it, of all variants together, takes at most `room` bytes.
+    """
+    behind: list[int] = []
+    held, count = 0, 0
+    for op in reversed(captured.tape.ops):
+        values = captured.values.get(op.index, ())
+        held += sum(t.numel() * t.element_size() for t in values)
+        count += bool(values)
+        behind.append(max(1, int(min(most, room * count / held))) if held else most)
+    return behind[::-1]
+
+
 def widen(
-    model: nn.Module, prepared: QuantizedModel, ops: Ops, inputs: Any, captured: Captured, size: int, most: int
+    model: nn.Module,
+    prepared: QuantizedModel,
+    ops: Ops,
+    inputs: Any,
+    captured: Captured,
+    size: int,
+    most: int,
+    room: float = math.inf,
 ) -> Widths:
     """Widths of a captured batch of `size` samples, for up to `most` variants. Raises ReplayError with the reason.
 
-    `ops` are those of `captured`.
+    `ops` are those of `captured`. `room` is that of `most_behind`.
     """
+    fitting = most_behind(captured, most, room)
+    tested = list(itertools.accumulate(fitting, max))  # a group that starts before an op runs it too
+    rows = [size * n for n in tested]
     try:
-        return Widths(most, size * most, axes_by_running(ops, captured, size, most), path_of(captured), {})
+        return Widths(fitting, rows, axes_by_running(ops, captured, size, tested), path_of(captured), {})
     except Exception:  # an operator may raise anything at another batch size: captures may show what it needs there
         pass
     try:
-        widths = _by_capture(model, prepared, ops, inputs, captured, size, most)
-        widths.axes = axes_by_running(ops, captured, size, most, widths.call)
+        widths = _by_capture(model, prepared, ops, inputs, captured, size)
+        widths.most, widths.rows = fitting, rows
+        widths.axes = axes_by_running(ops, captured, size, tested, widths.call)
     except ReplayError:
         raise
     except Exception as error:
@@ -87,7 +117,7 @@ def widen(
 
 
 def _by_capture(
-    model: nn.Module, prepared: QuantizedModel, ops: Ops, inputs: Any, captured: Captured, size: int, most: int
+    model: nn.Module, prepared: QuantizedModel, ops: Ops, inputs: Any, captured: Captured, size: int
 ) -> Widths:
     """Widths from captures of both halves, or of other data and both together."""
     if size % 2 == 0:
@@ -101,7 +131,7 @@ def _by_capture(
     names = [[op.name for op in found.tape.ops] for found in (first, second, together)]
     if names[0] != names[1] or names[0] != names[2]:
         raise ReplayError("the model takes another path at another batch size or on other data")
-    widths = Widths(most, size * most, {}, path_of(captured), {})
+    widths = Widths([], [], {}, path_of(captured), {})
     for live in ops.ops:  # no output depends on the others, such as a test of a mask
         op, twice = first.tape.ops[live.index], together.tape.ops[live.index]
         values = [found.values.get(op.index) for found in (first, second, together)]
