@@ -65,7 +65,8 @@ def collect(
 @contextmanager
 def _evaluating(prepared: QuantizedModel) -> Iterator[None]:
     training = [module for module in prepared.modules() if module.training]
-    prepared.eval()
+    if training:  # else visiting every module takes as long as its forward, on small networks
+        prepared.eval()
     try:
         yield
     finally:
