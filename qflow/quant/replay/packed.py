@@ -27,7 +27,7 @@ def packed(leaf: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Convolv
     """
     reorder = getattr(torch._C._nn, "mkldnn_reorder_conv2d_weight", None)
     convolve = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
-    if reorder is None or convolve is None or not torch.backends.mkldnn.is_available():
+    if reorder is None or convolve is None or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
     if not isinstance(leaf, ConvLeaf) or not isinstance(leaf, nn.Conv2d):
         return None
