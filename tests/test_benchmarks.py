@@ -84,7 +84,7 @@ def test_the_times_of_a_real_network_in_miniature(monkeypatch, capsys):
 
     real_models.main(["--only", "tiny", "--stages", "prepare", "layers", "exact", "behind", "--rounds", "1"])
     (found,) = rows(capsys.readouterr().out, "| tiny")
-    assert all(float(cell.split()[0]) > 0 for cell in found[1:])
+    assert all(float(cell.split()[0]) > 0 for cell in found[2:])
     assert found[4].endswith("replay)")
     assert float(found[5]) < 1
 
@@ -134,7 +134,9 @@ def test_the_front_in_miniature(search, capsys):
         shares = [float(cell.split()[0]) for cell in r[2:6]]
         assert shares == sorted(shares)
         assert int(r[6]) <= 40
-        if r[1] != "ratio":  # of 32 mixes 40 evaluations leave none
+        if r[1] == "assign":  # it ends where no mix that is faster than all int16 is worth a trial
+            assert shares[-1] > 0.95 and int(r[6]) < 32
+        elif r[1] != "ratio":  # of 32 mixes 40 evaluations leave none
             assert shares[-1] == 1.0
 
 

@@ -12,7 +12,8 @@ from support.spaces import spaces
 
 from qflow.search.domain import Choice, Condition, Interval, Range, applicable, applies, point_key
 from qflow.search.proposal import SAMPLERS
-from qflow.search.study import Study, _sampler
+from qflow.search.sampler import make_sampler
+from qflow.search.study import Study
 
 pytestmark = pytest.mark.slow  # real stores on disk
 
@@ -28,10 +29,9 @@ SPACE = {
 
 
 def in_memory(space, sampler, seed=0, directions=("maximize", "minimize")) -> Study:
-    study = optuna.create_study(
-        directions=directions, sampler=_sampler(sampler, seed, n_trials=8), storage=optuna.storages.InMemoryStorage()
-    )
-    return Study(study, space, directions, Path("unused"))
+    study = optuna.create_study(directions=directions, storage=optuna.storages.InMemoryStorage())
+    seeded = lambda asked: make_sampler(sampler, 100 * seed + asked, n_trials=8)  # noqa: E731
+    return Study(study, space, directions, Path("unused"), seeded)
 
 
 def finish(study, proposal):
