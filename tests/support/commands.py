@@ -78,6 +78,8 @@ OWN = [
 ]  # fmt: skip
 
 
+FREE_BOUNDARIES = "device.cost.boundary_ms=0"
+"""In a network of a few small operators a conversion costs more than int8 saves: no mix would be the best."""
 UNREPAIRED = [*OWN, "repair=none"]
 """For what a repair has no part in: half a second less a study."""
 STORE = ["study=own/int8_int16", "tracking.experiment=own", "security.allow=[user_task]"]

@@ -5,7 +5,7 @@ import re
 from statistics import mean, stdev
 
 import pytest
-from support.commands import run_qflow
+from support.commands import FREE_BOUNDARIES, run_qflow
 
 from qflow.tracking.mlflow_tracker import MlflowTracker
 
@@ -22,7 +22,7 @@ DIVIDES = ["task=custom", "task.name=divides", "task.model._target_=tree_tasks.d
 DISTRACTED = ["task=custom", "task.name=distracted", "task.model._target_=tree_tasks.distracted",
               "task.data._target_=tree_tasks.Angles", "task.metric._target_=tree_tasks.SecondOff",
               "calibration.steps=4", "objective.max_drop=0.01", "search.n_trials=16", "repair=none",
-              "executor.threads=1"]  # fmt: skip
+              "executor.threads=1", FREE_BOUNDARIES]  # fmt: skip
 
 
 def decisions(done):

@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from support.commands import run_qflow
+from support.commands import FREE_BOUNDARIES, run_qflow
 
 from qflow.config.explain import experiments
 
@@ -89,7 +89,7 @@ def test_evaluations_are_a_budget_and_what_was_evaluated_before_is_free(tmp_path
     assert "search.n_trials" in re.search(r"^goal .*missed.*", done.stdout, re.MULTILINE)[0]
 
 
-EXPOSURE = ["+experiment=full", "task=exposure", "search.n_trials=15"]
+EXPOSURE = ["+experiment=full", "task=exposure", FREE_BOUNDARIES, "search.n_trials=15"]
 
 
 def test_where_int16_misses_the_tree_goes_to_fp16_and_keeps_it(tmp_path):
@@ -111,14 +111,14 @@ def test_where_int16_misses_the_tree_goes_to_fp16_and_keeps_it(tmp_path):
     assert "15 trials of an earlier start are kept" in again.stdout
     assert len(re.findall(r"^trial \d+", again.stdout, re.MULTILINE)) == 1
     assert re.search(
-        r"badcases 3 of 3, calibration (\d+) of \1, .*float 1 of 1, repair .*, sensitivity 3 of 3", again.stdout
+        r"badcases 3 of 3, calibration (\d+) of \1, .*float 1 of 1, .*repair .*, sensitivity 3 of 3", again.stdout
     )
 
 
 def test_where_no_mix_is_enough_training_is_and_gives_int16_back(tmp_path):
     done = tune(
         "+experiment=full", "task=dual", "repair=none", "qat=dual", "qat.apply=after_search", "qat.steps=60",
-        "search.rates=[1.0,1e-5]", cwd=tmp_path,
+        "search.rates=[1.0,1e-5]", FREE_BOUNDARIES, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert re.search(
@@ -219,7 +219,9 @@ def test_ending_evaluations_early_changes_no_choice(tmp_path):
 
 
 def test_what_costs_more_than_all_int16_is_not_evaluated(tmp_path):
-    """At these shapes casts make many mixes slower than all-int16, which meets the goal."""
+    """At these shapes conversions make many mixes slower than all-int16, which meets the goal. After ten in a row one is
+    measured, because a sampler learns from measured points only.
+    """
     done = tune(
         "+experiment=int8_int16", "repair=none", "search=int16_ratio", "search.sampler=random", "search.n_trials=5",
         "search.enqueue=[]",
@@ -228,8 +230,9 @@ def test_what_costs_more_than_all_int16_is_not_evaluated(tmp_path):
     )  # fmt: skip
     times = [float(ms) for ms in re.findall(r"^trial \d+ .* (\d+\.\d+) ms", done.stdout, re.MULTILINE)]
     assert len(times) == 5
-    assert max(times) == times[0]
-    assert re.search(r"\d+ left out that cost too much to be the best", done.stdout), done.stdout
+    assert sum(ms > times[0] for ms in times) <= 1
+    left_out = re.search(r"(\d+) left out that cost too much to be the best", done.stdout)
+    assert left_out and int(left_out[1]) > 10, done.stdout
 
 
 def test_where_nothing_meets_ending_early_changes_neither_the_start_of_training_nor_the_nearest(tmp_path):
@@ -262,7 +265,7 @@ def test_no_training_where_a_budget_is_what_is_missed(tmp_path):
 def test_a_mix_of_an_error_share_is_demoted(tmp_path):
     done = tune(
         "+experiment=int8_int16", "task=dual", "repair=none",
-        "+debug=tiny", "search=error_share", "objective.max_drop=0.045",
+        "+debug=tiny", "search=error_share", "objective.max_drop=0.045", FREE_BOUNDARIES,
         "objective.max_int16_mac_share=0.9", "search.enqueue=[{qconfig.error_share: 0.3}]", "search.n_trials=32",
         "qat=dual", "qat.apply=after_search", "qat.steps=60", "search.rates=[1e-4]", "calibration.method=mse",
         cwd=tmp_path,
