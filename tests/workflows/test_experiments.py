@@ -219,8 +219,9 @@ def test_ending_evaluations_early_changes_no_choice(tmp_path):
 
 
 def test_what_costs_more_than_all_int16_is_not_evaluated(tmp_path):
-    """At these shapes conversions make many mixes slower than all-int16, which meets the goal. After ten in a row one is
-    measured, because a sampler learns from measured points only.
+    """At these shapes conversions make many mixes slower than all-int16, which meets the goal.
+
+    After ten in a row one is measured, because a sampler learns from measured points only.
     """
     done = tune(
         "+experiment=int8_int16", "repair=none", "search=int16_ratio", "search.sampler=random", "search.n_trials=5",
