@@ -1,27 +1,18 @@
-"""Kills a search at random moments, many times, and checks that nothing is lost.
-
-    python benchmarks/kill_loop.py --kills 60 --trials 150
+"""A search that is killed at random moments, many times; a part of benchmarks/reliability.py.
 
 Each round starts the same search in a new process on the same store and ends it after a random time, with SIGKILL or,
 in a share `--terms` of the rounds, with SIGTERM. In the first fifth of the rounds this may happen while the databases
 are created. A last round runs to the end. Then the benchmark checks that study and tracker agree on every trial, that
 no trial is missing, and that no point was evaluated again after its commit. Study and tracker must also agree after
-each SIGTERM. It also prints the time that tracking and study take per trial.
-
-It does not test a crash of the machine (fsync), a tracking server, or network file systems.
+each SIGTERM.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
-import json
 import os
 import random
-import shutil
 import signal
-import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -144,40 +135,3 @@ def final_checks(folder: Path, trials: int) -> list[str]:
     endings = collections.Counter(trial.ending or trial.state for trial in kept)
     print(f"trials: {dict(endings)}; labels kept: {sorted(t.label for t in complete if t.label)}")
     return problems
-
-
-def overhead(folder: Path, trials: int) -> dict[str, float]:
-    """Milliseconds per trial of study and tracker together, on a separate store."""
-    study, tracker = open_search(folder)
-    tracker.seconds, wall, cpu = 0.0, time.monotonic(), time.process_time()
-    evaluate = evaluator(folder / "evaluations.log", 0.0)
-    run_trials(study, tracker, evaluate, n_trials=trials, fixed=FIXED, scratch=folder / "scratch")
-    values = {"wall": time.monotonic() - wall, "cpu": time.process_time() - cpu, "tracker": tracker.seconds}
-    return {f"{name}_ms": round(1000 * value / trials, 1) for name, value in values.items()}
-
-
-def main() -> int:
-    """Print the report; returns 1 if something was lost."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=60)
-    parser.add_argument("--terms", type=float, default=0.2)
-    parser.add_argument("--trials", type=int, default=150)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    rng = random.Random(options.seed)
-    folder = Path(tempfile.mkdtemp(prefix="kill-loop-"))
-    try:
-        ends = kill_rounds(folder / "killed", options.kills, options.terms, options.trials, rng)
-        last = os.waitstatus_to_exitcode(os.waitpid(round_in_child(folder / "killed", options.trials), 0)[1])
-        problems = final_checks(folder / "killed", options.trials)
-        if last != FULL:
-            problems.append(f"The last round ended with {last}.")
-        print(f"rounds: {dict(ends)}\nper trial: {json.dumps(overhead(folder / 'timed', options.trials))}")
-        print("\n".join(problems) or "nothing was lost")
-        return int(bool(problems) or ends["disagreements after SIGTERM"] > 0)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
