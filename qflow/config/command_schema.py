@@ -8,12 +8,12 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from qflow.config.executor_schema import ExecutorSchema
 from qflow.config.promote_schema import GateSchema, PromoteGoalSchema, PromoteTrackingSchema
 from qflow.config.repair_schema import RepairSchema
 from qflow.config.schema import (
     CalibrationSchema,
     DeviceSchema,
-    ExecutorSchema,
     ObjectiveSchema,
     QatSchema,
     QConfigSchema,

@@ -286,15 +286,3 @@ class SecuritySchema:
 
     allow: list[str] = field(default_factory=list)
     """Packages beside the built-in tasks, or whole names: [my] allows my.build_model and my.data.Data."""
-
-
-@dataclass(kw_only=True)
-class ExecutorSchema:
-    """Where trials run."""
-
-    kind: str = "serial"
-    """Where trials run: serial is one after the other in this process."""
-    device: str = "cpu"
-    """Device of torch: cpu, cuda or cuda:<n>."""
-    threads: int = 0
-    """Threads of torch; 0 leaves torch's own choice."""

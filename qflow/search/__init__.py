@@ -5,9 +5,11 @@ No other package imports optuna. Solvers and strategies see dictionaries and arr
 
 __all__ = [
     "assign",
+    "attempt",
     "carried",
     "cost_terms",
     "domain",
+    "driver",
     "health",
     "importance",
     "integer_program",

@@ -14,7 +14,10 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.cost_model.model import CostModel
 from qflow.quant.model.shared_modules import split_names
+from qflow.search.objective import Goal
+from qflow.tasks.task import Task
 from qflow.trial.evaluator import Evaluator
+from qflow.trial.record import RUN_METRICS
 
 
 def make_evaluator(config: DictConfig) -> Evaluator:
@@ -47,6 +50,12 @@ def make_evaluator(config: DictConfig) -> Evaluator:
         profile=config.device.profile,
         profile_dtype=QDtype.parse(config.device.profile_dtype, "device.profile_dtype"),
     )
+
+
+def study_goal(config: DictConfig, task: Task) -> Goal:
+    """Return the goal of a study on its task, with what is optimized. Raises ConfigError."""
+    accuracy = f"accuracy/{task.metric_name}"
+    return Goal(**plain(config.objective)).aimed(accuracy, task.direction, (accuracy, *RUN_METRICS))
 
 
 def cost_model(config: DictConfig) -> CostModel | str:

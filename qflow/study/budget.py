@@ -24,11 +24,14 @@ class Budget:
     """Trials that exploration leaves for measuring the best mix with fewer promotions; at most a quarter of all."""
     began: float = field(default_factory=time.monotonic)
 
-    def require(self, done: Sequence[FinishedTrial], met: bool) -> None:
-        """Raise BudgetSpent if no further trial may start. With `met` no training is needed, so nothing is reserved."""
-        counts = [("trials", len(done), self.trials, "search.n_trials")]
+    def require(self, done: Sequence[FinishedTrial], met: bool, running: int = 0) -> None:
+        """Raise BudgetSpent if no further trial may start. With `met` no training is needed, so nothing is reserved.
+
+        A trial that runs counts as one trial and one evaluation.
+        """
+        counts = [("trials", len(done) + running, self.trials, "search.n_trials")]
         if self.evaluations is not None:
-            counts.append(("evaluations", evaluations(done), self.evaluations, "search.max_evaluations"))
+            counts.append(("evaluations", evaluations(done) + running, self.evaluations, "search.max_evaluations"))
         for what, spent, limit, key in counts:
             held = 0 if met else min(self.reserved, max(limit - 2, 0) // 2)
             spare = min(self.spare, limit // 4)
@@ -39,12 +42,12 @@ class Budget:
         if self.timeout is not None and time.monotonic() - self.began >= self.timeout:
             raise BudgetSpent(f"{self.timeout:g} s have passed (search.timeout)")
 
-    def seconds_left(self, done: Sequence[FinishedTrial]) -> float:
+    def seconds_left(self, done: Sequence[FinishedTrial], workers: int = 1) -> float:
         """Estimate the seconds until a budget is spent, from the duration of the last trials."""
         left = self.trials - len(done)
         if self.evaluations is not None:
             left = min(left, self.evaluations - evaluations(done))
-        seconds: float = statistics.median(t.seconds for t in done[-8:]) * left
+        seconds: float = statistics.median(t.seconds for t in done[-8:]) * left / workers
         return seconds if self.timeout is None else min(seconds, self.began + self.timeout - time.monotonic())
 
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from qflow.bundle.bounded import read_json
 from qflow.bundle.stored import example_digest
 from qflow.config.quoting import assignment
-from qflow.config.settings import plain, root_dir, trial_settings
+from qflow.config.settings import root_dir, trial_settings
 from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.names import check_study_name
 from qflow.core.qconfig import QConfig
@@ -22,7 +22,7 @@ from qflow.core.record import from_dict, to_json
 from qflow.report.console import Console
 from qflow.search.objective import Goal
 from qflow.search.outcome import FinishedTrial, Marker
-from qflow.study.assemble import make_evaluator
+from qflow.study.assemble import make_evaluator, study_goal
 from qflow.study.evaluate import evaluate_trial
 from qflow.study.fingerprint import changes, fingerprint
 from qflow.study.manifest import data_sets, manifest
@@ -32,7 +32,6 @@ from qflow.tracking.ended import ended
 from qflow.tracking.limits import check_metric_name
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.trial.evaluator import Evaluator
-from qflow.trial.record import RUN_METRICS
 
 LABEL = "by hand"
 VARIED = ("search.", "qconfig.", "calibration.", "qat.", "repair.", "sensitivity.", "workflow", "study", "seed")
@@ -62,12 +61,9 @@ class ByHand:
         tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
         evaluator, console = make_evaluator(config), Console()
         check_metric_name(evaluator.task.metric_name)
-        evaluator.cache.folder, evaluator.cache.say = root / "cache", console.say
-        evaluator.checkpoints, evaluator.searches = root / "cache" / "training", root / "cache" / "searches"
+        evaluator.keep_in(root / "cache", console.say)
         evaluator.check_data()
-        accuracy = f"accuracy/{evaluator.task.metric_name}"
-        goal = Goal(**plain(config.objective)).aimed(accuracy, evaluator.task.direction, (accuracy, *RUN_METRICS))
-        return cls(config, console, tracker, evaluator, goal, root)
+        return cls(config, console, tracker, evaluator, study_goal(config, evaluator.task), root)
 
     @cached_property
     def study_run(self) -> str | None:

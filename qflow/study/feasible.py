@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from omegaconf import DictConfig, OmegaConf
+
+from qflow.config.space import module_settings
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.settings import QConfigSettings
 from qflow.search.domain import Domain, Interval, Range
 from qflow.search.objective import Goal
+from qflow.tasks.early_stop import bounds_of
 from qflow.tasks.task import Task, split_for
 from qflow.trial.evaluator import Evaluator
 from qflow.trial.frames import steps_of
 
 BATCH_SIZE, STEPS = "calibration.batch_size", "calibration.steps"
+
+
+def check_before(
+    config: DictConfig, evaluator: Evaluator, goal: Goal, space: Mapping[str, Domain], say: Callable[[str], None]
+) -> None:
+    """Raise ConfigError for what no trial could do; say the latency that `max_slowdown` allows."""
+    check_feasible(evaluator, goal, module_settings(config, space))
+    if goal.max_slowdown is not None:
+        ms = evaluator.precisions.int8_ms
+        say(
+            f"{'budget':<12} max_slowdown {goal.max_slowdown:g} allows {goal.max_slowdown * ms:.3f} ms: the cost model "
+            f"predicts {ms:.3f} ms with every operator at int8"
+        )
+
+    def may_be_true(key: str) -> bool:
+        domain = space.get(key)
+        return domain.contains(True) if domain else bool(OmegaConf.select(config, key))
+
+    check_augmented(evaluator.task, may_be_true("calibration.augment"), may_be_true("qat.augment"))
+    if config.search.early_stop:
+        bounds_of(evaluator.task.metric)  # raises here instead of in the first trial
 
 
 def check_feasible(evaluator: Evaluator, goal: Goal, switched: Sequence[QConfigSettings]) -> None:

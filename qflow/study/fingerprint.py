@@ -13,7 +13,8 @@ from qflow.core.record import digest, to_json
 
 # Keys that may change between two starts of one study; all others must stay the same.
 FREE = (
-    *("root", "tracking.", "executor.threads", "task.batch_size"),
+    *("root", "tracking.", "task.batch_size"),
+    *("executor.kind", "executor.threads", "executor.workers", "executor.max_retries", "executor.trial_timeout"),
     *("search.n_trials", "search.timeout", "search.max_evaluations", "search.enqueue", "search.strategy"),
     *("search.rates", "search.probe_share", "search.weight_decays"),  # these choose points, but not results
 )
@@ -65,5 +66,5 @@ def changes(before: str, now: Mapping[str, str]) -> list[str]:
     return [
         f"{key}: {known.get(key, 'nothing')} -> {now.get(key, 'nothing')}"
         for key in sorted({*known, *now})
-        if known.get(key) != now.get(key)
+        if known.get(key) != now.get(key) and not key.startswith(FREE)
     ]

@@ -70,7 +70,7 @@ class MixInside:
         except QflowError:
             return {}  # the trial will fail with this error as its reason
         measured, around = self._measured(settings, chooser.problem), _around(point)
-        seen = {m.mix for m in measured if m.settings == around} | self._failed(around)
+        seen = {m.mix for m in measured if m.settings == around} | self._tried(around)
         mix = chooser.choose(measured, seen, around)
         return {**own, ASSIGNMENT: mix} if mix else {}
 
@@ -98,9 +98,12 @@ class MixInside:
             found.append(Measurement(problem.plain(mix), drop, _around(trial.params)))
         return found
 
-    def _failed(self, around: str) -> set[str]:
-        failed = self.session.driver.failed.values() if self.session.driver else ()
-        return {str(t.params[ASSIGNMENT]) for t in failed if ASSIGNMENT in t.params and _around(t.params) == around}
+    def _tried(self, around: str) -> set[str]:
+        """Return the mixes of the trials under these settings that failed or still run."""
+        driver = self.session.driver
+        assert driver is not None
+        points = [*(t.params for t in driver.failed.values()), *(b.proposal.params for b in driver.running)]
+        return {str(p[ASSIGNMENT]) for p in points if ASSIGNMENT in p and _around(p) == around}
 
 
 def _around(params: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from qflow.study.baselines import (
     method_of,
     retry_calibration,
 )
+from qflow.study.budget import evaluations
 from qflow.study.fewer import lower_best, without_needless
 from qflow.study.int16_weights import raise_weights, weights_searched
 from qflow.study.missed import ATTEMPTS, measure_promising
@@ -41,7 +42,7 @@ def search_mix(session: Session, low: Baseline, high: FinishedTrial) -> None:
     miss under another calibration, come before the exploration that takes the rest of the budget.
     """
     chosen, weights = session.config.search.strategy, weights_searched(session, high)
-    before, hits = len(session.trials), session.evaluator.hits
+    before = len(session.trials)
     with session.console.stage("search") as say:
         ended = "done"
         try:
@@ -66,8 +67,8 @@ def search_mix(session: Session, low: Baseline, high: FinishedTrial) -> None:
         except BudgetSpent as spent:
             ended = str(spent)
             lower_best(session)
-        searched = len(session.trials) - before
-        known = session.evaluator.hits - hits
+        trials = session.trials[before:]
+        searched, known = len(trials), len(trials) - evaluations(trials)
         parts = [f"{searched} trials by {chosen}", f"{known} already evaluated"]
         parts += [f"{session.screened} left out that cost too much to be the best"] if session.screened else []
         say(f"{', '.join(parts)}; {ended}")
@@ -102,7 +103,7 @@ def _by_sampler(session: Session, base: dict[str, Any], low: Baseline, high: Fin
     _enqueued(session, base)
     most = session.config.search.n_trials
     left = min(ATTEMPTS + 1, most // 4)
-    _sampled(session, base, lambda: session.untrained_best is None and most - len(session.trials) > left)
+    _sampled(session, base, lambda: session.untrained_best is None and most - session.begun > left)
 
 
 def _enqueued(session: Session, base: dict[str, Any]) -> None:
@@ -118,7 +119,7 @@ def _sampled(session: Session, base: dict[str, Any], more: Callable[[], bool] = 
     before = dict(session.kept)
     session.kept |= {key: value for key, value in base.items() if key == SENSITIVE_TYPE}
     try:
-        while more() and session.sample():
+        while session.sample(more=more):
             pass
     finally:
         session.kept = before

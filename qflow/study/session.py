@@ -10,31 +10,34 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from qflow.analysis.measures.tables import BadcaseTable, SensitivityTable
 from qflow.bundle.stored import example_digest
 from qflow.config.settings import ConfigAt, trial_settings
-from qflow.config.space import configured, module_settings
+from qflow.config.space import configured
 from qflow.core.errors import QflowError
 from qflow.core.record import to_json
 from qflow.core.settings import QConfigSettings
 from qflow.report.console import Console, duration
+from qflow.search.attempt import Executor, Serial
 from qflow.search.domain import Values, as_proposed
-from qflow.search.loop import Driver, driving
+from qflow.search.driver import Driver
+from qflow.search.loop import driving
 from qflow.search.objective import Goal, aims, best_trial, meets
 from qflow.search.outcome import FailedTrial, FinishedTrial, Outcome
+from qflow.search.strategies import BudgetSpent
 from qflow.search.study import Study
 from qflow.study.budget import Budget
 from qflow.study.evaluate import evaluate_trial
-from qflow.study.feasible import check_augmented, check_feasible
+from qflow.study.feasible import check_before
 from qflow.study.fingerprint import fingerprint
 from qflow.study.front import log_decisions, log_front
 from qflow.study.identity import identity_tags, require_first, require_same
 from qflow.study.manifest import data_sets, manifest
 from qflow.study.outcome import trial_line
 from qflow.study.shared_files import write_shared
-from qflow.tasks.early_stop import bounds_of
+from qflow.study.worker import InProcesses
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.trial.evaluator import Evaluator
 
@@ -91,11 +94,7 @@ class Session:
         Raises ConfigError if the study has trials of other settings or a budget cannot be judged, TrackingError if its
         runs are missing.
         """
-        check_feasible(self.evaluator, self.goal, module_settings(self.config, self.study.space))
-        self._say_slowdown()
-        check_augmented(self.evaluator.task, self._may_be_true("calibration.augment"), self._may_be_true("qat.augment"))
-        if self.config.search.early_stop:
-            bounds_of(self.evaluator.task.metric)  # raises here instead of in the first trial
+        check_before(self.config, self.evaluator, self.goal, self.study.space, self.console.say)
         self.drive()
 
     def _open_run(self) -> str:
@@ -128,20 +127,6 @@ class Session:
         self.tracker.log_study(run, folder=self.shared, metrics=metrics)
         return run
 
-    def _say_slowdown(self) -> None:
-        """Print the latency that `max_slowdown` allows: the cost model knows it before the first trial."""
-        if (factor := self.goal.max_slowdown) is not None:
-            ms = self.evaluator.precisions.int8_ms
-            self.console.say(
-                f"{'budget':<12} max_slowdown {factor:g} allows {factor * ms:.3f} ms: the cost model predicts "
-                f"{ms:.3f} ms with every operator at int8"
-            )
-
-    def _may_be_true(self, key: str) -> bool:
-        """Return whether the switch `key` is on, or may be on in a trial."""
-        domain = self.study.space.get(key)
-        return domain.contains(True) if domain else bool(OmegaConf.select(self.config, key))
-
     def drive(self) -> None:
         """Take the right to add trials; reconcile and report the trials of an earlier start."""
         self.driver = self.stack.enter_context(
@@ -150,6 +135,7 @@ class Session:
                 self.tracker,
                 self.evaluate,
                 scratch=self.root / "scratch",
+                executor=self._executor(),
                 on_trial=self._on_trial,
                 open_run=self._open_run,
             )
@@ -162,6 +148,11 @@ class Session:
             )
             log_front(self.tracker, self.study_run, self.study.name, self.trials, self.goal, self.root)
         self.note_best()
+
+    def _executor(self) -> Executor:
+        if self.config.executor.kind == "serial":
+            return Serial(self.evaluate, len(self.study.directions))
+        return InProcesses.of(self.config, self.evaluator, self.manifest, self.root / "cache", self.console.say)
 
     @property
     def trials(self) -> list[FinishedTrial]:
@@ -210,16 +201,38 @@ class Session:
         found = self.driver.known({**self.base(), **point})
         return isinstance(found, FailedTrial) and found.lasting
 
-    def sample(self, inside: Callable[[Values], Values] = as_proposed) -> bool:
+    @property
+    def workers(self) -> int:
+        """How many trials run at once."""
+        return self.driver.executor.workers if self.driver else 1
+
+    @property
+    def begun(self) -> int:
+        """Number of trials that are finished or run."""
+        return len(self.trials) + (len(self.driver.running) if self.driver else 0)
+
+    def sample(self, inside: Callable[[Values], Values] = as_proposed, more: Callable[[], bool] = lambda: True) -> bool:
         """Evaluate the sampler's next point; return False if the space is exhausted. Raises BudgetSpent.
 
+        With several workers, the points after it are begun as well, while `more()` holds and the budget has room for
+        them; False is returned when all that were begun are done.
         `inside` returns values that replace those of the point, such as those of a mix.
         Points that cannot be the best because of their cost are not evaluated (`screened` counts them): those over a
         budget and, if least latency is the first aim and all-int16 meets the goal, those slower than all-int16.
         """
-        assert self.driver is not None
-        self.budget.require(self.trials, self.untrained_best is not None)
-        return self.driver.sample(self.kept, self._reason_against, inside) is not None
+        driver = self.driver
+        assert driver is not None
+
+        def room() -> bool:
+            try:
+                self.budget.require(self.trials, self.untrained_best is not None, len(driver.running))
+            except BudgetSpent:
+                if not driver.running:
+                    raise
+                return False
+            return True
+
+        return driver.sample(self.kept, self._reason_against, inside, lambda: more() and room()) is not None
 
     @property
     def screened(self) -> int:
@@ -263,7 +276,7 @@ class Session:
     def _on_trial(self, trial: FinishedTrial | FailedTrial) -> None:
         self.note_best()
         line = trial_line(trial, self.accuracy)
-        if len(self.trials) > 2 and (seconds := self.budget.seconds_left(self.trials)) > 0:
+        if len(self.trials) > 2 and (seconds := self.budget.seconds_left(self.trials, self.workers)) > 0:
             line += f"  {len(self.trials)} of {self.config.search.n_trials}, about {duration(seconds)} left"
         self.console.say(line)
         if isinstance(trial, FinishedTrial) and self.study_run:

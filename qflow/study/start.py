@@ -7,19 +7,17 @@ from contextlib import contextmanager
 
 from omegaconf import DictConfig
 
-from qflow.config.settings import plain, root_dir, trial_settings
+from qflow.config.settings import root_dir, trial_settings
 from qflow.config.space import search_space
 from qflow.quant.train.teacher import require_comparable
 from qflow.report.console import Console
-from qflow.search.objective import Goal
 from qflow.search.study import Study
-from qflow.study.assemble import make_evaluator
+from qflow.study.assemble import make_evaluator, study_goal
 from qflow.study.feasible import within_data
 from qflow.study.report import report_lines
 from qflow.study.session import Session
 from qflow.tracking.limits import check_metric_name
 from qflow.tracking.mlflow_tracker import MlflowTracker
-from qflow.trial.record import RUN_METRICS
 from qflow.trial.training import check_training
 
 
@@ -39,8 +37,7 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
         check_training(evaluator.task, evaluator.training, qat)
         if qat.teacher.features:  # which of them the quantized model shares, its fusion decides
             require_comparable(evaluator.prepared, qat.teacher, qat.mode)
-    accuracy = f"accuracy/{evaluator.task.metric_name}"
-    goal = Goal(**plain(config.objective)).aimed(accuracy, evaluator.task.direction, (accuracy, *RUN_METRICS))
+    goal = study_goal(config, evaluator.task)
     space, left_out = within_data(space, evaluator.task)
     study = Study.open(
         root,
@@ -55,8 +52,7 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
     session = Session(config, evaluator, goal, Console(started=started), tracker, study, root)
     for text in left_out:
         session.console.say(f"{'space':<12} {text}")
-    evaluator.cache.folder, evaluator.cache.say = root / "cache", session.console.say
-    evaluator.checkpoints, evaluator.searches = root / "cache" / "training", root / "cache" / "searches"
+    evaluator.keep_in(root / "cache", session.console.say)
     status = "FAILED"
     try:
         with session.stack:

@@ -6,6 +6,7 @@ A qconfig with scales that was evaluated before is not evaluated again.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,6 +49,11 @@ class Evaluator(AnalysedState):
         super().__post_init__()
         self._trained: dict[str, TrialResult] = {}
         self._trainings: dict[str, Identity] = {}
+
+    def keep_in(self, folder: Path, say: Callable[[str], None]) -> None:
+        """Keep results, checkpoints of trainings and long searches in `folder`; `say` takes lines on what is not."""
+        self.cache.folder, self.cache.say = folder, say
+        self.checkpoints, self.searches = folder / "training", folder / "searches"
 
     def run_trial(self, settings: TrialSettings, progress: Progress = silent) -> TrialResult:
         """Resolve, calibrate and evaluate one trial and predict its cost. Equal trials run once."""

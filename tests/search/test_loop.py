@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -16,7 +17,8 @@ from support.harness import SPACE, Harness, outcome
 from qflow.core.errors import TrackingError, TrialError
 from qflow.process.interrupts import interrupts
 from qflow.search.domain import Choice, Range
-from qflow.search.loop import FAILURES, driving
+from qflow.search.driver import FAILURES
+from qflow.search.loop import driving
 from qflow.search.outcome import MARKER_LIMIT, FailedTrial, Marker
 from qflow.search.reconcile import MAX_RETRY
 
@@ -138,15 +140,28 @@ def test_failures_in_a_row_end_the_search(harness):
     assert harness.problems() == []
 
 
-def test_a_defect_fails_the_trial_and_is_raised(harness):
-    def evaluate(_params, _folder):
-        raise ZeroDivisionError("oops")
+def test_any_exception_of_the_users_code_fails_its_trial_alone_and_names_the_place(harness):
+    def evaluate(params, folder):
+        if params["int16_ratio"] == 0.0:
+            raise MemoryError("no room\nfor it")
+        if params["int16_ratio"] == 1.0:
+            math.sqrt(-1)
+        return harness.evaluate(params, folder)
 
-    with pytest.raises(ZeroDivisionError):
-        harness.run(3, evaluate)
+    assert len(harness.run(2, evaluate)) == 2
+    reasons = [trial.reason for trial in harness.seen[:2]]
+    assert re.fullmatch(rf"MemoryError: no room for it \({__file__}:\d+\)", reasons[0])
+    assert reasons[1].startswith("ValueError:") and __file__ in reasons[1]
     assert harness.run_status(0) == "FAILED"
-    trial = harness.study.trials()[0]
-    assert (trial.ending, trial.reason) == ("failed", "ZeroDivisionError: oops")
+    assert harness.problems() == []
+
+
+def test_a_foreign_exception_in_every_trial_ends_the_search(harness):
+    def evaluate(_params, _folder):
+        raise KeyError("label")
+
+    with pytest.raises(TrialError, match=f"{FAILURES} failures in a row, the last: KeyError: 'label' .*test_loop.py"):
+        harness.run(20, evaluate)
     assert harness.problems() == []
 
 

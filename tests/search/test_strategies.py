@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from qflow.core.errors import TrialError
 from qflow.search.assign import Operator, Problem
+from qflow.search.attempt import Serial
 from qflow.search.cost_terms import cost_terms
 from qflow.search.domain import Choice
-from qflow.search.loop import Driver
+from qflow.search.driver import Driver
 from qflow.search.objective import CONSTRAINT, best_trial
 from qflow.search.outcome import FinishedTrial, Outcome
 from qflow.search.sampler import make_sampler
@@ -139,7 +140,16 @@ def run_optuna(problem):
 
         nothing = lambda _: None  # noqa: E731
         scratch = Path(tempfile.mkdtemp())
-        problem.driver = Driver(study, NoTracker(), evaluate, "", scratch, nothing, nothing, threading.Event())
+        problem.driver = Driver(
+            study,
+            NoTracker(),
+            Serial(evaluate, len(study.directions)),
+            "",
+            scratch,
+            nothing,
+            nothing,
+            threading.Event(),
+        )
     while True:
         if len(problem.driver.finished) >= problem.budget:
             raise BudgetSpent("search.n_trials")

@@ -20,7 +20,7 @@ PICTURE = ROOT / "docs" / "architecture.svg"
 
 LAYERS: tuple[dict[str, int], ...] = (
     {"core": 3, "process": 0},
-    {"quant": 1, "cost_model": 2, "tasks": 3, "search": 4, "tracking": 5},
+    {"executor": 0, "quant": 1, "cost_model": 2, "tasks": 3, "search": 4, "tracking": 5},
     {"analysis": 1, "repair": 2},
     {"trial": 3},
     {"config": 0, "report": 3},

@@ -1,0 +1,166 @@
+"""Trials in worker processes: what a worker builds from plain data, and the executor that the driver sees.
+
+A worker builds the evaluator from the configuration, as the driver does, and shares the driver's cache folder: the
+float metric, the statistics of the calibration and repaired weights are there, each with its key and a checksum.
+Trials go through the function that evaluates them in one process too (evaluate.py), so their numbers are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from qflow.analysis.measures.tables import SensitivityTable
+from qflow.config.settings import ConfigAt, load_resolved
+from qflow.core.errors import ConfigError, TrialError
+from qflow.core.record import digest, from_dict, to_json
+from qflow.executor.processes import Answer, Handle, Job, Processes
+from qflow.report.console import Console
+from qflow.search.attempt import attempt, reason_of
+from qflow.search.domain import Values
+from qflow.search.objective import Goal
+from qflow.search.outcome import Marker, Outcome
+from qflow.study.assemble import make_evaluator, study_goal
+from qflow.study.evaluate import evaluate_trial
+from qflow.trial.evaluator import Evaluator
+from qflow.trial.shared import silent
+
+
+@dataclass
+class Lines(Console):
+    """Keeps lines in place of printing them: the driver prints those of a trial when it tells the trial."""
+
+    kept: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def bar(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        """Draw nothing, because several workers share a terminal."""
+        yield silent
+
+    def say(self, text: str) -> None:
+        """Keep one line."""
+        self.kept.append(text)
+
+
+@dataclass
+class Trials:
+    """What a worker has built, and the ranking that it was last given."""
+
+    config: ConfigAt
+    evaluator: Evaluator
+    goal: Goal
+    manifest: Mapping[str, Any]
+    console: Lines
+    ranking: str = ""
+
+    def __call__(self, task: Mapping[str, Any]) -> Answer:
+        """Evaluate the point of a task; return its outcome, or why it failed, and the lines to print."""
+        folder, evaluator = Path(task["folder"]), self.evaluator
+        for left in folder.iterdir():  # by a worker that died over this trial
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if (ranking := task["ranking"]) != self.ranking:
+            self.ranking = ranking
+            evaluator.sensitivities = from_dict(SensitivityTable, json.loads(ranking)) if ranking else None
+        evaluator.least = task["least"]
+        self.console.kept.clear()
+        try:
+            found = asdict(attempt(self._evaluate, task["params"], folder, len(self.goal.optimize)))
+        except TrialError as error:
+            found = {"reason": str(error), "lasting": error.lasting}
+        return {**found, "lines": list(self.console.kept)}
+
+    def _evaluate(self, params: Values, folder: Path) -> Outcome:
+        changed = self.config(params)
+        return evaluate_trial(changed, self.evaluator, self.goal, self.manifest, folder, self.console, params)
+
+
+def make_trials(shared: Mapping[str, Any]) -> Handle:
+    """Build what all trials need, in a worker. What cannot be built fails every trial with its reason."""
+    try:
+        return _trials(shared)
+    except Exception as error:
+        reason = str(error) if isinstance(error, ConfigError) else reason_of(error)
+        return lambda task: {"reason": reason, "lasting": False, "lines": []}
+
+
+def _trials(shared: Mapping[str, Any]) -> Trials:
+    config, console = load_resolved(shared["config"]), Lines()
+    evaluator = make_evaluator(config)
+    evaluator.keep_in(Path(shared["cache"]), console.say)
+    evaluator.measure_float()
+    if (own := digest(evaluator.identity.content)) != shared["identity"]:
+        raise ConfigError(
+            f"A worker builds the model and data of the study, but got others ({own} in place of {shared['identity']})."
+            " Make them the same at each start, or use executor=serial."
+        )
+    goal = study_goal(config, evaluator.task)
+    return Trials(ConfigAt(config), evaluator, goal, shared["manifest"], console)
+
+
+@dataclass(frozen=True)
+class _Elsewhere:
+    job: Job
+    say: Callable[[str], None]
+
+    def result(self) -> Marker:
+        answer = self.job.result()
+        for line in answer["lines"]:
+            self.say(line)
+        if "outcome" in answer:  # not as a marker's text, which makes floats of integers
+            outcome = answer["outcome"]
+            return Marker(Outcome(**{**outcome, "objectives": tuple(outcome["objectives"])}), "", answer["seconds"])
+        error = TrialError(answer["reason"])
+        error.lasting = answer["lasting"]
+        raise error
+
+
+@dataclass
+class InProcesses:
+    """Evaluates the trials of a study in worker processes (executor=process)."""
+
+    evaluator: Evaluator
+    processes: Processes
+    say: Callable[[str], None]
+    _ranking: tuple[SensitivityTable | None, str] = (None, "")
+
+    @classmethod
+    def of(
+        cls, config: DictConfig, evaluator: Evaluator, manifest: Mapping[str, Any], cache: Path,
+        say: Callable[[str], None],
+    ) -> InProcesses:  # fmt: skip
+        """Make the executor of a study; its workers start with the first trial."""
+        own = config.copy()
+        own.root = str(own.root)  # may name a folder by the working folder that Hydra knows in this process alone
+        shared = {
+            "config": OmegaConf.to_yaml(own),
+            "cache": str(cache),
+            "identity": digest(evaluator.identity.content),
+            "manifest": json.loads(to_json(manifest)),
+        }
+        executor = config.executor
+        timeout, retries = executor.trial_timeout, executor.max_retries
+        return cls(evaluator, Processes(make_trials, shared, executor.workers, timeout, retries), say)
+
+    @property
+    def workers(self) -> int:
+        """How many trials run at once."""
+        return self.processes.workers
+
+    def submit(self, params: Values, folder: Path) -> _Elsewhere:
+        """Begin the trial at `params`, under the present ranking of the operators."""
+        table = self.evaluator.sensitivities
+        if table is not self._ranking[0]:
+            self._ranking = (table, to_json(table) if table is not None else "")
+        task = {"params": dict(params), "folder": str(folder), "least": self.evaluator.least}
+        return _Elsewhere(self.processes.submit({**task, "ranking": self._ranking[1]}), self.say)
+
+    def close(self) -> None:
+        """End the workers."""
+        self.processes.close()
