@@ -5,8 +5,6 @@ They are held out: no row of the fit, and no price, was chosen by their times.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,13 +17,15 @@ def unit(cin: int, cout: int, kernel: int = 3, stride: int = 1, act: nn.Module |
 
 
 class XFeat(nn.Module):
-    """Accelerated features (CVPR 2024): a map of keypoints, one of their reliability, and 64 features at an eighth."""
+    """Accelerated features (CVPR 2024): a map of keypoints, one of their reliability, and 64 features at an eighth.
+
+    Its publisher normalizes the grey image before the network (on the CPU).
+    """
 
     def __init__(self) -> None:
         """Make random weights."""
         super().__init__()
         self.skip = nn.Sequential(nn.AvgPool2d(4, 4), nn.Conv2d(1, 24, 1))
-        self.norm = nn.InstanceNorm2d(1)
         self.block1 = nn.Sequential(unit(1, 4), unit(4, 8, stride=2), unit(8, 8), unit(8, 24, stride=2))
         self.block2 = nn.Sequential(unit(24, 24), unit(24, 24))
         self.block3 = nn.Sequential(unit(24, 64, stride=2), unit(64, 64), unit(64, 64, 1))
@@ -36,8 +36,7 @@ class XFeat(nn.Module):
         self.keypoints = nn.Sequential(unit(64, 64, 1), unit(64, 64, 1), unit(64, 64, 1), nn.Conv2d(64, 65, 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features, keypoints and reliability of an image."""
-        x = self.norm(x.mean(1, keepdim=True))
+        """Features, keypoints and reliability of a normalized grey image."""
         third = self.block3(self.block2(self.block1(x) + self.skip(x)))
         fourth = self.block4(third)
         fifth = self.block5(fourth)
@@ -118,12 +117,12 @@ class Pyramid(nn.Module):
 
 
 class PIDNet(nn.Module):
-    """PIDNet-S (CVPR 2023) at inference: 19 classes at an eighth of the size, brought to `scale` times that."""
+    """PIDNet-S (CVPR 2023) at inference: 19 classes at an eighth of the size, as its publisher measured it."""
 
-    def __init__(self, scale: int = 8) -> None:
+    def __init__(self) -> None:
         """Make random weights."""
         super().__init__()
-        none, self.scale = nn.Identity(), scale
+        none = nn.Identity()
         self.stem = nn.Sequential(unit(3, 32, 3, 2), unit(32, 32, 3, 2), blocks(32, 32, 2), nn.ReLU())
         self.layer2 = nn.Sequential(blocks(32, 64, 2, 2), nn.ReLU())
         self.layer3, self.layer4 = blocks(64, 128, 3, 2), blocks(128, 256, 3, 2)
@@ -153,9 +152,7 @@ class PIDNet(nn.Module):
         p, d = self.p5(F.relu(p)), self.d5(F.relu(d))
         x = F.interpolate(self.pyramid(self.layer5(x)), size, mode="bilinear", align_corners=False)
         edge = torch.sigmoid(d)
-        x = self.head(self.fine((1 - edge) * x + p) + self.coarse(x + edge * p))
-        full = [side * self.scale for side in size]
-        return x if self.scale == 1 else F.interpolate(x, full, mode="bilinear", align_corners=False)
+        return self.head(self.fine((1 - edge) * x + p) + self.coarse(x + edge * p))
 
 
 class Csp(nn.Module):
@@ -221,11 +218,3 @@ class Yolop(nn.Module):
         n5 = self.n5(torch.cat([self.d4(n4), top], 1))
         boxes = [head(n) for head, n in zip(self.detect, (n3, n4, n5), strict=True)]
         return [*boxes, *(segment(low) for segment in self.segment)]
-
-
-PUBLISHED: Sequence[tuple[str, type[nn.Module], tuple[int, ...], float]] = (
-    ("PIDNet-S", PIDNet, (1, 3, 1024, 2048), 4.52),
-    ("YOLOP", Yolop, (1, 3, 640, 640), 2.75),
-    ("XFeat", XFeat, (1, 3, 480, 640), 0.99),
-)
-"""Network, its class, the shape of its input, and its published time on nash-m in int8 in ms."""
