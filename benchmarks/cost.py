@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.cost_networks import PUBLISHED
+from benchmarks import cost_published
 from benchmarks.networks import ResNet
 from qflow.config.device_file import load_cost
 from qflow.core.dtype import QDtype
@@ -30,7 +30,7 @@ from qflow.core.resolve import resolve
 from qflow.core.setter import SensitiveSetter, TemplateSetter
 from qflow.cost_model.features import features
 from qflow.cost_model.fit import KINKS, NEVER, Fit, fit_networks, predict_network
-from qflow.cost_model.latency import Pricer, predict
+from qflow.cost_model.latency import Pricer
 from qflow.cost_model.model import CostModel
 from qflow.cost_model.networks import Network, read_networks
 from qflow.cost_model.predictions import SHORT_MS, Prediction, errors_of
@@ -82,19 +82,6 @@ def threads(networks: Sequence[Network]) -> list[str]:
         return []
     low, middle, high = np.percentile(ratios, [5, 50, 95])
     return [f"latency at two threads, {len(ratios)} rows: {middle:.2f} of the rule [{low:.2f}, {high:.2f}] (90 %)"]
-
-
-def others() -> list[str]:
-    """Networks of other publishers on nash-m: measured, and predicted from their operators."""
-    lines = ["", "| network | measured (ms) | BPU time | latency | interval | said |", "|---|---|---|---|---|---|"]
-    for name, kind, shape, measured in PUBLISHED:
-        model = kind().eval()
-        graph = make_plan(trace(model, torch.randn(shape)), model).graph
-        r = predict(graph, resolve(graph, [TemplateSetter(QDtype.qint8)], "nash-m"), load_cost("nash-m"))
-        said = f"refused: {r.refusal.split(':')[0]}" if r.refusal else "; ".join(r.widened)
-        interval = f"[{r.low_ms:.2f}, {r.high_ms:.2f}]"
-        lines.append(f"| {name} | {measured} | {r.bpu_ms:.2f} | {r.latency_ms:.2f} | {interval} | {said} |")
-    return lines
 
 
 def coarse(networks: Sequence[Network]) -> list[str]:
@@ -234,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     lines = [*validation(fit), "", *regimes(fit), *threads(networks)]
     lines += ["", f"| other splits {HEADING}", "|---|---|---|---|---|---|---|---|", *coarse(networks), *kinks(networks)]
-    lines += ["", *shipped(networks), f"not fitted: {'; '.join(skipped)}", *others(), "", *speed()]
+    lines += ["", *shipped(networks), f"not fitted: {'; '.join(skipped)}", *cost_published.lines(), "", *speed()]
     print("\n".join(lines).lstrip())
     if options.plot:
         plot(fit, options.plot)

@@ -157,7 +157,9 @@ class Driving(nn.Module):
             found = reader(found, tokens)
         ego, agents = found[:, :1], found[:, 1:]
         boxes = self.agent(agents)
-        boxes = torch.cat([torch.tanh(boxes[..., :2]) * 32.0, torch.tanh(boxes[..., 2:3]) * math.pi, boxes[..., 3:]], -1)
+        boxes = torch.cat(
+            [torch.tanh(boxes[..., :2]) * 32.0, torch.tanh(boxes[..., 2:3]) * math.pi, boxes[..., 3:]], -1
+        )
         semantic = F.interpolate(self.semantic(fine), (128, 256), mode="bilinear")
         return self.path(noise, bev, agents, ego), boxes, self.label(agents), semantic
 

@@ -1,4 +1,4 @@
-"""PP-OCRv6's medium recognizer, written from the public architecture: PPLCNetV4, a light SVTR neck, and the CTC head."""
+"""PP-OCRv6's medium recognizer, written from the public architecture: PPLCNetV4, a light SVTR neck, the CTC head."""
 
 from __future__ import annotations
 

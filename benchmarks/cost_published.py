@@ -10,14 +10,17 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from benchmarks.cost_driving import Driving
 from benchmarks.cost_networks import PIDNet, XFeat, Yolop
 from benchmarks.cost_ocr import Recognizer
 from benchmarks.cost_stereo import Stereo
-from qflow.config.device_file import load_cost
+from qflow.config.device_file import load_cost, load_rules
+from qflow.core.device import apply_rules
 from qflow.core.dtype import QDtype
 from qflow.core.graph import ModelGraph
+from qflow.core.qconfig import QConfig
 from qflow.core.resolve import resolve
 from qflow.core.setter import ModuleNameSetter, Setter, TemplateSetter
 from qflow.cost_model.latency import Pricer
@@ -37,12 +40,24 @@ class Published:
     shapes: Sequence[tuple[int, ...]]
     times: Sequence[tuple[str, float]]
     """Precision (a key of `PRECISIONS`) and time."""
+    float_outputs: bool = True
+    """The publisher's configuration of the build keeps the conversion of the outputs to float."""
 
     def graph(self) -> ModelGraph:
-        """Its fused graph."""
+        """Its fused graph; batch norms are folded first, as the tool chain does, since a module may be called twice."""
         model = self.make().eval()
+        for chain in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
+            _fold(chain)
         inputs = tuple(torch.zeros(shape) for shape in self.shapes)
         return make_plan(trace(model, inputs), model).graph
+
+
+def _fold(chain: nn.Sequential) -> None:
+    for i in range(len(chain) - 2, -1, -1):
+        conv, norm = chain[i], chain[i + 1]
+        if isinstance(norm, nn.BatchNorm2d) and isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d)):
+            chain[i] = fuse_conv_bn_eval(conv, norm, isinstance(conv, nn.ConvTranspose2d))
+            del chain[i + 1]
 
 
 def _mix(graph: ModelGraph) -> Setter:
@@ -74,5 +89,48 @@ PUBLISHED = (
         Driving,
         [(1, 3, 256, 1024), (1, 1, 256, 256), (1, 8), (1, 20, 8, 2)],
         [("int16", 14.37)],
+        float_outputs=False,
     ),
 )
+
+
+def qconfig_of(graph: ModelGraph, precision: str) -> QConfig:
+    """What OpenExplorer 3.7, which the publishers used, makes of a precision."""
+    rules = replace(load_rules("nash-m-oe32"), fused_add_int8=False)
+    return apply_rules(graph, resolve(graph, PRECISIONS[precision](graph), "nash-m"), rules)
+
+
+def lines() -> list[str]:
+    """A table of all published times: measured, predicted from the operators, and what is said of the prediction."""
+    found = [
+        "",
+        "| network | precision | measured (ms) | BPU time | latency, interval | inside | with float outputs | said |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    ratios = []
+    for network in PUBLISHED:
+        graph = network.graph()
+        pricer = Pricer(graph, load_cost("nash-m"))
+        qconfigs = {precision: qconfig_of(graph, precision) for precision, _ in network.times}
+        found += [_row(network, p, ms, pricer.report(qconfigs[p])) for p, ms in network.times]
+        (first, base), *others = network.times
+        for precision, ms in others:
+            c = pricer.change(qconfigs[first], qconfigs[precision])
+            ratios.append(
+                f"{network.name}, {precision} over {first}: measured {ms / base:.2f}, predicted {c.ratio:.2f} "
+                f"[{c.low:.2f}, {c.high:.2f}]"
+            )
+    return [*found, "", *ratios]
+
+
+def _row(network: Published, precision: str, measured: float, report: CostReport) -> str:
+    floats = report.float_output_ms if network.float_outputs else 0.0
+    said = f"refused: {report.refusal}" if report.refusal else "; ".join(report.widened)
+    latency = f"{report.latency_ms:.2f} [{report.low_ms:.2f}, {report.high_ms:.2f}]"
+    more = f"up to {report.high_ms + floats:.2f}: {_inside(report, measured, floats)}" if floats else ""
+    cells = [network.name, precision, f"{measured:.2f}", f"{report.bpu_ms:.2f}", latency]
+    return f"| {' | '.join([*cells, _inside(report, measured), more, said])} |"
+
+
+def _inside(report: CostReport, measured: float, floats: float = 0.0) -> str:
+    return "yes" if report.low_ms <= measured <= report.high_ms + floats else "no"

@@ -43,7 +43,10 @@ class Join(nn.Module):
     def __init__(self, low: int, high: int) -> None:
         """Make random weights."""
         super().__init__()
-        self.up, self.conv = nn.Sequential(*up(low, high), nn.LeakyReLU(0.2)), unit(2 * high, high, act=nn.LeakyReLU(0.2))
+        self.up, self.conv = (
+            nn.Sequential(*up(low, high), nn.LeakyReLU(0.2)),
+            unit(2 * high, high, act=nn.LeakyReLU(0.2)),
+        )
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         """At the size of `high`."""
@@ -130,8 +133,8 @@ class Aggregation(nn.Module):
 class Stereo(nn.Module):
     """Disparity of two images: correlation of 48 shifts at a quarter of the size, aggregation, and the way up.
 
-    The mean over channels of the product of two maps, one of them shifted, is written as the publisher exported it: a pad
-    and a slice for each shift.
+    The mean over channels of the product of two maps, one of them shifted, is written as the publisher exported it: a
+    pad and a slice for each shift.
     """
 
     def __init__(self, shifts: int = 48) -> None:

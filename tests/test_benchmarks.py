@@ -56,9 +56,11 @@ def test_the_networks_are_alive_and_the_same_every_time(engine, name):
 @pytest.fixture
 def cost(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
-    from benchmarks import cost
+    from benchmarks import cost, cost_published
 
     monkeypatch.setattr(cost, "speed", list)
+    smallest = [network for network in cost_published.PUBLISHED if network.name.startswith("XFeat")]
+    monkeypatch.setattr(cost_published, "PUBLISHED", smallest)
     return cost
 
 
@@ -67,7 +69,9 @@ def test_the_cost_validation_takes_rows_of_one_family(cost, tmp_path, capsys):
     path = tmp_path / "one.csv"
     path.write_text("\n".join([first, *(row for row in rows if row.startswith("YOLO11"))]))
     cost.main(["--data", str(path), "--plot", str(tmp_path / "one.png")])
-    assert "| network | 40 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| network | 40 |" in printed
+    assert "| XFeat, 480 x 640 | int8 | 0.99 |" in printed
     assert (tmp_path / "one.png").stat().st_size > 0
 
 

@@ -22,7 +22,10 @@ ATTENTION_WIDEN, ATTENTION_REFUSE = 0.05, 0.50
 """The same of attention. The measured rows have up to 5 % of it; beyond that its price rests on one network."""
 SEEN = 0.15
 """Share of the time, by upper ends, that moves and element-wise operators take in the measured rows."""
+UNFUSED = frozenset({OpKind.norm, OpKind.relu})
+"""Element-wise kinds that are mostly part of a convolution: whoever reads of them can look for what keeps them out."""
 PRESENT = {
+    "unfused": "batch norms and ReLUs outside of a convolution",
     "elementwise": "element-wise operators",
     "move": "transposes, concats, slices and other moves",
     "pool": "pooling",
@@ -56,9 +59,9 @@ def domain_of(works: Sequence[OpWork], model: CostModel, large: float, known: Ma
         ms = known.get(work.name, model.compute_ms(row, large)[1] + model.stream_ms(row))
         likely += ms
         attention += ms if work.attention_macs or work.softmax else 0.0
-        if work.priced in upper and work.name not in known:
-            upper[work.priced] += model.element_prices[work.priced][2] * work.passed * 1e-6 / model.clock_ghz
-            absent += ms if work.priced in ABSENT else 0.0
+        if (group := _group(work)) in upper and work.name not in known:
+            upper[group] += model.element_prices[work.priced][2] * work.passed * 1e-6 / model.clock_ghz
+            absent += ms if group in ABSENT else 0.0
     int8_ms, likely = likely, likely - absent
     beyond = max(0.0, sum(upper[name] for name in PRESENT) - SEEN * likely)
     unpriced = sum(upper[name] for name in ABSENT) + beyond
@@ -68,9 +71,10 @@ def domain_of(works: Sequence[OpWork], model: CostModel, large: float, known: Ma
     kinds = " and ".join(words[n] for n in most)
     reasons = []
     if share > WIDEN:
-        reasons.append(f"{kinds} may take {share:.0%} of the time, and no board measured them alone")
+        reasons.append(f"{kinds} may take {share:.0%} of the time, at prices that no board measured")
     if attention > ATTENTION_WIDEN * likely:
-        reasons.append(f"attention takes {attention / likely:.0%} of the time, and its price comes from one network")
+        name = "attention" if any(w.attention_macs for w in works) else "softmax"
+        reasons.append(f"{name} takes {attention / likely:.0%} of the time, and its price comes from one network")
     if share > REFUSE or attention > ATTENTION_REFUSE * likely:
         way = "load a measured profile, or read only the change between two qconfigs"
         return Domain(f"{'; '.join(reasons)}: outside what the model was validated on; {way}", tuple(reasons), int8_ms)
@@ -78,6 +82,10 @@ def domain_of(works: Sequence[OpWork], model: CostModel, large: float, known: Ma
     if depthwise > 0.5 * macs:  # the fit gives them no cost: good enough beside other MACs, a guess for most of them
         reasons.append(f"{depthwise / macs:.0%} of the MACs are depthwise, and the measured rows give them no price")
     return Domain("", tuple(reasons), int8_ms)
+
+
+def _group(work: OpWork) -> str:
+    return "unfused" if work.priced == "elementwise" and work.kind in UNFUSED else work.priced
 
 
 def _at_int8(work: OpWork) -> OpFeatures:

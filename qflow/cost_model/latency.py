@@ -77,7 +77,8 @@ class Pricer:
             {row.work.name: self._formula(row) for row in under(self.works, measured.reference.ops)} if measured else {}
         )
         leaving = [w for w in self.works if w.leaving]
-        out = sum(w.elements for w in leaving) * 1e-6 / model.float_melem_per_ms if model.host_dequantize else 0.0
+        floats = sum(w.elements for w in leaving) * 1e-6 / model.float_melem_per_ms
+        out, self.float_output_ms = (floats, 0.0) if model.host_dequantize else (0.0, floats)
         self.fixed_ms = model.fixed_ms + out
         self.host_ms = model.host_ms + model.host_output_ms * max(len(graph.outputs), 1)
         self.host_ms += measured.host_ms if measured is not None else 0.0
@@ -211,6 +212,7 @@ class Pricer:
             traffic=moved,
             refusal=self.domain.refusal,
             widened=self._widened(rows),
+            float_output_ms=self.float_output_ms,
             boundaries=len(edges),
             boundary_ms=_range(sum(p.boundary[k] for p in edges) for k in range(3)),
             measured=self._coverage(),

@@ -65,7 +65,7 @@ class CostModel:
     short_interval: Sequence[float] = (0.849, 1.2)
     """The same for a network of less than `SHORT_MS` (predictions.py)."""
     float_melem_per_ms: float = 1.56
-    """Rate at which float outputs are converted in million elements/ms (F)."""
+    """Rate at which the host converts float outputs in million elements/ms, the slower of two tool chains (F)."""
     host_dequantize: bool = False
     """True if float outputs are converted on the host; builds usually strip the dequantize nodes."""
     nominal_mac_per_cycle: float = 42700.0

@@ -82,6 +82,8 @@ class CostReport(Shown):
     refusal: str = ""
     widened: tuple[str, ...] = ()
     """Why the interval is wider than that of the measured networks; () if it is not."""
+    float_output_ms: float = 0.0
+    """What the host would add at most if it converted the outputs to float; 0 if the latency contains it."""
     boundaries: int = 0
     """Operators at which values pass from int8 to int16 or back."""
     boundary_ms: tuple[float, float, float] = (0.0, 0.0, 0.0)

@@ -41,6 +41,8 @@ COLUMNS: dict[str, str] = {
     "Source": "source",
 }
 """Heading -> field of `OpCost`. Headings of numbers have the unit in brackets."""
+FLOATS = 0.1
+"""Share of the latency from which on the conversion of the outputs to float, which it leaves out, is worth a line."""
 
 
 def by_time(report: CostReport) -> list[OpCost]:
@@ -161,11 +163,13 @@ def _totals(report: CostReport, fps: float | None) -> Sequence[str]:
         f"{traffic.peak_bytes * 1e-6:.3f} MB of activations at once",
         f"{'shapes':<12}{', '.join(f'{name} {list(shape)}' for name, shape in report.shapes.items())}",
     ]
+    if report.float_output_ms > FLOATS * report.latency_ms:
+        lines.insert(1, _floats(report))
     if report.boundaries:
         lines.insert(1, _boundaries(report))
     if report.measured_bytes is not None:
         lines.insert(
-            4 + bool(report.boundaries),
+            3 + next(i for i, line in enumerate(lines) if line.startswith("throughput")),
             f"{'':<12}measured {report.measured_bytes * 1e-6:.3f} MB a frame, at the profile's dtypes",
         )
     if report.measured:
@@ -182,6 +186,13 @@ def _boundaries(report: CostReport) -> str:
     return (
         f"{'boundaries':<12}{report.boundaries} between int8 and int16 take {report.boundary_ms[1]:.3f} ms of it: "
         f"{free:.3f} ms if they are free, {free + report.boundary_ms[2]:.3f} if the host converts"
+    )
+
+
+def _floats(report: CostReport) -> str:
+    return (
+        f"{'outputs':<12}counted as integers; if the build converts them to float, the host adds up to "
+        f"{report.float_output_ms:.3f} ms (device.cost.host_dequantize=true)"
     )
 
 

@@ -1,5 +1,7 @@
 """What the measured rows do not cover: prices as ranges, softmax in steps, and reasons to widen or refuse."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.networks import MODEL, all_at, conv
@@ -25,12 +27,13 @@ def beside_a_convolution(*nodes, size=64):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (OpKind.softmax, "attention takes"),
+        (OpKind.softmax, "softmax takes"),
         (OpKind.layer_norm, "layer norm may take"),
         (OpKind.grid_sample, "grid_sample may take"),
         (OpKind.order, "topk, sort and gather may take"),
         (OpKind.concat, "transposes, concats, slices and other moves may take"),
         (OpKind.add, "element-wise operators may take"),
+        (OpKind.norm, "batch norms and ReLUs outside of a convolution may take"),
     ],
 )
 def test_operators_without_a_rate_widen_the_interval_and_then_refuse_by_their_time(kind, words):
@@ -49,7 +52,7 @@ def test_between_the_two_the_interval_is_wide_and_says_why():
     graph = beside_a_convolution((OpKind.layer_norm, "layer_norm", (1, 16, 64, 64)))
     report = predict(graph, all_at(graph, QDtype.qint8), MODEL)
     assert report.refusal == ""
-    assert report.widened == ("layer norm may take 13% of the time, and no board measured them alone",)
+    assert report.widened == ("layer norm may take 13% of the time, at prices that no board measured",)
     assert "wide        layer norm may take 13%" in cost_text(report)
 
 
@@ -154,3 +157,14 @@ def test_a_network_of_depthwise_convolutions_has_the_wide_interval():
         assert report.widened == (
             () if nodes is few else ("100% of the MACs are depthwise, and the measured rows give them no price",)
         )
+
+
+def test_outputs_that_may_be_converted_to_float_are_told_with_what_that_would_add():
+    graph = beside_a_convolution((OpKind.resize, "interpolate", (1, 16, 512, 512)))
+    int8 = all_at(graph, QDtype.qint8)
+    report, converted = (predict(graph, int8, replace(MODEL, host_dequantize=on)) for on in (False, True))
+    assert converted.latency_ms - report.latency_ms == pytest.approx(report.float_output_ms) != 0.0
+    assert f"the host adds up to {report.float_output_ms:.3f} ms (device.cost.host_dequantize=true)" in cost_text(
+        report
+    )
+    assert "counted as integers" not in cost_text(converted)
