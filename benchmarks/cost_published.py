@@ -116,9 +116,11 @@ def lines() -> list[str]:
         (first, base), *others = network.times
         for precision, ms in others:
             c = pricer.change(qconfigs[first], qconfigs[precision])
+            report = pricer.report(qconfigs[precision])
+            _, likely, high = report.boundary_ms
             ratios.append(
                 f"{network.name}, {precision} over {first}: measured {ms / base:.2f}, predicted {c.ratio:.2f} "
-                f"[{c.low:.2f}, {c.high:.2f}]"
+                f"[{c.low:.2f}, {c.high:.2f}]; {report.boundaries} boundaries take {likely:.2f} ms, {high:.2f} at most"
             )
     return [*found, "", *ratios]
 
