@@ -20,7 +20,6 @@ from qflow.core.errors import QflowError
 from qflow.core.record import to_json
 from qflow.core.settings import QConfigSettings
 from qflow.report.console import Console, duration
-from qflow.search.attempt import Executor, Serial
 from qflow.search.domain import Values, as_proposed
 from qflow.search.driver import Driver
 from qflow.search.loop import driving
@@ -37,7 +36,7 @@ from qflow.study.identity import identity_tags, require_first, require_same
 from qflow.study.manifest import data_sets, manifest
 from qflow.study.outcome import trial_line
 from qflow.study.shared_files import write_shared
-from qflow.study.worker import InProcesses
+from qflow.study.worker import executor_of
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.trial.evaluator import Evaluator
 
@@ -135,7 +134,7 @@ class Session:
                 self.tracker,
                 self.evaluate,
                 scratch=self.root / "scratch",
-                executor=self._executor(),
+                executor=executor_of(self.config, self.evaluator, self.manifest, self.root / "cache", self.console.say),
                 on_trial=self._on_trial,
                 open_run=self._open_run,
             )
@@ -148,11 +147,6 @@ class Session:
             )
             log_front(self.tracker, self.study_run, self.study.name, self.trials, self.goal, self.root)
         self.note_best()
-
-    def _executor(self) -> Executor:
-        if self.config.executor.kind == "serial":
-            return Serial(self.evaluate, len(self.study.directions))
-        return InProcesses.of(self.config, self.evaluator, self.manifest, self.root / "cache", self.console.say)
 
     @property
     def trials(self) -> list[FinishedTrial]:
@@ -200,11 +194,6 @@ class Session:
         assert self.driver is not None
         found = self.driver.known({**self.base(), **point})
         return isinstance(found, FailedTrial) and found.lasting
-
-    @property
-    def workers(self) -> int:
-        """How many trials run at once."""
-        return self.driver.executor.workers if self.driver else 1
 
     @property
     def begun(self) -> int:
@@ -275,8 +264,8 @@ class Session:
 
     def _on_trial(self, trial: FinishedTrial | FailedTrial) -> None:
         self.note_best()
-        line = trial_line(trial, self.accuracy)
-        if len(self.trials) > 2 and (seconds := self.budget.seconds_left(self.trials, self.workers)) > 0:
+        line, workers = trial_line(trial, self.accuracy), self.config.executor.workers
+        if len(self.trials) > 2 and (seconds := self.budget.seconds_left(self.trials, workers)) > 0:
             line += f"  {len(self.trials)} of {self.config.search.n_trials}, about {duration(seconds)} left"
         self.console.say(line)
         if isinstance(trial, FinishedTrial) and self.study_run:

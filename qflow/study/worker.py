@@ -23,14 +23,13 @@ from qflow.core.errors import ConfigError, TrialError
 from qflow.core.record import digest, from_dict, to_json
 from qflow.executor.processes import Answer, Handle, Job, Processes
 from qflow.report.console import Console
-from qflow.search.attempt import attempt, reason_of
+from qflow.search.attempt import Executor, attempt, reason_of
 from qflow.search.domain import Values
 from qflow.search.objective import Goal
 from qflow.search.outcome import Marker, Outcome
 from qflow.study.assemble import make_evaluator, study_goal
 from qflow.study.evaluate import evaluate_trial
 from qflow.trial.evaluator import Evaluator
-from qflow.trial.shared import silent
 
 
 @dataclass
@@ -42,7 +41,7 @@ class Lines(Console):
     @contextmanager
     def bar(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
         """Draw nothing, because several workers share a terminal."""
-        yield silent
+        yield lambda position: None
 
     def say(self, text: str) -> None:
         """Keep one line."""
@@ -130,24 +129,6 @@ class InProcesses:
     say: Callable[[str], None]
     _ranking: tuple[SensitivityTable | None, str] = (None, "")
 
-    @classmethod
-    def of(
-        cls, config: DictConfig, evaluator: Evaluator, manifest: Mapping[str, Any], cache: Path,
-        say: Callable[[str], None],
-    ) -> InProcesses:  # fmt: skip
-        """Make the executor of a study; its workers start with the first trial."""
-        own = config.copy()
-        own.root = str(own.root)  # may name a folder by the working folder that Hydra knows in this process alone
-        shared = {
-            "config": OmegaConf.to_yaml(own),
-            "cache": str(cache),
-            "identity": digest(evaluator.identity.content),
-            "manifest": json.loads(to_json(manifest)),
-        }
-        executor = config.executor
-        timeout, retries = executor.trial_timeout, executor.max_retries
-        return cls(evaluator, Processes(make_trials, shared, executor.workers, timeout, retries), say)
-
     @property
     def workers(self) -> int:
         """How many trials run at once."""
@@ -164,3 +145,22 @@ class InProcesses:
     def close(self) -> None:
         """End the workers."""
         self.processes.close()
+
+
+def executor_of(
+    config: DictConfig, evaluator: Evaluator, manifest: Mapping[str, Any], cache: Path, say: Callable[[str], None]
+) -> Executor | None:
+    """Return what evaluates the trials of a study; None for this process. Workers start with the first trial."""
+    executor = config.executor
+    if executor.kind == "serial":
+        return None
+    own = config.copy()
+    own.root = str(own.root)  # may name a folder by the working folder that Hydra knows in this process alone
+    shared = {
+        "config": OmegaConf.to_yaml(own),
+        "cache": str(cache),
+        "identity": digest(evaluator.identity.content),
+        "manifest": json.loads(to_json(manifest)),
+    }
+    processes = Processes(make_trials, shared, executor.workers, executor.trial_timeout, executor.max_retries)
+    return InProcesses(evaluator, processes, say)

@@ -233,3 +233,14 @@ def test_the_model_that_is_prepared_stays_as_it_was():
     qflow.prepare(model, X)
     assert type(model.a) is nn.Conv2d
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("write", [lambda w: w.data.clamp_(max=0.01), lambda w: w.data.mul_(0.5)])
+def test_a_model_that_writes_to_its_parameters_is_refused_by_name(write):
+    class Writing(Conv):
+        def forward(self, x):
+            write(self.a.weight)
+            return self.a(x)
+
+    with pytest.raises(ModelError, match=r"keeps its parameters, but got a.weight changed by a call"):
+        qflow.prepare(Writing().eval(), X)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten
 
 from qflow.quant.trace.calling import call_model, named_tensors
@@ -36,6 +37,11 @@ def held_values(model: nn.Module) -> State:
             inner = {"": value} if _is_value(value) else _inside(value)
             found.update({place + rest: v for rest, v in inner.items()})
     return {path: copied_state(value) for path, value in found.items()}
+
+
+def parameter_values(model: nn.Module) -> State:
+    """Copies of all parameters that have a shape, by path."""
+    return {path: v.detach().clone() for path, v in model.named_parameters() if not is_lazy(v)}
 
 
 def changed(before: State, after: State) -> list[str]:

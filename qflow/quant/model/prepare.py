@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qflow.core.errors import ModelError, QflowError
 from qflow.core.signature import mismatch
-from qflow.quant.model.find_state import held_values, unnamed_state
+from qflow.quant.model.find_state import changed, held_values, parameter_values, unnamed_state
 from qflow.quant.model.module_names import Named, matching
 from qflow.quant.model.plan import make_plan
 from qflow.quant.model.quantized_model import QuantizedModel
@@ -160,9 +160,14 @@ def _runs(model: nn.Module, inputs: Any, call: Callable[[], T]) -> T:
 
 
 def _trace(model: nn.Module, inputs: Any, skip: Collection[str]) -> Tape:
-    before = held_values(model)
+    before, weights = held_values(model), parameter_values(model)
     others = [map_named(_other_values, inputs), map_named(_other_floats, inputs)]
     tape, other = _runs(model, inputs, lambda: trace_filled(model, inputs, skip, others=others))
+    if written := changed(weights, parameter_values(model)):
+        raise ModelError(
+            f"A model in eval mode keeps its parameters, but got {', '.join(written[:3])} changed by a call. "
+            "Let forward compute with a changed copy, without writing to the parameter."
+        )
     state = unnamed_state(model, inputs, others[0], before)
     if state:
         named = ", ".join(f'"{path}"' for path in state) + "," * (len(state) == 1)

@@ -1,0 +1,76 @@
+"""Several trials at once: the study depends on the number of workers, not on which of them is done first."""
+
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from support.harness import Harness, outcome
+
+from qflow.core.errors import TrialError
+from qflow.search.attempt import attempt
+
+pytestmark = pytest.mark.slow  # real stores on disk
+
+
+class Running:
+    """A trial in a thread."""
+
+    def __init__(self, owner, future):
+        self.owner, self.future = owner, future
+
+    def result(self):
+        self.owner.now -= 1
+        return self.future.result()
+
+
+class Threads:
+    """Evaluates trials in threads, each as long as `seconds()` says."""
+
+    def __init__(self, workers, seconds):
+        self.workers, self.seconds, self.pool = workers, seconds, ThreadPoolExecutor(workers)
+        self.most = self.now = 0
+
+    def submit(self, params, folder):
+        self.now += 1
+        self.most = max(self.most, self.now)
+        return Running(self, self.pool.submit(attempt, self.evaluate, params, folder, 2))
+
+    def evaluate(self, params, folder):
+        time.sleep(self.seconds())
+        if 0.4 < params["int16_ratio"] < 0.5:
+            raise TrialError("No.")
+        return outcome(params)
+
+    def close(self):
+        self.pool.shutdown()
+
+
+def story(store, workers, seconds):
+    harness, threads = Harness(store, sampler="tpe"), Threads(workers, seconds)
+    trials = harness.run(7, executor=threads)
+    assert harness.problems() == []
+    assert (len(trials), threads.most) == (7, workers)
+    numbers = [trial.number for trial in harness.seen]
+    assert numbers == sorted(numbers)
+    return [(trial.number, trial.params) for trial in harness.seen]
+
+
+def test_the_same_seed_and_workers_give_the_same_study_whoever_is_done_first(store, tmp_path):
+    wild = random.Random(0)
+    first = story(store, 3, lambda: wild.uniform(0.0, 0.05))
+    assert story(tmp_path / "again", 3, lambda: 0.0) == first
+
+
+def test_an_interrupt_queues_all_running_trials_again(store):
+    def stop(trial):
+        if trial.number == 3:
+            raise KeyboardInterrupt
+
+    harness = Harness(store)
+    with pytest.raises(KeyboardInterrupt):
+        harness.run(9, executor=Threads(3, lambda: 0.0), on_trial=stop)
+    assert harness.problems() == []
+    waiting = [trial for trial in harness.study.trials() if trial.state == "waiting"]
+    assert len(waiting) == 2
+    assert not any((store / "scratch" / "task%2Fstage").iterdir())
