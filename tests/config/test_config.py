@@ -66,6 +66,9 @@ REFUSED = {
     "trials": ([BASE, "search.n_trials=1"], "search.n_trials is at least 2"),
     "batch of none": ([BASE, "task.batch_size=0"], "task.batch_size is at least 1, but got 0"),
     "threads": ([BASE, "executor.threads=-3"], "executor.threads is 0 (leaves it to torch) to 1024, but got -3"),
+    "workers": ([BASE, "executor.workers=2"], "executor.workers is 1 with executor.kind=serial, but got 2. Use exec"),
+    "no workers": ([BASE, "executor=process", "executor.workers=0"], "executor.workers is 1 to 256 with executor.kind"),
+    "trial timeout": ([BASE, "executor.trial_timeout=9"], "A trial is ended with its worker process, but got executor"),
     "a march without its rules": ([BASE, "device.march=nash-x"], "but got device.march=nash-x. Choose a device file"),
     "no device file": ([BASE, "device=nowhere.yaml"], "but got nowhere.yaml, which is no file"),
     "no option": (
