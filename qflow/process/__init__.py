@@ -1,3 +1,3 @@
 """How a process keeps freed memory, how its threads wait, and how it is interrupted."""
 
-__all__ = ["allocator", "interrupts", "waiting"]
+__all__ = ["allocator", "interrupts", "running", "waiting"]

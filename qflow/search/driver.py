@@ -32,6 +32,10 @@ SCREENED = 10  # how many proposals in a row may be screened out
 FAILURES = 10  # failed trials in a row that end the search, because the cause is hardly the point then
 
 
+def _always() -> None:
+    pass
+
+
 def _nothing_against(_: Values) -> str:
     return ""
 
@@ -68,6 +72,7 @@ class Driver:
     failures: int = 0  # in a row
     broken: int = 0  # proposals of the sampler in a row that cannot work, as far as this start goes
     screened: set[str] = field(default_factory=set)  # points that this process screened out
+    still_owned: Callable[[], None] = _always  # raises if another process has taken over the study
 
     def __post_init__(self) -> None:
         for trial in self.study.trials():
@@ -251,6 +256,7 @@ class Driver:
         number = proposal.number
         tables = self.tracker.upload(run_id, begun.folder)
         self.checkpoint("uploaded")
+        self.still_owned()
         self.study.set_result(number, outcome.constraints, text)
         self.checkpoint("constrained")
         self.tracker.commit(run_id, text, outcome.params, outcome.metrics, outcome.tags, None, tables)
@@ -264,6 +270,7 @@ class Driver:
         return done
 
     def _fail(self, proposal: Proposal, run_id: str, ending: str, reason: str) -> FailedTrial:
+        self.still_owned()
         self.study.fail(proposal.number, ending, reason)
         self.checkpoint("failed")
         lasting = ending == LASTING

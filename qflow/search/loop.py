@@ -16,7 +16,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -32,7 +32,7 @@ from qflow.search.study import Study
 _log = logging.getLogger(__name__)
 
 
-def _nothing(_: object) -> None:
+def _nothing(*_: object) -> None:
     pass
 
 
@@ -42,19 +42,21 @@ def driving(
     scratch: Path,
     executor: Executor | None = None,
     on_trial: Callable[[FinishedTrial | FailedTrial], None] = _nothing,
+    owned: AbstractContextManager[Callable[[], None]] | None = None,
     open_run: Callable[[], str] | None = None,
     checkpoint: Callable[[str], None] = _nothing,
 ) -> Iterator[Driver]:  # fmt: skip
-    """Open the study for new trials: take its lock, reconcile what an earlier process left, yield the driver.
+    """Open the study for new trials: take its lock, own it, reconcile what an earlier process left, yield the driver.
 
-    `open_run` then returns the MLflow run that the trials' runs belong to; it is called under the lock, before anything
-    is written for this start, and may refuse the start.
+    `owned` makes this process the owner of the study where it is shared (tracking/lease.py); its value raises if that
+    is over, and is called before each commit. `open_run` returns the MLflow run that the trials' runs belong to, before
+    anything is written for this start, and may refuse the start.
     `evaluate(params, folder)` writes the trial's files into the folder; an `executor` does so in its place. An
     exception from it fails this trial only. On Ctrl-C or SIGTERM the running trials are queued again and the interrupt
     propagates. `checkpoint` is called with the name of each step that was just done.
     Raises TrackingError if another process drives the study, TrialError after `FAILURES` failures in a row.
     """
-    with interrupts() as asked_to_end, study.driver():
+    with interrupts() as asked_to_end, study.driver(), owned or nullcontext(_nothing) as still_owned:
         folder = scratch / quote(study.name, safe="")
         shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
         recovered = reconcile(study, tracker)
@@ -62,13 +64,14 @@ def driving(
         for trial in recovered:
             on_trial(trial)
         runs = executor or Serial(evaluate, len(study.directions))
-        driver = Driver(study, tracker, runs, parent, folder, on_trial, checkpoint, asked_to_end)
+        driver = Driver(study, tracker, runs, parent, folder, on_trial, checkpoint, asked_to_end, still_owned=still_owned)
         try:
             yield driver
         except BaseException as error:
             driver.stop()
             stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
             with suppress(Exception):  # what stays open here, the next start reconciles
+                still_owned()
                 reconcile(study, tracker, ending=INTERRUPTED if stopped else LOST)
             raise
         finally:

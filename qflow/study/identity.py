@@ -17,19 +17,19 @@ HOME = "qflow.home"
 
 
 def require_same(study: Study, tracker: MlflowTracker, root: Path, state: Mapping[str, str]) -> None:
-    """Check a start before it writes anything; the caller holds the study's lock and has reconciled its trials.
+    """Check a start before it writes anything; the caller owns the study and has reconciled its trials.
 
     Raises TrackingError if the runs are missing, or belong to the search of another folder, ConfigError if the study
     has trials of other settings than `state` (fingerprint.py).
     """
     name, found = study.name, tracker.find_study(study.name)
     finished = sum(trial.state == "complete" for trial in study.trials())
-    if found is None and finished:
+    tags = tracker.run_tags(found) if found else {}
+    if finished and "qflow.fingerprint" not in tags:
         raise TrackingError(
             f"A study's runs are in its tracking store, but {name} has {finished} finished trials and "
             f"no run in {masked(tracker.uri)}. Restore the store, or use another name: study={name}-2."
         )
-    tags = tracker.run_tags(found) if found else {}
     if tags.get(IDENTITY, study.identity) != study.identity:
         raise TrackingError(
             f"A study is continued from the folder that holds its search, but got {name} of {tags.get(HOME)} in the "
@@ -46,17 +46,3 @@ def require_same(study: Study, tracker: MlflowTracker, root: Path, state: Mappin
 def identity_tags(study: Study, root: Path) -> dict[str, str]:
     """Return the tags of the study's run by which another start recognises it."""
     return {IDENTITY: study.identity, HOME: f"{socket.gethostname()}:{root}"}
-
-
-def require_first(study: Study, tracker: MlflowTracker, run_id: str) -> None:
-    """Check a new run after it was made: with two starts at the same moment, the store keeps the first run only.
-
-    Raises TrackingError, and deletes the run, if it is not the first.
-    """
-    if tracker.find_study(study.name) != run_id:
-        with tracker.calling() as client:
-            client.delete_run(run_id)
-        raise TrackingError(
-            f"One start creates a study, but got another that created {study.name} at the same moment. Run the same "
-            f"command again: it continues that study, or says where it is driven."
-        )

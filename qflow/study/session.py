@@ -32,11 +32,12 @@ from qflow.study.evaluate import evaluate_trial
 from qflow.study.feasible import check_before
 from qflow.study.fingerprint import fingerprint
 from qflow.study.front import log_decisions, log_front
-from qflow.study.identity import identity_tags, require_first, require_same
+from qflow.study.identity import identity_tags, require_same
 from qflow.study.manifest import data_sets, manifest
 from qflow.study.outcome import trial_line
 from qflow.study.shared_files import write_shared
 from qflow.study.worker import executor_of
+from qflow.tracking.lease import owned
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.trial.evaluator import Evaluator
 
@@ -97,7 +98,7 @@ class Session:
         self.drive()
 
     def _open_run(self) -> str:
-        """Return the study's run, created or opened again. The caller holds the lock and has reconciled the trials."""
+        """Return the study's run, opened again. The caller owns the study and has reconciled the trials."""
         config, task, state = self.config, self.evaluator.task, fingerprint(self.config, self.manifest)
         require_same(self.study, self.tracker, self.root, state)
         self.tracker.datasets = data_sets(self.evaluator)
@@ -120,7 +121,6 @@ class Session:
             },
             description=f"{self.study.name}: {self.goal}; {aims(self.goal)}.",
         )
-        require_first(self.study, self.tracker, run)
         self.study_run = run
         metrics = {f"float/{task.metric_name}": self.evaluator.float_metric}
         self.tracker.log_study(run, folder=self.shared, metrics=metrics)
@@ -136,6 +136,7 @@ class Session:
                 scratch=self.root / "scratch",
                 executor=executor_of(self.config, self.evaluator, self.manifest, self.root / "cache", self.console.say),
                 on_trial=self._on_trial,
+                owned=owned(self.tracker, self.study.name, self.root, say=self.console.say),
                 open_run=self._open_run,
             )
         )

@@ -53,16 +53,18 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
     for text in left_out:
         session.console.say(f"{'space':<12} {text}")
     evaluator.keep_in(root / "cache", session.console.say)
-    status = "FAILED"
-    try:
-        with session.stack:
+    with session.stack:
+        status = "FAILED"
+        try:
             yield session
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        if session.study_run:
-            tracker.close_study(session.study_run, status)
-            if status == "KILLED" and session.trials:
-                session.console.say(report_lines(session))
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            if session.study_run:
+                if session.driver is not None:
+                    session.driver.still_owned()  # the run of a study that another start has taken over is not ended
+                tracker.close_study(session.study_run, status)
+                if status == "KILLED" and session.trials:
+                    session.console.say(report_lines(session))

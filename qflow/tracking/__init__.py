@@ -9,6 +9,7 @@ __all__ = [
     "connect",
     "datasets",
     "ended",
+    "lease",
     "limits",
     "mlflow_tracker",
     "model_files",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qflow.core.errors import TrackingError
 from qflow.tracking.artifacts import Opened, Store
+from qflow.tracking.lease import CLAIMS
 from qflow.tracking.limits import joined, quoted
 from qflow.tracking.mlflow_tracker import BATCH, METRIC_BATCH, MlflowTracker
 
@@ -185,7 +186,11 @@ def _values(
     return (
         [Metric(k, float(v), int(t), int(s)) for k, rows in record["metrics"].items() for v, t, s in rows],
         [Param(key, str(value)) for key, value in record["params"].items()],
-        [RunTag(k, renamed(str(v), made)) for k, v in record["tags"].items() if k not in KNOWN],
+        [
+            RunTag(k, renamed(str(v), made))
+            for k, v in record["tags"].items()
+            if k not in KNOWN and not k.startswith(CLAIMS)
+        ],
         [_input(found) for found in record["inputs"]],
     )
 

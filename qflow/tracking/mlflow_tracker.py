@@ -80,21 +80,19 @@ class MlflowTracker:
         """
         every = {**tags, NOTE: description} if description else dict(tags)
         with self._call():
-            run_id = self.find_study(name) or ""
-            if run_id:
-                self.client.update_run(run_id, status="RUNNING")
-            else:
-                identity = {
-                    "qflow.study": name,
-                    "qflow.kind": "study",
-                    "qflow.schema": SCHEMA,
-                    **self._source,
-                }
-                run = self.client.create_run(self.experiment_id, tags=identity, run_name=name)
-                run_id = str(run.info.run_id)
+            run_id = self.find_study(name) or self.create_study(name)
+            inputs = self._run(run_id).inputs
+            if not (inputs and inputs.dataset_inputs):
                 self._log_inputs(run_id)
+            self.client.update_run(run_id, status="RUNNING")
             self._log(run_id, {}, self._new_params(run_id, params, every), every)
             return run_id
+
+    def create_study(self, name: str) -> str:
+        """Create a run for the study `name` that says no more than whose it is, and return its id."""
+        tags = {"qflow.study": name, "qflow.kind": "study", "qflow.schema": SCHEMA, **self._source}
+        with self._call():
+            return str(self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id)
 
     def find_study(self, name: str) -> str | None:
         """Return the run id of the study `name`, found by tag; None if there is none. Of several it is the first."""

@@ -6,7 +6,8 @@ from support.harness import SPACE
 from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.record import to_json
 from qflow.search.study import Study
-from qflow.study.identity import identity_tags, require_first, require_same
+from qflow.study.identity import identity_tags, require_same
+from qflow.tracking.lease import owned
 from qflow.tracking.mlflow_tracker import MlflowTracker
 
 pytestmark = pytest.mark.slow  # real stores on disk
@@ -49,12 +50,11 @@ def test_other_settings_are_refused_once_a_trial_has_a_result(tracker, tmp_path)
         require_same(study, tracker, tmp_path, {"weights": "b2"})
 
 
-def test_of_two_first_starts_at_the_same_moment_one_is_refused(tracker, tmp_path):
-    study = search(tmp_path)
-    first = opened(tracker, study, tmp_path)
-    tags = {"qflow.study": "net/stage", "qflow.kind": "study"}
-    second = tracker.client.create_run(tracker.experiment_id, tags=tags).info.run_id
-    require_first(study, tracker, first)
-    with pytest.raises(TrackingError, match="at the same moment"):
-        require_first(study, tracker, second)
-    assert tracker.client.get_run(second).info.lifecycle_stage == "deleted"
+def test_of_two_runs_made_at_the_same_moment_one_is_kept(tracker, tmp_path, monkeypatch):
+    first = tracker.create_study("net/stage")
+    real = MlflowTracker.find_study
+    answers = iter([None])  # the second start looked just before the first one made its run
+    monkeypatch.setattr(MlflowTracker, "find_study", lambda self, name: next(answers, real(self, name)))
+    with owned(tracker, "net/stage", tmp_path):
+        runs = tracker.client.search_runs([tracker.experiment_id])
+        assert [run.info.run_id for run in runs] == [first]
