@@ -18,13 +18,13 @@ from qflow.config.schema import (
     QatSchema,
     QConfigSchema,
     QuantSchema,
-    SearchSchema,
     SecuritySchema,
     SensitivitySchema,
     StoreSchema,
     TaskSchema,
     TrackingSchema,
 )
+from qflow.config.search_schema import SearchSchema
 
 
 @dataclass(kw_only=True)

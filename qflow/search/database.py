@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import optuna
+from optuna.study import StudyDirection
 
+from qflow.core.credentials import masked
+from qflow.core.errors import TrackingError
 from qflow.core.store import build_aside, sqlite_path, sqlite_url
 
 LOCK_TIMEOUT = 60  # seconds that a statement waits while another process writes
@@ -21,6 +25,27 @@ def place_of(storage: str | Path) -> tuple[str, Path]:
     path = Path(storage).absolute()
     file = path if path.suffix and not path.is_dir() else path / "optuna.db"  # a folder's name may hold a dot
     return sqlite_url(file), file.parent
+
+
+def open_study(url: str, name: str, directions: Sequence[str]) -> optuna.Study:
+    """Open or create a study in the database at `url`. Raises TrackingError if the database cannot be opened."""
+    try:
+        return optuna.create_study(
+            storage=open_storage(url),
+            study_name=name,
+            directions=[StudyDirection[direction.upper()] for direction in directions],
+            load_if_exists=True,
+        )
+    except ModuleNotFoundError as error:
+        raise TrackingError(
+            f"A database is reached through its driver, but got '{error}' for {masked(url)}. Install it: "
+            f"pip install {error.name}."
+        ) from error
+    except Exception as error:  # SQLAlchemy and its drivers have no common base class
+        raise TrackingError(
+            f"The study database must open, but got {type(error).__name__} for {masked(url)}: "
+            f"{masked(str(error).splitlines()[0])}. Repair it or name another storage."
+        ) from error
 
 
 def open_storage(url: str) -> optuna.storages.RDBStorage:

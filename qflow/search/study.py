@@ -19,13 +19,12 @@ from urllib.parse import quote
 
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from qflow.core import record
-from qflow.core.errors import ConfigError, TrackingError
+from qflow.core.errors import ConfigError
 from qflow.core.store import exclusive
-from qflow.search.database import open_storage, place_of
+from qflow.search.database import open_study, place_of
 from qflow.search.domain import (
     NOTHING,
     Choice,
@@ -80,10 +79,12 @@ class Study:
     def open(
         cls, storage: str | Path, name: str, *, space: Space, directions: tuple[str, ...],
         sampler: str = "tpe", seed: int = 0, n_trials: int = 100, metrics: Sequence[str] = (),
+        locks: Path | None = None,
     ) -> Study:  # fmt: skip
         """Open or create the study `name` in a database file, a folder (as optuna.db in it) or at a URL.
 
-        `metrics` are the names of the objectives, which optuna-dashboard shows.
+        `metrics` are the names of the objectives, which optuna-dashboard shows; `locks` is the folder of the lock file,
+        by default that of the database.
 
         Raises ConfigError if the study exists with another space or other directions, or if an argument is not
         allowed; TrackingError if the database cannot be opened.
@@ -93,21 +94,8 @@ class Study:
         # if a statement is interrupted, SQLAlchemy drops the connection and logs a traceback
         logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
         url, lock_folder = place_of(storage)
-        try:
-            study = optuna.create_study(
-                storage=open_storage(url),
-                study_name=name,
-                directions=[StudyDirection[direction.upper()] for direction in directions],
-                load_if_exists=True,
-            )
-        except Exception as error:  # SQLAlchemy and its drivers have no common base class
-            raise TrackingError(
-                f"The study database must open, but got {type(error).__name__} for {url}: "
-                f"{str(error).splitlines()[0]}. Repair it or name another storage."
-            ) from error
+        study = open_study(url, name, directions)
         _keep_space(study, {"space": space_dict(space), "directions": list(directions)})
-        if IDENTITY not in study.user_attrs:
-            study.set_user_attr(IDENTITY, uuid.uuid4().hex)
         if metrics and study.metric_names != list(metrics):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -116,11 +104,16 @@ class Study:
         def seeded(asked: int) -> BaseSampler:
             return make_sampler(sampler, zlib.crc32(f"{seed}/{name}/{asked}".encode()), n_trials)
 
-        return cls(study, space, directions, lock_folder / f".{quote(name, safe='')}.study.lock", seeded)
+        return cls(study, space, directions, (locks or lock_folder) / f".{quote(name, safe='')}.study.lock", seeded)
 
     @property
     def identity(self) -> str:
-        """What tells this study from another of the same name, in whatever folder or database that is."""
+        """What tells this study from another of the same name, in whatever folder or database that is.
+
+        The first owner of the study sets it; the caller owns the study.
+        """
+        if IDENTITY not in self._study.user_attrs:
+            self._study.set_user_attr(IDENTITY, uuid.uuid4().hex)
         return str(self._study.user_attrs[IDENTITY])
 
     def driver(self) -> AbstractContextManager[None]:

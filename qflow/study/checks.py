@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from qflow.config.device_file import require_cost
 from qflow.config.settings import check_executor, plain, sensitivity_settings, trial_settings
 from qflow.config.space import search_space
+from qflow.core.credentials import masked
 from qflow.core.errors import ConfigError
 from qflow.core.names import check_study_name
 from qflow.core.nearest import did_you_mean
@@ -37,6 +38,7 @@ def check_study(config: DictConfig) -> None:
     """Raise ConfigError for a search with points that no trial can run. Only studies have a search."""
     check_study_name(config.study)
     check_config(config)
+    _check_storage(config)
     require_cost(config.device, config.device.march)
     space = search_space(config)
     if config.qconfig.template != "qint8":
@@ -113,3 +115,17 @@ def check_search(config: DictConfig) -> None:
         raise ConfigError(f"search.n_trials is at least 2 (all-int16 and all-int8), but got {search.n_trials}.")
     if search.timeout is not None and not 0 < search.timeout < math.inf:
         raise ConfigError(f"search.timeout is a number of seconds above 0, but got {search.timeout:g}.")
+
+
+def _check_storage(config: DictConfig) -> None:
+    """Raise ConfigError for a shared search whose runs, which record its owner, are not shared."""
+    storage = config.search.storage
+    if storage is None:
+        return
+    if "://" not in storage:
+        raise ConfigError(f"search.storage is the URL of a database, but got {storage!r}. Name postgresql://HOST/NAME.")
+    if config.tracking.uri is None:
+        raise ConfigError(
+            f"A search that folders share has its runs in one store too, but got search.storage={masked(storage)} and "
+            "no tracking.uri. Name it: tracking.uri=postgresql://HOST/NAME."
+        )

@@ -33,7 +33,7 @@ def require_same(study: Study, tracker: MlflowTracker, root: Path, state: Mappin
     if tags.get(IDENTITY, study.identity) != study.identity:
         raise TrackingError(
             f"A study is continued from the folder that holds its search, but got {name} of {tags.get(HOME)} in the "
-            f"folder {root}. Start it there, or use another name: study={name}-2."
+            f"folder {root}. Start it there, name the search.storage of both, or use another name: study={name}-2."
         )
     changed = changes(tags.get("qflow.fingerprint", ""), state) if found and finished else []
     if changed:

@@ -40,8 +40,9 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
     goal = study_goal(config, evaluator.task)
     space, left_out = within_data(space, evaluator.task)
     study = Study.open(
-        root,
+        config.search.storage or root,
         config.study,
+        locks=root,
         space=space,
         directions=tuple(goal.optimize.values()),
         sampler=config.search.sampler,
