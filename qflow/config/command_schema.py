@@ -151,6 +151,34 @@ class ReportSchema:
 
 
 @dataclass(kw_only=True)
+class DoctorTrackingSchema:
+    """The store that is examined."""
+
+    uri: str | None = None
+    """MLflow tracking URI; null for the local store in `root`."""
+
+
+@dataclass(kw_only=True)
+class DoctorSearchSchema:
+    """The searches that are examined."""
+
+    storage: str | None = None
+    """Database of the searches, if it is not optuna.db in `root`."""
+
+
+@dataclass(kw_only=True)
+class DoctorSchema:
+    """`python -m qflow.doctor`: stores and folder to examine."""
+
+    root: str = MISSING
+    """Folder of the stores, results and caches; QFLOW_HOME sets it too."""
+    fix: bool = False
+    """Mend what can be mended without losing a result (--fix)."""
+    tracking: DoctorTrackingSchema = field(default_factory=DoctorTrackingSchema)
+    search: DoctorSearchSchema = field(default_factory=DoctorSearchSchema)
+
+
+@dataclass(kw_only=True)
 class TrialCommandSchema(TuneSchema):
     """`python -m qflow.trial`: the trial of the configuration, or one of the store again."""
 
@@ -213,6 +241,7 @@ SCHEMAS: dict[str, type] = {
     "promote": PromoteSchema,
     "export": ExportSchema,
     "report": ReportSchema,
+    "doctor": DoctorSchema,
     "train_float": TrainFloatSchema,
 }
 

@@ -93,6 +93,12 @@ COMMANDS: dict[str, Command] = {
         "written",
         "not done",
     ),
+    "doctor": Command(
+        "examine studies, runs, leases, cache and registry; --fix mends",
+        ("[--fix] [root=<folder>] [tracking.uri=<uri>] [search.storage=<url>]",),
+        "all is well",
+        "something is wrong, and each thing is named",
+    ),
     "export": Command(
         "write a trial to the files that a tool chain takes",
         (

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from qflow.core import record
 from qflow.core.errors import ConfigError
 from qflow.core.store import exclusive
-from qflow.search.database import open_study, place_of
+from qflow.search.database import open_storage, open_study, place_of
 from qflow.search.domain import (
     NOTHING,
     Choice,
@@ -105,6 +105,15 @@ class Study:
             return make_sampler(sampler, zlib.crc32(f"{seed}/{name}/{asked}".encode()), n_trials)
 
         return cls(study, space, directions, (locks or lock_folder) / f".{quote(name, safe='')}.study.lock", seeded)
+
+    @classmethod
+    def read(cls, storage: str | Path, name: str) -> Study:
+        """Open a study that exists, to be looked at: it has no space, and its points are as they were stored."""
+        url, locks = place_of(storage)
+        study = optuna.load_study(study_name=name, storage=open_storage(url))
+        return cls(
+            study, {}, (), locks / f".{quote(name, safe='')}.study.lock", lambda asked: make_sampler("random", asked, 1)
+        )
 
     @property
     def identity(self) -> str:

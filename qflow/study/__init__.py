@@ -9,6 +9,7 @@ __all__ = [
     "checks",
     "comparison",
     "comparison_page",
+    "doctor",
     "fewer",
     "find",
     "finish",

@@ -56,6 +56,13 @@ class Store:
             runs = client.search_runs(places, query) if places else []
         return {names[run.info.experiment_id]: str(run.info.run_id) for run in reversed(runs)}
 
+    def all_studies(self) -> dict[str, tuple[str, str]]:
+        """Return run id -> (name, experiment id) of every study in the store."""
+        with self.calling() as client:
+            places = [e.experiment_id for e in client.search_experiments()]
+            runs = client.search_runs(places, "tags.`qflow.kind` = 'study'") if places else []
+        return {str(r.info.run_id): (str(r.data.tags["qflow.study"]), str(r.info.experiment_id)) for r in runs}
+
     def run(self, run_id: str) -> tuple[dict[str, str], dict[str, float], str]:
         """Return tags, metrics and artifact address of a run. Raises TrackingError for one that does not exist."""
         with connect.plain_errors(self.uri):

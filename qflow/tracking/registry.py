@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 from qflow.core.errors import ConfigError, PromotionError
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
     from qflow.tracking.artifacts import Opened
     from qflow.tracking.model_files import Logged
 
@@ -114,6 +117,13 @@ def champion(store: Opened, name: str, alias: str) -> Version | None:
     return Version(int(found.version), str(found.run_id), dict(found.tags))
 
 
+def versions(store: Opened) -> list[tuple[str, int, Mapping[str, str]]]:
+    """Return (model, number, tags) of every version that was promoted."""
+    with store.calling() as client:
+        found = [v for model in client.search_registered_models() for v in _of_model(client, model.name)]
+    return [(str(v.name), int(v.version), dict(v.tags)) for v in found if "qflow.verdict" in v.tags]
+
+
 def check_alias(alias: str) -> None:
     """Raise ConfigError for an alias that MLflow does not allow."""
     if not re.fullmatch(r"[\w-]{1,255}", alias):
@@ -125,12 +135,16 @@ def check_alias(alias: str) -> None:
         )
 
 
+def _of_model(client: MlflowClient, name: str) -> list[ModelVersion]:
+    quoted = name.replace("'", "''")
+    return list(client.search_model_versions(f"name = '{quoted}'"))
+
+
 def _rival(store: Opened, name: str, made: Any, claim: str) -> int | None:
     """Return the number of an earlier version that claims the same, or None."""
-    quoted = name.replace("'", "''")
     found = [
         int(v.version)
-        for v in store.client.search_model_versions(f"name = '{quoted}'")
+        for v in _of_model(store.client, name)
         if v.tags.get(CLAIM) == claim
         and int(v.version) < int(made.version)
         and made.creation_timestamp - v.creation_timestamp < 1000 * STALE

@@ -19,7 +19,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,6 +110,17 @@ class Cache:
 
 def read_record(place: Path, record: type[T]) -> T:
     """Return the record that `write_record` wrote to this place. Another file may raise any exception."""
+    text, tensors = _content(place)
+
+    def with_tensor(node: dict[str, Any]) -> Any:
+        name = node.get("tensor")
+        return tensors[name] if len(node) == 1 and isinstance(name, str) else node
+
+    return from_dict(record, json.loads(text, object_hook=with_tensor))
+
+
+def _content(place: Path) -> tuple[str, dict[str, Tensor]]:
+    """Return JSON and tensors of a file, whose checksum holds."""
     if place.is_symlink() or not place.is_file():
         raise ValueError("it is no file of its own")
     with safe_open(place, framework="pt") as file:
@@ -117,12 +128,16 @@ def read_record(place: Path, record: type[T]) -> T:
         header = file.metadata() or {}
     if header["checksum"] != _checksum(place, header["record"], tensors):
         raise ValueError("its checksum is another: it was changed, or belongs to another key")
+    return header["record"], tensors
 
-    def with_tensor(node: dict[str, Any]) -> Any:
-        name = node.get("tensor")
-        return tensors[name] if len(node) == 1 and isinstance(name, str) else node
 
-    return from_dict(record, json.loads(header["record"], object_hook=with_tensor))
+def damaged(files: Iterable[Path]) -> Iterator[tuple[Path, str]]:
+    """Yield each file of a cache that cannot be read or has another checksum, with the reason."""
+    for place in files:
+        try:
+            _content(place)
+        except Exception as error:  # a file that is damaged or not ours may raise anything
+            yield place, " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def write_record(place: Path, content: Any) -> None:
