@@ -12,7 +12,8 @@ from torch import nn
 
 from qflow.analysis.layers.compare import _Walk, compare_layers, filtered
 from qflow.analysis.layers.text import COLUMNS, layers_csv, layers_line, layers_text
-from qflow.analysis.measures.layer_metrics import compare, divergence
+from qflow.analysis.measures.kl_divergence import divergence
+from qflow.analysis.measures.layer_metrics import compare
 from qflow.analysis.measures.tables import LayerTable
 from qflow.core.record import from_dict, plain
 from qflow.quant.replay.capture import ReplayError, capture

@@ -7,6 +7,7 @@ from torch import nn
 
 from qflow.analysis.layers.compare import compare_layers
 from qflow.analysis.measures import layer_metrics
+from qflow.analysis.measures.kl_divergence import divergence
 from qflow.analysis.measures.layer_metrics import _in_double, compare
 
 
@@ -38,3 +39,15 @@ def test_values_that_an_operator_passes_on_are_compared_once(monkeypatch):
     for row in table.rows[2:]:
         assert (row.SQNR, row.error, row.single_error) == (linear.SQNR, linear.error, linear.single_error)
     assert table.rows[4].KL != linear.KL  # along another axis
+
+
+@pytest.mark.parametrize(("size", "noise"), [(1.0, 1e-4), (5.0, 0.2), (20.0, 1e-2), (1.0, 2.0)])
+def test_kl_has_five_digits_also_where_the_calibrated_values_are_shifted(size, noise):
+    generator = torch.Generator().manual_seed(0)
+    for shift in (0.0, -0.3, 0.05):
+        x = size * torch.randn(3, 90, 64, generator=generator)
+        y = x + noise * (torch.rand(x.shape, generator=generator) - 0.5) + shift
+        p, c = x.double().softmax(1), y.double().log_softmax(1) - x.double().log_softmax(1)
+        wanted = float((p * (c.expm1() - c)).mean())
+        known = divergence(x, y, float(x.abs().max()), float((y - x).abs().max()))
+        assert known == pytest.approx(wanted, rel=1e-5)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from qflow.analysis.measures.layer_metrics import EMPTY, compare, divergence, relative_error
+from qflow.analysis.measures.kl_divergence import divergence
+from qflow.analysis.measures.layer_metrics import EMPTY, compare, magnitude, relative_error
 from qflow.analysis.measures.tables import Finding, LayerRow
 from qflow.core.graph import OpNode
 from qflow.quant.model.quantized_model import QuantizedModel
@@ -43,12 +44,12 @@ class Rows:
 
         Without one of the two, its columns are empty. `twin` is a row of the very same values.
         """
-        if not self.findings and _has_nan(base):
-            text = "the float model itself gives NaN here first: check the bad case and the model"
-            self.findings.append(Finding(name, "error", text))
         node = self.nodes.get(name)
         ends = node is None or name in self.prepared.plan.output_at or len(node.fused) == 0
         columns = self._columns(base, own, twin) if ends and own is not None else dict.fromkeys(EMPTY)
+        if not self.findings and columns["base_model_min"] is None and _has_nan(base):
+            text = "the float model itself gives NaN here first: check the bad case and the model"
+            self.findings.append(Finding(name, "error", text))
         quantizer = self.prepared.outputs.get(self.prepared.plan.output_at.get(name, ""))
         active = quantizer is not None and quantizer.active
         integer = quantizer is not None and quantizer.dtype is not None and quantizer.dtype.is_integer
@@ -74,7 +75,9 @@ class Rows:
             return compare(base, own)
         known: dict[str, float | None] = {column: getattr(twin.row, column) for column in EMPTY}
         if known["KL"] is not None and not twin.same_shape:  # the other columns do not depend on the order of values
-            known["KL"] = divergence(base, own)
+            largest = magnitude(known["base_model_min"], known["base_model_max"])
+            atol = known["Atol"]
+            known["KL"] = divergence(base, own, largest, atol) if atol else 0.0
         return known
 
 

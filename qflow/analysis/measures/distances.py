@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from qflow.analysis.measures.layer_metrics import divergence
+from qflow.analysis.measures.kl_divergence import divergence
 from qflow.analysis.measures.metrics import badness, distance
 from qflow.analysis.measures.tables import Finding
 from qflow.core.errors import DataError

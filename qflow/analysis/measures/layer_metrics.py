@@ -8,15 +8,12 @@ below 3-d). Sums run over parts of the tensor, so that a large feature map needs
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from qflow.analysis.measures.kl_divergence import divergence
 from qflow.analysis.measures.pair_sums import PART, SMALL, in_memory_order, pair_sums, parts
-
-SERIES = 0.03  # largest |c| for which exp(c) is its series: the next term is 5e-7 of the sum
-OVERFLOWS = 80.0  # exp of much more than this overflows float32
 
 EMPTY = (
     ["Cosine", "MSE", "L1", "KL", "SQNR", "Atol", "Rtol"]
@@ -40,7 +37,7 @@ def compare(x: Tensor, y: Tensor) -> dict[str, float | None]:
     columns: dict[str, float | None] = {
         **_averages(s.n, s.xx, s.dd, s.l1),
         "Cosine": s.cosine,
-        "KL": _finite_divergence(x, y) if s.atol else 0.0,
+        "KL": divergence(x, y, magnitude(*s.x_ends), s.atol) if s.atol else 0.0,
         "Atol": s.atol,
         "Rtol": s.rtol,
         "base_model_mean": s.x / s.n,
@@ -60,6 +57,11 @@ def _averages(n: float, xx: float, dd: float, l1: float) -> dict[str, float | No
         "SQNR": math.inf if dd == 0.0 else (10.0 * math.log10(xx / dd) if xx > 0 else -math.inf),
         "error": _ratio(xx, dd),
     }
+
+
+def magnitude(low: float | None, high: float | None) -> float:
+    """The largest |value| between two ends; inf if they are unknown."""
+    return math.inf if low is None or high is None else max(-low, high)
 
 
 def _ratio(xx: float, dd: float) -> float:
@@ -90,7 +92,7 @@ def _in_double(x: Tensor, y: Tensor) -> dict[str, float | None]:
     return {
         **_averages(n, xx, dd, l1),
         "Cosine": 1.0 if dd == 0.0 else (xy / norms if norms else 0.0),
-        "KL": divergence(x, y),
+        "KL": divergence(x, y, magnitude(ends["base_model_min"], ends["base_model_max"]), atol),
         "Atol": atol,
         "Rtol": rtol,
         "base_model_mean": sx / n,
@@ -127,66 +129,6 @@ def _largest(ratios: Tensor) -> float:
     """Largest magnitude; NaN counts as 0, infinity as the largest float32 number."""
     largest = float(ratios.abs().max())
     return largest if math.isfinite(largest) else float(torch.nan_to_num(ratios, 0.0).abs().max())
-
-
-def divergence(x: Tensor, y: Tensor) -> float | None:
-    """KL divergence as in torch's KLDivLoss: mean over all elements of p (log p - log q).
-
-    With d = y - x and m its mean under p, the sum over a row is log E_p[exp(d - m)]. This takes at most two
-    exponentials per element and no difference of large numbers: float32 loses only the last digits of a small one.
-    """
-    if not _all_finite(x) or not _all_finite(y):
-        return None  # the softmax of infinite scores is not defined
-    return _finite_divergence(x, y)
-
-
-def _finite_divergence(x: Tensor, y: Tensor) -> float:
-    if x.ndim == 0:
-        return 0.0
-    total = 0.0
-    for p, q in _columns(x, y):
-        weights = p.softmax(1)
-        change = q - p
-        mean = (weights * change).sum(1, keepdim=True)
-        change -= mean
-        low, high = torch.stack(torch.aminmax(change)).tolist()
-        if high > OVERFLOWS:
-            rows = torch.logsumexp(q.double(), 1) - torch.logsumexp(p.double(), 1) - mean.double()[:, 0]
-        else:
-            # E_p[change] is 0: a series without the linear term takes less time than expm1 and loses no digits
-            series = max(-low, high) < SERIES
-            grown = _second_order(change) if series else change.expm1_()
-            rows = grown.mul_(weights).sum(1).log1p_()
-        total += float(rows.sum(dtype=torch.float64))
-    return total / x.numel()
-
-
-def _second_order(c: Tensor) -> Tensor:
-    """exp(c) - 1 - c = c^2 (1/2 + c/6 + c^2/24 + ...), for |c| < SERIES exact to float32."""
-    return torch.mul(c, 1.0 / 24.0).add_(1.0 / 6.0).mul_(c).add_(0.5).mul_(c).mul_(c)
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    return math.isfinite(float(tensor.sum())) or bool(tensor.isfinite().all())  # a sum is ten times faster
-
-
-def _columns(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of parts [k, size, columns] with the distributions along axis 1, at most PART values each: k whole samples,
-    or some columns of one sample. The axis of size `size` is dim 1 of x and y, the last dim below 3-d.
-    """
-    if x.ndim > 2:
-        a, b = (t.reshape(t.shape[0], t.shape[1], -1) for t in (x, y))
-    else:
-        a, b = (t.reshape(-1, t.shape[-1]).t()[None] for t in (x, y))
-    sample = a.shape[1] * a.shape[2]
-    samples, columns = max(1, PART // max(sample, 1)), max(1, PART // max(a.shape[1], 1))
-    for i in range(0, a.shape[0], samples):
-        p, q = a[i : i + samples], b[i : i + samples]
-        if columns >= a.shape[2]:
-            yield p, q
-            continue
-        for j in range(0, a.shape[2], columns):
-            yield p[:, :, j : j + columns], q[:, :, j : j + columns]
 
 
 def relative_error(x: Tensor, y: Tensor) -> float | None:

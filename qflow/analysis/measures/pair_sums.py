@@ -62,13 +62,12 @@ def pair_sums(x: Tensor, y: Tensor) -> PairSums | None:
         found = [p.sum(), d.sum(), work.sum()]
         found += [torch.mul(p, d, out=work).sum(), torch.mul(d, d, out=work).sum()]
         ratio = torch.aminmax(torch.div(d, p, out=work))
-        found.append(d.abs_().sum())
-        sums.append(torch.stack(found))
+        sums += [*found, d.abs_().sum()]
         ends = [torch.aminmax(p), torch.aminmax(q), ratio]
-        lows.append(torch.stack([end.min for end in ends]))
-        highs.append(torch.stack([*(end.max for end in ends), d.amax()]))
-    sx, sd, xx, xd, dd, l1 = torch.stack(sums).sum(0, dtype=torch.float64).tolist()
-    low, high = torch.stack(lows).amin(0).tolist(), torch.stack(highs).amax(0).tolist()
+        lows += [end.min for end in ends]
+        highs += [*(end.max for end in ends), d.amax()]
+    sx, sd, xx, xd, dd, l1 = torch.stack(sums).view(-1, 6).sum(0, dtype=torch.float64).tolist()
+    low, high = torch.stack(lows).view(-1, 3).amin(0).tolist(), torch.stack(highs).view(-1, 4).amax(0).tolist()
     atol, largest, n = high[3], max(-low[0], high[0]), x.numel()
     finite = math.isfinite(sx + sd + xx + xd + dd)
     if not finite or 0.0 < atol < SMALL or 0.0 < largest < SMALL:
