@@ -24,7 +24,7 @@ from qflow.analysis.measures.tables import Finding, LayerRow, LayerTable, also
 from qflow.core.graph import ModelGraph, OpKind
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.replay.capture import Captured, capture, reason_of
-from qflow.quant.replay.captured_ops import Ops, Values
+from qflow.quant.replay.captured_ops import Ops, Values, Weights
 from qflow.quant.trace.calling import batch_size
 from qflow.quant.trace.tape import Op, Ref
 
@@ -117,8 +117,11 @@ class _Walk:
         else:
             call = (op.call.args, op.call.kwargs)
             base = self.captured.values.get(op.index) or self._plain(op, call)
-            own = self._run(op, base, *self.ops.arguments(call, lambda r: self.calibrated[r.op][r.position]))
-            alone = self._run(op, base, *self.ops.arguments(call, self._alone))
+            weight = self.ops.quantized_weight(op, self.prepared)
+            weights: Weights = {} if weight is None else {op.module or "": weight}
+            accumulated = self.ops.arguments(call, lambda r: self.calibrated[r.op][r.position])
+            own = self._run(op, base, *accumulated, weights)
+            alone = self._run(op, base, *self.ops.arguments(call, self._alone), weights)
         self.plain[op.index], self.calibrated[op.index] = base, own
         if op.floating and op.name not in self.prepared.plan.output_at and op.name in self.rows.nodes:
             node = self.rows.nodes[op.name]
@@ -132,10 +135,10 @@ class _Walk:
     def _alone(self, ref: Ref) -> Tensor:
         return (self.single if ref.op in self.single else self.plain)[ref.op][ref.position]
 
-    def _run(self, op: Op, base: Values, args: Any, kwargs: Any) -> Values:
+    def _run(self, op: Op, base: Values, args: Any, kwargs: Any, weights: Weights) -> Values:
         ordered = self.ops.follows_order(op, lambda: base, args, kwargs)
         if ordered is None:
-            return self.ops.quantized(op, self.prepared, args, kwargs)
+            return self.ops.quantized(op, self.prepared, args, kwargs, weights)
         name = self.prepared.plan.output_at.get(op.name)
         return ordered if name is None else (self.prepared.outputs[name](ordered[0]), *ordered[1:])
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qflow.analysis.measures.kl_divergence import divergence
-from qflow.analysis.measures.pair_sums import PART, SMALL, in_memory_order, pair_sums, parts
+from qflow.analysis.measures.pair_sums import SMALL, in_memory_order, pair_sums, parts
 
 EMPTY = (
     ["Cosine", "MSE", "L1", "KL", "SQNR", "Atol", "Rtol"]

@@ -55,7 +55,7 @@ class Ops:
     def __init__(self, model: nn.Module, prepared: QuantizedModel, captured: Captured) -> None:
         tape, plan = captured.tape, prepared.plan
         self.modules = dict(model.named_modules())
-        self.leaves = dict(prepared.model.named_modules())
+        self.leaves: dict[str, Any] = dict(prepared.model.named_modules())
         self.tape, self.outputs = tape, captured.outputs
         self.reads = {op.index: _reads(op) for op in tape.ops}
         live = _live(self.reads, [ref.op for _, ref in captured.outputs])
@@ -145,12 +145,15 @@ class Ops:
         weight, bias = leaf.folded()
         return (leaf.run_with(quantizer(weight), bias, *args, **kwargs),)
 
-    def quantized(self, op: Op, prepared: QuantizedModel, args: Any, kwargs: Any) -> Values:
+    def quantized(
+        self, op: Op, prepared: QuantizedModel, args: Any, kwargs: Any, weights: Weights | None = None
+    ) -> Values:
         """Run the op as the prepared model does: arguments, weight and result are quantized.
 
         A convolution with a folded batch norm gives the result of the norm; the norm itself is then the identity.
+        `weights` are as in `before_quantizer`.
         """
-        values = self.before_quantizer(op, prepared, args, kwargs)
+        values = self.before_quantizer(op, prepared, args, kwargs, weights)
         name = prepared.plan.output_at.get(op.name)
         return values if name is None else (prepared.outputs[name](values[0]), *values[1:])
 
@@ -163,19 +166,23 @@ class Ops:
         """
         for slot, quantizer in prepared.arguments_of(op.name).items():
             args, kwargs = _with_argument(args, kwargs, slot, quantizer)
-        leaf: Any = self.leaves.get(op.module or "")
-        weight = prepared.weights.get(op.module or "")
         if op.owner in self.folded and prepared.weights[self.folded[op.owner]].active:
             return (args[0] if args else kwargs["input"],)
-        if weight is not None and weight.active and isinstance(leaf, WeightedLeaf):
-            given = (weights or {}).get(op.module or "")
-            if given is None:
-                folded, bias = leaf.folded()
-                given = weight(folded), bias
-            return (leaf.run_with(*given, *args, **kwargs),)
+        given = (weights or {}).get(op.module or "") or self.quantized_weight(op, prepared)
+        if given is not None:
+            return (self.leaves[op.module or ""].run_with(*given, *args, **kwargs),)
         inner = {step: prepared.outputs[name] for step, name in prepared.plan.inner_at.get(op.name, {}).items()}
         active = any(quantizer.active for quantizer in inner.values())
         return self._inside(op, inner, args, kwargs) if active else self.run(op, args, kwargs)
+
+    def quantized_weight(self, op: Op, prepared: QuantizedModel) -> tuple[Tensor, Tensor | None] | None:
+        """The quantized weight (its batch norm folded in) and the bias of an op; None if it has no active quantizer."""
+        leaf: Any = self.leaves.get(op.module or "")
+        weight = prepared.weights.get(op.module or "")
+        if weight is None or not weight.active or not isinstance(leaf, WeightedLeaf):
+            return None
+        folded, bias = leaf.folded()
+        return weight(folded), bias
 
     def _inside(self, op: Op, quantizers: Mapping[str, FakeQuant], args: Any, kwargs: Any) -> Values:
         """Run a norm or softmax by its formula with these inner values quantized."""
