@@ -2,6 +2,7 @@
 # make test    install and run all tests
 # make quick   the tests that are not slow: a minute or two
 # make check   install and run linter and type checker
+# make audit   known vulnerabilities of the pinned packages, asked of pypi.org by pip-audit: needs a network
 # make zoo     install timm, torchvision, transformers and take all real models through qflow: minutes
 # make gpu     calibration, sensitivity, a study and QAT on a GPU against the CPU: minutes
 # make torch-matrix  the fast tests of the engine under each torch of TORCHES, in fresh environments
@@ -13,7 +14,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: tune test quick check zoo gpu torch-matrix picture screenshots ui dashboard clean
+.PHONY: tune test quick check audit zoo gpu torch-matrix picture screenshots ui dashboard clean
 
 tune: $(VENV)/.base
 	$(BIN)/python -m qflow.tune +experiment=int8_int16
@@ -28,6 +29,12 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+AUDIT_FAILED := audit: not passed. Either a package above has a known vulnerability, or pypi.org could not be reached;
+AUDIT_FAILED += then nothing was audited.
+audit: $(VENV)/.audit
+	$(BIN)/python -m pip_audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off \
+	    || { echo '$(AUDIT_FAILED)'; exit 1; }
 
 zoo: $(VENV)/.zoo
 	$(BIN)/python -m benchmarks.zoo
@@ -77,6 +84,11 @@ $(VENV)/.base: $(VENV)/constraints.txt pyproject.toml
 $(VENV)/.dev: $(VENV)/constraints.txt pyproject.toml
 	$(INSTALL) '.[dev]'
 	touch $@ $(VENV)/.base
+
+$(VENV)/.audit: $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet $(INSTALL_OPTIONS) --constraint $(VENV)/constraints.txt pip-audit \
+	    || { echo 'audit: pip-audit could not be installed, so nothing was audited.'; exit 1; }
+	touch $@
 
 $(VENV)/.dashboard: $(VENV)/.base
 	$(INSTALL) '.[dashboard]'

@@ -70,15 +70,15 @@ def check_names(sizes: Mapping[str, int], whose: str, required: Mapping[str, int
 def regular_files(folder: Path, whose: str) -> dict[str, int]:
     """Return the sizes of all files below `folder` by name. Raises BundleError for a link, pipe or device."""
     found = {}
-    for path in sorted(folder.rglob("*")):
+    for count, path in enumerate(folder.rglob("*"), 1):
         name, state = path.relative_to(folder).as_posix(), path.lstat()
         if stat.S_ISREG(state.st_mode):
             found[name] = state.st_size
         elif not stat.S_ISDIR(state.st_mode):
             raise BundleError(f"Files of {whose} are plain files, but got a link or device: {name}. Take another one.")
-        if len(found) > 1000:
+        if count > 1000:  # before the rest is walked, which may be a whole disk
             raise BundleError(f"{whose} has at most 1000 files, but got more. Take another source.")
-    return found
+    return dict(sorted(found.items()))
 
 
 def sha256(path: Path) -> str:

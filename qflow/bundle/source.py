@@ -16,6 +16,7 @@ from qflow.bundle.bounded import read_json
 from qflow.bundle.files import DIGEST, LIMITS, OF_STUDY, RECORD, check_names, files_digest, regular_files
 from qflow.bundle.stored import StoredTrial, read_stored
 from qflow.core.errors import BundleError
+from qflow.core.text_file import require_file
 from qflow.tracking.artifacts import Store
 from qflow.tracking.mlflow_tracker import RESULT
 
@@ -74,6 +75,8 @@ def of_folder(folder: Path, source: str, expected: str = "", keeper: Any = None)
     inner = folder / BUNDLE
     if (inner / RECORD).is_file():
         folder = inner
+    if not (folder / RECORD).is_file():
+        check_names({}, source, {RECORD: 0})
     check_names(regular_files(folder, source), source, {RECORD: 0})
     if keeper is None:
         keeper, folder = _copied(folder, source)
@@ -116,6 +119,7 @@ def _of_version(store: Store, source: str, name: str, version: str, alias: str) 
 
 
 def _of_archive(path: Path, source: str) -> StoredTrial:
+    require_file(path, "A trial is a zip archive that qflow wrote")
     keeper, folder = _temporary()
     try:
         with zipfile.ZipFile(path) as archive:

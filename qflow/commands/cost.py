@@ -8,6 +8,7 @@ reason is printed); 2: a mistake in the command line or configuration.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +42,9 @@ def cost(config: DictConfig) -> Result:
         return fit(config)
     if config.mode != "report":
         raise ConfigError(f"mode is report or fit, but got {config.mode}. Write `qflow.cost fit data=...`.")
-    if config.fps is not None and not config.fps > 0:
+    if config.data is not None or config.out is not None:
+        raise ConfigError("data and out are those of a fit, but got one without it. Write qflow.cost fit data=<file>.")
+    if config.fps is not None and not 0 < config.fps < math.inf:
         raise ConfigError(f"fps is a number of frames a second above 0, but got {config.fps:g}.")
     check_config(config)
     return report(config)
@@ -141,10 +144,8 @@ def write(folder: Path, found: CostReport, promotions: Mapping[str, float], conf
 def fit(config: DictConfig) -> Result:
     """Fit the parameters to `data`, print the validation, and write `out`."""
     from qflow.config.device_cost import cost_section, write_cost
-    from qflow.config.settings import plain
-    from qflow.core.device_rules import DeviceRules
+    from qflow.config.device_file import cost_of, rules_of
     from qflow.cost_model.fit import fit_networks
-    from qflow.cost_model.model import CostModel
     from qflow.cost_model.networks import CLOCKS, read_networks
 
     march = config.device.march
@@ -160,11 +161,10 @@ def fit(config: DictConfig) -> Result:
     for how in found.left_out:
         name = how if how not in ("family", "network") else f"{how} left out"
         print(f"{name:<24}{found.errors(how)}")
-    fitted = found.apply(CostModel(march=march, **plain(config.device.cost)))
+    fitted = found.apply(cost_of(config.device))
     print(cost_section(fitted), end="")
     if config.out is not None:
-        rules = DeviceRules(march=march, oe_version=config.device.oe_version, **plain(config.device.rules))
-        write_cost(fitted, Path(config.out).expanduser(), rules)
+        write_cost(fitted, Path(config.out).expanduser(), rules_of(config.device))
         print(f"{'written':<24}{config.out}")
     errors = {how: str(found.errors(how)) for how in found.left_out}
     return 0, {"rows": found.rows, "families": list(found.families), "errors": errors, "written": config.out}

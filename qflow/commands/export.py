@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from qflow.config.command import run_command
 from qflow.config.settings import plain, root_dir
 from qflow.core.errors import ConfigError, TrackingError
+from qflow.core.nearest import did_you_mean
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -76,8 +77,10 @@ def export(config: DictConfig) -> tuple[int, dict[str, Any]]:
 
 def carried(config: DictConfig) -> dict[str, Any]:
     """Write the study to a file, or add the study of a file to the store."""
+    from qflow.config.compose import require_only
     from qflow.study.archive import pack, unpack
 
+    require_only(("bundle", "unpack", "study", "root", "tracking"), "A study is bundled or imported whole")
     if config.bundle and config.unpack:
         raise ConfigError("One study is bundled or imported, but got bundle and import. Leave one out.")
     root = root_dir(config)
@@ -99,7 +102,8 @@ def targets_of(stated: Any) -> list[str]:
     found = list(dict.fromkeys(str(name).strip() for name in names))
     unknown = [name for name in found if name not in TARGETS]
     if unknown or not found:
-        raise ConfigError(f"A target is one of {', '.join(TARGETS)}, but got {', '.join(unknown) or 'none'}.")
+        near = did_you_mean(unknown[0], TARGETS) if unknown else ""
+        raise ConfigError(f"A target is one of {', '.join(TARGETS)}, but got {', '.join(unknown) or 'none'}.{near}")
     return found
 
 

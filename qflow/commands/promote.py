@@ -12,13 +12,13 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qflow.config.command import Result, run_command
 from qflow.config.settings import plain, root_dir
-from qflow.core.errors import PromotionError
+from qflow.core.errors import ConfigError, PromotionError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -27,44 +27,17 @@ if TYPE_CHECKING:
     from qflow.search.objective import Goal
     from qflow.study.gate import Judged, Rules, Scores
     from qflow.study.rebuild import Rebuilt
+    from qflow.study.verdict import Verdict
     from qflow.tasks.task import Task
     from qflow.tracking.artifacts import Store
     from qflow.tracking.registry import Version
 
 WORDS = {"rollback": "rollback=true"}
 """What may be written instead of an override."""
+OF_ROLLBACK = ("rollback", "study", "tracking", "root", "dry_run")
 SHOWN = ("accuracy/drop", "cost/latency_ms", "qconfig/int16_ratio")
 JUDGED = "qflow.judged"
 """Tag of a version: the figures that the next one is compared with."""
-
-
-@dataclass
-class Verdict:
-    """The reasons against a version by kind, and what is said beside them."""
-
-    anomalous: list[str] = field(default_factory=list)
-    infeasible: list[str] = field(default_factory=list)
-    rejected: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def word(self) -> str:
-        """The verdict: that of the gravest reason."""
-        kinds = {"ANOMALOUS": self.anomalous, "INFEASIBLE": self.infeasible, "REJECT": self.rejected}
-        return next((word for word, reasons in kinds.items() if reasons), "ACCEPT")
-
-    def record(self, **more: Any) -> dict[str, Any]:
-        """Return the result for scripts: the verdict, its reasons and notes, and `more`."""
-        reasons = [*self.anomalous, *self.infeasible, *self.rejected]
-        return {"verdict": self.word, "reasons": reasons, "notes": self.notes, **more}
-
-    def show(self) -> None:
-        """Print notes, reasons and the word."""
-        for text in self.notes:
-            print(f"{'note':<12}{text}")
-        for text in (*self.anomalous, *self.infeasible, *self.rejected):
-            print(f"{'refused':<12}{text}")
-        print(f"{'verdict':<12}{self.word}")
 
 
 def main() -> None:
@@ -75,14 +48,18 @@ def main() -> None:
 def promote(config: DictConfig) -> Result:
     """Pick, rebuild, judge, register. Returns 0, or 1 with every reason printed, and the result for scripts."""
     from qflow.bundle.source import of_run
-    from qflow.study.gate import Rules
+    from qflow.study.gate import Rules, check_goal
     from qflow.tracking.artifacts import Store
     from qflow.tracking.limits import model_name
     from qflow.tracking.registry import champion, check_alias
 
+    require_used(config)
+    check_goal(plain(config.objective))
     if config.tracking.alias is not None:
         check_alias(config.tracking.alias)
     rules, stated = Rules(**plain(config.gate)), config.tracking.registered_model
+    if stated is not None:
+        model_name(stated)
     store = Store.open(config.tracking.uri, root_dir(config))
     if config.rollback:
         return roll_back(store, config)
@@ -111,6 +88,22 @@ def promote(config: DictConfig) -> Result:
     print(f"{'champion':<12}{name} version {version}, alias {alias} moved{came}")
     show_how_to_load(config, trial, store, f"models:/{name}@{alias}")
     return 0, {**record, "version": version}
+
+
+def require_used(config: DictConfig) -> None:
+    """Raise ConfigError for a key of the command line that this form of the command does not read."""
+    from qflow.config.compose import overridden, require_only
+
+    if config.rollback:
+        require_only(OF_ROLLBACK, "rollback moves an alias back and judges nothing")
+    if config.run and not config.run.isalnum():
+        raise ConfigError(
+            f"run is an MLflow run id of letters and digits, but got {config.run!r}. Copy it from MLflow."
+        )
+    if config.run and any(text.startswith(("study=", "tracking.experiment=")) for text in overridden()):
+        raise ConfigError(
+            f"run names a trial, study the one to take its best of, but got both with run={config.run}. Leave one out."
+        )
 
 
 def best_run(store: Store, study: str, experiment: str | None) -> str:
@@ -177,6 +170,7 @@ def judge(
     from qflow.bundle.write import write_bundle
     from qflow.study.gate import Judged, misses, score, stricter
     from qflow.study.rebuild import rebuild
+    from qflow.study.verdict import Verdict
     from qflow.trial.record import run_metrics
     from qflow.trial.training import float_weights
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qflow.study.by_hand import ByHand
 
 SHOWN = 12  # operators on the console; qflow.compare lists all
-OF_AGAIN = ("from_run", "root", "tracking", "security", "task", "hydra")
+OF_AGAIN = ("from_run", "root", "tracking", "security", "task")
 """What may be set beside from_run: everything else is the run's."""
 
 
@@ -107,12 +107,10 @@ def print_next(hand: ByHand, done: FinishedTrial, best: FinishedTrial | None) ->
 
 def again(config: DictConfig) -> Result:
     """Run the trial of a run again. Returns 1 where anything differs from what was stored."""
-    from qflow.config.compose import overridden
+    from qflow.config.compose import require_only
     from qflow.config.settings import plain, root_dir
-    from qflow.core.errors import ConfigError
 
-    if odd := [text for text in overridden() if not text.lstrip("+~").startswith(OF_AGAIN)]:
-        raise ConfigError(f"from_run=<run> runs a trial with the settings of its run, but got {odd[0]}. Leave it out.")
+    require_only(OF_AGAIN, "from_run=<run> runs a trial with the settings of its run")
     from qflow.bundle.source import fetch
     from qflow.study.rebuild import rebuild
 

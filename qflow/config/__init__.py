@@ -15,6 +15,7 @@ __all__ = [
     "device_cost",
     "device_file",
     "explain",
+    "foreign",
     "help",
     "json_output",
     "keys",

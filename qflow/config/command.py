@@ -14,6 +14,7 @@ from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qflow.config.command_table import CLOSED_PIPE, DEFECT, INTERRUPTED, named
+from qflow.config.foreign import foreign_line
 from qflow.config.json_output import document, only_json
 from qflow.core.credentials import masked
 from qflow.core.errors import QflowError
@@ -30,7 +31,8 @@ REFUSED = "The options of a command are those of --help, but got others. The lin
 def run_command(name: str, act: Callable[[DictConfig], Result], argv: Sequence[str] | None = None) -> NoReturn:
     """Compose conf/<name>.yaml with the command line, call `act` and exit with the code that it returns.
 
-    A QflowError is printed as one line and exits with 2; with QFLOW_DEBUG=1 its traceback stands before the line. With
+    A QflowError is printed as one line and exits with 2, and so is an exception of the system or of a store
+    (config/foreign.py); with QFLOW_DEBUG=1 its traceback stands before the line. With
     `--json` stdout is one JSON document however the command ends, and what is printed goes to stderr. Hydra's own flags
     (--cfg job, --hydra-help, --shell-completion, --config-dir) work.
     """
@@ -48,9 +50,11 @@ def run_command(name: str, act: Callable[[DictConfig], Result], argv: Sequence[s
             if json:
                 write(document(name, code, named(name).meaning(code), record, message))
             sys.stdout.flush()
-        except BrokenPipeError:  # the reader of our output has closed the pipe
+        except OSError as error:  # the reader of our output has closed the pipe, or its disk is full
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = CLOSED_PIPE
+            code = CLOSED_PIPE if isinstance(error, BrokenPipeError) else 2
+            if code == 2:
+                print(f"qflow: {foreign_line(error) or error}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -83,9 +87,11 @@ def _answer(
         if debug:
             sys.stderr.write(masked(traceback.format_exc()))
         return 2, {}, masked(" ".join(line.strip() for line in str(error).splitlines()))
-    except Exception:  # a defect of qflow or of the user's code, which needs a code of its own
-        sys.stderr.write(masked(traceback.format_exc()))
-        return DEFECT, {}, ""
+    except Exception as error:
+        line = foreign_line(error)
+        if debug or not line:
+            sys.stderr.write(masked(traceback.format_exc()))
+        return (2, {}, masked(line)) if line else (DEFECT, {}, "")  # a defect needs a code of its own
     return (ended, {}, "") if isinstance(ended, int) else (*ended, "")
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from typing import TypeVar
 
@@ -62,11 +62,22 @@ def overridden() -> list[str]:
     return [text for text in HydraConfig.get().overrides.task if not text.startswith("++search.space.")]
 
 
+def require_only(used: Collection[str], rule: str) -> None:
+    """Raise ConfigError, which begins with `rule`, for an override of another group or key than `used`."""
+    for text in overridden():
+        if text.lstrip("+~").partition("=")[0].partition(".")[0] not in (*used, "hydra"):
+            raise ConfigError(f"{rule}, but got {text}. Leave it out.")
+
+
 def _compose(name: str, job: Callable[[DictConfig], None]) -> None:
     import hydra
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
+    except RecursionError as error:
+        raise ConfigError(
+            "A configuration file starts from others, but got a circle in their defaults. Take the file's own name out."
+        ) from error
     except ValueError as error:  # an option of a group that is no name
         raise ConfigError(f"An override sets a key, or names an option of a group, but got {error}.") from error
 

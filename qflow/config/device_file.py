@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import tempfile
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from qflow.config.command_schema import TuneSchema
 from qflow.config.explain import explain
 from qflow.config.keys import conf_dir
+from qflow.config.yaml_file import mapping_text
 from qflow.core.device_rules import DeviceRules
 from qflow.core.errors import ConfigError
 from qflow.core.nearest import did_you_mean
@@ -58,6 +58,20 @@ def load_cost(name_or_path: str | Path) -> CostModel:
     node = _load(name_or_path)
     require_cost(node, name_or_path)
     return CostModel(march=_needed(node, "march", name_or_path), **OmegaConf.to_container(node.cost))  # type: ignore[arg-type]
+
+
+def rules_of(device: DictConfig) -> DeviceRules:
+    """Return the dtype rules in the `device` of a configuration. Raises ConfigError."""
+    rules: Any = OmegaConf.to_container(device.rules, resolve=True)
+    return DeviceRules(march=device.march, oe_version=device.oe_version, **rules)
+
+
+def cost_of(device: DictConfig) -> CostModel:
+    """Return the cost model in the `device` of a configuration. Raises ConfigError, also where it has none."""
+    from qflow.cost_model.model import CostModel
+
+    require_cost(device, device.march)
+    return CostModel(march=device.march, **OmegaConf.to_container(device.cost, resolve=True))  # type: ignore[arg-type]
 
 
 def name_of(device: DictConfig) -> str:
@@ -100,12 +114,12 @@ class _Source:
     name: str | Path
     beside: Path | None
     path: Path
-    content: bytes
+    content: str
 
     def unchanged(self) -> bool:
         try:
-            return _find(self.name, self.beside) == self.path and self.path.read_bytes() == self.content
-        except (ConfigError, OSError):
+            return _find(self.name, self.beside) == self.path and self.path.read_text() == self.content
+        except (ConfigError, OSError, UnicodeDecodeError):
             return False
 
 
@@ -152,13 +166,15 @@ def _body(name: str | Path, beside: Path | None, loading: tuple[Path, ...], sour
     path = _find(name, beside)
     if path in loading:
         raise ConfigError(f"A device file starts from another one, but got a circle of defaults at {path}.")
+    content = mapping_text(path, "A device file is YAML")
     try:
-        content = path.read_bytes()
-        loaded = OmegaConf.load(StringIO(content.decode()))
-    except (YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"A device file is YAML, but got {path}: {' '.join(str(error).split())}") from error
+        loaded = OmegaConf.create(content or "{}")
+    except (YAMLError, ValueError, TypeError) as error:  # a key twice, a number of 5000 digits
+        raise ConfigError(
+            f"A device file is YAML, but got {path}: {' '.join(str(error).split())[:200]}. Correct it."
+        ) from error
     if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"A device file holds march, oe_version, rules and cost, but got a list in {path}.")
+        raise ConfigError(f"A device file holds march, oe_version, rules and cost, but got another text in {path}.")
     sources.append(_Source(name, beside, path, content))
     own = OmegaConf.masked_copy(loaded, [str(key) for key in loaded if key != "defaults"])
     parents = [str(entry) for entry in loaded.get("defaults") or []]

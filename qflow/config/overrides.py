@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ from hydra.errors import HydraException
 from qflow.config.command_table import named
 from qflow.config.keys import conf_dir, switches
 from qflow.config.quoting import assignment, in_braces, mended, quoted
+from qflow.config.yaml_file import mapping_text
 from qflow.core.errors import ConfigError
 from qflow.core.nearest import did_you_mean
 
@@ -34,9 +34,10 @@ FIXES = re.compile(r"(calibration|qconfig|qat|repair)\.(?!(modules|rates)$)\w+$|
 
 
 def own_device(arguments: Sequence[str], folders: ExitStack) -> list[str]:
-    """Let `device=<path of a .yaml file>` name a file in any folder, by adding a copy to Hydra's search path.
+    """Let `device=<path of a .yaml file>` name a file in any folder, by adding a link to it to Hydra's search path.
 
-    The other files of its folder are copied too, so that it may start from one of them or from a shipped one.
+    The other files of its folder are linked too, so that it may start from one of them or from a shipped one. Raises
+    ConfigError for what is no device file.
     """
     out = []
     for argument in arguments:
@@ -45,18 +46,24 @@ def own_device(arguments: Sequence[str], folders: ExitStack) -> list[str]:
         if key != "device" or path.suffix not in (".yaml", ".yml"):
             out.append(argument)
             continue
-        if not path.is_file():
-            raise ConfigError(f"A device is a name or the path of a .yaml file, but got {value}, which is no file.")
+        mapping_text(path, "A device is a name or a .yaml file")
         root = Path(folders.enter_context(tempfile.TemporaryDirectory(prefix="qflow-device-")))
         (root / "device").mkdir()
         shipped = {p.stem for p in (conf_dir() / "device").glob("*.yaml")}
         for other in path.parent.glob("*.y*ml"):
             if other.stem not in shipped:  # the shipped file of this name must stay available
-                shutil.copyfile(other, root / "device" / f"{other.stem}.yaml")
-        name = path.stem if path.stem not in shipped else f"own-{path.stem}"
-        shutil.copyfile(path, root / "device" / f"{name}.yaml")
-        out += [f"device={name}", f"hydra.searchpath=[file://{root}]"]
+                _link(other, root / "device" / f"{other.stem}.yaml")
+        name = f"own-{path.stem}" if re.fullmatch(r"[\w-]+", path.stem, re.ASCII) else "own-device"
+        while (root / "device" / f"{name}.yaml").exists():
+            name = f"own-{name}"
+        _link(path, root / "device" / f"{name}.yaml")
+        out += [f"device={name}", f"hydra.searchpath=[{quoted(f'file://{root}')}]"]
     return out
+
+
+def _link(path: Path, link: Path) -> None:
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.absolute())
 
 
 def flags_and_sources(command: str, arguments: Sequence[str]) -> list[str]:

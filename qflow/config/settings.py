@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -147,6 +148,10 @@ def check_executor(config: DictConfig) -> None:
         )
     if not 0 <= executor.max_retries <= MOST_RETRIES:
         raise ConfigError(f"executor.max_retries is 0 to {MOST_RETRIES}, but got {executor.max_retries}.")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", config.executor.device):
+        raise ConfigError(
+            f"executor.device is cpu, cuda or cuda:<n>, but got {config.executor.device!r}. Use executor.device=cpu."
+        )
     if not 0 <= config.executor.threads <= MOST_THREADS:
         raise ConfigError(
             f"executor.threads is 0 (leaves it to torch) to {MOST_THREADS}, but got {config.executor.threads}."
@@ -161,11 +166,12 @@ def root_dir(config: DictConfig) -> Path:
     given = Path(config.root or "qflow_out")
     with suppress(RuntimeError):  # a folder may be called ~x where no user x has a home
         given = given.expanduser()
-    root = given.resolve()
     try:
+        root = given.resolve()
         root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"root is a folder that can be written, but got {root}: {error.strerror}.") from error
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links is a RuntimeError up to Python 3.12
+        why = getattr(error, "strerror", None) or ("Symlink loop" if isinstance(error, RuntimeError) else error)
+        raise ConfigError(f"root is a folder that can be written, but got {given}: {why}. Name another.") from error
     return root
 
 

@@ -166,8 +166,7 @@ def _extremes(domain: Domain) -> tuple[Scalar, ...]:
         return domain.values
     if isinstance(domain, Interval):
         return (domain.normal(domain.low), domain.normal(domain.high))
-    points = domain.points()
-    return (points[0], points[-1])
+    return (domain.normal(domain.start), domain.normal(domain.start + (domain.count() - 1) * domain.step))
 
 
 def _flat(node: Any) -> list[tuple[str, Any]]:

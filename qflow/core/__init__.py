@@ -12,6 +12,7 @@ __all__ = [
     "graph",
     "installed",
     "known_range",
+    "limits",
     "names",
     "nearest",
     "op_spec",
@@ -27,6 +28,7 @@ __all__ = [
     "store",
     "table_setter",
     "template",
+    "text_file",
     "version",
     "weight_inputs",
 ]

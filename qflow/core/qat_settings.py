@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qflow.core.errors import ConfigError
-from qflow.core.limits import one_of, within
+from qflow.core.limits import LARGEST_SEED, one_of, within
 from qflow.core.record import plain
 
 NORM_MODES = ("fuse_bn", "with_bn", "with_bn_reverse_fold")
@@ -120,6 +120,7 @@ class QatSettings:
         within("qat.averaging_constant", self.averaging_constant, 0.0, 1.0)
         within("qat.max_share", self.max_share, 0.0, 1.0)
         within("qat.divergence", self.divergence, 1.0, math.inf)
+        within("qat.seed", self.seed, 0, LARGEST_SEED)
         within("qat.first_losses", self.first_losses, 1, 1000)
         within("qat.checkpoint_every", self.checkpoint_every, 0, 10_000_000)
         if self.float_steps is not None:

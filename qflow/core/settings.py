@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qflow.core.errors import ConfigError
+from qflow.core.limits import LARGEST_SEED
 from qflow.core.limits import one_of as _one_of
 from qflow.core.limits import within as _within
 from qflow.core.op_spec import parse_op
@@ -175,6 +176,7 @@ class SensitivitySettings:
         _within("sensitivity.screened_share", self.screened_share, 0.01, 1.0)
         _within("sensitivity.draws", self.draws, 1, 65536)
         _within("sensitivity.memory_mb", self.memory_mb, 1, 10_000_000)
+        _within("sensitivity.seed", self.seed, 0, LARGEST_SEED)
         for dtype in self.dtypes:
             _one_of("sensitivity.dtypes", dtype, ("qint8", "qint16", "float16"))
         if not self.dtypes:

@@ -76,11 +76,26 @@ def exclusive(path: Path, *, owner_of: str = "") -> Iterator[None]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that readers find either the old or the new text complete, even if this process is killed."""
+    """Write a file so that readers find either the old or the new text complete, even after a kill or a power failure.
+
+    Nothing is left beside it where the disk is full. Raises OSError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # else the renamed file may be empty after a power failure
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name itself
+    finally:
+        os.close(folder)
 
 
 def build_aside(path: Path, create: Callable[[str], None]) -> None:

@@ -7,9 +7,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 
 from qflow.core.errors import ConfigError
+from qflow.core.text_file import read_text
 
 COLUMNS = {
     "gemms": "n_gemm_ops",
@@ -64,10 +66,9 @@ def read_networks(path: str | Path) -> tuple[list[Network], list[str]]:
     """
     place = Path(path)
     try:
-        with place.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            header, table = [*(reader.fieldnames or ())], list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reader = csv.DictReader(StringIO(read_text(place, "A fit reads a CSV file of networks"), newline=""))
+        header, table = [*(reader.fieldnames or ())], list(reader)
+    except csv.Error as error:
         raise ConfigError(f"A fit reads a CSV file of networks, but got {place}: {error}. Name one.") from error
     marches = _marches(header, place, "t_bpu_ms")
     missing = [c for c in ("model", "dtype", *COLUMNS.values()) if c not in header]

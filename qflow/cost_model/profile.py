@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qflow.core.errors import ConfigError
+from qflow.core.text_file import LARGEST
 
 T = TypeVar("T")
 MAC_CLASSES = ("double int8", "feature int16 weight int8", "feature int8 weight int16", "double int16")
@@ -96,6 +97,10 @@ def read_profile(path: str | Path) -> MeasuredProfile:
 
 def _text(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():  # a pipe would wait for a writer
+            raise ConfigError("A profile is a file, but got a folder, pipe or device")
+        if path.is_file() and path.stat().st_size > LARGEST:
+            raise ConfigError(f"A profile is a file of at most {LARGEST} bytes, but got a larger one")
         text = path.read_bytes().decode("utf-8-sig").strip()
     except OSError as error:
         raise ConfigError(f"A profile is a file that can be read, but got {error.strerror!r}") from None

@@ -28,4 +28,5 @@ __all__ = [
     "start",
     "train_stage",
     "unrepaired",
+    "verdict",
 ]

@@ -21,6 +21,7 @@ from qflow.bundle.files import LIMITS, MOST, sha256
 from qflow.core.errors import BundleError, TrackingError, TrialError
 from qflow.core.names import check_study_name
 from qflow.core.record import digest
+from qflow.core.text_file import require_file
 from qflow.core.version import VERSION
 from qflow.search.carried import check_study, restore_study, study_names, study_record, taken, withdraw_study
 from qflow.search.outcome import Marker
@@ -141,7 +142,8 @@ def _rename_texts(tracker: MlflowTracker, folder: Path, run_id: str, made: Mappi
 
 
 def _verified(path: Path, folder: Path) -> dict[str, Any]:
-    """Unpack a bundle into `folder` and return its record. Raises BundleError unless all is as `pack` wrote it."""
+    """Unpack a bundle into `folder` and return its record. Raises QflowError unless all is as `pack` wrote it."""
+    require_file(path, "A study is imported from a bundle")
     try:
         with zipfile.ZipFile(path) as archive:
             record = _record(archive, path)

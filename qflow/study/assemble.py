@@ -7,9 +7,8 @@ from omegaconf import DictConfig
 
 from qflow.analysis.measures.metrics import CUSTOM, Custom, custom_metric
 from qflow.config.build import build_task, build_training, get_function
-from qflow.config.device_file import require_cost
+from qflow.config.device_file import cost_of, require_cost, rules_of
 from qflow.config.settings import plain, sensitivity_settings, trial_settings
-from qflow.core.device_rules import DeviceRules
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.cost_model.model import CostModel
@@ -33,10 +32,10 @@ def make_evaluator(config: DictConfig) -> Evaluator:
     torch.backends.cuda.matmul.allow_tf32 = False  # TF32 ruins int16: 78 to 86 % of the outputs come out wrong
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
-    march, settings = config.device.march, trial_settings(config)
+    settings = trial_settings(config)
     return Evaluator(
         task=build_task(config),
-        rules=DeviceRules(march=march, oe_version=config.device.oe_version, **plain(config.device.rules)),
+        rules=rules_of(config.device),
         cost_model=cost_model(config),
         sensitivity_settings=sensitivity_settings(config),
         default_calibration=settings.calibration,
@@ -60,12 +59,11 @@ def study_goal(config: DictConfig, task: Task) -> Goal:
 
 def cost_model(config: DictConfig) -> CostModel | str:
     """Return the device's cost model, or why it has none."""
-    device = config.device
     try:
-        require_cost(device, device.march)
+        require_cost(config.device, config.device.march)
     except ConfigError as error:
         return str(error)
-    return CostModel(march=device.march, **plain(device.cost))
+    return cost_of(config.device)
 
 
 def own_metric(config: DictConfig) -> Custom | None:

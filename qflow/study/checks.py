@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qflow.config.device_file import require_cost
+from omegaconf import OmegaConf
+
+from qflow.config.device_file import cost_of, require_cost, rules_of
 from qflow.config.settings import check_executor, plain, sensitivity_settings, trial_settings
 from qflow.config.space import search_space
 from qflow.core.credentials import masked
+from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
+from qflow.core.limits import LARGEST_SEED, check_shape, within
 from qflow.core.names import check_study_name
 from qflow.core.nearest import did_you_mean
 from qflow.search.proposal import SAMPLERS
@@ -30,8 +35,31 @@ def check_config(config: DictConfig) -> None:
     _check_loss(config, bool(settings.qat.steps))
     _check_float16(config, bool(settings.qconfig.float16_count))
     _check_trains(config, bool(settings.qat.steps))
-    if config.task.batch_size < 1:
-        raise ConfigError(f"task.batch_size is at least 1, but got {config.task.batch_size}.")
+    _check_task(config)
+    _check_device(config)
+    within("seed", config.seed, 0, LARGEST_SEED)
+
+
+def _check_task(config: DictConfig) -> None:
+    task = plain(config.task)
+    within("task.batch_size", task["batch_size"], 1, 1_000_000)
+    within("task.tolerance", task["tolerance"], 0.0, 1e9)
+    if task["float_metric"] is not None:
+        within("task.float_metric", task["float_metric"], -1e9, 1e9)
+    check_shape("task.deploy_shape", task["deploy_shape"])
+
+
+def _check_device(config: DictConfig) -> None:
+    device = config.device
+    rules_of(device)
+    if not any(OmegaConf.is_missing(device.cost, key) for key in device.cost):  # rules alone serve some commands
+        cost_of(device)
+    QDtype.parse(device.profile_dtype, "device.profile_dtype")
+    if device.profile is not None and not Path(device.profile).is_file():
+        raise ConfigError(
+            f"device.profile is a measured report, a file, but got {device.profile!r}, which is none. Correct the "
+            "path, or null predicts from the cost model."
+        )
 
 
 def check_study(config: DictConfig) -> None:
@@ -113,6 +141,7 @@ def check_search(config: DictConfig) -> None:
         raise ConfigError(f"search.sampler is one of {known}, but got {search.sampler!r}.")
     if search.n_trials < 2:
         raise ConfigError(f"search.n_trials is at least 2 (all-int16 and all-int8), but got {search.n_trials}.")
+    within("search.n_trials", search.n_trials, 2, 1_000_000)
     if search.timeout is not None and not 0 < search.timeout < math.inf:
         raise ConfigError(f"search.timeout is a number of seconds above 0, but got {search.timeout:g}.")
 

@@ -19,6 +19,7 @@ from qflow.core.errors import BundleError, QflowError
 from qflow.core.names import trial_name
 from qflow.core.qconfig import OpQConfig, QConfig
 from qflow.core.record import from_dict
+from qflow.core.text_file import read_text
 from qflow.cost_model.records import Change
 from qflow.report.files import SCORES
 from qflow.search.noise import Noise, difference_noise
@@ -154,13 +155,17 @@ def side_of(trial: StoredTrial) -> Side:
 
 def side_of_json(path: Path) -> Side:
     """Return what is compared of a JSON file: the qconfig alone. Raises BundleError for another file."""
+    rule = "A .json file holds a qconfig that qflow wrote"
+    text = read_text(path, rule)
     try:
-        content = json.loads(path.read_text())
-        found = content.get("applied") if isinstance(content.get("applied"), dict) else content
+        content = json.loads(text)
+        found = content["applied"] if isinstance(content.get("applied"), dict) else content
         return Side(str(path), f"qconfig of {path.name}", from_dict(QConfig, found))
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError, QflowError) as error:
-        text = " ".join(str(error).split())[:120]
-        raise BundleError(f"A .json file holds a qconfig that qflow wrote, but got {path}: {text}") from error
+    except RecursionError as error:
+        raise BundleError(f"{rule}, but got {path}, which is nested too deep. Take another.") from error
+    except (ValueError, AttributeError, TypeError, QflowError) as error:
+        why = "no mapping" if isinstance(error, AttributeError) else " ".join(str(error).split())[:120]
+        raise BundleError(f"{rule}, but got {path}: {why}. Take another.") from error
 
 
 def _times(folder: Path) -> dict[str, tuple[str, float, float, float]]:

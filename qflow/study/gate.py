@@ -44,6 +44,10 @@ class Rules:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ConfigError(f"gate.{name} is a number of at least 0, but got {value}. null sets no rule.")
+        if (self.max_worse_share or 0.0) > 1.0:
+            raise ConfigError(
+                f"gate.max_worse_share is a share of at most 1, but got {self.max_worse_share}. null sets no rule."
+            )
 
     @property
     def of_samples(self) -> list[str]:
@@ -104,6 +108,11 @@ def score(task: Task, model: nn.Module, split: str, batch_size: int) -> Scores:
     if isinstance(metric, _Recorder):
         return Scores(value, tuple(metric.scores), tuple(metric.classes))
     return Scores(value)
+
+
+def check_goal(given: Mapping[str, float | None]) -> None:
+    """Raise ConfigError for a number of the command that is no goal, before anything is read."""
+    Goal(**{"max_drop": 0.0, **{key: value for key, value in given.items() if value is not None}})  # type: ignore[arg-type]
 
 
 def stricter(study: Mapping[str, Any], given: Mapping[str, float | None]) -> Goal:

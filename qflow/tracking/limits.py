@@ -18,6 +18,7 @@ TAG = 8000  # characters of a tag's value
 KEY = 250  # characters of a name
 EXPERIMENT = 500  # characters of an experiment's name
 PREFIX = 50  # characters that are left for what stands before a metric's name, as in all_int16/<name>
+TAKEN = "drop"  # accuracy/drop is a metric of each trial, beside accuracy/<name of the task's metric>
 NOTE = "mlflow.note.content"  # shown by MLflow's UI as it stands
 
 
@@ -25,6 +26,11 @@ def check_metric_name(name: str) -> None:
     """Raise ConfigError for a metric's name that MLflow would refuse once the metric has been measured."""
     parts = re.sub(r"[^/\w.\- :]", "_", name)[: KEY - PREFIX].split("/")
     clean = "/".join(part for part in parts if part.strip(". "))  # MLflow refuses `//`, `/./` and `/../`
+    if name == TAKEN:
+        raise ConfigError(
+            f"accuracy/{TAKEN} is the loss against float, so a metric has another name, but got {name!r}. Give the "
+            f"metric another: name = 'mean_{TAKEN}'."
+        )
     if clean != name:
         raise ConfigError(
             f"A metric's name is letters, digits, blanks and _ - . / : with at most {KEY - PREFIX} characters, but got "

@@ -42,7 +42,7 @@ REFUSED = {
     "unknown option": ([BASE, "calibration=klx"], "got calibration/klx. Options: default, minmax, percentile"),
     "wrong type": (
         [BASE, "calibration.steps=abc"],
-        "'abc' of type 'str' could not be converted to Integer, for calibration.steps",
+        "calibration.steps is a whole number, but got 'abc'. Leave it out, or see calibration in --help.",
     ),
     "illegal value": (
         [BASE, "calibration.method=foo"],
@@ -64,7 +64,7 @@ REFUSED = {
     "negative goal": ([BASE, "objective.max_drop=-1"], "objective.max_drop is a number of at least 0, but got -1"),
     "sampler": ([BASE, "search.sampler=grid"], "search.sampler is one of tpe, nsga2, gp, random, but got 'grid'"),
     "trials": ([BASE, "search.n_trials=1"], "search.n_trials is at least 2"),
-    "batch of none": ([BASE, "task.batch_size=0"], "task.batch_size is at least 1, but got 0"),
+    "batch of none": ([BASE, "task.batch_size=0"], "task.batch_size lies between 1 and 1000000, but got 0"),
     "threads": ([BASE, "executor.threads=-3"], "executor.threads is 0 (leaves it to torch) to 1024, but got -3"),
     "workers": ([BASE, "executor.workers=2"], "executor.workers is 1 with executor.kind=serial, but got 2. Use exec"),
     "no workers": ([BASE, "executor=process", "executor.workers=0"], "executor.workers is 1 to 256 with executor.kind"),

@@ -90,11 +90,11 @@ WRONG = {
         WHOLE + "rules: {int8_input: {}}",
         "got device.rules.int8_input. Did you mean device.rules.int8_inputs? Keys of device.rules: int8_inputs",
     ),
-    "wrong type": (WHOLE + "rules: {matmul_int16_inputs: two}", "could not be converted to Integer"),
+    "wrong type": (WHOLE + "rules: {matmul_int16_inputs: two}", "is a whole number, but got 'two'"),
     "unknown kind": (WHOLE + "rules: {int8_outputs: [rezise]}", "rules.int8_outputs takes operator kinds"),
     "no march": ("oe_version: 1.0.0", "names its march, but got none"),
     "no yaml": ("a: [", "A device file is YAML"),
-    "a list": ("- 1", "but got a list"),
+    "a list": ("- 1", "but got none in"),
     "a circle": ("defaults: [device]", "a circle of defaults"),
     "wrong default": ("defaults: [nash-x]", "but got nash-x"),
 }

@@ -30,6 +30,11 @@ def run(capsys, *arguments, command="tune"):
         check_study(config)
         return 0
 
+    return ended(capsys, command, act, *arguments)
+
+
+def ended(capsys, command, act, *arguments):
+    """Exit code and standard error of a command that runs `act` for its configuration."""
     argv = sys.argv
     try:
         with pytest.raises(SystemExit) as stop:
