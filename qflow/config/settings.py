@@ -200,7 +200,7 @@ def load_resolved(text: str) -> DictConfig:
         merged = OmegaConf.merge(OmegaConf.structured(TuneSchema), kept)
     except OmegaConfBaseException as error:
         raise ConfigError(f"The run's configuration must fit this qflow version, but got: {explain(error)}") from error
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # a key twice, two documents, a number of 5000 digits
+    except (yaml.YAMLError, ValueError, TypeError, AssertionError) as error:  # a key twice, two documents, a number
         words = " ".join(str(error).split())[:120]
         raise ConfigError(
             f"The run's configuration is one YAML mapping, but got: {words}. Take another run."

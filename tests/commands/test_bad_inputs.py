@@ -24,6 +24,7 @@ CASES = dict(zip(LINES[::2], LINES[1::2], strict=True))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder of files that are not what a command asks for, and a store without a study."""
+    import qflow.study.assemble  # noqa: F401  # what a process imports counts in no case
     from qflow.tracking.mlflow_tracker import MlflowTracker
 
     made = tmp_path_factory.mktemp("bad")

@@ -16,7 +16,7 @@ def paste(line, cwd):
 
 
 def test_the_promote_line_runs_whatever_the_names_are(tmp_path):
-    folder = tmp_path / "it's 100%20 {x} & 車道"
+    folder = tmp_path / "it's 100%20 {v2} a%2Fb? & 車道"
     folder.mkdir()
     done = run_qflow(
         "tune", *OWN, "search.n_trials=2", "objective.max_drop=0.9", "study=own+1/a@b", "root='out 1?#'",
