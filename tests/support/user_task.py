@@ -1,7 +1,5 @@
 """A user's own task: digits through a network whose int8 loses, because one channel drowns another."""
 
-import os
-
 import torch
 from support.models import Wide
 
@@ -120,31 +118,6 @@ def nan_model():
 class BadMetric(ErrorRate):
     def __call__(self, outputs, batch):
         return outputs["nosuch"]
-
-
-class DyingMetric(ErrorRate):
-    """Ends its process if that is a worker, which leads a process group of its own."""
-
-    def __call__(self, outputs, batch):
-        if os.getpgrp() == os.getpid():
-            os._exit(7)
-        return super().__call__(outputs, batch)
-
-
-class Untrained(torch.nn.Module):
-    """Weights by the seed alone: each process builds the same, however many threads it has."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv, self.out = torch.nn.Conv2d(1, 4, 3), torch.nn.Linear(4, 10)
-
-    def forward(self, image):
-        return {"scores": self.out(self.conv(image).relu().mean((2, 3)))}
-
-
-def untrained():
-    return Untrained().eval()
 
 
 def detector():
