@@ -32,7 +32,7 @@ SCREENED = 10  # how many proposals in a row may be screened out
 FAILURES = 10  # failed trials in a row that end the search, because the cause is hardly the point then
 
 
-def _always() -> None:
+def _unshared() -> None:
     pass
 
 
@@ -72,7 +72,7 @@ class Driver:
     failures: int = 0  # in a row
     broken: int = 0  # proposals of the sampler in a row that cannot work, as far as this start goes
     screened: set[str] = field(default_factory=set)  # points that this process screened out
-    still_owned: Callable[[], None] = _always  # raises if another process has taken over the study
+    still_owned: Callable[[], None] = _unshared  # raises if another process has taken over the study
 
     def __post_init__(self) -> None:
         for trial in self.study.trials():

@@ -64,7 +64,9 @@ def driving(
         for trial in recovered:
             on_trial(trial)
         runs = executor or Serial(evaluate, len(study.directions))
-        driver = Driver(study, tracker, runs, parent, folder, on_trial, checkpoint, asked_to_end, still_owned=still_owned)
+        driver = Driver(
+            study, tracker, runs, parent, folder, on_trial, checkpoint, asked_to_end, still_owned=still_owned
+        )
         try:
             yield driver
         except BaseException as error:

@@ -118,3 +118,14 @@ def trial_line(trial: FinishedTrial | FailedTrial, accuracy: str) -> str:
         f"{m['qconfig/int16_ratio']:.2f}  {p['calibration.method']:<10} {amount:<7} {verdict:<6} {trial.seconds:5.1f} s"
         f"{weights}{trained}{stopped}"
     )
+
+
+def best_line(best: FinishedTrial | None, accuracy: str) -> str:
+    """Return what the progress bars say of the best trial so far; `accuracy` is the metric on its run."""
+    if best is None:
+        return "best: none meets the goal yet"
+    m = best.outcome.metrics
+    return (
+        f"best: {m[accuracy]:.4f} drop {m['accuracy/drop']:+.4f} {m['cost/latency_ms']:.3f} ms "
+        f"int16 {m['qconfig/int16_ratio']:.2f}"
+    )

@@ -34,7 +34,7 @@ from qflow.study.fingerprint import fingerprint
 from qflow.study.front import log_decisions, log_front
 from qflow.study.identity import identity_tags, require_same
 from qflow.study.manifest import data_sets, manifest
-from qflow.study.outcome import trial_line
+from qflow.study.outcome import best_line, trial_line
 from qflow.study.shared_files import write_shared
 from qflow.study.worker import executor_of
 from qflow.tracking.lease import owned
@@ -285,12 +285,4 @@ class Session:
 
     def note_best(self) -> None:
         """Let the progress bars show the best trial so far."""
-        best = self.best
-        if best is None:
-            self.console.best = "best: none meets the goal yet"
-            return
-        m = best.outcome.metrics
-        self.console.best = (
-            f"best: {m[self.accuracy]:.4f} drop {m['accuracy/drop']:+.4f} {m['cost/latency_ms']:.3f} ms "
-            f"int16 {m['qconfig/int16_ratio']:.2f}"
-        )
+        self.console.best = best_line(self.best, self.accuracy)
