@@ -53,25 +53,8 @@ def explain(error: Exception, config: str = "tune") -> str:
     first = " ".join(str(error).split())
     if "not in" in text and key:
         return _unknown_key(key, config)
-    if "No match in the defaults list" in first or ("Could not override" in first and "." not in first.split("'")[1]):
-        name = first.split("'")[1]
-        listed = list(groups(config))
-        known = f"Its groups: {', '.join(listed)}." if listed else "It has none: leave that out."
-        return f"A group is one that {config} takes, but got {name}.{did_you_mean(name, listed)} {known}"
-    lost = re.search(r"In '(\S+)': Could not load '(\S+)'", first)
-    if lost:
-        group = lost.group(2).rpartition("/")[0]
-        shipped = ", ".join(sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")))
-        return (
-            f"A file's defaults name others of its group, but got {lost.group(2)} in {lost.group(1)}. "
-            f"Shipped are: {shipped or 'none'}."
-        )
-    if "Could not find" in first or ("In '" in first and "Could not" in first):
-        wanted = first.split("Could not find '")[-1].split("'")[0]
-        options = first.partition("Available options in")[2].partition(":")[2].split("Config search path")[0].split()
-        shown = [o.strip("',") for o in options]
-        meant = did_you_mean(wanted.rpartition("/")[2], shown)
-        return f"A group option must exist, but got {wanted}.{meant} Options: {', '.join(shown)}."
+    if wrong := _group(first, config):
+        return wrong
     if lost := re.search(r"Additional config directory '(.*)' not found", first):
         return f"--config-dir names a folder, but got {lost[1]}, which is none. Correct the path."
     if "Missing mandatory value" in text and key == "workflow":
@@ -93,6 +76,30 @@ def explain(error: Exception, config: str = "tune") -> str:
     if key and key not in text:
         return f"{text.rstrip('.')}, for {key}."
     return text if len(text) > 8 else first
+
+
+def _group(first: str, config: str) -> str:
+    """Return one line for a group, or an option of one, that does not exist; "" for another error."""
+    if "No match in the defaults list" in first or ("Could not override" in first and "." not in first.split("'")[1]):
+        name = first.split("'")[1]
+        listed = list(groups(config))
+        known = f"Its groups: {', '.join(listed)}." if listed else "It has none: leave that out."
+        return f"A group is one that {config} takes, but got {name}.{did_you_mean(name, listed)} {known}"
+    lost = re.search(r"In '(\S+)': Could not load '(\S+)'", first)
+    if lost:
+        group = lost.group(2).rpartition("/")[0]
+        shipped = ", ".join(sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")))
+        return (
+            f"A file's defaults name others of its group, but got {lost.group(2)} in {lost.group(1)}. "
+            f"Shipped are: {shipped or 'none'}."
+        )
+    if "Could not find" in first or ("In '" in first and "Could not" in first):
+        wanted = first.split("Could not find '")[-1].split("'")[0]
+        options = first.partition("Available options in")[2].partition(":")[2].split("Config search path")[0].split()
+        shown = [o.strip("',") for o in options]
+        meant = did_you_mean(wanted.rpartition("/")[2], shown)
+        return f"A group option must exist, but got {wanted}.{meant} Options: {', '.join(shown)}."
+    return ""
 
 
 def _grammar(text: str, config: str) -> str:
