@@ -19,6 +19,7 @@ from qflow.core.errors import BundleError
 from qflow.core.text_file import require_file
 from qflow.tracking.artifacts import Store
 from qflow.tracking.mlflow_tracker import RESULT
+from qflow.tracking.patience import Patience
 
 BUNDLE = "data/bundle"
 """Folder of a registered model version, as MLflow lays it out, that holds the trial."""
@@ -28,7 +29,9 @@ _VERSION = re.compile(r"models:/(?P<name>[^/@:]+)(?:/(?P<version>\d+)|@(?P<alias
 _RUN = re.compile(r"(?:runs:/)?(?P<run>[0-9a-f]{32})")
 
 
-def fetch(source: str | Path, *, uri: str | None = None, root: Path | None = None) -> StoredTrial:
+def fetch(
+    source: str | Path, *, uri: str | None = None, root: Path | None = None, patience: Patience | None = None
+) -> StoredTrial:
     """Fetch, verify and read a stored trial; runs and versions come from the store at `uri`, or in the folder `root`.
 
     Raises BundleError for files that are not as qflow wrote them, TrackingError for a store, run or version that is
@@ -36,9 +39,9 @@ def fetch(source: str | Path, *, uri: str | None = None, root: Path | None = Non
     """
     text = str(source)
     if found := _VERSION.fullmatch(text):
-        return _of_version(Store.open(uri, root or _root()), text, **found.groupdict(default=""))
+        return _of_version(Store.open(uri, root or _root(), patience), text, **found.groupdict(default=""))
     if found := _RUN.fullmatch(text):
-        return of_run(Store.open(uri, root or _root()), found["run"])
+        return of_run(Store.open(uri, root or _root(), patience), found["run"])
     path = Path(source)
     if path.is_dir():
         return of_folder(path, text)

@@ -60,7 +60,7 @@ def analyze(config: DictConfig) -> Result:
 
 def diagnose(config: DictConfig, stages: list[str]) -> dict[str, Any]:
     """Bad cases, layers, sensitivity and advice of the task's model under `qconfig`; return the result's fields."""
-    from qflow.config.settings import root_dir, trial_settings
+    from qflow.config.settings import patience, root_dir, trial_settings
     from qflow.report.analysis_files import write_analysis
     from qflow.report.console import Console
     from qflow.study.assemble import make_evaluator
@@ -71,7 +71,7 @@ def diagnose(config: DictConfig, stages: list[str]) -> dict[str, Any]:
     settings = trial_settings(config).qconfig
     check_filters(config, stages)
     root = root_dir(config)
-    tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
+    tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment, patience(config))
     evaluator = make_evaluator(config)
     evaluator.check_data()
     console = Console()

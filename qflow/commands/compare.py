@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from qflow.study.comparison import Comparison, Side
+    from qflow.tracking.patience import Patience
 
 SHOWN = 20  # operators on the console; the page and --json have all
 MAIN = ("accuracy/", "cost/latency_ms")
@@ -34,12 +35,12 @@ def compare(config: DictConfig) -> Result:
     if len(config.sources) < 2:
         got = config.sources[0] if config.sources else "none"
         raise ConfigError(f"At least two trials are compared, but got {got}. Name them: qflow compare <run> <another>.")
-    from qflow.config.settings import root_dir
+    from qflow.config.settings import patience, root_dir
     from qflow.core.record import plain
     from qflow.study import comparison
 
-    root = root_dir(config)
-    sides = [side(text, config.tracking.uri, root) for text in config.sources]
+    root, waiting = root_dir(config), patience(config)
+    sides = [side(text, config.tracking.uri, root, waiting) for text in config.sources]
     found = [comparison.compare(sides[0], other) for other in sides[1:]]
     for one in found:
         print_comparison(one)
@@ -53,14 +54,14 @@ def compare(config: DictConfig) -> Result:
     return int(bool(config.check) and not equal), {"equal": equal, "comparisons": list(map(plain, found))}
 
 
-def side(source: str, uri: str | None, root: Path) -> Side:
+def side(source: str, uri: str | None, root: Path, patience: Patience) -> Side:
     """Return what is compared of a source. Raises BundleError or TrackingError for one that cannot be read."""
     from qflow.bundle.source import fetch
     from qflow.study.comparison import side_of, side_of_json
 
     if source.endswith(".json"):
         return side_of_json(Path(source))
-    return side_of(fetch(source, uri=uri, root=root))
+    return side_of(fetch(source, uri=uri, root=root, patience=patience))
 
 
 def print_comparison(found: Comparison) -> None:

@@ -52,7 +52,7 @@ def cost(config: DictConfig) -> Result:
 
 def report(config: DictConfig) -> Result:
     """Predict the cost of the task's model under `qconfig`."""
-    from qflow.config.settings import root_dir, trial_settings
+    from qflow.config.settings import patience, root_dir, trial_settings
     from qflow.core.raisable import kept_alone
     from qflow.cost_model.table import cost_metrics, cost_text
     from qflow.study.assemble import make_evaluator
@@ -61,7 +61,7 @@ def report(config: DictConfig) -> Result:
 
     settings = trial_settings(config)
     root = root_dir(config)
-    tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
+    tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment, patience(config))
     evaluator = make_evaluator(config)
     if settings.qconfig.needs_ranking:
         evaluator.rank()

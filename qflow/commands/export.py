@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from qflow.config.command import run_command
-from qflow.config.settings import plain, root_dir
+from qflow.config.settings import patience, plain, root_dir
 from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.nearest import did_you_mean
 
@@ -56,9 +56,9 @@ def export(config: DictConfig) -> tuple[int, dict[str, Any]]:
     from qflow.export.model import export_model
     from qflow.tracking.artifacts import Store
 
-    root = root_dir(config)
-    source = config.source or default_source(Store.open(config.tracking.uri, root), config)
-    trial = fetch(source, uri=config.tracking.uri, root=root)
+    root, waiting = root_dir(config), patience(config)
+    source = config.source or default_source(Store.open(config.tracking.uri, root, waiting), config)
+    trial = fetch(source, uri=config.tracking.uri, root=root, patience=waiting)
     prepared = loaded(config, trial)
     origin = {"study": trial.tags.get("qflow.study", ""), "run": trial.run_id}
     print(f"{'trial':<12}{source}, qconfig {trial.qconfig.digest}, of {origin['study'] or 'an unnamed study'}")
@@ -83,13 +83,13 @@ def carried(config: DictConfig) -> dict[str, Any]:
     require_only(("bundle", "unpack", "study", "root", "tracking"), "A study is bundled or imported whole")
     if config.bundle and config.unpack:
         raise ConfigError("One study is bundled or imported, but got bundle and import. Leave one out.")
-    root = root_dir(config)
+    root, waiting = root_dir(config), patience(config)
     if config.bundle:
         study, path = config.study, Path(config.bundle)
-        count = pack(config.tracking.uri, root, study, path, stated_experiment(config))
+        count = pack(config.tracking.uri, root, study, path, stated_experiment(config), waiting)
         print(f"{'bundled':<12}{study} with {count} trials in {path}, {path.stat().st_size / 1e6:.1f} MB")
     else:
-        study, count = unpack(config.tracking.uri, root, Path(config.unpack))
+        study, count = unpack(config.tracking.uri, root, Path(config.unpack), waiting)
         print(f"{'imported':<12}{study} with {count} trials; promote, export and compare find it, tune continues it")
     return {"study": study, "trials": count}
 

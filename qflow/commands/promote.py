@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qflow.config.command import Result, run_command
-from qflow.config.settings import plain, root_dir
+from qflow.config.settings import patience, plain, root_dir
 from qflow.core.errors import ConfigError, PromotionError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def promote(config: DictConfig) -> Result:
     rules, stated = Rules(**plain(config.gate)), config.tracking.registered_model
     if stated is not None:
         model_name(stated)
-    store = Store.open(config.tracking.uri, root_dir(config))
+    store = Store.open(config.tracking.uri, root_dir(config), patience(config))
     if config.rollback:
         return roll_back(store, config)
     run_id = config.run or best_run(store, config.study, config.tracking.experiment)

@@ -21,16 +21,17 @@ def main() -> None:
 
 def report(config: DictConfig) -> Result:
     """Write the report of `config.study` to disk and to its run, and print where it is."""
-    from qflow.config.settings import root_dir
+    from qflow.config.settings import patience, root_dir
     from qflow.study.find import one_study
     from qflow.study.report import report_url, write_report
     from qflow.tracking.artifacts import Store
     from qflow.tracking.mlflow_tracker import MlflowTracker
 
     root = root_dir(config)
-    store = Store.open(config.tracking.uri, root)  # before a tracker is opened, which would create what is missing
+    waiting = patience(config)
+    store = Store.open(config.tracking.uri, root, waiting)  # a tracker would create what is missing
     experiment, run = one_study(store, config.study, config.tracking.experiment, "A report is of a study in the store")
-    tracker = MlflowTracker.open(config.tracking.uri, root, experiment)
+    tracker = MlflowTracker.open(config.tracking.uri, root, experiment, waiting)
     place = write_report(tracker, config.study, run, root)
     print(f"{'report':<12}{place}")
     print(f"{'in MLflow':<12}{report_url(tracker, run)}")

@@ -108,13 +108,13 @@ def print_next(hand: ByHand, done: FinishedTrial, best: FinishedTrial | None) ->
 def again(config: DictConfig) -> Result:
     """Run the trial of a run again. Returns 1 where anything differs from what was stored."""
     from qflow.config.compose import require_only
-    from qflow.config.settings import plain, root_dir
+    from qflow.config.settings import patience, plain, root_dir
 
     require_only(OF_AGAIN, "from_run=<run> runs a trial with the settings of its run")
     from qflow.bundle.source import fetch
     from qflow.study.rebuild import rebuild
 
-    stored = fetch(config.from_run, uri=config.tracking.uri, root=root_dir(config))
+    stored = fetch(config.from_run, uri=config.tracking.uri, root=root_dir(config), patience=patience(config))
     print(f"{'run':<12}{stored.run_id}, qconfig {stored.qconfig.digest}, of {stored.tags.get('qflow.study', '?')}")
     print(f"{'again':<12}the trial, from its run and your code", flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from qflow.config.executor_schema import ExecutorSchema
-from qflow.config.promote_schema import GateSchema, PromoteGoalSchema, PromoteTrackingSchema
+from qflow.config.promote_schema import GateSchema, PromoteGoalSchema
 from qflow.config.repair_schema import RepairSchema
 from qflow.config.schema import (
     CalibrationSchema,
@@ -20,11 +20,10 @@ from qflow.config.schema import (
     QuantSchema,
     SecuritySchema,
     SensitivitySchema,
-    StoreSchema,
     TaskSchema,
-    TrackingSchema,
 )
 from qflow.config.search_schema import SearchSchema
+from qflow.config.tracking_schema import PromoteTrackingSchema, ReportTrackingSchema, StoreSchema, TrackingSchema
 
 
 @dataclass(kw_only=True)
@@ -127,16 +126,6 @@ class ExportSchema:
     """New .zip to which the study is written with its runs and files; no target is written then."""
     unpack: str | None = None
     """A .zip that `bundle` wrote, also written import=...: its study is added to this store."""
-
-
-@dataclass(kw_only=True)
-class ReportTrackingSchema:
-    """Where the study is looked for."""
-
-    uri: str | None = None
-    """MLflow tracking URI; null for the local store in `root`."""
-    experiment: str | None = None
-    """null looks in all experiments."""
 
 
 @dataclass(kw_only=True)

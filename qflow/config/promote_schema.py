@@ -22,20 +22,6 @@ class PromoteGoalSchema:
 
 
 @dataclass(kw_only=True)
-class PromoteTrackingSchema:
-    """Where the study is looked for, and what is registered."""
-
-    uri: str | None = None
-    """MLflow tracking URI; null for the local store in `root`."""
-    experiment: str | None = None
-    """null looks in all experiments."""
-    registered_model: str | None = None
-    """null takes the name that the study was configured with."""
-    alias: str | None = None
-    """null takes the alias that the study was configured with."""
-
-
-@dataclass(kw_only=True)
 class GateSchema:
     """Rules beside the goal that a version must keep; null switches a rule off."""
 

@@ -228,28 +228,6 @@ class ObjectiveSchema:
 
 
 @dataclass(kw_only=True)
-class TrackingSchema:
-    """Where runs go."""
-
-    uri: str | None = None
-    """MLflow tracking URI; null for a local store in `root`."""
-    experiment: str = "${task.name}"
-    """MLflow experiment of the study."""
-    registered_model: str = "${task.name}"
-    """Name of the registered model that `promote` gives versions to."""
-    alias: str = "champion"
-    """Alias in the registry that `promote` moves."""
-
-
-@dataclass(kw_only=True)
-class StoreSchema:
-    """The store that runs and model versions are read from."""
-
-    uri: str | None = None
-    """MLflow tracking URI; null for a local store in `root`."""
-
-
-@dataclass(kw_only=True)
 class SecuritySchema:
     """Whose code a stored trial may name."""
 

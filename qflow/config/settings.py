@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qflow.core.errors import ConfigError
 from qflow.core.repair_settings import RepairSettings
 from qflow.core.settings import CalibrationSettings, QatSettings, QConfigSettings, SensitivitySettings, TrialSettings
 from qflow.search.domain import Scalar
+from qflow.tracking.patience import Patience
 
 MAPPINGS = ("qconfig.modules", "qat.rates")
 """Mappings whose keys name the user's modules; the rest of a dotted key is one such name."""
@@ -35,6 +37,14 @@ def trial_settings(config: DictConfig, params: Mapping[str, Scalar] | None = Non
         qat=QatSettings(**plain["qat"]),  # type: ignore[arg-type]
         repair=RepairSettings(**plain["repair"]),  # type: ignore[arg-type]
     )
+
+
+def patience(config: DictConfig) -> Patience:
+    """Return the patience of a command with its tracking store. Raises ConfigError for no number of at least 0."""
+    seconds = float(config.tracking.patience)
+    if not 0 <= seconds < inf:
+        raise ConfigError(f"tracking.patience is a number of seconds of at least 0, but got {seconds}. Take 600.")
+    return Patience(seconds)
 
 
 def sensitivity_settings(config: DictConfig) -> SensitivitySettings:

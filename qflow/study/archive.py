@@ -39,6 +39,7 @@ from qflow.tracking.carried import (
 )
 from qflow.tracking.limits import check_experiment_name, joined
 from qflow.tracking.mlflow_tracker import RESULT, MlflowTracker
+from qflow.tracking.patience import Patience
 
 FORMAT, SCHEMA = "qflow study", 1
 RECORD = "study.json"
@@ -47,7 +48,9 @@ TEXTS = (".json", ".md", ".txt", ".html", ".csv")
 """Files of the study's own run in which the ids of its trials are renamed."""
 
 
-def pack(uri: str | None, root: Path, study: str, path: Path, experiment: str | None = None) -> int:
+def pack(
+    uri: str | None, root: Path, study: str, path: Path, experiment: str | None = None, patience: Patience | None = None
+) -> int:
     """Write the study to the file `path` and return the number of its trials; `experiment` None looks in all.
 
     Raises TrackingError for an unknown study, for several of this name, or one with a running trial; BundleError for a
@@ -55,7 +58,7 @@ def pack(uri: str | None, root: Path, study: str, path: Path, experiment: str | 
     """
     if path.exists():
         raise BundleError(f"A bundle is a new file, but got {path}, which exists. Name another.")
-    store = Store.open(uri, root)
+    store = Store.open(uri, root, patience)
     experiment, run = one_study(store, study, experiment, "A bundled study is in the store")
     records = run_records(store, run)
     searched = any(int(record["tags"]["qflow.trial"]) >= 0 for record in records[1:])  # not only trials by hand
@@ -83,7 +86,7 @@ def pack(uri: str | None, root: Path, study: str, path: Path, experiment: str | 
     return len(records) - 1
 
 
-def unpack(uri: str | None, root: Path, path: Path) -> tuple[str, int]:
+def unpack(uri: str | None, root: Path, path: Path, patience: Patience | None = None) -> tuple[str, int]:
     """Add the study of a bundle to the store; return its name and the number of its trials.
 
     Raises BundleError for a file that is not as `pack` wrote it, or a study whose name the store knows.
@@ -92,7 +95,7 @@ def unpack(uri: str | None, root: Path, path: Path) -> tuple[str, int]:
         folder = Path(name)
         record = _verified(path, folder)
         study, runs = record["study"], record["runs"]
-        tracker = _free_store(uri, root, study, record["experiment"])
+        tracker = _free_store(uri, root, study, record["experiment"], patience)
         folders = [folder / "files" / str(number) for number in range(len(runs))]
         for place in folders:
             place.mkdir(parents=True, exist_ok=True)
@@ -109,14 +112,14 @@ def unpack(uri: str | None, root: Path, path: Path) -> tuple[str, int]:
     return study, len(runs) - 1
 
 
-def _free_store(uri: str | None, root: Path, study: str, experiment: str) -> MlflowTracker:
+def _free_store(uri: str | None, root: Path, study: str, experiment: str, patience: Patience | None) -> MlflowTracker:
     """Open the store for a study that it does not know; what a killed import of it has left is removed.
 
     Raises BundleError, before anything is made, for a study that it knows.
     """
     store, left = None, []
     with suppress(TrackingError):  # a store that is missing is made below, or refused with its reason
-        store = Store.open(uri, root)
+        store = Store.open(uri, root, patience)
     if store is not None:
         if store.studies(study):
             raise BundleError(taken(study))
@@ -127,7 +130,7 @@ def _free_store(uri: str | None, root: Path, study: str, experiment: str) -> Mlf
     if store is not None:
         withdraw_runs(store, left)
     root.mkdir(parents=True, exist_ok=True)
-    return MlflowTracker.open(uri, root, experiment)
+    return MlflowTracker.open(uri, root, experiment, patience)
 
 
 def _rename_texts(tracker: MlflowTracker, folder: Path, run_id: str, made: Mapping[str, str]) -> None:

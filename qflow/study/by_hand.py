@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from qflow.bundle.bounded import read_json
 from qflow.bundle.stored import example_digest
 from qflow.config.quoting import assignment
-from qflow.config.settings import root_dir, trial_settings
+from qflow.config.settings import patience, root_dir, trial_settings
 from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.names import check_study_name
 from qflow.core.qconfig import QConfig
@@ -58,7 +58,7 @@ class ByHand:
         check_study_name(config.study)
         root = root_dir(config)
         _check_experiment(config, root)
-        tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
+        tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment, patience(config))
         evaluator, console = make_evaluator(config), Console()
         check_metric_name(evaluator.task.metric_name)
         evaluator.keep_in(root / "cache", console.say)
@@ -154,7 +154,7 @@ class ByHand:
 def _check_experiment(config: DictConfig, root: Path) -> None:
     """Raise ConfigError if the study is in another experiment, where a second one of its name would be made."""
     with suppress(TrackingError):  # a store that is missing is made by the tracker, or refused with its reason
-        found = sorted(Store.open(config.tracking.uri, root).studies(config.study))
+        found = sorted(Store.open(config.tracking.uri, root, patience(config)).studies(config.study))
         if found and config.tracking.experiment not in found:
             raise ConfigError(
                 f"A trial by hand is in the experiment of its study, but got {config.tracking.experiment} for "

@@ -24,7 +24,7 @@ class RunFiles:
 
     def __init__(self, tracker: MlflowTracker, folder: Path) -> None:
         self._tracker, self._folder = tracker, folder
-        self._store = Store(tracker.client, tracker.uri)
+        self._store = Store(tracker.client, tracker.uri, tracker.patience)
         self._addresses: dict[str, str] = {}
 
     def fetch(self, run: str, name: str) -> Path | None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from omegaconf import DictConfig
 
-from qflow.config.settings import root_dir, trial_settings
+from qflow.config.settings import patience, root_dir, trial_settings
 from qflow.config.space import search_space
 from qflow.quant.train.teacher import require_comparable
 from qflow.report.console import Console
@@ -29,7 +29,8 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
     `time.perf_counter()` from which the console counts.
     """
     root = root_dir(config)
-    tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment)
+    waiting = patience(config)
+    tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment, waiting)
     evaluator = make_evaluator(config)
     check_metric_name(evaluator.task.metric_name)
     space, qat = search_space(config), trial_settings(config).qat
@@ -51,6 +52,7 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
         metrics=list(goal.optimize),
     )
     session = Session(config, evaluator, goal, Console(started=started), tracker, study, root)
+    waiting.say = session.console.say
     for text in left_out:
         session.console.say(f"{'space':<12} {text}")
     evaluator.keep_in(root / "cache", session.console.say)

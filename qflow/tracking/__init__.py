@@ -13,6 +13,7 @@ __all__ = [
     "limits",
     "mlflow_tracker",
     "model_files",
+    "patience",
     "registry",
     "views",
 ]

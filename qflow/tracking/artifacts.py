@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from qflow.core.errors import TrackingError
 from qflow.tracking import connect
 from qflow.tracking.limits import joined, runs_of
+from qflow.tracking.patience import Patience, Patient
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,13 +34,14 @@ class Opened(Protocol):
 class Store:
     """A store that is read and not written: runs, their files, and versions of registered models."""
 
-    def __init__(self, client: MlflowClient, uri: str) -> None:
-        self.client, self.uri = client, uri
+    def __init__(self, client: MlflowClient, uri: str, patience: Patience | None = None) -> None:
+        self.client, self.uri, self.patience = client, uri, patience or Patience()
 
     @classmethod
-    def open(cls, uri: str | None, folder: Path) -> Store:
+    def open(cls, uri: str | None, folder: Path, patience: Patience | None = None) -> Store:
         """Open the store at `uri`, or the SQLite store in `folder`. Raises TrackingError, also if there is none."""
-        return cls(*connect.open_store(uri, folder, create=False))
+        patience = patience or Patience()
+        return cls(*connect.open_store(uri, folder, create=False, patience=patience), patience)
 
     @contextmanager
     def calling(self) -> Iterator[MlflowClient]:
@@ -105,7 +107,8 @@ class Store:
     def _repository(self, address: str) -> Any:
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-        return get_artifact_repository(address, tracking_uri=self.uri, registry_uri=self.uri)  # type: ignore[no-untyped-call]
+        found = get_artifact_repository(address, tracking_uri=self.uri, registry_uri=self.uri)  # type: ignore[no-untyped-call]
+        return Patient(found, self.uri, self.patience)
 
 
 def _refuse_special(folder: str) -> None:

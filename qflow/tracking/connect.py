@@ -14,11 +14,12 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from qflow.core.credentials import masked
 from qflow.core.errors import TrackingError
 from qflow.core.store import build_aside, sqlite_path, sqlite_url
+from qflow.tracking.patience import Patience, Patient, leave_repeating_to_us
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,32 +30,38 @@ _FOREIGN = ("mlflow", "sqlalchemy", "alembic", "sqlite3", "requests", "urllib3")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
-def open_client(uri: str | None, folder: Path, experiment: str) -> tuple[MlflowClient, str, str]:
+def open_client(
+    uri: str | None, folder: Path, experiment: str, patience: Patience | None = None
+) -> tuple[MlflowClient, str, str]:
     """Return (client, uri, experiment id) of the store at `uri`, by default the SQLite store in `folder`.
 
     Raises TrackingError if the store is of a kind that is not supported or does not answer.
     """
-    client, uri = open_store(uri, folder)
+    client, uri = open_store(uri, folder, patience=patience)
     artifacts = None if uri.startswith("http") else _address(folder / "artifacts")  # a server chooses the place
     with plain_errors(uri):
         return client, uri, _experiment(client, experiment, artifacts)
 
 
-def open_store(uri: str | None, folder: Path, create: bool = True) -> tuple[MlflowClient, str]:
-    """Return (client, uri) of the store at `uri`, by default the SQLite store in `folder`.
+def open_store(
+    uri: str | None, folder: Path, create: bool = True, patience: Patience | None = None
+) -> tuple[MlflowClient, str]:
+    """Return (client, uri) of the store at `uri`, by default the SQLite store in `folder`; its calls have `patience`.
 
-    Raises TrackingError as `open_client`, and for a missing database if it is not to be created.
+    Raises TrackingError as `open_client`, and for a missing database if it is not to be created. A store that does not
+    answer now is not waited for, because its address is the likelier mistake.
     """
     uri = uri or sqlite_url(folder / "mlflow.db")
     scheme = uri.partition(":")[0].partition("+")[0] if "://" in uri else "file"
-    if scheme in ("http", "https"):
-        _require_answer(uri)
-    elif scheme not in DATABASES:
+    if scheme not in ("http", "https", *DATABASES):
         raise TrackingError(
             f"Runs are kept in a database or on a server, but got {masked(uri)}: MLflow has retired the file "
             f"store. Leave tracking.uri empty, or name sqlite:///FILE or http://HOST:PORT."
         )
+    if scheme in ("http", "https"):
+        _require_answer(uri)
     _quiet_import()
+    leave_repeating_to_us()
     from mlflow import MlflowClient
 
     with plain_errors(uri):
@@ -64,7 +71,10 @@ def open_store(uri: str | None, folder: Path, create: bool = True) -> tuple[Mlfl
                 raise TrackingError(f"A store that is read must exist, but got none at {file}. Name its uri or root.")
 
             build_aside(file, _create_database)
-        return MlflowClient(tracking_uri=uri, registry_uri=uri), uri
+        elif scheme in DATABASES:
+            _require_connection(uri)
+        client = Patient(MlflowClient(tracking_uri=uri, registry_uri=uri), uri, patience or Patience())
+        return cast("MlflowClient", client), uri
 
 
 def _quiet_import() -> None:
@@ -90,6 +100,16 @@ def _require_answer(uri: str) -> None:
             f"The tracking server must answer within {ANSWER_SECONDS:.0f} s, but got '{verdict[-1]}' "
             f"from {masked(uri)}. Start it (mlflow server), correct tracking.uri, or leave it empty for a local store."
         )
+
+
+def _require_connection(uri: str) -> None:
+    """Connect to a database once; MLflow would try ten times in 100 s, without a word."""
+    from sqlalchemy import create_engine
+
+    engine = create_engine(uri)
+    with engine.connect():
+        pass
+    engine.dispose()
 
 
 def _health(uri: str) -> str:

@@ -24,6 +24,7 @@ from qflow.tracking import connect, limits
 from qflow.tracking.connect import SCHEMA
 from qflow.tracking.datasets import DataSet, dataset_inputs
 from qflow.tracking.limits import NOTE, rounded
+from qflow.tracking.patience import Patience
 from qflow.tracking.tables import TABLES, find_tables, histories, tables_tag
 
 if TYPE_CHECKING:
@@ -43,26 +44,27 @@ class MlflowTracker:
     `datasets` are the inputs of the study's run and of all its trials.
     """
 
-    def __init__(self, client: MlflowClient, uri: str, experiment_id: str) -> None:
+    def __init__(self, client: MlflowClient, uri: str, experiment_id: str, patience: Patience | None = None) -> None:
         self.client = client
         self.uri = uri
         self.experiment_id = experiment_id
+        self.patience = patience or Patience()
         self.seconds = 0.0
         self.datasets: Sequence[DataSet] = ()
         self._depth = 0
         self._source = connect.source_tags()
 
     @classmethod
-    def open(cls, uri: str | None, folder: Path, experiment: str) -> MlflowTracker:
-        """Open the store at `uri` (a server or a database), or the SQLite store in `folder`.
+    def open(cls, uri: str | None, folder: Path, experiment: str, patience: Patience | None = None) -> MlflowTracker:
+        """Open the store at `uri` (a server or a database), or the SQLite store in `folder`; calls have `patience`.
 
         Raises TrackingError if the server does not answer within 5 s, the store is of a kind that is not supported, or
         the experiment was written by a qflow with another schema.
         """
         limits.check_experiment_name(experiment)
-        start = time.monotonic()
-        client, uri, experiment_id = connect.open_client(uri, folder, experiment)
-        tracker = cls(client, uri, experiment_id)
+        start, patience = time.monotonic(), patience or Patience()
+        client, uri, experiment_id = connect.open_client(uri, folder, experiment, patience)
+        tracker = cls(client, uri, experiment_id, patience)
         tracker.seconds = time.monotonic() - start
         return tracker
 
@@ -208,7 +210,8 @@ class MlflowTracker:
         """Delete a run's files, because those that are written next need not replace all of them."""
         with self._call():
             if self.client.list_artifacts(run_id):
-                connect.delete_artifacts(self.client.get_run(run_id).info.artifact_uri)
+                place = self.client.get_run(run_id).info.artifact_uri
+                self.patience.call(self.uri, lambda: connect.delete_artifacts(place))
                 self.client.set_tag(run_id, TABLES, "[]")
 
     def close_study(self, run_id: str, status: str = "FINISHED") -> None:

@@ -1,0 +1,59 @@
+"""The schema of `tracking`: the store of a command, and what it writes there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True)
+class TrackingSchema:
+    """Where runs go."""
+
+    uri: str | None = None
+    """MLflow tracking URI; null for a local store in `root`."""
+    experiment: str = "${task.name}"
+    """MLflow experiment of the study."""
+    registered_model: str = "${task.name}"
+    """Name of the registered model that `promote` gives versions to."""
+    alias: str = "champion"
+    """Alias in the registry that `promote` moves."""
+    patience: float = 600.0
+    """Seconds to wait for a store that goes away while the command runs; 0 does not wait."""
+
+
+@dataclass(kw_only=True)
+class StoreSchema:
+    """The store that runs and model versions are read from."""
+
+    uri: str | None = None
+    """MLflow tracking URI; null for a local store in `root`."""
+    patience: float = 600.0
+    """Seconds to wait for a store that goes away while the command runs; 0 does not wait."""
+
+
+@dataclass(kw_only=True)
+class PromoteTrackingSchema:
+    """Where the study is looked for, and what is registered."""
+
+    uri: str | None = None
+    """MLflow tracking URI; null for the local store in `root`."""
+    experiment: str | None = None
+    """null looks in all experiments."""
+    registered_model: str | None = None
+    """null takes the name that the study was configured with."""
+    alias: str | None = None
+    """null takes the alias that the study was configured with."""
+    patience: float = 600.0
+    """Seconds to wait for a store that goes away while the command runs; 0 does not wait."""
+
+
+@dataclass(kw_only=True)
+class ReportTrackingSchema:
+    """Where the study is looked for."""
+
+    uri: str | None = None
+    """MLflow tracking URI; null for the local store in `root`."""
+    experiment: str | None = None
+    """null looks in all experiments."""
+    patience: float = 600.0
+    """Seconds to wait for a store that goes away while the command runs; 0 does not wait."""
