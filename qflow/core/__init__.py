@@ -26,6 +26,7 @@ __all__ = [
     "shown",
     "signature",
     "store",
+    "stored_text",
     "table_setter",
     "template",
     "text_file",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 
+from qflow.core.errors import TrackingError
 from qflow.search.outcome import FinishedTrial, Marker, Tracker
 from qflow.search.proposal import StudyTrial
 from qflow.search.study import Study
@@ -71,19 +72,27 @@ def _requeue(study: Study, trial: StudyTrial, ending: str) -> None:
 
 
 def _close_runs(study: Study, tracker: Tracker) -> None:
+    """End the open runs of the study. One that cannot be ended is said and left, because it must not block a start."""
     trials = {trial.number: trial for trial in study.trials()}
+    left_open: dict[str, str] = {}
     for run_id in tracker.running_trials(study.name):
         number = tracker.run_tags(run_id).get("qflow.trial", "")
         if number.startswith("-"):  # a trial by hand, whose own process ends it
             continue
         trial = trials.get(int(number or -1))
-        if trial is None:
-            tracker.end(run_id, "KILLED", "its trial is not in the study database")
-        elif trial.state == "complete":
-            tracker.end(run_id, "FINISHED")
-        else:
-            status = "KILLED" if trial.ending in (LOST, INTERRUPTED) else "FAILED"
-            tracker.end(run_id, status, trial.reason)
+        try:
+            if trial is None:
+                tracker.end(run_id, "KILLED", "its trial is not in the study database")
+            elif trial.state == "complete":
+                tracker.end(run_id, "FINISHED")
+            else:
+                status = "KILLED" if trial.ending in (LOST, INTERRUPTED) else "FAILED"
+                tracker.end(run_id, status, trial.reason)
+        except TrackingError as error:
+            left_open[run_id] = str(error)
+    if left_open:
+        runs, why = ", ".join(left_open), next(iter(left_open.values()))
+        _log.warning("Runs that stay open, because the store refused to end them: %s. %s", runs, why)
 
 
 def check_invariants(study: Study, tracker: Tracker) -> list[str]:

@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from qflow.core import record
 from qflow.core.errors import ConfigError
 from qflow.core.store import exclusive
+from qflow.core.stored_text import REASON, stored_text
 from qflow.search.database import open_storage, open_study, place_of
 from qflow.search.domain import (
     NOTHING,
@@ -211,7 +212,7 @@ class Study:
 
     def fail(self, number: int, ending: str, reason: str) -> None:
         """End a running trial without values, for `reason`; `ending` is one of those of StudyTrial."""
-        self._trial(number).set_user_attr("end", {"ending": ending, "reason": reason})
+        self._trial(number).set_user_attr("end", {"ending": ending, "reason": stored_text(reason, REASON)})
         self._study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
         self._asked.pop(number, None)
 

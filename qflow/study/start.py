@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 
 from omegaconf import DictConfig
 
 from qflow.config.settings import patience, root_dir, trial_settings
 from qflow.config.space import search_space
+from qflow.core.errors import TrackingError
 from qflow.quant.train.teacher import require_comparable
 from qflow.report.console import Console
 from qflow.search.study import Study
@@ -66,8 +67,10 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
             raise
         finally:
             if session.study_run:
-                if session.driver is not None:
-                    session.driver.still_owned()  # the run of a study that another start has taken over is not ended
-                tracker.close_study(session.study_run, status)
+                first = status != "FINISHED"  # an error that came first is the one to report
+                with suppress(TrackingError) if first else nullcontext():
+                    if session.driver is not None:
+                        session.driver.still_owned()  # the run of a study that another start has taken is not ended
+                    tracker.close_study(session.study_run, status)
                 if status == "KILLED" and session.trials:
                     session.console.say(report_lines(session))

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qflow.core.record import digest
+from qflow.core.stored_text import stored_text
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
 
 CONTEXT = "mlflow.data.context"  # the tag that the UI shows beside the name
-DIGEST = 36  # characters that MLflow keeps
+NAME, DIGEST = 500, 36  # characters that MLflow keeps
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def dataset_inputs(datasets: Sequence[DataSet]) -> list[DatasetInput]:
     return [
         DatasetInput(
             Dataset(
-                name=found.name,
+                name=stored_text(found.name, NAME),
                 digest=digest(found.content)[:DIGEST],
                 source_type="code",
                 source=json.dumps({"tags": {"mlflow.source.type": "LOCAL", "mlflow.source.name": found.source}}),

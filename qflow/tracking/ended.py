@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from qflow.core.errors import QflowError
+from qflow.core.errors import QflowError, TrackingError
 from qflow.tracking.mlflow_tracker import MlflowTracker
 
 
@@ -16,6 +16,7 @@ def ended(tracker: MlflowTracker, run_id: str) -> Iterator[None]:
         yield
     except BaseException as error:
         reason = str(error) if isinstance(error, QflowError) else type(error).__name__
-        tracker.end(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", reason)
+        with suppress(TrackingError):  # the first error is the one to report
+            tracker.end(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", reason)
         raise
     tracker.end(run_id, "FINISHED")

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.record import digest
+from qflow.core.stored_text import stored_text
 
 PARAM = 6000  # characters of a param's value
 TAG = 8000  # characters of a tag's value
@@ -46,9 +47,10 @@ def param_name(key: str) -> str:
 
 def check_experiment_name(name: str) -> None:
     """Raise ConfigError for an experiment's name that MLflow would refuse."""
-    if not 1 <= len(name) <= EXPERIMENT:
+    if not 1 <= len(name) <= EXPERIMENT or stored_text(name) != name:
+        got = f"{len(name)}" if stored_text(name) == name else f"{name[:60]!a}"
         raise ConfigError(
-            f"tracking.experiment has 1 to {EXPERIMENT} characters, but got {len(name)}. Name one: "
+            f"tracking.experiment has 1 to {EXPERIMENT} characters that UTF-8 knows, but got {got}. Name one: "
             "tracking.experiment=<name>."
         )
 
@@ -82,8 +84,7 @@ def rounded(value: float) -> float:
 
 def param_value(value: object) -> str:
     """Return the text of a param, with an ellipsis where it is cut."""
-    text = str(value)
-    return text if len(text) <= PARAM else f"{text[: PARAM - 1]}…"
+    return stored_text(str(value), PARAM)
 
 
 def tag_parts(tags: Mapping[str, str]) -> dict[str, str]:
@@ -94,7 +95,7 @@ def tag_parts(tags: Mapping[str, str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for key, value in tags.items():
-        text = str(value)
+        text = stored_text(str(value))
         if key == NOTE:
             found[key] = text if len(text) < TAG else f"{text[: TAG - 2]}…"
             continue

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from qflow.core.credentials import masked
 from qflow.core.names import trial_name
+from qflow.core.stored_text import REASON, stored_text
 from qflow.tracking import connect, limits
 from qflow.tracking.connect import SCHEMA
 from qflow.tracking.datasets import DataSet, dataset_inputs
@@ -109,12 +110,12 @@ class MlflowTracker:
             "mlflow.parentRunId": study_run_id,
             "qflow.study": study,
             "qflow.trial": str(number),
-            "qflow.label": label,
+            "qflow.label": stored_text(label, limits.KEY),
             "qflow.kind": "trial",
             "qflow.schema": SCHEMA,
             **self._source,
         }
-        name = trial_name(number, label)
+        name = stored_text(trial_name(number, label), limits.KEY)
         with self._call():
             run_id = str(self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id)
             self._log_inputs(run_id)
@@ -185,7 +186,8 @@ class MlflowTracker:
         """End a run as FINISHED, FAILED or KILLED; the reason is stored in the tag `qflow.end_reason`."""
         with self._call():
             if reason:
-                self._log(run_id, {}, {}, {"qflow.end_reason": reason[:5000], NOTE: f"{status.lower()}: {reason}"})
+                text = stored_text(reason, REASON)
+                self._log(run_id, {}, {}, {"qflow.end_reason": text, NOTE: f"{status.lower()}: {text}"})
             self.client.set_terminated(run_id, status)
 
     def log_study(

@@ -15,6 +15,7 @@ import pytest
 from support.harness import SPACE, Harness, outcome
 
 from qflow.core.errors import TrackingError, TrialError
+from qflow.core.stored_text import REASON
 from qflow.process.interrupts import interrupts
 from qflow.search.domain import Choice, Range
 from qflow.search.driver import FAILURES
@@ -162,6 +163,20 @@ def test_a_foreign_exception_in_every_trial_ends_the_search(harness):
 
     with pytest.raises(TrialError, match=f"{FAILURES} failures in a row, the last: KeyError: 'label' .*test_loop.py"):
         harness.run(20, evaluate)
+    assert harness.problems() == []
+
+
+def test_a_message_that_no_database_takes_fails_its_trial_and_blocks_no_start(store):
+    def evaluate(params, folder):
+        raise RuntimeError("a lone \ud800, a \x00" + "x" * 1_000_000)
+
+    with pytest.raises(RuntimeError, match="a lone"):
+        Harness(store).run(1, evaluate)
+    harness = Harness(store)
+    assert len(harness.run(1)) == 1
+    failed = next(trial for trial in harness.study.trials() if trial.ending == "failed")
+    assert failed.reason.startswith(r"RuntimeError: a lone \ud800, a \x00xxx") and len(failed.reason) == REASON
+    assert harness.tracker.run_tags(failed.run_id)["qflow.end_reason"] == failed.reason
     assert harness.problems() == []
 
 
