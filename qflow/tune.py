@@ -1,6 +1,9 @@
 """python -m qflow.tune: tune the precision mix of a model, every trial tracked."""
 
-from qflow.commands.tune import main
+from qflow.process.interrupts import end_at_once
 
 if __name__ == "__main__":
+    end_at_once()
+    from qflow.commands.tune import main
+
     main()

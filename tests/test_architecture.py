@@ -65,7 +65,7 @@ def test_a_file_of_qflow_itself_is_a_command_of_a_few_lines():
     assert loose
     for name in loose:
         command = f"qflow.commands.{name.split('.')[1]}".replace("__main__", "main")  # `python -m qflow`: any command
-        assert arrows()[name] == {command}, name
+        assert arrows()[name] == {command, "qflow.process.interrupts"}, name  # Ctrl-C while the command is imported
         assert len(files()[name].read_text().splitlines()) <= LONGEST_COMMAND, name
 
 

@@ -10,12 +10,14 @@ from qflow.config.command_table import COMMANDS, MISTAKE
 from qflow.core.errors import ConfigError
 from qflow.core.nearest import did_you_mean
 from qflow.core.version import VERSION
+from qflow.process.interrupts import end_at_once
 
 
 def main() -> NoReturn:
     """Entry point."""
     first, *rest = sys.argv[1:] or ["--help"]
     if first in COMMANDS:
+        end_at_once()
         sys.argv = ["qflow", *rest]
         importlib.import_module(f"qflow.commands.{first}").main()
     json = "--json" in rest

@@ -55,6 +55,8 @@ def run_command(name: str, act: Callable[[DictConfig], Result], argv: Sequence[s
             code = CLOSED_PIPE if isinstance(error, BrokenPipeError) else 2
             if code == 2:
                 print(f"qflow: {foreign_line(error) or error}", file=sys.stderr)
+    if code == INTERRUPTED:
+        exec("")  # CPython forgets a Ctrl-C inside an `exec`, such as dataclass's, by which it would end the process
     raise SystemExit(code)
 
 
@@ -63,18 +65,18 @@ def _answer(
 ) -> tuple[int, Mapping[str, Any], str]:
     """Return the exit code, the result's fields, and the line of an error."""
     debug = os.environ.get("QFLOW_DEBUG", "") not in ("", "0")
-    if not {"--help", "-h"}.isdisjoint(arguments):
-        from qflow.config.help import command_help
-
-        print(command_help(name, called(name)))
-        return 0, {}, ""
-    shown = sys.stdout.isatty() and not any(word.startswith("-") for word in arguments)
-    if shown:
-        print(f"{name:<12} {named(name).summary or 'train the float weights of a task'}", flush=True)
-    from qflow.config.compose import composed
-    from qflow.config.overrides import flags_and_sources
-
     try:
+        if not {"--help", "-h"}.isdisjoint(arguments):
+            from qflow.config.help import command_help
+
+            print(command_help(name, called(name)))
+            return 0, {}, ""
+        shown = sys.stdout.isatty() and not any(word.startswith("-") for word in arguments)
+        if shown:
+            print(f"{name:<12} {named(name).summary or 'train the float weights of a task'}", flush=True)
+        from qflow.config.compose import composed
+        from qflow.config.overrides import flags_and_sources
+
         acting = _saying_the_task(act) if shown else act
         ended = composed(name, module_name(name), acting, flags_and_sources(name, arguments)) or 0
     except BrokenPipeError:

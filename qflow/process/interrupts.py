@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,23 @@ from types import FrameType
 
 class Terminated(KeyboardInterrupt):
     """The process received SIGTERM."""
+
+
+INTERRUPTED = 130  # exit code, as a shell gives it to what Ctrl-C has ended
+
+
+def end_at_once() -> None:
+    """Let Ctrl-C and SIGTERM end this process with one line, while it imports and after its command has ended.
+
+    For the entry point of a process, which has nothing open at these times; `interrupts` replaces it in between.
+    """
+
+    def end(_signum: int, _frame: FrameType | None) -> None:
+        os.write(2, b"qflow: Interrupted.\n")
+        os._exit(INTERRUPTED)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
 
 
 @contextmanager
