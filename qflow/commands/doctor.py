@@ -21,12 +21,12 @@ def main() -> None:
 
 def doctor(config: DictConfig) -> Result:
     """Examine the stores and the folder, mend with `fix`, and print a line for each invariant."""
-    from qflow.config.settings import root_dir
+    from qflow.config.settings import patience, root_dir
     from qflow.study.doctor import Doctor
     from qflow.tracking.artifacts import Store
 
     root = root_dir(config)
-    store = Store.open(config.tracking.uri, root)
+    store = Store.open(config.tracking.uri, root, patience(config))
     found = Doctor(store, root, config.search.storage or root, config.fix).findings()
     for finding in found:
         print(f"{finding.about:<12}{finding.told}")
