@@ -145,6 +145,8 @@ class DoctorTrackingSchema:
 
     uri: str | None = None
     """MLflow tracking URI; null for the local store in `root`."""
+    patience: float = 600.0
+    """Seconds to wait for a store that goes away while the command runs; 0 does not wait."""
 
 
 @dataclass(kw_only=True)

@@ -198,10 +198,8 @@ class Study:
     def set_result(self, number: int, constraints: Mapping[str, float], marker: str) -> None:
         """Store constraints and marker of a running trial; a second call changes nothing."""
         trial = self._trial(number)
-        known = trial.constraints
-        for name, value in constraints.items():
-            if name not in known:
-                trial.set_constraint(name, value)
+        for name in sorted(constraints.keys() - trial.constraints.keys()):
+            trial.set_constraint(name, constraints[name])
         if trial.user_attrs.get("marker") != marker:
             trial.set_user_attr("marker", marker)
 

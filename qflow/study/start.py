@@ -30,8 +30,7 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
     `time.perf_counter()` from which the console counts.
     """
     root = root_dir(config)
-    waiting = patience(config)
-    tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment, waiting)
+    tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment, patience(config))
     evaluator = make_evaluator(config)
     check_metric_name(evaluator.task.metric_name)
     space, qat = search_space(config), trial_settings(config).qat
@@ -53,7 +52,7 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
         metrics=list(goal.optimize),
     )
     session = Session(config, evaluator, goal, Console(started=started), tracker, study, root)
-    waiting.say = session.console.say
+    tracker.patience.say = session.console.say
     for text in left_out:
         session.console.say(f"{'space':<12} {text}")
     evaluator.keep_in(root / "cache", session.console.say)
@@ -67,8 +66,7 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
             raise
         finally:
             if session.study_run:
-                first = status != "FINISHED"  # an error that came first is the one to report
-                with suppress(TrackingError) if first else nullcontext():
+                with nullcontext() if status == "FINISHED" else suppress(TrackingError):  # the first error counts
                     if session.driver is not None:
                         session.driver.still_owned()  # the run of a study that another start has taken is not ended
                     tracker.close_study(session.study_run, status)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,6 +63,8 @@ class Patience:
         Raises TrackingError after `seconds`. From then on no call waits, nor does one while the command is being
         interrupted: what stays open is mended by the next start.
         """
+        if threading.current_thread() is not threading.main_thread():
+            return function()  # a heartbeat, say: what comes next repeats it, and the study does not wait for it
         if self._given_up:
             raise TrackingError(self._given_up)
         start, away, look = time.monotonic(), "", False
