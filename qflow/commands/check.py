@@ -33,14 +33,14 @@ def check(config: DictConfig) -> Result:
     from qflow.study.assemble import make_evaluator
     from qflow.trial.findings import checked
 
-    settings = trial_settings(config)
+    root, settings = root_dir(config), trial_settings(config)
     evaluator = make_evaluator(config)
     evaluator.check_data()
     if settings.qconfig.needs_ranking:
         evaluator.rank()
     requested, applied = evaluator.resolve(settings.qconfig)
     result = checked(evaluator, requested, applied, settings.calibration)
-    folder = root_dir(config) / "check" / evaluator.task.name
+    folder = root / "check" / evaluator.task.name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model_check_result.txt").write_text(check_text(result))
     (folder / "model_check.json").write_text(to_json(result, indent=1))
