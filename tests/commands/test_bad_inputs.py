@@ -1,4 +1,4 @@
-"""Wrong values at every command end in one line and code 2, within two seconds and before anything is built.
+"""Wrong values at every command end in one line and code 2 before anything is built.
 
 The cases are bad_inputs.txt: a command line as in a shell, and below it what the command prints. They run in this
 process, through the function that each command's module runs.
@@ -7,7 +7,6 @@ process, through the function that each command's module runs.
 import importlib
 import shlex
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -34,15 +33,14 @@ def folder(tmp_path_factory):
 
 
 def run(line, capsys):
-    """Exit code, standard error and seconds of the CPU of a command line."""
+    """Exit code and standard error of a command line."""
     _, program, *words = shlex.split(line)
     name = words.pop(0) if words and words[0] in COMMANDS else program.removeprefix("qflow")
     home = "qflow.workflows" if name == "train_float" else "qflow.commands"
     sys.argv = ["qflow", *words]
-    began = time.process_time()
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(f"{home}.{name or 'main'}").main()
-    return stop.value.code, capsys.readouterr().err, time.process_time() - began
+    return stop.value.code, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", CASES)
@@ -53,9 +51,8 @@ def test_a_wrong_value_gets_its_line_and_code_2(line, folder, capsys, monkeypatc
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("QFLOW_HOME", "")
-    code, error, seconds = run(line, capsys)
+    code, error = run(line, capsys)
     assert (code, error) == (2, CASES[line].replace("FOLDER", str(folder)) + "\n")
-    assert seconds < 2.0
 
 
 def test_the_cases_are_of_every_command():
