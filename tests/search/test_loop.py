@@ -178,7 +178,7 @@ def test_a_message_that_no_database_takes_fails_its_trial_and_blocks_no_start(st
     harness = Harness(store)
     assert len(harness.run(2)) == 2
     failed = next(trial for trial in harness.study.trials() if trial.ending == "failed")
-    assert failed.reason.startswith(r"RuntimeError: a lone \ud800, a \x00xxx") and len(failed.reason) == REASON
+    assert failed.reason.startswith(r"RuntimeError: a lone \ud800, a \x00xxx") and len(failed.reason) <= REASON
     assert harness.tracker.run_tags(failed.run_id)["qflow.end_reason"] == failed.reason
     assert harness.problems() == []
 
