@@ -65,7 +65,8 @@ class Doctor:
             found.wrong += [
                 f"{name}: {text} {AGAIN if 'unning' in text or 'RUNNING' in text else ''}" for text in problems
             ]
-        found.told = f"{len(here)} studies of this folder agree with their runs"
+        number = f"{len(here)} studies of this folder agree with their runs"
+        found.told = number if len(here) != 1 else "the study of this folder agrees with its runs"
         if found.wrong:
             found.told = f"of {len(here)} studies some do not agree with their runs"
         return found
