@@ -140,16 +140,6 @@ class ReportSchema:
 
 
 @dataclass(kw_only=True)
-class DoctorTrackingSchema:
-    """The store that is examined."""
-
-    uri: str | None = None
-    """MLflow tracking URI; null for the local store in `root`."""
-    patience: float = 600.0
-    """Seconds to wait for a store that goes away while the command runs; 0 does not wait."""
-
-
-@dataclass(kw_only=True)
 class DoctorSearchSchema:
     """The searches that are examined."""
 
@@ -165,7 +155,7 @@ class DoctorSchema:
     """Folder of the stores, results and caches; QFLOW_HOME sets it too."""
     fix: bool = False
     """Mend what can be mended without losing a result (--fix)."""
-    tracking: DoctorTrackingSchema = field(default_factory=DoctorTrackingSchema)
+    tracking: StoreSchema = field(default_factory=StoreSchema)
     search: DoctorSearchSchema = field(default_factory=DoctorSearchSchema)
 
 

@@ -56,9 +56,11 @@ def composed(name: str, module: str, act: Callable[[DictConfig], T], arguments: 
 
 
 def overridden() -> list[str]:
-    """Return the overrides of the command line, inside of a command; without those that `rewrite` has added."""
+    """Return the overrides of the command line, without those that `rewrite` has added; outside of a command none."""
     from hydra.core.hydra_config import HydraConfig
 
+    if not HydraConfig.initialized():
+        return []
     return [text for text in HydraConfig.get().overrides.task if not text.startswith("++search.space.")]
 
 

@@ -185,8 +185,8 @@ def _schemas() -> dict[str, str]:
 
 def _group_classes() -> dict[str, _Class]:
     """The classes of all groups."""
-    files = ("config/schema.py", "config/promote_schema.py", "config/repair_schema.py")
-    return {name: found for file in files for name, found in _classes(file).items()}
+    files = sorted(path.name for path in (QFLOW / "config").glob("*schema.py") if path.name != "command_schema.py")
+    return {name: found for file in files for name, found in _classes(f"config/{file}").items()}
 
 
 @functools.cache

@@ -199,7 +199,7 @@ MORE = {
         "must score (outputs, batch), but got KeyError",
     ),
     "a root that is a file": (["root=taken"], "taken"),
-    "a batch size of 0": (["task.batch_size=0"], "task.batch_size is at least 1"),
+    "a batch size of 0": (["task.batch_size=0"], "task.batch_size lies between 1 and 1000000"),
     "a name of nothing": (["+qconfig.modules.nosuch=qint16"], "but got nosuch"),
     "an open bracket": (["calibration.method=choice(mse"], "closed brackets"),
 }
@@ -242,6 +242,6 @@ def test_runs_that_are_gone_are_noticed(studied, tmp_path):
 
 
 def test_an_unknown_run_is_named(studied):
-    done = run_qflow("promote", *STORE, "run=deadbeef", cwd=studied[0])
+    done = run_qflow("promote", "run=deadbeef", cwd=studied[0])
     assert done.returncode == 2
     assert "What is asked of a store must exist there, but got 'Run with id=deadbeef not found'" in done.stderr

@@ -70,7 +70,7 @@ REFUSED = {
     "no workers": ([BASE, "executor=process", "executor.workers=0"], "executor.workers is 1 to 256 with executor.kind"),
     "trial timeout": ([BASE, "executor.trial_timeout=9"], "A trial is ended with its worker process, but got executor"),
     "a march without its rules": ([BASE, "device.march=nash-x"], "but got device.march=nash-x. Choose a device file"),
-    "no device file": ([BASE, "device=nowhere.yaml"], "but got nowhere.yaml, which is no file"),
+    "no device file": ([BASE, "device=nowhere.yaml"], "but got nowhere.yaml: No such file"),
     "no option": (
         [BASE, "calibration=3"],
         "names an option of a group, but got Config group override must be a string",

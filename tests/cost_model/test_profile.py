@@ -296,7 +296,7 @@ def test_a_bad_file_is_refused_in_one_line_that_names_it(tmp_path, name):
 
 
 def test_a_directory_and_a_missing_file_are_refused(tmp_path):
-    assert "'Is a directory'" in refusal(tmp_path)
+    assert "A profile is a file, but got a folder" in refusal(tmp_path)
     assert "'No such file or directory'" in refusal(tmp_path / "none.json")
     assert len(refusal(tmp_path / "two\nlines").splitlines()) == 1
     assert "but got" in refusal("null\0character")
