@@ -43,13 +43,14 @@ def main() -> None:
 
 def analyze(config: DictConfig) -> Result:
     """Run the stages of `config.stages`. Returns 1 where qat_debug finds a fault."""
-    from qflow.study.checks import check_config
+    from qflow.study.checks import check_config, require_no_workers
 
     unknown = [stage for stage in config.stages if stage not in STAGES]
     if unknown or not config.stages:
         near = did_you_mean(unknown[0], STAGES) if unknown else ""
         raise ConfigError(f"stages are of {', '.join(STAGES)}, but got {list(config.stages)}.{near or ' Name one.'}")
     check_config(config)
+    require_no_workers(config, "analyze")
     stages = [stage for stage in STAGES if stage in config.stages]
     code, record = debug_qat(config) if "qat_debug" in stages else (0, {})
     rest = [stage for stage in stages if stage != "qat_debug"]

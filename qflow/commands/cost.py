@@ -35,7 +35,7 @@ def main() -> None:
 def cost(config: DictConfig) -> Result:
     """Report or fit. Returns 1 where the prediction should not be published."""
     from qflow.config.device_file import require_cost
-    from qflow.study.checks import check_config
+    from qflow.study.checks import check_config, require_no_workers
 
     require_cost(config.device, config.device.march)
     if config.mode == "fit":
@@ -47,6 +47,7 @@ def cost(config: DictConfig) -> Result:
     if config.fps is not None and not 0 < config.fps < math.inf:
         raise ConfigError(f"fps is a number of frames a second above 0, but got {config.fps:g}.")
     check_config(config)
+    require_no_workers(config, "cost")
     return report(config)
 
 

@@ -39,9 +39,10 @@ def trial(config: DictConfig) -> Result:
 def by_hand(config: DictConfig) -> Result:
     """Evaluate and track the trial of the configuration. Returns 1 where it misses the goal."""
     from qflow.config.device_file import require_cost
-    from qflow.study.checks import check_config
+    from qflow.study.checks import check_config, require_no_workers
 
     check_config(config)
+    require_no_workers(config, "trial")
     require_cost(config.device, config.device.march)
     from qflow.search.objective import meets
     from qflow.study.by_hand import ByHand

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def trial_settings(config: DictConfig, params: Mapping[str, Scalar] | None = Non
 def patience(config: DictConfig) -> Patience:
     """Return the patience of a command with its tracking store. Raises ConfigError for no number of at least 0."""
     seconds = float(config.tracking.patience)
-    if not 0 <= seconds < inf:
+    if not 0 <= seconds < math.inf:
         raise ConfigError(f"tracking.patience is a number of seconds of at least 0, but got {seconds}. Take 600.")
     return Patience(seconds)
 

@@ -40,6 +40,15 @@ def check_config(config: DictConfig) -> None:
     within("seed", config.seed, 0, LARGEST_SEED)
 
 
+def require_no_workers(config: DictConfig, command: str) -> None:
+    """Raise ConfigError for worker processes at a command that would not use them."""
+    if config.executor.kind != "serial":
+        raise ConfigError(
+            f"Worker processes evaluate the trials of qflow.tune, but got executor.kind={config.executor.kind} for "
+            f"qflow.{command}. Use executor=serial."
+        )
+
+
 def _check_task(config: DictConfig) -> None:
     task = plain(config.task)
     within("task.batch_size", task["batch_size"], 1, 1_000_000)

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from qflow.core.errors import QflowError, TrackingError
@@ -15,14 +16,14 @@ from qflow.search.carried import study_names
 from qflow.search.reconcile import check_invariants
 from qflow.search.study import Study
 from qflow.tracking.artifacts import Store
-from qflow.tracking.lease import claims_of, owned
+from qflow.tracking.lease import LEASE, claims_of, owned
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.tracking.registry import versions
 from qflow.trial.cache import damaged
 
 LEFT = 3600.0  # seconds after which a temporary file belongs to no process that still writes it
 OTHERS = ("training", "searches")  # folders in cache/ whose files have another form, and are checked by their readers
-AGAIN = "Start its qflow.tune once more: it ends what is open."
+AGAIN = " Start its qflow.tune once more: it ends what is open."
 
 
 @dataclass
@@ -62,9 +63,7 @@ class Doctor:
         for name, experiment in here.items():
             tracker = MlflowTracker(self.store.client, self.store.uri, experiment)
             problems = check_invariants(Study.read(self.storage, name), tracker)
-            found.wrong += [
-                f"{name}: {text} {AGAIN if 'unning' in text or 'RUNNING' in text else ''}" for text in problems
-            ]
+            found.wrong += [f"{name}: {text}{AGAIN if 'running' in text.lower() else ''}" for text in problems]
         number = f"{len(here)} studies of this folder agree with their runs"
         found.told = number if len(here) != 1 else "the study of this folder agrees with its runs"
         if found.wrong:
@@ -104,12 +103,10 @@ class Doctor:
                 if is_running(claim.process) is not False:
                     living.append(f"{name} by {claim}")
                     continue
-                self._mend(found, f"{name}: owned by {claim}, whose process has ended", self._freeing(run, claim.owner))
+                free = partial(self.store.client.delete_tag, run, f"{LEASE}{claim.owner}")
+                self._mend(found, f"{name}: owned by {claim}, whose process has ended", free)
         found.told = f"driven, or held by another host: {'; '.join(living)}" if living else "no study is driven"
         return found
-
-    def _freeing(self, run: str, owner: str) -> Callable[[], None]:
-        return lambda: self.store.client.delete_tag(run, f"qflow.lease.{owner}")
 
     def _cache(self) -> Finding:
         found = Finding("cache")
@@ -122,13 +119,11 @@ class Doctor:
         return found
 
     def _left_over(self) -> Finding:
-        found, old = (
-            Finding("left over", "no temporary files and folders of processes that have ended"),
-            time.time() - LEFT,
-        )
+        found = Finding("left over", "no temporary files and folders of processes that have ended")
+        old = time.time() - LEFT
         for path in [*self.root.glob("scratch/*"), *self.root.glob("cache/**/*.tmp"), *self.root.glob("*.init-*")]:
             if path.lstat().st_mtime < old and not self._locked(path.name):
-                self._mend(found, f"{path} is left over", lambda path=path: _delete(path))  # type: ignore[misc]
+                self._mend(found, f"{path} is left over", partial(_delete, path))
         if found.wrong:
             found.told = "some temporary files and folders are left over"
         return found
