@@ -7,6 +7,7 @@
 # make gpu     calibration, sensitivity, a study and QAT on a GPU against the CPU: minutes
 # make torch-matrix  the fast tests of the engine under each torch of TORCHES, in fresh environments
 # make picture draw docs/architecture.svg from the imports
+# make docs   the documentation as a site in build/site; a warning or a link that leads nowhere fails
 # make screenshots  the pictures of the pages in docs/, of a fresh study: minutes, needs chromium and chromedriver
 # make ui      show the runs in the browser
 # make dashboard  show the search in optuna-dashboard
@@ -14,7 +15,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: tune test quick check audit zoo gpu torch-matrix picture screenshots ui dashboard clean
+.PHONY: tune test quick check audit zoo gpu torch-matrix picture docs screenshots ui dashboard clean
 
 tune: $(VENV)/.base
 	$(BIN)/python -m qflow.tune +experiment=int8_int16
@@ -52,6 +53,9 @@ torch-matrix: $(VENV)/.dev
 
 picture: $(VENV)/.dev
 	$(BIN)/python tests/support/architecture.py
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 screenshots: $(VENV)/.dev
 	$(BIN)/python tests/support/screenshots.py
@@ -92,6 +96,10 @@ $(VENV)/.audit: $(VENV)/constraints.txt
 
 $(VENV)/.dashboard: $(VENV)/.base
 	$(INSTALL) '.[dashboard]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	$(INSTALL) '.[docs]'
 	touch $@
 
 $(VENV)/.zoo: $(VENV)/.dev
