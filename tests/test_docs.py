@@ -1,4 +1,4 @@
-"""The pages of docs/ are short, and what the code and README name exists. `make docs` checks the links between pages."""
+"""The pages of docs/ are short, and what README and the code name exists. `make docs` checks links between pages."""
 
 from __future__ import annotations
 
