@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import TypeVar
 
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
@@ -46,8 +46,7 @@ def composed(name: str, module: str, act: Callable[[DictConfig], T], arguments: 
         if name != "tune":
             require_single(arguments, module)
         with ExitStack() as folders:
-            sys.argv = [sys.argv[0], *options_first(rewrite(own_device(arguments, folders)))]
-            _compose(name, job)
+            _compose(name, job, rewrite(own_device(arguments, folders)), _is_hydras(arguments))
         if failed:
             raise failed[0]
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
@@ -71,17 +70,34 @@ def require_only(used: Collection[str], rule: str) -> None:
             raise ConfigError(f"{rule}, but got {text}. Leave it out.")
 
 
-def _compose(name: str, job: Callable[[DictConfig], None]) -> None:
+def _is_hydras(arguments: Sequence[str]) -> bool:
+    """Return whether an option or a key of Hydra itself is among the arguments, so that its own main has to act."""
+    return any(text.startswith("-") or text.lstrip("+~").startswith("hydra") for text in arguments)
+
+
+def _compose(name: str, job: Callable[[DictConfig], None], arguments: Sequence[str], hydras: bool) -> None:
+    """Run `job` with the configuration. Hydra's main makes it twice, the first time to find out its mode."""
     import hydra
+    from hydra.core.hydra_config import HydraConfig
 
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
+        if hydras:
+            sys.argv = [sys.argv[0], *options_first(arguments)]
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
+            return
+        with hydra.initialize_config_dir(str(conf_dir()), job_name=name, version_base="1.3"):
+            whole = hydra.compose(name, list(arguments), return_hydra_config=True)
     except RecursionError as error:
         raise ConfigError(
             "A configuration file starts from others, but got a circle in their defaults. Take the file's own name out."
         ) from error
     except ValueError as error:  # an option of a group that is no name
         raise ConfigError(f"An override sets a key, or names an option of a group, but got {error}.") from error
+    HydraConfig.instance().set_config(whole)
+    config = whole.copy()
+    with open_dict(config):
+        del config["hydra"]
+    job(config)
 
 
 def _set_up(name: str) -> None:

@@ -38,7 +38,7 @@ def ended(capsys, command, act, *arguments):
     argv = sys.argv
     try:
         with pytest.raises(SystemExit) as stop:
-            run_command(command, act, [*arguments, "hydra.run.dir=."])
+            run_command(command, act, arguments)
     finally:
         sys.argv = argv
     return stop.value.code, capsys.readouterr().err
