@@ -116,9 +116,7 @@ class ByHand:
             description=f"{config.study}: trials by hand; {self.goal}.",
         )
         with ended(self.tracker, run):
-            self.tracker.log_study(
-                run, folder=shared, metrics={f"float/{task.metric_name}": self.evaluator.float_metric}
-            )
+            self.tracker.log_study(run, folder=shared, metrics=self.evaluator.float_metrics)
         return run
 
     def _tracked(self, study_run: str, folder: Path, example: str) -> FinishedTrial:

@@ -122,8 +122,7 @@ class Session:
             description=f"{self.study.name}: {self.goal}; {aims(self.goal)}.",
         )
         self.study_run = run
-        metrics = {f"float/{task.metric_name}": self.evaluator.float_metric}
-        self.tracker.log_study(run, folder=self.shared, metrics=metrics)
+        self.tracker.log_study(run, folder=self.shared, metrics=self.evaluator.float_metrics)
         return run
 
     def drive(self) -> None:

@@ -2,6 +2,7 @@
 
 __all__ = [
     "content_digest",
+    "details",
     "digits",
     "dual",
     "early_stop",

@@ -108,6 +108,7 @@ class Evaluator(AnalysedState):
             calibration_samples=stats.samples,
             evaluated=self.evaluations > ran,
             scores=found.scores,
+            details=found.details,
             training=report,
             repair=self.weights.now.table if self.weights.now else None,
             weights=float_weights(model) if qat.steps or self.weights.digest else None,

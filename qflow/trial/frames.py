@@ -14,6 +14,7 @@ from torch import nn
 
 from qflow.quant.model.sequences import Along
 from qflow.quant.trace.state import CachedState, Frame, cached_state
+from qflow.tasks.details import details_of
 from qflow.tasks.sequences import in_parallel, lengths_of
 from qflow.tasks.task import Task, batches, evaluate, model_inputs
 from qflow.trial.record import Evaluation
@@ -46,7 +47,8 @@ def evaluate_from_start(
         steps = in_parallel(lengths_of(task.data.evaluation, "evaluation"), batch_size)
         order = [sample for step in steps for sample in step.samples]
         scores = [score for _, score in sorted(zip(order, scores, strict=False))]  # an early end leaves the last out
-    return Evaluation(metric, samples, scores=tuple(scores) if len(scores) <= KEPT else ())
+    kept = tuple(scores) if len(scores) <= KEPT else ()
+    return Evaluation(metric, samples, scores=kept, details=details_of(task.metric))
 
 
 def frames(task: Task, along: Along, count: int) -> Iterator[Frame]:

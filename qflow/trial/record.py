@@ -26,6 +26,8 @@ class Evaluation:
     """Number of values beyond the range of fp16, by fp16 operator."""
     scores: tuple[float, ...] = ()
     """Score of each sample in order, of a metric that gives them; with it the noise of a difference can be paired."""
+    details: Mapping[str, float] = field(default_factory=dict)
+    """What the metric says beside its value, by name (tasks/details.py)."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class TrialResult:
     """False if the metric came from the memory or from the cache on disk, without a pass over the evaluation data."""
     scores: tuple[float, ...] = ()
     """Score of each evaluation sample, as in Evaluation."""
+    details: Mapping[str, float] = field(default_factory=dict)
+    """What the metric says beside its value, as in Evaluation."""
     training: TrainingReport | None = None
     """Report of QAT; None for a trial without training."""
     repair: RepairTable | None = None
@@ -89,6 +93,12 @@ RUN_METRICS: Mapping[str, Callable[[TrialResult], float | None]] = {
 
 
 def run_metrics(trial: TrialResult, accuracy: str) -> dict[str, float]:
-    """Return the metrics of a trial's MLflow run: the task's metric under the name `accuracy`, and RUN_METRICS."""
+    """Return the metrics of a trial's MLflow run: the task's metric as `accuracy`, its details, and RUN_METRICS."""
     found = {name: read(trial) for name, read in RUN_METRICS.items()}
-    return {accuracy: trial.metric, **{name: value for name, value in found.items() if value is not None}}
+    known = {name: value for name, value in found.items() if value is not None}
+    return {accuracy: trial.metric, **known, **detail_metrics(trial.details)}
+
+
+def detail_metrics(details: Mapping[str, float], prefix: str = "") -> dict[str, float]:
+    """Return what a metric says beside its value under the names that it has on a run."""
+    return {f"{prefix}detail/{name}": value for name, value in details.items()}

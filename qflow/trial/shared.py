@@ -5,7 +5,7 @@ Each part is computed once and cached by content; a cache hit gives the same num
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,7 +33,7 @@ from qflow.tasks.task import Task, batches, deploy_inputs, model_inputs, split_f
 from qflow.trial.cache import Cache
 from qflow.trial.frames import beginning, evaluate_from_start, steps_of
 from qflow.trial.precisions import Precisions
-from qflow.trial.record import Evaluation
+from qflow.trial.record import Evaluation, detail_metrics
 from qflow.trial.repaired import FloatWeights, Repaired, repaired
 
 Progress = Callable[[int], None]
@@ -78,6 +78,7 @@ class SharedState:
         self._weights: FloatWeights | None = None
         self.sensitivities: SensitivityTable | None = None
         self.float_scores: tuple[float, ...] = ()
+        self.float_details: Mapping[str, float] = {}
 
     def measure_float(self, progress: Progress = silent) -> float:
         """Measure the float model. Raises ConfigError if the task states another metric value."""
@@ -97,8 +98,13 @@ class SharedState:
                 f"The float model reaches the metric its task states ({stated:g} within {self.task.tolerance:g}), but "
                 f"got {metric:.4f} on {self.eval_samples} samples. Check weights and data, or set task.float_metric."
             )
-        self.float_metric, self.float_scores = metric, found.scores
+        self.float_metric, self.float_scores, self.float_details = metric, found.scores, found.details
         return metric
+
+    @property
+    def float_metrics(self) -> dict[str, float]:
+        """The metric of the float model and its details, as they stand on the run of a study."""
+        return {f"float/{self.task.metric_name}": self.float_metric, **detail_metrics(self.float_details, "float/")}
 
     @cached_property
     def identity(self) -> Identity:
