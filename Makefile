@@ -31,10 +31,10 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-AUDIT_FAILED := audit: not passed. Either a package above has a known vulnerability, or pypi.org could not be reached;
-AUDIT_FAILED += then nothing was audited.
+AUDIT_FAILED := audit: not passed. Either a package above has a known vulnerability, or one could not be looked up at
+AUDIT_FAILED += pypi.org, and then nothing is known of those that follow it.
 audit: $(VENV)/.audit
-	$(BIN)/python -m pip_audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off \
+	$(BIN)/python -m pip_audit --strict --requirement constraints.txt --no-deps --disable-pip --progress-spinner off \
 	    || { echo '$(AUDIT_FAILED)'; exit 1; }
 
 zoo: $(VENV)/.zoo
