@@ -15,7 +15,6 @@ files hold builtin types only. Several devices are refused.
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,7 @@ from qflow.api.prepared import Prepared
 from qflow.api.states import Frames, compared, with_state
 from qflow.core.errors import ConfigError, DataError, ModelError
 from qflow.core.settings import COMPARISONS, SensitivitySettings
+from qflow.core.temporary import TemporaryFolder
 from qflow.quant.trace.calling import copied
 
 SPARE = 4  # at least so many inputs are kept, because the means and thus the ranking change during the search
@@ -156,7 +156,7 @@ class QuantAnalysis:
         """Write the bad case to badcase.pt in `out_dir`. Raises DataError for other types than tensors and builtins."""
         inputs = self._held().inputs
         table = BadcaseTable(1, {}, {}, dict.fromkeys(COMPARISONS, 0), "L1", (0,))
-        with tempfile.TemporaryDirectory(dir=self.out_dir) as folder:  # the other files of a search are kept
+        with TemporaryFolder(self.out_dir) as folder:  # the other files of a search are kept
             save_badcases(Path(folder), table, BadcaseInputs({0: inputs}))
             return (Path(folder) / CASE_FILE).replace(self.out_dir / CASE_FILE)
 

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -16,6 +15,7 @@ from qflow.bundle.bounded import read_json
 from qflow.bundle.files import DIGEST, LIMITS, OF_STUDY, RECORD, check_names, files_digest, regular_files
 from qflow.bundle.stored import StoredTrial, read_stored
 from qflow.core.errors import BundleError
+from qflow.core.temporary import TemporaryFolder
 from qflow.core.text_file import require_file
 from qflow.tracking.artifacts import Store
 from qflow.tracking.mlflow_tracker import RESULT
@@ -170,7 +170,7 @@ def _of_texts(value: Any) -> bool:
 
 
 def _temporary() -> tuple[Any, Path]:
-    keeper = tempfile.TemporaryDirectory(prefix="qflow-trial-")
+    keeper = TemporaryFolder()
     return keeper, Path(keeper.name)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qflow.config.command import Result, run_command
 from qflow.config.settings import patience, plain, root_dir
 from qflow.core.errors import ConfigError, PromotionError
+from qflow.core.temporary import TemporaryFolder
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -70,7 +70,7 @@ def promote(config: DictConfig) -> Result:
     before = champion(store, name, alias)
     study = trial.tags.get("qflow.study", "?")
     print(f"{'run':<12}{run_id}, qconfig {trial.qconfig.digest}, of {study}, for {name}@{alias}")
-    with tempfile.TemporaryDirectory(prefix="qflow-promote-") as folder:
+    with TemporaryFolder() as folder:
         verdict, promotion = judge(config, store, trial, Path(folder), before, rules)
         verdict.show()
         record = verdict.record(run=run_id, model=name, version=None, alias=alias)

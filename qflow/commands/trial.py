@@ -9,11 +9,11 @@ difference is named); 2: a mistake in the command line or configuration.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qflow.config.command import Result, run_command
+from qflow.core.temporary import TemporaryFolder
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -118,7 +118,7 @@ def again(config: DictConfig) -> Result:
     stored = fetch(config.from_run, uri=config.tracking.uri, root=root_dir(config), patience=patience(config))
     print(f"{'run':<12}{stored.run_id}, qconfig {stored.qconfig.digest}, of {stored.tags.get('qflow.study', '?')}")
     print(f"{'again':<12}the trial, from its run and your code", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryFolder() as folder:
         found = rebuild(stored, Path(folder), allow=config.security.allow, own=plain(config))
     for name, (before, now) in found.figures.items():
         print(f"{name:<26}{'-' if before is None else f'{before:.6g}':>14} stored {now:>14.6g} again")

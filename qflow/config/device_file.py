@@ -14,7 +14,6 @@ that it starts from, has another content.
 from __future__ import annotations
 
 import functools
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,7 @@ from qflow.core.device_rules import DeviceRules
 from qflow.core.errors import ConfigError
 from qflow.core.nearest import did_you_mean
 from qflow.core.record import digest
+from qflow.core.temporary import TemporaryFolder
 
 if TYPE_CHECKING:
     from qflow.cost_model.model import CostModel
@@ -93,8 +93,8 @@ def _described(device: DictConfig) -> dict[str, Any]:
 
 
 @functools.cache
-def _written() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="qflow-device-")
+def _written() -> TemporaryFolder:
+    return TemporaryFolder()
 
 
 def require_cost(device: DictConfig, name: object) -> None:

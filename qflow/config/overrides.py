@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +17,7 @@ from qflow.config.quoting import assignment, in_braces, mended, quoted
 from qflow.config.yaml_file import mapping_text
 from qflow.core.errors import ConfigError
 from qflow.core.nearest import did_you_mean
+from qflow.core.temporary import TemporaryFolder
 
 VALUED = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p")
 OPTIONS = (
@@ -47,7 +47,7 @@ def own_device(arguments: Sequence[str], folders: ExitStack) -> list[str]:
             out.append(argument)
             continue
         mapping_text(path, "A device is a name or a .yaml file")
-        root = Path(folders.enter_context(tempfile.TemporaryDirectory(prefix="qflow-device-")))
+        root = Path(folders.enter_context(TemporaryFolder()))
         (root / "device").mkdir()
         shipped = {p.stem for p in (conf_dir() / "device").glob("*.yaml")}
         for other in path.parent.glob("*.y*ml"):

@@ -29,6 +29,7 @@ __all__ = [
     "stored_text",
     "table_setter",
     "template",
+    "temporary",
     "text_file",
     "version",
     "weight_inputs",

@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from qflow.core.errors import TrackingError
+from qflow.core.temporary import TemporaryFolder
 
 SQLITE = "sqlite:///"
 SQLITE_QUOTED = "sqlite+pysqlite:///"
@@ -75,22 +76,25 @@ def exclusive(path: Path, *, owner_of: str = "") -> Iterator[None]:
         yield
 
 
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yield where to write what will be the file `path`: it takes that place, complete, when the block ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryFolder(path.parent) as folder:
+        aside = Path(folder) / path.name
+        yield aside
+        os.replace(aside, path)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that readers find either the old or the new text complete, even after a kill or a power failure.
 
     Nothing is left beside it where the disk is full. Raises OSError.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # else the renamed file may be empty after a power failure
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
+    with written_aside(path) as aside, aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else the renamed file may be empty after a power failure
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the new name itself

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from qflow.api.prepared import Prepared
 from qflow.config.device_file import load_rules
 from qflow.core.errors import ConfigError, ModelError
 from qflow.core.record import plain, to_json
+from qflow.core.temporary import TemporaryFolder
 from qflow.core.version import VERSION
 from qflow.export.contract import Exported, ExportError, Subject, written
 from qflow.export.targets import TARGETS
@@ -46,7 +46,7 @@ def export_model(
     folder = Path(folder)
     _require_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as name:
+    with TemporaryFolder(folder.parent) as name:
         made = Path(name) / "files"
         made.mkdir()
         exported = TARGETS[target](Subject(prepared, sensitivity, dict(origin or {})), made)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from qflow.bundle.files import LIMITS, MOST, sha256
 from qflow.core.errors import BundleError, TrackingError, TrialError
 from qflow.core.names import check_study_name
 from qflow.core.record import digest
+from qflow.core.temporary import TemporaryFolder
 from qflow.core.text_file import require_file
 from qflow.core.version import VERSION
 from qflow.search.carried import check_study, restore_study, study_names, study_record, taken, withdraw_study
@@ -64,7 +64,7 @@ def pack(
     searched = any(int(record["tags"]["qflow.trial"]) >= 0 for record in records[1:])  # not only trials by hand
     optuna_study = study_record(root, study) if searched or study in study_names(root) else None
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".bundle-") as name:
+    with TemporaryFolder(path.parent) as name:
         for number, record in enumerate(records):
             place = Path(name) / "files" / str(number)
             place.mkdir(parents=True)
@@ -91,7 +91,7 @@ def unpack(uri: str | None, root: Path, path: Path, patience: Patience | None = 
 
     Raises BundleError for a file that is not as `pack` wrote it, or a study whose name the store knows.
     """
-    with tempfile.TemporaryDirectory(prefix="qflow-import-") as name:
+    with TemporaryFolder() as name:
         folder = Path(name)
         record = _verified(path, folder)
         study, runs = record["study"], record["runs"]

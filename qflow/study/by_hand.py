@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.names import check_study_name
 from qflow.core.qconfig import QConfig
 from qflow.core.record import from_dict, to_json
+from qflow.core.temporary import TemporaryFolder
 from qflow.report.console import Console
 from qflow.search.objective import Goal
 from qflow.search.outcome import FinishedTrial, Marker
@@ -88,7 +88,7 @@ class ByHand:
         evaluator.resolve(settings)  # a name that the model does not have is refused before a run is made
         scratch = self.root / "scratch"
         scratch.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=scratch) as name:
+        with TemporaryFolder(scratch) as name:
             shared, folder = Path(name) / "shared", Path(name) / "trial"
             shared.mkdir()
             folder.mkdir()
@@ -144,7 +144,7 @@ class ByHand:
 
     def qconfig(self, run_id: str) -> QConfig:
         """Return the qconfig of a trial's run, as the device runs it."""
-        with tempfile.TemporaryDirectory() as folder:
+        with TemporaryFolder() as folder:
             path = self.tracker.download(run_id, "qconfig/qconfig.json", Path(folder))  # where the store puts it
             return from_dict(QConfig, read_json(path.parent, path.name))
 

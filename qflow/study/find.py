@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -11,6 +10,7 @@ from qflow.bundle.bounded import read_config
 from qflow.config.quoting import assignment
 from qflow.core.credentials import masked
 from qflow.core.errors import TrackingError
+from qflow.core.temporary import TemporaryFolder
 from qflow.tracking.artifacts import Store
 from qflow.tracking.limits import model_name
 
@@ -46,7 +46,7 @@ def registered_place(store: Store, config: DictConfig) -> tuple[str, str]:
         return model_name(model), alias or "champion"
     rule = "A study must exist to be rolled back"
     run = config.run or one_study(store, config.study, config.tracking.experiment, rule)[1]
-    with tempfile.TemporaryDirectory(prefix="qflow-promote-") as folder:
+    with TemporaryFolder() as folder:
         store.download(store.run(run)[2], ["config.yaml"], Path(folder))
         started = read_config(Path(folder)).tracking
     return model_name(started.registered_model), alias or started.alias

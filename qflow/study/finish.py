@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import TrialError
 from qflow.core.qconfig import QConfig
 from qflow.core.store import write_whole
+from qflow.core.temporary import TemporaryFolder
 from qflow.report.console import SummaryRow, python_command, summary_table
 from qflow.search.objective import CONSTRAINT, accurate, nearest_miss, over_budget
 from qflow.search.outcome import FinishedTrial
@@ -56,7 +56,7 @@ def _keep(session: Session, note: str, text: str, best: FinishedTrial | None, me
     """Write the study's document to its folder and its run, with its end as tags; return the path."""
     place = session.root / "studies" / session.study.name / "decision.md"
     write_whole(place, note)
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryFolder() as folder:
         (Path(folder) / "decision.md").write_text(note)
         log_decisions(session.tracker, session.study_run, session.decisions, session.baselines)
         tags = {"qflow.best": best.run_id if best else "", "qflow.goal": "met" if best else "missed", VERDICT: text}

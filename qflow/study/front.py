@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qflow.core.record import to_json
 from qflow.core.store import write_whole
+from qflow.core.temporary import TemporaryFolder
 from qflow.search.objective import Goal, best_trial, meets, pareto_set
 from qflow.search.outcome import FinishedTrial
 from qflow.tracking.mlflow_tracker import MlflowTracker
@@ -45,7 +45,7 @@ def log_front(
     if all((folder / name).exists() and (folder / name).read_text() == text for name, text in texts.items()):
         return  # unchanged
     shown = {f"best/{key.split('/', 1)[1]}": value for key, value in metrics.items()}
-    with tempfile.TemporaryDirectory() as beside:
+    with TemporaryFolder() as beside:
         for name, text in texts.items():
             (Path(beside) / name).write_text(text)
         tags = {"qflow.best_so_far": best.run_id if best else ""}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
+from qflow.core.temporary import TemporaryFolder
 from qflow.search.noise import BY_SEQUENCE, PAIRED, Margin, Noise, difference_noise
 from qflow.search.objective import CONSTRAINT
 from qflow.search.outcome import FinishedTrial
@@ -16,7 +16,7 @@ from qflow.study.session import Session
 def paired_noise(session: Session, one: FinishedTrial, other: FinishedTrial | None = None) -> Noise:
     """Return the noise of the difference of two trials, or of a trial and the float model (None)."""
     evaluator = session.evaluator
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryFolder() as folder:
         files = RunFiles(session.tracker, Path(folder))
         scores = files.scores(one.run_id), files.scores(other.run_id) if other else evaluator.float_scores
     metric = other.outcome.metrics[session.accuracy] if other else evaluator.float_metric

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from qflow.core.record import to_json
+from qflow.core.temporary import TemporaryFolder
 from qflow.repair.base.contract import KEPT, REFUSED, RepairTable, Row
 from qflow.report.files import REPAIR
 from qflow.study.session import Session
@@ -23,7 +23,7 @@ def repair(session: Session) -> None:
         assert found is not None  # there are steps
         table = found.table
         say(table.view().title + _passes(table))
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryFolder() as folder:
         (Path(folder) / REPAIR).write_text(to_json(table, indent=1))
         (Path(folder) / "repair.txt").write_text(table.view().text(len(table.rows)))
         session.tracker.log_study(session.study_run, folder=Path(folder))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from qflow.core.graph import ModelGraph
 from qflow.core.qconfig import QConfig
 from qflow.core.record import from_dict
 from qflow.core.store import write_whole
+from qflow.core.temporary import TemporaryFolder
 from qflow.repair.base.contract import RepairTable
 from qflow.report.analysis_page import Analysis
 from qflow.report.files import REPAIR
@@ -48,7 +48,7 @@ GOAL = "qflow.goal"  # tag of a study that has ended
 
 def write_report(tracker: MlflowTracker, study: str, run: str, root: Path) -> Path:
     """Render the report of `study` to studies/<study>/report.html under `root` and to its run; return the path."""
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryFolder() as folder:
         text = study_page(load_record(tracker, study, run, Path(folder)))
         beside = Path(folder) / "page"
         beside.mkdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from qflow.config.space import configured
 from qflow.core.errors import QflowError
 from qflow.core.record import to_json
 from qflow.core.settings import QConfigSettings
+from qflow.core.temporary import TemporaryFolder
 from qflow.report.console import Console, duration
 from qflow.search.domain import Values, as_proposed
 from qflow.search.driver import Driver
@@ -83,7 +83,7 @@ class Session:
     @cached_property
     def shared(self) -> Path:
         """Folder with the files of the study's run that all trials share."""
-        folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = Path(self.stack.enter_context(TemporaryFolder()))
         if reason := write_shared(folder, self.config, self.evaluator, self.study.space):
             self.console.say(f"{'example':<12} qflow.load will not find this study's trials: {reason}")
         return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from qflow.config.settings import trial_settings
 from qflow.core.dtype import QDtype
 from qflow.core.qconfig import QConfig
 from qflow.core.record import digest
+from qflow.core.temporary import TemporaryFolder
 from qflow.report.files import write_study
 from qflow.study.repair_stage import repair
 from qflow.study.session import Session
@@ -119,7 +119,7 @@ def log_tables(session: Session, diagnosis: Diagnosis, tags: Mapping[str, str]) 
     from qflow.report.analysis_files import write_analysis  # imports matplotlib, which is slow to load
 
     evaluator = session.evaluator
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryFolder() as folder:
         after = ", after the repair" if evaluator.weights.digest else ""
         write_analysis(diagnosis, Path(folder) / "analysis", f"{session.study.name}: all-int8 on its bad cases{after}")
         check = checked(evaluator, *evaluator.template(QDtype.qint16), evaluator.default_calibration)
@@ -141,7 +141,7 @@ def rank_again(session: Session, title: str, point: Mapping[str, Any]) -> Sensit
     if key in session.rankings:
         evaluator.badcases, evaluator.sensitivities = session.rankings[key]
         return evaluator.sensitivities
-    with evaluator.repaired(settings.repair, settings.calibration), tempfile.TemporaryDirectory() as folder:
+    with evaluator.repaired(settings.repair, settings.calibration), TemporaryFolder() as folder:
         evaluator.default_calibration = settings.calibration  # that of the mix, which need not be the configured one
         try:
             cases, ranked = _ranked(session, title, applied)

@@ -9,7 +9,6 @@ the same order.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
@@ -17,6 +16,7 @@ from typing import Any, TypeAlias
 
 from omegaconf import DictConfig
 
+from qflow.core.temporary import TemporaryFolder
 from qflow.search.noise import Margin
 from qflow.search.objective import meets
 from qflow.search.outcome import FinishedTrial
@@ -81,6 +81,6 @@ def _drop(trial: FinishedTrial) -> float:
 
 def _loss(session: Session, trial: FinishedTrial) -> float:
     """Return the mean loss of the second half of the steps of a trial."""
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryFolder() as folder:
         losses = RunFiles(session.tracker, Path(folder)).json(trial.run_id, "training.json")["losses"]
     return fmean(losses[len(losses) // 2 :])

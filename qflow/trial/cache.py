@@ -31,6 +31,7 @@ from torch import Tensor
 
 from qflow.core.errors import QflowError
 from qflow.core.record import digest, from_dict, plain
+from qflow.core.store import written_aside
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -144,15 +145,10 @@ def write_record(place: Path, content: Any) -> None:
     """Write a record whose values may be tensors, completely or not at all. Raises QflowError for NaN."""
     tensors: dict[str, Tensor] = {}
     text = json.dumps(plain(_lifted(content, tensors), "record"), allow_nan=False)  # keys keep their order
-    place.parent.mkdir(parents=True, exist_ok=True)
-    aside = place.with_suffix(f".{os.getpid()}.tmp")
-    try:
+    with written_aside(place) as aside:
         save_file(tensors, aside, {"record": text, "checksum": _checksum(place, text, tensors)})
         with aside.open("rb") as file:
             os.fsync(file.fileno())  # else a renamed file may be empty after a power failure
-        os.replace(aside, place)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _checksum(place: Path, text: str, tensors: Mapping[str, Tensor]) -> str:

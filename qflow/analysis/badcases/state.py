@@ -11,20 +11,15 @@ from typing import Any
 import torch
 
 from qflow.core.errors import ConfigError
+from qflow.core.store import written_aside
 
 
 def write_state(path: Path, settings: Mapping[str, str], state: Mapping[str, Any]) -> None:
-    """Write `state` to a temporary file beside `path`, which then replaces `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        with open(fresh, "wb") as file:
-            torch.save({"settings": dict(settings), "state": dict(state)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    """Write `state` beside `path`; the new file then replaces `path`."""
+    with written_aside(path) as aside, aside.open("wb") as file:
+        torch.save({"settings": dict(settings), "state": dict(state)}, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_state(path: Path, settings: Mapping[str, str]) -> dict[str, Any] | None:

@@ -9,7 +9,6 @@ the previous checkpoint.
 from __future__ import annotations
 
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qflow.core.errors import ModelError, QflowError, TrialError
+from qflow.core.store import written_aside
 from qflow.quant.values.fake_quant import FakeQuant
 
 SCHEMA = "1"
@@ -34,13 +34,8 @@ def save_checkpoint(path: Path, state: dict[str, Any], model: nn.Module) -> None
     tensors.update({f"model:{name}": tensor for name, tensor in kept.items()})
     # safetensors refuses tied weights, which share memory: each tensor is copied
     whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(whole, beside, {"qflow": json.dumps(content), "schema": SCHEMA})
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with written_aside(path) as aside:
+        save_file(whole, aside, {"qflow": json.dumps(content), "schema": SCHEMA})
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
