@@ -51,6 +51,11 @@ def export(config: DictConfig) -> tuple[int, dict[str, Any]]:
     """Load the trial and write it for every target. The exit code is 1 under `strict` if one does not say all."""
     if config.bundle or config.unpack:
         return 0, carried(config)
+    if config.search.storage:
+        raise ConfigError(
+            f"search.storage is for a study that is bundled or imported, but got {config.search.storage} without. "
+            "Add bundle=<.zip> or import=<.zip>, or leave it out."
+        )
     names = targets_of(config.target)
     from qflow.bundle.source import fetch
     from qflow.export.model import export_model
@@ -80,16 +85,17 @@ def carried(config: DictConfig) -> dict[str, Any]:
     from qflow.config.compose import require_only
     from qflow.study.archive import pack, unpack
 
-    require_only(("bundle", "unpack", "study", "root", "tracking"), "A study is bundled or imported whole")
+    require_only(("bundle", "unpack", "study", "root", "tracking", "search"), "A study is bundled or imported whole")
     if config.bundle and config.unpack:
         raise ConfigError("One study is bundled or imported, but got bundle and import. Leave one out.")
     root, waiting = root_dir(config), patience(config)
+    searches = config.search.storage or root
     if config.bundle:
         study, path = config.study, Path(config.bundle)
-        count = pack(config.tracking.uri, root, study, path, stated_experiment(config), waiting)
+        count = pack(config.tracking.uri, root, study, path, stated_experiment(config), waiting, searches)
         print(f"{'bundled':<12}{study} with {count} trials in {path}, {path.stat().st_size / 1e6:.1f} MB")
     else:
-        study, count = unpack(config.tracking.uri, root, Path(config.unpack), waiting)
+        study, count = unpack(config.tracking.uri, root, Path(config.unpack), waiting, searches)
         print(f"{'imported':<12}{study} with {count} trials; promote, export and compare find it, tune continues it")
     return {"study": study, "trials": count}
 

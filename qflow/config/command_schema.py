@@ -104,6 +104,14 @@ class PromoteSchema:
 
 
 @dataclass(kw_only=True)
+class StorageSchema:
+    """Where the searches are."""
+
+    storage: str | None = None
+    """Database of the searches, if it is not optuna.db in `root`."""
+
+
+@dataclass(kw_only=True)
 class ExportSchema:
     """`python -m qflow.export`: the trial to export, the targets, and the folder to write to."""
 
@@ -126,6 +134,7 @@ class ExportSchema:
     """New .zip to which the study is written with its runs and files; no target is written then."""
     unpack: str | None = None
     """A .zip that `bundle` wrote, also written import=...: its study is added to this store."""
+    search: StorageSchema = field(default_factory=StorageSchema)
 
 
 @dataclass(kw_only=True)
@@ -140,14 +149,6 @@ class ReportSchema:
 
 
 @dataclass(kw_only=True)
-class DoctorSearchSchema:
-    """The searches that are examined."""
-
-    storage: str | None = None
-    """Database of the searches, if it is not optuna.db in `root`."""
-
-
-@dataclass(kw_only=True)
 class DoctorSchema:
     """`python -m qflow.doctor`: stores and folder to examine."""
 
@@ -156,7 +157,7 @@ class DoctorSchema:
     fix: bool = False
     """Mend what can be mended without losing a result (--fix)."""
     tracking: StoreSchema = field(default_factory=StoreSchema)
-    search: DoctorSearchSchema = field(default_factory=DoctorSearchSchema)
+    search: StorageSchema = field(default_factory=StorageSchema)
 
 
 @dataclass(kw_only=True)

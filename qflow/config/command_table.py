@@ -103,8 +103,8 @@ COMMANDS: dict[str, Command] = {
         "write a trial to the files that a tool chain takes",
         (
             "[target=<name>,...] [from=<run|version|folder>] [out=<folder>]",
-            "study=<name> bundle=<.zip>",
-            "import=<.zip>",
+            "study=<name> bundle=<.zip> [search.storage=<url>]",
+            "import=<.zip> [search.storage=<url>]",
         ),
         "written",
         "strict=true, and a target does not say all that was judged",

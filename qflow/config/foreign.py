@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 
+from qflow.core.installed import missing_driver
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_TEXTS = ("No space left on device", "database or disk is full", "Disk quota exceeded", "File too large")
 """How libraries say it that do not raise an OSError: SQLite, safetensors, MLflow."""
@@ -16,7 +18,6 @@ CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 OTHER_KIND = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EEXIST)
 STORES = ("mlflow", "sqlalchemy", "alembic", "sqlite3", "optuna", "requests", "urllib3")
 """Libraries whose own exceptions say that a store does not do what it should."""
-DRIVERS = ("psycopg", "psycopg2", "MySQLdb", "pymysql", "mysql", "pyodbc", "boto3", "azure", "google")
 AGAIN = "run the same command again: finished trials are kept"
 
 
@@ -30,8 +31,8 @@ def foreign_line(error: BaseException) -> str:
             return f"Folders of a command are open to it, but got '{_shown(e)}'. Open it, or name another."
         if isinstance(e, OSError) and e.errno in OTHER_KIND:
             return f"A path of a command is a file or a folder as it says, but got '{_shown(e)}'. Name another."
-        if isinstance(e, ModuleNotFoundError) and (name := (e.name or "").partition(".")[0]) in DRIVERS:
-            return f"A store is reached through its driver, but got none called {name}. Install it: pip install {name}."
+        if line := missing_driver(e):
+            return line
     if type(error).__module__.partition(".")[0] in STORES:
         return f"A call to a store must succeed, but got '{_shown(error)}'. Repair the store, and {AGAIN}."
     if isinstance(error, MemoryError):

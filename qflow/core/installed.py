@@ -1,9 +1,32 @@
-"""Where an installed package lies, found without importing it: scikit-learn takes as long to import as PyTorch."""
+"""What is installed, and what to install: found without importing it, as scikit-learn takes as long as PyTorch."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+
+DRIVERS = {
+    "psycopg": '"psycopg[binary]"',
+    "psycopg2": "psycopg2",
+    "MySQLdb": "mysqlclient",
+    "pymysql": "pymysql",
+    "mysql": "mysql-connector-python",
+    "pyodbc": "pyodbc",
+    "boto3": "boto3",
+    "azure": "azure-storage-blob",
+    "google": "google-cloud-storage",
+}
+"""Packages through which databases and places of artifacts are reached, by the name that is imported."""
+
+
+def missing_driver(error: BaseException) -> str:
+    """Return the line for a driver of a store that is not installed; "" for any other exception."""
+    name = (getattr(error, "name", None) or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or name not in DRIVERS:
+        return ""
+    return (
+        f"A store is reached through its driver, but got none called {name}. Install it: pip install {DRIVERS[name]}."
+    )
 
 
 def folder_of(package: str) -> Path:

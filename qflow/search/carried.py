@@ -35,7 +35,8 @@ def study_record(storage: str | Path, name: str) -> dict[str, Any]:
         url = place_of(storage)[0]
         raise TrackingError(
             f"A study that was tuned is bundled with its Optuna study, but got none of {name} in "
-            f"{sqlite_path(url) or url}. Name the folder that it was tuned in: root=<folder>."
+            f"{sqlite_path(url) or url}. Name the folder or database that it was tuned in: root=<folder> or "
+            "search.storage=<url>."
         )
     study = optuna.load_study(study_name=name, storage=open_storage(place_of(storage)[0]))
     trials = study.get_trials(deepcopy=False)

@@ -11,6 +11,7 @@ from optuna.study import StudyDirection
 
 from qflow.core.credentials import masked
 from qflow.core.errors import TrackingError
+from qflow.core.installed import missing_driver
 from qflow.core.store import build_aside, sqlite_path, sqlite_url
 
 LOCK_TIMEOUT = 60  # seconds that a statement waits while another process writes
@@ -36,14 +37,10 @@ def open_study(url: str, name: str, directions: Sequence[str]) -> optuna.Study:
             directions=[StudyDirection[direction.upper()] for direction in directions],
             load_if_exists=True,
         )
-    except ModuleNotFoundError as error:
-        raise TrackingError(
-            f"A database is reached through its driver, but got '{error}' for {masked(url)}. Install it: "
-            f"pip install {error.name}."
-        ) from error
     except Exception as error:  # SQLAlchemy and its drivers have no common base class
         raise TrackingError(
-            f"The study database must open, but got {type(error).__name__} for {masked(url)}: "
+            missing_driver(error)
+            or f"The study database must open, but got {type(error).__name__} for {masked(url)}: "
             f"{masked(str(error).splitlines()[0])}. Repair it or name another storage."
         ) from error
 

@@ -49,9 +49,17 @@ TEXTS = (".json", ".md", ".txt", ".html", ".csv")
 
 
 def pack(
-    uri: str | None, root: Path, study: str, path: Path, experiment: str | None = None, patience: Patience | None = None
+    uri: str | None,
+    root: Path,
+    study: str,
+    path: Path,
+    experiment: str | None = None,
+    patience: Patience | None = None,
+    searches: str | Path | None = None,
 ) -> int:
     """Write the study to the file `path` and return the number of its trials; `experiment` None looks in all.
+
+    `searches` is the Optuna storage, by default that of `root`.
 
     Raises TrackingError for an unknown study, for several of this name, or one with a running trial; BundleError for a
     file that exists.
@@ -62,7 +70,8 @@ def pack(
     experiment, run = one_study(store, study, experiment, "A bundled study is in the store")
     records = run_records(store, run)
     searched = any(int(record["tags"]["qflow.trial"]) >= 0 for record in records[1:])  # not only trials by hand
-    optuna_study = study_record(root, study) if searched or study in study_names(root) else None
+    searches = searches or root
+    optuna_study = study_record(searches, study) if searched or study in study_names(searches) else None
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryFolder(path.parent) as name:
         for number, record in enumerate(records):
@@ -86,8 +95,10 @@ def pack(
     return len(records) - 1
 
 
-def unpack(uri: str | None, root: Path, path: Path, patience: Patience | None = None) -> tuple[str, int]:
-    """Add the study of a bundle to the store; return its name and the number of its trials.
+def unpack(
+    uri: str | None, root: Path, path: Path, patience: Patience | None = None, searches: str | Path | None = None
+) -> tuple[str, int]:
+    """Add the study of a bundle to the store, and its search to `searches`; return its name and number of trials.
 
     Raises BundleError for a file that is not as `pack` wrote it, or a study whose name the store knows.
     """
@@ -95,7 +106,8 @@ def unpack(uri: str | None, root: Path, path: Path, patience: Patience | None = 
         folder = Path(name)
         record = _verified(path, folder)
         study, runs = record["study"], record["runs"]
-        tracker = _free_store(uri, root, study, record["experiment"], patience)
+        searches = searches or root
+        tracker = _free_store(uri, root, study, record["experiment"], patience, searches)
         folders = [folder / "files" / str(number) for number in range(len(runs))]
         for place in folders:
             place.mkdir(parents=True, exist_ok=True)
@@ -104,15 +116,17 @@ def unpack(uri: str | None, root: Path, path: Path, patience: Patience | None = 
             try:
                 _rename_texts(tracker, folders[0], made[runs[0]["id"]], made)
                 if record["optuna"] is not None:
-                    restore_study(root, json.loads(renamed(json.dumps(record["optuna"]), made)))
+                    restore_study(searches, json.loads(renamed(json.dumps(record["optuna"]), made)))
                 publish(tracker, runs, made)
             except BaseException:
-                withdraw_study(root, study, made.values())
+                withdraw_study(searches, study, made.values())
                 raise
     return study, len(runs) - 1
 
 
-def _free_store(uri: str | None, root: Path, study: str, experiment: str, patience: Patience | None) -> MlflowTracker:
+def _free_store(
+    uri: str | None, root: Path, study: str, experiment: str, patience: Patience | None, searches: str | Path
+) -> MlflowTracker:
     """Open the store for a study that it does not know; what a killed import of it has left is removed.
 
     Raises BundleError, before anything is made, for a study that it knows.
@@ -124,8 +138,8 @@ def _free_store(uri: str | None, root: Path, study: str, experiment: str, patien
         if store.studies(study):
             raise BundleError(taken(study))
         left = unfinished(store, study)
-        withdraw_study(root, study, left)
-    if study in study_names(root):
+        withdraw_study(searches, study, left)
+    if study in study_names(searches):
         raise BundleError(taken(study))
     if store is not None:
         withdraw_runs(store, left)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, cast
 
 from qflow.core.credentials import masked
 from qflow.core.errors import TrackingError
+from qflow.core.installed import missing_driver
 from qflow.core.store import build_aside, sqlite_path, sqlite_url
 from qflow.tracking.patience import Patience, Patient, leave_repeating_to_us
 
@@ -177,12 +178,9 @@ def plain_errors(uri: str) -> Iterator[None]:
     """Turn exceptions of MLflow and its drivers into a TrackingError of one line."""
     try:
         yield
-    except ModuleNotFoundError as error:
-        raise TrackingError(
-            f"A database is reached through its driver, but got '{error}' for {masked(uri)}. Install it: "
-            f"pip install {error.name}."
-        ) from error
     except Exception as error:
+        if line := missing_driver(error):
+            raise TrackingError(line) from error
         if type(error).__module__.partition(".")[0] not in _FOREIGN:
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -71,6 +71,18 @@ def test_an_imported_study_is_the_same_and_continues(packed, tmp_path):
         assert check_invariants(session.study, session.tracker) == []
 
 
+def test_the_search_of_a_study_may_be_in_a_database_that_folders_share(packed, tmp_path):
+    folder, _ = packed
+    shared = tmp_path / "shared.db"
+    assert unpack(None, tmp_path / "one", folder / "study.zip", searches=shared) == (STUDY, 1)
+    assert (study_names(shared), study_names(tmp_path / "one")) == ([STUDY], [])
+    with pytest.raises(TrackingError, match=r"tuned in: root=<folder> or search.storage=<url>"):
+        pack(None, tmp_path / "one", STUDY, tmp_path / "again.zip")
+    assert pack(None, tmp_path / "one", STUDY, tmp_path / "again.zip", searches=shared) == 1
+    with pytest.raises(BundleError, match="which exists"):
+        unpack(None, tmp_path / "two", tmp_path / "again.zip", searches=shared)
+
+
 def test_a_study_that_exists_is_not_overwritten(packed):
     folder, _ = packed
     with pytest.raises(BundleError, match=f"got {STUDY}, which exists"):
