@@ -65,7 +65,7 @@ def diagnose(config: DictConfig, stages: list[str]) -> dict[str, Any]:
     from qflow.report.analysis_files import write_analysis
     from qflow.report.console import Console
     from qflow.study.assemble import make_evaluator
-    from qflow.tracking.ended import ended
+    from qflow.tracking.ended import end_abandoned, own_runs
     from qflow.tracking.mlflow_tracker import MlflowTracker
     from qflow.trial.diagnosis import Diagnosis
 
@@ -73,6 +73,7 @@ def diagnose(config: DictConfig, stages: list[str]) -> dict[str, Any]:
     check_filters(config, stages)
     root = root_dir(config)
     tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment, patience(config))
+    end_abandoned(tracker)
     evaluator = make_evaluator(config)
     evaluator.check_data()
     console = Console()
@@ -93,13 +94,13 @@ def diagnose(config: DictConfig, stages: list[str]) -> dict[str, Any]:
         diagnosis, folder, f"{evaluator.task.name}: {what}", list(config.prefixes), list(config.types)
     )
     name = f"{evaluator.task.name}/analyze{suffix}"
-    run = tracker.open_study(
-        name,
-        tags={"qflow.workflow": "analyze", "qflow.stages": ",".join(stages)},
-        params={"task": evaluator.task.name, "march": config.device.march, "template": config.qconfig.template},
-        description=f"Analysis of {evaluator.task.name}, {what}: analysis.html has all results.",
-    )
-    with ended(tracker, run):
+    with own_runs(tracker) as own:
+        run = tracker.open_study(
+            name,
+            tags={"qflow.workflow": "analyze", "qflow.stages": ",".join(stages), **own},
+            params={"task": evaluator.task.name, "march": config.device.march, "template": config.qconfig.template},
+            description=f"Analysis of {evaluator.task.name}, {what}: analysis.html has all results.",
+        )
         tracker.clear(run)  # files of an earlier analysis with other stages would look like results of this one
         tracker.log_study(run, folder=folder)
     console.say(f"{'written':<12} {folder / 'analysis.html'} and {len(pictures)} pictures; MLflow run {name}")

@@ -28,7 +28,8 @@ from qflow.study.fingerprint import changes, fingerprint
 from qflow.study.manifest import data_sets, manifest
 from qflow.study.shared_files import write_shared
 from qflow.tracking.artifacts import Store
-from qflow.tracking.ended import ended
+from qflow.tracking.ended import end_abandoned, own_runs
+from qflow.tracking.lease import claims_of
 from qflow.tracking.limits import check_metric_name
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.trial.evaluator import Evaluator
@@ -59,6 +60,7 @@ class ByHand:
         root = root_dir(config)
         _check_experiment(config, root)
         tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment, patience(config))
+        end_abandoned(tracker)
         evaluator, console = make_evaluator(config), Console()
         check_metric_name(evaluator.task.metric_name)
         evaluator.keep_in(root / "cache", console.say)
@@ -99,8 +101,9 @@ class ByHand:
         """Return the study's run; without one, a run of this name, which `tune` will continue."""
         found = fingerprint(self.config, manifest(self.evaluator))
         state = {key: text for key, text in found.items() if not key.startswith(OWN)}
-        if self.study_run is not None:
-            before = self.tracker.run_tags(self.study_run).get("qflow.fingerprint", "")
+        tags = self.tracker.run_tags(self.study_run) if self.study_run else {}
+        before = tags.get("qflow.fingerprint", "")
+        if self.study_run and (before or claims_of(tags)):  # else what made the run was killed before it was whole
             changed = [text for text in changes(before, state) if not text.startswith(VARIED)]
             if before and changed:
                 raise ConfigError(
@@ -109,21 +112,22 @@ class ByHand:
                 )
             return self.study_run
         task, config = self.evaluator.task, self.config
-        run = self.tracker.open_study(
-            config.study,
-            tags={"qflow.fingerprint": to_json(state), "qflow.workflow": config.workflow},
-            params={"task": config.task.name, "march": config.device.march, "metric": task.metric_name},
-            description=f"{config.study}: trials by hand; {self.goal}.",
-        )
-        with ended(self.tracker, run):
-            self.tracker.log_study(run, folder=shared, metrics=self.evaluator.float_metrics)
+        with own_runs(self.tracker) as own:
+            run = self.tracker.open_study(
+                config.study,
+                tags={"qflow.workflow": config.workflow, **own},
+                params={"task": config.task.name, "march": config.device.march, "metric": task.metric_name},
+                description=f"{config.study}: trials by hand; {self.goal}.",
+            )
+            metrics = self.evaluator.float_metrics
+            self.tracker.log_study(run, folder=shared, metrics=metrics, tags={"qflow.fingerprint": to_json(state)})
         return run
 
     def _tracked(self, study_run: str, folder: Path, example: str) -> FinishedTrial:
         number = min([0, *(n for _, n, *_ in self.tracker.trial_runs(self.config.study))]) - 1
-        run_id = self.tracker.start_trial(study_run, self.config.study, number, LABEL)
         start = time.monotonic()
-        with ended(self.tracker, run_id):
+        with own_runs(self.tracker):
+            run_id = self.tracker.start_trial(study_run, self.config.study, number, LABEL)
             made = {**manifest(self.evaluator), "example": example}
             outcome = evaluate_trial(self.config, self.evaluator, self.goal, made, folder, self.console)
             outcome.check(len(self.goal.optimize))

@@ -17,6 +17,7 @@ from qflow.study.assemble import make_evaluator, study_goal
 from qflow.study.feasible import within_data
 from qflow.study.report import report_lines
 from qflow.study.session import Session
+from qflow.tracking.ended import end_abandoned
 from qflow.tracking.limits import check_metric_name
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.trial.training import check_training
@@ -31,6 +32,7 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
     """
     root = root_dir(config)
     tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment, patience(config))
+    end_abandoned(tracker)
     evaluator = make_evaluator(config)
     check_metric_name(evaluator.task.metric_name)
     space, qat = search_space(config), trial_settings(config).qat

@@ -47,7 +47,7 @@ def run_records(store: Store, study_run: str) -> list[dict[str, Any]]:
         if running := [run for run in found if run.info.status == "RUNNING"]:
             by_hand = running[0].data.tags.get("qflow.trial", "").startswith("-")
             way_out = (
-                "Wait for this trial by hand, or delete its run in MLflow if its process is gone."
+                "Wait for this trial by hand; if its process is gone, qflow doctor --fix ends it."
                 if by_hand
                 else "Start its qflow.tune once more: it ends what is open."
             )

@@ -1,22 +1,69 @@
-"""A run that ends however its block ends."""
+"""Runs that one process writes by itself: they end however its block ends, and after a kill by the next such process.
+
+The runs of a search have an owner instead (tracking/lease.py), and its next start ends them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 from qflow.core.errors import QflowError, TrackingError
-from qflow.tracking.mlflow_tracker import MlflowTracker
+from qflow.core.record import from_dict, to_json
+from qflow.process.running import Process, is_running, this_process
+from qflow.tracking.lease import claims_of
+from qflow.tracking.mlflow_tracker import RESULT, MlflowTracker
+
+PROCESS = "qflow.process"
+"""Tag of a run: the process that writes it by itself."""
+
+
+def abandoned(tags: Mapping[str, str]) -> bool:
+    """Return whether the process that wrote a run by itself is known to have ended, and no search has taken it over."""
+    try:
+        process = from_dict(Process, json.loads(tags[PROCESS]))
+    except (KeyError, ValueError, TypeError, QflowError):
+        return False
+    taken = any(is_running(claim.process) is not False for claim in claims_of(dict(tags)))
+    return is_running(process) is False and not taken
+
+
+def end_abandoned(tracker: MlflowTracker) -> None:
+    """End the runs of the experiment that killed processes have left: FINISHED if the result was committed."""
+    for run, tags in _running(tracker).items():
+        if abandoned(tags):
+            tracker.end(run, "FINISHED" if RESULT in tags else "KILLED", "its process has ended")
 
 
 @contextmanager
-def ended(tracker: MlflowTracker, run_id: str) -> Iterator[None]:
-    """End a run with the block: FINISHED, KILLED by Ctrl-C or SIGTERM, or FAILED with the reason by another error."""
+def own_runs(tracker: MlflowTracker) -> Iterator[dict[str, str]]:
+    """End what this process writes by itself with the block; yield the tag of such a run that exists already.
+
+    Every run that is made in the block, or opened again with this tag, is FINISHED at its end, KILLED by Ctrl-C or
+    SIGTERM at any moment, and FAILED with the reason by another error.
+    """
+    tag, source = {PROCESS: to_json(this_process())}, tracker.source
+    tracker.source = {**source, **tag}
     try:
-        yield
+        yield tag
     except BaseException as error:
         reason = str(error) if isinstance(error, QflowError) else type(error).__name__
         with suppress(TrackingError):  # the first error is the one to report
-            tracker.end(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", reason)
+            _end(tracker, tag, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", reason)
         raise
-    tracker.end(run_id, "FINISHED")
+    finally:
+        tracker.source = source
+    _end(tracker, tag, "FINISHED")
+
+
+def _end(tracker: MlflowTracker, tag: Mapping[str, str], status: str, reason: str | None = None) -> None:
+    for run, tags in _running(tracker).items():
+        if tag.items() <= tags.items():
+            tracker.end(run, status, reason)
+
+
+def _running(tracker: MlflowTracker) -> dict[str, dict[str, str]]:
+    with tracker.calling() as client:
+        query = f"attributes.status = 'RUNNING' and tags.`{PROCESS}` LIKE '%'"
+        return {run.info.run_id: run.data.tags for run in client.search_runs([tracker.experiment_id], query)}

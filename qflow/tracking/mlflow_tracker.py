@@ -42,7 +42,7 @@ LAST_STEP = "qat/steps"  # of a trained trial: its other metrics were measured a
 class MlflowTracker:
     """One experiment of one store; open it with `open`. `seconds` is the wall time spent in its calls.
 
-    `datasets` are the inputs of the study's run and of all its trials.
+    `datasets` are the inputs of the study's run and of all its trials, `source` are tags of every run that it creates.
     """
 
     def __init__(self, client: MlflowClient, uri: str, experiment_id: str, patience: Patience | None = None) -> None:
@@ -53,7 +53,7 @@ class MlflowTracker:
         self.seconds = 0.0
         self.datasets: Sequence[DataSet] = ()
         self._depth = 0
-        self._source = connect.source_tags()
+        self.source = connect.source_tags()
 
     @classmethod
     def open(cls, uri: str | None, folder: Path, experiment: str, patience: Patience | None = None) -> MlflowTracker:
@@ -87,13 +87,13 @@ class MlflowTracker:
             inputs = self._run(run_id).inputs
             if not (inputs and inputs.dataset_inputs):
                 self._log_inputs(run_id)
-            self.client.update_run(run_id, status="RUNNING")
             self._log(run_id, {}, self._new_params(run_id, params, every), every)
+            self.client.update_run(run_id, status="RUNNING")
             return run_id
 
     def create_study(self, name: str) -> str:
         """Create a run for the study `name` that says no more than whose it is, and return its id."""
-        tags = {"qflow.study": name, "qflow.kind": "study", "qflow.schema": SCHEMA, **self._source}
+        tags = {"qflow.study": name, "qflow.kind": "study", "qflow.schema": SCHEMA, **self.source}
         with self._call():
             return str(self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id)
 
@@ -113,7 +113,7 @@ class MlflowTracker:
             "qflow.label": stored_text(label, limits.KEY),
             "qflow.kind": "trial",
             "qflow.schema": SCHEMA,
-            **self._source,
+            **self.source,
         }
         name = stored_text(trial_name(number, label), limits.KEY)
         with self._call():
