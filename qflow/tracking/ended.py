@@ -21,12 +21,16 @@ PROCESS = "qflow.process"
 
 def abandoned(tags: Mapping[str, str]) -> bool:
     """Return whether the process that wrote a run by itself is known to have ended, and no search has taken it over."""
-    try:
-        process = from_dict(Process, json.loads(tags[PROCESS]))
-    except (KeyError, ValueError, TypeError, QflowError):
-        return False
     taken = any(is_running(claim.process) is not False for claim in claims_of(dict(tags)))
-    return is_running(process) is False and not taken
+    return has_ended(tags.get(PROCESS, "")) and not taken
+
+
+def has_ended(text: str) -> bool:
+    """Return whether the process of a tag is known to have ended; False for one of another host, or another text."""
+    try:
+        return is_running(from_dict(Process, json.loads(text))) is False
+    except (ValueError, TypeError, QflowError):
+        return False
 
 
 def end_abandoned(tracker: MlflowTracker) -> None:

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qflow.core.errors import TrackingError
+from qflow.core.record import to_json
+from qflow.process.running import this_process
+from qflow.tracking.ended import PROCESS, has_ended
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,12 +74,17 @@ def write_model(folder: Path, data: Path, files: ModelFiles) -> None:
 
 @contextmanager
 def logged_model(store: Opened, folder: Path, name: str, run_id: str, tags: Mapping[str, str]) -> Iterator[Logged]:
-    """Upload an MLflow model as the result of a run, and yield it; it is marked as failed if the block raises."""
+    """Upload an MLflow model as the result of a run, and yield it; it is marked as failed if the block raises.
+
+    One of this run that a killed process has left pending is marked so too.
+    """
     with store.calling() as client:
         experiment = client.get_run(run_id).info.experiment_id  # raises for a run that does not exist
-        made = client.create_logged_model(
-            experiment, name=name, source_run_id=run_id, tags=dict(tags), model_type="qflow"
-        )
+        for left in client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
+            if left.status == "PENDING" and has_ended(left.tags.get(PROCESS, "")):
+                client.finalize_logged_model(left.model_id, "FAILED")
+        every = {**tags, PROCESS: to_json(this_process())}
+        made = client.create_logged_model(experiment, name=name, source_run_id=run_id, tags=every, model_type="qflow")
     try:
         with store.calling() as client:
             client.log_model_artifacts(made.model_id, str(folder))

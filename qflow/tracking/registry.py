@@ -2,7 +2,8 @@
 
 MLflow has no compare-and-set, so two promotions at once agree by their versions: each is created with a claim on the
 alias as it was found, version numbers only grow, and of equal claims that of the lowest number wins. A claim is
-withdrawn once the alias has moved; one that a killed process left counts for STALE seconds.
+withdrawn once the alias has moved; one that a killed process left does not count on its host, and elsewhere for STALE
+seconds.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qflow.core.errors import ConfigError, PromotionError
+from qflow.core.record import to_json
+from qflow.process.running import this_process
+from qflow.tracking.ended import has_ended
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -22,7 +26,8 @@ if TYPE_CHECKING:
     from qflow.tracking.model_files import Logged
 
 CLAIM = "qflow.claim"
-"""Tag of a version that is being promoted: the alias and the version that it pointed at."""
+"""Tag of a version that is being promoted: the alias, the version that it pointed at, and the process."""
+BY = " by "
 BEFORE = "qflow.before"
 """Tag of a version: the version that its alias pointed at before; empty for the first."""
 STALE = 60.0
@@ -56,7 +61,7 @@ def register(
             source=model.address,  # models:/ID would be looked up in the store of MLflow's global settings
             run_id=model.run_id,
             model_id=model.model_id,
-            tags={**tags, CLAIM: claim, BEFORE: was},
+            tags={**tags, CLAIM: f"{claim}{BY}{to_json(this_process())}", BEFORE: was},
             description=description,
         )
         version = int(made.version)  # text over HTTP
@@ -145,7 +150,8 @@ def _rival(store: Opened, name: str, made: Any, claim: str) -> int | None:
     found = [
         int(v.version)
         for v in _of_model(store.client, name)
-        if v.tags.get(CLAIM) == claim
+        if (held := v.tags.get(CLAIM, "").partition(BY))[0] == claim
+        and not has_ended(held[2])
         and int(v.version) < int(made.version)
         and made.creation_timestamp - v.creation_timestamp < 1000 * STALE
     ]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from functools import partial
+
 import pytest
 
 from qflow.core.errors import ConfigError, PromotionError, TrackingError
@@ -66,6 +70,26 @@ def test_of_equal_claims_the_first_wins(tracker, upload):
     tracker.client.set_model_version_tag("model", "1", CLAIM, "")  # withdrawn
     tracker.client.set_model_version_tag("model", "2", CLAIM, "")
     assert register(tracker, "model", upload(2), "champion", None, {}, "") == 3
+
+
+def test_what_a_killed_promotion_has_left_is_in_nobodys_way(tracker, open_tracker, upload, tmp_path):
+    first = upload(0)
+    if not (child := os.fork()):
+        other = open_tracker()
+        other.client.create_registered_model("model")
+        made = partial(os.kill, os.getpid(), signal.SIGKILL)
+        other.client.set_registered_model_alias = lambda *_: made()
+        with logged_model(other, tmp_path / "model", "m", first.run_id, {}) as model:
+            other.client.finalize_logged_model(model.model_id, "PENDING")
+            register(other, "model", model, "champion", None, {}, "")
+    os.waitpid(child, 0)
+    assert tracker.client.get_model_version("model", "1").tags[CLAIM].startswith("champion after  by {")
+    with logged_model(tracker, tmp_path / "model", "m", first.run_id, {}) as model:
+        assert register(tracker, "model", model, "champion", None, {}, "") == 2
+    assert champion(tracker, "model", "champion").number == 2
+    experiment = [tracker.experiment_id]
+    states = {m.status for m in tracker.client.search_logged_models(experiment)}
+    assert states == {"READY", "FAILED"}
 
 
 @pytest.mark.parametrize("alias", ["latest", "LATEST", "v1", "V22", "", "a b", "a/b"])
