@@ -57,12 +57,13 @@ def report(config: DictConfig) -> Result:
     from qflow.core.raisable import kept_alone
     from qflow.cost_model.table import cost_metrics, cost_text
     from qflow.study.assemble import make_evaluator
-    from qflow.tracking.ended import ended
+    from qflow.tracking.ended import end_abandoned, own_runs
     from qflow.tracking.mlflow_tracker import MlflowTracker
 
     settings = trial_settings(config)
     root = root_dir(config)
     tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment, patience(config))
+    end_abandoned(tracker)
     evaluator = make_evaluator(config)
     if settings.qconfig.needs_ranking:
         evaluator.rank()
@@ -76,20 +77,21 @@ def report(config: DictConfig) -> Result:
     if held := len(priced) - len(promotions):
         print(f"{'':<12}not priced: {held} operators, because {config.device.march} would not keep int16 on them alone")
     name = f"{evaluator.task.name}/cost-{applied.digest[:8]}"  # one run for each qconfig, so that the UI compares them
-    run = tracker.open_study(
-        name,
-        tags={"qflow.workflow": "cost", **({"qflow.cost_refusal": found.refusal} if found.refusal else {})},
-        params={
-            "task": evaluator.task.name,
-            "march": config.device.march,
-            "qconfig": applied.digest,
-            "qconfig.template": config.qconfig.template,
-            "qconfig.int16_ratio": config.qconfig.int16_ratio,
-        },
-        description=f"Cost of {evaluator.task.name} on {config.device.march}: cost.png is the picture, "
-        "cost.json and cost.csv the table, promotions.json what int16 would cost for each operator that keeps it.",
-    )
-    with ended(tracker, run):
+    refusal = {"qflow.cost_refusal": found.refusal} if found.refusal else {}
+    with own_runs(tracker) as own:
+        run = tracker.open_study(
+            name,
+            tags={"qflow.workflow": "cost", **refusal, **own},
+            params={
+                "task": evaluator.task.name,
+                "march": config.device.march,
+                "qconfig": applied.digest,
+                "qconfig.template": config.qconfig.template,
+                "qconfig.int16_ratio": config.qconfig.int16_ratio,
+            },
+            description=f"Cost of {evaluator.task.name} on {config.device.march}: cost.png is the picture, "
+            "cost.json and cost.csv the table, promotions.json what int16 would cost for each operator that keeps it.",
+        )
         tracker.log_study(run, folder=folder, metrics=cost_metrics(found))
     print(f"{'written':<12}{folder / 'cost.csv'}; MLflow run {name}")
     record = {
