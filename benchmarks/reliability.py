@@ -3,6 +3,7 @@
 kills     a search is ended 200 times at random moments, by SIGKILL and SIGTERM
 stops     a search is killed before and after each of its calls to MLflow and to Optuna's storage
 faults    each of these calls fails, before it has an effect and after it (the answer is lost)
+commands  every other command is killed, terminated and interrupted, at random moments and at its calls to MLflow
 disk      the disk of `qflow.tune` is full, at 30 sizes
 tampered  a stored trial, an archive and the cache are changed at random, 100 times, and promoted, imported or used
 
@@ -25,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import kill_loop
+from benchmarks.command_ends import command_ends
 from benchmarks.full_disk import full_disk
 from benchmarks.store_calls import at_each_call, fail, kill
 from benchmarks.tampering import tampered
@@ -46,7 +48,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help="all without a name")
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--every", type=int, default=1, help="disturb only each so many-th call of stops and faults")
+    parser.add_argument(
+        "--every", type=int, default=1, help="disturb only each so many-th call of stops, faults and commands"
+    )
+    parser.add_argument("--moments", type=int, default=24, help="random moments at which each command is ended")
+    parser.add_argument("--only", nargs="*", default=(), help="commands of the part commands; all without a name")
     parser.add_argument("--disks", type=int, default=30)
     parser.add_argument("--changes", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -55,6 +61,9 @@ def main() -> int:
         "kills": lambda folder: kills(folder, options.kills, options.seed),
         "stops": lambda folder: at_each_call(folder, kill, options.every),
         "faults": lambda folder: at_each_call(folder, fail, options.every),
+        "commands": lambda folder: command_ends(
+            folder, options.moments, options.every, random.Random(options.seed), options.only
+        ),
         "disk": lambda folder: full_disk(folder, options.disks),
         "tampered": lambda folder: tampered(folder, options.changes, random.Random(options.seed)),
     }
