@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qflow.analysis.checks.model_check import check_model
+from qflow.analysis.measures.tables import Finding
 from qflow.core.dtype import QDtype
 from qflow.core.errors import BrokenMixError, NotFiniteError
 from qflow.core.qconfig import QConfig
 from qflow.core.raisable import raisable
 from qflow.core.record import digest
 from qflow.core.settings import TrialSettings
-from qflow.quant.model.calibrate import apply_scales
-from qflow.quant.model.model_state import forward_state, stored_quantizers
-from qflow.quant.model.quantized_model import QuantizedModel, scales
+from qflow.quant.model.model_state import stored_quantizers
+from qflow.quant.model.quantized_model import scales
 from qflow.tasks.identity import Identity, of_training
 from qflow.tasks.task import split_for
 from qflow.trial.analysed import AnalysedState
-from qflow.trial.findings import findings_of, require_all_ran
+from qflow.trial.engine import Engine, OwnEngine, Quantized
 from qflow.trial.frames import evaluate_from_start
 from qflow.trial.record import Evaluation, TrialResult
 from qflow.trial.shared import Progress, silent
@@ -34,6 +34,8 @@ from qflow.trial.training import Training, float_weights, train_trial, training_
 class Evaluator(AnalysedState):
     """One task on one device, with the results of its trials."""
 
+    engine: Engine = field(default_factory=OwnEngine)
+    """Who quantizes the models of trials; everything else of a study is qflow's own."""
     training: Training | None = None
     """Loss, optimizer and scheduler for trials with QAT."""
     hits: int = 0
@@ -70,30 +72,33 @@ class Evaluator(AnalysedState):
 
     def _run(self, requested: QConfig, applied: QConfig, settings: TrialSettings, progress: Progress) -> TrialResult:
         calibration, qat, ran = settings.calibration, settings.qat, self.evaluations
-        stats = self.calibrate(calibration)
-        calibrated = apply_scales(self.prepared, stats, applied, calibration)
+        self.engine.check(self, settings)
+        made = self.engine.quantize(self, requested, applied, calibration)
+        applied = made.qconfig
         # Only dtypes, scales and switches change numbers: settings that lead to the same ones are the same trial.
-        key = digest(self.key(applied.digest, forward_state(self.prepared), self.eval_batch))
+        key = digest(self.key(applied.digest, made.state, self.eval_batch))
         if qat.steps:
             training = self.key(training_key(self.prepared, self.training, qat, applied, calibration))
             key = digest([key, self.least, qat.steps, training])
             if (known := self._trained.get(key)) is not None:
                 self.hits += 1
                 return replace(
-                    known, requested=requested, qconfig=applied, calibration_samples=stats.samples, evaluated=False
+                    known, requested=requested, qconfig=applied, calibration_samples=made.samples, evaluated=False
                 )
-        model, report = self.prepared, None
+        report = None
         if qat.steps:
             place = self.training_folder(split_for(self.task, "train", qat.augment))
-            model, report = train_trial(
-                self.task, self.prepared, self.training, qat, applied, calibration, place, self.weights.model
+            own, floats = self.training, self.weights.model
+            made, report = made.trained(
+                lambda model: train_trial(self.task, model, own, qat, applied, calibration, place, floats)
             )
-            found = self._evaluated(model, applied, progress)
+            found = self._evaluated(made, progress)
         else:
-            found = self._evaluation(key, applied, progress)
+            found = self._evaluation(key, made, progress)
         self.hits += self.evaluations == ran
-        findings = findings_of(model, stats, applied, calibrated, found.overflowed, report, self.precisions)
-        cost = self.cost(applied)
+        findings = made.findings(found.overflowed)
+        findings += tuple(Finding("qat", "check", text) for text in (report.findings if report else ()))
+        cost, model = self.cost(applied), made.model
         result = TrialResult(
             metric=found.metric,
             drop=self.task.drop(self.float_metric, found.metric),
@@ -105,40 +110,40 @@ class Evaluator(AnalysedState):
             check=check_model(self.graph, requested, applied, findings, calibration.method),
             scales=scales(model),
             quantizers=stored_quantizers(model),
-            calibration_samples=stats.samples,
+            calibration_samples=made.samples,
             evaluated=self.evaluations > ran,
             scores=found.scores,
             details=found.details,
             training=report,
             repair=self.weights.now.table if self.weights.now else None,
             weights=float_weights(model) if qat.steps or self.weights.digest else None,
+            calls=made.calls,
         )
         if qat.steps:
             self._trained[key] = result
         return result
 
-    def _evaluation(self, key: str, applied: QConfig, progress: Progress) -> Evaluation:
+    def _evaluation(self, key: str, made: Quantized, progress: Progress) -> Evaluation:
         """Return the evaluation of the calibrated model: a full one if known, else one that ended early for `least`."""
         for known in [key] if self.least is None else [key, [key, self.least]]:
             if (found := self.cache.known("evaluation", known, Evaluation)) is not None:
                 return found
-        found = self._evaluated(self.prepared, applied, progress)
+        found = self._evaluated(made, progress)
         stopped = found.samples < self.eval_samples
         return self.cache.keep("evaluation", [key, self.least] if stopped else key, found)
 
-    def _evaluated(self, model: QuantizedModel, applied: QConfig, progress: Progress) -> Evaluation:
-        """Evaluate `model` under `applied`: the metric, the number of samples, and the overflowed values by operator.
+    def _evaluated(self, made: Quantized, progress: Progress) -> Evaluation:
+        """Evaluate the model of an engine: the metric, the number of samples, and the overflowed values by operator.
 
         Raises BrokenMixError if an output is not finite.
         """
         self.evaluations += 1
-        with model.quantized():
+        with made.running() as model:
             try:
                 found = evaluate_from_start(self.task, model, self.eval_batch, progress, self.least)
             except NotFiniteError:
-                raise BrokenMixError(self._broken(applied)) from None
-            require_all_ran(model)
-        return replace(found, overflowed=dict(model.overflowed))
+                raise BrokenMixError(self._broken(made.qconfig)) from None
+        return replace(found, overflowed=made.overflowed)
 
     def _broken(self, applied: QConfig) -> str:
         """Return why outputs that are not finite fail a trial, with the operators that alone cause it at int8."""

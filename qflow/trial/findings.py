@@ -15,7 +15,6 @@ from qflow.core.raisable import raisable
 from qflow.core.settings import CalibrationSettings
 from qflow.quant.model.calibrate import CalibrationStats, apply_scales
 from qflow.quant.model.quantized_model import QuantizedModel
-from qflow.quant.train.report import TrainingReport
 from qflow.trial.precisions import Precisions
 from qflow.trial.shared import SharedState
 
@@ -39,16 +38,15 @@ def findings_of(
     applied: QConfig,
     calibrated: list[str],
     overflowed: Mapping[str, int],
-    report: TrainingReport | None,
     precisions: Precisions,
 ) -> tuple[Finding, ...]:
-    """Return the findings of calibration (`calibrated` are those of `apply_scales`), evaluation and training."""
+    """Return the findings of calibration (`calibrated` are those of `apply_scales`) and evaluation."""
     found = calibration_findings(model, stats, applied, calibrated, precisions.rules, precisions.scores)
     raised = raisable(model.graph, precisions.rules, tuple(overflowed))
     for name, count in overflowed.items():
         way = "calibration.float16_clip=true" + (", or qint16" if name in raised else "")
         found += (Finding(name, "check", f"{count} values beyond half precision: {way}"),)
-    return found + tuple(Finding("qat", "check", text) for text in (report.findings if report else ()))
+    return found
 
 
 def checked(state: SharedState, requested: QConfig, applied: QConfig, calibration: CalibrationSettings) -> ModelCheck:

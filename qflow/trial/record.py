@@ -31,6 +31,18 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class EngineCall:
+    """One call of a public name of a foreign engine."""
+
+    name: str
+    arguments: str
+    """In short: shapes in place of tensors, types in place of objects."""
+    seconds: float
+    failed: str = ""
+    """What it raised, in one line."""
+
+
+@dataclass(frozen=True)
 class TrialResult:
     """One evaluated trial: the metric, its drop against float, the cost, and the records that explain them."""
 
@@ -59,6 +71,8 @@ class TrialResult:
     """What the repair tried; None for a trial without one."""
     weights: dict[str, Any] | None = None
     """Tensors by the float model's own names, if training or a repair has changed some."""
+    calls: tuple[EngineCall, ...] = ()
+    """What was called of a foreign engine, in order."""
 
     @property
     def scales_digest(self) -> str:

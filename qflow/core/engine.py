@@ -1,0 +1,27 @@
+"""The engines that quantize a model for a trial, by name. A run names one of these and never code."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from qflow.core.errors import ConfigError
+from qflow.core.nearest import did_you_mean
+
+
+class EngineName(str, Enum):
+    """Who prepares, calibrates and evaluates."""
+
+    qflow = "qflow"
+    plugin = "plugin"  # horizon_plugin_pytorch, where it is installed
+
+    def __str__(self) -> str:
+        return self.value
+
+
+def engine_name(text: object) -> EngineName:
+    """Return the engine of this name. Raises ConfigError for another."""
+    names = [name.value for name in EngineName]
+    if text not in names:
+        way_out = did_you_mean(str(text), names) or " Leave it out."
+        raise ConfigError(f"engine is one of {', '.join(names)}, but got {text!r:.80}.{way_out}")
+    return EngineName(text)
