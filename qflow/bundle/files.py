@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from qflow.core.errors import BundleError
-from qflow.report.files import REPAIR, SCORES
+from qflow.report.files import CALLS, REPAIR, SCORES
 
 MB = 1 << 20
 DIGEST = "qflow.files"
@@ -45,6 +45,7 @@ OPTIONAL: Mapping[str, int] = {
     "sensitivity_record.json": 64 * MB,
     SCORES: 64 * MB,
     REPAIR: 64 * MB,
+    CALLS: 64 * MB,
 }
 """Files that a trial has if it was trained, repaired, evaluated after the ranking, or scored sample by sample."""
 OF_STUDY: Mapping[str, int] = {EXAMPLE[0]: MB, EXAMPLE[1]: 16 << 30, PROFILE: 64 * MB}

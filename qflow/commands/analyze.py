@@ -43,7 +43,7 @@ def main() -> None:
 
 def analyze(config: DictConfig) -> Result:
     """Run the stages of `config.stages`. Returns 1 where qat_debug finds a fault."""
-    from qflow.study.checks import check_config, require_no_workers
+    from qflow.study.checks import check_config, require_no_workers, require_own_engine
 
     unknown = [stage for stage in config.stages if stage not in STAGES]
     if unknown or not config.stages:
@@ -51,6 +51,7 @@ def analyze(config: DictConfig) -> Result:
         raise ConfigError(f"stages are of {', '.join(STAGES)}, but got {list(config.stages)}.{near or ' Name one.'}")
     check_config(config)
     require_no_workers(config, "analyze")
+    require_own_engine(config, "analyze")
     stages = [stage for stage in STAGES if stage in config.stages]
     code, record = debug_qat(config) if "qat_debug" in stages else (0, {})
     rest = [stage for stage in stages if stage != "qat_debug"]

@@ -25,10 +25,11 @@ def main() -> None:
 def check(config: DictConfig) -> Result:
     """Check the task's model under `qconfig` and `calibration`. Returns 1 where a finding is an error."""
     from qflow.config.settings import root_dir, trial_settings
-    from qflow.study.checks import check_config, require_no_workers
+    from qflow.study.checks import check_config, require_no_workers, require_own_engine
 
     check_config(config)
     require_no_workers(config, "check")
+    require_own_engine(config, "check")
     from qflow.analysis.checks.model_check import check_text
     from qflow.core.record import plain, to_json
     from qflow.study.assemble import make_evaluator

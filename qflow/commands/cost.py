@@ -35,7 +35,7 @@ def main() -> None:
 def cost(config: DictConfig) -> Result:
     """Report or fit. Returns 1 where the prediction should not be published."""
     from qflow.config.device_file import require_cost
-    from qflow.study.checks import check_config, require_no_workers
+    from qflow.study.checks import check_config, require_no_workers, require_own_engine
 
     require_cost(config.device, config.device.march)
     if config.mode == "fit":
@@ -48,6 +48,7 @@ def cost(config: DictConfig) -> Result:
         raise ConfigError(f"fps is a number of frames a second above 0, but got {config.fps:g}.")
     check_config(config)
     require_no_workers(config, "cost")
+    require_own_engine(config, "cost")
     return report(config)
 
 

@@ -168,6 +168,7 @@ def judge(
     from qflow.api.registered import write_registered
     from qflow.bundle.source import of_folder
     from qflow.bundle.write import write_bundle
+    from qflow.core.engine import EngineName
     from qflow.study.gate import Judged, misses, score, stricter
     from qflow.study.rebuild import rebuild
     from qflow.study.verdict import Verdict
@@ -196,8 +197,12 @@ def judge(
         device=evaluator.task.device,
     )
     again = score(evaluator.task, loaded, "evaluation", evaluator.eval_batch)
-    if again.metric != result.metric:
+    if again.metric != result.metric and evaluator.engine.name == EngineName.qflow:
         verdict.anomalous.append(f"loaded again, {accuracy} is {again.metric:.6g} instead of {result.metric:.6g}")
+    elif again.metric != result.metric:  # what is registered is qflow's model with the plugin's dtypes and scales
+        verdict.notes.append(f"loaded by qflow, {accuracy} is {again.metric:.6g}; by the plugin {result.metric:.6g}")
+        only, drop = type(goal)(max_drop=goal.max_drop), evaluator.task.drop(evaluator.float_metric, again.metric)
+        verdict.infeasible += misses(only, {"accuracy/drop": drop}, " where qflow loads it")
     on_samples(verdict, rebuilt, loaded, again, goal, rules)
     judged = Judged(result.metric, result.cost.latency_ms, trial.manifest.get("data", ""))
     against(verdict, before, judged, rules, evaluator.task)

@@ -38,6 +38,8 @@ class TuneSchema:
     """Seed of every random choice: the same configuration and seed give the same numbers."""
     root: str = MISSING
     """Folder of the stores, results and caches; QFLOW_HOME sets it too."""
+    engine: str = "qflow"
+    """Who prepares, calibrates and evaluates trials: qflow, or plugin (an installed horizon_plugin_pytorch)."""
     task: TaskSchema = field(default_factory=TaskSchema)
     device: DeviceSchema = field(default_factory=DeviceSchema)
     calibration: CalibrationSchema = field(default_factory=CalibrationSchema)

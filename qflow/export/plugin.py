@@ -18,10 +18,10 @@ from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.graph import OpKind
 from qflow.export.contract import Exported, Fallback, Subject, Unexpressed, applied_fallbacks, origin_text, written
-from qflow.export.names import PluginName, names_csv, plugin_names
 from qflow.export.plugin_text import MODULE, README, operators_text, sensitivity_text
 from qflow.export.precisions import OpPrecision, precisions
 from qflow.export.weights import other_axes, scale_differences, write_weights
+from qflow.plugin.names import PluginName, names_csv, plugin_names
 
 DIVISOR = 127.5
 FLOAT16 = "An fp16 operator has fp16 inputs in the plugin too (get_qconfig with float16 three times)."
@@ -30,7 +30,7 @@ NAMES_WAY_OUT = "Prepare the model with the plugin, put its name into names.csv 
 
 def export(subject: Subject, folder: Path) -> Exported:
     """Write the module, the names, the weights, the sensitivity tables and a README with their use."""
-    prepared, names = subject.prepared, plugin_names(subject.prepared)
+    prepared, names = subject.prepared, plugin_names(subject.prepared, subject.prepared.sample)
     ops = precisions(prepared)
     values = {"march": load_rules(prepared.march).march, "digest": prepared.applied.digest}
     (folder / "qconfig_j6m.py").write_text(MODULE.substitute(operators=operators_text(ops), **values))

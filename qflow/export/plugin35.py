@@ -15,11 +15,11 @@ from qflow.core.device import input_dtypes
 from qflow.core.dtype import QDtype
 from qflow.core.graph import GEMM_KINDS
 from qflow.export.contract import Exported, Subject, Unexpressed, applied_fallbacks, origin_text, written
-from qflow.export.names import PluginName, names_csv, plugin_names
 from qflow.export.plugin import in_plugin_names, notes, shared
 from qflow.export.plugin35_text import MODULE, README
 from qflow.export.precisions import OpPrecision, precisions
 from qflow.export.weights import write_weights
+from qflow.plugin.names import PluginName, names_csv, plugin_names
 
 UNKNOWN = (
     "Not known of QconfigSetter: whether an entry with dtype and threshold keeps the input and weight dtypes that an "
@@ -30,7 +30,7 @@ FLOAT16 = "Not known of QconfigSetter: whether an fp16 operator reads fp16 too. 
 
 def export(subject: Subject, folder: Path) -> Exported:
     """Write the module of templates, the names, the weights, the sensitivity tables and a README with their use."""
-    prepared, names = subject.prepared, plugin_names(subject.prepared)
+    prepared, names = subject.prepared, plugin_names(subject.prepared, subject.prepared.sample)
     ops = precisions(prepared)
     values = {"march": load_rules(prepared.march).march, "digest": prepared.applied.digest}
     entries = "\n".join(f"    {name!r}: {_output(op)}," for name, op in ops.items() if op.op.output is not None)

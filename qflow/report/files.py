@@ -18,6 +18,7 @@ from qflow.trial.record import TrialResult
 
 SCORES = "scores.json"  # score of each evaluation sample: of a trial on its run, of the float model on the study's
 REPAIR = "repair.json"  # what the repair of a trial tried, kept and refused
+CALLS = "plugin_calls.json"  # what was called of the plugin for a trial with engine=plugin
 BUNDLE = "qconfig"  # the artifact folder that a registered model version points at: precisions and scales
 
 
@@ -59,6 +60,8 @@ def write_trial(
         from safetensors.torch import save_file  # imports torch, which would make --help slow
 
         save_file(result.weights, bundle / "weights.safetensors")
+    if result.calls:
+        (folder / CALLS).write_text(to_json(result.calls, indent=1))
     if result.repair is not None:
         (folder / REPAIR).write_text(to_json(result.repair, indent=1))
     if result.training is not None:

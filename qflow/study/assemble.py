@@ -10,11 +10,14 @@ from qflow.config.build import build_task, build_training, get_function
 from qflow.config.device_file import cost_of, require_cost, rules_of
 from qflow.config.settings import plain, sensitivity_settings, trial_settings
 from qflow.core.dtype import QDtype
+from qflow.core.engine import EngineName, engine_name
 from qflow.core.errors import ConfigError
 from qflow.cost_model.model import CostModel
+from qflow.plugin.engine import PluginEngine
 from qflow.quant.model.shared_modules import split_names
 from qflow.search.objective import Goal
 from qflow.tasks.task import Task
+from qflow.trial.engine import Engine, OwnEngine
 from qflow.trial.evaluator import Evaluator
 from qflow.trial.record import RUN_METRICS
 
@@ -44,11 +47,17 @@ def make_evaluator(config: DictConfig) -> Evaluator:
         skip=tuple(config.quant.skip),
         fold_functional_norms=config.quant.fold_functional_norms,
         split_shared=tuple(map(str, split_names(plain(config.quant)["split_shared"]))),
+        engine=make_engine(engine_name(config.engine)),
         training=build_training(config),
         own_metric=own_metric(config),
         profile=config.device.profile,
         profile_dtype=QDtype.parse(config.device.profile_dtype, "device.profile_dtype"),
     )
+
+
+def make_engine(name: EngineName) -> Engine:
+    """Return the engine of this name. Raises ConfigError if the plugin is asked for and not installed."""
+    return PluginEngine() if name == EngineName.plugin else OwnEngine()
 
 
 def study_goal(config: DictConfig, task: Task) -> Goal:

@@ -13,6 +13,7 @@ from qflow.config.settings import check_executor, plain, sensitivity_settings, t
 from qflow.config.space import search_space
 from qflow.core.credentials import masked
 from qflow.core.dtype import QDtype
+from qflow.core.engine import EngineName, engine_name
 from qflow.core.errors import ConfigError
 from qflow.core.limits import LARGEST_SEED, check_shape, within
 from qflow.core.names import check_study_name
@@ -32,12 +33,29 @@ def check_config(config: DictConfig) -> None:
     Goal(**plain(config.objective))
     check_search(config)
     check_executor(config)
+    _check_engine(config, bool(settings.qat.steps))
     _check_loss(config, bool(settings.qat.steps))
     _check_float16(config, bool(settings.qconfig.float16_count))
     _check_trains(config, bool(settings.qat.steps))
     _check_task(config)
     _check_device(config)
     within("seed", config.seed, 0, LARGEST_SEED)
+
+
+def _check_engine(config: DictConfig, trains: bool) -> None:
+    if engine_name(config.engine) == EngineName.plugin and trains:
+        raise ConfigError(
+            "engine=plugin does not train, but got qat.steps to train with. Use qat=none, or train with engine=qflow."
+        )
+
+
+def require_own_engine(config: DictConfig, command: str) -> None:
+    """Raise ConfigError for the plugin's engine at a command that would not use it."""
+    if engine_name(config.engine) != EngineName.qflow:
+        raise ConfigError(
+            f"The plugin evaluates the trials of qflow.tune and qflow.trial, but got engine={config.engine} for "
+            f"qflow.{command}. Use engine=qflow."
+        )
 
 
 def require_no_workers(config: DictConfig, command: str) -> None:
@@ -89,6 +107,7 @@ def check_study(config: DictConfig) -> None:
     if config.qat.steps and config.qat.apply == "after_search":
         for rate in config.search.rates:  # where the rates of single modules keep their ratio, one may become too large
             trial_settings(config, {"qat.learning_rate": rate})
+    _check_engine(config, "qat.steps" in space)
     searched = sorted(key for key in space if key.startswith("qat."))
     if searched and config.qat.apply == "after_search":
         raise ConfigError(

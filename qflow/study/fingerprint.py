@@ -20,6 +20,7 @@ FREE = (
     *("search.rates", "search.probe_share", "search.weight_decays"),  # these choose points, but not results
 )
 SINCE = (
+    "engine",
     "search.when",
     "quant.fold_functional_norms",
     "quant.split_shared",
@@ -32,7 +33,7 @@ SINCE = (
     *("qat.learned_scales", "qat.ema", "qat.dampening", "qat.cosine_decay"),
     *("qat.teacher.weight", "qat.teacher.features", "qat.teacher.temperature"),
 )  # left out at their defaults, so that studies from before these keys existed continue
-UNSET: tuple[Any, ...] = (None, "", False, 0, {}, [], "report")
+UNSET: tuple[Any, ...] = (None, "", False, 0, {}, [], "report", "qflow")
 LEGIBLE = 40  # characters up to which the fingerprint holds a setting as text; a longer one as its digest
 
 
@@ -50,6 +51,7 @@ def fingerprint(config: DictConfig, manifest: Mapping[str, Any]) -> dict[str, st
         **{key: str(manifest[key]) for key in ("weights", "data", "graph", "profile", "eval_samples", "qflow")},
         "float_metric": f"{manifest['float_metric']:.6g}",
         "torch": manifest["versions"]["torch"],
+        **({"engine.version": manifest["engine"]} if "engine" in manifest else {}),
     }
 
 

@@ -39,6 +39,7 @@ def manifest(evaluator: Evaluator) -> dict[str, Any]:
         "eval_samples": evaluator.eval_samples,
         **({SEQUENCES: list(lengths)} if lengths else {}),
         "float_metric": evaluator.float_metric,
+        **({"engine": evaluator.engine.version} if evaluator.engine.version else {}),
     }
 
 

@@ -18,7 +18,8 @@ from qflow.bundle.stored import StoredTrial, config_of
 from qflow.bundle.targets import check_targets
 from qflow.config.settings import MOST_THREADS, plain, trial_settings
 from qflow.core.errors import BundleError, QflowError
-from qflow.report.files import write_trial
+from qflow.core.qconfig import QConfig
+from qflow.report.files import CALLS, write_trial
 from qflow.search.objective import Goal
 from qflow.search.outcome import STOPPED
 from qflow.study.assemble import make_evaluator
@@ -29,10 +30,10 @@ from qflow.tracking.limits import rounded
 from qflow.trial.evaluator import Evaluator
 from qflow.trial.record import TrialResult
 
-PARTS = {"weights": "weights", "data": "data", "profile": "measured times", "graph": "operators"}
+PARTS = {"weights": "weights", "data": "data", "profile": "measured times", "graph": "operators", "engine": "engines"}
 """Entry of the manifest -> its name in words; they explain what differs further on, and are named first."""
-APART = ("manifest.json", "config.yaml", "qconfig/scales.json")
-"""Files that are not compared by their bytes: what a rebuild starts from, and scales, which are compared by name."""
+APART = ("manifest.json", "config.yaml", "qconfig/scales.json", CALLS)
+"""Files that are not compared by their bytes: what a rebuild starts from, scales (compared by name), and a log."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,9 @@ def rebuild(
         evaluator.measure_float()
         with evaluator.repaired(settings.repair, settings.calibration):
             requested, applied = evaluator.resolve(settings.qconfig)
-        for name, ours, stored in (("requested", requested, trial.requested), ("applied", applied, trial.qconfig)):
-            if ours.digest != stored.digest:
-                names = ", ".join(list(ours.diff(stored))[:3])
-                found.append(f"the configuration gives another {name} qconfig than the run holds: {names} differ")
+        found += _differing_qconfigs("requested", requested, trial.requested)
         result = evaluator.run_qconfig(requested, applied, settings)
+        found += _differing_qconfigs("applied", result.qconfig, trial.qconfig)
     except QflowError as error:
         return Rebuilt(trial, evaluator, None, {}, (*found, f"the trial cannot be rebuilt: {error}"))
     now = {**manifest(evaluator), "example": trial.manifest.get("example", "")}
@@ -91,6 +90,13 @@ def rebuild(
     figures = _figures(result, evaluator, trial)
     found += _metrics(figures, trial, logged) + _scales(result, trial) + _files(folder, trial)
     return Rebuilt(trial, evaluator, result, figures, tuple(found))
+
+
+def _differing_qconfigs(name: str, ours: QConfig, stored: QConfig) -> list[str]:
+    if ours.digest == stored.digest:
+        return []
+    names = ", ".join(list(ours.diff(stored))[:3])
+    return [f"the configuration gives another {name} qconfig than the run holds: {names} differ"]
 
 
 def _threads(trial: StoredTrial) -> int:

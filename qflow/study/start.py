@@ -57,6 +57,8 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
     tracker.patience.say = session.console.say
     for text in left_out:
         session.console.say(f"{'space':<12} {text}")
+    for text in evaluator.engine.notes:
+        session.console.say(f"{'engine':<12} {text}")
     evaluator.keep_in(root / "cache", session.console.say)
     with session.stack:
         status = "FAILED"

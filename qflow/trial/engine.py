@@ -81,6 +81,10 @@ class Engine(Protocol):
     def version(self) -> str:
         """What numbers depend on beside qflow's own version; empty for qflow's engine."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a study says of this engine once."""
+
     def check(self, shared: SharedState, settings: TrialSettings) -> None:
         """Raise ConfigError for settings that this engine cannot follow."""
 
@@ -153,6 +157,7 @@ class OwnEngine:
 
     name: ClassVar[EngineName] = EngineName.qflow
     version = ""
+    notes = ()
 
     def check(self, shared: SharedState, settings: TrialSettings) -> None:
         """All settings are this engine's own."""

@@ -190,19 +190,26 @@ class SharedState:
 
         A smaller calibration set is used whole, as the guide asks.
         """
-        split = split_for(self.task, "calibration", settings.augment)
-        steps = min(settings.steps, steps_of(self.task, settings.batch_size, split))
+        steps = self.calibration_steps(settings)
 
         def passed() -> CalibrationStats:
-            begin = beginning(self.task, self.prepared)
-            stream = batches(self.task, split, settings.batch_size, steps, begin=begin)
-            inputs = ((model_inputs(self.task, b), size) for b, size in stream)
             with seeded():
-                return collect(self.prepared, inputs, progress, settings.sampling, by_batch)
+                return collect(self.prepared, self.calibration_batches(settings), progress, settings.sampling, by_batch)
 
         by_batch = settings.averaging_constant is not None
         key = self.key(settings.batch_size, steps, settings.sampling, by_batch, self.augmented(settings))
         return self.cache.get("calibration", key, passed, CalibrationStats)
+
+    def calibration_steps(self, settings: CalibrationSettings) -> int:
+        """Return the number of calibration batches; fewer than `settings.steps` if the data have no more."""
+        split = split_for(self.task, "calibration", settings.augment)
+        return min(settings.steps, steps_of(self.task, settings.batch_size, split))
+
+    def calibration_batches(self, settings: CalibrationSettings) -> Iterator[tuple[Any, int]]:
+        """Yield (model inputs, batch size) of the calibration."""
+        split, begin = split_for(self.task, "calibration", settings.augment), beginning(self.task, self.prepared)
+        stream = batches(self.task, split, settings.batch_size, self.calibration_steps(settings), begin=begin)
+        return ((model_inputs(self.task, batch), size) for batch, size in stream)
 
     def augmented(self, settings: CalibrationSettings) -> str:
         """Return the digest of the augmented calibration data if `settings` read them, else an empty text."""

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qflow.api.prepared import Prepared
 from qflow.core.graph import OpKind, OpNode
+from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.trace.calling import copied, input_tensors, run_model
 
 STUB = "QuantStub"
@@ -42,10 +42,13 @@ class PluginName:
     sure: bool
 
 
-def plugin_names(prepared: Prepared) -> dict[str, PluginName]:
-    """Return the plugin's name of every operator of the qconfig, in the order of execution."""
+def plugin_names(prepared: QuantizedModel, sample: Any) -> dict[str, PluginName]:
+    """Return the plugin's name of every operator of the qconfig, in the order of execution.
+
+    `sample` are inputs of the float model; a model with QuantStubs runs on them once.
+    """
     modules = dict(prepared.model.named_modules())
-    stubs = _stubs(prepared, modules)
+    stubs = _stubs(prepared, modules, sample)
     given = _functionals(prepared, modules)
     return {node.name: given.get(node.name) or _name(node, modules, stubs) for node in prepared.graph.quantized}
 
@@ -89,7 +92,7 @@ def _functional(node: OpNode, scope: str, function: str, call: int, modules: dic
     return PluginName(node.name, candidate, how, False)
 
 
-def _functionals(prepared: Prepared, modules: dict[str, nn.Module]) -> dict[str, PluginName]:
+def _functionals(prepared: QuantizedModel, modules: dict[str, nn.Module]) -> dict[str, PluginName]:
     """Return the functionals that a FloatFunctional called: its own Identity reads their result."""
     found = {}
     for node in prepared.graph.quantized:
@@ -104,13 +107,13 @@ def _group(node: OpNode) -> str:
     return f", which holds {', '.join(node.fused)}" if node.fused else ""
 
 
-def _stubs(prepared: Prepared, modules: dict[str, nn.Module]) -> dict[str, str]:
+def _stubs(prepared: QuantizedModel, modules: dict[str, nn.Module], sample: Any) -> dict[str, str]:
     """Return input -> path of the QuantStub that receives it in a forward pass on the example input."""
     paths = [path for path, module in modules.items() if type(module).__name__ == STUB]
     if not paths:
         return {}
     model = copy.deepcopy(prepared).model  # a model with state keeps its own
-    inputs = copied(prepared.sample)
+    inputs = copied(sample)
     names = {id(tensor): f"quant[{name}]" for name, tensor in input_tensors(model, inputs)}
     found: dict[str, str] = {}
 
