@@ -158,6 +158,8 @@ class DoctorSchema:
     """Folder of the stores, results and caches; QFLOW_HOME sets it too."""
     fix: bool = False
     """Mend what can be mended without losing a result (--fix)."""
+    plugin: bool = False
+    """Check an installed horizon_plugin_pytorch against what engine=plugin relies on, and nothing else."""
     tracking: StoreSchema = field(default_factory=StoreSchema)
     search: StorageSchema = field(default_factory=StorageSchema)
 

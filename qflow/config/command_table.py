@@ -95,9 +95,10 @@ COMMANDS: dict[str, Command] = {
     ),
     "doctor": Command(
         "examine studies, runs, leases, cache and registry; --fix mends",
-        ("[--fix] [root=<folder>] [tracking.uri=<uri>] [search.storage=<url>]",),
+        ("[--fix] [root=<folder>] [tracking.uri=<uri>] [search.storage=<url>]", "plugin"),
         "all is well",
         "something is wrong, and each thing is named",
+        also=("plugin",),
     ),
     "export": Command(
         "write a trial to the files that a tool chain takes",

@@ -5,4 +5,5 @@ __all__ = [
     "contract",
     "engine",
     "names",
+    "public",
 ]

@@ -42,7 +42,7 @@ class Public:
                 raise _unusable(error) from error
             raise ConfigError(
                 "engine=plugin needs horizon_plugin_pytorch, but got none installed here. Install it from "
-                "OpenExplorer's packages, or use engine=qflow."
+                "OpenExplorer's packages, or tune with engine=qflow."
             ) from error
         except Exception as error:  # its libraries may not load
             raise _unusable(error) from error

@@ -20,7 +20,9 @@ def psql(columns, rows):
         return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
 
     edge, rule = ("{}" + "+".join("-" * (w + 2) for w in widths) + "{}" for _ in range(2))
-    return "\n".join([edge.format("+", "+"), line(columns), rule.format("|", "|"), *map(line, rows), edge.format("+", "+")])
+    return "\n".join(
+        [edge.format("+", "+"), line(columns), rule.format("|", "|"), *map(line, rows), edge.format("+", "+")]
+    )
 
 
 def check_qat_model(model, example_inputs=None, example_kw_inputs=None, save_results=False, out_dir=None):

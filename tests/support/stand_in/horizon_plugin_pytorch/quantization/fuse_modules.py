@@ -24,7 +24,13 @@ def fuse(model, nodes):
             _fold(node.module, norm.module)
             _drop(model, norm, node, gone)
         add = _only_user(node, gone)
-        if add and add.is_a(FloatFunctional) and add.method == "add" and len(add.inputs) == 2 and None not in add.inputs:
+        if (
+            add
+            and add.is_a(FloatFunctional)
+            and add.method == "add"
+            and len(add.inputs) == 2
+            and None not in add.inputs
+        ):
             _stand_at_the_add(model, node, add, gone)
     for relus in calls.values():  # a ReLU has no state: a shared one is fused if all its calls can be
         before = [relu.inputs[0] for relu in relus if relu.is_a(nn.ReLU, nn.ReLU6)]

@@ -27,9 +27,7 @@ class PrepareMethod(Enum):
     JIT_STRIP = "jit-strip"
 
 
-def prepare(
-    model, example_inputs=None, qconfig_setter=None, method=PrepareMethod.JIT_STRIP, example_kw_inputs=None
-):
+def prepare(model, example_inputs=None, qconfig_setter=None, method=PrepareMethod.JIT_STRIP, example_kw_inputs=None):
     get_march()
     if example_kw_inputs is not None and not isinstance(example_kw_inputs, dict):
         raise TypeError("example_kw_inputs is a dict")
@@ -111,5 +109,3 @@ def _fix_stub(node):
         dtype = node.module.qconfig.activation.keywords["dtype"]
         fixed = partial(FakeQuantize, observer=FixedScaleObserver, scale=node.module.fixed, dtype=dtype)
         node.module.qconfig = QConfig(activation=fixed)
-
-

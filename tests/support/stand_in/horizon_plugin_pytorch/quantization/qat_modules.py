@@ -68,7 +68,9 @@ def fused_class(module):
     """`Conv2d` with what was fused into it: ConvAddReLU2d, LinearReLU."""
     base = type(module).__name__
     stem, dims = (base, "") if base == "Linear" else (base[:-2], base[-2:])
-    tail = ("Add" if module.fused_add is not None else "") + (type(module.fused_relu).__name__ if module.fused_relu else "")
+    tail = ("Add" if module.fused_add is not None else "") + (
+        type(module.fused_relu).__name__ if module.fused_relu else ""
+    )
     return f"{stem}{tail}{dims}"
 
 
