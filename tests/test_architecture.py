@@ -27,6 +27,7 @@ HOMES = {
     "optuna": {"search"},
     "hydra": {"config"},
     "matplotlib": {"report"},
+    "horizon_plugin_pytorch": {"plugin"},
     "omegaconf": {"config", "bundle", "study", "commands", "workflows"},
 }
 TORCH_FREE = ("core", "cost_model", "search", "tracking", "process")

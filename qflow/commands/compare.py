@@ -2,6 +2,7 @@
 
 A source is a run id, `runs:/ID`, `models:/NAME@ALIAS`, a folder, a .zip, or a .json with a qconfig. Prints metrics with
 their noise, the cost, and the operators that differ with what each difference gains; `out=compare.html` writes a page.
+`compare --engine A` runs one trial with qflow's engine and with the installed plugin, and prints where they differ.
 Exit code 0: compared; 1: with --check, something differs; 2: a mistake in the command line or configuration.
 """
 
@@ -32,6 +33,8 @@ def main() -> None:
 
 def compare(config: DictConfig) -> Result:
     """Compare every source with the first. Returns 1 where something differs and `check` asks for it."""
+    if config.engine:
+        return compare_engines(config)
     if len(config.sources) < 2:
         got = config.sources[0] if config.sources else "none"
         raise ConfigError(f"At least two trials are compared, but got {got}. Name them: qflow compare <run> <another>.")
@@ -52,6 +55,36 @@ def compare(config: DictConfig) -> Result:
     equal = all(one.equal for one in found)
     print(f"{'equal' if equal else 'differs':<12}{'in everything that is compared' if equal else 'see above'}")
     return int(bool(config.check) and not equal), {"equal": equal, "comparisons": list(map(plain, found))}
+
+
+def compare_engines(config: DictConfig) -> Result:
+    """Run one trial with qflow's engine and with the plugin's, and print where they differ, most first."""
+    if len(config.sources) != 1 or config.out is not None:
+        got = f"out={config.out}" if config.out is not None else f"{len(config.sources)} trials"
+        raise ConfigError(f"--engine compares two engines on one trial, as text, but got {got}. Name one run.")
+    from qflow.bundle.source import fetch
+    from qflow.config.settings import patience, root_dir
+    from qflow.core.record import plain
+    from qflow.study.engines import on_two_engines
+
+    trial = fetch(config.sources[0], uri=config.tracking.uri, root=root_dir(config), patience=patience(config))
+    found = on_two_engines(trial, allow=config.security.allow)
+    print(f"{'trial':<12}{trial.source}, qconfig {trial.qconfig.digest}")
+    for engine, metric in zip(found.engines, found.metrics, strict=True):
+        print(f"{'engine':<12}{engine}: {found.metric_name} {metric:.6g} on {found.samples} samples")
+    differ = [row for row in found.rows if row.differs]
+    print(f"{'operators':<12}{len(differ)} of {len(found.rows)} differ, by their outputs on {found.batch} samples")
+    width = max([len(row.op) for row in found.rows[:SHOWN]], default=0)
+    print(f"{'':<12}{'operator':<{width}}  {'output':>8}  {'scale':>8}  {'weights':>8}  dtypes")
+    for row in found.rows[:SHOWN]:
+        parts = (row.output, row.scale, row.weight_scale)
+        shown = "  ".join(f"{'-' if part is None else f'{part:.2%}':>8}" for part in parts)
+        print(f"{'':<12}{row.op:<{width}}  {shown}  {' and '.join(dict.fromkeys(row.dtypes))}")
+    if len(found.rows) > SHOWN:
+        print(f"{'':<12}and {len(found.rows) - SHOWN} more: --json has all")
+    for text in found.notes:
+        print(f"{'note':<12}{text}")
+    return int(bool(config.check) and bool(differ)), plain(found)
 
 
 def side(source: str, uri: str | None, root: Path, patience: Patience) -> Side:

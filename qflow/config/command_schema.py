@@ -181,11 +181,14 @@ class CompareSchema:
     """What is compared with the first: run ids, models:/NAME@ALIAS, folders, .zip or .json files."""
     check: bool = False
     """Exit with 1 if anything differs (--check)."""
+    engine: bool = False
+    """Compare qflow's engine with the installed plugin on one trial, operator by operator (--engine)."""
     out: str | None = None
     """HTML file to write."""
     root: str = MISSING
     """Folder of the stores, results and caches; QFLOW_HOME sets it too."""
     tracking: StoreSchema = field(default_factory=StoreSchema)
+    security: SecuritySchema = field(default_factory=SecuritySchema)
 
 
 @dataclass(kw_only=True)

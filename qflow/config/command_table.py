@@ -75,7 +75,10 @@ COMMANDS: dict[str, Command] = {
     ),
     "compare": Command(
         "compare trials: metrics with their noise, cost, and operators",
-        ("<run, alias, folder or file> <another> [<another> ...] [--check] [out=compare.html]",),
+        (
+            "<run, alias, folder or file> <another> [<another> ...] [--check] [out=compare.html]",
+            "--engine <run, alias or folder>",
+        ),
         "compared; with --check: equal",
         "with --check: something differs",
         words=True,

@@ -8,6 +8,7 @@ __all__ = [
     "device",
     "device_rules",
     "dtype",
+    "engine",
     "errors",
     "graph",
     "installed",

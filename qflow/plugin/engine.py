@@ -7,12 +7,12 @@ is qflow's. What is stored is qflow's model with the plugin's dtypes and scales.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from qflow.analysis.measures.tables import Finding
 from qflow.core.engine import EngineName
@@ -60,10 +60,10 @@ class PluginQuantized:
         return tuple(self.plugin.public.calls)
 
     @contextmanager
-    def running(self) -> Iterator[Callable[..., Any]]:
+    def running(self) -> Iterator[nn.Module]:
         """The plugin's model in its state VALIDATION; its evaluation is logged as one call."""
         with self.plugin.public.logged("model", "evaluation"):
-            yield self.plugin
+            yield self.plugin.model
 
     def outputs(self, inputs: Any) -> dict[str, Tensor]:
         """Return the quantized output of each operator that has a module of the plugin."""
@@ -176,8 +176,9 @@ def as_the_plugin_has_it(
             if weight != predicted.weight:
                 has, told = f"{has}/{weight}", f"{told}/{predicted.weight}"
             text = f"the plugin has {has}, qflow predicted {told}: the trial is priced with {has}"
-            pinned = {} if module.output == predicted.output else {"fixed_scale": None, "known_range": None}
-            changes[op] = replace(own, fallback=f"the plugin made it {has}", **pinned)
+            if module.output != predicted.output:  # a scale that was given belongs to the dtype that was asked for
+                own = replace(own, fixed_scale=None, known_range=None)
+            changes[op] = replace(own, fallback=f"the plugin made it {has}")
             found.append(Finding(op, "check", text))
     return applied.with_ops(changes), found
 

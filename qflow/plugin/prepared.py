@@ -64,10 +64,6 @@ class PluginModel:
         dtypes = [[m.name, str(m.output), str(m.weight)] for m in self.modules.values()]
         return {"plugin": self.public.version, "scales": scales, "dtypes": dtypes}
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the quantized model."""
-        return self.model(*args, **kwargs)
-
     def outputs(self, names: Mapping[str, str], inputs: Any) -> dict[str, Tensor]:
         """Return the quantized output of each module of `names` (key -> module) in its first call on `inputs`."""
         own, seen, handles = dict(self.model.named_modules()), dict[str, Tensor](), []

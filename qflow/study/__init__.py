@@ -10,6 +10,7 @@ __all__ = [
     "comparison",
     "comparison_page",
     "doctor",
+    "engines",
     "fewer",
     "find",
     "finish",

@@ -55,10 +55,9 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
     )
     session = Session(config, evaluator, goal, Console(started=started), tracker, study, root)
     tracker.patience.say = session.console.say
-    for text in left_out:
-        session.console.say(f"{'space':<12} {text}")
-    for text in evaluator.engine.notes:
-        session.console.say(f"{'engine':<12} {text}")
+    for about, texts in (("space", left_out), ("engine", evaluator.engine.notes)):
+        for text in texts:
+            session.console.say(f"{about:<12} {text}")
     evaluator.keep_in(root / "cache", session.console.say)
     with session.stack:
         status = "FAILED"

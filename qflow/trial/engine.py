@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qflow.analysis.measures.tables import Finding
 from qflow.core.engine import EngineName
@@ -59,7 +59,7 @@ class Quantized(Protocol):
     def calls(self) -> tuple[EngineCall, ...]:
         """What was called of a foreign engine so far; empty for qflow's own."""
 
-    def running(self) -> AbstractContextManager[Callable[..., Any]]:
+    def running(self) -> AbstractContextManager[nn.Module]:
         """Return a context whose model takes the float model's inputs and gives its outputs, quantized."""
 
     def outputs(self, inputs: Any) -> dict[str, Tensor]:
@@ -130,15 +130,19 @@ class OwnQuantized:
 
     def outputs(self, inputs: Any) -> dict[str, Tensor]:
         """Return the result of each operator after its quantizer."""
-        owners = {node.name: self.model.outputs[node.quantizer or ""] for node in self.model.graph.quantized}
+        owners, at = {node.quantizer: node.name for node in self.model.graph.quantized}, self.model.plan.output_at
         seen: dict[str, Tensor] = {}
-        self.model.watch = lambda name, value: (
-            None if name in seen or name not in owners else seen.update({name: value})
-        )
+
+        def keep(call: str, value: Tensor) -> None:  # of a fused group, its last operator is quantized
+            if (op := owners.get(at.get(call))) is not None:
+                seen.setdefault(op, value)
+
+        self.model.watch = keep
         try:
             with torch.no_grad(), self.model.quantized() as model:
                 call_model(model, inputs)
-                return {name: owners[name](value) if owners[name].active else value for name, value in seen.items()}
+                quantizers = {op: model.outputs[name or ""] for name, op in owners.items()}
+                return {op: quantizers[op](value) for op, value in seen.items()}
         finally:
             self.model.watch = None
 

@@ -73,7 +73,7 @@ class Evaluator(AnalysedState):
     def _run(self, requested: QConfig, applied: QConfig, settings: TrialSettings, progress: Progress) -> TrialResult:
         calibration, qat, ran = settings.calibration, settings.qat, self.evaluations
         self.engine.check(self, settings)
-        made = self.engine.quantize(self, requested, applied, calibration)
+        made, report = self.engine.quantize(self, requested, applied, calibration), None
         applied = made.qconfig
         # Only dtypes, scales and switches change numbers: settings that lead to the same ones are the same trial.
         key = digest(self.key(applied.digest, made.state, self.eval_batch))
@@ -85,13 +85,10 @@ class Evaluator(AnalysedState):
                 return replace(
                     known, requested=requested, qconfig=applied, calibration_samples=made.samples, evaluated=False
                 )
-        report = None
         if qat.steps:
             place = self.training_folder(split_for(self.task, "train", qat.augment))
-            own, floats = self.training, self.weights.model
-            made, report = made.trained(
-                lambda model: train_trial(self.task, model, own, qat, applied, calibration, place, floats)
-            )
+            given, floats = (self.training, qat, applied, calibration, place), self.weights.model
+            made, report = made.trained(lambda model: train_trial(self.task, model, *given, floats))
             found = self._evaluated(made, progress)
         else:
             found = self._evaluation(key, made, progress)

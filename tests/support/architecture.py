@@ -23,7 +23,7 @@ LAYERS: tuple[dict[str, int], ...] = (
     {"executor": 0, "quant": 1, "cost_model": 2, "tasks": 3, "search": 4, "tracking": 5},
     {"analysis": 1, "repair": 2},
     {"trial": 3},
-    {"config": 0, "report": 3},
+    {"config": 0, "report": 3, "plugin": 4},
     {"bundle": 2},
     {"api": 1, "study": 5},
     {"export": 2},

@@ -1,4 +1,4 @@
-"""The changes of qconfigs that the device asks for, made after all setters: int16 that it does not take becomes int8."""
+"""The changes of qconfigs after all setters: int16 that the device does not take becomes int8."""
 
 import logging
 

@@ -29,13 +29,12 @@ def check_qat_model(model, example_inputs=None, example_kw_inputs=None, save_res
     copied = copy.deepcopy(model)
     set_fake_quantize(copied.eval(), FakeQuantState._FLOAT)
     copied(*_positional(example_inputs), **(example_kw_inputs or {}))
-    text = "\n\n".join([
-        "All fusable modules are fused in model!",
-        "Each layer out qconfig:\n" + psql(OUTPUT, [_output_row(node) for node in model.qat_nodes if _has_output(node)]),
-        "Weight qconfig:\n" + psql(WEIGHT, [_weight_row(node) for node in model.qat_nodes if _weight(node) is not None]),
-    ])  # fmt: skip
+    outputs = [_output_row(node) for node in model.qat_nodes if _has_output(node)]
+    weights = [_weight_row(node) for node in model.qat_nodes if _weight(node) is not None]
+    text = "All fusable modules are fused in model!\n\n"
+    text += f"Each layer out qconfig:\n{psql(OUTPUT, outputs)}\n\nWeight qconfig:\n{psql(WEIGHT, weights)}\n"
     if save_results:
-        (Path(out_dir or ".") / "model_check_result.txt").write_text(text + "\n")
+        (Path(out_dir or ".") / "model_check_result.txt").write_text(text)
 
 
 def _positional(inputs):

@@ -5,7 +5,6 @@ import warnings
 from enum import Enum
 from functools import partial
 
-
 from horizon_plugin_pytorch import MissingFact
 from horizon_plugin_pytorch.march import get_march
 from horizon_plugin_pytorch.nn.quantized import FloatFunctional

@@ -56,7 +56,8 @@ class _Functional(_Ports):
     def forward(self, method, *args, **kwargs):
         tensors = args[0] if method == "cat" else args
         tensors = [self.quantized_input(i, x) for i, x in enumerate(tensors)]
-        return self.finish(self.COMPUTES[method](*([tensors, *args[1:]] if method == "cat" else tensors), **kwargs))
+        args = [tensors, *args[1:]] if method == "cat" else tensors
+        return self.finish(super().forward(method, *args, **kwargs))
 
 
 class _Other(_Ports):
@@ -68,16 +69,15 @@ def fused_class(module):
     """`Conv2d` with what was fused into it: ConvAddReLU2d, LinearReLU."""
     base = type(module).__name__
     stem, dims = (base, "") if base == "Linear" else (base[:-2], base[-2:])
-    tail = ("Add" if module.fused_add is not None else "") + (
-        type(module.fused_relu).__name__ if module.fused_relu else ""
-    )
+    relu = type(module.fused_relu).__name__ if module.fused_relu else ""
+    tail = ("Add" if module.fused_add is not None else "") + relu
     return f"{stem}{tail}{dims}"
 
 
 def convert(module):
     """Make the QAT module of a float module, in place; its `qconfig` says how it is quantized."""
     source = type(module)
-    if isinstance(module, PASSING) or isinstance(module, POOLS):
+    if isinstance(module, (*PASSING, *POOLS)):
         return
     if not isinstance(module, KNOWN):
         raise MissingFact(f"the values inside {source.__name__}")
