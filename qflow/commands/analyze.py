@@ -49,9 +49,9 @@ def analyze(config: DictConfig) -> Result:
     if unknown or not config.stages:
         near = did_you_mean(unknown[0], STAGES) if unknown else ""
         raise ConfigError(f"stages are of {', '.join(STAGES)}, but got {list(config.stages)}.{near or ' Name one.'}")
+    require_own_engine(config, "analyze")
     check_config(config)
     require_no_workers(config, "analyze")
-    require_own_engine(config, "analyze")
     stages = [stage for stage in STAGES if stage in config.stages]
     code, record = debug_qat(config) if "qat_debug" in stages else (0, {})
     rest = [stage for stage in stages if stage != "qat_debug"]

@@ -27,9 +27,9 @@ def check(config: DictConfig) -> Result:
     from qflow.config.settings import root_dir, trial_settings
     from qflow.study.checks import check_config, require_no_workers, require_own_engine
 
+    require_own_engine(config, "check")
     check_config(config)
     require_no_workers(config, "check")
-    require_own_engine(config, "check")
     from qflow.analysis.checks.model_check import check_text
     from qflow.core.record import plain, to_json
     from qflow.study.assemble import make_evaluator

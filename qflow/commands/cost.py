@@ -46,9 +46,9 @@ def cost(config: DictConfig) -> Result:
         raise ConfigError("data and out are those of a fit, but got one without it. Write qflow.cost fit data=<file>.")
     if config.fps is not None and not 0 < config.fps < math.inf:
         raise ConfigError(f"fps is a number of frames a second above 0, but got {config.fps:g}.")
+    require_own_engine(config, "cost")
     check_config(config)
     require_no_workers(config, "cost")
-    require_own_engine(config, "cost")
     return report(config)
 
 

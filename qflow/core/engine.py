@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from importlib.util import find_spec
 
 from qflow.core.errors import ConfigError
 from qflow.core.nearest import did_you_mean
@@ -16,6 +17,15 @@ class EngineName(str, Enum):
 
     def __str__(self) -> str:
         return self.value
+
+
+def require_plugin() -> None:
+    """Raise ConfigError if no plugin is installed. Nothing of it is imported."""
+    if find_spec("horizon_plugin_pytorch") is None:
+        raise ConfigError(
+            "engine=plugin needs horizon_plugin_pytorch, but got none installed here. Install it from OpenExplorer's "
+            "packages, or tune with engine=qflow."
+        )
 
 
 def engine_name(text: object) -> EngineName:

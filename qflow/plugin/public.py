@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qflow.core.engine import require_plugin
 from qflow.core.errors import ConfigError, QflowError, TrialError
 from qflow.trial.record import EngineCall
 
@@ -35,15 +36,9 @@ class Public:
     """The plugin's public names, and the log of what was called. Raises ConfigError if the plugin does not import."""
 
     def __init__(self) -> None:
+        require_plugin()
         try:
             import horizon_plugin_pytorch as plugin
-        except ModuleNotFoundError as error:
-            if error.name != "horizon_plugin_pytorch":
-                raise _unusable(error) from error
-            raise ConfigError(
-                "engine=plugin needs horizon_plugin_pytorch, but got none installed here. Install it from "
-                "OpenExplorer's packages, or tune with engine=qflow."
-            ) from error
         except Exception as error:  # its libraries may not load
             raise _unusable(error) from error
         self.version = str(getattr(plugin, "__version__", "of unknown version"))

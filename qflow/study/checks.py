@@ -13,7 +13,7 @@ from qflow.config.settings import check_executor, plain, sensitivity_settings, t
 from qflow.config.space import search_space
 from qflow.core.credentials import masked
 from qflow.core.dtype import QDtype
-from qflow.core.engine import EngineName, engine_name
+from qflow.core.engine import EngineName, engine_name, require_plugin
 from qflow.core.errors import ConfigError
 from qflow.core.limits import LARGEST_SEED, check_shape, within
 from qflow.core.names import check_study_name
@@ -43,7 +43,10 @@ def check_config(config: DictConfig) -> None:
 
 
 def _check_engine(config: DictConfig, trains: bool) -> None:
-    if engine_name(config.engine) == EngineName.plugin and trains:
+    if engine_name(config.engine) == EngineName.qflow:
+        return
+    require_plugin()
+    if trains:
         raise ConfigError(
             "engine=plugin does not train, but got qat.steps to train with. Use qat=none, or train with engine=qflow."
         )
