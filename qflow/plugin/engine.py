@@ -32,6 +32,7 @@ from qflow.trial.engine import Train
 from qflow.trial.record import EngineCall
 from qflow.trial.shared import SharedState
 
+SHOWN = 2  # operators that a line on the console names
 TRAINS = "engine=plugin does not train, but got qat.steps={steps}. Use qat=none, or train with engine=qflow."
 
 
@@ -90,13 +91,19 @@ class PluginEngine:
         """The plugin with its version."""
         return f"horizon_plugin_pytorch {self.public.version}"
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a study says of this engine once."""
-        return (
-            f"{self.version} prepares, calibrates and evaluates the trials; every call is in their plugin_calls.json",
+    def __post_init__(self) -> None:
+        self._news = [
+            f"{self.version} prepares, calibrates and evaluates trials; plugin_calls.json of a trial has every call",
             "bad cases, layers, sensitivities and repairs are computed by qflow's own engine",
-        )
+        ]
+        self._said: set[str] = set()
+
+    def news(self) -> list[str]:
+        """Return what this engine does, and each group of differences from the prediction, once."""
+        found = [text for text in self._news if text not in self._said]
+        self._said.update(found)
+        self._news = []
+        return found
 
     def check(self, shared: SharedState, settings: TrialSettings) -> None:
         """Raise ConfigError for what the plugin is not asked for."""
@@ -135,6 +142,10 @@ class PluginEngine:
         stats = shared.calibrate(calibration)
         known = {op: name for op, name in names.items() if name in made.modules}
         actual, found = as_the_plugin_has_it(applied, made, known)
+        if found:
+            more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+            first = "; ".join(f"{finding.op} {finding.message}" for finding in found[:SHOWN])
+            self._news.append(f"{first}{more} (model_check_result.txt of the trial)")
         apply_scales(prepared, stats, actual, calibration)
         found += take_scales(prepared, actual, made, known)
         return PluginQuantized(made, prepared, actual, stats.samples, known, tuple(found))

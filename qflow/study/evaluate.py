@@ -33,6 +33,8 @@ def evaluate_trial(
     """
     with console.bar("trial", evaluator.eval_samples, "samples") as advance:
         result = evaluator.run_trial(trial_settings(config), advance)
+    for text in evaluator.engine.news():
+        console.say(f"{'engine':<12} {text}")
     write_trial(
         folder,
         result,

@@ -112,6 +112,7 @@ class Session:
             params={
                 "task": config.task.name,
                 "march": config.device.march,
+                **({"engine": engine} if (engine := self.evaluator.engine.version) else {}),
                 "seed": config.seed,
                 "objective.max_drop": self.goal.max_drop,
                 **{f"objective.{name}": limit for name, limit in self.goal.budgets.items()},

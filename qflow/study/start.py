@@ -55,7 +55,7 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
     )
     session = Session(config, evaluator, goal, Console(started=started), tracker, study, root)
     tracker.patience.say = session.console.say
-    for about, texts in (("space", left_out), ("engine", evaluator.engine.notes)):
+    for about, texts in (("space", left_out), ("engine", evaluator.engine.news())):
         for text in texts:
             session.console.say(f"{about:<12} {text}")
     evaluator.keep_in(root / "cache", session.console.say)

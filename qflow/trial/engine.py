@@ -81,9 +81,8 @@ class Engine(Protocol):
     def version(self) -> str:
         """What numbers depend on beside qflow's own version; empty for qflow's engine."""
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a study says of this engine once."""
+    def news(self) -> list[str]:
+        """Return what the user should know of this engine and was not returned before."""
 
     def check(self, shared: SharedState, settings: TrialSettings) -> None:
         """Raise ConfigError for settings that this engine cannot follow."""
@@ -161,7 +160,10 @@ class OwnEngine:
 
     name: ClassVar[EngineName] = EngineName.qflow
     version = ""
-    notes = ()
+
+    def news(self) -> list[str]:
+        """Nothing: qflow says elsewhere what it does."""
+        return []
 
     def check(self, shared: SharedState, settings: TrialSettings) -> None:
         """All settings are this engine's own."""

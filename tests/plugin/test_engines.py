@@ -6,6 +6,7 @@ The plugin is the stand-in of tests/support/stand_in: another implementation of 
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,6 +141,41 @@ def test_of_two_int16_inputs_of_a_product_both_engines_keep_the_more_sensitive(e
         assert ops[lowered].fallback and "the plugin" not in ops[lowered].fallback  # as predicted
 
 
+def test_a_model_with_stubs_of_its_own_is_taken_as_it_is(plugin):
+    """Named inputs and outputs, a FloatFunctional, and a vector operator at fp16."""
+    from horizon_plugin_pytorch.quantization import DeQuantStub, QuantStub
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.quant_a, self.quant_b, self.end_a, self.end_b = QuantStub(), QuantStub(), DeQuantStub(), DeQuantStub()
+            self.conv, self.act, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 2, 1)
+            self.sum = torch.ao.nn.quantized.FloatFunctional()
+
+        def forward(self, image, other):
+            x = self.sum.add(self.act(self.conv(self.quant_a(image))), self.quant_b(other))
+            return {"a": self.end_a(self.head(x)), "b": [self.end_b(x * 0.5)]}
+
+    samples = [{"image": torch.rand(3, 8, 8) - 0.5, "other": torch.rand(4, 8, 8)} for _ in range(8)]
+    data = SimpleNamespace(calibration=samples, evaluation=samples)
+
+    class Size(Likeness):
+        def __call__(self, outputs, batch):
+            return outputs["a"].flatten(1).norm(dim=1)
+
+    own_task = make_task(name="own", model=Own().eval(), data=data, metric=Size())
+    made = Evaluator(own_task, load_rules("nash-m"), load_cost("nash-m"))
+    requested, applied = made.resolve(QConfigSettings(template="qint16", modules={"act": "float16"}))
+    (inputs, _), *_ = made.calibration_batches(ALIKE)
+    own = make_engine(EngineName.qflow).quantize(made, requested, applied, ALIKE).outputs(inputs)
+    other = make_engine(EngineName.plugin).quantize(made, requested, applied, ALIKE)
+    assert other.names["[add]"] == "sum" and other.names["quant[other]"] == "quant_b" and other.findings({}) == ()
+    assert other.qconfig.digest == applied.digest and other.qconfig.ops["act"].output == QDtype.float16
+    assert [
+        name for name, value in other.outputs(inputs).items() if (value - own[name]).norm() > 1e-2 * own[name].norm()
+    ] == []
+
+
 # ---- where the plugin does something else --------------------------------------------------------------------------
 
 
@@ -153,6 +189,9 @@ def test_a_trial_says_what_the_plugin_lowered_beyond_the_prediction_and_is_price
     assert found.qconfig.ops["conv1"].output == QDtype.qint8
     (said,) = [f for f in found.check.findings if f.op == "conv1" and "predicted" in f.message]
     assert said.message == "the plugin has qint8, qflow predicted qint16: the trial is priced with qint8"
+    intro, _, *news = loose.engine.news()
+    assert intro.startswith("horizon_plugin_pytorch 3.0.17 prepares, calibrates and evaluates trials")
+    assert news[0].startswith(f"conv1 {said.message}") and loose.run_trial(settings) and loose.engine.news() == []
     assert found.cost == loose.cost(found.qconfig) != loose.cost(loose.resolve(settings.qconfig)[1])
 
 
