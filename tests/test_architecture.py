@@ -28,6 +28,7 @@ HOMES = {
     "hydra": {"config"},
     "matplotlib": {"report"},
     "horizon_plugin_pytorch": {"plugin"},
+    "ray": {"executor"},
     "omegaconf": {"config", "bundle", "study", "commands", "workflows"},
 }
 TORCH_FREE = ("core", "cost_model", "search", "tracking", "process")
@@ -77,11 +78,13 @@ def test_nothing_imports_a_command(user):
         assert package_of(target) != "commands" or is_command(user), f"{user} imports {target}"
 
 
-def test_modules_are_imported_by_name_in_three_places_only():
-    """`import qflow` finds its names, `tune` its workflow, `qflow <command>` the command; others would escape rules."""
+def test_modules_are_imported_by_name_in_four_places_only():
+    """`import qflow` finds its names, `tune` its workflow, `qflow <command>` the command, and a worker what its
+    driver names; others would escape rules.
+    """
     calls = re.compile(r"\b(import_module|__import__)\(")
     assert {name for name in MODULES if calls.search(files()[name].read_text())} == {
-        "qflow", "qflow.commands.tune", "qflow.commands.main",
+        "qflow", "qflow.commands.tune", "qflow.commands.main", "qflow.executor.processes",
     }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ no mix meets the goal:       mixes that are predicted to meet it; then training 
 from __future__ import annotations
 
 from qflow.search.objective import accurate, meets
+from qflow.study.baselines import measure_baselines
 from qflow.study.missed import measure_promising
 from qflow.study.session import Session
 
@@ -17,7 +18,8 @@ from . import int8, int8_int16, int8_int16_fp16, int16
 
 
 def run(session: Session) -> None:
-    """Measure in this order."""
+    """Measure in this order; the two baselines at once if there are workers for that."""
+    measure_baselines(session)
     int16_baseline, int8_baseline = int16.branch(session), int8.branch(session)
     if accurate(int16_baseline):
         int8_int16.mix(session, int8_baseline, int16_baseline)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from qflow.search.objective import accurate, meets, over_budget
 from qflow.search.outcome import FinishedTrial
+from qflow.study.baselines import measure_baselines
 from qflow.study.missed import measure_promising
 from qflow.study.mixes import search_mix
 from qflow.study.session import Session
@@ -23,7 +24,8 @@ from . import int8, int16
 
 
 def run(session: Session) -> None:
-    """Measure in this order."""
+    """Measure in this order; the two baselines at once if there are workers for that."""
+    measure_baselines(session)
     int16_baseline, int8_baseline = int16.branch(session), int8.branch(session)
     high = int16_baseline
     if not accurate(high) and not meets(int8_baseline):

@@ -14,6 +14,7 @@ __all__ = [
     "compose",
     "device_cost",
     "device_file",
+    "executor_schema",
     "explain",
     "foreign",
     "help",

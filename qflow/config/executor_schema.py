@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
+
+from omegaconf import DictConfig
+
+from qflow.core.errors import ConfigError
+from qflow.executor.ray_runtime import check_address, check_installed
+
+KINDS = ("serial", "process", "ray", "ray_cluster")
+MOST_THREADS = 1024
+"""torch crashes the process where the system cannot start the threads that it is told to use."""
+MOST_WORKERS, MOST_RETRIES, MOST_GPUS = 256, 10, 64
 
 
 @dataclass(kw_only=True)
@@ -10,14 +22,88 @@ class ExecutorSchema:
     """Where trials run."""
 
     kind: str = "serial"
-    """Where trials run: serial is one after the other in this process, process is in worker processes (tune)."""
+    """Where trials run: serial is one after the other in this process, process is in worker processes (tune), ray and
+    ray_cluster are in worker processes that Ray places, on this machine and on the nodes of a cluster."""
     device: str = "cpu"
     """Device of torch: cpu, cuda or cuda:<n>."""
     threads: int = 0
     """Threads of torch, in each process; 0 leaves torch's own choice."""
     workers: int = 1
-    """Trials at once; more than one with executor=process."""
+    """Trials at once; more than one needs workers (executor=process, ray, ray_cluster)."""
     max_retries: int = 1
     """How often a trial is tried again whose worker has died."""
     trial_timeout: float | None = None
     """Seconds after which the worker of a trial is ended; null sets no limit."""
+    gpus: float = 0.0
+    """GPUs that Ray reserves for a trial, such as 0.5."""
+    address: str = "auto"
+    """Of the Ray cluster, <host>:<port>; auto is that of this machine. With executor=ray_cluster."""
+
+
+def check_executor(config: DictConfig) -> None:
+    """Raise ConfigError for an executor that does not exist, or a number that it cannot have."""
+    executor = config.executor
+    if executor.kind not in KINDS:
+        raise ConfigError(
+            f"executor.kind is one of {', '.join(KINDS)}, but got {executor.kind!r}. Use executor=process."
+        )
+    most = 1 if executor.kind == "serial" else MOST_WORKERS
+    if not 1 <= executor.workers <= most:
+        way = "Use executor=process." if executor.kind == "serial" else "Use executor.workers=2."
+        raise ConfigError(
+            f"executor.workers is 1{f' to {most}' * (most > 1)} with executor.kind={executor.kind}, but got "
+            f"{executor.workers}. {way}"
+        )
+    if executor.trial_timeout is not None and executor.kind == "serial":
+        raise ConfigError(
+            f"A trial is ended with its worker process, but got executor.trial_timeout={executor.trial_timeout:g} with "
+            "executor.kind=serial. Use executor=process."
+        )
+    if executor.trial_timeout is not None and not 0 < executor.trial_timeout < math.inf:
+        raise ConfigError(
+            f"executor.trial_timeout is a number of seconds above 0, but got {executor.trial_timeout:g}. null sets no "
+            "limit."
+        )
+    if not 0 <= executor.max_retries <= MOST_RETRIES:
+        raise ConfigError(f"executor.max_retries is 0 to {MOST_RETRIES}, but got {executor.max_retries}.")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", executor.device):
+        raise ConfigError(
+            f"executor.device is cpu, cuda or cuda:<n>, but got {executor.device!r}. Use executor.device=cpu."
+        )
+    if not 0 <= executor.threads <= MOST_THREADS:
+        raise ConfigError(f"executor.threads is 0 (leaves it to torch) to {MOST_THREADS}, but got {executor.threads}.")
+    _check_ray(executor)
+
+
+def _check_ray(executor: DictConfig) -> None:
+    """Raise ConfigError for what Ray cannot give, and for its keys with an executor that does not use Ray."""
+    kind, gpus, device = executor.kind, executor.gpus, executor.device
+    if executor.address != "auto" and kind != "ray_cluster":
+        raise ConfigError(
+            f"executor.address is that of a Ray cluster, but got it with executor.kind={kind}. Use "
+            "executor=ray_cluster."
+        )
+    if not kind.startswith("ray"):
+        if gpus:
+            raise ConfigError(
+                f"executor.gpus is what Ray reserves for a trial, but got {gpus:g} with executor.kind={kind}, whose "
+                "workers share the GPU of executor.device. Use executor=ray."
+            )
+        return
+    check_address(executor.address)
+    if not 0 <= gpus <= MOST_GPUS or (gpus > 1 and gpus != int(gpus)):
+        raise ConfigError(
+            f"executor.gpus is a share of at most 1, or a number of GPUs up to {MOST_GPUS}, but got {gpus:g}. Use "
+            "executor.gpus=0.5."
+        )
+    if (device == "cpu") != (gpus == 0):
+        raise ConfigError(
+            f"Ray shows a worker the GPUs that are reserved for it, but got executor.gpus={gpus:g} with "
+            f"executor.device={device}. Use {'executor.device=cuda' if gpus else 'executor.gpus=0.5'}."
+        )
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"executor.device is cpu or cuda with executor.kind={kind}, because Ray chooses the GPU, but got {device}. "
+            "Use executor.device=cuda."
+        )
+    check_installed(kind)

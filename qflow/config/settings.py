@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -126,45 +125,6 @@ def _exists(config: DictConfig, key: str) -> bool:
     except OmegaConfBaseException:
         return False
     return isinstance(node, DictConfig) and leaf in node
-
-
-MOST_THREADS = 1024
-"""torch crashes the process where the system cannot start the threads that it is told to use."""
-MOST_WORKERS, MOST_RETRIES = 256, 10
-
-
-def check_executor(config: DictConfig) -> None:
-    """Raise ConfigError for an executor that does not exist, or a number that it cannot have."""
-    executor = config.executor
-    if executor.kind not in ("serial", "process"):
-        raise ConfigError(f"executor.kind is serial or process, but got {executor.kind!r}. Use executor=process.")
-    most = 1 if executor.kind == "serial" else MOST_WORKERS
-    if not 1 <= executor.workers <= most:
-        way = "Use executor=process." if executor.kind == "serial" else "Use executor.workers=2."
-        raise ConfigError(
-            f"executor.workers is 1{f' to {most}' * (most > 1)} with executor.kind={executor.kind}, but got "
-            f"{executor.workers}. {way}"
-        )
-    if executor.trial_timeout is not None and executor.kind == "serial":
-        raise ConfigError(
-            f"A trial is ended with its worker process, but got executor.trial_timeout={executor.trial_timeout:g} with "
-            "executor.kind=serial. Use executor=process."
-        )
-    if executor.trial_timeout is not None and not 0 < executor.trial_timeout < math.inf:
-        raise ConfigError(
-            f"executor.trial_timeout is a number of seconds above 0, but got {executor.trial_timeout:g}. null sets no "
-            "limit."
-        )
-    if not 0 <= executor.max_retries <= MOST_RETRIES:
-        raise ConfigError(f"executor.max_retries is 0 to {MOST_RETRIES}, but got {executor.max_retries}.")
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", config.executor.device):
-        raise ConfigError(
-            f"executor.device is cpu, cuda or cuda:<n>, but got {config.executor.device!r}. Use executor.device=cpu."
-        )
-    if not 0 <= config.executor.threads <= MOST_THREADS:
-        raise ConfigError(
-            f"executor.threads is 0 (leaves it to torch) to {MOST_THREADS}, but got {config.executor.threads}."
-        )
 
 
 def root_dir(config: DictConfig) -> Path:

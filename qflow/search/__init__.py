@@ -21,6 +21,7 @@ __all__ = [
     "proposal",
     "reconcile",
     "sampler",
+    "standing",
     "stored",
     "strategies",
     "study",

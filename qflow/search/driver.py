@@ -3,7 +3,8 @@
 An executor evaluates `workers` trials at once; the driver alone asks, tells and writes. Proposal n is asked for when
 exactly the trials before number n - workers + 1 are told, and results are committed and told in the order of their
 numbers, whichever worker is done first. So a seed and a number of workers give the same study each time, and with one
-worker nothing else happens than ask, evaluate, tell. Points that a strategy gives (`measure`) come one after another.
+worker nothing else happens than ask, evaluate, tell. Of the points that a strategy gives, those that do not depend on
+each other come at once (`measure_all`).
 """
 
 from __future__ import annotations
@@ -99,11 +100,30 @@ class Driver:
 
         Raises ValueError if `params` lacks a key that applies: the sampler would choose another value for it each time.
         """
+        self.measure_all([])  # what runs
+        self.measure_all([(params, label)])
+        if (found := self.known(params)) is None:
+            raise RuntimeError(f"A queued point must be proposed, but {params} was not.")
+        return found
+
+    def measure_all(self, points: Sequence[tuple[Values, str]], room: Callable[[], bool] = _always) -> None:
+        """Evaluate points, given with their labels, as many at once as there are workers; return when all are done.
+
+        Their trials have numbers in this order; a point that the study has is left out. None begins while there is no
+        `room()`, which may count `running`; the rest is left out if there is none when nothing runs.
+        """
+        for params, label in points:
+            while self.running and (len(self.running) >= self.executor.workers or not room()):
+                self._finish()
+            if self._number_at(params) is None:
+                if not room():
+                    break
+                self._begin_at(params, label)
         while self.running:
             self._finish()
-        found = self.known(params)
-        if found is not None:
-            return found
+
+    def _begin_at(self, params: Values, label: str) -> None:
+        """Begin the trial at `params`, after the trials at points that are queued already."""
         point = self.study.point(params)
         absent = [key for key in self.study.space if key not in point]
         left_open = [key for key in absent if applies(self.study.space, key, point, absent)]
@@ -111,11 +131,11 @@ class Driver:
             raise ValueError(f"A point to measure has a value for every key that applies, but lacks {left_open}.")
         self.study.enqueue_once(params, label=label)
         for _ in range(sum(trial.state == "waiting" for trial in self.study.trials())):
-            if self._begin():
+            while len(self.running) >= self.executor.workers:
                 self._finish()
-            if (found := self.known(params)) is not None:
-                return found
-        raise RuntimeError(f"A queued point must be proposed, but {point} was not.")
+            self._begin()
+            if self._number_at(params) is not None:
+                return
 
     def sample(
         self,

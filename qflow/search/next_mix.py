@@ -55,6 +55,22 @@ class NextMix:
     def __init__(self, problem: Problem, max_drop: float, low: float, high: float) -> None:
         self.problem, self.max_drop, self.low, self.high = problem, max_drop, low, high
 
+    def choose_all(
+        self, measured: Sequence[Measurement], seen: Collection[str], count: int, *, front: bool = True
+    ) -> list[str]:
+        """Return up to `count` mixes to measure at once, the first of which is that of `choose`.
+
+        Each further one is chosen as if those before it had their expected drops (Ginsbourger et al. 2010, the kriging
+        believer), so that it does not look for the same again.
+        """
+        chosen: list[str] = []
+        while len(chosen) < count and (mix := self.choose(measured, {*seen, *chosen}, front=front)):
+            if len(chosen) + 1 < count:
+                drops, _ = Surrogate(self.problem, measured, self.low, self.high).expected([mix], "")
+                measured = [*measured, Measurement(mix, float(drops[0]))]
+            chosen.append(mix)
+        return chosen
+
     def choose(
         self, measured: Sequence[Measurement], seen: Collection[str], settings: str = "", *, front: bool = True
     ) -> str | None:

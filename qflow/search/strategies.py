@@ -16,6 +16,7 @@ spent. After `assign` they propose the settings around its mixes (study/mix_insi
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
 from qflow.search.assign import Problem
@@ -37,39 +38,77 @@ Ask: TypeAlias = Callable[[str, str], FinishedTrial | None]
 """Measures the mix (first argument) in a trial with the label (second argument)."""
 
 
+def _none(_: Sequence[tuple[Values, str]]) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class AtOnce:
+    """Measures points, given with their labels, before the strategy asks for each by `measure`.
+
+    With one worker it does nothing, and a strategy measures one point after another. With more, a strategy looks ahead:
+    it hands over points that do not need each other's results, or that it may need next, as many as there are workers.
+    """
+
+    workers: int = 1
+    measure_all: Callable[[Sequence[tuple[Values, str]]], None] = _none
+
+    def __call__(self, points: Sequence[tuple[Values, str]]) -> None:
+        """Measure the points at once, as far as the budget has room for them."""
+        if self.workers > 1 and len(points) > 1:
+            self.measure_all(points)
+
+
+ALONE = AtOnce()
+
+
 class BudgetSpent(Exception):
     """No further trial may start, because trials, evaluations or time are used up; the text names which."""
 
 
 def raise_until_met(
-    measure: Measure, base: Values, key: str, values: Sequence[Scalar], patience: int = 2
+    measure: Measure, base: Values, key: str, values: Sequence[Scalar], patience: int = 2, at_once: AtOnce = ALONE
 ) -> FinishedTrial | None:
     """Return the trial at the lowest of `values` of `key` that is found to meet the goal, or None.
 
     `values` ascend, one promotion more each, from none to all; the first is known to miss the goal. The values after 1,
     2, 4, ... promotions are measured until one meets the goal, then the count is bisected. Because accuracy need not
     rise with every promotion, up to `patience` more values below the result are tried, nearest first.
+
+    With k workers, k of the counts 1, 2, 4, ... are measured at once, then k counts that divide what is left evenly.
     """
     trials: dict[int, FinishedTrial | None] = {0: None}  # by number of promotions
 
+    def at(count: int) -> tuple[Values, str]:
+        return {**base, key: values[count]}, f"{key.split('.')[-1]}={_short(values[count])}"
+
     def ask(count: int) -> bool:
         if count not in trials:
-            trials[count] = measure({**base, key: values[count]}, f"{key.split('.')[-1]}={_short(values[count])}")
+            trials[count] = measure(*at(count))
         return accurate(trials[count])
+
+    def ahead(counts: Sequence[int]) -> Sequence[int]:
+        at_once([at(count) for count in counts if count not in trials])
+        return counts
 
     if len(values) < 2:
         return None
-    most, count = len(values) - 1, 1
-    while count < most and not ask(count):
-        count *= 2
-    met = min(count, most)
-    if not ask(met):
+    most, workers = len(values) - 1, at_once.workers
+    doubled = [*(2**i for i in range((most - 1).bit_length())), most]
+    rounds = [doubled[i : i + workers] for i in range(0, len(doubled), workers)]
+    met = next((count for counts in rounds for count in ahead(counts) if ask(count)), None)
+    if met is None:
         return None
     missed = max(n for n in trials if n < met and not ask(n))
     while met - missed > 1:
-        middle = (met + missed) // 2
-        met, missed = (middle, missed) if ask(middle) else (met, middle)
-    for below in [n for n in range(met - 2, 0, -1) if n not in trials][:patience]:
+        parts = min(workers + 1, met - missed)
+        middle = [missed + (met - missed) * i // parts for i in range(1, parts)]
+        for count in ahead(middle):
+            if ask(count):
+                met = count
+                break
+            missed = count
+    for below in ahead([n for n in range(met - 2, 0, -1) if n not in trials][:patience]):
         ask(below)
     return trials[min(n for n in trials if ask(n))]
 
@@ -89,6 +128,7 @@ def assign(
     top: str = "",
     patience: int = 3,
     explore: bool = True,
+    at_once: AtOnce = ALONE,
 ) -> None:
     """Search the cheapest assignment that meets the goal, and demote what it does not need.
 
@@ -97,7 +137,8 @@ def assign(
     demotion comes last. `int8_drop` and `int16_drop` are the measured drops of the baselines; they relate predicted
     errors to drops. `int8_drop` is None if the outputs of all int8 are not finite. `top` is the mix of `int16_drop`,
     which is known to meet the goal, if that is not all int16 but has int16 weights. Demotion ends after `patience`
-    operators in a row that prove needed.
+    operators in a row that prove needed. With k workers, k mixes are chosen and measured at once; demotion measures one
+    mix after another, because each starts from the one before.
     """
     top = top or problem.all_int16
     measured = {problem.all_int8: int8_drop, top: int16_drop}
@@ -120,9 +161,11 @@ def assign(
         found = problem.most_accurate()
         if found not in ends and not accurate(ask(found, "most accurate within the limits")):
             found = None
-    while (found or explore) and (mix := chosen.choose(known(), {*ends, *seen}, front=explore)):
-        met = accurate(ask(mix, f"assigned {mix.count('6')}"))
-        found = mix if met and (not found or problem.price(mix) < problem.price(found)) else found
+    while (found or explore) and (mixes := chosen.choose_all(known(), {*ends, *seen}, at_once.workers, front=explore)):
+        labels = {mix: f"assigned {mix.count('6')}" for mix in mixes}
+        at_once([({**base, ASSIGNMENT: mix}, label) for mix, label in labels.items()])
+        met = [mix for mix, label in labels.items() if accurate(ask(mix, label))]
+        found = min([*([found] if found else []), *met], key=problem.price, default=None)
     if found and found != top:
         demote(ask, problem, found, patience, missed=[problem.all_int8])
 

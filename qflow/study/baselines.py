@@ -17,6 +17,7 @@ from qflow.search.domain import Choice
 from qflow.search.objective import CONSTRAINT, accurate, nearest_miss
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import RATIO, BudgetSpent
+from qflow.study.at_once import at_once
 from qflow.study.session import Session
 from qflow.trial.outputs import outputs_off_under
 
@@ -35,18 +36,31 @@ def baseline(session: Session, label: str) -> FinishedTrial | None:
     """
     point = baseline_point(session, label)
     pinned = pins(session, label, point)
-    named = ", ".join(f"{name} {what}" for name, what in pinned.items())
-    shown = named if len(pinned) <= NAMED else f"{len(pinned)} operators pinned"
     most = (session.config.search.n_trials - 2) // 4
-    found = best_calibration(session, point, f"{label} ({shown})" if pinned else label, most)
+    found = best_calibration(session, point, _named(label, pinned), most)
     trained = point.get("qat.steps", session.config.qat.steps)  # then the training is at fault, not the mix
     if found is None and (trained or not session.broken(point)):
         raise TrialError(f"A study needs its baseline {label}, but that trial failed. Its line above says why.")
     if found is not None:
         session.baselines[label] = found
     if pinned:
-        session.decide(label, f"the configuration keeps at another precision: {named}")
+        session.decide(label, f"the configuration keeps at another precision: {_listed(pinned)}")
     return found
+
+
+def measure_baselines(session: Session) -> None:
+    """Measure all-int16 and all-int8 at once if there are workers for that; `baseline` then finds their trials."""
+    points = {label: baseline_point(session, label) for label in (ALL_INT16, ALL_INT8)}
+    at_once(session)([(point, _named(label, pins(session, label, point))) for label, point in points.items()])
+
+
+def _named(label: str, pinned: Mapping[str, str]) -> str:
+    shown = _listed(pinned) if len(pinned) <= NAMED else f"{len(pinned)} operators pinned"
+    return f"{label} ({shown})" if pinned else label
+
+
+def _listed(pinned: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {what}" for name, what in pinned.items())
 
 
 def baseline_point(session: Session, label: str) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import BudgetSpent
 
+PACE = 8  # trials whose pace tells the time left, or four for each worker
+
 
 @dataclass
 class Budget:
@@ -23,6 +25,8 @@ class Budget:
     spare: int = 0
     """Trials that exploration leaves for measuring the best mix with fewer promotions; at most a quarter of all."""
     began: float = field(default_factory=time.monotonic)
+    ends: list[float] = field(default_factory=list)
+    """When trials of this start ended, finished or failed."""
 
     def require(self, done: Sequence[FinishedTrial], met: bool, running: int = 0) -> None:
         """Raise BudgetSpent if no further trial may start. With `met` no training is needed, so nothing is reserved.
@@ -43,12 +47,20 @@ class Budget:
             raise BudgetSpent(f"{self.timeout:g} s have passed (search.timeout)")
 
     def seconds_left(self, done: Sequence[FinishedTrial], workers: int = 1) -> float:
-        """Estimate the seconds until a budget is spent, from the duration of the last trials."""
+        """Estimate the seconds until a budget is spent, from the pace of the last trials.
+
+        The pace includes what the driver does between them. The longest gap is left out: a stage may lie in it.
+        """
         left = self.trials - len(done)
         if self.evaluations is not None:
             left = min(left, self.evaluations - evaluations(done))
-        seconds: float = statistics.median(t.seconds for t in done[-8:]) * left / workers
-        return seconds if self.timeout is None else min(seconds, self.began + self.timeout - time.monotonic())
+        recent = self.ends[-max(PACE, 4 * workers) - 1 :]
+        gaps = [b - a for a, b in zip(recent, recent[1:], strict=False)]
+        if len(gaps) > max(2, workers):  # else workers that end together leave gaps of 0
+            each = (sum(gaps) - max(gaps)) / (len(gaps) - 1)
+        else:
+            each = statistics.median(t.seconds for t in done[-PACE:]) / workers
+        return left * each if self.timeout is None else min(left * each, self.began + self.timeout - time.monotonic())
 
 
 def evaluations(trials: Sequence[FinishedTrial]) -> int:

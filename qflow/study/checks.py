@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from omegaconf import OmegaConf
 
 from qflow.config.device_file import cost_of, require_cost, rules_of
-from qflow.config.settings import check_executor, plain, sensitivity_settings, trial_settings
+from qflow.config.executor_schema import check_executor
+from qflow.config.settings import plain, sensitivity_settings, trial_settings
 from qflow.config.space import search_space
 from qflow.core.credentials import masked
 from qflow.core.dtype import QDtype

@@ -10,10 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from qflow.config.space import module_settings
 from qflow.core.dtype import QDtype
-from qflow.core.errors import ConfigError
+from qflow.core.errors import ConfigError, QflowError
 from qflow.core.settings import QConfigSettings
 from qflow.search.domain import Domain, Interval, Range
-from qflow.search.objective import Goal
+from qflow.search.objective import Goal, meets
+from qflow.search.outcome import FinishedTrial
 from qflow.tasks.early_stop import bounds_of
 from qflow.tasks.task import Task, split_for
 from qflow.trial.evaluator import Evaluator
@@ -112,3 +113,21 @@ def check_budgets(evaluator: Evaluator, goal: Goal) -> None:
             f"({report.traffic.bytes * 1e-6:.3f} MB all-int8): what spills is unknown without device.cost.onchip_mb. "
             "Set that, or drop the budget: objective.max_traffic_mb=null."
         )
+
+
+def too_costly(
+    evaluator: Evaluator, goal: Goal, int16: FinishedTrial | None, qconfig: Callable[[], QConfigSettings]
+) -> str:
+    """Return why a trial with the settings of `qconfig` cannot be the best because of its cost, or an empty text.
+
+    `int16` is the trial of all-int16: if least latency is the first aim and it meets the goal, none that is slower can.
+    """
+    budgets = goal.budgets
+    if int16 is not None and meets(int16) and next(iter(goal.ranking), "") == "cost/latency_ms":
+        budgets["max_latency_ms"] = int16.outcome.metrics["cost/latency_ms"]
+    if not budgets:
+        return ""
+    try:
+        return "" if evaluator.precisions.within(qconfig(), budgets) else "it costs too much to be the best"
+    except QflowError:
+        return ""  # the trial will fail with this error as its reason

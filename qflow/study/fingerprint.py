@@ -15,6 +15,7 @@ from qflow.core.record import digest, to_json
 FREE = (
     *("root", "tracking.", "task.batch_size"),
     *("executor.kind", "executor.threads", "executor.workers", "executor.max_retries", "executor.trial_timeout"),
+    *("executor.gpus", "executor.address"),
     *("search.n_trials", "search.timeout", "search.max_evaluations", "search.enqueue", "search.strategy"),
     "search.storage",
     *("search.rates", "search.probe_share", "search.weight_decays"),  # these choose points, but not results

@@ -8,8 +8,9 @@ from pathlib import Path
 from qflow.core.record import to_json
 from qflow.core.store import write_whole
 from qflow.core.temporary import TemporaryFolder
-from qflow.search.objective import Goal, best_trial, meets, pareto_set
+from qflow.search.objective import Goal, meets
 from qflow.search.outcome import FinishedTrial
+from qflow.search.standing import Standing
 from qflow.tracking.mlflow_tracker import MlflowTracker
 
 DECISIONS, BASELINES = "qflow.decisions", "qflow.baselines"  # tags of the study's run, as JSON
@@ -27,15 +28,12 @@ def log_decisions(
         tracker.log_study(study_run, tags={DECISIONS: to_json(list(decisions)), BASELINES: to_json(numbers)})
 
 
-def log_front(
-    tracker: MlflowTracker, study_run: str, study: str, trials: Sequence[FinishedTrial], goal: Goal, root: Path
-) -> None:
+def log_front(tracker: MlflowTracker, study_run: str, study: str, standing: Standing, goal: Goal, root: Path) -> None:
     """Write studies/<study>/best.json and pareto.json under `root`, and log both with the best trial's metrics."""
-    best = best_trial(trials, goal.ranking)
-    front = pareto_set(trials, list(goal.optimize.values()))
+    best = standing.best
     rows = [
         [t.number, t.label, *(t.outcome.metrics.get(name) for name in goal.optimize), meets(t), t.run_id]
-        for t in sorted(front, key=lambda t: t.outcome.objectives)
+        for t in sorted(standing.front, key=lambda t: t.outcome.objectives)
     ]
     table = {"columns": ["trial", "label", *goal.optimize, "meets the goal", "run"], "data": rows}
     metrics = best.outcome.metrics if best else {}

@@ -12,6 +12,7 @@ from qflow.core.op_spec import parse_op
 from qflow.core.setter import covers
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import ASSIGNMENT, FLOAT16, RATIO, SENSITIVE_TYPE, BudgetSpent, assign, raise_until_met
+from qflow.study.at_once import at_once
 from qflow.study.baselines import (
     ALL_INT8,
     ALL_INT16,
@@ -128,7 +129,7 @@ def _sampled(session: Session, base: dict[str, Any], more: Callable[[], bool] = 
 def _by_ratio(session: Session, base: dict[str, Any], low: Baseline, high: FinishedTrial) -> None:
     ratios = session.evaluator.precisions.int16_ratios(session.qconfig_at(base), session.goal.budgets)
     with session.pass_or_fail():
-        raise_until_met(session.measure, base, RATIO, ratios)
+        raise_until_met(session.measure, base, RATIO, ratios, at_once=at_once(session))
 
 
 def _by_assignment(session: Session, base: dict[str, Any], low: Baseline, high: FinishedTrial) -> None:
@@ -144,6 +145,7 @@ def _by_assignment(session: Session, base: dict[str, Any], low: Baseline, high: 
         int16_drop=high.outcome.metrics["accuracy/drop"],
         top=problem.plain(str(high.params.get(ASSIGNMENT, ""))),
         explore=False,
+        at_once=at_once(session),
     )
 
 

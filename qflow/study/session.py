@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,6 @@ from qflow.analysis.measures.tables import BadcaseTable, SensitivityTable
 from qflow.bundle.stored import example_digest
 from qflow.config.settings import ConfigAt, trial_settings
 from qflow.config.space import configured
-from qflow.core.errors import QflowError
 from qflow.core.record import to_json
 from qflow.core.settings import QConfigSettings
 from qflow.core.temporary import TemporaryFolder
@@ -23,13 +23,14 @@ from qflow.report.console import Console, duration
 from qflow.search.domain import Values, as_proposed
 from qflow.search.driver import Driver
 from qflow.search.loop import driving
-from qflow.search.objective import Goal, aims, best_trial, meets
+from qflow.search.objective import Goal, aims
 from qflow.search.outcome import FailedTrial, FinishedTrial, Outcome
+from qflow.search.standing import Standing
 from qflow.search.strategies import BudgetSpent
 from qflow.search.study import Study
 from qflow.study.budget import Budget
 from qflow.study.evaluate import evaluate_trial
-from qflow.study.feasible import check_before
+from qflow.study.feasible import check_before, too_costly
 from qflow.study.fingerprint import fingerprint
 from qflow.study.front import log_decisions, log_front
 from qflow.study.identity import identity_tags, require_same
@@ -128,13 +129,16 @@ class Session:
 
     def drive(self) -> None:
         """Take the right to add trials; reconcile and report the trials of an earlier start."""
+        own = self.config, self.evaluator, self.manifest, self.root / "cache", self.console.say
+        if (executor := executor_of(*own)) is not None:
+            self.stack.callback(executor.close)
         self.driver = self.stack.enter_context(
             driving(
                 self.study,
                 self.tracker,
                 self.evaluate,
                 scratch=self.root / "scratch",
-                executor=executor_of(self.config, self.evaluator, self.manifest, self.root / "cache", self.console.say),
+                executor=executor,
                 on_trial=self._on_trial,
                 owned=owned(self.tracker, self.study.name, self.root, say=self.console.say),
                 open_run=self._open_run,
@@ -146,7 +150,7 @@ class Session:
             self.console.say(
                 f"{'continued':<12} {len(self.trials)} trials of an earlier start are kept and not repeated"
             )
-            log_front(self.tracker, self.study_run, self.study.name, self.trials, self.goal, self.root)
+            log_front(self.tracker, self.study_run, self.study.name, self.standing, self.goal, self.root)
         self.note_best()
 
     @property
@@ -154,10 +158,20 @@ class Session:
         """All finished trials of the study, by number."""
         return self.driver.trials if self.driver else []
 
+    @cached_property
+    def _standings(self) -> tuple[Standing, Standing]:
+        """Of all trials, and of those that count in the search."""
+        return Standing(self.goal.ranking, list(self.goal.optimize.values())), Standing(self.goal.ranking)
+
+    @property
+    def standing(self) -> Standing:
+        """Best trial and Pareto set so far."""
+        return self._standings[0].after(self.trials)
+
     @property
     def best(self) -> FinishedTrial | None:
         """The best trial so far that meets the goal."""
-        return best_trial(self.trials, self.goal.ranking)
+        return self.standing.best
 
     @property
     def least_metric(self) -> float:
@@ -169,9 +183,7 @@ class Session:
     def untrained_best(self) -> FinishedTrial | None:
         """The best trial of the search, without training unless every trial trains; training is for a miss."""
         every = self.config.qat.apply == "every_trial"
-        return best_trial(
-            [t for t in self.trials if every or not t.outcome.metrics.get("qat/steps")], self.goal.ranking
-        )
+        return self._standings[1].after(t for t in self.trials if every or not t.outcome.metrics.get("qat/steps")).best
 
     def base(self) -> dict[str, Any]:
         """Return a complete point: every searched key as configured, then the values of `kept`."""
@@ -189,6 +201,15 @@ class Session:
         found = self.driver.measure(point, label)
         self.measured += [found] if isinstance(found, FinishedTrial) else []
         return found if isinstance(found, FinishedTrial) else None
+
+    def room(self) -> bool:
+        """Return whether the budget has room for one trial beside those that run."""
+        assert self.driver is not None
+        try:
+            self.budget.require(self.trials, self.untrained_best is not None, len(self.driver.running))
+        except BudgetSpent:
+            return False
+        return True
 
     def broken(self, point: Mapping[str, Any]) -> bool:
         """Return whether the trial at `point` failed because of the point itself, as outputs that are not finite do."""
@@ -214,13 +235,9 @@ class Session:
         assert driver is not None
 
         def room() -> bool:
-            try:
-                self.budget.require(self.trials, self.untrained_best is not None, len(driver.running))
-            except BudgetSpent:
-                if not driver.running:
-                    raise
-                return False
-            return True
+            if not driver.running:
+                self.budget.require(self.trials, self.untrained_best is not None)
+            return self.room()
 
         return driver.sample(self.kept, self._reason_against, inside, lambda: more() and room()) is not None
 
@@ -239,16 +256,7 @@ class Session:
         return ConfigAt(self.config)
 
     def _reason_against(self, params: Mapping[str, Any]) -> str:
-        budgets, int16 = self.goal.budgets, self.baselines.get("all-int16")
-        if int16 is not None and meets(int16) and next(iter(self.goal.ranking), "") == "cost/latency_ms":
-            budgets["max_latency_ms"] = int16.outcome.metrics["cost/latency_ms"]
-        if not budgets:
-            return ""
-        try:
-            within = self.evaluator.precisions.within(self.qconfig_at(params), budgets)
-            return "" if within else "it costs too much to be the best"
-        except QflowError:
-            return ""  # the trial will fail with this error as its reason
+        return too_costly(self.evaluator, self.goal, self.baselines.get("all-int16"), lambda: self.qconfig_at(params))
 
     @contextmanager
     def pass_or_fail(self) -> Iterator[None]:
@@ -266,11 +274,13 @@ class Session:
     def _on_trial(self, trial: FinishedTrial | FailedTrial) -> None:
         self.note_best()
         line, workers = trial_line(trial, self.accuracy), self.config.executor.workers
+        if self.driver is not None:  # else the trial is one of an earlier start
+            self.budget.ends.append(time.monotonic())
         if len(self.trials) > 2 and (seconds := self.budget.seconds_left(self.trials, workers)) > 0:
             line += f"  {len(self.trials)} of {self.config.search.n_trials}, about {duration(seconds)} left"
         self.console.say(line)
         if isinstance(trial, FinishedTrial) and self.study_run:
-            log_front(self.tracker, self.study_run, self.study.name, self.trials, self.goal, self.root)
+            log_front(self.tracker, self.study_run, self.study.name, self.standing, self.goal, self.root)
 
     def decide(self, stage: str, text: str) -> None:
         """Record and print a decision with its reason; the study's document lists all decisions."""

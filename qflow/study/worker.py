@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from qflow.analysis.measures.tables import SensitivityTable
 from qflow.config.settings import ConfigAt, load_resolved
 from qflow.core.errors import ConfigError, TrialError
-from qflow.core.record import digest, from_dict, to_json
-from qflow.executor.processes import Answer, Handle, Job, Processes
+from qflow.core.record import from_dict, to_json
+from qflow.executor.pool import Answer, Handle, Job, Pool
+from qflow.executor.processes import Processes
+from qflow.executor.ray_nodes import RayNodes
+from qflow.executor.ray_runtime import Runtime
 from qflow.report.console import Console
 from qflow.search.attempt import Executor, attempt, reason_of
 from qflow.search.domain import Values
@@ -29,6 +32,7 @@ from qflow.search.objective import Goal
 from qflow.search.outcome import Marker, Outcome
 from qflow.study.assemble import make_evaluator, study_goal
 from qflow.study.evaluate import evaluate_trial
+from qflow.tasks.identity import Identity
 from qflow.trial.evaluator import Evaluator
 
 
@@ -93,12 +97,14 @@ def _trials(shared: Mapping[str, Any]) -> Trials:
     config, console = load_resolved(shared["config"]), Lines()
     evaluator = make_evaluator(config)
     evaluator.keep_in(Path(shared["cache"]), console.say)
-    evaluator.measure_float()
-    if (own := digest(evaluator.identity.content)) != shared["identity"]:
+    driver = from_dict(Identity, shared["identity"])
+    if other := evaluator.identity.differing(driver):
         raise ConfigError(
-            f"A worker builds the model and data of the study, but got others ({own} in place of {shared['identity']})."
-            " Make them the same at each start, or use executor=serial."
+            f"A worker builds the model and data of the study, but got another {' and '.join(other)}. Make them the "
+            "same at each start and on each machine, or use executor=serial."
         )
+    evaluator.identity = replace(evaluator.identity, content=driver.content)  # the names of what is cached
+    evaluator.measure_float()
     goal = study_goal(config, evaluator.task)
     return Trials(ConfigAt(config), evaluator, goal, shared["manifest"], console)
 
@@ -121,18 +127,18 @@ class _Elsewhere:
 
 
 @dataclass
-class InProcesses:
-    """Evaluates the trials of a study in worker processes (executor=process)."""
+class InWorkers:
+    """Evaluates the trials of a study in worker processes."""
 
     evaluator: Evaluator
-    processes: Processes
+    pool: Pool[Any]
     say: Callable[[str], None]
     _ranking: tuple[SensitivityTable | None, str] = (None, "")
 
     @property
     def workers(self) -> int:
         """How many trials run at once."""
-        return self.processes.workers
+        return self.pool.workers
 
     def submit(self, params: Values, folder: Path) -> _Elsewhere:
         """Begin the trial at `params`, under the present ranking of the operators."""
@@ -140,17 +146,20 @@ class InProcesses:
         if table is not self._ranking[0]:
             self._ranking = (table, to_json(table) if table is not None else "")
         task = {"params": dict(params), "folder": str(folder), "least": self.evaluator.least}
-        return _Elsewhere(self.processes.submit({**task, "ranking": self._ranking[1]}), self.say)
+        return _Elsewhere(self.pool.submit({**task, "ranking": self._ranking[1]}), self.say)
 
     def close(self) -> None:
         """End the workers."""
-        self.processes.close()
+        self.pool.close()
 
 
 def executor_of(
     config: DictConfig, evaluator: Evaluator, manifest: Mapping[str, Any], cache: Path, say: Callable[[str], None]
 ) -> Executor | None:
-    """Return what evaluates the trials of a study; None for this process. Workers start with the first trial."""
+    """Return what evaluates the trials of a study; None for this process. Workers start with the first trial.
+
+    Raises ConfigError if there is no Ray cluster at `executor.address`, or none of its nodes can hold a worker.
+    """
     executor = config.executor
     if executor.kind == "serial":
         return None
@@ -159,8 +168,14 @@ def executor_of(
     shared = {
         "config": OmegaConf.to_yaml(own),
         "cache": str(cache),
-        "identity": digest(evaluator.identity.content),
+        "identity": json.loads(to_json(evaluator.identity)),
         "manifest": json.loads(to_json(manifest)),
     }
-    processes = Processes(make_trials, shared, executor.workers, executor.trial_timeout, executor.max_retries)
-    return InProcesses(evaluator, processes, say)
+    backend: Processes | RayNodes = Processes(make_trials, shared)
+    if executor.kind != "process":
+        cpus = max(executor.threads, 1)
+        runtime = Runtime(None if executor.kind == "ray" else executor.address, executor.workers * cpus)
+        backend = RayNodes(make_trials, shared, runtime, evaluator.cache.files, cpus, executor.gpus)
+        if executor.kind == "ray_cluster":
+            backend.open()  # before anything long runs
+    return InWorkers(evaluator, Pool(backend, executor.workers, executor.trial_timeout, executor.max_retries, say), say)

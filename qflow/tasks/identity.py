@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from qflow.core.record import DIGEST_CHARS
 from qflow.tasks.content_digest import ContentDigest, bytes_of
 from qflow.tasks.loading import loaded, seeded
 from qflow.tasks.sequences import lengths_of
-from qflow.tasks.sources import loaded_sources, own_sources
+from qflow.tasks.sources import loaded_modules, loaded_sources, own_sources
 from qflow.tasks.task import Task, model_inputs
 
 SPLITS = ("calibration", "evaluation")
@@ -34,6 +34,19 @@ class Identity:
 
     content: dict[str, Any]
     unidentified: tuple[str, ...] = ()
+    modules: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprints of the modules that the code of the content stands for, by name."""
+
+    def differing(self, other: Identity) -> list[str]:
+        """Return the parts of the content that differ, for another process that builds the same.
+
+        One process may have loaded more modules than the other: only those that both have must be the same.
+        """
+        mine, theirs = self.content, other.content
+        parts = [part for part in {**mine, **theirs} if part != "code" and mine.get(part) != theirs.get(part)]
+        both = self.modules.keys() & other.modules.keys()
+        same = mine["code"][0] == theirs["code"][0] and all(self.modules[m] == other.modules[m] for m in both)
+        return parts if same else [*parts, "code"]
 
 
 def of_task(
@@ -47,11 +60,12 @@ def of_task(
     objects.add(task.metric, "task.metric")
     settings = _data_settings(task)
     data = {split: split_digest(task, split, objects.unidentified) for split in SPLITS}
+    packages = objects.packages | settings.packages
     content = {
         "weights": weights_digest(task.model),
         "data": data,
         "parts": [objects.digest, settings.digest],
-        "code": [own_sources(), loaded_sources(objects.packages | settings.packages)],  # last: modules load when used
+        "code": [own_sources(), loaded_sources(packages)],  # last: modules load when used
         "skip": list(skip),
         "state": list(task.cached_attrs),
         "fold_functional_norms": fold_functional_norms,
@@ -59,7 +73,7 @@ def of_task(
         "versions": [platform.python_version(), torch.__version__, np.__version__],
         "machine": [task.device, _machine(task.device), torch.get_num_threads()],
     }
-    return Identity(content, tuple(objects.unidentified))
+    return Identity(content, tuple(objects.unidentified), loaded_modules(packages))
 
 
 def of_training(task: Task, parts: Any, split: str = "train") -> Identity:

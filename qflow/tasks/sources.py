@@ -41,14 +41,20 @@ def belongs_to_user(module: str | None) -> bool:
     return file is None or _outside(file)
 
 
-def loaded_sources(packages: Collection[str] = ()) -> str:
-    """Fingerprint of all loaded modules that are the user's or belong to one of `packages`."""
-    sha, wanted = hashlib.sha256(), set(packages) - VERSIONED
+def loaded_modules(packages: Collection[str] = ()) -> dict[str, str]:
+    """Fingerprints of all loaded modules that are the user's or belong to one of `packages`, by name."""
+    found, wanted = {}, set(packages) - VERSIONED
     for name, module in sorted(sys.modules.items()):
         file = getattr(module, "__dict__", {}).get("__file__")  # getattr would make a lazy module import itself
         if isinstance(file, str) and (_outside(file) or package_of(name) in wanted) and os.path.isfile(file):
-            sha.update(f"{name}:{hashlib.sha256(Path(file).read_bytes()).hexdigest()}\n".encode())
-    return sha.hexdigest()[:DIGEST_CHARS]
+            found[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return found
+
+
+def loaded_sources(packages: Collection[str] = ()) -> str:
+    """Fingerprint of all of `loaded_modules`."""
+    lines = (f"{name}:{digest}\n" for name, digest in loaded_modules(packages).items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:DIGEST_CHARS]
 
 
 def own_sources() -> str:

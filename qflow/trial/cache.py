@@ -83,6 +83,11 @@ class Cache:
         self._held[kind, name] = content
         return content
 
+    def files(self) -> dict[str, Path]:
+        """Return the files of what this process has stored or read, by their names below the folder."""
+        held = {f"{kind}/{name}.safetensors" for kind, name in self._held} if self.folder else set()
+        return {name: self.folder / name for name in sorted(held) if self.folder and (self.folder / name).is_file()}
+
     def _place(self, kind: str, key: Any) -> tuple[str, Path | None]:
         name = digest({"context": self.context, "key": key})
         return name, self.folder / kind / f"{name}.safetensors" if self.folder else None

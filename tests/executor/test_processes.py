@@ -7,42 +7,18 @@ import sys
 import time
 
 import pytest
+from support.workers import make, running
 
 from qflow.core.errors import TrialError
+from qflow.executor.pool import Pool
 from qflow.executor.processes import Processes
 
 pytestmark = pytest.mark.slow  # starts interpreters
 
 
-def make(shared):
-    """What the workers of these tests do."""
-    start = shared["start"]
-
-    def handle(task):
-        time.sleep(task.get("seconds", 0))
-        if (code := task.get("kill")) is not None and not os.path.exists(task.get("once", "")):
-            if "once" in task:
-                open(task["once"], "w").close()
-            os.kill(os.getpid(), code)
-        if "exit" in task:
-            os._exit(task["exit"])
-        return {"sum": start + task.get("add", 0), "process": os.getpid()}
-
-    return handle
-
-
-def running(process):
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    with open(f"/proc/{process}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0] != "Z"
-
-
 @pytest.fixture
 def processes():
-    made = Processes(make, {"start": 40}, workers=2, timeout=2.0)
+    made = Pool(Processes(make, {"start": 40}), workers=2, timeout=2.0)
     yield made
     made.close()
 
@@ -67,12 +43,14 @@ def test_a_death_and_a_hang_cost_their_task_alone(processes, tmp_path):
 
 def test_workers_end_with_a_driver_that_is_killed(tmp_path):
     code = (
-        "import test_processes, sys\n"
-        "p = test_processes.Processes(test_processes.make, {'start': 0}, workers=1)\n"
+        "from support.workers import make\n"
+        "from qflow.executor.pool import Pool\n"
+        "from qflow.executor.processes import Processes\n"
+        "p = Pool(Processes(make, {'start': 0}), workers=1)\n"
         "print(p.submit({}).result()['process'], flush=True)\n"
         "p.submit({'seconds': 60}).result()\n"
     )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env) as driver:
         worker = int(driver.stdout.readline())
         assert running(worker)

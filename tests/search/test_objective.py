@@ -20,6 +20,7 @@ from qflow.search.objective import (
     ranked,
 )
 from qflow.search.outcome import FinishedTrial, Outcome
+from qflow.search.standing import Standing
 
 GOAL = Goal(0.01, max_latency_ms=1.0, max_int16_mac_share=0.5)
 
@@ -61,6 +62,8 @@ def test_the_first_in_rank_is_the_best_or_the_nearest_miss(rows):
     order = ranked(trials)
     assert sorted(t.number for t in order) == [t.number for t in trials]
     assert order[0] is (best_trial(trials) or nearest_miss(trials))
+    standing = Standing()
+    assert [standing.after([t]).best for t in trials][-1] is best_trial(trials)
     met = [meets(t) for t in order]
     assert met == sorted(met, reverse=True)  # whatever misses comes after all that meets
     latencies = [t.outcome.metrics["cost/latency_ms"] for t in order if meets(t)]
@@ -147,6 +150,10 @@ def test_the_pareto_set_is_what_nothing_dominates(data, directions):
     points = data.draw(st.lists(st.lists(values, min_size=len(directions), max_size=len(directions)), max_size=12))
     trials = [with_objectives(i, point) for i, point in enumerate(points)] + [with_objectives(99, ())]
     members = pareto_set(trials, directions)
+    standing = Standing(ways=directions)
+    for count in range(0, len(trials) + 1, 2):
+        standing.after(trials[:count])
+    assert standing.after(trials).front == members
 
     def costs(trial):
         return [-v if d == "maximize" else v for v, d in zip(trial.outcome.objectives, directions, strict=True)]

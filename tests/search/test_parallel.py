@@ -9,6 +9,7 @@ from support.harness import Harness, outcome
 
 from qflow.core.errors import TrialError
 from qflow.search.attempt import attempt
+from qflow.search.loop import driving
 
 pytestmark = pytest.mark.slow  # real stores on disk
 
@@ -74,3 +75,15 @@ def test_an_interrupt_queues_all_running_trials_again(store):
     waiting = [trial for trial in harness.study.trials() if trial.state == "waiting"]
     assert len(waiting) == 2
     assert not any((store / "scratch" / "task%2Fstage").iterdir())
+
+
+def test_independent_points_are_measured_at_once_while_the_budget_has_room(store):
+    harness, threads = Harness(store), Threads(2, lambda: 0.05)
+    points = [({"int16_ratio": ratio, "method": "kl"}, f"ratio {ratio}") for ratio in (0.2, 0.7, 0.45, 0.8, 0.9)]
+    with driving(harness.study, harness.tracker, harness.evaluate, scratch=store, executor=threads) as driver:
+        assert driver.measure(*points[1]).number == 0
+        driver.measure_all(points, room=lambda: len(driver.finished) + len(driver.running) < 3)
+        assert threads.most == 2
+        told = [(t.number, t.params["int16_ratio"]) for t in [*driver.trials, *driver.failed.values()]]
+        assert sorted(told) == [(0, 0.7), (1, 0.2), (2, 0.45), (3, 0.8)]  # the third fails, so a further one begins
+    assert harness.problems() == []

@@ -20,10 +20,20 @@ from qflow.search.attempt import Serial
 from qflow.search.cost_terms import cost_terms
 from qflow.search.domain import Choice
 from qflow.search.driver import Driver
-from qflow.search.objective import CONSTRAINT, best_trial
+from qflow.search.objective import CONSTRAINT, best_trial, meets
 from qflow.search.outcome import FinishedTrial, Outcome
 from qflow.search.sampler import make_sampler
-from qflow.search.strategies import ASSIGNMENT, BudgetSpent, assign, demote, halving, leave_out, raise_until_met
+from qflow.search.strategies import (
+    ALONE,
+    ASSIGNMENT,
+    AtOnce,
+    BudgetSpent,
+    assign,
+    demote,
+    halving,
+    leave_out,
+    raise_until_met,
+)
 from qflow.search.study import Study
 
 RATIO = "qconfig.int16_ratio"
@@ -100,13 +110,14 @@ class SyntheticProblem:
         return [i for i, letter in enumerate(self.mix(self.best().params)) if letter == "6"]
 
 
-def run_ratio(problem):
-    raise_until_met(problem.measure, {}, RATIO, [k / (problem.count or 1) for k in range(problem.count + 1)])
+def run_ratio(problem, at_once=ALONE):
+    ratios = [k / (problem.count or 1) for k in range(problem.count + 1)]
+    raise_until_met(problem.measure, {}, RATIO, ratios, at_once=at_once)
 
 
-def run_assign(problem):
-    int8, int16 = problem.drop(problem.all_int8), problem.drop(problem.all_int16)
-    assign(problem.measure, {}, problem.assignment, max_drop=GOAL, int8_drop=int8, int16_drop=int16, explore=False)
+def run_assign(problem, at_once=ALONE):
+    drops = {"int8_drop": problem.drop(problem.all_int8), "int16_drop": problem.drop(problem.all_int16)}
+    assign(problem.measure, {}, problem.assignment, max_drop=GOAL, **drops, explore=False, at_once=at_once)
 
 
 class NoTracker:
@@ -390,3 +401,24 @@ def test_halving_trains_the_better_half_further():
         measure, [{"qat.learning_rate": r} for r in (0.1, 0.2, 0.3)], [10, 20], lambda t: t.outcome.objectives[0] >= 2.0
     )
     assert (found.params["qat.learning_rate"], asked) == (0.2, [(0.1, 10), (0.2, 10)])  # enough: no other is trained
+
+
+@pytest.mark.parametrize(("name", "workers"), [("ratio", 2), ("ratio", 5), ("assign", 3)])
+def test_with_workers_independent_points_come_at_once_and_lead_to_the_same_goal(name, workers):
+    alone, together = SyntheticProblem(1, bad=4), SyntheticProblem(1, bad=4)
+    DIRECTED[name](alone)
+    rounds = []
+
+    def measure_all(points):
+        fresh = [point for point, label in points if tuple(sorted(point.items())) not in together.trials]
+        rounds.append(len(fresh))
+        for point, label in points:
+            together.measure(point, label)
+
+    DIRECTED[name](together, AtOnce(workers, measure_all))
+    assert 1 < max(rounds) <= workers
+    assert len(together.trials) - sum(rounds) + len(rounds) < len(alone.trials)  # fewer waits than one by one
+    assert together.asked[0] == alone.asked[0]
+    if name == "ratio":
+        assert together.best().params == alone.best().params
+    assert meets(together.best())
