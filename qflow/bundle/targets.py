@@ -16,6 +16,7 @@ from typing import Any
 from qflow.config.build import find_object, texts
 from qflow.core.errors import BundleError
 
+PARTS = ("build_model", "build_data")
 BUILT_IN = frozenset(
     f"qflow.tasks.{name}"
     for name in (
@@ -34,6 +35,12 @@ BUILT_IN = frozenset(
         "temporal.build_data",
         "temporal.Hit",
         "onnx_model.load",
+        "metrics.agreement.Agreement",
+        *(f"images.{name}_models.{part}" for name in ("timm", "torchvision", "transformers") for part in PARTS),
+        "images.own_models.build_data",
+        "images.onnx_data.build_data",
+        "metrics.labels.Top1",
+        "metrics.labels.MeanIoU",
     )
 )
 NOT_THE_USERS = ("qflow", "torch", "numpy", "hydra", "omegaconf", "mlflow", "optuna")

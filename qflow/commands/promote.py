@@ -168,6 +168,7 @@ def judge(
     from qflow.api.registered import write_registered
     from qflow.bundle.source import of_folder
     from qflow.bundle.write import write_bundle
+    from qflow.core.agreement import meaning
     from qflow.core.engine import EngineName
     from qflow.study.gate import Judged, misses, score, stricter
     from qflow.study.rebuild import rebuild
@@ -187,6 +188,8 @@ def judge(
     for name in (accuracy, "accuracy/drop", "cost/latency_ms"):
         stored, value = rebuilt.figures[name]
         print(f"{name:<18}{'-' if stored is None else f'{stored:.6g}':>12} logged {value:>12.6g} rebuilt")
+    if text := meaning(evaluator.task.metric_name):
+        verdict.notes.append(text)
     verdict.infeasible += misses(goal, run_metrics(result, accuracy))
     if verdict.anomalous:
         return verdict, None

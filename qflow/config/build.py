@@ -9,7 +9,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from qflow.config.settings import plain
-from qflow.core.errors import ConfigError
+from qflow.core.errors import ConfigError, QflowError
 
 if TYPE_CHECKING:
     from qflow.tasks.task import Task
@@ -34,12 +34,16 @@ def build_task(config: DictConfig) -> Task:
             raise ConfigError(f"task._target_ gives a qflow Task, but got {type(task).__name__}. Use make_task(...).")
         return task
     parts = {}
-    for part in ("model", "data", "metric"):
+    for part in ("model", "data"):
         target = plain(node[part])
         if not target.get("_target_"):
             raise ConfigError(f"A task needs task.{part}._target_, but got none. Name your class or function.")
         parts[part] = _call(target, f"task.{part}")
-    return make_task(name=node.name, device=device, **parts, **stated)
+    where, target = "task.metric", plain(node.metric)
+    if config.get("metric") and config.metric._target_:
+        where, target = "metric", plain(config.metric)
+    metric = _call(target, where) if target.get("_target_") else None  # the data may choose theirs
+    return make_task(name=node.name, device=device, **parts, metric=metric, **stated)
 
 
 def build_model(config: DictConfig) -> Any:
@@ -117,6 +121,8 @@ def _call(node: Mapping[str, Any], where: str) -> Any:
         return instantiate(node)
     except (HydraException, SystemExit) as error:  # the user's module may end the process
         cause = error.__cause__ or error
+        if isinstance(cause, QflowError):  # a built-in part says itself what is wrong
+            raise cause from None
         text = " ".join(str(cause).split()) if isinstance(error, HydraException) else f"SystemExit({error.code})"
         raise ConfigError(f"{where}._target_ must import and run, but got: {text}") from error
 

@@ -14,6 +14,7 @@ from qflow.config.repair_schema import RepairSchema
 from qflow.config.schema import (
     CalibrationSchema,
     DeviceSchema,
+    MetricSchema,
     ObjectiveSchema,
     QatSchema,
     QConfigSchema,
@@ -41,6 +42,7 @@ class TuneSchema:
     engine: str = "qflow"
     """Who prepares, calibrates and evaluates trials: qflow, or plugin (an installed horizon_plugin_pytorch)."""
     task: TaskSchema = field(default_factory=TaskSchema)
+    metric: MetricSchema = field(default_factory=MetricSchema)
     device: DeviceSchema = field(default_factory=DeviceSchema)
     calibration: CalibrationSchema = field(default_factory=CalibrationSchema)
     quant: QuantSchema = field(default_factory=QuantSchema)
@@ -216,6 +218,7 @@ class TrainFloatSchema:
     """`python -m workflows.train_float`."""
 
     task: TaskSchema = field(default_factory=TaskSchema)
+    metric: MetricSchema = field(default_factory=MetricSchema)
     executor: ExecutorSchema = field(default_factory=ExecutorSchema)
     training: TrainingSchema = field(default_factory=TrainingSchema)
 

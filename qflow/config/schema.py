@@ -38,6 +38,18 @@ class TaskSchema:
 
 
 @dataclass(kw_only=True)
+class MetricSchema:
+    """By what a task is judged: its own metric, or agreement with the float model."""
+
+    _target_: str | None = None
+    """Class of the metric; null takes that of the task."""
+    by: str = ""
+    """Of agreement: top1, pixels or cosine."""
+    outputs: list[str] = field(default_factory=list)
+    """Of agreement: names of the outputs to compare; empty takes all of floating point."""
+
+
+@dataclass(kw_only=True)
 class RulesSchema:
     """Fields of qflow.core.device_rules.DeviceRules."""
 

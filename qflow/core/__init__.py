@@ -4,6 +4,7 @@ This package uses the standard library only, so that a qconfig can be built, com
 """
 
 __all__ = [
+    "agreement",
     "credentials",
     "device",
     "device_rules",

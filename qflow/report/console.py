@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
+from qflow.core.agreement import meaning
+
 
 @dataclass
 class Console:
@@ -103,13 +105,14 @@ class SummaryRow:
 def summary_table(rows: Sequence[SummaryRow], metric_name: str) -> str:
     """The final table: metric, drop, latency with its interval, int16 ratio."""
     width = max(12, *(len(row.name) + 1 for row in rows))
-    lines = [f"{'':<{width}}{metric_name:>10}{'drop':>10}{'latency ms':>13}{'interval':>17}{'int16 ratio':>14}"]
+    first = max(10, len(metric_name) + 2 * (len(metric_name) > 9))
+    lines = [f"{'':<{width}}{metric_name:>{first}}{'drop':>10}{'latency ms':>13}{'interval':>17}{'int16 ratio':>14}"]
     for row in rows:
         m = row.metrics
-        line = f"{row.name:<{width}}{m[f'accuracy/{metric_name}']:>10.4f}"
+        line = f"{row.name:<{width}}{m[f'accuracy/{metric_name}']:>{first}.4f}"
         if "cost/latency_ms" in m:
             interval = f"[{m['cost/latency_low_ms']:.2f}, {m['cost/latency_high_ms']:.2f}]"
             line += f"{m['accuracy/drop']:>+10.4f}{m['cost/latency_ms']:>13.3f}{interval:>17}"
             line += f"{m['qconfig/int16_ratio']:>14.2f}"
         lines.append(line)
-    return "\n".join(lines)
+    return "\n".join(filter(None, [*lines, meaning(metric_name)]))

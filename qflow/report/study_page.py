@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from qflow.core.agreement import meaning
 from qflow.core.dtype import QDtype
 from qflow.core.names import trial_name
 from qflow.report import analysis_page as analysis
@@ -88,7 +89,8 @@ def _result(record: StudyRecord) -> str:
     name = study.accuracy.split("/", 1)[1]
     header = ("", "trial", name, "drop", "latency (ms)", "interval", "int16 ratio")
     verdict = f'<div class="verdict">{escape(record.verdict)}</div>' if record.verdict else ""
-    return table(header, rows) + verdict + _commands(record)
+    said = paragraph(f"{text}.") if (text := meaning(name)) else ""
+    return table(header, rows) + said + verdict + _commands(record)
 
 
 def _summary_row(record: StudyRecord, label: str, trial: FinishedTrial) -> list[Cell]:

@@ -14,6 +14,7 @@ from qflow.bundle.bounded import read_json
 from qflow.bundle.stored import example_digest
 from qflow.config.quoting import assignment
 from qflow.config.settings import patience, root_dir, trial_settings
+from qflow.core.agreement import meaning
 from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.names import check_study_name
 from qflow.core.qconfig import QConfig
@@ -63,6 +64,8 @@ class ByHand:
         end_abandoned(tracker)
         evaluator, console = make_evaluator(config), Console()
         check_metric_name(evaluator.task.metric_name)
+        for note in evaluator.task.notes:
+            console.say(note)
         evaluator.keep_in(root / "cache", console.say)
         evaluator.check_data()
         return cls(config, console, tracker, evaluator, study_goal(config, evaluator.task), root)
@@ -80,7 +83,8 @@ class ByHand:
         evaluator, console = self.evaluator, self.console
         with console.stage("float") as say, console.bar("float", len(evaluator.task.data.evaluation), "samples") as bar:
             metric = evaluator.measure_float(bar)
-            say(f"{evaluator.task.metric_name} {metric:.4f} on {evaluator.eval_samples} samples")
+            found = meaning(evaluator.task.metric_name) or f"{evaluator.task.metric_name} {metric:.4f}"
+            say(f"{found} on {evaluator.eval_samples} samples")
         settings = trial_settings(self.config).qconfig
         if settings.needs_ranking:
             evaluator.repair()

@@ -15,6 +15,7 @@ from typing import Any
 from qflow.bundle.bounded import read_json
 from qflow.bundle.files import WEIGHTS
 from qflow.bundle.stored import StoredTrial
+from qflow.core.agreement import meaning
 from qflow.core.errors import BundleError, QflowError
 from qflow.core.names import trial_name
 from qflow.core.qconfig import OpQConfig, QConfig
@@ -199,6 +200,7 @@ def compare(before: Side, after: Side) -> Comparison:
     notes += [
         f"{s.title} ended {s.stopped}: its metric is the worst possible, not measured" for s in sides if s.stopped
     ]
+    notes += filter(None, (meaning(name.partition("/")[2]) for name in names if _of_task(name)))
     noise = _noise(before, after)
     return Comparison(
         before.title,

@@ -13,7 +13,7 @@ from qflow.core.record import digest, to_json
 
 # Keys that may change between two starts of one study; all others must stay the same.
 FREE = (
-    *("root", "tracking.", "task.batch_size"),
+    *("root", "tracking.", "task.batch_size", "task.data.workers"),
     *("executor.kind", "executor.threads", "executor.workers", "executor.max_retries", "executor.trial_timeout"),
     *("executor.gpus", "executor.address"),
     *("search.n_trials", "search.timeout", "search.max_evaluations", "search.enqueue", "search.strategy"),
@@ -31,6 +31,7 @@ SINCE = (
     "qconfig.assignment",
     "qconfig.error_share",
     "task.cached_attrs",
+    *("metric._target_", "metric.by", "metric.outputs"),
     *("qat.learned_scales", "qat.ema", "qat.dampening", "qat.cosine_decay"),
     *("qat.teacher.weight", "qat.teacher.features", "qat.teacher.temperature"),
 )  # left out at their defaults, so that studies from before these keys existed continue

@@ -75,8 +75,13 @@ class _Recorder:
     scores: list[float] = field(default_factory=list)
     classes: list[Any] = field(default_factory=list)
 
-    def __call__(self, outputs: Any, batch: Any) -> Any:
-        found = self.metric(outputs, batch)
+    @property
+    def against_float(self) -> bool:
+        """True if the metric compares outputs with those of the float model."""
+        return bool(getattr(self.metric, "against_float", False))
+
+    def __call__(self, outputs: Any, batch: Any, *float_outputs: Any) -> Any:
+        found = self.metric(outputs, batch, *float_outputs)
         self.scores += torch.as_tensor(found).double().flatten().tolist()
         if hasattr(self.data, "sample_classes"):
             self.classes += list(self.data.sample_classes(batch))

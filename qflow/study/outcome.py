@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from qflow.bundle.files import DIGEST
 from qflow.config.settings import owner, plain, trial_settings
+from qflow.core.agreement import meaning
 from qflow.core.dtype import QDtype
 from qflow.core.names import trial_name
 from qflow.search.objective import Goal, meets
@@ -82,7 +83,9 @@ def description(result: TrialResult, goal: Goal, accuracy: str, met: bool) -> st
     """Return the trial in Markdown, for its page in MLflow: what it reaches, what it costs, what it promotes."""
     cost, count = result.cost, len(result.qconfig.ops)
     verdict = "meets" if met else "misses"
+    text = meaning(accuracy.partition("/")[2])
     lines = [
+        *([f"{text}."] if text else []),
         f"{accuracy.partition('/')[2]} {result.metric:.4f}, drop {result.drop:+.4f}: {verdict} the goal ({goal}).",
         f"Predicted latency {cost.latency_ms:.3f} ms [{cost.low_ms:.2f}, {cost.high_ms:.2f}] on {cost.march}.",
     ]
@@ -114,10 +117,14 @@ def trial_line(trial: FinishedTrial | FailedTrial, accuracy: str) -> str:
     weights = f"  int16 weights {count:.0f}" if (count := m.get("qconfig/n_int16_weights")) else ""
     trained = f"  QAT {m['qat/steps']:.0f} steps" if "qat/steps" in m else ""
     return (
-        f"{name:<24} {m[accuracy]:.4f} drop {m['accuracy/drop']:+.4f} {m['cost/latency_ms']:7.3f} ms  int16 "
+        f"{name:<24} {_shown(m, accuracy)} drop {m['accuracy/drop']:+.4f} {m['cost/latency_ms']:7.3f} ms  int16 "
         f"{m['qconfig/int16_ratio']:.2f}  {p['calibration.method']:<10} {amount:<7} {verdict:<6} {trial.seconds:5.1f} s"
         f"{weights}{trained}{stopped}"
     )
+
+
+def _shown(metrics: Mapping[str, float], accuracy: str) -> str:
+    return f"{metrics[accuracy]:.4f}{' agreement,' if meaning(accuracy.partition('/')[2]) else ''}"
 
 
 def best_line(best: FinishedTrial | None, accuracy: str) -> str:
@@ -126,6 +133,6 @@ def best_line(best: FinishedTrial | None, accuracy: str) -> str:
         return "best: none meets the goal yet"
     m = best.outcome.metrics
     return (
-        f"best: {m[accuracy]:.4f} drop {m['accuracy/drop']:+.4f} {m['cost/latency_ms']:.3f} ms "
+        f"best: {_shown(m, accuracy)} drop {m['accuracy/drop']:+.4f} {m['cost/latency_ms']:.3f} ms "
         f"int16 {m['qconfig/int16_ratio']:.2f}"
     )

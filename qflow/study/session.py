@@ -16,6 +16,7 @@ from qflow.analysis.measures.tables import BadcaseTable, SensitivityTable
 from qflow.bundle.stored import example_digest
 from qflow.config.settings import ConfigAt, trial_settings
 from qflow.config.space import configured
+from qflow.core.agreement import meaning
 from qflow.core.record import to_json
 from qflow.core.settings import QConfigSettings
 from qflow.core.temporary import TemporaryFolder
@@ -121,7 +122,7 @@ class Session:
                 "direction": task.direction,
                 "search.sampler": config.search.sampler,
             },
-            description=f"{self.study.name}: {self.goal}; {aims(self.goal)}.",
+            description=f"{self.study.name}: {self.goal}; {aims(self.goal)}. {meaning(task.metric_name)}".strip(),
         )
         self.study_run = run
         self.tracker.log_study(run, folder=self.shared, metrics=self.evaluator.float_metrics)

@@ -12,6 +12,7 @@ from qflow.analysis.checks.shared_check import reach_finding
 from qflow.analysis.layers.text import layers_line
 from qflow.analysis.measures.tables import BadcaseTable, SensitivityTable
 from qflow.config.settings import trial_settings
+from qflow.core.agreement import meaning
 from qflow.core.dtype import QDtype
 from qflow.core.qconfig import QConfig
 from qflow.core.record import digest
@@ -31,10 +32,13 @@ def begin(session: Session) -> None:
     """Run the first stages: float metric, model check, opening of the study, calibration, analysis of all-int8."""
     evaluator, console = session.evaluator, session.console
     task = evaluator.task
+    for note in task.notes:
+        console.say(note)
     evaluator.check_data()
     with console.stage("float") as say, console.bar("float", len(task.data.evaluation), "samples") as advance:
         metric = evaluator.measure_float(advance)
-        say(f"{task.metric_name} {metric:.4f} on {evaluator.eval_samples} samples of {task.name}")
+        found = meaning(task.metric_name) or f"{task.metric_name} {metric:.4f}"
+        say(f"{found} on {evaluator.eval_samples} samples of {task.name}")
     with console.stage("check") as say:
         say(check(session))
     session.open()

@@ -2,13 +2,17 @@
 
 __all__ = [
     "content_digest",
+    "deployed",
     "details",
     "digits",
     "dual",
     "early_stop",
     "exposure",
+    "files",
     "identity",
+    "images",
     "loading",
+    "metrics",
     "onnx_model",
     "perception",
     "sequences",

@@ -26,6 +26,8 @@ from qflow.tasks.sources import loaded_modules, loaded_sources, own_sources
 from qflow.tasks.task import Task, model_inputs
 
 SPLITS = ("calibration", "evaluation")
+SAID = ("workers", "notes", "unlabelled")
+"""Attributes of the data on which no sample depends."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def _data_settings(task: Task) -> ContentDigest:
 
     An attribute that cannot be identified (an open file) does not matter: its effect is in the samples, all hashed.
     """
-    settings, splits = ContentDigest(), {*SPLITS, "train", "train_augmented", "calibration_augmented"}
+    settings, splits = ContentDigest(), {*SPLITS, "train", "train_augmented", "calibration_augmented", *SAID}
     owner = task.data if isinstance(task.data, type) else type(task.data)
     attributes = getattr(task.data, "__dict__", {})
     settings.add({name: value for name, value in attributes.items() if name not in splits}, "task.data")

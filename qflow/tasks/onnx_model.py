@@ -2,7 +2,8 @@
 
     task.model: {_target_: qflow.tasks.onnx_model.load, path: model.onnx}
 
-Module names are the ONNX node names, so that a qconfig can be read next to the ONNX graph. Weights may be initializers,
+Module names are the ONNX node names, and arguments the names of its inputs, so that a qconfig can be read next to the
+ONNX graph. Weights may be initializers,
 or Constant nodes as paddle2onnx writes them. A file that is exported at batch 1 runs at any batch size where its only
 places with a batch size are those of onnx_batch.py.
 """
@@ -15,7 +16,10 @@ from typing import Any
 from torch import nn
 
 from qflow.core.errors import ConfigError, ModelError
+from qflow.tasks.files.onnx_names import name_inputs
 from qflow.tasks.onnx_batch import check_batch, free_batch, repeat_constants, repeated_constants
+
+OLDER = "Operators of an older opset may be among them: torch.onnx.export(..., opset_version=16)."
 
 
 def load(path: str | Path) -> nn.Module:
@@ -37,15 +41,16 @@ def load(path: str | Path) -> nn.Module:
     try:
         found = onnx.load(str(path))
         _constants_to_initializers(found.graph)
+        name_inputs(found.graph)
         free = free_batch(found)
         repeated = repeated_constants(found) if free else []
         for node in found.graph.node:
             if hasattr(nn.Module(), node.name) or node.name == "initializers":  # these cannot name a submodule
                 node.name += "_"
-        model: nn.Module = convert(found)
+        model: nn.Module = convert(found, save_input_names=True)
     except Exception as error:  # onnx and onnx2torch raise many types: unknown operators, broken protobufs
         text = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"An ONNX file holds operators that onnx2torch converts, but got: {text}.") from error
+        raise ModelError(f"An ONNX file holds operators that onnx2torch converts, but got: {text}. {OLDER}") from error
     for module in model.modules() if free else ():
         if hasattr(module, "ignore_bs_ch_size"):  # of a resize to constant sizes, which name the batch
             module.ignore_bs_ch_size = True  # type: ignore[assignment]

@@ -3,10 +3,14 @@
     model    an nn.Module with its float weights (the result of `task.model._target_`)
     data     an object with map-style datasets `calibration` and `evaluation` (and `train` for QAT), whose samples have
              gone through the user's inference-time preprocessing. Optional: `collate(samples)`, `model_inputs(batch)`,
-             and the splits `calibration_augmented`, `train_augmented` for `calibration.augment`, `qat.augment`.
+             and the splits `calibration_augmented`, `train_augmented` for `calibration.augment`, `qat.augment`;
+             `for_model(model)`, which returns the data with the preprocessing of that model; `own_metric()`, for a task
+             that names none; `workers`, processes that load batches; `notes`, lines that commands print; `unlabelled`,
+             why there are no labels.
     metric   called with (model outputs, batch) it returns one score per sample; the task's metric is their mean.
              Or an object with update(outputs, batch), compute() and reset(). Either declares `direction`:
-             "maximize" or "minimize" (`higher_is_better` of torchmetrics is understood).
+             "maximize" or "minimize" (`higher_is_better` of torchmetrics is understood). With `against_float = True`
+             it gets the outputs of the float model as a third argument.
 
 A batch is a tensor, a sequence (inputs, target, ...), or a dict. The model gets as many items of a sequence as its
 forward takes, and the keys of a dict that are arguments of its forward; `data.model_inputs` replaces this rule.
@@ -26,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import DataLoader
 
-from qflow.core.errors import ConfigError, DataError, ModelError, NotFiniteError
+from qflow.core.errors import ConfigError, DataError, ModelError, NotFiniteError, QflowError
 from qflow.core.names import check_task_name
 from qflow.core.signature import arguments, keywords, mismatch
 from qflow.tasks.early_stop import bounds_of, out_of_reach, require_within
@@ -52,6 +56,13 @@ class Task:
     device: str = "cpu"
     cached_attrs: tuple[str, ...] = ()
     """Attributes in which the model keeps state from frame to frame."""
+    notes: tuple[str, ...] = ()
+    """What the data say of themselves, a line each: how they were split, which files cannot be read."""
+
+    @property
+    def against_float(self) -> bool:
+        """True if the metric compares outputs with those of the float model."""
+        return bool(getattr(self.metric, "against_float", False))
 
     def __post_init__(self) -> None:
         check_task_name(self.name)
@@ -61,10 +72,15 @@ class Task:
         return float_metric - metric if self.direction == "maximize" else metric - float_metric
 
 
-def make_task(*, name: str, model: Any, data: Any, metric: Any, device: str = "cpu", **stated: Any) -> Task:
-    """Check the three parts and build the task. Raises ConfigError, which names what a part lacks."""
+def make_task(*, name: str, model: Any, data: Any, metric: Any = None, device: str = "cpu", **stated: Any) -> Task:
+    """Check the three parts and build the task. Raises ConfigError, which names what a part lacks.
+
+    Without a metric the data choose theirs (`own_metric`).
+    """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"task.model gives a torch.nn.Module, but got {type(model).__name__}. Return the model.")
+    if hasattr(data, "for_model"):
+        data = data.for_model(model)
     for part in ("calibration", "evaluation"):
         if not hasattr(_split(data, part), "__getitem__"):
             raise ConfigError(
@@ -73,6 +89,10 @@ def make_task(*, name: str, model: Any, data: Any, metric: Any, device: str = "c
             )
         if stated.get("cached_attrs"):
             lengths_of(_split(data, part), part)
+    if metric is None:
+        metric = _own_metric(data)
+    elif (why := getattr(data, "unlabelled", "")) and getattr(metric, "needs_labels", False):
+        raise ConfigError(f"{type(metric).__name__} compares with labels, but got none: {why}. Use metric=agreement.")
     direction = getattr(metric, "direction", None)
     if direction is None and getattr(metric, "higher_is_better", None) is not None:
         direction = "maximize" if metric.higher_is_better else "minimize"
@@ -88,10 +108,19 @@ def make_task(*, name: str, model: Any, data: Any, metric: Any, device: str = "c
         data=data,
         metric=metric,
         metric_name=metric_name,
+        notes=tuple(getattr(data, "notes", ())),
         direction=direction,
         device=device,
         **stated,
     )
+
+
+def _own_metric(data: Any) -> Any:
+    if not hasattr(data, "own_metric"):
+        raise ConfigError(
+            "A task needs task.metric._target_, but got none. Name your class or function, or use metric=agreement."
+        )
+    return data.own_metric()
 
 
 def _split(data: Any, part: str) -> Any:
@@ -154,7 +183,10 @@ def batches(
     else:
         steps = in_batches(range(len(data)) if indices is None else indices, batch_size)[:limit]
     order: Any = [step.samples for step in steps]
-    loader = DataLoader(data, batch_sampler=order, collate_fn=getattr(task.data, "collate", None))
+    workers = min(getattr(task.data, "workers", 0), len(order) - 1)  # one batch is not worth a process
+    loader = DataLoader(
+        data, batch_sampler=order, collate_fn=getattr(task.data, "collate", None), num_workers=max(workers, 0)
+    )
     for step, batch in zip(steps, loaded(loader, split), strict=True):
         if step.begins:
             begin()
@@ -193,14 +225,14 @@ def evaluate(
     bounds = bounds_of(task.metric) if least is not None else None
     with torch.no_grad():
         for batch, size in batches(task, "evaluation", batch_size, begin=begin):
-            outputs = run(model, model_inputs(task, batch))
-            for tensor in tree_flatten(outputs)[0]:
-                if isinstance(tensor, Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    raise NotFiniteError("Outputs of a model are finite, but got NaN or inf. Check weights and data.")
+            inputs = model_inputs(task, batch)
+            outputs = run(model, inputs)
+            _require_finite(outputs)
+            scored = outputs, batch, *_of_float(task, model, inputs, outputs)
             if stateful:
-                _scored(task.metric.update, outputs, batch)
+                _scored(task.metric.update, *scored)
             else:
-                scores = torch.as_tensor(_scored(task.metric, outputs, batch))
+                scores = torch.as_tensor(_scored(task.metric, *scored))
                 if scores.ndim != 1 or len(scores) != size:
                     raise ConfigError(
                         f"A metric gives one score a sample, but got shape {tuple(scores.shape)} for {size} samples. "
@@ -220,9 +252,24 @@ def evaluate(
     return value, count
 
 
-def _scored(score: Callable[..., Any], outputs: Any, batch: Any) -> Any:
+def _require_finite(outputs: Any) -> None:
+    for tensor in tree_flatten(outputs)[0]:
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NotFiniteError("Outputs of a model are finite, but got NaN or inf. Check weights and data.")
+
+
+def _of_float(task: Task, model: Callable[..., Any], inputs: Any, outputs: Any) -> tuple[Any, ...]:
+    """The float model's outputs of this very batch, as another batch size may round otherwise; () if not needed."""
+    if not task.against_float:
+        return ()
+    return (outputs if model is task.model else run(task.model, inputs),)
+
+
+def _scored(score: Callable[..., Any], *scored: Any) -> Any:
     try:
-        return score(outputs, batch)
+        return score(*scored)
+    except QflowError:
+        raise
     except Exception as error:  # the user's code may raise anything
         raise ConfigError(
             f"task.metric must score (outputs, batch), but got {type(error).__name__}: {' '.join(str(error).split())}. "
@@ -243,38 +290,6 @@ def run(model: Callable[..., Any], inputs: Any) -> Any:
             f"The model must take the batches of its data, but got shapes {shapes}: {text}{hint}. "
             "Check task.data, or give it model_inputs(batch)."
         ) from error
-
-
-def deploy_inputs(task: Task, example: Any) -> Any:
-    """Random inputs of `task.deploy_shape` in the structure of `example`; its first sample if there is no shape."""
-    if task.deploy_shape is None:
-        size = next((len(v) for v in tree_flatten(example)[0] if isinstance(v, Tensor) and v.ndim), 1)
-        return tree_map(lambda v: v[:1] if isinstance(v, Tensor) and v.ndim and len(v) == size else v, example)
-    generator = torch.Generator().manual_seed(0)
-
-    def at(shape: Sequence[int], like: Tensor) -> Tensor:
-        if len(shape) != like.ndim:
-            raise ConfigError(
-                f"task.deploy_shape has as many dimensions as the model's input, but got {list(shape)} for an input "
-                f"of {list(like.shape)}."
-            )
-        drawn = torch.rand(tuple(shape), generator=generator) if like.is_floating_point() else torch.zeros(tuple(shape))
-        return drawn.to(like)
-
-    if isinstance(task.deploy_shape, Mapping):
-        if not isinstance(example, Mapping):
-            raise ConfigError(
-                "task.deploy_shape by name needs dict batches, but got positional inputs. Give one shape."
-            )
-        unknown = sorted(set(task.deploy_shape) - set(example))
-        if unknown:
-            raise ConfigError(f"task.deploy_shape names inputs {sorted(example)}, but got {unknown}.")
-        return {k: at(task.deploy_shape[k], v) if k in task.deploy_shape else v[:1] for k, v in example.items()}
-    values = list(example.values()) if isinstance(example, Mapping) else list(example)
-    if len([v for v in values if isinstance(v, Tensor)]) != 1:
-        raise ConfigError("One task.deploy_shape is for one input, but the model takes several. Give shapes by name.")
-    shape = tuple(task.deploy_shape)
-    return tree_map(lambda v: at(shape, v) if isinstance(v, Tensor) else v, example)
 
 
 def _moved(batch: Any, device: str) -> Any:

@@ -36,7 +36,12 @@ def evaluate_from_start(
     task: Task, model: nn.Module, batch_size: int, progress: Callable[[int], None], least: float | None = None
 ) -> Evaluation:
     """`evaluate` with the model at the start of every sequence, and at the end; scores are in the order of samples."""
-    begin, scores = beginning(task, model), list[float]()
+    scores, starts = list[float](), [beginning(task, m) for m in (model, task.model)[: 1 + task.against_float]]
+
+    def begin() -> None:
+        for start in starts:
+            start()
+
     try:
         metric, samples = evaluate(
             task, model, batch_size, progress, least, begin, lambda found: scores.extend(found.double().tolist())

@@ -27,9 +27,10 @@ from qflow.quant.model.calibrate import CalibrationStats, apply_scales, collect
 from qflow.quant.model.graph_at_shape import graph_at
 from qflow.quant.model.prepare import prepare
 from qflow.quant.model.quantized_model import QuantizedModel
+from qflow.tasks.deployed import deploy_inputs
 from qflow.tasks.identity import Identity, of_task, split_digest
 from qflow.tasks.loading import seeded
-from qflow.tasks.task import Task, batches, deploy_inputs, model_inputs, split_for
+from qflow.tasks.task import Task, batches, model_inputs, split_for
 from qflow.trial.cache import Cache
 from qflow.trial.frames import beginning, evaluate_from_start, steps_of
 from qflow.trial.precisions import Precisions

@@ -38,7 +38,7 @@ SUBPACKAGES = {
     "quant": (("trace", "values"), ("model",), ("replay", "train")),
     "analysis": (("measures",), ("badcases", "layers", "sensitivity", "checks"), ("advice",)),
     "repair": (("base",), ("equalization", "calibration", "weights")),
-    "tasks": (("perception",),),
+    "tasks": (("perception", "files", "metrics"), ("images",)),
 }
 """The same within a package."""
 

@@ -6,7 +6,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from qflow.core.errors import ConfigError, DataError, ModelError
-from qflow.tasks.task import batches, deploy_inputs, evaluate, make_task, model_inputs
+from qflow.tasks.deployed import deploy_inputs
+from qflow.tasks.task import batches, evaluate, make_task, model_inputs
 
 
 class Data:
