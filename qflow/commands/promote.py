@@ -168,7 +168,6 @@ def judge(
     from qflow.api.registered import write_registered
     from qflow.bundle.source import of_folder
     from qflow.bundle.write import write_bundle
-    from qflow.core.agreement import meaning
     from qflow.core.engine import EngineName
     from qflow.study.gate import Judged, misses, score, stricter
     from qflow.study.rebuild import rebuild
@@ -188,8 +187,6 @@ def judge(
     for name in (accuracy, "accuracy/drop", "cost/latency_ms"):
         stored, value = rebuilt.figures[name]
         print(f"{name:<18}{'-' if stored is None else f'{stored:.6g}':>12} logged {value:>12.6g} rebuilt")
-    if text := meaning(evaluator.task.metric_name):
-        verdict.notes.append(text)
     verdict.infeasible += misses(goal, run_metrics(result, accuracy))
     if verdict.anomalous:
         return verdict, None
@@ -232,9 +229,11 @@ def against(verdict: Verdict, before: Version | None, judged: Judged, rules: Rul
 
 def on_samples(verdict: Verdict, rebuilt: Rebuilt, loaded: Any, again: Scores, goal: Goal, rules: Rules) -> None:
     """Judge the goal on held-out samples if the task has them, and the rules on classes and samples."""
+    from qflow.core.agreement import meaning
     from qflow.study.gate import HELD_OUT, broken_rules, has_held_out, misses, score
 
     task, batch, after = rebuilt.evaluator.task, rebuilt.evaluator.eval_batch, again
+    verdict.notes += filter(None, [meaning(task.metric_name)])
     if not (held_out := has_held_out(task)):
         verdict.notes.append(f"task.data has no split {HELD_OUT}: the goal is judged on samples that the search saw")
         if not rules.of_samples:

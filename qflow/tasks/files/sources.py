@@ -34,9 +34,13 @@ OF_DATASETS = ("dataset_dict.json", "dataset_info.json")
 class Source(Protocol):
     """Files by relative path."""
 
-    names: Sequence[str]
-    classes: Sequence[str]
-    """Class folders in the order of their numbers; empty: sorted by name."""
+    @property
+    def names(self) -> Sequence[str]:
+        """All files, sorted."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Class folders in the order of their numbers; empty: sorted by name."""
 
     def read(self, name: str) -> bytes:
         """The content of a file. Raises OSError or ValueError."""

@@ -12,7 +12,7 @@ from torch import nn
 from qflow.tasks.files.needs import needs
 from qflow.tasks.files.weights import load_weights
 from qflow.tasks.images.hub import from_hub
-from qflow.tasks.images.own_models import Scaled
+from qflow.tasks.images.own_models import scaled
 from qflow.tasks.images.samples import Fit, ImageFiles
 
 SIZE = (520, 520)  # of torchvision's references for segmentation
@@ -43,17 +43,17 @@ def build_data(
     size: Sequence[int] = SIZE, **settings: Any,
 ) -> ImageFiles:  # fmt: skip
     """The images in `root`, for a model by `name` and `weights`; `size` [height, width] is of segmentation."""
-    return ImageFiles(root=root, fit=functools.partial(_fit, name=name, weights=weights, size=tuple(size)), **settings)
+    return ImageFiles(root=root, fit=functools.partial(_fit, name=name, weights=weights, size=size), **settings)
 
 
-def _fit(model: nn.Module, name: str | None, weights: str | None, size: tuple[int, int]) -> Fit:
+def _fit(model: nn.Module, name: str | None, weights: str | None, size: Sequence[int]) -> Fit:
     with needs("torchvision"):
         from torchvision import models
     known = models.get_model_weights(name)
     entry = known[weights] if weights in known.__members__ else known.DEFAULT
     transform, names = entry.transforms(), [(name,) for name in entry.meta["categories"]]
     if "segmentation" in _home(models, name):
-        return Fit(Scaled(size, transform.mean, transform.std), None, names, dense=True)
+        return Fit(scaled(size, transform.mean, transform.std), None, names, dense=True)
     outputs = [m.out_features for m in model.modules() if isinstance(m, nn.Linear)]
     return Fit(transform, outputs[-1] if outputs else None, names)
 
