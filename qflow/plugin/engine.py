@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from qflow.analysis.measures.tables import Finding
 from qflow.core.engine import EngineName
-from qflow.core.errors import ConfigError
+from qflow.core.errors import ConfigError, TrialError
+from qflow.core.graph import ModelGraph
 from qflow.core.qconfig import QConfig
 from qflow.core.settings import CalibrationSettings, TrialSettings
 from qflow.plugin.names import plugin_names
@@ -141,7 +142,7 @@ class PluginEngine:
         made.calibrate(shared.calibration_batches(calibration))
         stats = shared.calibrate(calibration)
         known = {op: name for op, name in names.items() if name in made.modules}
-        actual, found = as_the_plugin_has_it(applied, made, known)
+        actual, found = as_the_plugin_has_it(prepared.graph, applied, made, known)
         if found:
             more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
             first = "; ".join(f"{finding.op} {finding.message}" for finding in found[:SHOWN])
@@ -169,9 +170,17 @@ def modules_of(prepared: QuantizedModel, model: Any, sample: Any) -> dict[str, s
 
 
 def as_the_plugin_has_it(
-    applied: QConfig, made: PluginModel, names: Mapping[str, str]
+    graph: ModelGraph, applied: QConfig, made: PluginModel, names: Mapping[str, str]
 ) -> tuple[QConfig, list[Finding]]:
-    """Return the predicted qconfig with the plugin's dtypes, and a finding for each operator that differs."""
+    """Return the predicted qconfig with the plugin's dtypes, and a finding for each operator that differs.
+
+    Raises TrialError where the plugin computes in float what the device does not: the metric would be too good.
+    """
+    if not names:
+        raise TrialError(
+            "The plugin's check lists the modules of a prepared model, but got none of this model's. See qflow doctor "
+            "plugin."
+        )
     changes, found = {}, []
     for op, predicted in applied.ops.items():
         module = made.modules.get(names.get(op, ""))
@@ -180,6 +189,11 @@ def as_the_plugin_has_it(
                 text = "has no module in the plugin's model: its dtype and cost are as qflow predicts"
                 found.append(Finding(op, "check", text))
             continue
+        if module.output is None and predicted.output is not None and op not in graph.high_precision:
+            raise TrialError(
+                f"The plugin quantizes the operators that its device computes, but got {op} in float32, where qflow "
+                f"predicted {predicted.output}. See where {module.name} is in its model_check_result.txt."
+            )
         weight = module.weight if predicted.weight is not None and module.weight is not None else predicted.weight
         own = replace(predicted, output=module.output, weight=weight)
         if own.effective != predicted.effective:
@@ -213,8 +227,10 @@ def take_scales(
             scale = made.quantizers.get(place, ("", None))[1]
             if scale is None or scale.numel() != quantizer.scale.numel():
                 missing.append(str(own))
-            else:
-                quantizer.set_scale(scale)
+                continue
+            quantizer.set_scale(scale)
+            if scale.numel() == 1 and float(scale) == 1.0:  # the plugin's scale where nothing was observed
+                found.append(Finding(node.name, "check", f"the plugin's scale of {own} is 1: was it calibrated?"))
         if missing:
             text = f"the plugin's scale of {', '.join(missing)} was not found: qflow's model has its own"
             found.append(Finding(node.name, "check", text))

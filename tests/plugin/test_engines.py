@@ -195,6 +195,20 @@ def test_a_trial_says_what_the_plugin_lowered_beyond_the_prediction_and_is_price
     assert found.cost == loose.cost(found.qconfig) != loose.cost(loose.resolve(settings.qconfig)[1])
 
 
+def test_an_operator_that_the_plugin_leaves_in_float_fails_the_trial(evaluator, monkeypatch):
+    from horizon_plugin_pytorch.quantization import QConfig
+    from horizon_plugin_pytorch.quantization import canonicalize as module
+
+    def left_in_float(node):
+        if node.name.endswith("conv1"):
+            node.module.qconfig = QConfig(weight=node.module.qconfig.weight)
+
+    monkeypatch.setattr(module, "_drop_equal_inputs", left_in_float)
+    evaluator.engine = PluginEngine()
+    with pytest.raises(TrialError, match="got conv1 in float32, where qflow predicted qint8. See where model.conv1 is"):
+        evaluator.run_trial(TrialSettings(calibration=ALIKE))
+
+
 def test_every_call_of_the_plugin_is_in_the_log(evaluator):
     evaluator.engine = PluginEngine()
     result = evaluator.run_trial(TrialSettings(calibration=ALIKE))

@@ -53,9 +53,14 @@ def _fold(module, norm):
     )
 
 
+def put(model, path, module):
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent)._modules[name] = module
+
+
 def _drop(model, node, before, gone):
     """Put an Identity where `node` was; its users read `before`."""
-    model.set_submodule(node.name, nn.Identity())
+    put(model, node.name, nn.Identity())
     _relink(node, before, gone)
 
 
@@ -70,8 +75,8 @@ def _stand_at_the_add(model, node, add, gone):
     """Move the fused module to the place of its add, which reads the other operand too."""
     module, operand = node.module, add.inputs.index(node)
     other = add.inputs[1 - operand]
-    model.set_submodule(node.name, nn.Identity())
-    model.set_submodule(add.name, module)
+    put(model, node.name, nn.Identity())
+    put(model, add.name, module)
     module.fused_add = operand
     node.name = add.name
     _relink(add, node, gone)

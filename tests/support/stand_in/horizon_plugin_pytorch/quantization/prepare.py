@@ -12,7 +12,7 @@ from horizon_plugin_pytorch.quantization import trace
 from horizon_plugin_pytorch.quantization.canonicalize import canonicalize
 from horizon_plugin_pytorch.quantization.check_qat_model import _positional, check_qat_model
 from horizon_plugin_pytorch.quantization.fake_quantize import FakeQuantize
-from horizon_plugin_pytorch.quantization.fuse_modules import fuse
+from horizon_plugin_pytorch.quantization.fuse_modules import fuse, put
 from horizon_plugin_pytorch.quantization.observer_v2 import FixedScaleObserver
 from horizon_plugin_pytorch.quantization.qat_modules import PASSING, POOLS, convert
 from horizon_plugin_pytorch.quantization.qconfig import QConfig
@@ -73,7 +73,7 @@ class _Prepared:
 def _own_functionals(model):
     for path, module in list(model.named_modules()):
         if type(module).__name__ in ("FloatFunctional", "FFFunctional") and not isinstance(module, FloatFunctional):
-            model.set_submodule(path, FloatFunctional())
+            put(model, path, FloatFunctional())
 
 
 def _to_modules(model, nodes):
