@@ -17,6 +17,7 @@ _PLACES = {
     "qflow.api.training": "train",
     "qflow.api.quant_analysis": "QuantAnalysis",
     "qflow.api.frames": "to_frame",
+    "qflow.api.imports": "read_mix read_sensitivity",
     "qflow.api.repair": "repair_model",
     "qflow.analysis.checks.model_check": "check_text",
     "qflow.core.dtype": "QDtype",

@@ -13,6 +13,7 @@ from qflow.search.objective import accurate, meets
 from qflow.study.baselines import measure_baselines
 from qflow.study.missed import measure_promising
 from qflow.study.session import Session
+from qflow.study.start_trial import measure_start
 
 from . import int8, int8_int16, int8_int16_fp16, int16
 
@@ -21,6 +22,7 @@ def run(session: Session) -> None:
     """Measure in this order; the two baselines at once if there are workers for that."""
     measure_baselines(session)
     int16_baseline, int8_baseline = int16.branch(session), int8.branch(session)
+    measure_start(session)
     if accurate(int16_baseline):
         int8_int16.mix(session, int8_baseline, int16_baseline)
     elif not meets(int8_baseline):

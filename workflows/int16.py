@@ -21,11 +21,13 @@ from qflow.study.int16_weights import raise_weights, weights_that_matter
 from qflow.study.mixes import own_ranking
 from qflow.study.session import Session
 from qflow.study.stages import rank_again
+from qflow.study.start_trial import measure_start
 
 
 def run(session: Session) -> None:
     """Measure in this order."""
     int16 = branch(session)
+    measure_start(session)
     if not accurate(int16):
         with_weights(session, int16)
 

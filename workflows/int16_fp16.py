@@ -12,6 +12,7 @@ from qflow.study.baselines import ALL_INT16
 from qflow.study.int16_weights import weights_beside
 from qflow.study.mixes import raise_float16
 from qflow.study.session import Session
+from qflow.study.start_trial import measure_start
 
 from . import int16
 
@@ -21,6 +22,7 @@ WITH_WEIGHTS = "int16 with weights"
 def run(session: Session) -> None:
     """Measure in this order."""
     baseline = int16.branch(session)
+    measure_start(session)
     if not accurate(baseline):
         high = int16.with_weights(session, baseline)
         if not accurate(high):

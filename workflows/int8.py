@@ -11,12 +11,14 @@ from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import BudgetSpent
 from qflow.study.baselines import ALL_INT8, baseline, baseline_point, method_of
 from qflow.study.session import Session
+from qflow.study.start_trial import measure_start
 from qflow.study.unrepaired import better_without
 
 
 def run(session: Session) -> None:
     """Measure in this order."""
     int8 = branch(session)
+    measure_start(session)
     if int8 is not None and (over := over_budget(int8)):
         session.decide("int8", f"all-int8 itself exceeds {', '.join(over)}: relax the budget or change the model")
     elif not meets(int8):

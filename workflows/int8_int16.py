@@ -19,6 +19,7 @@ from qflow.study.baselines import measure_baselines
 from qflow.study.missed import measure_promising
 from qflow.study.mixes import search_mix
 from qflow.study.session import Session
+from qflow.study.start_trial import measure_start
 
 from . import int8, int16
 
@@ -27,6 +28,7 @@ def run(session: Session) -> None:
     """Measure in this order; the two baselines at once if there are workers for that."""
     measure_baselines(session)
     int16_baseline, int8_baseline = int16.branch(session), int8.branch(session)
+    measure_start(session)
     high = int16_baseline
     if not accurate(high) and not meets(int8_baseline):
         high = int16.with_weights(session, int16_baseline)

@@ -12,6 +12,7 @@ from qflow.study.baselines import ALL_INT8, baseline_point, best_calibration
 from qflow.study.missed import measure_promising
 from qflow.study.session import Session
 from qflow.study.stages import rank_again
+from qflow.study.start_trial import measure_start
 
 from . import int8, int8_int16, int16, int16_fp16
 
@@ -21,6 +22,7 @@ INT8_FP16 = "int8/fp16"
 def run(session: Session) -> None:
     """Measure in this order."""
     baseline = int16.branch(session)
+    measure_start(session)
     high = baseline if accurate(baseline) else int16.with_weights(session, baseline)
     if accurate(high):
         int8_int16.mix(session, int8.branch(session), high)

@@ -21,7 +21,8 @@ from qflow.core.settings import CalibrationSettings, QatSettings, QConfigSetting
 from qflow.search.domain import Scalar
 from qflow.tracking.patience import Patience
 
-MAPPINGS = ("qconfig.modules", "qat.rates")
+MODULES = "qconfig.modules"
+MAPPINGS = (MODULES, "qat.rates")
 """Mappings whose keys name the user's modules; the rest of a dotted key is one such name."""
 
 
@@ -53,9 +54,9 @@ def sensitivity_settings(config: DictConfig) -> SensitivitySettings:
 def with_params(config: DictConfig, params: Mapping[str, Scalar]) -> DictConfig:
     """Return a copy of the configuration with dotted keys set; types are checked. Raises ConfigError.
 
-    If modules are searched, the longest names come first in `qconfig.modules`, because the first name that covers an
-    operator decides, and a submodule must be able to differ from its parent. If the learning rate is, the rates of
-    single modules keep their ratio to it, as the guide asks.
+    If modules are searched or given, the longest names come first in `qconfig.modules`, because the first name that
+    covers an operator decides, and a submodule must be able to differ from its parent. If the learning rate is, the
+    rates of single modules keep their ratio to it, as the guide asks.
     """
     changed = config.copy()
     for key, value in {**_kept_ratios(config, params), **params}.items():
@@ -70,7 +71,7 @@ def with_params(config: DictConfig, params: Mapping[str, Scalar]) -> DictConfig:
             OmegaConf.update(changed, key, value)
         except OmegaConfBaseException as error:
             raise ConfigError(f"search.space.{key}: {explain(error)}") from error
-    if any(owner(key) == "qconfig.modules" for key in params):
+    if any(key == MODULES or owner(key) == MODULES for key in params):
         modules: dict[str, Any] = plain(changed.qconfig.modules)
         changed.qconfig.modules = dict(sorted(modules.items(), key=lambda entry: -len(entry[0])))
     return changed

@@ -76,6 +76,14 @@ def _name(node: OpNode, modules: dict[str, nn.Module], stubs: dict[str, str]) ->
     return PluginName(node.name, "", "no rule is known", False)
 
 
+def candidate(op: str) -> str:
+    """Return the name that the plugin may give to the functional `op`; empty for an operator of another kind."""
+    found = _CALL.fullmatch(op)
+    if not found or op.startswith(("quant[", "const[")):
+        return ""
+    return f"{found['scope']}._generated_{found['function']}_{int(found['call'] or 0)}".removeprefix(".")
+
+
 def _input(name: str, stubs: dict[str, str]) -> PluginName:
     if name in stubs:
         return PluginName(name, stubs[name], "the QuantStub that receives this input", True)
@@ -87,9 +95,8 @@ def _functional(node: OpNode, scope: str, function: str, call: int, modules: dic
     if isinstance(modules.get(scope), nn.MultiheadAttention):
         how = "inside nn.MultiheadAttention, which the plugin replaces as a whole by names of its own"
         return PluginName(node.name, "", how, False)
-    candidate = f"{scope}._generated_{function}_{call}".removeprefix(".")
     how = f"candidate: call {call + 1} of {function} in {scope or 'the model'}{_group(node)}"
-    return PluginName(node.name, candidate, how, False)
+    return PluginName(node.name, candidate(node.name), how, False)
 
 
 def _functionals(prepared: QuantizedModel, modules: dict[str, nn.Module]) -> dict[str, PluginName]:

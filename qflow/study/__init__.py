@@ -27,6 +27,7 @@ __all__ = [
     "session",
     "stages",
     "start",
+    "start_trial",
     "train_stage",
     "unrepaired",
     "verdict",

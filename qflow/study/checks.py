@@ -20,6 +20,7 @@ from qflow.core.limits import LARGEST_SEED, check_shape, within
 from qflow.core.names import check_study_name
 from qflow.core.nearest import did_you_mean
 from qflow.search.proposal import SAMPLERS
+from qflow.study.start_files import start_files
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -122,6 +123,7 @@ def check_study(config: DictConfig) -> None:
     _check_float16(config, chosen or "qconfig.float16_count" in space)
     for point in plain(config.search.enqueue):
         trial_settings(config, point)
+    start_files(config)
 
 
 def _check_loss(config: DictConfig, trains: bool) -> None:

@@ -36,6 +36,7 @@ SINCE = (
     *("qat.teacher.weight", "qat.teacher.features", "qat.teacher.temperature"),
 )  # left out at their defaults, so that studies from before these keys existed continue
 UNSET: tuple[Any, ...] = (None, "", False, 0, {}, [], "report", "qflow")
+START = "search.start"
 LEGIBLE = 40  # characters up to which the fingerprint holds a setting as text; a longer one as its digest
 
 
@@ -44,11 +45,12 @@ def fingerprint(config: DictConfig, manifest: Mapping[str, Any]) -> dict[str, st
     state = {
         key: text if len(text := to_json(value)) <= LEGIBLE else digest(value)
         for key, value in flat(plain(config))
-        if not key.startswith(FREE) and not (key in SINCE and value in UNSET)
+        if not key.startswith(FREE) and not (key in SINCE and value in UNSET) and key != START
     }
     named = config.objective.optimize
     return {
         **state,
+        **({START: manifest["start"]} if "start" in manifest else {}),  # the content of its files, wherever they lie
         **({"objective.optimize": ", ".join(named)} if named else {}),  # their order is the order of the stored values
         **{key: str(manifest[key]) for key in ("weights", "data", "graph", "profile", "eval_samples", "qflow")},
         "float_metric": f"{manifest['float_metric']:.6g}",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from qflow.core.credentials import masked
 from qflow.core.dtype import QDtype
 from qflow.core.errors import TrialError
-from qflow.core.qconfig import QConfig
 from qflow.core.store import write_whole
 from qflow.core.temporary import TemporaryFolder
 from qflow.report.console import SummaryRow, python_command, summary_table
@@ -19,9 +19,10 @@ from qflow.study.front import log_decisions
 from qflow.study.marks import mark_trials, trials_url
 from qflow.study.missed import not_tried, tried
 from qflow.study.next_steps import promote_command
-from qflow.study.paired import goal_margin
+from qflow.study.paired import applied, goal_margin
 from qflow.study.report import VERDICT, report_lines
 from qflow.study.session import Session
+from qflow.study.start_trial import against_start
 
 NAMED = 12  # how many operators the console lists per dtype
 FEW_SAMPLES = 3  # a miss by so few samples is no safe verdict
@@ -39,8 +40,8 @@ def finish(session: Session) -> int:
     named = ("best trained" if trained else "best mix") if best else "nearest"
     rows.append(SummaryRow(named, shown.outcome.metrics))
     table = summary_table(rows, evaluator.task.metric_name)
-    text = verdict(session, best, shown)
-    summary = {label.replace("-", "_"): trial.outcome.metrics for label, trial in session.baselines.items()}
+    text = verdict(session, best, shown) + against_start(session, shown)
+    summary = {re.sub("[- ]", "_", label): trial.outcome.metrics for label, trial in session.baselines.items()}
     if best:
         summary["best"] = best.outcome.metrics
     note = document(session, table, text, shown)
@@ -158,14 +159,9 @@ def _against_int16(session: Session, best: FinishedTrial, int16: FinishedTrial) 
     saved = 1.0 - best.outcome.metrics["cost/latency_ms"] / int16.outcome.metrics["cost/latency_ms"]
     if round(100.0 * saved) <= 0:
         return "predicted, not below all-int16"
-    change = session.evaluator.pricer.change(_applied(session, int16), _applied(session, best))
+    change = session.evaluator.pricer.change(applied(session, int16), applied(session, best))
     bpu = f"{change.ratio:.2f} of its BPU time [{change.low:.2f}, {change.high:.2f}]"
     return f"predicted, {saved:.0%} below all-int16 ({bpu})"
-
-
-def _applied(session: Session, trial: FinishedTrial) -> QConfig:
-    """Return the qconfig of a trial as the device runs it."""
-    return session.evaluator.resolve(session.qconfig_at(trial.params))[1]
 
 
 def document(session: Session, table: str, text: str, shown: FinishedTrial | None = None) -> str:
@@ -184,7 +180,7 @@ def raised(session: Session, trial: FinishedTrial) -> dict[str, dict[str, float]
 
     The keys are the dtype of the outputs, and `int16 weight` for operators with an int16 weight.
     """
-    qconfig, precisions = _applied(session, trial), session.evaluator.precisions
+    qconfig, precisions = applied(session, trial), session.evaluator.precisions
     names = {d.value: (qconfig.names(d), precisions.scores) for d in (QDtype.float16, QDtype.qint16)}
     names["int16 weight"] = qconfig.weights(QDtype.qint16), precisions.weight_scores
     return {

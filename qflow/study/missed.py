@@ -94,7 +94,7 @@ def _mix(session: Session, trial: FinishedTrial) -> str:
 
 
 def _pinned(params: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in params.items() if key.startswith(MODULES) or key == FLOAT16}
+    return {key: value for key, value in params.items() if f"{key}.".startswith(MODULES) or key == FLOAT16}
 
 
 def _predicted(problem: Problem, known: Mapping[str, float], mix: str) -> float:

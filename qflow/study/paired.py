@@ -1,9 +1,10 @@
-"""Differences of trials with their noise, from the scores of their samples as their runs hold them."""
+"""What trials are compared by: their qconfigs, and the noise of a difference from the scores that their runs hold."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from qflow.core.qconfig import QConfig
 from qflow.core.temporary import TemporaryFolder
 from qflow.search.noise import BY_SEQUENCE, PAIRED, Margin, Noise, difference_noise
 from qflow.search.objective import CONSTRAINT
@@ -23,6 +24,11 @@ def paired_noise(session: Session, one: FinishedTrial, other: FinishedTrial | No
     sequences = session.manifest.get(SEQUENCES, ())
     known = scores if all(scores) else None
     return difference_noise(one.outcome.metrics[session.accuracy], metric, evaluator.eval_samples, known, sequences)
+
+
+def applied(session: Session, trial: FinishedTrial) -> QConfig:
+    """Return the qconfig of a trial as the device runs it."""
+    return session.evaluator.resolve(session.qconfig_at(trial.params))[1]
 
 
 def goal_margin(session: Session, trial: FinishedTrial) -> Margin | None:

@@ -38,6 +38,7 @@ from qflow.study.identity import identity_tags, require_same
 from qflow.study.manifest import data_sets, manifest
 from qflow.study.outcome import best_line, trial_line
 from qflow.study.shared_files import write_shared
+from qflow.study.start_files import StartMix
 from qflow.study.worker import executor_of
 from qflow.tracking.lease import owned
 from qflow.tracking.mlflow_tracker import MlflowTracker
@@ -69,6 +70,7 @@ class Session:
     """Bad cases and sensitivities of further models that a branch has ranked, by digest of the qconfig."""
     measured: list[FinishedTrial] = field(default_factory=list)
     """What `measure` returned in this start, in order; the same after a restart as without one."""
+    start: StartMix | None = None  # the user's present mix (search.start)
     decisions: list[tuple[str, str]] = field(default_factory=list)
     """(stage, text) of each decision with its reason."""
 
@@ -80,7 +82,8 @@ class Session:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """Versions and digests; the same for all trials of a start."""
-        return {**manifest(self.evaluator), "example": example_digest(self.shared)}
+        start = {"start": self.start.digest} if self.start else {}
+        return {**manifest(self.evaluator), "example": example_digest(self.shared), **start}
 
     @cached_property
     def shared(self) -> Path:

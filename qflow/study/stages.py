@@ -20,6 +20,7 @@ from qflow.core.temporary import TemporaryFolder
 from qflow.report.files import write_study
 from qflow.study.repair_stage import repair
 from qflow.study.session import Session
+from qflow.study.start_mix import open_start
 from qflow.study.train_stage import leave_for_training
 from qflow.trial.diagnosis import Diagnosis
 from qflow.trial.findings import checked
@@ -41,6 +42,7 @@ def begin(session: Session) -> None:
         say(f"{found} on {evaluator.eval_samples} samples of {task.name}")
     with console.stage("check") as say:
         say(check(session))
+    open_start(session)
     session.open()
     repair(session)
     settings = evaluator.default_calibration

@@ -24,7 +24,7 @@ LAYERS: tuple[dict[str, int], ...] = (
     {"analysis": 1, "repair": 2},
     {"trial": 3},
     {"config": 0, "report": 3, "plugin": 4},
-    {"bundle": 2},
+    {"bundle": 2, "imports": 0},
     {"api": 1, "study": 5},
     {"export": 2},
     {"workflows": 3, "commands": 4},
