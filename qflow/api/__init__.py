@@ -2,6 +2,7 @@
 
 __all__ = [
     "frames",
+    "imports",
     "library",
     "load",
     "plugin_check",

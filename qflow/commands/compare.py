@@ -1,13 +1,16 @@
 """python -m qflow.compare A B [C ...]: trials side by side, each against the first.
 
-A source is a run id, `runs:/ID`, `models:/NAME@ALIAS`, a folder, a .zip, or a .json with a qconfig. Prints metrics with
-their noise, the cost, and the operators that differ with what each difference gains; `out=compare.html` writes a page.
+A source is a run id, `runs:/ID`, `models:/NAME@ALIAS`, a folder, a .zip, a .json with a qconfig, or a file of the
+plugin (`qconfig_dtypes.pt`, `model_check_result.txt`) or of an export (`qconfig_j6m.py`), whose names are matched with
+the operators of the other source. Prints metrics with their noise, the cost, and the operators that differ with what
+each difference gains; `out=compare.html` writes a page.
 `compare --engine A` runs one trial with qflow's engine and with the installed plugin, and prints where they differ.
 Exit code 0: compared; 1: with --check, something differs; 2: a mistake in the command line or configuration.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +46,7 @@ def compare(config: DictConfig) -> Result:
     from qflow.study import comparison
 
     root, waiting = root_dir(config), patience(config)
-    sides = [side(text, config.tracking.uri, root, waiting) for text in config.sources]
+    sides = sides_of(config.sources, lambda text: side(text, config.tracking.uri, root, waiting))
     found = [comparison.compare(sides[0], other) for other in sides[1:]]
     for one in found:
         print_comparison(one)
@@ -85,6 +88,23 @@ def compare_engines(config: DictConfig) -> Result:
     for text in found.notes:
         print(f"{'note':<12}{text}")
     return int(bool(config.check) and bool(differ)), plain(found)
+
+
+def sides_of(sources: Sequence[str], stored: Callable[[str], Side]) -> list[Side]:
+    """Return the sides in their order; those that are files take the operators of the first other one."""
+    from qflow.study.imported_side import SUFFIXES, notes, side_of_file
+
+    foreign = [text.endswith(SUFFIXES) for text in sources]
+    found = [None if is_file else stored(text) for text, is_file in zip(sources, foreign, strict=True)]
+    against = next((one for one in found if one is not None), None)
+    sides = []
+    for text, one in zip(sources, found, strict=True):
+        if one is None:
+            one, imported = side_of_file(Path(text).expanduser(), against)
+            for note in notes(imported):
+                print(f"{'file':<12}{note}")
+        sides.append(one)
+    return sides
 
 
 def side(source: str, uri: str | None, root: Path, patience: Patience) -> Side:

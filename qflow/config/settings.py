@@ -54,6 +54,7 @@ def sensitivity_settings(config: DictConfig) -> SensitivitySettings:
 def with_params(config: DictConfig, params: Mapping[str, Scalar]) -> DictConfig:
     """Return a copy of the configuration with dotted keys set; types are checked. Raises ConfigError.
 
+    The value of `qconfig.modules` itself is a mapping, which is added to the configured one.
     If modules are searched or given, the longest names come first in `qconfig.modules`, because the first name that
     covers an operator decides, and a submodule must be able to differ from its parent. If the learning rate is, the
     rates of single modules keep their ratio to it, as the guide asks.
@@ -61,10 +62,10 @@ def with_params(config: DictConfig, params: Mapping[str, Scalar]) -> DictConfig:
     changed = config.copy()
     for key, value in {**_kept_ratios(config, params), **params}.items():
         try:
-            if mapping := owner(key):
+            if mapping := MODULES if key == MODULES else owner(key):
                 node = OmegaConf.select(changed, mapping)
                 with open_dict(node):
-                    node[key.removeprefix(f"{mapping}.")] = value
+                    node.update(value if key == MODULES else {key.removeprefix(f"{mapping}."): value})
                 continue
             if OmegaConf.select(changed, key, throw_on_missing=False) is None and not _exists(changed, key):
                 raise ConfigError(f"A search key must exist in the configuration, but got {key}. See --cfg job.")

@@ -48,7 +48,7 @@ def read_check_result(text: str, shown: str) -> Content:
     refused: list[Unmatched] = []
     for row in rows[:MOST_NAMES]:
         name = row["Module Name"]
-        output, weight = parse_dtype(row.get("out dtype")), parse_dtype(weights.get(name))
+        output, weight = _dtype(row.get("out dtype", "")), _dtype(weights.get(name, ""))
         scale = fixed.get(name) if isinstance(output, QDtype) and output.is_integer else None
         if name not in entries:  # further calls of a shared module follow under its name(1)
             entries[name] = entry_of(name, output, weight, scale=scale, refused=refused)
@@ -67,7 +67,7 @@ def _rows(text: str, heading: str) -> Iterator[dict[str, str]]:
     for line in lines:
         if line.strip().startswith(heading):
             break
-    block = []
+    block: list[str] = []
     for line in lines:
         if line.strip().startswith(HEADINGS) or (block and not line.strip()):
             break
@@ -94,6 +94,12 @@ def _cells(block: Sequence[str]) -> Iterator[list[str]]:
     ends = [start for start, _ in spans[1:]] + [None]
     for line in (block[rule - 1], *block[rule + 1 :]):
         yield [line[start:end].strip() for (start, _), end in zip(spans, ends, strict=True)]
+
+
+def _dtype(text: str) -> QDtype | str | None:
+    """Return the dtype of a cell: `qint8`, or a list of them that are all the same, `['qint8']`."""
+    names = set(re.findall(r"[\w.]+", text))
+    return parse_dtype(names.pop()) if len(names) == 1 else None
 
 
 def _number(text: str) -> bool:

@@ -59,11 +59,10 @@ def _entry(item: Any, name: str, shown: str, refused: list[Unmatched]) -> Entry:
         raise ImportFileError(
             f"{SHAPE}: input, weight and output, but got {odd[0]!a:.40} of {name:.80} in {shown}. Name another file."
         )
-    single = lambda key: _single(parts.get(key))  # noqa: E731
-    output = single("output") if parts.get("output") is not None else single("dtype")
+    output = _single(parts.get("dtype") if parts.get("output") is None else parts["output"])
     listed = parts.get("input")
     inputs = [_single(i) for i in listed[:MOST_INPUTS]] if isinstance(listed, (list, tuple)) else [_single(listed)]
-    return entry_of(name, output, single("weight"), inputs, _scale(parts.get("threshold"), output), refused)
+    return entry_of(name, output, _single(parts.get("weight")), inputs, _scale(parts.get("threshold"), output), refused)
 
 
 def entry_of(

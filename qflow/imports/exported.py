@@ -82,9 +82,8 @@ def _pair(pair: Any) -> QDtype:
 
 
 def _templates(outputs: dict[Any, Any], ports: dict[Any, Any], shown: str) -> Content:
-    """Return the tables of plugin35; an input dtype in PORTS is mostly its producer's, which is no request."""
-    weights = {name: {k: v for k, v in ports.get(name, {}).items() if k == "weight"} for name in {**outputs, **ports}}
-    found = read_dtypes({name: {**outputs.get(name, {}), **weights[name]} for name in weights}, shown)
+    """Return the tables of plugin35."""
+    found = read_dtypes({n: {**outputs.get(n, {}), **ports.get(n, {})} for n in {**outputs, **ports}}, shown)
     return replace(found, kind=MODULE, own_names=True)
 
 

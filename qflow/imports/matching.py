@@ -1,9 +1,9 @@
 """Finds the operators of a model by the names that another tool gives them, and says what it did not find.
 
 What is known of the plugin's names is in plugin/names.py. From there in this order: the plugin's name of the operator,
-the operator's own, the same without what the model check adds (`sub[sub]`, `conv(1)`) or without trailing parts (a value
-inside), a candidate for a generated name, and the place in the order of calls where the file numbers generated names
-for the whole model. The last two are not sure. A module's name stands for the operators in it that have no entry.
+the operator's own, the same without what the model check adds (`sub[sub]`, `conv(1)`) or without trailing parts (a
+value inside), a candidate for a generated name, and the place in the order of calls where the file numbers generated
+names for the whole model. The last two are not sure. A module's name stands for the operators in it that have no entry.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from qflow.core.dtype import QDtype
 from qflow.core.graph import ModelGraph, OpKind
 from qflow.core.setter import covers
 from qflow.imports.records import IN_FILE, IN_MODEL, NOT_HAD, NOT_READ, NOT_SURE, Content, Entry, Unmatched
@@ -89,12 +90,13 @@ def names_of(prepared: QuantizedModel, sample: Any, given: Mapping[str, tuple[st
     """Return the names of a model. `given` are the names that names.csv holds, by operator."""
     graph = prepared.graph
     ruled = {op: (name.plugin, name.sure) for op, name in plugin_names(prepared, sample).items() if name.plugin}
-    tables: tuple[dict[str, list[str]], dict[str, list[str]]] = {}, {}
-    for op, (name, sure) in {**ruled, **{op: pair for op, pair in given.items() if op in graph.by_name}}.items():
-        tables[not sure].setdefault(name, []).append(op)
-    sure, candidates = ({name: tuple(ops) for name, ops in table.items()} for table in tables)
+    known = {**ruled, **{op: pair for op, pair in given.items() if op in graph.by_name}}
+    tables: list[dict[str, tuple[str, ...]]] = []
+    for sure in (True, False):
+        named = [(name, op) for op, (name, of) in known.items() if of == sure]
+        tables.append({name: tuple(op for other, op in named if other == name) for name, _ in named})
     operators = tuple(node.name for node in graph.quantized)
-    return Names(operators, sure, candidates, _others(graph, dict(prepared.model.named_modules())))
+    return Names(operators, *tables, _others(graph, dict(prepared.model.named_modules())))
 
 
 def names_of_operators(operators: Iterable[str]) -> Names:
@@ -157,7 +159,17 @@ def left_out(names: Names, graph: ModelGraph | None, found: Mapping[str, Entry])
 
 
 def not_possible(graph: ModelGraph, found: dict[str, Entry]) -> list[Unmatched]:
-    """Take out of `found` what no device could run, and return it: float outputs that are read, and weights of none."""
+    """Take out of `found` what no device could run, and return it: float outputs that are read, and weights of none.
+
+    Input dtypes are left where they differ from the output of the producer: others are no requests.
+    """
+    owners = {node.quantizer: node.name for node in graph.quantized}
+    outputs = {op: entry.output for op, entry in found.items()}
+
+    def asked(dtype: QDtype | None, producer: str) -> QDtype | None:
+        given = {outputs.get(owners[graph.by_name[source].quantizer]) for source in graph.source(producer)}
+        return None if given <= {dtype, None} else dtype
+
     unmatched = []
     for op, entry in list(found.items()):
         node = graph.by_name[op]
@@ -168,9 +180,8 @@ def not_possible(graph: ModelGraph, found: dict[str, Entry]) -> list[Unmatched]:
             entry = replace(entry, high_precision=False)
         if entry.weight is not None and node.weight is None:
             entry = replace(entry, weight=None)
-        if len(entry.inputs) > len(node.inputs):
-            entry = replace(entry, inputs=entry.inputs[: len(node.inputs)])
-        found[op] = entry
+        inputs = tuple(asked(dtype, producer) for dtype, producer in zip(entry.inputs, node.inputs, strict=False))
+        found[op] = replace(entry, inputs=inputs if any(inputs) else ())
     return unmatched
 
 

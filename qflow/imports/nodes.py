@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from qflow.core.dtype import QDtype
 from qflow.core.graph import ModelGraph, OpNode
-from qflow.imports.records import IN_FILE, NOT_SURE, Content, Entry, Unmatched
+from qflow.imports.records import IN_FILE, NOT_READ, NOT_SURE, Content, Entry, Unmatched
 
 GEMMS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 FUNCTIONS: Mapping[str, tuple[str, ...]] = {
@@ -32,6 +33,7 @@ FUNCTIONS: Mapping[str, tuple[str, ...]] = {
 """Type of a node -> functions that become such a node; another type is a function of its own name."""
 _NODE = re.compile(r"(?P<scope>(?:/[^/]+)*)/(?P<type>[A-Za-z]+)(?:_(?P<number>\d+))?")
 _CALL = re.compile(r"(?P<scope>.*)\[(?P<function>\w+)\](?:\(\d+\))?")
+NO_ROW = "in no row of nodes.csv, like nodes that read constants alone"
 BY_ORDER = "by the order of nodes of one type: give nodes.csv of an export too"
 
 
@@ -47,7 +49,8 @@ def match_nodes(
     if not nodes:
         known = _by_name(content.node_config, graph, unmatched)
     owned = {name for names in known.values() for name in names}
-    unmatched += [Unmatched(IN_FILE, name) for name in content.node_config if name not in owned]
+    odd = Unmatched(NOT_READ, "", NO_ROW) if nodes else Unmatched(IN_FILE, "")
+    unmatched += [replace(odd, name=name) for name in content.node_config if name not in owned]
     if content.node_config and owned.isdisjoint(content.node_config):
         return {}, unmatched
     return _entries(content, graph, known), unmatched
@@ -67,7 +70,7 @@ def _entries(content: Content, graph: ModelGraph, nodes: Mapping[str, list[str]]
             reads += [
                 (s, reader.name, at, d)
                 for at, d in _dtypes(content, reader, nodes)
-                for s in _sources(graph, reader, at)
+                for s in graph.source(reader.inputs[at])
             ]
     found: dict[str, Entry] = {}
     for node in graph.quantized:
@@ -78,15 +81,11 @@ def _entries(content: Content, graph: ModelGraph, nodes: Mapping[str, list[str]]
     for producer, name, at, dtype in reads:
         source, reader = owners[graph.by_name[producer].quantizer], graph.by_name[name]
         if dtype != found[source].output and name in found and not found[source].high_precision:
-            own = [*found[name].inputs, *[None] * (len(reader.inputs) - len(found[name].inputs))]
-            own[at] = dtype
             entry = found[name]
-            found[name] = Entry(entry.output, entry.high_precision, entry.weight, tuple(own))
+            own: list[QDtype | None] = [*entry.inputs, *[None] * (len(reader.inputs) - len(entry.inputs))]
+            own[at] = dtype
+            found[name] = replace(entry, inputs=tuple(own))
     return found
-
-
-def _sources(graph: ModelGraph, reader: OpNode, position: int) -> tuple[str, ...]:
-    return graph.source(reader.inputs[position])
 
 
 def _dtypes(content: Content, reader: OpNode, nodes: Mapping[str, list[str]]) -> list[tuple[int, QDtype]]:

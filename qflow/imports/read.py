@@ -134,6 +134,8 @@ def _imported(
     graph = prepared.graph if prepared is not None else None
     if graph is not None:
         unmatched += not_possible(graph, found)
+    elif not all(content.own_names for content in contents):  # which of them are requests, the graph would tell
+        found = {op: replace(entry, inputs=()) for op, entry in found.items()}
     modules, odd = _modules(found, names)
     return Imported(
         source=", ".join(path.name for path in files),

@@ -18,8 +18,8 @@ from qflow.analysis.measures.tables import Finding, SensitivityRow, SensitivityT
 from qflow.core.dtype import QDtype
 from qflow.core.settings import COMPARISONS
 from qflow.imports.dtypes import parse_dtype
-from qflow.imports.matching import NOT_SURE, Names
-from qflow.imports.records import MOST_NAMES, NOT_READ, ImportFileError, Unmatched
+from qflow.imports.matching import Names
+from qflow.imports.records import MOST_NAMES, NOT_READ, NOT_SURE, ImportFileError, Unmatched
 
 RULE = "A sensitivity table is a list of rows: op_name, sensitive_type, op_type, value, quant_dtype, flops"
 _METRIC = re.compile(rf"_(?P<metric>{'|'.join(COMPARISONS)})_sensitive_ops", re.IGNORECASE)
@@ -79,9 +79,8 @@ def _row(cells: Sequence[Any], index: int, shown: str, metric: str, merged: bool
     dtype = parse_dtype(cells[4]) if len(cells) > 4 else QDtype.qint8
     flops = _FLOPS.match(str(cells[5])[:40]) if len(cells) > 5 else None
     score = float(value) if merged else _score(float(value), metric)
-    return SensitivityRow(
-        cells[0], cells[1], str(cells[2])[:200], score, str(dtype or ""), int(flops[1]) if flops else 0
-    )
+    kind = cells[2].__name__ if isinstance(cells[2], type) else str(cells[2])[:200]
+    return SensitivityRow(cells[0], cells[1], kind, score, str(dtype or ""), int(flops[1]) if flops else 0)
 
 
 def _score(value: float, metric: str) -> float:
@@ -89,7 +88,7 @@ def _score(value: float, metric: str) -> float:
     if metric == "Cosine":
         return 1.0 - value
     if metric == "SQNR":
-        return 10.0 ** (-value / 20.0)
+        return math.pow(10.0, -max(value, -6000.0) / 20.0)
     return value
 
 

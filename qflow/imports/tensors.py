@@ -69,7 +69,7 @@ def _checked(path: Path, rule: str, shown: str) -> list[str]:
         parts = archive.infolist()
         if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
             raise ImportFileError(f"{rule}, but got {shown} with compressed parts. Save it again.")
-        (data,) = [part for part in parts if part.filename.endswith("/data.pkl")] or [None]
+        data = next((part for part in parts if part.filename.endswith("/data.pkl")), None)
         if data is None:
             raise ImportFileError(f"{rule}, but got {shown} without values. Save it again.")
         if data.file_size > MOST_PICKLE:

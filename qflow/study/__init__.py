@@ -15,6 +15,7 @@ __all__ = [
     "find",
     "finish",
     "gate",
+    "imported_side",
     "int16_weights",
     "manifest",
     "missed",
