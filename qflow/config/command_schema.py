@@ -180,7 +180,7 @@ class CompareSchema:
     """`python -m qflow.compare`."""
 
     sources: list[str] = field(default_factory=list)
-    """What is compared with the first: run ids, models:/NAME@ALIAS, folders, .zip or .json files."""
+    """What is compared with the first: run ids, models:/NAME@ALIAS, folders, .zip, .json or imported files."""
     check: bool = False
     """Exit with 1 if anything differs (--check)."""
     engine: bool = False

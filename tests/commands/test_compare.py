@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from support.commands import run_qflow
 from support.stored import store_trial
 
@@ -72,11 +73,26 @@ def test_folders_and_qconfig_files_are_sources_too_and_a_page_is_written(two, tm
     assert "of the first&#x27;s BPU time" in page
 
 
+def test_a_file_of_the_plugin_is_compared_under_the_operators_of_the_trial(two, tmp_path):
+    folder, int8, _ = two
+    torch.save({"conv1": "qint16", "conv2": {"output": "qint8"}, "gone": "qint8"}, tmp_path / "qconfig_dtypes.pt")
+    done, found = asked(folder, int8, f"{tmp_path}/qconfig_dtypes.pt", "--json")
+    assert done.returncode == 0, done.stderr
+    (one,) = found["result"]["comparisons"]
+    (op,) = one["operators"]
+    assert (op["op"], op["before"], op["after"]) == ("conv1", "qint8/qint8", "qint16/qint8")
+    done, text = asked(folder, f"{tmp_path}/qconfig_dtypes.pt", int8)
+    assert "file        not in the model: gone\n" in text
+    assert "first       dtypes of the plugin of qconfig_dtypes.pt\n" in text
+    assert "file        not in the file, taken as in the other: " in text
+
+
 WRONG = {
     "": "At least two trials are compared, but got none.",
     "abc": "At least two trials are compared, but got abc.",
     "abc def": "a folder or a .zip, but got abc. Name one that exists.",
     "no.json no.json": "A .json file holds a qconfig that qflow wrote, but got no.json",
+    "a.pt b.py": "A file is compared with a trial, whose operators it names, but got a.pt and none. Name a run too.",
     "abc def nothing=1": "A key must exist in the configuration, but got nothing.",
     "abc def --chekc": "but got --chekc. Did you mean --check?",
 }
