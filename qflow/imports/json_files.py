@@ -20,8 +20,8 @@ LEVELS = ("model_config", "op_config", "node_config", "subgraph_config")
 INPUTS = {"qtype": "qtype", "InputType": "qtype", "input0": "input0", "InputType0": "input0", "input1": "input1",
           "InputType1": "input1", "OutputType": "OutputType"}  # fmt: skip
 """Keys of a node -> the one of them that is used here (older releases have other names)."""
-_COMMENT = re.compile(r'"(?:[^"\\]|\\.)*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
-"""A text, which is kept, or a comment."""
+_COMMENT = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|//[^\n]*|/\*.*?(?:\*/|\Z)', re.DOTALL)
+"""A text, which is kept, or a comment; also one without an end, so that no character is looked at twice."""
 
 
 def parse_json(text: str, shown: str) -> Any:

@@ -23,6 +23,7 @@ from qflow.quant.model.quantized_model import QuantizedModel
 _DECORATED = re.compile(r"(?P<name>.+?)(?:\[\w+\])?(?:\(\d+\))?")
 _GENERATED = re.compile(r"_generated_(?P<function>\w+?)_\d+")
 _FUNCTION = re.compile(r".*\[(?P<function>\w+)\](?:\(\d+\))?")
+LONGEST = 1000  # characters of a name; each of its parts is looked up
 PATTERN = "matched by the pattern of generated names"
 ORDER = "matched by the order of calls, because the file numbers generated names for the whole model"
 SEVERAL = "calls with a quantizer each here, and one in the file: all take it"
@@ -56,6 +57,8 @@ class Names:
         """Return where `name` belongs; `generated` are the names that are matched by order, `own` are qflow's names."""
         if own:
             return Place((name,)) if name in self.operators else self.others.get(name, Place(group=IN_FILE))
+        if len(name) > LONGEST:
+            return Place(group=IN_FILE)
         for text in dict.fromkeys([name, _undecorated(name), *_cut(name)]):
             found = self.sure.get(text) or ((text,) if text in self.operators else ())
             if found:
@@ -91,12 +94,13 @@ def names_of(prepared: QuantizedModel, sample: Any, given: Mapping[str, tuple[st
     graph = prepared.graph
     ruled = {op: (name.plugin, name.sure) for op, name in plugin_names(prepared, sample).items() if name.plugin}
     known = {**ruled, **{op: pair for op, pair in given.items() if op in graph.by_name}}
-    tables: list[dict[str, tuple[str, ...]]] = []
-    for sure in (True, False):
-        named = [(name, op) for op, (name, of) in known.items() if of == sure]
-        tables.append({name: tuple(op for other, op in named if other == name) for name, _ in named})
+    sure: dict[str, tuple[str, ...]] = {}
+    candidates: dict[str, tuple[str, ...]] = {}
+    for op, (name, is_sure) in known.items():
+        table = sure if is_sure else candidates
+        table[name] = (*table.get(name, ()), op)
     operators = tuple(node.name for node in graph.quantized)
-    return Names(operators, *tables, _others(graph, dict(prepared.model.named_modules())))
+    return Names(operators, sure, candidates, _others(graph, dict(prepared.model.named_modules())))
 
 
 def names_of_operators(operators: Iterable[str]) -> Names:

@@ -82,9 +82,9 @@ def _entries(content: Content, graph: ModelGraph, nodes: Mapping[str, list[str]]
         source, reader = owners[graph.by_name[producer].quantizer], graph.by_name[name]
         if dtype != found[source].output and name in found and not found[source].high_precision:
             entry = found[name]
-            own: list[QDtype | None] = [*entry.inputs, *[None] * (len(reader.inputs) - len(entry.inputs))]
-            own[at] = dtype
-            found[name] = replace(entry, inputs=tuple(own))
+            asked: list[QDtype | None] = [*entry.inputs, *[None] * (len(reader.inputs) - len(entry.inputs))]
+            asked[at] = dtype
+            found[name] = replace(entry, inputs=tuple(asked))
     return found
 
 

@@ -31,6 +31,7 @@ from qflow.quant.model.quantized_model import QuantizedModel
 
 SUFFIXES = (".pt", ".json", ".txt", ".py", ".csv")
 MOST_FILES = 8
+LARGEST = 32 << 20  # bytes of a text; a model of 1,000 operators has 1 MB
 RULE = "A mix is read from a .pt, .json, .txt or .py file"
 
 
@@ -50,7 +51,7 @@ def read_content(path: Path) -> Content:
         raise ImportFileError(f"{RULE}, but got {shown} with neither dtypes nor scales. Name another file.")
     if suffix not in SUFFIXES:
         raise ImportFileError(f"{RULE}, but got {shown}. Name another file.")
-    text = read_text(path, RULE)
+    text = read_text(path, RULE, LARGEST)
     if suffix == ".json":
         return read_json_file(text, shown)
     if suffix == ".py":
@@ -84,13 +85,11 @@ def read_mix_files(paths: Sequence[str | Path], prepared: QuantizedModel, sample
 
 
 def read_mix_by_names(path: str | Path, operators: Sequence[str]) -> Imported:
-    """Return the precisions that a file gives to operators of which nothing but the names is known."""
+    """Return the precisions that a file gives to operators of which nothing but the names is known.
+
+    Not for a quant_config of HMCT, which says what the nodes of a graph read. Raises ConfigError for another file.
+    """
     files, contents = _contents([path])
-    if contents[0].kind == HMCT:
-        raise ConfigError(
-            f"A quant_config of HMCT says what nodes of a graph read, so it needs the model, but got {files[0].name} "
-            "alone. Start a study from it: qflow.tune search.start=<file>."
-        )
     return _imported(files, contents, names_of_operators(operators), None, {})
 
 

@@ -13,6 +13,7 @@ from qflow.core.op_spec import parse_op
 from qflow.core.shown import Shown, View
 
 LISTED = 6  # names that a line of `lines` lists
+SHOWN = 300  # characters of a name or reason that it shows
 MOST_NAMES = 200_000
 """Names in a file, far more than a model has operators."""
 
@@ -137,12 +138,18 @@ def grouped(unmatched: tuple[Unmatched, ...]) -> list[tuple[str, str]]:
     """Return (group, text) in the order of `GROUPS`, each reason once with the first names that it holds for."""
     same: dict[tuple[str, str], list[str]] = {}
     for found in unmatched:
-        same.setdefault((found.group, found.reason), []).append(found.name)
+        same.setdefault((found.group, _printable(found.reason)), []).append(_printable(found.name))
     lines = []
     for (group, reason), names in sorted(same.items(), key=lambda item: GROUPS.index(item[0][0])):
         more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
         lines.append((group, f"{', '.join(names[:LISTED])}{more}" + (f": {reason}" if reason else "")))
     return lines
+
+
+def _printable(text: str) -> str:
+    """Return a text of a file as it may be printed: in one line, not too long, and without control characters."""
+    shown = "".join(c if c.isprintable() else "?" for c in text[: SHOWN + 1])
+    return shown if len(text) <= SHOWN else f"{shown[:SHOWN]}..."
 
 
 def op_fields(entry: Entry) -> dict[str, Any]:

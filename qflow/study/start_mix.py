@@ -29,6 +29,11 @@ def open_start(session: Session) -> None:
         return
     evaluator = session.evaluator
     imported = read_mix_files(files, evaluator.prepared, evaluator.example)
+    if not any("output" in op or "weight" in op for op in imported.modules.values()):
+        raise ConfigError(
+            f"search.start says dtypes, but got the {imported.kind} in {imported.source} alone. Give the file with the "
+            "dtypes too: search.start=[qconfig_dtypes.pt,calibrated.pt]."
+        )
     found = session.start = _mix(session, imported)
     scales = "they give no scales: qflow calibrates its own"
     if found.fixed:

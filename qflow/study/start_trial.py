@@ -5,6 +5,7 @@ from __future__ import annotations
 from qflow.search.noise import Margin
 from qflow.search.objective import CONSTRAINT, meets, merit, over_budget
 from qflow.search.outcome import FailedTrial, FinishedTrial
+from qflow.search.strategies import BudgetSpent
 from qflow.study.baselines import ALL_INT8, ALL_INT16, METHOD, method_of
 from qflow.study.paired import paired_noise
 from qflow.study.session import Session
@@ -19,7 +20,11 @@ def measure_start(session: Session) -> None:
     ends = [session.baselines[label] for label in (ALL_INT16, ALL_INT8) if label in session.baselines]
     method = {METHOD: method_of(session, ends[0].params)} if ends else {}
     point = {**session.base(), **method, **session.start.values}
-    trial = session.measure(point, START)
+    try:
+        trial = session.measure(point, START)
+    except BudgetSpent as spent:
+        session.decide(START, f"{YOURS} ({session.start.imported.source}) was not measured: {spent}")
+        raise
     if trial is None:
         found = session.driver.known(point) if session.driver else None
         why = found.reason if isinstance(found, FailedTrial) else "it failed"

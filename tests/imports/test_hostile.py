@@ -131,6 +131,15 @@ def test_a_damaged_archive_is_read_or_refused_but_never_fails_otherwise(tmp_path
     assert "\n" not in outcome(tmp_path / "x.pt")
 
 
+def test_names_of_a_file_are_printed_in_one_line_and_long_ones_take_no_time(tmp_path):
+    prepared = qflow.prepare(torch.nn.Sequential(torch.nn.Linear(4, 4)).eval(), torch.randn(2, 4))
+    saved(tmp_path / "x.pt", {"0": "qint16", "a\n\x1b[2J": "qint8", "." * 1_000_000: "qint8"})
+    (first, text), *_ = qflow.read_mix(tmp_path / "x.pt", prepared).lines()
+    assert (first, text[:10]) == ("not in the model", "a??[2J, ..") and len(text) < 400
+    (tmp_path / "x.json").write_text("/*" * 1_000_000)
+    refused(tmp_path / "x.json")
+
+
 def test_a_sensitivity_table_is_named_as_such_where_a_mix_is_read(tmp_path):
     saved(tmp_path / "t.pt", [["stem", "activation", "Conv2d", 1.0]])
     assert "qflow.read_sensitivity" in refused(tmp_path / "t.pt")

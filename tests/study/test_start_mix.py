@@ -54,6 +54,6 @@ def test_what_the_device_refuses_or_lowers_is_said_with_the_reason_and_the_rest_
     assert set(lost) == {"conv1"} | {n for n in ("conv2", "conv3") if applied.ops[n].output != "qint16"}
 
 
-def test_files_that_say_nothing_of_the_model_are_refused(opened):
+def test_files_that_say_no_dtypes_of_the_model_are_refused(opened):
     with pytest.raises(ConfigError, match="A mix names operators of the model, but got 'other' and no other in mix.py"):
         opened("mix.py", module(other="output=qint8"))
