@@ -60,14 +60,15 @@ def against_start(session: Session, shown: FinishedTrial) -> str:
     a, b = trial.outcome.metrics, shown.outcome.metrics
     change = session.evaluator.pricer.change(session.applied(trial), session.applied(shown))
     margin = Margin(a["accuracy/drop"] - b["accuracy/drop"], paired_noise(session, shown, trial))
-    noise = f"{margin}" if margin.noise.known else f"{abs(margin.distance):.4f}, noise {margin.noise.how}"
-    sure = "beyond the noise" if margin.sure else "within the noise"
+    noise = f"{margin}: {'beyond it' if margin.sure else 'within it'}"
+    if not margin.noise.known:
+        noise = f"{abs(margin.distance):.4f}, noise {margin.noise.how}"
     latency = (
         f"{b['cost/latency_ms']:.3f} ms against {a['cost/latency_ms']:.3f} ({change.ratio:.2f} of its BPU time "
         f"[{change.low:.2f}, {change.high:.2f}])"
     )
-    drop = f"drop {b['accuracy/drop']:+.4f} against {a['accuracy/drop']:+.4f} (difference {noise}: {sure})"
-    return f"\n{YOURS:<12}{_word(session, trial, shown)}: {latency}, {drop}"
+    drop = f"drop {b['accuracy/drop']:+.4f} against {a['accuracy/drop']:+.4f} (difference {noise})"
+    return f"\n{YOURS:<12}{_word(session, trial, shown)}\n{'':<12}{latency}\n{'':<12}{drop}"
 
 
 def _word(session: Session, trial: FinishedTrial, shown: FinishedTrial) -> str:
