@@ -38,7 +38,7 @@ from qflow.study.identity import identity_tags, require_same
 from qflow.study.manifest import data_sets, manifest
 from qflow.study.outcome import best_line, trial_line
 from qflow.study.shared_files import write_shared
-from qflow.study.start_files import StartMix
+from qflow.study.start_files import StartMix, entry_of
 from qflow.study.worker import executor_of
 from qflow.tracking.lease import owned
 from qflow.tracking.mlflow_tracker import MlflowTracker
@@ -82,8 +82,7 @@ class Session:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """Versions and digests; the same for all trials of a start."""
-        start = {"start": self.start.digest} if self.start else {}
-        return {**manifest(self.evaluator), "example": example_digest(self.shared), **start}
+        return {**manifest(self.evaluator), "example": example_digest(self.shared), **entry_of(self.start)}
 
     @cached_property
     def shared(self) -> Path:

@@ -7,7 +7,7 @@ from qflow.search.objective import CONSTRAINT, meets, merit, over_budget
 from qflow.search.outcome import FailedTrial, FinishedTrial
 from qflow.search.strategies import BudgetSpent
 from qflow.study.baselines import ALL_INT8, ALL_INT16, METHOD, method_of
-from qflow.study.paired import paired_noise
+from qflow.study.paired import applied, paired_noise
 from qflow.study.session import Session
 
 START, YOURS = "start", "your mix"  # label of the trial, and of its row among the baselines
@@ -58,7 +58,7 @@ def against_start(session: Session, shown: FinishedTrial) -> str:
             f"\n{YOURS:<12}not beaten: of all that was tried it is {'the best' if meets(shown) else 'the nearest miss'}"
         )
     a, b = trial.outcome.metrics, shown.outcome.metrics
-    change = session.evaluator.pricer.change(session.applied(trial), session.applied(shown))
+    change = session.evaluator.pricer.change(applied(session, trial), applied(session, shown))
     margin = Margin(a["accuracy/drop"] - b["accuracy/drop"], paired_noise(session, shown, trial))
     noise = f"{margin}: {'beyond it' if margin.sure else 'within it'}"
     if not margin.noise.known:
