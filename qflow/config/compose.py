@@ -18,7 +18,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from qflow.config.command_schema import SCHEMAS, register_schema
 from qflow.config.explain import explain
 from qflow.config.keys import conf_dir
-from qflow.config.overrides import options_first, own_device, require_single, rewrite
+from qflow.config.overrides import options_first, own_files, require_single, rewrite
 from qflow.core.errors import ConfigError
 from qflow.process.allocator import keep_freed_memory
 from qflow.process.waiting import wait_briefly
@@ -46,7 +46,7 @@ def composed(name: str, module: str, act: Callable[[DictConfig], T], arguments: 
         if name != "tune":
             require_single(arguments, module)
         with ExitStack() as folders:
-            _compose(name, job, rewrite(own_device(arguments, folders)), _is_hydras(arguments))
+            _compose(name, job, rewrite(own_files(arguments, folders)), _is_hydras(arguments))
         if failed:
             raise failed[0]
     except (HydraException, OmegaConfBaseException, YAMLError) as error:

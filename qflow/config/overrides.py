@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 
 from qflow.config.command_table import named
 from qflow.config.keys import conf_dir, switches
+from qflow.config.own_conf import own_conf
 from qflow.config.quoting import assignment, in_braces, mended, quoted
 from qflow.config.yaml_file import mapping_text
 from qflow.core.errors import ConfigError
@@ -33,13 +34,15 @@ FIXES = re.compile(r"(calibration|qconfig|qat|repair)\.(?!(modules|rates)$)\w+$|
 """Keys that are removed from the search space when they get a single value."""
 
 
-def own_device(arguments: Sequence[str], folders: ExitStack) -> list[str]:
-    """Let `device=<path of a .yaml file>` name a file in any folder, by adding a link to it to Hydra's search path.
+def own_files(arguments: Sequence[str], folders: ExitStack) -> list[str]:
+    """Let overrides name the user's own files, by adding places to Hydra's search path.
 
-    The other files of its folder are linked too, so that it may start from one of them or from a shipped one. Raises
-    ConfigError for what is no device file.
+    `task=mine` may be conf/task/mine.yaml of the working folder (own_conf.py). `device=<path of a .yaml file>` is a
+    file in any folder: a link to it is made, and to the other files of its folder, so that it may start from one of
+    them or from a shipped one. Raises ConfigError for what is no device file, and for a file that has the name of a
+    shipped one.
     """
-    out = []
+    out, places = [], own_conf(arguments)
     for argument in arguments:
         key, _, value = argument.partition("=")
         path = Path(value).expanduser()
@@ -57,8 +60,10 @@ def own_device(arguments: Sequence[str], folders: ExitStack) -> list[str]:
         while (root / "device" / f"{name}.yaml").exists():
             name = f"own-{name}"
         _link(path, root / "device" / f"{name}.yaml")
-        out += [f"device={name}", f"hydra.searchpath=[{quoted(f'file://{root}')}]"]
-    return out
+        out.append(f"device={name}")
+        places.append(root)
+    path = ",".join(quoted(f"file://{place}") for place in places)
+    return [f"hydra.searchpath=[{path}]", *out] if places else out
 
 
 def _link(path: Path, link: Path) -> None:

@@ -4,6 +4,7 @@ __all__ = [
     "content_digest",
     "deployed",
     "details",
+    "detection",
     "digits",
     "dual",
     "early_stop",

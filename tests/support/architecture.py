@@ -38,7 +38,7 @@ SUBPACKAGES = {
     "quant": (("trace", "values"), ("model",), ("replay", "train")),
     "analysis": (("measures",), ("badcases", "layers", "sensitivity", "checks"), ("advice",)),
     "repair": (("base",), ("equalization", "calibration", "weights")),
-    "tasks": (("perception", "files", "metrics"), ("images",)),
+    "tasks": (("detection", "perception", "files", "metrics"), ("images", "starters")),
 }
 """The same within a package."""
 
