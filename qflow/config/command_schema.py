@@ -223,7 +223,16 @@ class TrainFloatSchema:
     training: TrainingSchema = field(default_factory=TrainingSchema)
 
 
+@dataclass(kw_only=True)
+class InitSchema:
+    """`python -m qflow.init`."""
+
+    kind: str = "classification"
+    """What the task is: classification, detection (pictures with COCO annotations), or module (no labels)."""
+
+
 SCHEMAS: dict[str, type] = {
+    "init": InitSchema,
     "tune": TuneSchema,
     "check": CheckSchema,
     "analyze": AnalyzeSchema,

@@ -40,6 +40,14 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
+    "init": Command(
+        "write a task of your own into the working folder, which runs as it is",
+        ("[kind=classification|detection|module]",),
+        "written",
+        "not done",
+        also=("kind=",),
+        values={"kind": ("classification", "detection", "module")},
+    ),
     "tune": Command(
         "run a study: baselines, sensitivities, search, and the best mix",
         ("+experiment=<name> [key=value ...]",),

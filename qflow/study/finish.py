@@ -23,6 +23,7 @@ from qflow.study.paired import applied, goal_margin
 from qflow.study.report import VERDICT, report_lines
 from qflow.study.session import Session
 from qflow.study.start_trial import against_start
+from qflow.trial.record import metrics_of
 
 NAMED = 12  # how many operators the console lists per dtype
 FEW_SAMPLES = 3  # a miss by so few samples is no safe verdict
@@ -45,7 +46,7 @@ def finish(session: Session) -> int:
     if best:
         summary["best"] = best.outcome.metrics
     note = document(session, table, text, shown)
-    metrics = {f"{name}/{k.split('/', 1)[1]}": v for name, found in summary.items() for k, v in found.items()}
+    metrics = {k: v for name, found in summary.items() for k, v in metrics_of(name, found).items()}
     place = _keep(session, note, text, best, metrics)
     mark_trials(session)
     session.console.say("\n" + table)

@@ -12,6 +12,7 @@ from qflow.search.objective import Goal, meets
 from qflow.search.outcome import FinishedTrial
 from qflow.search.standing import Standing
 from qflow.tracking.mlflow_tracker import MlflowTracker
+from qflow.trial.record import metrics_of
 
 DECISIONS, BASELINES = "qflow.decisions", "qflow.baselines"  # tags of the study's run, as JSON
 
@@ -42,11 +43,10 @@ def log_front(tracker: MlflowTracker, study_run: str, study: str, standing: Stan
     folder = root / "studies" / study
     if all((folder / name).exists() and (folder / name).read_text() == text for name, text in texts.items()):
         return  # unchanged
-    shown = {f"best/{key.split('/', 1)[1]}": value for key, value in metrics.items()}
     with TemporaryFolder() as beside:
         for name, text in texts.items():
             (Path(beside) / name).write_text(text)
         tags = {"qflow.best_so_far": best.run_id if best else ""}
-        tracker.log_study(study_run, folder=Path(beside), metrics=shown, tags=tags)
+        tracker.log_study(study_run, folder=Path(beside), metrics=metrics_of("best", metrics), tags=tags)
     for name, text in texts.items():  # last, so that after a kill the next start logs both again
         write_whole(folder / name, text)

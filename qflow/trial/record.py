@@ -88,6 +88,8 @@ def _loss(trial: TrialResult) -> float | None:
     return trial.training.losses[-1] if trial.training and trial.training.losses else None
 
 
+DETAIL = "detail/"  # begins the name of what the metric says beside its value
+
 RUN_METRICS: Mapping[str, Callable[[TrialResult], float | None]] = {
     "accuracy/drop": lambda trial: trial.drop,
     **{name: _of_cost(read) for name, read in COST_METRICS.items()},
@@ -115,4 +117,12 @@ def run_metrics(trial: TrialResult, accuracy: str) -> dict[str, float]:
 
 def detail_metrics(details: Mapping[str, float], prefix: str = "") -> dict[str, float]:
     """Return what a metric says beside its value under the names that it has on a run."""
-    return {f"{prefix}detail/{name}": value for name, value in details.items()}
+    return {f"{prefix}{DETAIL}{name}": value for name, value in details.items()}
+
+
+def metrics_of(mix: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics of a trial under the names that they have on its study's run: `best/map`, `best/detail/small`.
+
+    Without the word before the slash, but for details, which may have any name.
+    """
+    return {f"{mix}/{k if k.startswith(DETAIL) else k.split('/', 1)[1]}": v for k, v in metrics.items()}

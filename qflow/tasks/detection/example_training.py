@@ -53,9 +53,7 @@ def loss(outputs: tuple[Tensor, Tensor], labels: Tensor, sides: Tensor) -> Tenso
     return (of_classes + 2 * (1 - iou).sum()) / here.sum().clamp(min=1)
 
 
-def targets_of(
-    truth: Truth, stride: float, shape: tuple[int, int], categories: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def targets_of(truth: Truth, stride: float, shape: tuple[int, int], categories: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Classes [C, h, w] of a picture as 0 and 1, and log distances [4, h, w] where there is one."""
     labels, sides = torch.zeros(len(categories), *shape), torch.zeros(4, *shape)
     scale, left, top = truth["place"][:3].float().unbind()

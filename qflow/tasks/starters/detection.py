@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qflow.tasks.detection.boxes import best_boxes
+from qflow.tasks.detection.adapters import Suppression
 from qflow.tasks.detection.data import CocoData
 from qflow.tasks.detection.example_training import train_example
 
@@ -14,13 +14,14 @@ STRIDE = 8  # pixels of the image for one cell of the outputs
 
 
 class Detector(nn.Module):
-    """CHANGE: your network. Decoding and suppression of boxes stay out of it; `boxes` below does both in float."""
+    """CHANGE: your network. Decoding and suppression of boxes stay out of it; `Boxes` below does both in float."""
 
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(block(3, 32, 4), block(32, 48, 2), block(48, 48, 1))
         self.coarse = nn.Sequential(block(48, 48, 2), block(48, 48, 2), block(48, 48, 1), nn.Upsample(scale_factor=4))
         self.scores, self.distances = nn.Conv2d(48, CLASSES, 1), nn.Conv2d(48, 4, 1)
+        nn.init.constant_(self.scores.bias, -3.0)  # most cells show nothing
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """From images [B, 3, H, W]: logits [B, CLASSES, h, w], and log distances [B, 4, h, w] to a box's sides."""
@@ -45,15 +46,16 @@ def build_model(weights: str = "my_weights.pt") -> nn.Module:
     return model.eval()
 
 
-def boxes(outputs: tuple[Tensor, Tensor], size: tuple[int, int]) -> list[dict[str, Tensor]]:
-    """CHANGE: what your outputs mean, for images of `size` (height, width).
+class Boxes(Suppression):
+    """CHANGE: what your outputs mean; qflow.tasks.detection has adapters for Ultralytics and torchvision."""
 
-    Returns for each picture boxes [K, 4] (left, top, right, bottom in pixels), scores [K] and labels [K]: 0, 1, ... in
-    the order of the category ids. qflow.tasks.detection.adapters has those of Ultralytics, torchvision.py its own.
-    """
-    scores, distances = outputs
-    y, x = torch.meshgrid(*(torch.arange(cells) + 0.5 for cells in distances.shape[-2:]), indexing="ij")
-    centres = torch.stack([x, y, x, y], dim=-1).flatten(0, 1).to(distances)
-    found = (centres + distances.flatten(2).mT.exp() * distances.new_tensor([-1, -1, 1, 1])) * STRIDE
-    pairs = zip(found, scores.sigmoid().flatten(2).mT, strict=True)
-    return [best_boxes(box, score, least_score=0.01, most_overlap=0.6) for box, score in pairs]
+    def __call__(self, outputs: tuple[Tensor, Tensor], size: tuple[int, int]) -> list[dict[str, Tensor]]:
+        """For images of `size` (height, width) the boxes of each that stay, from all boxes and scores for the classes.
+
+        Boxes are left, top, right, bottom in pixels of the image, classes in the order of the category ids.
+        """
+        scores, distances = outputs
+        y, x = torch.meshgrid(*(torch.arange(cells) + 0.5 for cells in distances.shape[-2:]), indexing="ij")
+        centres = torch.stack([x, y, x, y], dim=-1).flatten(0, 1).to(distances)
+        boxes = (centres + distances.flatten(2).mT.exp() * distances.new_tensor([-1, -1, 1, 1])) * STRIDE
+        return self.kept(boxes, scores.sigmoid().flatten(2).mT)

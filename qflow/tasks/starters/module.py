@@ -33,7 +33,7 @@ class Data:
     """CHANGE: your inputs, preprocessed as at inference: dicts whose keys are the arguments of `forward`."""
 
     def __init__(self) -> None:
-        self.calibration = samples(128, seed=0)  # a few hundred that represent all
+        self.calibration = samples(256, seed=0)  # a few hundred that represent all
         self.evaluation = samples(256, seed=1)
 
 
