@@ -1,4 +1,4 @@
-"""python -m qflow.init [kind=<kind>]: write a task of your own into the working folder, which runs as it is.
+"""python -m qflow.init [<kind>]: write a task of your own into the working folder, which runs as it is.
 
 It writes `my_task.py`, `conf/task/mine.yaml` and a test; for detection a folder of pictures with annotations besides.
 Nothing is overwritten, and if one file cannot be written, none is. Exit code 0: written; 2: a mistake, or a file that

@@ -41,11 +41,11 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "init": Command(
-        "write a task of your own into the working folder, which runs as it is",
-        ("[kind=classification|detection|module]",),
+        "write a task of your own into this folder, which runs as it is",
+        ("[classification|detection|module]",),
         "written",
         "not done",
-        also=("kind=",),
+        also=("classification", "detection", "module"),
         values={"kind": ("classification", "detection", "module")},
     ),
     "tune": Command(

@@ -55,7 +55,8 @@ def groups(command: str) -> dict[str, tuple[str, list[str]]]:
     classes, chosen, folder = _group_classes(), _chosen(command), conf_dir()
     found = {name: classes[kind] for name, kind in _groups(_schemas()[command]) if name in chosen}
     about = {name: "" if FIELDS_OF.match(node.text) else first_sentence(node.text) for name, node in found.items()}
-    listed = {name: sorted(path.stem for path in (folder / name).glob("*.yaml")) for name in about}
+    folders = [folder, *filter(None, [own_conf_dir()])]
+    listed = {name: sorted({path.stem for f in folders for path in (f / name).glob("*.yaml")}) for name in about}
     about |= {"experiment": "A branch of the guide's tree, or `full`.", "debug": "Few samples and trials."}
     known = [key.path for key in keys(command)]
     for name in ("experiment", "debug"):
@@ -95,6 +96,12 @@ def conf_dir() -> Path:
     if spec is not None and spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations))).resolve()
     return QFLOW.parent / "conf"
+
+
+def own_conf_dir() -> Path | None:
+    """Return conf/ of the working folder, whose files are options beside the shipped ones; None if there is none."""
+    place = Path("conf").absolute()
+    return place if place.is_dir() and place.resolve() != conf_dir() else None
 
 
 def first_sentence(text: str) -> str:

@@ -62,8 +62,8 @@ def own_files(arguments: Sequence[str], folders: ExitStack) -> list[str]:
         _link(path, root / "device" / f"{name}.yaml")
         out.append(f"device={name}")
         places.append(root)
-    path = ",".join(quoted(f"file://{place}") for place in places)
-    return [f"hydra.searchpath=[{path}]", *out] if places else out
+    searched = ",".join(quoted(f"file://{place}") for place in places)
+    return [f"hydra.searchpath=[{searched}]", *out] if places else out
 
 
 def _link(path: Path, link: Path) -> None:
@@ -72,7 +72,7 @@ def _link(path: Path, link: Path) -> None:
 
 
 def flags_and_sources(command: str, arguments: Sequence[str]) -> list[str]:
-    """Rewrite what belongs to one command: `--check` to `check=true`, and words without `=` to its `sources`."""
+    """Rewrite what belongs to one command: `--check` to `check=true`, words without `=` to its `sources` or `kind`."""
     known_switches = switches(command)
     out: list[str] = []
     sources: list[str] = []
@@ -84,6 +84,8 @@ def flags_and_sources(command: str, arguments: Sequence[str]) -> list[str]:
             raise ConfigError(
                 f"An option is one of {', '.join(options)}, but got {argument}.{did_you_mean(argument, options)}"
             )
+        elif command == "init" and argument in named(command).values["kind"]:
+            out.append(f"kind={argument}")
         elif named(command).words:
             (out if "=" in argument or argument.startswith("-") else sources).append(argument)
         else:

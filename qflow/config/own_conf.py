@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from qflow.config.keys import conf_dir
+from qflow.config.keys import conf_dir, own_conf_dir
 from qflow.core.errors import ConfigError
 
 PLACED = ("--config-dir", "-cd", "hydra.searchpath")
@@ -17,8 +17,8 @@ def own_conf(arguments: Sequence[str]) -> list[Path]:
 
     Raises ConfigError if an option that is chosen is both there and shipped: the shipped file would be taken.
     """
-    place = Path("conf").absolute()
-    if not place.is_dir() or place.resolve() == conf_dir() or any(text.startswith(PLACED) for text in arguments):
+    place = own_conf_dir()
+    if place is None or any(text.startswith(PLACED) for text in arguments):
         return []
     for argument in arguments:
         group, _, option = argument.lstrip("+").partition("=")

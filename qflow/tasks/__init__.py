@@ -17,6 +17,7 @@ __all__ = [
     "onnx_model",
     "perception",
     "sequences",
+    "starters",
     "task",
     "temporal",
 ]

@@ -14,7 +14,7 @@ from qflow.tasks.starters.files import KINDS
 @pytest.mark.slow  # starts commands as processes of their own
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_study_of_what_was_written_runs(kind, tmp_path):
-    done = run_qflow("init", f"kind={kind}", cwd=tmp_path)
+    done = run_qflow("init", kind, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].split(maxsplit=1)[1] == "python -m qflow.tune +experiment=int8_int16 task=mine"
     short = ["repair=none", "sensitivity.bad_cases=2", "calibration.steps=2"]

@@ -23,7 +23,7 @@ def test_keys_are_completed_level_by_level_and_options_after_their_group(lead):
     assert complete(f"{lead}search.n_t") == ["search.n_trials="]
     assert complete(f"{lead}se") == ["search.", "search=", "seed=", "sensitivity.", "sensitivity="]
     assert complete(f"{lead}+experiment=int8_") == ["+experiment=int8_int16", "+experiment=int8_int16_fp16"]
-    assert complete(f"{lead}task=d") == ["task=digits", "task=dual"]
+    assert complete(f"{lead}task=d") == ["task=detection", "task=digits", "task=dual"]
     assert complete(f"{lead}task=digits --js") == ["--json"]
 
 

@@ -8,7 +8,7 @@ from qflow.tasks.details import details_of
 from qflow.tasks.digits import Accuracy
 from qflow.tasks.task import make_task
 from qflow.trial.evaluator import Evaluator
-from qflow.trial.record import Evaluation, run_metrics
+from qflow.trial.record import Evaluation, metrics_of, run_metrics
 
 
 class ByDigit:
@@ -59,6 +59,13 @@ def test_names_become_those_that_a_run_takes_and_stay_apart():
     }  # fmt: skip
     assert details_of(object()) == {}
     assert Evaluation(0.5, 2).details == {}
+
+
+def test_a_study_keeps_details_apart_from_what_it_says_of_a_mix_itself():
+    found = {"accuracy/drop": 0.25, "cost/bpu_ms": 2.0, "detail/drop": 0.5, "detail/class/a": 1.0}
+    assert metrics_of("best", found) == {
+        "best/drop": 0.25, "best/bpu_ms": 2.0, "best/detail/drop": 0.5, "best/detail/class/a": 1.0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("said", [lambda: 3.0, lambda: {"a": "b"}, lambda: 1 / 0])

@@ -77,7 +77,7 @@ def test_broken_files_are_named_counted_and_left_out(tmp_path):
     data = data_of(tmp_path, calibration_size=0, workers=2)
     assert len(data.evaluation) == 5
     (said,) = [note for note in data.notes if "left out" in note]
-    assert said.startswith("3 of 8 pictures are left out: 0001.jpg (image file is truncated")
+    assert said.startswith("data         3 of 8 pictures are left out: 0001.jpg (image file is truncated")
     assert "0002.jpg (No such file or directory)" in said and "0003.jpg (31x30 instead of" in said
     assert len(data_of(tmp_path).evaluation) + len(data_of(tmp_path).calibration) == 5
 

@@ -147,7 +147,7 @@ class CocoData:
             )
         if found.strays:
             notes.append(f"{found.strays} annotations belong to no picture of {annotations}")
-        self.notes = tuple(notes)
+        self.notes = tuple(f"{'data':<12} {text}" for text in notes)
 
     def _split(self, found: Annotations, order: Sequence[int], root: str, notes: list[str]) -> Pictures:
         """The pictures in this order that can be read. Raises DataError if none can."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def _picture(random: np.random.Generator) -> tuple[Image.Image, list[dict[str, A
         for x, y in random.uniform((left + 4, top + 4), (right - 4, bottom - 4), (20, 2)):
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), COLOURS[2])
         found.append(_annotation(2, (left, top, right, bottom), crowd=1))
-    sides = np.exp(random.uniform(*np.log(SIDES), size=int(random.integers(1, 4))))
+    least, most = map(math.log, SIDES)
+    sides = np.exp(random.uniform(least, most, int(random.integers(1, 4))))
     for side in sorted(sides.tolist(), reverse=True):  # the small ones lie in front
         category = int(random.choice(list(CATEGORIES)))
         box = _place(random, width, height, side)

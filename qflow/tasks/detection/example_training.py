@@ -32,7 +32,7 @@ def train_example(model: nn.Module, pictures: Pictures, epochs: int = 20) -> nn.
         steps = epochs * -(-len(images) // BATCH)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
         for _ in range(epochs):
-            for some in torch.randperm(len(images)).split(BATCH):
+            for some in torch.split(torch.randperm(len(images)), BATCH):
                 value = loss(model.train()(images[some]), labels[some], sides[some])
                 optimizer.zero_grad()
                 torch.autograd.backward(value)
