@@ -1,4 +1,4 @@
-"""Training of a small detector on the drawn pictures: seconds for a mAP of about 0.2, a minute for more.
+"""Training of a small detector on the drawn pictures, in less than a minute.
 
 The detector gives logits [B, C, h, w] and log distances [B, 4, h, w]: from the centre of a cell to left, top, right and
 bottom of its box, in cells. It learns as FCOS does: cells in the middle of a box have its class and its box.
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from qflow.tasks.detection.data import Pictures, Truth, collated
 
 BATCH, RATE = 8, 1e-2
+MIRRORED = {-1: [2, 1, 0, 3], -2: [0, 3, 2, 1]}  # axis -> the sides left, top, right, bottom after a flip along it
 MIDDLE = 0.2  # a cell is in the middle of a box within this share of its sides from the centre
 
 
-def train_example(model: nn.Module, pictures: Pictures, epochs: int = 20) -> nn.Module:
+def train_example(model: nn.Module, pictures: Pictures, epochs: int = 30) -> nn.Module:
     """Train `model` on all `pictures` in memory; repeatable on one machine. Returns it in eval mode."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
@@ -33,7 +34,11 @@ def train_example(model: nn.Module, pictures: Pictures, epochs: int = 20) -> nn.
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
         for _ in range(epochs):
             for some in torch.split(torch.randperm(len(images)), BATCH):
-                value = loss(model.train()(images[some]), labels[some], sides[some])
+                image, label, side = images[some], labels[some], sides[some]
+                for axis, swapped in MIRRORED.items():
+                    if torch.rand(()) < 0.5:
+                        image, label, side = image.flip(axis), label.flip(axis), side.flip(axis)[:, swapped]
+                value = loss(model.train()(image), label, side)
                 optimizer.zero_grad()
                 torch.autograd.backward(value)
                 optimizer.step()

@@ -21,6 +21,7 @@ class Detector(nn.Module):
         self.body = nn.Sequential(block(3, 32, 4), block(32, 48, 2), block(48, 48, 1))
         self.coarse = nn.Sequential(block(48, 48, 2), block(48, 48, 2), block(48, 48, 1), nn.Upsample(scale_factor=4))
         self.scores, self.distances = nn.Conv2d(48, CLASSES, 1), nn.Conv2d(48, 4, 1)
+        nn.init.constant_(self.scores.get_parameter("bias"), -3.0)  # most cells show nothing
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """From images [B, 3, H, W]: logits [B, CLASSES, h, w], and log distances [B, 4, h, w] to a box's sides."""
