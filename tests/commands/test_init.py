@@ -19,6 +19,7 @@ def test_a_study_of_what_was_written_runs(kind, tmp_path):
     assert done.stdout.splitlines()[-1].split(maxsplit=1)[1] == "python -m qflow.tune +experiment=int8_int16 task=mine"
     short = ["repair=none", "sensitivity.bad_cases=2", "calibration.steps=2"]
     if kind == "detection":  # without the training of the example, and on few of its pictures
+        pytest.importorskip("pycocotools", reason="the extra `detection` is not installed")
         from qflow.tasks.starters.detection import Detector
 
         torch.save(Detector().state_dict(), tmp_path / "my_weights.pt")
