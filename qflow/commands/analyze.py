@@ -66,7 +66,7 @@ def diagnose(config: DictConfig, stages: list[str]) -> dict[str, Any]:
     from qflow.report.analysis_files import write_analysis
     from qflow.report.console import Console
     from qflow.study.assemble import make_evaluator
-    from qflow.tracking.ended import end_abandoned, own_runs
+    from qflow.tracking.ended import own_runs
     from qflow.tracking.mlflow_tracker import MlflowTracker
     from qflow.trial.diagnosis import Diagnosis
 
@@ -74,7 +74,6 @@ def diagnose(config: DictConfig, stages: list[str]) -> dict[str, Any]:
     check_filters(config, stages)
     root = root_dir(config)
     tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment, patience(config))
-    end_abandoned(tracker)
     evaluator = make_evaluator(config)
     evaluator.check_data()
     console = Console()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from qflow.core.qconfig import QConfig
     from qflow.cost_model.records import CostReport
+    from qflow.tracking.mlflow_tracker import MlflowTracker
     from qflow.trial.evaluator import Evaluator
 
 SHOWN = 12  # operators on the console; the file has all
@@ -58,13 +59,11 @@ def report(config: DictConfig) -> Result:
     from qflow.core.raisable import kept_alone
     from qflow.cost_model.table import cost_metrics, cost_text
     from qflow.study.assemble import make_evaluator
-    from qflow.tracking.ended import end_abandoned, own_runs
     from qflow.tracking.mlflow_tracker import MlflowTracker
 
     settings = trial_settings(config)
     root = root_dir(config)
     tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment, patience(config))
-    end_abandoned(tracker)
     evaluator = make_evaluator(config)
     if settings.qconfig.needs_ranking:
         evaluator.rank()
@@ -77,6 +76,26 @@ def report(config: DictConfig) -> Result:
     print_comparisons(evaluator, applied, found, promotions)
     if held := len(priced) - len(promotions):
         print(f"{'':<12}not priced: {held} operators, because {config.device.march} would not keep int16 on them alone")
+    name, run = tracked(tracker, evaluator, applied, found, folder, config)
+    print(f"{'written':<12}{folder / 'cost.csv'}; MLflow run {name}")
+    record = {
+        "qconfig": applied.digest,
+        "metrics": cost_metrics(found),
+        "refusal": found.refusal,
+        "int16_costs_ms": dict(promotions),
+        "run": run,
+        "written": str(folder),
+    }
+    return int(bool(found.refusal)), record
+
+
+def tracked(
+    tracker: MlflowTracker, evaluator: Evaluator, applied: QConfig, found: CostReport, folder: Path, config: DictConfig
+) -> tuple[str, str]:
+    """Log values and files to a run; return its name and id."""
+    from qflow.cost_model.table import cost_metrics
+    from qflow.tracking.ended import own_runs
+
     name = f"{evaluator.task.name}/cost-{applied.digest[:8]}"  # one run for each qconfig, so that the UI compares them
     refusal = {"qflow.cost_refusal": found.refusal} if found.refusal else {}
     with own_runs(tracker) as own:
@@ -94,16 +113,7 @@ def report(config: DictConfig) -> Result:
             "cost.json and cost.csv the table, promotions.json what int16 would cost for each operator that keeps it.",
         )
         tracker.log_study(run, folder=folder, metrics=cost_metrics(found))
-    print(f"{'written':<12}{folder / 'cost.csv'}; MLflow run {name}")
-    record = {
-        "qconfig": applied.digest,
-        "metrics": cost_metrics(found),
-        "refusal": found.refusal,
-        "int16_costs_ms": dict(promotions),
-        "run": run,
-        "written": str(folder),
-    }
-    return int(bool(found.refusal)), record
+    return name, run
 
 
 def print_comparisons(

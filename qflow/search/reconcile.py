@@ -100,16 +100,22 @@ def check_invariants(study: Study, tracker: Tracker) -> list[str]:
     runs: dict[int, list[tuple[str, str, str | None]]] = {}
     problems = []
     for run_id, number, status, marker in tracker.trial_runs(study.name):
+        if number < 0:  # a trial by hand
+            continue
         runs.setdefault(number, []).append((run_id, status, marker))
         if status == "RUNNING":
             problems.append(f"Run {run_id} of trial {number} is RUNNING.")
-    for trial in study.trials():
+    trials = study.trials()
+    for number, found in runs.items():
+        if number >= len(trials) and any(marker for *_, marker in found):
+            problems.append(f"Trial {number} has a result in run {found[0][0]}, and the study has no such trial.")
+    for trial in trials:
         if trial.state == "running":
             problems.append(f"Trial {trial.number} is running.")
         elif trial.state == "complete":
             problems += _check_complete(trial, runs.get(trial.number, []))
-        elif any(status == "FINISHED" for _, status, _ in runs.get(trial.number, [])):
-            problems.append(f"Trial {trial.number} is {trial.state} but has a FINISHED run.")
+        elif any(status == "FINISHED" or marker for _, status, marker in runs.get(trial.number, [])):
+            problems.append(f"Trial {trial.number} is {trial.state} but has a FINISHED run, or one with a result.")
     return problems
 
 

@@ -115,13 +115,13 @@ class Study:
 
     @property
     def identity(self) -> str:
-        """What tells this study from another of the same name, in whatever folder or database that is.
+        """What tells this study from another of the same name, wherever that is; an empty text before `identify`."""
+        return str(self._study.user_attrs.get(IDENTITY, ""))
 
-        The first owner of the study sets it; the caller owns the study.
-        """
-        if IDENTITY not in self._study.user_attrs:
+    def identify(self) -> None:
+        """Give the study an identity, if it has none; the caller owns the study."""
+        if not self.identity:
             self._study.set_user_attr(IDENTITY, uuid.uuid4().hex)
-        return str(self._study.user_attrs[IDENTITY])
 
     def driver(self) -> AbstractContextManager[None]:
         """Return the lock for adding trials. Entering it raises TrackingError while another process holds it."""

@@ -29,7 +29,7 @@ from qflow.study.fingerprint import changes, fingerprint
 from qflow.study.manifest import data_sets, manifest
 from qflow.study.shared_files import write_shared
 from qflow.tracking.artifacts import Store
-from qflow.tracking.ended import end_abandoned, own_runs
+from qflow.tracking.ended import own_runs
 from qflow.tracking.lease import claims_of
 from qflow.tracking.limits import check_metric_name
 from qflow.tracking.mlflow_tracker import MlflowTracker
@@ -61,7 +61,6 @@ class ByHand:
         root = root_dir(config)
         _check_experiment(config, root)
         tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment, patience(config))
-        end_abandoned(tracker)
         evaluator, console = make_evaluator(config), Console()
         check_metric_name(evaluator.task.metric_name)
         for note in evaluator.task.notes:

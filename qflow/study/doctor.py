@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from qflow.analysis.badcases.state import read_state
+from qflow.core.credentials import masked
 from qflow.core.errors import QflowError, TrackingError
 from qflow.core.store import exclusive
+from qflow.core.temporary import PREFIX, left_over
 from qflow.process.running import is_running
+from qflow.quant.train.checkpoint import read_checkpoint
 from qflow.search.carried import study_names
 from qflow.search.reconcile import check_invariants
-from qflow.search.study import Study
+from qflow.search.study import IDENTITY, Study
+from qflow.study.identity import HOME, home
 from qflow.tracking.artifacts import Store
+from qflow.tracking.ended import abandoned, end_abandoned, own_running
 from qflow.tracking.lease import LEASE, claims_of, owned
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.tracking.registry import versions
 from qflow.trial.cache import damaged
 
 LEFT = 3600.0  # seconds after which a temporary file belongs to no process that still writes it
-OTHERS = ("training", "searches")  # folders in cache/ whose files have another form, and are checked by their readers
+OTHERS = ("training", "searches")
+"""Folders in cache/ whose files have another form."""
 AGAIN = " Start its qflow.tune once more: it ends what is open."
 
 
@@ -53,48 +61,75 @@ class Doctor:
             self._runs(studies),
             self._leases(studies),
             self._cache(),
+            self._checkpoints(),
             self._left_over(),
             self._registry(),
         ]
 
     def _agreement(self, studies: dict[str, tuple[str, str]]) -> Finding:
-        known, found = study_names(self.storage), Finding("studies")
-        here = {name: place for run, (name, place) in studies.items() if name in known and not self._living(run)}
-        for name, experiment in here.items():
+        """Compare every trial of a search with its run; look for searches without runs, and runs without a search."""
+        known, found, here = set(study_names(self.storage)), Finding("studies"), 0
+        for run, (name, experiment) in studies.items():
+            if self._living(run):
+                continue
             tracker = MlflowTracker(self.store.client, self.store.uri, experiment)
-            problems = check_invariants(Study.read(self.storage, name), tracker)
+            if name not in known:
+                if self._is_of_this_folder(run) and any(n >= 0 and text for _, n, _, text in tracker.trial_runs(name)):
+                    found.wrong.append(
+                        f"{name}: its runs are of this folder, and its search is not in {masked(str(self.storage))}. "
+                        "Name its search.storage, or restore the database."
+                    )
+                continue
+            study = Study.read(self.storage, name)
+            if study.identity and study.identity != self.store.run(run)[0].get(IDENTITY, study.identity):
+                continue  # of another folder; its own search is looked for below
+            known.discard(name)
+            here += 1
+            problems = check_invariants(study, tracker)
             found.wrong += [f"{name}: {text}{AGAIN if 'running' in text.lower() else ''}" for text in problems]
-        number = f"{len(here)} studies of this folder agree with their runs"
-        found.told = number if len(here) != 1 else "the study of this folder agrees with its runs"
+        driven = {name for run, (name, _) in studies.items() if self._living(run)}
+        for name in sorted(known - driven):
+            count = sum(trial.state == "complete" for trial in Study.read(self.storage, name).trials())
+            if count:
+                found.wrong.append(
+                    f"{name}: its search has {count} finished trials, whose runs are not in {masked(self.store.uri)}. "
+                    "Name its tracking.uri, or restore the store."
+                )
+        found.told = f"{here} studies of this folder agree with their runs"
+        if here == 1:
+            found.told = "the study of this folder agrees with its runs"
         if found.wrong:
-            found.told = f"of {len(here)} studies some do not agree with their runs"
+            found.told = "some studies do not agree with their runs"
         return found
 
+    def _is_of_this_folder(self, run: str) -> bool:
+        return self.store.run(run)[0].get(HOME) == home(self.root)
+
     def _runs(self, studies: dict[str, tuple[str, str]]) -> Finding:
-        """Find runs that are RUNNING in studies that nobody drives; mending them ends them, committed ones as such."""
+        """Find runs that are RUNNING without a process; mending them ends them, committed ones as such."""
         found = Finding("runs", "no run is RUNNING without a process")
+        for experiment in sorted({experiment for _, experiment in studies.values()}):
+            tracker = MlflowTracker(self.store.client, self.store.uri, experiment)
+            if left := [run for run, tags in own_running(tracker).items() if abandoned(tags)]:
+                end = partial(end_abandoned, tracker)
+                self._mend(found, f"{len(left)} runs are RUNNING, and the process of each has ended", end, "ends them")
         for run, (name, experiment) in studies.items():
             tracker = MlflowTracker(self.store.client, self.store.uri, experiment)
-            open_runs = [key for key in tracker.running_trials(name) if not _by_hand(tracker, key)]
-            if self.store.client.get_run(run).info.status == "RUNNING":
-                open_runs.append(run)
-            if not open_runs or self._living(run):
-                continue
-            if not self.fix:
-                found.wrong.append(
-                    f"{name}: {len(open_runs)} runs are RUNNING, and no process drives the study. fix=true ends them."
-                )
-                continue
-            try:
-                with owned(tracker, name, self.root):
-                    for key in open_runs:
-                        tracker.end(key, "FINISHED" if tracker.result(key) else "KILLED", "its process has ended")
-                found.mended.append(f"{name}: {len(open_runs)} runs are ended")
-            except TrackingError as error:
-                found.wrong.append(f"{name}: {error}")
+            by_processes = own_running(tracker)
+            open_runs = [key for key in [*tracker.running_trials(name), run] if key not in by_processes]
+            open_runs = [key for key in open_runs if self.store.client.get_run(key).info.status == "RUNNING"]
+            if open_runs and not self._living(run):
+                end = partial(self._end, tracker, name, open_runs)
+                what = f"{name}: {len(open_runs)} runs are RUNNING, and no process drives the study"
+                self._mend(found, what, end, "ends them")
         if found.wrong:
             found.told = "some runs are RUNNING without a process"
         return found
+
+    def _end(self, tracker: MlflowTracker, name: str, open_runs: list[str]) -> None:
+        with owned(tracker, name, self.root):
+            for key in open_runs:
+                tracker.end(key, "FINISHED" if tracker.result(key) else "KILLED", "its process has ended")
 
     def _leases(self, studies: dict[str, tuple[str, str]]) -> Finding:
         found, living = Finding("leases"), []
@@ -118,11 +153,29 @@ class Doctor:
         found.told = f"{len(files)} files, {len(found.wrong) + len(found.mended)} of them damaged"
         return found
 
+    def _checkpoints(self) -> Finding:
+        """Read what trainings and long searches for bad cases continue from."""
+        found, cache = Finding("checkpoints"), self.root / "cache"
+        files = [*cache.glob("training/**/*.safetensors"), *cache.glob("searches/*.pt")]
+        for file in sorted(files):
+            try:
+                read_state(file, {}) if file.suffix == ".pt" else read_checkpoint(file)
+            except (QflowError, ValueError, KeyError, TypeError) as error:
+                what = f"{file} cannot be read ({type(error).__name__}), so that what it continues would start over"
+                self._mend(found, what, file.unlink)
+        found.told = f"{len(files)} of trainings and searches, {len(found.wrong) + len(found.mended)} of them damaged"
+        return found
+
     def _left_over(self) -> Finding:
         found = Finding("left over", "no temporary files and folders of processes that have ended")
+        tops = [path for path in self.root.iterdir() if path.is_dir() and path.name != "artifacts"]
+        places = {path.parent for top in tops for path in top.rglob(f"{PREFIX}*")}
+        for place in sorted({self.root, Path(tempfile.gettempdir()), *places}):
+            for path in list(left_over(place)):
+                self._mend(found, f"{path} is left over", partial(_delete, path))
         old = time.time() - LEFT
-        for path in [*self.root.glob("scratch/*"), *self.root.glob("cache/**/*.tmp"), *self.root.glob("*.init-*")]:
-            if path.lstat().st_mtime < old and not self._locked(path.name):
+        for path in [*self.root.glob("scratch/*"), *self.root.glob("*.init-*")]:
+            if path.exists() and path.lstat().st_mtime < old and not self._locked(path.name):
                 self._mend(found, f"{path} is left over", partial(_delete, path))
         if found.wrong:
             found.told = "some temporary files and folders are left over"
@@ -160,19 +213,15 @@ class Doctor:
         """Return whether the owner of a study lives, or may live on another host."""
         return any(is_running(claim.process) is not False for claim in claims_of(self.store.run(run)[0]))
 
-    def _mend(self, found: Finding, what: str, act: Callable[[], None]) -> None:
+    def _mend(self, found: Finding, what: str, act: Callable[[], None], does: str = "removes it") -> None:
         if not self.fix:
-            found.wrong.append(f"{what}. fix=true removes it.")
+            found.wrong.append(f"{what}. fix=true {does}.")
             return
         try:
             act()
-            found.mended.append(f"{what}: removed")
-        except OSError as error:
-            found.wrong.append(f"{what}, and cannot be removed: {error.strerror}.")
-
-
-def _by_hand(tracker: MlflowTracker, run: str) -> bool:
-    return tracker.run_tags(run).get("qflow.trial", "").startswith("-")
+            found.mended.append(f"{what}: done")
+        except (OSError, TrackingError) as error:
+            found.wrong.append(f"{what}, which stays so: {getattr(error, 'strerror', None) or error}")
 
 
 def _delete(path: Path) -> None:

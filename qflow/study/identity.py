@@ -45,4 +45,10 @@ def require_same(study: Study, tracker: MlflowTracker, root: Path, state: Mappin
 
 def identity_tags(study: Study, root: Path) -> dict[str, str]:
     """Return the tags of the study's run by which another start recognises it."""
-    return {IDENTITY: study.identity, HOME: f"{socket.gethostname()}:{root}"}
+    study.identify()
+    return {IDENTITY: study.identity, HOME: home(root)}
+
+
+def home(root: Path) -> str:
+    """Return what names a folder of this host."""
+    return f"{socket.gethostname()}:{root}"

@@ -19,6 +19,13 @@ PROCESS = "qflow.process"
 """Tag of a run: the process that writes it by itself."""
 
 
+def own_running(tracker: MlflowTracker) -> dict[str, dict[str, str]]:
+    """Return run id -> tags of the runs of the experiment that a process writes, or wrote, by itself."""
+    with tracker.calling() as client:
+        query = f"attributes.status = 'RUNNING' and tags.`{PROCESS}` LIKE '%'"
+        return {run.info.run_id: run.data.tags for run in client.search_runs([tracker.experiment_id], query)}
+
+
 def abandoned(tags: Mapping[str, str]) -> bool:
     """Return whether the process that wrote a run by itself is known to have ended, and no search has taken it over."""
     taken = any(is_running(claim.process) is not False for claim in claims_of(dict(tags)))
@@ -35,7 +42,7 @@ def has_ended(text: str) -> bool:
 
 def end_abandoned(tracker: MlflowTracker) -> None:
     """End the runs of the experiment that killed processes have left: FINISHED if the result was committed."""
-    for run, tags in _running(tracker).items():
+    for run, tags in own_running(tracker).items():
         if abandoned(tags):
             tracker.end(run, "FINISHED" if RESULT in tags else "KILLED", "its process has ended")
 
@@ -45,8 +52,9 @@ def own_runs(tracker: MlflowTracker) -> Iterator[dict[str, str]]:
     """End what this process writes by itself with the block; yield the tag of such a run that exists already.
 
     Every run that is made in the block, or opened again with this tag, is FINISHED at its end, KILLED by Ctrl-C or
-    SIGTERM at any moment, and FAILED with the reason by another error.
+    SIGTERM at any moment, and FAILED with the reason by another error. What killed processes have left is ended first.
     """
+    end_abandoned(tracker)
     tag, source = {PROCESS: to_json(this_process())}, tracker.source
     tracker.source = {**source, **tag}
     try:
@@ -62,12 +70,6 @@ def own_runs(tracker: MlflowTracker) -> Iterator[dict[str, str]]:
 
 
 def _end(tracker: MlflowTracker, tag: Mapping[str, str], status: str, reason: str | None = None) -> None:
-    for run, tags in _running(tracker).items():
+    for run, tags in own_running(tracker).items():
         if tag.items() <= tags.items():
             tracker.end(run, status, reason)
-
-
-def _running(tracker: MlflowTracker) -> dict[str, dict[str, str]]:
-    with tracker.calling() as client:
-        query = f"attributes.status = 'RUNNING' and tags.`{PROCESS}` LIKE '%'"
-        return {run.info.run_id: run.data.tags for run in client.search_runs([tracker.experiment_id], query)}

@@ -51,9 +51,10 @@ def test_what_a_killed_process_has_left_is_ended_by_the_next_one(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     tracker = Harness(tmp_path).tracker
+    assert len(tracker.running_trials("s")) == 2
     with own_runs(tracker):
         mine = tracker.open_study("mine", tags={}, params={}, description="")
-        assert len(tracker.running_trials("s")) == 2
+        assert len(tracker.running_trials("s")) == 0
         end_abandoned(tracker)
         assert tracker.client.get_run(mine).info.status == "RUNNING"
     assert tracker.client.get_run(tracker.find_study("s")).info.status == "KILLED"
