@@ -167,6 +167,12 @@ class Rounds:
         return found
 
 
+def _said(case: Case, where: str, violations: list[str]) -> list[str]:
+    for text in violations:
+        print(f"{case.name} {where}: {text}", flush=True)
+    return [f"{case.name} {where}: {text}" for text in violations]
+
+
 def _steady(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _steady(item) for key, item in value.items() if key not in VARYING}
@@ -199,12 +205,11 @@ def command_ends(folder: Path, times: int, every: int, rng: random.Random, only:
         for (at, after), sign in zip(places, signs, strict=False):
             rounds.begin()
             where = f"{sign.name} {'after' if after else 'before'} call {at}"
-            found += [f"{case.name} {where}: {text}" for text in rounds.at_call(sign, at, after)]
+            found += _said(case, where, rounds.at_call(sign, at, after))
         for sign in itertools.islice(signs, times):
             rounds.begin()
-            after = rng.uniform(0.0, rounds.seconds)
-            where = f"{sign.name} after {after:.2f} s"
-            found += [f"{case.name} {where}: {text}" for text in rounds.at_moment(sign, after)]
+            seconds = rng.uniform(0.0, rounds.seconds)
+            found += _said(case, f"{sign.name} after {seconds:.2f} s", rounds.at_moment(sign, seconds))
         words = [case.name, *[w.partition("=")[0] for w in case.arguments if w.startswith(("bundle=", "import="))]]
         print(f"{' '.join(words):<18}{rounds.calls:>6}{len(places):>16}{times:>12}{len(found):>12}", flush=True)
         violations += found

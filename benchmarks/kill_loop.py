@@ -16,6 +16,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  # imported here, so that no round spends time on it
@@ -37,11 +38,36 @@ FIXED = [("all-int8", {"int16_ratio": 0.0}), ("all-int16", {"int16_ratio": 1.0})
 CLEAN, FULL = 3, 0  # exit codes of a round: ended by SIGTERM in order, ran to the end
 
 
-def open_search(folder: Path) -> tuple[Study, MlflowTracker]:
+@dataclass(frozen=True)
+class Stores:
+    """Where runs and searches are kept: by default in SQLite files in the folder of the search."""
+
+    uri: str | None = None
+    storage: str | None = None
+    study: str = "kill/loop"
+
+    @property
+    def served(self) -> bool:
+        """Whether the stores outlive the folder of a round."""
+        return self.uri is not None
+
+
+LOCAL = Stores()
+
+
+def open_search(folder: Path, stores: Stores = LOCAL) -> tuple[Study, MlflowTracker]:
     """Study and tracker of the search in `folder`."""
-    tracker = MlflowTracker.open(None, folder, "kill-loop")
-    directions = ("maximize", "minimize")
-    return Study.open(folder, "kill/loop", space=SPACE, directions=directions, n_trials=40), tracker
+    tracker = MlflowTracker.open(stores.uri, folder, "kill-loop")
+    folder.mkdir(parents=True, exist_ok=True)
+    study = Study.open(
+        stores.storage or folder,
+        stores.study,
+        space=SPACE,
+        directions=("maximize", "minimize"),
+        n_trials=40,
+        locks=folder,
+    )
+    return study, tracker
 
 
 def evaluator(log: Path, seconds: float) -> Callable[[Values, Path], Outcome]:
@@ -62,7 +88,7 @@ def evaluator(log: Path, seconds: float) -> Callable[[Values, Path], Outcome]:
     return evaluate
 
 
-def round_in_child(folder: Path, trials: int) -> int:
+def round_in_child(folder: Path, trials: int, stores: Stores = LOCAL) -> int:
     """Start the search in a forked process and return its process id."""
     child = os.fork()
     if child:
@@ -70,7 +96,7 @@ def round_in_child(folder: Path, trials: int) -> int:
     code = 1
     try:
         with interrupts():
-            study, tracker = open_search(folder)
+            study, tracker = open_search(folder, stores)
             evaluate = evaluator(folder / "evaluations.log", 0.02)
             run_trials(
                 study,
@@ -90,37 +116,39 @@ def round_in_child(folder: Path, trials: int) -> int:
         os._exit(code)
 
 
-def check_in_child(folder: Path) -> int:
+def check_in_child(folder: Path, stores: Stores = LOCAL) -> int:
     """Print the problems of the store from a process of its own, and return their number."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    problems = check_invariants(*open_search(folder))
+    problems = check_invariants(*open_search(folder, stores))
     print("\n".join(problems), end="\n" if problems else "", flush=True)
     os._exit(min(100, len(problems)))
 
 
-def kill_rounds(folder: Path, kills: int, terms: float, trials: int, rng: random.Random) -> collections.Counter[str]:
+def kill_rounds(
+    folder: Path, kills: int, terms: float, trials: int, rng: random.Random, stores: Stores = LOCAL
+) -> collections.Counter[str]:
     """Run the rounds that are ended by a signal; returns how often each kind of end occurred."""
     ends: collections.Counter[str] = collections.Counter()
     for turn in range(kills):
         if turn == kills // 5:
-            check_in_child(folder)  # creates the databases if none is complete yet
+            check_in_child(folder, stores)  # creates the databases if none is complete yet
         (folder / "began").unlink(missing_ok=True)
-        child = round_in_child(folder, trials)
+        child = round_in_child(folder, trials, stores)
         time.sleep(rng.uniform(0.0, 3.0) if turn < kills // 5 else rng.uniform(0.05, 0.7))
         sign = signal.SIGTERM if rng.random() < terms else signal.SIGKILL
         os.kill(child, sign)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         ends["complete" if code == FULL else "SIGTERM in order" if code == CLEAN else f"code {code}"] += 1
         if code == CLEAN and (folder / "began").exists():  # earlier, a trial of the last kill may be left
-            ends["disagreements after SIGTERM"] += check_in_child(folder)
+            ends["disagreements after SIGTERM"] += check_in_child(folder, stores)
     return ends
 
 
-def final_checks(folder: Path, trials: int) -> list[str]:
+def final_checks(folder: Path, trials: int, stores: Stores = LOCAL) -> list[str]:
     """The problems after the last round, one sentence each."""
-    study, tracker = open_search(folder)
+    study, tracker = open_search(folder, stores)
     problems = check_invariants(study, tracker)
     kept = study.trials()
     complete = [trial for trial in kept if trial.state == "complete"]

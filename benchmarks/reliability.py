@@ -4,6 +4,10 @@ kills     a search is ended 200 times at random moments, by SIGKILL and SIGTERM
 stops     a search is killed before and after each of its calls to MLflow and to Optuna's storage
 faults    each of these calls fails, before it has an effect and after it (the answer is lost)
 commands  every other command is killed, terminated and interrupted, at random moments and at its calls to MLflow
+postgresql  kills, stops and faults again, with the search in PostgreSQL, and the runs behind an MLflow server
+servers   an MLflow server and PostgreSQL are killed, and started again, while a search runs
+promotes  two trials of a study are promoted at once
+ownership one study from two hosts (network namespaces), and the network of its owner is cut
 disk      the disk of `qflow.tune` is full, at 30 sizes
 tampered  a stored trial, an archive and the cache are changed at random, 100 times, and promoted, imported or used
 
@@ -28,8 +32,11 @@ from pathlib import Path
 from benchmarks import kill_loop
 from benchmarks.command_ends import command_ends
 from benchmarks.full_disk import full_disk
+from benchmarks.on_servers import on_postgresql, servers_killed
+from benchmarks.ownership import ownership
 from benchmarks.store_calls import at_each_call, fail, kill
 from benchmarks.tampering import tampered
+from benchmarks.two_promotes import two_promotes
 
 
 def kills(folder: Path, times: int, seed: int) -> list[str]:
@@ -53,6 +60,8 @@ def main() -> int:
     )
     parser.add_argument("--moments", type=int, default=24, help="random moments at which each command is ended")
     parser.add_argument("--only", nargs="*", default=(), help="commands of the part commands; all without a name")
+    parser.add_argument("--servers", type=int, default=20, help="kills of servers")
+    parser.add_argument("--promotes", type=int, default=10, help="rounds of two promotions at once")
     parser.add_argument("--disks", type=int, default=30)
     parser.add_argument("--changes", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -64,6 +73,12 @@ def main() -> int:
         "commands": lambda folder: command_ends(
             folder, options.moments, options.every, random.Random(options.seed), options.only
         ),
+        "postgresql": lambda folder: on_postgresql(folder, options.kills, options.every, random.Random(options.seed)),
+        "servers": lambda folder: servers_killed(
+            folder, options.servers, 4 * options.servers, random.Random(options.seed)
+        ),
+        "promotes": lambda folder: two_promotes(folder, options.promotes),
+        "ownership": ownership,
         "disk": lambda folder: full_disk(folder, options.disks),
         "tampered": lambda folder: tampered(folder, options.changes, random.Random(options.seed)),
     }

@@ -14,10 +14,12 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import kill_loop
+from benchmarks.kill_loop import Stores
 from qflow.search.loop import run_trials
 
 TRIALS = 4
@@ -78,9 +80,9 @@ def fail() -> None:
     raise Injected("injected")
 
 
-def search(folder: Path, injection: Injection) -> None:
+def search(folder: Path, injection: Injection, stores: Stores = kill_loop.LOCAL) -> None:
     """Run the search of benchmarks/kill_loop.py in `folder` with disturbed calls."""
-    study, tracker = kill_loop.open_search(folder)
+    study, tracker = kill_loop.open_search(folder, stores)
     injection.wrap(tracker.client, CLIENT)
     injection.wrap(study._study._storage, STORAGE)  # below Optuna's logic, where a database would fail
     evaluate = kill_loop.evaluator(folder / "evaluations.log", 0.0)
@@ -100,34 +102,36 @@ def in_child(work: Callable[[], object]) -> int:
     os._exit(code)
 
 
-def at_each_call(folder: Path, disturb: Callable[[], None], every: int) -> list[str]:
+def at_each_call(folder: Path, disturb: Callable[[], None], every: int, stores: Stores = kill_loop.LOCAL) -> list[str]:
     """Disturb each `every`-th call of a search, before and after it has an effect.
 
-    Returns the violations, one sentence each, after the search has run once more undisturbed.
+    With stores on servers every round has a study of its own. Returns the violations, one sentence each, after the
+    search has run once more undisturbed.
     """
     place, empty = folder / "round", folder / "empty"
-    kill_loop.check_in_child(place)  # creates the databases, which name this place
+    kill_loop.check_in_child(place, stores)  # creates the databases, which name this place
     place.rename(empty)
-    calls = _count(empty, place)
+    calls = _count(empty, place, replace(stores, study="kill/count"))
     ends: collections.Counter[str] = collections.Counter()
     violations = []
     for at in range(1, calls + 1, every):
         for after in (False, True):
             shutil.copytree(empty, place)
             injection = Injection(at, disturb, after)
-            end = in_child(lambda: search(place, injection))  # noqa: B023
+            own = replace(stores, study=f"kill/{disturb.__name__}-{at}-{int(after)}") if stores.served else stores
+            end = in_child(lambda: search(place, injection, own))  # noqa: B023
             ends[{0: "went on", 2: "ended with an error"}.get(end, "killed")] += 1
             moment = f"{'after' if after else 'before'} call {at}"
-            violations += [f"{moment}: {text}" for text in _problems_at_next_start(place)]
+            violations += [f"{moment}: {text}" for text in _problems_at_next_start(place, own)]
             shutil.rmtree(place)
     print(f"{calls} calls, {sum(ends.values())} rounds: {dict(ends)}")
     return violations
 
 
-def _count(empty: Path, place: Path) -> int:
+def _count(empty: Path, place: Path, stores: Stores) -> int:
     def counted() -> None:
         injection = Injection()
-        search(place, injection)
+        search(place, injection, stores)
         (place / "calls").write_text(str(injection.calls))
 
     shutil.copytree(empty, place)
@@ -137,11 +141,11 @@ def _count(empty: Path, place: Path) -> int:
     return calls
 
 
-def _problems_at_next_start(place: Path) -> list[str]:
+def _problems_at_next_start(place: Path, stores: Stores) -> list[str]:
     def check() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            (place / "problems").write_text("\n".join(kill_loop.final_checks(place, TRIALS)))
+            (place / "problems").write_text("\n".join(kill_loop.final_checks(place, TRIALS, stores)))
 
-    if (again := in_child(lambda: search(place, Injection()))) != 0:
+    if (again := in_child(lambda: search(place, Injection(), stores))) != 0:
         return [f"The next start ended with {again}."]
     return (place / "problems").read_text().splitlines() if in_child(check) == 0 else ["The last check failed."]
