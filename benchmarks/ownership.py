@@ -1,9 +1,9 @@
 """One study from two hosts, whose network fails; a part of benchmarks/reliability.py.
 
-Two network namespaces with host names of their own stand for the hosts. Both reach one PostgreSQL server. While the first
-drives the study, a start on the second must be refused. Then the first loses its network: the second takes the study
-over. When the network is back, the first must notice it, commit nothing more, and leave. In the end study and runs must
-agree, and no trial may be there twice.
+Two network namespaces with host names of their own stand for the hosts. Both reach one PostgreSQL server. While the
+first drives the study, a start on the second must be refused. Then the first loses its network: the second takes the
+study over. When the network is back, the first must notice it, commit nothing more, and leave. In the end study and
+runs must agree, and no trial may be there twice.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ postgresql  kills, stops and faults again, with the search in PostgreSQL, and th
 servers   an MLflow server and PostgreSQL are killed, and started again, while a search runs
 promotes  two trials of a study are promoted at once
 ownership one study from two hosts (network namespaces), and the network of its owner is cut
+workers   a worker of a study in two processes is killed, again and again
 disk      the disk of `qflow.tune` is full, at 30 sizes
 tampered  a stored trial, an archive and the cache are changed at random, 100 times, and promoted, imported or used
 
@@ -37,6 +38,7 @@ from benchmarks.ownership import ownership
 from benchmarks.store_calls import at_each_call, fail, kill
 from benchmarks.tampering import tampered
 from benchmarks.two_promotes import two_promotes
+from benchmarks.worker_kills import worker_kills
 
 
 def kills(folder: Path, times: int, seed: int) -> list[str]:
@@ -62,6 +64,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=(), help="commands of the part commands; all without a name")
     parser.add_argument("--servers", type=int, default=20, help="kills of servers")
     parser.add_argument("--promotes", type=int, default=10, help="rounds of two promotions at once")
+    parser.add_argument("--workers", type=int, default=20, help="kills of workers")
     parser.add_argument("--disks", type=int, default=30)
     parser.add_argument("--changes", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -79,6 +82,7 @@ def main() -> int:
         ),
         "promotes": lambda folder: two_promotes(folder, options.promotes),
         "ownership": ownership,
+        "workers": lambda folder: worker_kills(folder, options.workers, random.Random(options.seed)),
         "disk": lambda folder: full_disk(folder, options.disks),
         "tampered": lambda folder: tampered(folder, options.changes, random.Random(options.seed)),
     }
