@@ -8,6 +8,7 @@ command runs once more, and then the same must hold, and its result must be that
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import itertools
 import json
@@ -19,6 +20,7 @@ import sqlite3
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -109,6 +111,7 @@ class Rounds:
             return code, out.read().decode(errors="replace"), err.read().decode(errors="replace")
 
     def _command(self, injection: Injection) -> int:
+        weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # folders of the parent, which stay
         end_at_once()
         os.environ["TMPDIR"], tempfile.tempdir = str(self.temporary), None
         injection.wrap(MlflowClient, CALLS)
@@ -122,6 +125,7 @@ class Rounds:
                 (self.temporary / "calls").write_text(str(injection.calls))
             return int(end.code or 0)
         finally:
+            atexit._run_exitfuncs()  # os._exit leaves them out
             sys.stdout.flush()
             sys.stderr.flush()
         return 0

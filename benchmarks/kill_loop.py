@@ -49,7 +49,7 @@ class Stores:
     @property
     def served(self) -> bool:
         """Whether the stores outlive the folder of a round."""
-        return self.uri is not None
+        return self.uri is not None or self.storage is not None
 
 
 LOCAL = Stores()

@@ -1,16 +1,16 @@
 """Proves that nothing is lost and nothing is let in: `python -m benchmarks.reliability [part ...]`.
 
-kills     a search is ended 200 times at random moments, by SIGKILL and SIGTERM
-stops     a search is killed before and after each of its calls to MLflow and to Optuna's storage
-faults    each of these calls fails, before it has an effect and after it (the answer is lost)
-commands  every other command is killed, terminated and interrupted, at random moments and at its calls to MLflow
+kills       a search is ended 200 times at random moments, by SIGKILL and SIGTERM
+stops       a search is killed before and after each of its calls to MLflow and to Optuna's storage
+faults      each of these calls fails, before it has an effect and after it (the answer is lost)
+commands    every other command is killed, terminated and interrupted, at random moments and at its calls to MLflow
 postgresql  kills, stops and faults again, with the search in PostgreSQL, and the runs behind an MLflow server
-servers   an MLflow server and PostgreSQL are killed, and started again, while a search runs
-promotes  two trials of a study are promoted at once
-ownership one study from two hosts (network namespaces), and the network of its owner is cut
-workers   a worker of a study in two processes is killed, again and again
-disk      the disk of `qflow.tune` is full, at 30 sizes
-tampered  a stored trial, an archive and the cache are changed at random, 100 times, and promoted, imported or used
+servers     an MLflow server and PostgreSQL are killed, and started again, while a search runs
+promotes    two trials of a study are promoted at once
+ownership   one study from two hosts (network namespaces), and the network of its owner is cut
+workers     a worker of a study in two processes is killed, again and again
+disk        the disk of `qflow.tune` is full, at 30 sizes
+tampered    a stored trial, an archive and the cache are changed at random, 100 times, and promoted, imported or used
 
 After each disturbance the same search runs again undisturbed. Then study and runs must agree on every trial, no trial
 may be missing, and no point may have been evaluated again after its commit. Of what was tampered with, nothing may be

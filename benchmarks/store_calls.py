@@ -111,7 +111,7 @@ def at_each_call(folder: Path, disturb: Callable[[], None], every: int, stores: 
     place, empty = folder / "round", folder / "empty"
     kill_loop.check_in_child(place, stores)  # creates the databases, which name this place
     place.rename(empty)
-    calls = _count(empty, place, replace(stores, study="kill/count"))
+    calls = _count(empty, place, replace(stores, study=f"kill/count-{disturb.__name__}"))
     ends: collections.Counter[str] = collections.Counter()
     violations = []
     for at in range(1, calls + 1, every):

@@ -41,6 +41,7 @@ def run_command(name: str, act: Callable[[DictConfig], Result], argv: Sequence[s
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name must not end a study where the console is ASCII
+    message = ""
     with only_json(json) as write:
         try:
             with interrupts():  # SIGTERM is an end like Ctrl-C: open runs are closed, and the exit code says it
@@ -53,7 +54,7 @@ def run_command(name: str, act: Callable[[DictConfig], Result], argv: Sequence[s
         except OSError as error:  # the reader of our output has closed the pipe, or its disk is full
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = CLOSED_PIPE if isinstance(error, BrokenPipeError) else 2
-            if code == 2:
+            if code == 2 and not message:
                 print(f"qflow: {foreign_line(error) or error}", file=sys.stderr)
     if code == INTERRUPTED:
         exec("")  # CPython forgets a Ctrl-C inside an `exec`, such as dataclass's, by which it would end the process

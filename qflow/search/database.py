@@ -38,10 +38,11 @@ def open_study(url: str, name: str, directions: Sequence[str]) -> optuna.Study:
             load_if_exists=True,
         )
     except Exception as error:  # SQLAlchemy and its drivers have no common base class
+        why = error.__cause__ or error  # Optuna says no more than that a commit failed
         raise TrackingError(
             missing_driver(error)
-            or f"The study database must open, but got {type(error).__name__} for {masked(url)}: "
-            f"{masked(str(error).splitlines()[0])}. Repair it or name another storage."
+            or f"The study database must open, but got {type(why).__name__} for {masked(url)}: "
+            f"{masked(str(why).splitlines()[0])}. Repair it or name another storage."
         ) from error
 
 

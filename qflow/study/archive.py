@@ -8,6 +8,7 @@ and makes the study known as its last step.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zipfile
 import zlib
@@ -64,7 +65,7 @@ def pack(
     Raises TrackingError for an unknown study, for several of this name, or one with a running trial; BundleError for a
     file that exists.
     """
-    if path.exists():
+    if os.path.lexists(path):  # a link that leads nowhere is somebody's too
         raise BundleError(f"A bundle is a new file, but got {path}, which exists. Name another.")
     store = Store.open(uri, root, patience)
     experiment, run = one_study(store, study, experiment, "A bundled study is in the store")

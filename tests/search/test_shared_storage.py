@@ -1,11 +1,5 @@
 """Two folders with one database and one tracking store continue one study, and one of them at a time drives it."""
 
-import os
-import shutil
-import socket
-import subprocess
-import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,31 +12,27 @@ from qflow.tracking.lease import owned
 from qflow.tracking.mlflow_tracker import MlflowTracker
 
 pytestmark = pytest.mark.slow  # a server process
-BIN = next(
-    (p for p in (*Path("/usr/lib/postgresql").glob("*/bin"), Path("/usr/local/bin")) if (p / "initdb").exists()), None
-)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server():
-    """The URL of an empty database on a PostgreSQL server of this test."""
-    if BIN is None or find_spec("psycopg") is None:
-        pytest.skip("PostgreSQL (initdb) or its driver psycopg is not installed")
-    user = ["runuser", "-u", "nobody", "--"] if os.geteuid() == 0 else []  # PostgreSQL refuses to run as root
-    with socket.socket() as free, tempfile.TemporaryDirectory(prefix="qflow-pg-") as place:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        if user:
-            shutil.chown(place, "nobody")
-        quiet = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": place, "timeout": 60}
-        subprocess.run([*user, BIN / "initdb", "-D", f"{place}/data", "-A", "trust", "-U", "q", "--no-sync"], **quiet)
-        control = [*user, BIN / "pg_ctl", "-D", f"{place}/data", "-w", "-l", f"{place}/log"]
-        subprocess.run([*control, "-o", f"-p {port} -k {place} -c fsync=off", "start"], **quiet)
-        try:
-            yield f"postgresql+psycopg://q@127.0.0.1:{port}/postgres"
-        finally:
-            subprocess.run([*control, "-m", "fast", "stop"], **quiet)
+    """The URL of an empty database on a PostgreSQL server of these tests."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(str(Path(__file__).parents[2]))
+        from benchmarks.servers import MISSING, Postgresql
+
+        if MISSING:
+            pytest.skip(MISSING)
+        with Postgresql() as database:
+            yield database.url("search")
+
+
+def test_a_search_on_postgresql_that_is_killed_at_a_call_loses_nothing(server, tmp_path, capfd):
+    from benchmarks.kill_loop import Stores
+    from benchmarks.store_calls import at_each_call, kill
+
+    assert at_each_call(tmp_path, kill, 60, Stores(storage=server)) == []
+    assert "4 rounds: {'killed': 4}" in capfd.readouterr().out
 
 
 def test_two_folders_continue_one_study_one_at_a_time(server, tmp_path):
