@@ -142,7 +142,8 @@ def _two_hosts(folder: Path, stores: Stores) -> list[str]:
         found.append(f"the second host did not take over: {third.said}")
     _ip("link", "set", "qfn-2", "up")
     codes = [first.code(), third.code()]
-    print(f"after the network was cut: the owner ended with {codes[0]} ({first.said[-1]}), the other with {codes[1]}")
+    print(f"the network was cut: the owner ended with {codes[0]}, the other with {codes[1]}")
+    print(f"{first.said[-1]}\n{third.said[-1]}")
     if codes != [2, 0]:
         found.append(f"the hosts ended with {codes}")
     logs = [place / "evaluations.log" for place in places]

@@ -96,7 +96,8 @@ class MlflowServer:
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", self.database, "--workers", "1"]
         command += ["--artifacts-destination", str(self.place / "files"), "--port", str(self.port)]
         quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(command, start_new_session=True, **quiet)
+        plain = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # its workers would outlive a kill
+        self._process = subprocess.Popen(command, start_new_session=True, env=plain, **quiet)
         end = time.monotonic() + 180
         while time.monotonic() < end and self._process.poll() is None:
             with suppress(OSError):

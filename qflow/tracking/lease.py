@@ -100,7 +100,8 @@ def owned(
     finally:
         with suppress(Exception):  # a claim that stays in a store that is away ends with the process, or expires
             lease.leave()
-            if made and "qflow.fingerprint" not in tracker.run_tags(run):
+            left = tracker.run_tags(run)
+            if made and "qflow.fingerprint" not in left and not claims_of(left):  # another may own it by now
                 tracker.client.delete_run(run)
 
 
