@@ -59,6 +59,7 @@ def own_runs(tracker: MlflowTracker) -> Iterator[dict[str, str]]:
     tracker.source = {**source, **tag}
     try:
         yield tag
+        _end(tracker, tag, "FINISHED")
     except BaseException as error:
         reason = str(error) if isinstance(error, QflowError) else type(error).__name__
         with suppress(TrackingError):  # the first error is the one to report
@@ -66,10 +67,10 @@ def own_runs(tracker: MlflowTracker) -> Iterator[dict[str, str]]:
         raise
     finally:
         tracker.source = source
-    _end(tracker, tag, "FINISHED")
 
 
 def _end(tracker: MlflowTracker, tag: Mapping[str, str], status: str, reason: str | None = None) -> None:
     for run, tags in own_running(tracker).items():
         if tag.items() <= tags.items():
-            tracker.end(run, status, reason)
+            committed = RESULT in tags  # an interrupt after that came too late
+            tracker.end(run, "FINISHED" if committed else status, None if committed else reason)

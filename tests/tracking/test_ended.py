@@ -40,6 +40,21 @@ def test_an_interrupt_right_after_a_run_was_made_leaves_it_ended(tracker, monkey
     assert tracker.client.get_run(tracker.find_study("s")).info.status == "KILLED"
 
 
+def test_an_interrupt_while_a_run_is_ended_leaves_it_ended(tracker, monkeypatch):
+    def interrupted(run, status, *_):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    def written():
+        with own_runs(tracker):
+            tracker.open_study("s", tags={}, params={}, description="")
+            monkeypatch.setattr(tracker, "end", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        written()
+    assert tracker.client.get_run(tracker.find_study("s")).info.status == "KILLED"
+
+
 def test_what_a_killed_process_has_left_is_ended_by_the_next_one(tmp_path):
     if not (child := os.fork()):
         tracker = Harness(tmp_path).tracker

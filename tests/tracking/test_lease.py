@@ -97,11 +97,10 @@ def test_an_owner_that_was_overtaken_is_told_before_it_commits(tracker, tmp_path
 
 
 def test_a_run_that_another_start_has_taken_over_is_not_deleted_by_the_one_that_made_it(tracker, tmp_path):
-    with pytest.raises(RuntimeError), owned(tracker, STUDY, tmp_path):  # its network is cut before it opens the study
+    with owned(tracker, STUDY, tmp_path):  # its network is cut before it opens the study
         run, claim = tracker.find_study(STUDY), claims_of(tags(tracker))[0]
         tracker.client.set_tag(run, f"qflow.revoked.{claim.owner}", "another")
         tracker.client.set_tag(run, f"{LEASE}another", to_json(replace(claim, owner="another")))
-        raise RuntimeError
     assert [claim.owner for claim in claims_of(tags(tracker))] == ["another"]
 
 
