@@ -6,7 +6,7 @@ MLflow imports the loader module and calls its `_load_pyfunc(folder)`. Nothing i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,19 +78,32 @@ def logged_model(store: Opened, folder: Path, name: str, run_id: str, tags: Mapp
 
     One of this run that a killed process has left pending is marked so too.
     """
+    process, made = to_json(this_process()), None
     with store.calling() as client:
         experiment = client.get_run(run_id).info.experiment_id  # raises for a run that does not exist
-        for left in client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
-            if left.status == "PENDING" and has_ended(left.tags.get(PROCESS, "")):
-                client.finalize_logged_model(left.model_id, "FAILED")
-        every = {**tags, PROCESS: to_json(this_process())}
-        made = client.create_logged_model(experiment, name=name, source_run_id=run_id, tags=every, model_type="qflow")
+    _fail_pending(store, experiment, run_id, has_ended)
     try:
         with store.calling() as client:
+            every = {**tags, PROCESS: process}
+            made = client.create_logged_model(
+                experiment, name=name, source_run_id=run_id, tags=every, model_type="qflow"
+            )
             client.log_model_artifacts(made.model_id, str(folder))
             client.finalize_logged_model(made.model_id, "READY")
         yield Logged(str(made.model_id), run_id, str(made.artifact_location))
     except BaseException:
-        with suppress(TrackingError), store.calling() as client:  # the first error is the one to report
-            client.finalize_logged_model(made.model_id, "FAILED")
+        with suppress(TrackingError):  # the first error is the one to report
+            if made is None:  # an interrupt may come right after it was created
+                _fail_pending(store, experiment, run_id, lambda text: text == process)
+            else:
+                with store.calling() as client:
+                    client.finalize_logged_model(made.model_id, "FAILED")
         raise
+
+
+def _fail_pending(store: Opened, experiment: str, run_id: str, of: Callable[[str], bool]) -> None:
+    """Mark the models of a run as failed that are pending and whose process fulfils `of`."""
+    with store.calling() as client:
+        for left in client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
+            if left.status == "PENDING" and of(left.tags.get(PROCESS, "")):
+                client.finalize_logged_model(left.model_id, "FAILED")

@@ -92,6 +92,19 @@ def test_what_a_killed_promotion_has_left_is_in_nobodys_way(tracker, open_tracke
     assert states == {"READY", "FAILED"}
 
 
+def test_a_model_whose_upload_is_interrupted_right_after_it_was_made_is_marked_as_failed(tracker, upload, tmp_path):
+    run, created = upload(0).run_id, tracker.client.create_logged_model
+
+    def interrupted(*arguments, **terms):
+        created(*arguments, **terms)
+        raise KeyboardInterrupt
+
+    tracker.client.create_logged_model = interrupted
+    with pytest.raises(KeyboardInterrupt), logged_model(tracker, tmp_path / "model", "m", run, {}):
+        pass
+    assert {m.status for m in tracker.client.search_logged_models([tracker.experiment_id])} == {"READY", "FAILED"}
+
+
 @pytest.mark.parametrize("alias", ["latest", "LATEST", "v1", "V22", "", "a b", "a/b"])
 def test_reserved_and_impossible_aliases_are_refused(tracker, alias):
     for call in (
