@@ -20,6 +20,7 @@ from pathlib import Path
 from benchmarks import kill_loop
 from benchmarks.kill_loop import Stores
 from benchmarks.servers import MISSING, Postgresql
+from qflow.config.foreign import foreign_line
 from qflow.core.errors import QflowError
 from qflow.search.loop import driving
 from qflow.tracking.lease import owned
@@ -40,8 +41,10 @@ def own(uri: str, storage: str, folder: Path) -> int:
         with driving(study, tracker, evaluate, scratch=folder / "scratch", owned=lease) as driver:
             while len(driver.trials) < TRIALS and driver.sample() is not None:
                 print("trial", len(driver.trials), flush=True)
-    except QflowError as error:
-        print(error, flush=True)
+    except Exception as error:
+        print(line := str(error) if isinstance(error, QflowError) else foreign_line(error), flush=True)
+        if not line:
+            raise
         return 2
     return 0
 
