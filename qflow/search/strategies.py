@@ -156,11 +156,9 @@ def assign(
         drops = {**ends, **{mix: _drop(trial) for mix, trial in seen.items() if trial}}
         return [Measurement(mix, drop) for mix, drop in drops.items()]
 
-    found: str | None = top
-    if not problem.within(top):
-        found = problem.most_accurate()
-        if found not in ends and not accurate(ask(found, "most accurate within the limits")):
-            found = None
+    first = top if problem.within(top) else problem.most_accurate()
+    known_to_meet = first in ends or accurate(ask(first, "most accurate within the limits"))
+    found = first if known_to_meet else None
     while (found or explore) and (mixes := chosen.choose_all(known(), {*ends, *seen}, at_once.workers, front=explore)):
         labels = {mix: f"assigned {mix.count('6')}" for mix in mixes}
         at_once([({**base, ASSIGNMENT: mix}, label) for mix, label in labels.items()])

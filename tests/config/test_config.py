@@ -65,33 +65,6 @@ REFUSED = {
     "sampler": ([BASE, "search.sampler=grid"], "search.sampler is one of tpe, nsga2, gp, random, but got 'grid'"),
     "trials": ([BASE, "search.n_trials=1"], "search.n_trials is at least 2"),
     "batch of none": ([BASE, "task.batch_size=0"], "task.batch_size lies between 1 and 1000000, but got 0"),
-    "threads": ([BASE, "executor.threads=-3"], "executor.threads is 0 (leaves it to torch) to 1024, but got -3"),
-    "workers": ([BASE, "executor.workers=2"], "executor.workers is 1 with executor.kind=serial, but got 2. Use exec"),
-    "no workers": ([BASE, "executor=process", "executor.workers=0"], "executor.workers is 1 to 256 with executor.kind"),
-    "trial timeout": ([BASE, "executor.trial_timeout=9"], "A trial is ended with its worker process, but got executor"),
-    "an executor that does not exist": (
-        [BASE, "executor.kind=dask"],
-        "is one of serial, process, ray, ray_cluster, but",
-    ),
-    "a GPU share without Ray": (
-        [BASE, "executor=process", "executor.device=cuda", "executor.gpus=0.5"],
-        "executor.gpus is what Ray reserves for a trial, but got 0.5 with executor.kind=process",
-    ),
-    "a share of GPUs": ([BASE, "executor=ray", "executor.gpus=1.5"], "a share of at most 1, or a number of GPUs up to"),
-    "a GPU share on the CPU": ([BASE, "executor=ray", "executor.gpus=0.5"], "Use executor.device=cuda."),
-    "no GPU share on a GPU": ([BASE, "executor=ray", "executor.device=cuda"], "Use executor.gpus=0.5."),
-    "a GPU by number with Ray": (
-        [BASE, "executor=ray", "executor.device=cuda:1", "executor.gpus=1"],
-        "because Ray chooses the GPU, but got cuda:1. Use executor.device=cuda.",
-    ),
-    "an address without a cluster": (
-        [BASE, "executor=ray", "executor.address=10.0.0.5:6379"],
-        "but got it with executor.kind=ray. Use executor=ray_cluster.",
-    ),
-    "no address": (
-        [BASE, "executor=ray_cluster", "executor.address=head"],
-        "is auto or <host>:<port> of a Ray cluster, but got 'head'. Use executor.address=auto on a node of it.",
-    ),
     "a march without its rules": ([BASE, "device.march=nash-x"], "but got device.march=nash-x. Choose a device file"),
     "no device file": ([BASE, "device=nowhere.yaml"], "but got nowhere.yaml: No such file"),
     "no option": (
@@ -314,12 +287,3 @@ def test_a_reader_that_closes_the_pipe_ends_a_command_in_silence(tmp_path):
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
-
-
-def test_what_to_install_for_ray_is_said(monkeypatch, capsys):
-    monkeypatch.setattr("qflow.executor.ray_runtime.find_spec", lambda name: None)
-    code, error = run(capsys, BASE, "executor=ray_cluster")
-    assert (code, error) == (
-        2,
-        "qflow: executor=ray_cluster needs the package ray, but got none here. Install it: pip install 'qflow[ray]'.\n",
-    )
