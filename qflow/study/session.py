@@ -106,7 +106,7 @@ class Session:
         config, task, state = self.config, self.evaluator.task, fingerprint(self.config, self.manifest)
         require_same(self.study, self.tracker, self.root, state)
         self.tracker.datasets = data_sets(self.evaluator)
-        run = self.tracker.open_study(
+        self.study_run = run = self.tracker.open_study(
             self.study.name,
             tags={
                 "qflow.fingerprint": to_json(state),
@@ -126,7 +126,6 @@ class Session:
             },
             description=f"{self.study.name}: {self.goal}; {aims(self.goal)}. {meaning(task.metric_name)}".strip(),
         )
-        self.study_run = run
         self.tracker.log_study(run, folder=self.shared, metrics=self.evaluator.float_metrics)
         return run
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 
 from omegaconf import DictConfig
@@ -12,6 +12,7 @@ from qflow.config.space import search_space
 from qflow.core.errors import TrackingError
 from qflow.quant.train.teacher import require_comparable
 from qflow.report.console import Console
+from qflow.search.domain import Domain
 from qflow.search.study import Study
 from qflow.study.assemble import make_evaluator, study_goal
 from qflow.study.feasible import within_data
@@ -20,6 +21,7 @@ from qflow.study.session import Session
 from qflow.tracking.ended import end_abandoned
 from qflow.tracking.limits import check_metric_name
 from qflow.tracking.mlflow_tracker import MlflowTracker
+from qflow.trial.evaluator import Evaluator
 from qflow.trial.training import check_training
 
 
@@ -35,11 +37,8 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
     end_abandoned(tracker)
     evaluator = make_evaluator(config)
     check_metric_name(evaluator.task.metric_name)
-    space, qat = search_space(config), trial_settings(config).qat
-    if evaluator.training and qat.steps and not any(key.startswith("qat.") for key in space):  # else each trial checks
-        check_training(evaluator.task, evaluator.training, qat)
-        if qat.teacher.features:  # which of them the quantized model shares, its fusion decides
-            require_comparable(evaluator.prepared, qat.teacher, qat.mode)
+    space = search_space(config)
+    _check_training(config, evaluator, space)
     goal = study_goal(config, evaluator.task)
     space, left_out = within_data(space, evaluator.task)
     study = Study.open(
@@ -75,3 +74,13 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
                     tracker.close_study(session.study_run, status)
                 if status == "KILLED" and session.trials:
                     session.console.say(report_lines(session))
+
+
+def _check_training(config: DictConfig, evaluator: Evaluator, space: Mapping[str, Domain]) -> None:
+    """Raise ConfigError or DataError for a training that cannot run. Each trial checks one that is searched."""
+    qat = trial_settings(config).qat
+    if not evaluator.training or not qat.steps or any(key.startswith("qat.") for key in space):
+        return
+    check_training(evaluator.task, evaluator.training, qat)
+    if qat.teacher.features:  # which of them the quantized model shares, its fusion decides
+        require_comparable(evaluator.prepared, qat.teacher, qat.mode)
