@@ -16,7 +16,8 @@ from typing import Any
 from qflow.bundle.files import WEIGHTS, sha256
 from qflow.bundle.stored import StoredTrial, config_of
 from qflow.bundle.targets import check_targets
-from qflow.config.settings import MOST_THREADS, plain, trial_settings
+from qflow.config.executor_schema import MOST_THREADS
+from qflow.config.settings import plain, trial_settings
 from qflow.core.errors import BundleError, QflowError
 from qflow.core.qconfig import QConfig
 from qflow.report.files import CALLS, write_trial
