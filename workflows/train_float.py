@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qflow.config.command import run_command
+from qflow.config.command import Result, run_command
 
 if TYPE_CHECKING:  # each function imports what it uses, so that --help loads neither Hydra nor PyTorch
     from omegaconf import DictConfig
@@ -93,7 +93,7 @@ def check_training(config: DictConfig) -> None:
     within("training.seed", config.training.seed, 0, LARGEST_SEED)
 
 
-def train_float(config: DictConfig) -> int:
+def train_float(config: DictConfig) -> Result:
     """Build the task with untrained weights, train and measure the model, and save its weights."""
     import torch
     from safetensors.torch import save_file
@@ -114,7 +114,7 @@ def train_float(config: DictConfig) -> int:
     output = Path(config.training.output).expanduser().resolve()
     save_file(task.model.state_dict(), output)
     print(f"weights     {output}")
-    return 0
+    return 0, {"written": str(output)}
 
 
 def main() -> None:

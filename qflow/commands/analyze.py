@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from qflow.report.console import Console
     from qflow.trial.diagnosis import Diagnosis
 
-STAGES = ("badcase", "layers", "sensitivity", "advice", "qat_debug")
-
 
 def main() -> None:
     """Entry point."""
@@ -43,6 +41,7 @@ def main() -> None:
 
 def analyze(config: DictConfig) -> Result:
     """Run the stages of `config.stages`. Returns 1 where qat_debug finds a fault."""
+    from qflow.config.command_schema import STAGES
     from qflow.study.checks import check_config, require_no_workers, require_own_engine
 
     unknown = [stage for stage in config.stages if stage not in STAGES]
@@ -109,14 +108,12 @@ def diagnose(config: DictConfig, stages: list[str]) -> dict[str, Any]:
 
 def fields(diagnosis: Diagnosis) -> dict[str, Any]:
     """What the stages found: the worst samples, the most sensitive rows first, and the advice."""
-    from qflow.core.record import plain
-
     cases, ranked = diagnosis.badcases, diagnosis.sensitivity
     return {
         "metric": cases.metric if cases else None,
         "worst_samples": list(cases.chosen) if cases else [],
-        "sensitivity": [plain(row) for row in ranked.rows] if ranked else [],
-        "advice": [plain(a) for a in diagnosis.advice or ()],
+        "sensitivity": list(ranked.rows) if ranked else [],
+        "advice": list(diagnosis.advice or ()),
         "fidelity": {"before": f.before, "after": f.after, "line": f.line} if (f := diagnosis.fidelity) else None,
     }
 
@@ -186,7 +183,7 @@ def debug_qat(config: DictConfig) -> tuple[int, dict[str, Any]]:
 
     from qflow.analysis.advice.qat_debug import qat_debug
     from qflow.config.settings import root_dir, trial_settings
-    from qflow.core.record import plain, to_json
+    from qflow.core.record import to_json
     from qflow.quant.model.calibrate import apply_scales
     from qflow.study.assemble import make_evaluator
     from qflow.tasks.task import evaluate
@@ -225,7 +222,7 @@ def debug_qat(config: DictConfig) -> tuple[int, dict[str, Any]]:
     (folder / "qat_debug.json").write_text(to_json(found, indent=1))
     print_debug(found)
     print(f"{'written':<18}{folder / 'qat_debug.json'}")
-    return int(not all(stage.passed for stage in found.stages)), {"qat_debug": plain(found), "written": str(folder)}
+    return int(not all(stage.passed for stage in found.stages)), {"qat_debug": found, "written": str(folder)}
 
 
 def print_debug(found: QatDebug) -> None:

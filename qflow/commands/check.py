@@ -31,7 +31,7 @@ def check(config: DictConfig) -> Result:
     check_config(config)
     require_no_workers(config, "check")
     from qflow.analysis.checks.model_check import check_text
-    from qflow.core.record import plain, to_json
+    from qflow.core.record import to_json
     from qflow.study.assemble import make_evaluator
     from qflow.trial.findings import checked
 
@@ -61,7 +61,7 @@ def check(config: DictConfig) -> Result:
         "operators": result.operators,
         "rows": len(result.rows),
         "not_as_requested": lowered,
-        "findings": [plain(finding) for finding in notable],
+        "findings": notable,
         "written": str(folder),
     }
     return int(any(f.level == "error" for f in result.findings)), record

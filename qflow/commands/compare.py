@@ -42,7 +42,6 @@ def compare(config: DictConfig) -> Result:
         got = config.sources[0] if config.sources else "none"
         raise ConfigError(f"At least two trials are compared, but got {got}. Name them: qflow compare <run> <another>.")
     from qflow.config.settings import patience, root_dir
-    from qflow.core.record import plain
     from qflow.study import comparison
 
     root, waiting = root_dir(config), patience(config)
@@ -50,14 +49,16 @@ def compare(config: DictConfig) -> Result:
     found = [comparison.compare(sides[0], other) for other in sides[1:]]
     for one in found:
         print_comparison(one)
-    if config.out is not None:
+    out = Path(config.out).expanduser().absolute() if config.out is not None else None
+    if out is not None:
         from qflow.study.comparison_page import write_page
 
-        write_page(Path(config.out).expanduser(), found)
+        write_page(out, found)
         print(f"{'written':<12}{config.out}")
     equal = all(one.equal for one in found)
     print(f"{'equal' if equal else 'differs':<12}{'in everything that is compared' if equal else 'see above'}")
-    return int(bool(config.check) and not equal), {"equal": equal, "comparisons": list(map(plain, found))}
+    record = {"equal": equal, "comparisons": found, "written": str(out) if out else None}
+    return int(bool(config.check) and not equal), record
 
 
 def compare_engines(config: DictConfig) -> Result:

@@ -177,8 +177,10 @@ def fit(config: DictConfig) -> Result:
         print(f"{name:<24}{found.errors(how)}")
     fitted = found.apply(cost_of(config.device))
     print(cost_section(fitted), end="")
-    if config.out is not None:
-        write_cost(fitted, Path(config.out).expanduser(), rules_of(config.device))
+    out = Path(config.out).expanduser().absolute() if config.out is not None else None
+    if out is not None:
+        write_cost(fitted, out, rules_of(config.device))
         print(f"{'written':<24}{config.out}")
     errors = {how: str(found.errors(how)) for how in found.left_out}
-    return 0, {"rows": found.rows, "families": list(found.families), "errors": errors, "written": config.out}
+    record = {"rows": found.rows, "families": list(found.families), "errors": errors}
+    return 0, {**record, "written": str(out) if out else None}

@@ -67,7 +67,7 @@ def export(config: DictConfig) -> tuple[int, dict[str, Any]]:
     prepared = loaded(config, trial)
     origin = {"study": trial.tags.get("qflow.study", ""), "run": trial.run_id}
     print(f"{'trial':<12}{source}, qconfig {trial.qconfig.digest}, of {origin['study'] or 'an unnamed study'}")
-    out, made = Path(config.out or root / "export"), {}
+    out, made = Path(config.out or root / "export").absolute(), {}
     for name in names:
         folder = out / name
         made[name] = export_model(prepared, name, folder, sensitivity=trial.sensitivities, origin=origin)
@@ -95,9 +95,10 @@ def carried(config: DictConfig) -> dict[str, Any]:
         count = pack(config.tracking.uri, root, study, path, stated_experiment(config), waiting, searches)
         print(f"{'bundled':<12}{study} with {count} trials in {path}, {path.stat().st_size / 1e6:.1f} MB")
     else:
+        path = None
         study, count = unpack(config.tracking.uri, root, Path(config.unpack), waiting, searches)
         print(f"{'imported':<12}{study} with {count} trials; promote, export and compare find it, tune continues it")
-    return {"study": study, "trials": count}
+    return {"study": study, "trials": count, "written": str(path.absolute()) if path else None}
 
 
 def targets_of(stated: Any) -> list[str]:

@@ -7,6 +7,7 @@ import sys
 from typing import NoReturn
 
 from qflow.config.command_table import COMMANDS, MISTAKE
+from qflow.config.json_output import Problem, document
 from qflow.core.errors import ConfigError
 from qflow.core.nearest import did_you_mean
 from qflow.core.version import VERSION
@@ -22,15 +23,12 @@ def main() -> NoReturn:
         importlib.import_module(f"qflow.commands.{first}").main()
     json = "--json" in rest
     try:
-        text, error, code = answer(first, [word for word in rest if word != "--json"]), "", 0
+        text, problem, code = answer(first, [word for word in rest if word != "--json"]), None, 0
     except ConfigError as refused:
-        text, error, code = "", str(refused), 2
-    if error:
-        print(f"qflow: {error}", file=sys.stderr)
+        text, problem, code = "", Problem("ConfigError", str(refused)), 2
+        print(f"qflow: {refused}", file=sys.stderr)
     if json:
-        from qflow.config.json_output import document
-
-        print(document(first, code, MISTAKE if error else "done", {"text": text} if text else {}, error), end="")
+        print(document(first, code, MISTAKE if problem else "done", {"text": text} if text else {}, problem), end="")
     elif text:
         print(text)
     raise SystemExit(code)

@@ -67,27 +67,27 @@ def promote(config: DictConfig) -> Result:
     trial = of_run(store, run_id)
     name = model_name(stated or trial.config.tracking.registered_model)
     alias = config.tracking.alias or trial.config.tracking.alias
-    before = champion(store, name, alias)
+    before, source = champion(store, name, alias), f"models:/{name}@{alias}"
     study = trial.tags.get("qflow.study", "?")
     print(f"{'run':<12}{run_id}, qconfig {trial.qconfig.digest}, of {study}, for {name}@{alias}")
     with TemporaryFolder() as folder:
         verdict, promotion = judge(config, store, trial, Path(folder), before, rules)
         verdict.show()
-        record = verdict.record(run=run_id, model=name, version=None, alias=alias)
+        record = verdict.record(run=run_id, model=name, version=None, alias=alias, source=None)
         if verdict.word != "ACCEPT" or promotion is None:
             return 1, record
         if before is not None and before.run_id == run_id:
             print(f"{'champion':<12}{name} version {before.number} is this run already; alias {alias} stays")
-            show_how_to_load(config, trial, store, f"models:/{name}@{alias}")
-            return 0, {**record, "version": before.number}
+            show_how_to_load(config, trial, store, source)
+            return 0, {**record, "version": before.number, "source": source}
         if config.dry_run:
             print(f"{'dry run':<12}nothing is registered; alias {alias} of {name} stays")
             return 0, record
         version = promotion.register(store, name, alias, before)
     came = f", before it version {before.number}" if before else ""
     print(f"{'champion':<12}{name} version {version}, alias {alias} moved{came}")
-    show_how_to_load(config, trial, store, f"models:/{name}@{alias}")
-    return 0, {**record, "version": version}
+    show_how_to_load(config, trial, store, source)
+    return 0, {**record, "version": version, "source": source}
 
 
 def require_used(config: DictConfig) -> None:
@@ -262,7 +262,7 @@ def roll_back(store: Store, config: DictConfig) -> Result:
         left = champion(store, name, alias)
         number = version_before(name, alias, left)
         print(f"{'dry run':<12}{name}@{alias} would go back to version {number}")
-        return 0, {"model": name, "version": number, "alias": alias, "dry_run": True}
+        return 0, {"run": None, "model": name, "version": int(number), "alias": alias, "dry_run": True}
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     left, now = move_back(store, name, alias, {"qflow.rolled_back": at})
     print(f"{'champion':<12}{name} version {now.number}, alias {alias} moved back from version {left.number}")

@@ -56,8 +56,14 @@ def by_hand(config: DictConfig) -> Result:
     missed = "missed, " + ", ".join(f"{name} by {excess:.4g}" for name, excess in by.items())
     print(f"{'goal':<12}{hand.goal}: {missed if by else 'met'}")
     best = print_against_best(hand, done)
-    print_next(hand, done, best)
-    record = {**(trial_record(done) or {}), "goal": str(hand.goal), "study": config.study, "best": trial_record(best)}
+    record = {
+        **(trial_record(done) or {}),
+        "goal": str(hand.goal),
+        "missed": by,
+        "study": config.study,
+        "best": trial_record(best),
+        "next": print_next(hand, done, best),
+    }
     return int(not meets(done)), record
 
 
@@ -86,8 +92,8 @@ def print_against_best(hand: ByHand, done: FinishedTrial) -> FinishedTrial | Non
     return best
 
 
-def print_next(hand: ByHand, done: FinishedTrial, best: FinishedTrial | None) -> None:
-    """The commands that follow, and the address of the trials, with the view that `tune` has saved."""
+def print_next(hand: ByHand, done: FinishedTrial, best: FinishedTrial | None) -> list[str]:
+    """The commands that follow, which are returned, and the address of the trials, with the view of `tune`."""
     from qflow.report.console import python_command
     from qflow.search.objective import meets
     from qflow.study.next_steps import compare_command, promote_command
@@ -98,12 +104,12 @@ def print_next(hand: ByHand, done: FinishedTrial, best: FinishedTrial | None) ->
     if meets(done):
         lines.append(promote_command(config, hand.root, done.run_id))
     ui = hand.tracker.ui_command()
-    lines.append(f"{python_command()} -m {ui}" if ui.startswith("mlflow") else ui)
-    for number, line in enumerate(lines):
+    for number, line in enumerate([*lines, f"{python_command()} -m {ui}" if ui.startswith("mlflow") else ui]):
         print(f"{'' if number else 'next':<12}{line}")
     host = ui_host(hand.tracker.uri)
     key = known_view(hand.tracker, config.study)
     print(f"{'then open':<12}{study_url(host, hand.tracker.experiment_id, config.study, key)}")
+    return lines
 
 
 def again(config: DictConfig) -> Result:

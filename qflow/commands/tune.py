@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qflow.config.command import Result, run_command
+from qflow.config.json_output import known_so_far
 from qflow.core.errors import ConfigError
 from qflow.core.nearest import did_you_mean
 
@@ -44,14 +45,14 @@ def tune(config: DictConfig) -> Result:
     from qflow.study.start import open_session
     from qflow.study.train_stage import train_nearest
 
-    with open_session(config, STARTED) as session:
+    with open_session(config, STARTED) as session, known_so_far(lambda: study_record(session)):
         begin(session)
         try:
             workflow.run(session)
         except BudgetSpent as spent:
             session.console.say(f"{'budget':<12} {spent}")
         train_nearest(session)
-        return finish(session), study_record(session)
+        return finish(session)
 
 
 def find_workflow(name: str) -> Any:

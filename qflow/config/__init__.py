@@ -19,9 +19,13 @@ __all__ = [
     "foreign",
     "help",
     "json_output",
+    "json_schema",
     "keys",
     "overrides",
     "quoting",
+    "results",
+    "schema",
     "settings",
     "space",
+    "study_results",
 ]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from qflow.config.command_table import CLOSED_PIPE, DEFECT, INTERRUPTED, named
 from qflow.config.foreign import foreign_line
-from qflow.config.json_output import document, only_json
+from qflow.config.json_output import Problem, document, only_json, so_far
 from qflow.core.credentials import masked
 from qflow.core.errors import QflowError
 from qflow.process.interrupts import interrupts
@@ -45,11 +45,11 @@ def run_command(name: str, act: Callable[[DictConfig], Result], argv: Sequence[s
     with only_json(json) as write:
         try:
             with interrupts():  # SIGTERM is an end like Ctrl-C: open runs are closed, and the exit code says it
-                code, record, message = _answer(name, act, [word for word in arguments if word != "--json"])
-            if message:
-                print(f"qflow: {message}", file=sys.stderr)
+                code, record, problem = _answer(name, act, [word for word in arguments if word != "--json"])
+            if problem and code != DEFECT:
+                print(f"qflow: {problem.line}", file=sys.stderr)
             if json:
-                write(document(name, code, named(name).meaning(code), record, message))
+                write(document(name, code, named(name).meaning(code), record, problem))
             sys.stdout.flush()
         except OSError as error:  # the reader of our output has closed the pipe, or its disk is full
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -63,15 +63,15 @@ def run_command(name: str, act: Callable[[DictConfig], Result], argv: Sequence[s
 
 def _answer(
     name: str, act: Callable[[DictConfig], Result], arguments: Sequence[str]
-) -> tuple[int, Mapping[str, Any], str]:
-    """Return the exit code, the result's fields, and the line of an error."""
-    debug = os.environ.get("QFLOW_DEBUG", "") not in ("", "0")
+) -> tuple[int, Mapping[str, Any], Problem | None]:
+    """Return the exit code, the result's fields, and what ended the command where it did not do its work."""
     try:
         if not {"--help", "-h"}.isdisjoint(arguments):
             from qflow.config.help import command_help
 
-            print(command_help(name, called(name)))
-            return 0, {}, ""
+            text = command_help(name, called(name))
+            print(text)
+            return 0, {"text": text}, None
         shown = sys.stdout.isatty() and not any(word.startswith("-") for word in arguments)
         if shown:
             print(f"{name:<12} {named(name).summary or 'train the float weights of a task'}", flush=True)
@@ -82,20 +82,32 @@ def _answer(
         ended = composed(name, module_name(name), acting, flags_and_sources(name, arguments)) or 0
     except BrokenPipeError:
         raise
-    except KeyboardInterrupt:
-        return INTERRUPTED, {}, "Interrupted. Finished trials are kept; the same command continues from there."
-    except SystemExit as ended_by:  # of Hydra's options, which has printed why
-        return _code_of(ended_by), {}, "" if not ended_by.code else REFUSED
-    except QflowError as error:
-        if debug:
-            sys.stderr.write(masked(traceback.format_exc()))
-        return 2, {}, masked(" ".join(line.strip() for line in str(error).splitlines()))
-    except Exception as error:
-        line = foreign_line(error)
-        if debug or not line:
-            sys.stderr.write(masked(traceback.format_exc()))
-        return (2, {}, masked(line)) if line else (DEFECT, {}, "")  # a defect needs a code of its own
-    return (ended, {}, "") if isinstance(ended, int) else (*ended, "")
+    except (KeyboardInterrupt, SystemExit, Exception) as error:
+        code, line = _end(error)
+        return code, so_far(error), Problem(_kind(error), line) if line else None
+    return (ended, {}, None) if isinstance(ended, int) else (*ended, None)
+
+
+def _end(error: BaseException) -> tuple[int, str]:
+    """Return the exit code and the line of an exception; the traceback is printed of a defect, or in debug mode."""
+    debug = os.environ.get("QFLOW_DEBUG", "") not in ("", "0")
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "Interrupted. Finished trials are kept; the same command continues from there."
+    if isinstance(error, SystemExit):  # of Hydra's options, which has printed why
+        return _code_of(error), "" if not error.code else REFUSED
+    line = str(error) if isinstance(error, QflowError) else foreign_line(error)
+    if debug or not line:
+        sys.stderr.write(masked("".join(traceback.format_exception(error))))
+    if not line:  # a defect needs a code of its own
+        return DEFECT, masked(" ".join(f"{type(error).__name__}: {error}".split()))
+    return 2, masked(" ".join(part.strip() for part in line.splitlines()))
+
+
+def _kind(error: BaseException) -> str:
+    """Return the name of an exception, as programs tell errors apart."""
+    if isinstance(error, SystemExit):
+        return "ConfigError"
+    return "Interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__
 
 
 def _saying_the_task(act: Callable[[DictConfig], Result]) -> Callable[[DictConfig], Result]:

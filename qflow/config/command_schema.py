@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import MISSING
 
@@ -25,6 +25,9 @@ from qflow.config.schema import (
 )
 from qflow.config.search_schema import SearchSchema
 from qflow.config.tracking_schema import PromoteTrackingSchema, ReportTrackingSchema, StoreSchema, TrackingSchema
+from qflow.core.limits import LARGEST_SEED, Above, Between, OneOf
+
+STAGES = ("badcase", "layers", "sensitivity", "advice", "qat_debug")
 
 
 @dataclass(kw_only=True)
@@ -35,7 +38,7 @@ class TuneSchema:
     """The file in workflows/ that runs the stages; +experiment=<name> sets it."""
     study: str = "${task.name}/${workflow}"
     """Name of the study; a study with an existing name continues."""
-    seed: int = 0
+    seed: Annotated[int, Between(0, LARGEST_SEED)] = 0
     """Seed of every random choice: the same configuration and seed give the same numbers."""
     root: str = MISSING
     """Folder of the stores, results and caches; QFLOW_HOME sets it too."""
@@ -65,7 +68,9 @@ class CheckSchema(TuneSchema):
 class AnalyzeSchema(TuneSchema):
     """`python -m qflow.analyze`: the keys of a study, and the analyses to run."""
 
-    stages: list[str] = field(default_factory=lambda: ["badcase", "layers", "sensitivity", "advice"])
+    stages: list[Annotated[str, OneOf(STAGES)]] = field(
+        default_factory=lambda: ["badcase", "layers", "sensitivity", "advice"]
+    )
     """Any of badcase, layers, sensitivity, advice; or qat_debug alone."""
     prefixes: list[str] = field(default_factory=list)
     """Operators of the layer table, by the start of their name; all if neither prefixes nor types are given."""
@@ -77,13 +82,13 @@ class AnalyzeSchema(TuneSchema):
 class CostCommandSchema(TuneSchema):
     """`python -m qflow.cost`: the cost of a qconfig, or `fit`, which fits the parameters of the model."""
 
-    mode: str = "report"
+    mode: Annotated[str, OneOf(("report", "fit"))] = "report"
     """report or fit."""
     data: str | None = None
     """For fit: CSV file of networks and their measured times."""
     out: str | None = None
     """For fit: device file to write, or whose cost section to replace."""
-    fps: float | None = None
+    fps: Annotated[float, Above(0.0)] | None = None
     """Frame rate at which bandwidth is printed; null takes the rate of a fully loaded BPU."""
 
 
@@ -194,20 +199,30 @@ class CompareSchema:
 
 
 @dataclass(kw_only=True)
+class DescribeSchema:
+    """`python -m qflow.describe`."""
+
+    about: list[str] = field(default_factory=list)
+    """A command, and then one of its groups or keys; empty for the table of all commands."""
+    result: bool = False
+    """Describe the JSON document that the command writes, not its settings (--result)."""
+
+
+@dataclass(kw_only=True)
 class TrainingSchema:
     """The arguments of workflows/train_float.py::train, the loss, and the output file of the weights."""
 
     loss: str = MISSING
     """Dotted name of the loss, a function of (outputs, batch)."""
-    epochs: int = MISSING
+    epochs: Annotated[int, Between(1, 1_000_000)] = MISSING
     """Passes over the training data."""
-    learning_rate: float = MISSING
+    learning_rate: Annotated[float, Between(0.0, 10.0)] = MISSING
     """Learning rate of the first step."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Between(0.0, 10.0)] = 0.0
     """Weight decay of the optimizer."""
-    batch_size: int = 64
+    batch_size: Annotated[int, Between(1, 1_000_000)] = 64
     """Training batch size."""
-    seed: int = 0
+    seed: Annotated[int, Between(0, LARGEST_SEED)] = 0
     """Seed of the initial weights and of the order of the data."""
     output: str = "${hydra:runtime.cwd}/weights.safetensors"
     """File to which the trained weights are written."""
@@ -243,6 +258,7 @@ SCHEMAS: dict[str, type] = {
     "export": ExportSchema,
     "report": ReportSchema,
     "doctor": DoctorSchema,
+    "describe": DescribeSchema,
     "train_float": TrainFloatSchema,
 }
 

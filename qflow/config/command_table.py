@@ -26,8 +26,8 @@ class Command:
     """Meaning of exit code 0."""
     not_done: str
     """Meaning of exit code 1."""
-    words: bool = False
-    """Whether words without `=` are its sources: runs, aliases, folders or files."""
+    words: str = ""
+    """The key that words without `=` are the values of, such as runs, folders or files; empty if there is none."""
     also: tuple[str, ...] = ()
     """What may be written beside its keys: other names of them, and first words."""
     values: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -89,7 +89,7 @@ COMMANDS: dict[str, Command] = {
         ),
         "compared; with --check: equal",
         "with --check: something differs",
-        words=True,
+        words="sources",
     ),
     "promote": Command(
         "rebuild the best trial, verify every number, and register it",
@@ -122,6 +122,13 @@ COMMANDS: dict[str, Command] = {
         "strict=true, and a target does not say all that was judged",
         also=("from=", "import="),
         values={"target": ("plugin", "plugin35", "hmct", "onnx", "torch", "qflow")},
+    ),
+    "describe": Command(
+        "say as JSON what a command takes, and what it gives with --json",
+        ("[<command> [<group or key>]] [--result]",),
+        "printed",
+        "not done",
+        words="about",
     ),
 }
 

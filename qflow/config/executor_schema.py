@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Annotated
 
 from omegaconf import DictConfig
 
 from qflow.core.errors import ConfigError
+from qflow.core.limits import Above, Between, OneOf
 from qflow.executor.ray_runtime import check_address, check_installed
 
 KINDS = ("serial", "process", "ray", "ray_cluster")
@@ -21,18 +23,18 @@ MOST_WORKERS, MOST_RETRIES, MOST_GPUS = 256, 10, 64
 class ExecutorSchema:
     """Where trials run."""
 
-    kind: str = "serial"
+    kind: Annotated[str, OneOf(KINDS)] = "serial"
     """Where trials run: serial is one after the other in this process, process is in worker processes (tune), ray and
     ray_cluster are in worker processes that Ray places, on this machine and on the nodes of a cluster."""
     device: str = "cpu"
     """Device of torch: cpu, cuda or cuda:<n>."""
-    threads: int = 0
+    threads: Annotated[int, Between(0, MOST_THREADS)] = 0
     """Threads of torch, in each process; 0 leaves torch's own choice."""
-    workers: int = 1
+    workers: Annotated[int, Between(1, MOST_WORKERS)] = 1
     """Trials at once; more than one needs workers (executor=process, ray, ray_cluster)."""
-    max_retries: int = 1
+    max_retries: Annotated[int, Between(0, MOST_RETRIES)] = 1
     """How often a trial is tried again whose worker has died."""
-    trial_timeout: float | None = None
+    trial_timeout: Annotated[float, Above(0.0)] | None = None
     """Seconds after which the worker of a trial is ended; null sets no limit."""
     gpus: float = 0.0
     """GPUs that Ray reserves for a trial, such as 0.5."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,6 +86,16 @@ def _is_for(path: Path, chosen: set[str], known: Sequence[str]) -> bool:
     return all(any(leaf == key or leaf.startswith(f"{key}.") for key in known) for leaf in leaves)
 
 
+def texts(kind: type) -> dict[str, str]:
+    """Return the explanation of each field of a class of qflow, its bases' first; "" where there is none."""
+    classes = _classes(_file(kind.__module__))
+    node = classes[kind.__name__]
+    found = {name: field[2] for base in node.bases if base in classes for name, field in classes[base].fields.items()}
+    own = {name: field[2] for name, field in node.fields.items()}
+    explained = {**own, **{name: text for name, text in _explained(node).items() if name in own and not own[name]}}
+    return {name: " ".join(text.split()) for name, text in {**found, **explained}.items()}
+
+
 def switches(command: str) -> dict[str, str]:
     """Switch -> the key that it sets to true: `--dry-run` for `dry_run=true`."""
     return {f"--{key.path.replace('_', '-')}": key.path for key in keys(command) if key.type == "bool"}
@@ -102,6 +113,19 @@ def own_conf_dir() -> Path | None:
     """Return conf/ of the working folder, whose files are options beside the shipped ones; None if there is none."""
     place = Path("conf").absolute()
     return place if place.is_dir() and place.resolve() != conf_dir() else None
+
+
+def settings_of(kind: type) -> str:
+    """Return the name of the class of settings whose fields a schema class has; "" if it explains its own."""
+    found = FIELDS_OF.match(kind.__doc__ or "")
+    return found[2] if found else ""
+
+
+def about(group: str, option: str) -> str:
+    """Return what the comment at the start of a file of conf/ says."""
+    lines = (conf_dir() / group / f"{option}.yaml").read_text().splitlines()
+    comment = [line[1:].strip() for line in itertools.takewhile(lambda text: text.startswith("#"), lines)]
+    return " ".join(text for text in comment if not text.startswith(("@package", "python -m")))
 
 
 def first_sentence(text: str) -> str:
@@ -172,8 +196,11 @@ def _explained(node: _Class) -> dict[str, str]:
     found = FIELDS_OF.match(node.text)
     if not found:
         return {}
-    place = found[1].removeprefix("qflow.").replace(".", "/")
-    return {name: field[2] for name, field in _classes(f"{place}.py")[found[2]].fields.items()}
+    return {name: field[2] for name, field in _classes(_file(found[1]))[found[2]].fields.items()}
+
+
+def _file(module: str) -> str:
+    return f"{module.removeprefix('qflow.').replace('.', '/')}.py"
 
 
 @functools.cache
@@ -208,8 +235,20 @@ def _class(node: ast.ClassDef) -> _Class:
     for statement, after in zip(node.body, [*node.body[1:], None], strict=True):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
-            fields[statement.target.id] = ast.unparse(statement.annotation), _default(statement.value), str(text)
+            kind = ast.unparse(_Unlimited().visit(statement.annotation))
+            fields[statement.target.id] = kind, _default(statement.value), str(text)
     return _Class(tuple(map(ast.unparse, node.bases)), ast.get_docstring(node) or "", fields)
+
+
+class _Unlimited(ast.NodeTransformer):
+    """`Annotated[int, Between(1, 9)]` as `int`: limits are in the JSON schema (json_schema.py)."""
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+        self.generic_visit(node)
+        limited = (
+            isinstance(node.value, ast.Name) and node.value.id == "Annotated" and isinstance(node.slice, ast.Tuple)
+        )
+        return node.slice.elts[0] if limited else node  # type: ignore[attr-defined]
 
 
 def _default(value: ast.expr | None) -> str:

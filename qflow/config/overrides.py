@@ -72,10 +72,10 @@ def _link(path: Path, link: Path) -> None:
 
 
 def flags_and_sources(command: str, arguments: Sequence[str]) -> list[str]:
-    """Rewrite what belongs to one command: `--check` to `check=true`, words without `=` to its `sources` or `kind`."""
-    known_switches = switches(command)
+    """Rewrite what belongs to one command: `--check` to `check=true`, words without `=` to `sources=[...]` or `kind`."""
+    known_switches, takes = switches(command), named(command).words
     out: list[str] = []
-    sources: list[str] = []
+    words: list[str] = []
     for argument in arguments:
         if argument in known_switches:
             out.append(f"{known_switches[argument]}=true")
@@ -86,11 +86,11 @@ def flags_and_sources(command: str, arguments: Sequence[str]) -> list[str]:
             )
         elif command == "init" and argument in named(command).values["kind"]:
             out.append(f"kind={argument}")
-        elif named(command).words:
-            (out if "=" in argument or argument.startswith("-") else sources).append(argument)
+        elif takes:
+            (out if "=" in argument or argument.startswith("-") else words).append(argument)
         else:
             out.append(argument)
-    return [f"sources=[{','.join(map(quoted, sources))}]", *out] if sources else out
+    return [f"{takes}=[{','.join(map(quoted, words))}]", *out] if words else out
 
 
 def options_first(arguments: Sequence[str]) -> list[str]:

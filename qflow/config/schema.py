@@ -6,9 +6,11 @@ The classes are keyword-only and not frozen, as Hydra needs them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import MISSING
+
+from qflow.core.limits import Above, AtLeast, Between, OneOf
 
 
 @dataclass(kw_only=True)
@@ -25,13 +27,13 @@ class TaskSchema:
     """`_target_` that returns the data, and its arguments."""
     metric: dict[str, Any] = field(default_factory=dict)
     """`_target_` of the metric, and its arguments."""
-    float_metric: float | None = None
+    float_metric: Annotated[float, Between(-1e9, 1e9)] | None = None
     """What the float model must reach on the evaluation data; null takes what is measured."""
-    tolerance: float = 0.002
+    tolerance: Annotated[float, Between(0.0, 1e9)] = 0.002
     """How far the measured float metric may lie below or above `float_metric`."""
     deploy_shape: Any = None
     """Shape at which cost is computed: one list, or a mapping for named inputs; null takes one evaluated sample."""
-    batch_size: int = 32
+    batch_size: Annotated[int, Between(1, 1_000_000)] = 32
     """Evaluation batch size."""
     cached_attrs: list[str] = field(default_factory=list)
     """Attributes in which the model keeps state from frame to frame; the data are then sequences."""
@@ -59,7 +61,7 @@ class RulesSchema:
     dual_int16: bool = False
     dual_int16_ops: list[str] = field(default_factory=lambda: ["conv2d", "linear"])
     dual_high_precision: bool = False
-    matmul_int16_inputs: int = 1
+    matmul_int16_inputs: Annotated[int, Between(0, 2)] = 1
     float16_kinds: list[str] = field(default_factory=list)
     inner_int16: list[str] = field(default_factory=list)
     attention_int8: bool = True
@@ -87,7 +89,7 @@ class CostSchema:
     float_melem_per_ms: float = MISSING
     host_dequantize: bool = False
     nominal_mac_per_cycle: float = MISSING
-    onchip_mb: float | None = None
+    onchip_mb: Annotated[float, Above(0.0)] | None = None
     mac_factors: dict[str, Any] = field(default_factory=dict)
     vector_factors: dict[str, Any] = field(default_factory=dict)
     softmax_factors: dict[str, Any] = field(default_factory=dict)
@@ -108,7 +110,7 @@ class DeviceSchema:
     cost: CostSchema = field(default_factory=CostSchema)
     profile: str | None = None
     """A measured report of this model: hbm_perf, hb_analyzer or hrt_model_exec."""
-    profile_dtype: str = "qint8"
+    profile_dtype: Annotated[str, OneOf(("qint8", "qint16", "float16"))] = "qint8"
     """Template that the measured model was built with."""
 
 
@@ -225,17 +227,17 @@ class QatSchema:
 class ObjectiveSchema:
     """The accuracy goal, and what is optimized."""
 
-    optimize: dict[str, str] = field(default_factory=dict)
+    optimize: dict[str, Annotated[str, OneOf(("maximize", "minimize"))]] = field(default_factory=dict)
     """Run metric -> maximize or minimize, in order; empty for the task's metric and the least cost/latency_ms."""
-    max_drop: float = 0.01
+    max_drop: Annotated[float, AtLeast(0.0)] = 0.01
     """Largest loss against float, in the metric's own units."""
-    max_latency_ms: float | None = None
+    max_latency_ms: Annotated[float, AtLeast(0.0)] | None = None
     """Budget for the predicted latency of one thread; null sets none, as with the next three."""
-    max_slowdown: float | None = None
+    max_slowdown: Annotated[float, AtLeast(1.0)] | None = None
     """Budget for the predicted latency over that with every operator at int8: 1.1 allows a tenth more."""
-    max_int16_mac_share: float | None = None
+    max_int16_mac_share: Annotated[float, Between(0.0, 1.0)] | None = None
     """Budget for the share of MACs with an int16 side."""
-    max_traffic_mb: float | None = None
+    max_traffic_mb: Annotated[float, AtLeast(0.0)] | None = None
     """Budget for the DDR traffic of a frame, in 10^6 bytes."""
 
 

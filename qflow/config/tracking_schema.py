@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from qflow.core.limits import AtLeast
 
 
 @dataclass(kw_only=True)
@@ -17,7 +20,7 @@ class TrackingSchema:
     """Name of the registered model that `promote` gives versions to."""
     alias: str = "champion"
     """Alias in the registry that `promote` moves."""
-    patience: float = 600.0
+    patience: Annotated[float, AtLeast(0.0)] = 600.0
     """Seconds to wait for a store that goes away while the command runs; 0 does not wait."""
 
 
@@ -27,7 +30,7 @@ class StoreSchema:
 
     uri: str | None = None
     """MLflow tracking URI; null for a local store in `root`."""
-    patience: float = 600.0
+    patience: Annotated[float, AtLeast(0.0)] = 600.0
     """Seconds to wait for a store that goes away while the command runs; 0 does not wait."""
 
 
@@ -43,7 +46,7 @@ class PromoteTrackingSchema:
     """null takes the name that the study was configured with."""
     alias: str | None = None
     """null takes the alias that the study was configured with."""
-    patience: float = 600.0
+    patience: Annotated[float, AtLeast(0.0)] = 600.0
     """Seconds to wait for a store that goes away while the command runs; 0 does not wait."""
 
 
@@ -55,5 +58,5 @@ class ReportTrackingSchema:
     """MLflow tracking URI; null for the local store in `root`."""
     experiment: str | None = None
     """null looks in all experiments."""
-    patience: float = 600.0
+    patience: Annotated[float, AtLeast(0.0)] = 600.0
     """Seconds to wait for a store that goes away while the command runs; 0 does not wait."""

@@ -1,9 +1,17 @@
-"""Checks of single settings, with one message each."""
+"""Checks of single settings, with one message each.
+
+A field that has a limit says so in its type, `Annotated[int, Between(1, 4096)]`: `check_limits` holds a record to the
+limits of its fields, and the JSON schema of a command's settings is made from them.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from qflow.core.errors import ConfigError
 from qflow.core.nearest import did_you_mean
@@ -12,6 +20,103 @@ LARGEST_SEED = 2**32 - 1
 """NumPy, which Optuna's samplers draw from, takes no larger one."""
 LARGEST_INPUT = 2**30
 """Numbers of an input: 4 GiB in float32."""
+
+
+@dataclass(frozen=True)
+class Between:
+    """A limit of a number: from `low` to `high`, both included."""
+
+    low: float
+    high: float
+
+    def check(self, name: str, value: float) -> None:
+        """Raise ConfigError for a number beyond the limit."""
+        within(name, value, self.low, self.high)
+
+    def keywords(self) -> dict[str, Any]:
+        """Return the limit in the words of JSON Schema."""
+        ends = {"minimum": self.low, "maximum": self.high}
+        return {word: end for word, end in ends.items() if math.isfinite(end)}
+
+
+@dataclass(frozen=True)
+class Above:
+    """A limit of a finite number: larger than `low`."""
+
+    low: float
+
+    def check(self, name: str, value: float) -> None:
+        """Raise ConfigError for a number beyond the limit."""
+        if not self.low < value < math.inf:
+            raise ConfigError(f"{name} is a number above {_shown(self.low)}, but got {_shown(value)}.")
+
+    def keywords(self) -> dict[str, Any]:
+        """Return the limit in the words of JSON Schema."""
+        return {"exclusiveMinimum": self.low}
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """A limit of a finite number: `low` or larger."""
+
+    low: float
+
+    def check(self, name: str, value: float) -> None:
+        """Raise ConfigError for a number beyond the limit."""
+        if not self.low <= value < math.inf:
+            raise ConfigError(f"{name} is a number of at least {_shown(self.low)}, but got {_shown(value)}.")
+
+    def keywords(self) -> dict[str, Any]:
+        """Return the limit in the words of JSON Schema."""
+        return {"minimum": self.low}
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """A limit of a text: one of `values`."""
+
+    values: tuple[str, ...]
+
+    def check(self, name: str, value: str) -> None:
+        """Raise ConfigError for another text."""
+        one_of(name, value, self.values)
+
+    def keywords(self) -> dict[str, Any]:
+        """Return the limit in the words of JSON Schema."""
+        return {"enum": list(self.values)}
+
+
+def check_limits(record: object, prefix: str, kind: type | None = None) -> None:
+    """Raise ConfigError for the first field of a record that is beyond the limit of its type.
+
+    `prefix` is the group of the fields, and `kind` the class that states the limits where it is not the record's own.
+    """
+    for name, hint in _limited(kind or type(record)).items():
+        _check(f"{prefix}.{name}", getattr(record, name), hint)
+
+
+@functools.cache
+def _limited(kind: type) -> dict[str, Any]:
+    """Return the types of the fields that have limits."""
+    return {name: hint for name, hint in get_type_hints(kind, include_extras=True).items() if "Annotated" in str(hint)}
+
+
+def _check(name: str, value: Any, hint: Any) -> None:
+    """Hold a value, each item of a list and each value of a mapping to the limits of its type."""
+    arguments = get_args(hint)
+    if value is None:  # the type says whether it may be
+        return
+    if get_origin(hint) is Annotated:
+        for limit in arguments[1:]:
+            limit.check(name, value)
+    elif get_origin(hint) in (Union, UnionType):
+        _check(name, value, arguments[0])
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _check(f"{name}.{key}", item, arguments[1])
+    else:
+        for item in value:
+            _check(name, item, arguments[0])
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from qflow.core.errors import ConfigError
-from qflow.core.limits import LARGEST_SEED, one_of, within
+from qflow.core.limits import LARGEST_SEED, Between, OneOf, check_limits
 from qflow.core.record import plain
 
 NORM_MODES = ("fuse_bn", "with_bn", "with_bn_reverse_fold")
@@ -20,17 +21,16 @@ SINCE = ("learned_scales", "teacher", "ema", "dampening", "cosine_decay")
 class TeacherSettings:
     """The float model as teacher (quant/train/teacher.py)."""
 
-    weight: float = 0.0
+    weight: Annotated[float, Between(0.0, 1e9)] = 0.0
     """Weight of its loss; 0 is no teacher."""
     features: tuple[str, ...] = ()
     """Modules whose outputs are compared too, beside those of the model."""
-    temperature: float = 0.0
+    temperature: Annotated[float, Between(0.0, 1000.0)] = 0.0
     """0 compares by relative squared error; above 0 outputs are logits (batch, classes), compared by KL at it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "features", tuple(self.features))
-        within("qat.teacher.weight", self.weight, 0.0, 1e9)
-        within("qat.teacher.temperature", self.temperature, 0.0, 1000.0)
+        check_limits(self, "qat.teacher")
         if not self.weight and (self.features or self.temperature):
             raise ConfigError(
                 "A teacher has a weight above 0, but got qat.teacher.weight=0 with features or a temperature. Set "
@@ -42,19 +42,19 @@ class TeacherSettings:
 class QatSettings:
     """Quantization-aware training after calibration, with the guide's defaults; 0 steps is no training."""
 
-    steps: int = 0
+    steps: Annotated[int, Between(0, 10_000_000)] = 0
     """Training steps; 0 is no training."""
-    apply: str = "every_trial"
+    apply: Annotated[str, OneOf(("every_trial", "after_search"))] = "every_trial"
     """`every_trial` trains each trial after its calibration; `after_search` trains in a stage after the search."""
-    batch_size: int = 64
+    batch_size: Annotated[int, Between(1, 65536)] = 64
     """Training batch size."""
     augment: bool = False
     """Train on `task.data.train_augmented`, not `train`; the guide asks for less augmentation than in float."""
-    learning_rate: float = 1e-4
+    learning_rate: Annotated[float, Between(0.0, 10.0)] = 1e-4
     """Fixed unless there is a scheduler or `cosine_decay`; there is no warm-up."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Between(0.0, 10.0)] = 0.0
     """Weight decay of the optimizer."""
-    rates: Mapping[str, float] = field(default_factory=dict)
+    rates: Mapping[str, Annotated[float, Between(0.0, 10.0)]] = field(default_factory=dict)
     """Module name prefix -> learning rate of what is below it; the longest prefix wins. Where a search changes
     learning_rate, they keep their ratio to it."""
     loss: Mapping[str, object] = field(default_factory=dict)
@@ -67,66 +67,46 @@ class QatSettings:
     """Without a scheduler, the rate falls to 0 over the steps along half a cosine (Loshchilov and Hutter 2017)."""
     scheduled: bool = True
     """False keeps the rate fixed although there is a scheduler; the rates are compared this way."""
-    mode: str = "fuse_bn"
+    mode: Annotated[str, OneOf(NORM_MODES)] = "fuse_bn"
     """How batch norms are trained (quant/model/weighted.py)."""
     moving: bool = True
     """Activation scales follow the data; false keeps the calibrated ones (suits a good calibration)."""
     moving_weights: bool = True
     """Weight scales follow the weights; false keeps them."""
-    averaging_constant: float = 0.01
+    averaging_constant: Annotated[float, Between(0.0, 1.0)] = 0.01
     """Constant of the moving average by which activation scales follow the data."""
     freeze: tuple[str, ...] = ()
     """Module name prefixes that are not trained: no gradients, eval mode, scales kept."""
-    float_steps: int | None = None
+    float_steps: Annotated[int, Between(1, 1_000_000_000)] | None = None
     """Steps of the float training; QAT takes at most `max_share` of them."""
-    max_share: float = 0.2
+    max_share: Annotated[float, Between(0.0, 1.0)] = 0.2
     """Largest share of `float_steps` that QAT takes."""
-    clip_gradients: float | None = None
+    clip_gradients: Annotated[float, Between(1e-12, math.inf)] | None = None
     """Largest norm of all gradients together."""
-    divergence: float = 10.0
+    divergence: Annotated[float, Between(1.0, math.inf)] = 10.0
     """A loss of more than this times the median of the first `first_losses` stops the training."""
-    first_losses: int = 5
+    first_losses: Annotated[int, Between(1, 1000)] = 5
     """How many losses at the start give the median for `divergence`."""
-    checkpoint_every: int = 0
+    checkpoint_every: Annotated[int, Between(0, 10_000_000)] = 0
     """Steps between checkpoints; 0 writes one only at the end or at an interruption."""
-    learned_scales: float = 0.0
+    learned_scales: Annotated[float, Between(0.0, 100_000.0)] = 0.0
     """Above 0, int8 activation scales are trained (LSQ) instead of moving, at so many times `learning_rate`. The
     logarithm is trained: with Adam, one step at a rate of 0.001 changes a scale by about 0.1 %. int16 scales stay."""
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     """The float model as a loss, alone (without `loss`) or beside it."""
-    ema: float = 0.0
+    ema: Annotated[float, Between(0.0, 0.999999)] = 0.0
     """Decay of a moving average of the weights, which is evaluated and stored instead of the last ones; 0 is none."""
-    dampening: float = 0.0
+    dampening: Annotated[float, Between(0.0, 1e9)] = 0.0
     """Weight of a loss that keeps weights from oscillating between two codes; 0 is none."""
     amp: bool = False
     """bfloat16 autocast; refused with int16, because 98 % of the outputs would be wrong."""
-    seed: int = 0
+    seed: Annotated[int, Between(0, LARGEST_SEED)] = 0
     """Seed of the training: the order of the data, and the random choices of the model."""
 
     def __post_init__(self) -> None:
         if isinstance(self.teacher, Mapping):  # as a configuration gives it
             object.__setattr__(self, "teacher", TeacherSettings(**self.teacher))
-        within("qat.learned_scales", self.learned_scales, 0.0, 100_000.0)
-        within("qat.ema", self.ema, 0.0, 0.999999)
-        within("qat.dampening", self.dampening, 0.0, 1e9)
-        one_of("qat.mode", self.mode, NORM_MODES)
-        one_of("qat.apply", self.apply, ("every_trial", "after_search"))
-        within("qat.steps", self.steps, 0, 10_000_000)
-        within("qat.batch_size", self.batch_size, 1, 65536)
-        within("qat.learning_rate", self.learning_rate, 0.0, 10.0)
-        within("qat.weight_decay", self.weight_decay, 0.0, 10.0)
-        for prefix, rate in self.rates.items():
-            within(f"qat.rates.{prefix}", rate, 0.0, 10.0)
-        within("qat.averaging_constant", self.averaging_constant, 0.0, 1.0)
-        within("qat.max_share", self.max_share, 0.0, 1.0)
-        within("qat.divergence", self.divergence, 1.0, math.inf)
-        within("qat.seed", self.seed, 0, LARGEST_SEED)
-        within("qat.first_losses", self.first_losses, 1, 1000)
-        within("qat.checkpoint_every", self.checkpoint_every, 0, 10_000_000)
-        if self.float_steps is not None:
-            within("qat.float_steps", self.float_steps, 1, 1_000_000_000)
-        if self.clip_gradients is not None:
-            within("qat.clip_gradients", self.clip_gradients, 1e-12, math.inf)
+        check_limits(self, "qat")
 
     @property
     def unchecked(self) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Annotated
 
-from qflow.core.errors import ConfigError
+from qflow.core.limits import AtLeast, check_limits
 
 FEWEST = 4  # one of them is held out
 
@@ -25,16 +26,13 @@ class RepairSettings:
     """Codes of int8 weights that are learned layer by layer, then by blocks: minutes, not seconds."""
     bias: bool = False
     """Biases that take back the shift of the mean by quantization."""
-    samples: int = 256
+    samples: Annotated[int, AtLeast(FEWEST)] = 256
     """Calibration samples that a repair reads; one in four decides and is not seen by the steps."""
-    batch_size: int = 16
+    batch_size: Annotated[int, AtLeast(1)] = 16
     """Samples in a batch of them."""
 
     def __post_init__(self) -> None:
-        if self.samples < FEWEST:
-            raise ConfigError(f"repair.samples is {FEWEST} or more, but got {self.samples}.")
-        if self.batch_size < 1:
-            raise ConfigError(f"repair.batch_size is 1 or more, but got {self.batch_size}.")
+        check_limits(self, "repair")
 
     @property
     def steps(self) -> tuple[str, ...]:

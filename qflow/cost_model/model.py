@@ -19,9 +19,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
+from qflow.core.limits import Above, AtLeast, check_limits
 from qflow.cost_model.features import OpFeatures
 from qflow.cost_model.work import PRICED, OpWork
 
@@ -34,29 +36,29 @@ class CostModel:
     """Parameters of one march; the defaults are those of nash-m, measured on S100P in its place."""
 
     march: str = "nash-m"
-    clock_ghz: float = 1.5
+    clock_ghz: Annotated[float, Above(0.0)] = 1.5
     """Clock of the BPU in GHz (f)."""
-    fixed_ms: float = 0.0503
+    fixed_ms: Annotated[float, AtLeast(0.0)] = 0.0503
     """Time of a network without operators in ms (T0)."""
-    gemm_us_ghz: float = 1.58
+    gemm_us_ghz: Annotated[float, AtLeast(0.0)] = 1.58
     """Time of each GEMM call in us at 1 GHz (tau)."""
-    gmac_per_ms_ghz: float = 20.2
+    gmac_per_ms_ghz: Annotated[float, Above(0.0)] = 20.2
     """Rate of convolutions and linear layers in GMAC/ms at 1 GHz (M)."""
-    large_gemm_gmac: float = 0.5
+    large_gemm_gmac: Annotated[float, AtLeast(0.0)] = 0.5
     """GMAC for each GEMM from which on a network counts as large (t)."""
-    large_gmac_per_ms_ghz: float = 26
+    large_gmac_per_ms_ghz: Annotated[float, Above(0.0)] = 26
     """Further rate for the MACs of large networks in GMAC/ms at 1 GHz (L)."""
-    attention_gmac_per_ms_ghz: float = 1.22
+    attention_gmac_per_ms_ghz: Annotated[float, Above(0.0)] = 1.22
     """Rate of the matmuls of attention in GMAC/ms at 1 GHz (A)."""
-    lut_melem_per_ms_ghz: float = 26.3
+    lut_melem_per_ms_ghz: Annotated[float, Above(0.0)] = 26.3
     """Rate of look-ups, casts and fp16 in million elements/ms at 1 GHz (V)."""
-    softmax_melem_per_ms_ghz: float = 9.53
+    softmax_melem_per_ms_ghz: Annotated[float, Above(0.0)] = 9.53
     """Rate of the softmax of attention in million elements/ms at 1 GHz (S)."""
-    weight_mb_per_ms: float = 54
+    weight_mb_per_ms: Annotated[float, Above(0.0)] = 54
     """Bandwidth at which weights are read in MB/ms (B)."""
-    host_ms: float = 0.214
+    host_ms: Annotated[float, AtLeast(0.0)] = 0.214
     """Time on the host for each frame in ms (H)."""
-    host_output_ms: float = 0.0121
+    host_output_ms: Annotated[float, AtLeast(0.0)] = 0.0121
     """Further time on the host for each output tensor in ms (h)."""
     host_interval: Sequence[float] = (0.914, 1.18)
     """Lowest and highest time on the host, relative to the predicted one."""
@@ -64,11 +66,11 @@ class CostModel:
     """Lowest and highest BPU time of an int8 network like the measured ones, relative to the predicted one."""
     short_interval: Sequence[float] = (0.849, 1.2)
     """The same for a network of less than `SHORT_MS` (predictions.py)."""
-    float_melem_per_ms: float = 1.56
+    float_melem_per_ms: Annotated[float, Above(0.0)] = 1.56
     """Rate at which the host converts float outputs in million elements/ms, the slower of two tool chains (F)."""
     host_dequantize: bool = False
     """True if float outputs are converted on the host; builds usually strip the dequantize nodes."""
-    nominal_mac_per_cycle: float = 42700.0
+    nominal_mac_per_cycle: Annotated[float, Above(0.0)] = 42700.0
     """Advertised int8 TOPS / 2 / clock, to which utilisation relates."""
     onchip_mb: float | None = None
     """On-chip memory for activations; its size is not published."""
@@ -116,12 +118,7 @@ class CostModel:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for rates that are not positive, amounts below 0, and factors that are no range."""
-        for name in RATES:
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"cost.{name} is a number above 0, but got {getattr(self, name):g}.")
-        for name in AMOUNTS:
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"cost.{name} is a number of at least 0, but got {getattr(self, name):g}.")
+        check_limits(self, "cost")
         if self.onchip_mb is not None and not 0.0 < self.onchip_mb < math.inf:
             raise ConfigError(f"cost.onchip_mb is a number above 0, or null for unknown, but got {self.onchip_mb:g}.")
         for name in ("mac_factors", "vector_factors", "softmax_factors"):
@@ -187,13 +184,8 @@ class CostModel:
 
 
 NOTHING = (0.0, 0.0, 0.0)
-RATES = (
-    *("clock_ghz", "gmac_per_ms_ghz", "large_gmac_per_ms_ghz", "attention_gmac_per_ms_ghz", "lut_melem_per_ms_ghz"),
-    *("softmax_melem_per_ms_ghz", "weight_mb_per_ms", "float_melem_per_ms", "nominal_mac_per_cycle"),
-)
 VECTOR = ("elementwise", "layer_norm", "reduce")
 """Keys of `element_prices` that the vector unit computes."""
-AMOUNTS = ("fixed_ms", "gemm_us_ghz", "large_gemm_gmac", "host_ms", "host_output_ms")
 
 
 def _width(row: OpFeatures) -> float:

@@ -13,6 +13,7 @@ __all__ = [
     "engines",
     "fewer",
     "find",
+    "fingerprint",
     "finish",
     "gate",
     "imported_side",

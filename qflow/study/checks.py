@@ -10,13 +10,14 @@ from omegaconf import OmegaConf
 
 from qflow.config.device_file import cost_of, require_cost, rules_of
 from qflow.config.executor_schema import check_executor
+from qflow.config.schema import TaskSchema
 from qflow.config.settings import plain, sensitivity_settings, trial_settings
 from qflow.config.space import search_space
 from qflow.core.credentials import masked
 from qflow.core.dtype import QDtype
 from qflow.core.engine import EngineName, engine_name, require_plugin
 from qflow.core.errors import ConfigError
-from qflow.core.limits import LARGEST_SEED, check_shape, within
+from qflow.core.limits import LARGEST_SEED, check_limits, check_shape, within
 from qflow.core.names import check_study_name
 from qflow.core.nearest import did_you_mean
 from qflow.search.proposal import SAMPLERS
@@ -73,12 +74,8 @@ def require_no_workers(config: DictConfig, command: str) -> None:
 
 
 def _check_task(config: DictConfig) -> None:
-    task = plain(config.task)
-    within("task.batch_size", task["batch_size"], 1, 1_000_000)
-    within("task.tolerance", task["tolerance"], 0.0, 1e9)
-    if task["float_metric"] is not None:
-        within("task.float_metric", task["float_metric"], -1e9, 1e9)
-    check_shape("task.deploy_shape", task["deploy_shape"])
+    check_limits(config.task, "task", TaskSchema)
+    check_shape("task.deploy_shape", plain(config.task)["deploy_shape"])
 
 
 def _check_device(config: DictConfig) -> None:

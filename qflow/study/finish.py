@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from qflow.core.credentials import masked
 from qflow.core.dtype import QDtype
@@ -21,6 +22,7 @@ from qflow.study.missed import not_tried, tried
 from qflow.study.next_steps import promote_command
 from qflow.study.paired import applied, goal_margin
 from qflow.study.report import VERDICT, report_lines
+from qflow.study.result import study_record
 from qflow.study.session import Session
 from qflow.study.start_trial import against_start
 from qflow.trial.record import metrics_of
@@ -29,8 +31,11 @@ NAMED = 12  # how many operators the console lists per dtype
 FEW_SAMPLES = 3  # a miss by so few samples is no safe verdict
 
 
-def finish(session: Session) -> int:
-    """Print table and next steps, log the document to the study's run, and return 0 if the goal is met, else 1."""
+def finish(session: Session) -> tuple[int, dict[str, Any]]:
+    """Print table and next steps, and log the document to the study's run.
+
+    Return 0 if the goal is met, else 1, and the result for programs.
+    """
     evaluator, best = session.evaluator, session.best
     shown = best or nearest_miss(session.trials, session.goal.ranking)
     if shown is None:
@@ -51,7 +56,9 @@ def finish(session: Session) -> int:
     mark_trials(session)
     session.console.say("\n" + table)
     _print_lines(session, text, shown, place)
-    return 0 if best else 1
+    names = {dtype: list(found) for dtype, found in raised(session, shown).items()}
+    following = [promote_command(session.config, session.root)] if best else []
+    return 0 if best else 1, {**study_record(session), "verdict": text, "raised": names, "next": following}
 
 
 def _keep(session: Session, note: str, text: str, best: FinishedTrial | None, metrics: Mapping[str, float]) -> Path:
@@ -68,7 +75,7 @@ def _keep(session: Session, note: str, text: str, best: FinishedTrial | None, me
     return place
 
 
-def _nothing_finite(session: Session) -> int:
+def _nothing_finite(session: Session) -> tuple[int, dict[str, Any]]:
     """Say that no mix gave finite outputs, which misses the goal. Raises TrialError if no mix was evaluated at all."""
     if not tried(session):
         raise TrialError(
@@ -78,7 +85,7 @@ def _nothing_finite(session: Session) -> int:
     text = f"{'goal':<12}{session.goal}: missed, no mix that was tried gives finite outputs\n{_lists(session)}"
     place = _keep(session, document(session, "", text), text, None, {})
     session.console.say(f"\n{text}\n{'decisions':<12}{place}\n{report_lines(session)}")
-    return 1
+    return 1, {**study_record(session), "verdict": text, "raised": {}, "next": []}
 
 
 def _print_lines(session: Session, text: str, shown: FinishedTrial, place: Path) -> None:

@@ -1,9 +1,10 @@
-"""The result of a study as plain fields, for scripts (`--json`)."""
+"""The result of a study as plain fields, for programs (`--json`; config/study_results.py says what each is)."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from qflow.config.study_results import TrialFields
 from qflow.core.credentials import masked
 from qflow.search.objective import meets, nearest_miss
 from qflow.search.outcome import FinishedTrial
@@ -17,6 +18,7 @@ def study_record(session: Session) -> dict[str, Any]:
         "study": session.study.name,
         "experiment": session.config.tracking.experiment,
         "uri": masked(session.tracker.uri),
+        "root": str(session.root),
         "run": session.study_run,
         "goal": str(session.goal),
         "met": session.best is not None,
@@ -27,10 +29,11 @@ def study_record(session: Session) -> dict[str, Any]:
         "trials": len(session.trials),
         "decisions": [{"stage": stage, "text": text} for stage, text in session.decisions],
         "seconds": round(session.console.seconds, 1),
+        "written": str(session.root / "studies" / session.study.name),
     }
 
 
-def trial_record(trial: FinishedTrial | None) -> dict[str, Any] | None:
+def trial_record(trial: FinishedTrial | None) -> TrialFields | None:
     """Return the fields of a trial; None without one."""
     if trial is None:
         return None

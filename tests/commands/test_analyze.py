@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from support.commands import CUSTOM, run_qflow
+from support.documents import document
 
 from qflow.core.table_setter import table_rows
 from qflow.tracking.mlflow_tracker import MlflowTracker
@@ -129,8 +130,10 @@ def test_what_int16_cannot_hold_is_advised_fp16(tmp_path):
 
 
 def test_following_an_estimate_is_measured_exactly(done, tmp_path):
-    result = run_qflow("analyze", *CUSTOM, *FEW, "sensitivity=estimate", cwd=tmp_path)
+    result = run_qflow("analyze", *CUSTOM, *FEW, "sensitivity=estimate", "--json", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
+    found = document(result)["result"]
+    assert found["advice"][0]["op"] == found["sensitivity"][0]["op_name"] == "loud"
     rows = json.loads((done[1] / "qflow_out" / "analyze" / "own" / "sensitivity_record.json").read_text())["rows"]
     exact = {r["op_name"]: r["score"] for r in rows if r["sensitive_type"] == "activation"}
     text = (tmp_path / "qflow_out" / "analyze" / "own" / "advice.txt").read_text()

@@ -46,8 +46,6 @@ def run(line, capsys):
 @pytest.mark.parametrize("line", CASES)
 def test_a_wrong_value_gets_its_line_and_code_2(line, folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
-    # Hydra composes once more for the mode, and takes None where that fails: half the time of a case
-    monkeypatch.setattr("hydra._internal.hydra.Hydra.get_mode", lambda *_args, **_named: None)
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("QFLOW_HOME", "")

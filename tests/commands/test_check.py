@@ -4,6 +4,7 @@ import json
 
 import pytest
 from support.commands import CUSTOM, run_qflow
+from support.documents import document
 
 pytestmark = pytest.mark.slow  # starts commands as processes of their own
 
@@ -22,8 +23,9 @@ def test_a_users_model_is_checked(tmp_path):
 
 
 def test_hints_are_not_counted_as_not_as_asked(tmp_path):
-    done = run_qflow("check", *CUSTOM, cwd=tmp_path)
-    assert "8 rows, 0 not as requested" in done.stdout, done.stdout + done.stderr
+    done = run_qflow("check", *CUSTOM, "--json", cwd=tmp_path)
+    assert "8 rows, 0 not as requested" in done.stderr, done.stderr
+    assert document(done)["result"]["not_as_requested"] == 0
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from support.documents import document
 
 from qflow.config.command_table import COMMANDS
 from qflow.core.version import VERSION
@@ -51,16 +52,17 @@ def test_a_mistyped_command_gets_one_line_and_code_2(line, tmp_path):
 
 def test_a_script_gets_one_document_for_a_result_and_for_a_mistake(tmp_path):
     done = qflow("qflow", "cost", "--json", "task=digits", cwd=tmp_path)
-    found = json.loads(done.stdout)
-    assert (found["schema"], found["command"], found["exit_code"], found["error"]) == (1, "cost", done.returncode, None)
+    found = document(done)
+    assert (found["schema"], found["command"], found["error"]) == ("qflow.cost/2", "cost", None)
     assert found["meaning"] == COMMANDS["cost"].meaning(done.returncode)
     assert found["result"]["metrics"]["cost/latency_ms"] > 0
     assert "written" in done.stderr, "what is printed for people goes to stderr"
     wrong = qflow("qflow.check", "n_trials=3", "--json", cwd=tmp_path)
-    found = json.loads(wrong.stdout)
-    assert (found["exit_code"], wrong.returncode, found["result"]) == (2, 2, {})
-    assert wrong.stderr == f"qflow: {found['error']}\n"
-    assert "Did you mean search.n_trials?" in found["error"]
+    found = document(wrong)
+    assert (found["exit_code"], found["result"], found["error"]["type"]) == (2, {}, "ConfigError")
+    assert wrong.stderr == f"qflow: {found['error']['line']}\n"
+    assert found["error"]["rule"] == "A key must exist in the configuration" and found["error"]["got"] == "n_trials"
+    assert found["error"]["way_out"].startswith("Did you mean search.n_trials?")
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,8 @@ def test_whatever_ends_a_command_leaves_a_document(line, code, tmp_path):
     done = qflow(*line.split(), cwd=tmp_path)
     found = json.loads(done.stdout)
     assert (found["exit_code"], done.returncode, bool(found["error"])) == (code, code, code == 2), done.stderr
+    if found["command"] in COMMANDS:
+        document(done)
 
 
 def test_the_debug_mode_keeps_document_and_code(tmp_path, monkeypatch):
@@ -84,7 +88,7 @@ def test_the_debug_mode_keeps_document_and_code(tmp_path, monkeypatch):
     done = qflow("qflow.cost", "nothing=3", "--json", cwd=tmp_path)
     found = json.loads(done.stdout)
     assert (found["exit_code"], done.returncode) == (2, 2) and "Traceback" in done.stderr
-    assert done.stderr.endswith(f"qflow: {found['error']}\n")
+    assert done.stderr.endswith(f"qflow: {found['error']['line']}\n")
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

@@ -1,11 +1,11 @@
 """Trials side by side, as files, runs and aliases."""
 
-import json
 import shutil
 
 import pytest
 import torch
 from support.commands import run_qflow
+from support.documents import document
 from support.stored import store_trial
 
 from qflow.bundle.source import fetch
@@ -24,7 +24,7 @@ def two(tmp_path_factory):
 
 def asked(folder, *arguments):
     done = run_qflow("compare", *arguments, cwd=folder)
-    return done, json.loads(done.stdout) if "--json" in arguments else done.stdout
+    return done, document(done) if "--json" in arguments else done.stdout
 
 
 def test_two_mixes_differ_in_cost_and_operators_with_what_each_gains(two):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import CUSTOM, run_qflow
+from support.documents import document
 
 from qflow.config.device_file import load_cost, load_rules
 from qflow.tracking.mlflow_tracker import MlflowTracker
@@ -109,9 +110,9 @@ def test_a_fit_renews_a_board_of_one_s_own_that_a_study_takes(tmp_path):
         "defaults: [nash-e, _self_]\nrules: {float16_kinds: []}\n"
         "cost:\n  host_ms: 0.9\n  onchip_mb: 3\n  clock_ghz: 1.2\n"
     )
-    done = run_qflow("cost", "fit", "data=mine.csv", "device=mine.yaml", "out=mine.yaml", cwd=tmp_path)
+    done = run_qflow("cost", "fit", "data=mine.csv", "device=mine.yaml", "out=mine.yaml", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "family left out" in done.stdout
+    assert "family left out" in done.stderr and document(done)["result"]["written"] == str(board)
     found = load_cost(board)
     assert (round(found.host_ms, 3), found.onchip_mb, found.clock_ghz) == (0.249, 3, 1.2)
     assert found.provenance.startswith("fitted to 107 times")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from support.commands import OWN, run_qflow
 from support.compose import compose
+from support.documents import document
 from support.stored import store_trial, uri_of
 
 from qflow.bundle.source import fetch
@@ -47,7 +48,7 @@ def test_by_default_the_best_trial_is_exported_and_strict_says_what_is_missing(s
 
 def test_a_script_gets_what_is_missing(study):
     done = run_qflow("export", "target=hmct", "task=digits", "--json", cwd=study[0])
-    result = json.loads(done.stdout)["result"]
+    result = document(done)["result"]
     assert result["run"] == study[1]
     assert "quant_config.json" in result["targets"]["hmct"]["files"]
 
@@ -55,8 +56,8 @@ def test_a_script_gets_what_is_missing(study):
 def test_a_study_goes_to_another_store_as_one_file(study, tmp_path):
     bundled = run_qflow("export", "study=digits/int8_int16", f"bundle={tmp_path / 'study.zip'}", cwd=study[0])
     assert (bundled.returncode, bundled.stderr) == (0, "")
-    imported = run_qflow("export", f"import={tmp_path / 'study.zip'}", cwd=tmp_path)
-    assert (imported.returncode, imported.stderr) == (0, "")
+    imported = run_qflow("export", f"import={tmp_path / 'study.zip'}", "--json", cwd=tmp_path)
+    assert imported.returncode == 0 and document(imported)["result"]["study"] == "digits/int8_int16"
     done = run_qflow("export", "study=digits/int8_int16", "target=qflow", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "qflow_out" / "export" / "qflow" / "qflow.json").is_file()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from support.compose import compose
+from support.documents import fits
 from support.stored import store_trial, uri_of
 
 import qflow
@@ -99,7 +100,7 @@ def run(folder, *overrides):
 
 
 def record_of(folder, *overrides):
-    return promote(compose(f"root={folder}", *overrides, name="promote"))
+    return fits("promote", promote(compose(f"root={folder}", *overrides, name="promote")))
 
 
 def alias(folder, name, key="champion"):

@@ -10,6 +10,7 @@ import pytest
 from report.test_page import charts_of
 from support.browser import CHROMIUM, browser, mlflow_ui, required
 from support.commands import OWN, OWN_CODE, UNREPAIRED, open_tracker, run_qflow
+from support.documents import document
 
 pytestmark = pytest.mark.slow  # starts commands as processes of their own
 
@@ -52,9 +53,10 @@ def test_the_command_renders_the_same_report_without_model_and_data(studied):
     folder, _ = studied
     before = (folder / PLACE).read_text()
     (folder / PLACE).unlink()
-    again = run_qflow("report", "study=own/int8_int16", cwd=folder, PYTHONPATH="")  # the code is not found
+    again = run_qflow("report", "study=own/int8_int16", "--json", cwd=folder, PYTHONPATH="")  # no code is found
     assert again.returncode == 0, again.stderr
-    assert (folder / PLACE).read_text() == before and str(folder / PLACE) in again.stdout
+    assert (folder / PLACE).read_text() == before
+    assert document(again)["result"]["written"] == str(folder / PLACE)
 
 
 def test_a_study_that_does_not_exist_is_one_line(studied):

@@ -1,9 +1,8 @@
 """One trial: a mix of the user's own beside those of a study, and a stored one again."""
 
-import json
-
 import pytest
 from support.commands import CUSTOM, run_qflow
+from support.documents import document
 from support.stored import TINY, store_trial
 
 from qflow.config.quoting import assignment
@@ -53,7 +52,7 @@ def test_a_stored_trial_comes_out_equal_when_it_is_run_again(own):
     folder, _ = own
     ((*_, info),) = runs(folder, "tags.`qflow.trial` = '-1'")
     done = run_qflow("trial", f"from_run={info.run_id}", "security.allow=[user_task]", "--json", cwd=folder)
-    found = json.loads(done.stdout)
+    found = document(done)
     assert (done.returncode, found["result"]["equal"], found["result"]["differences"]) == (0, True, []), done.stderr
     figures = found["result"]["figures"]
     assert figures["cost/latency_ms"]["stored"] == figures["cost/latency_ms"]["again"]
@@ -110,9 +109,11 @@ def test_a_trial_by_hand_joins_a_study_that_was_tuned(tmp_path):
 def test_a_mix_that_misses_the_goal_is_tracked_and_ends_with_1(own):
     folder, _ = own
     over = ["study=own/tight", "objective.max_latency_ms=0.0001", "objective.max_drop=0.9"]
-    done = run_qflow("trial", *SMALL, *over, cwd=folder)
+    done = run_qflow("trial", *SMALL, *over, "--json", cwd=folder)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "missed, max_latency_ms by" in done.stdout and "qflow.promote" not in done.stdout
+    assert "missed, max_latency_ms by" in done.stderr and "qflow.promote" not in done.stderr
+    found = document(done)["result"]
+    assert (found["meets"], list(found["missed"])) == (False, ["max_latency_ms"])
     assert len(runs(folder, "tags.`qflow.study` = 'own/tight' and tags.`qflow.kind` = 'trial'")) == 1
 
 

@@ -10,6 +10,7 @@ import time
 
 import pytest
 from support.commands import OWN, OWN_CODE, STORE, TESTS, UNREPAIRED, measured, open_tracker, run_qflow
+from support.documents import document
 
 pytestmark = pytest.mark.slow  # starts commands as processes of their own
 
@@ -176,12 +177,12 @@ def _interrupted(study, folder):
     """The numbers of the trials that a new interpreter prints, to which Ctrl-C is sent after trial 2."""
     env = {**os.environ, "PYTHONPATH": f"{OWN_CODE}:{os.environ.get('PYTHONPATH', '')}", "QFLOW_HOME": ""}
     process = subprocess.Popen(
-        [sys.executable, "-m", "qflow.tune", *study], cwd=folder, env=env, text=True,
+        [sys.executable, "-m", "qflow.tune", *study, "--json"], cwd=folder, env=env, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     shown = ""
-    for line in process.stdout:
+    for line in process.stderr:  # with --json, what is printed for people
         shown += line
         if line.startswith("trial 2") or time.monotonic() > deadline:
             break
@@ -190,7 +191,10 @@ def _interrupted(study, folder):
     assert process.returncode == 130
     assert "the same command continues" in err
     assert "Traceback" not in err
-    return re.findall(r"^trial (\d+)", shown + out, re.MULTILINE)
+    found = document(subprocess.CompletedProcess(process.args, 130, out, err))
+    assert found["error"]["type"] == "Interrupted"
+    assert found["result"]["trials"] > 2 and found["result"]["study"] == "own/int8_int16"
+    return re.findall(r"^trial (\d+)", shown + err, re.MULTILINE)
 
 
 MORE = {

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from math import inf, nan
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -12,15 +13,26 @@ from qflow.core.device import apply_rules
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
 from qflow.core.graph import ModelGraph, OpKind, OpNode
+from qflow.core.limits import Above, AtLeast
 from qflow.core.qconfig import OpQConfig, QConfig
 from qflow.core.resolve import resolve
 from qflow.core.setter import HighPrecisionOutput, TemplateSetter
 from qflow.cost_model.features import features
 from qflow.cost_model.latency import Pricer, predict
-from qflow.cost_model.model import AMOUNTS, RATES, CostModel
+from qflow.cost_model.model import CostModel
 from qflow.cost_model.table import cost_text
 from qflow.quant.model.plan import make_plan
 from qflow.quant.trace.trace import trace
+
+
+def limited(limit):
+    """The parameters with this limit."""
+    hints = get_type_hints(CostModel, include_extras=True)
+    return [name for name, hint in hints.items() if limit in getattr(hint, "__metadata__", ())]
+
+
+RATES, AMOUNTS = limited(Above(0.0)), limited(AtLeast(0.0))
+assert len(RATES) == 9 and len(AMOUNTS) == 5
 
 
 def test_the_total_is_the_published_formula():
