@@ -89,16 +89,15 @@ def carried(config: DictConfig) -> dict[str, Any]:
     if config.bundle and config.unpack:
         raise ConfigError("One study is bundled or imported, but got bundle and import. Leave one out.")
     root, waiting = root_dir(config), patience(config)
-    searches = config.search.storage or root
+    searches, path = config.search.storage or root, Path(config.bundle or config.unpack)
     if config.bundle:
-        study, path = config.study, Path(config.bundle)
+        study = config.study
         count = pack(config.tracking.uri, root, study, path, stated_experiment(config), waiting, searches)
         print(f"{'bundled':<12}{study} with {count} trials in {path}, {path.stat().st_size / 1e6:.1f} MB")
     else:
-        path = None
-        study, count = unpack(config.tracking.uri, root, Path(config.unpack), waiting, searches)
+        study, count = unpack(config.tracking.uri, root, path, waiting, searches)
         print(f"{'imported':<12}{study} with {count} trials; promote, export and compare find it, tune continues it")
-    return {"study": study, "trials": count, "written": str(path.absolute()) if path else None}
+    return {"study": study, "trials": count, "written": str(path.absolute()) if config.bundle else None}
 
 
 def targets_of(stated: Any) -> list[str]:

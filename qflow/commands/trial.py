@@ -47,7 +47,7 @@ def by_hand(config: DictConfig) -> Result:
     from qflow.search.objective import meets
     from qflow.study.by_hand import ByHand
     from qflow.study.outcome import trial_line
-    from qflow.study.result import trial_record
+    from qflow.study.result import trial_fields, trial_record
 
     hand = ByHand.open(config)
     done = hand.run()
@@ -57,7 +57,7 @@ def by_hand(config: DictConfig) -> Result:
     print(f"{'goal':<12}{hand.goal}: {missed if by else 'met'}")
     best = print_against_best(hand, done)
     record = {
-        **(trial_record(done) or {}),
+        **trial_fields(done),
         "goal": str(hand.goal),
         "missed": by,
         "study": config.study,

@@ -35,8 +35,11 @@ def study_record(session: Session) -> dict[str, Any]:
 
 def trial_record(trial: FinishedTrial | None) -> TrialFields | None:
     """Return the fields of a trial; None without one."""
-    if trial is None:
-        return None
+    return trial_fields(trial) if trial is not None else None
+
+
+def trial_fields(trial: FinishedTrial) -> TrialFields:
+    """Return the fields of a trial."""
     return {
         "trial": trial.number,
         "run": trial.run_id,
