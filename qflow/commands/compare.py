@@ -11,6 +11,7 @@ Exit code 0: compared; 1: with --check, something differs; 2: a mistake in the c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +69,6 @@ def compare_engines(config: DictConfig) -> Result:
         raise ConfigError(f"--engine compares two engines on one trial, as text, but got {got}. Name one run.")
     from qflow.bundle.source import fetch
     from qflow.config.settings import patience, root_dir
-    from qflow.core.record import plain
     from qflow.study.engines import on_two_engines
 
     trial = fetch(config.sources[0], uri=config.tracking.uri, root=root_dir(config), patience=patience(config))
@@ -88,7 +88,7 @@ def compare_engines(config: DictConfig) -> Result:
         print(f"{'':<12}and {len(found.rows) - SHOWN} more: --json has all")
     for text in found.notes:
         print(f"{'note':<12}{text}")
-    return int(bool(config.check) and bool(differ)), plain(found)
+    return int(bool(config.check) and bool(differ)), {**asdict(found), "engines": list(found.engines)}
 
 
 def sides_of(sources: Sequence[str], stored: Callable[[str], Side]) -> list[Side]:

@@ -42,7 +42,7 @@ class TuneSchema:
     """Seed of every random choice: the same configuration and seed give the same numbers."""
     root: str = MISSING
     """Folder of the stores, results and caches; QFLOW_HOME sets it too."""
-    engine: str = "qflow"
+    engine: Annotated[str, OneOf(("qflow", "plugin"))] = "qflow"
     """Who prepares, calibrates and evaluates trials: qflow, or plugin (an installed horizon_plugin_pytorch)."""
     task: TaskSchema = field(default_factory=TaskSchema)
     metric: MetricSchema = field(default_factory=MetricSchema)

@@ -122,8 +122,9 @@ def settings_of(kind: type) -> str:
 
 
 def about(group: str, option: str) -> str:
-    """Return what the comment at the start of a file of conf/ says."""
-    lines = (conf_dir() / group / f"{option}.yaml").read_text().splitlines()
+    """Return what the comment at the start of a file of conf/ says; "" for a file that is not shipped."""
+    path = conf_dir() / group / f"{option}.yaml"
+    lines = path.read_text().splitlines() if path.exists() else []
     comment = [line[1:].strip() for line in itertools.takewhile(lambda text: text.startswith("#"), lines)]
     return " ".join(text for text in comment if not text.startswith(("@package", "python -m")))
 

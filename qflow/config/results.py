@@ -15,6 +15,7 @@ from qflow.config.study_results import (
     ByHandResult,
     CarriedResult,
     CompareResult,
+    EnginesResult,
     PromoteResult,
     ReportResult,
     RollbackResult,
@@ -174,6 +175,39 @@ class DoctorResult(TypedDict):
     """Whether --fix was given."""
 
 
+class PluginCheck(TypedDict):
+    """One thing that engine=plugin relies on."""
+
+    what: str
+    """The thing."""
+    expected: str
+    """What the contract has."""
+    got: str
+    """What the installed plugin has."""
+    ok: bool
+    """Whether they agree; the exit code is 1 otherwise."""
+
+
+class PluginResult(TypedDict):
+    """The check of an installed plugin (doctor plugin)."""
+
+    plugin: str
+    """Version of horizon_plugin_pytorch."""
+    checks: list[PluginCheck]
+    """All checks."""
+
+
+class InitResult(TypedDict):
+    """A task of the user's own that was written."""
+
+    kind: str
+    """Kind of the task."""
+    written: list[str]
+    """Files, relative to the working folder."""
+    next: str
+    """The command line that tunes the task."""
+
+
 class DescribeResult(TypedDict):
     """The description that was asked for."""
 
@@ -189,16 +223,17 @@ class TrainResult(TypedDict):
 
 
 RESULTS: dict[str, tuple[type, ...]] = {
+    "init": (InitResult,),
     "tune": (TuneResult,),
     "check": (CheckResult,),
     "cost": (CostResult, FitResult),
     "analyze": (AnalyzeResult,),
     "trial": (ByHandResult, AgainResult),
-    "compare": (CompareResult,),
+    "compare": (CompareResult, EnginesResult),
     "promote": (PromoteResult, RollbackResult),
     "export": (ExportResult, CarriedResult),
     "report": (ReportResult,),
-    "doctor": (DoctorResult,),
+    "doctor": (DoctorResult, PluginResult),
     "describe": (DescribeResult,),
     "train_float": (TrainResult,),
 }

@@ -122,6 +122,40 @@ class CompareResult(TypedDict):
     """The page; null without out=."""
 
 
+class EngineRowFields(TypedDict):
+    """An operator under two engines; a difference is relative to the first, null where one has no value."""
+
+    op: str
+    """The operator."""
+    dtypes: list[str]
+    """output/weight of each engine."""
+    output: float | None
+    """Norm of the difference of the quantized outputs, over the norm of the first."""
+    scale: float | None
+    """Difference of the scales of the outputs."""
+    weight_scale: float | None
+    """Largest difference of the scales of the weights, over the channels."""
+
+
+class EnginesResult(TypedDict):
+    """One trial on two engines (--engine)."""
+
+    engines: list[str]
+    """Names of the engines."""
+    metric_name: str
+    """Name of the task's metric."""
+    metrics: list[float | None]
+    """The metric on each engine."""
+    samples: int
+    """Evaluated samples."""
+    batch: int
+    """Samples on which outputs were compared."""
+    rows: list[EngineRowFields]
+    """Operators, the largest difference of outputs first; with --check any difference makes the exit code 1."""
+    notes: list[str]
+    """What was not compared, and why."""
+
+
 class PromoteResult(TypedDict):
     """The verdict on a trial, and the version that was registered."""
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from support.compose import compose
+from support.documents import fits
 from support.installed_plugin import installed
 from support.stored import store_trial
 
@@ -54,7 +55,8 @@ def test_the_trial_names_its_engine_and_holds_the_log_of_its_calls(stored):
 def test_two_engines_are_compared_on_it_operator_by_operator(stored, capsys):
     folder, run, evaluator = stored
     with rounding_up():
-        code, found = compare(compose(f"sources=[{run}]", "engine=true", f"root={folder}", name="compare"))
+        made = compare(compose(f"sources=[{run}]", "engine=true", f"root={folder}", name="compare"))
+    code, found = fits("compare", made)
     out = capsys.readouterr().out
     assert code == 0 and found["engines"] == ["qflow", "horizon_plugin_pytorch 3.0.17"]
     assert {row["op"] for row in found["rows"]} == {node.name for node in evaluator.graph.quantized}

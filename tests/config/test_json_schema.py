@@ -8,6 +8,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from omegaconf import OmegaConf
 from support.compose import BASE, compose
+from support.installed_plugin import installed
 
 from qflow.config.command_schema import SCHEMAS
 from qflow.config.command_table import COMMANDS
@@ -133,6 +134,11 @@ def wrapped(found, value):
 
 @pytest.mark.parametrize("name", sorted(CHECKS))
 def test_a_value_within_the_limits_is_taken_and_one_beyond_them_refused(name):
+    with installed():  # engine=plugin needs one
+        require_true_limits(name)
+
+
+def require_true_limits(name):
     overrides, check = CHECKS[name]
     config = compose(*overrides, *(["root=here"] if name != "train_float" else ["training.output=here"]), name=name)
     check(config)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.compose import compose
+from support.documents import fits
 from support.installed_plugin import installed
 
 from qflow.commands.doctor import doctor
@@ -23,7 +24,7 @@ def differing():
 
 
 def test_a_plugin_that_keeps_the_contract_gets_code_0(plugin, capsys):
-    code, record = doctor(compose("plugin=true", name="doctor"))
+    code, record = fits("doctor", doctor(compose("plugin=true", name="doctor")))
     assert code == 0 and len(record["checks"]) > 50
     assert capsys.readouterr().out.splitlines()[0] == "plugin      horizon_plugin_pytorch 3.0.17"
     assert "weight scales" in {one["what"] for one in record["checks"]}
