@@ -99,7 +99,8 @@ def train_float(config: DictConfig) -> Result:
     from safetensors.torch import save_file
 
     from qflow.config.build import build_task, get_function
-    from qflow.config.settings import check_executor, plain
+    from qflow.config.executor_schema import check_executor
+    from qflow.config.settings import plain
 
     check_executor(config)
     check_training(config)

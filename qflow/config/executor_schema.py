@@ -24,8 +24,8 @@ class ExecutorSchema:
     """Where trials run."""
 
     kind: Annotated[str, OneOf(KINDS)] = "serial"
-    """Where trials run: serial is one after the other in this process, process is in worker processes (tune), ray and
-    ray_cluster are in worker processes that Ray places, on this machine and on the nodes of a cluster."""
+    """Where trials run: serial is in this process, process in workers (tune), ray and ray_cluster in workers of Ray.
+    They are on this machine, or with ray_cluster on the nodes of a cluster."""
     device: str = "cpu"
     """Device of torch: cpu, cuda or cuda:<n>."""
     threads: Annotated[int, Between(0, MOST_THREADS)] = 0

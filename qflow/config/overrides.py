@@ -72,7 +72,7 @@ def _link(path: Path, link: Path) -> None:
 
 
 def flags_and_sources(command: str, arguments: Sequence[str]) -> list[str]:
-    """Rewrite what belongs to one command: `--check` to `check=true`, words without `=` to `sources=[...]` or `kind`."""
+    """Rewrite what belongs to one command: `--check` to `check=true`, words to `sources=[...]` or `kind=`."""
     known_switches, takes = switches(command), named(command).words
     out: list[str] = []
     words: list[str] = []

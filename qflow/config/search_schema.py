@@ -41,8 +41,8 @@ class SearchSchema:
     when: dict[str, Any] = field(default_factory=dict)
     """Searched key -> {key that it depends on: value, list of values, interval(...) or range(...)}."""
     start: Any = None
-    """File with the present mix, measured right after the baselines, and the one to beat: qconfig_dtypes.pt or
-    model_check_result.txt of the plugin, quant_config of HMCT, qconfig.json, or an exported qconfig_j6m.py. A list, if
-    several belong together (dtypes and scales; quant_config and nodes.csv)."""
+    """File with the present mix, which is measured right after the baselines and is the one to beat. It is
+    qconfig_dtypes.pt or model_check_result.txt of the plugin, quant_config of HMCT, qconfig.json, or an exported
+    qconfig_j6m.py; a list, if several belong together (dtypes and scales; quant_config and nodes.csv)."""
     enqueue: list[dict[str, Any]] = field(default_factory=list)
     """Points tried right after the baselines, before the sampler's own."""
