@@ -149,9 +149,8 @@ class Session:
         search = self.config.search
         self.budget = Budget(search.n_trials, search.max_evaluations, search.timeout)
         if self.trials:
-            self.console.say(
-                f"{'continued':<12} {len(self.trials)} trials of an earlier start are kept and not repeated"
-            )
+            kept = f"{len(self.trials)} trials of an earlier start are kept and not repeated"
+            self.console.say(f"{'continued':<12} {kept}")
             log_front(self.tracker, self.study_run, self.study.name, self.standing, self.goal, self.root)
         self.note_best()
 
