@@ -15,7 +15,7 @@ from qflow.core.dtype import QDtype
 from qflow.imports.dtypes import read_dtypes
 from qflow.imports.records import MOST_NAMES, Content, Entry, ImportFileError
 
-MODULE, NAMES, NODES = "qconfig_j6m.py of qflow", "names of the plugin", "nodes of the ONNX graph"
+MODULE, NAMES, NODES = "exported mix", "names of the plugin", "nodes of the ONNX graph"
 LARGEST = 4 << 20  # characters; the syntax tree takes a hundred times as much
 RULE = "A .py file is a qconfig_j6m.py that qflow exported"
 

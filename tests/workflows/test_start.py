@@ -38,7 +38,7 @@ def test_the_mix_is_the_first_trial_after_the_baselines_and_the_end_compares_wit
     folder, done = started
     assert done.returncode == 0, done.stdout + done.stderr
     out = done.stdout
-    assert "start        qconfig_j6m.py, qconfig_j6m.py of qflow: 6 of 7 operators; they give no scales" in out
+    assert "start        qconfig_j6m.py, exported mix: 6 of 7 operators; they give no scales" in out
     assert re.search(r"^ +not in the model: gone$", out, re.MULTILINE)
     assert re.search(r"^ +not in the file: \[mul\]\(1\)$", out, re.MULTILINE)
     labels = re.findall(r"^trial \d+ (all-int16|all-int8|start)", out, re.MULTILINE)
