@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.ao.quantization import DeQuantStub
 
+from qflow.core.temporary import TemporaryFolder
 from qflow.plugin.check_file import CheckedModule, read_check
 from qflow.plugin.public import Public, short
 from qflow.plugin.stubs import Stubbed, has_stubs
@@ -105,7 +105,7 @@ def prepared_by_plugin(
     public.call("set_march", march)
     setters = (public.call("ModuleNameQconfigSetter", dict(qconfigs)), public["default_calibration_qconfig_setter"])
     inputs = {"example_kw_inputs": dict(example)} if isinstance(example, Mapping) else {"example_inputs": example}
-    with tempfile.TemporaryDirectory(prefix="qflow-plugin-") as folder, _inside(folder):
+    with TemporaryFolder() as folder, _inside(folder):
         made = public.call("prepare", model.eval(), qconfig_setter=setters, **inputs)
         made.eval()
         public.call("check_qat_model", made, **inputs, save_results=True, out_dir=".")
