@@ -28,7 +28,7 @@ def test_a_study_of_what_was_written_runs(kind, tmp_path):
     assert done.returncode in (0, 1), done.stderr
     found = json.loads(done.stdout)["result"]["baselines"]
     assert {name for one in found.values() for name in one["metrics"] if name.startswith("accuracy/")} == {
-        "accuracy/drop", f"accuracy/{dict(zip(KINDS, ('top1', 'map', 'similarity'), strict=True))[kind]}",
+        "accuracy/drop", f"accuracy/{dict(zip(KINDS, ('top1', 'map', 'agreement_cosine'), strict=True))[kind]}",
     }  # fmt: skip
 
 

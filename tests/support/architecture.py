@@ -38,7 +38,7 @@ SUBPACKAGES = {
     "quant": (("trace", "values"), ("model",), ("replay", "train")),
     "analysis": (("measures",), ("badcases", "layers", "sensitivity", "checks"), ("advice",)),
     "repair": (("base",), ("equalization", "calibration", "weights")),
-    "tasks": (("detection", "perception", "files", "metrics"), ("images", "starters")),
+    "tasks": (("perception", "files", "metrics"), ("detection", "images"), ("starters",)),
 }
 """The same within a package."""
 

@@ -11,8 +11,9 @@ from PIL import Image
 
 from qflow.core.errors import ConfigError, DataError, NotFiniteError
 from qflow.tasks.detection.adapters import UltralyticsBoxes, UltralyticsMaps
+from qflow.tasks.detection.annotations import read
 from qflow.tasks.detection.boxes import best_boxes, letterbox, overlaps, to_picture
-from qflow.tasks.detection.data import CocoData
+from qflow.tasks.detection.data import CocoData, Pictures
 from qflow.tasks.detection.example import CATEGORIES, write_example
 from qflow.tasks.detection.metric import MeanAP
 
@@ -74,12 +75,13 @@ def test_broken_files_are_named_counted_and_left_out(tmp_path):
     (tmp_path / "images/0001.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "images/0002.jpg").unlink()
     Image.new("RGB", (31, 30)).save(tmp_path / "images/0003.jpg")
-    data = data_of(tmp_path, calibration_size=0, workers=2)
-    assert len(data.evaluation) == 5
-    (said,) = [note for note in data.notes if "left out" in note]
-    assert said.startswith("data         3 of 8 pictures are left out: 0001.jpg (image file is truncated")
-    assert "0002.jpg (No such file or directory)" in said and "0003.jpg (31x30 instead of" in said
-    assert len(data_of(tmp_path).evaluation) + len(data_of(tmp_path).calibration) == 5
+    data = data_of(tmp_path, calibration_size=1, workers=2)
+    assert len(data.evaluation) + len(data.calibration) == 5
+    first, said = data.notes
+    assert first.endswith("instances.json: 8 pictures, of which 1 calibrate")
+    assert said.startswith("data         3 of 8 files cannot be read and are left out: ")
+    for file, why in (("1.jpg", "image file is truncated"), ("2.jpg", "No such file"), ("3.jpg", "31x30 instead of")):
+        assert f"{file} ({why}" in said
 
 
 def test_a_turned_picture_is_read_as_its_annotations_say(folder, tmp_path):
@@ -89,11 +91,10 @@ def test_a_turned_picture_is_read_as_its_annotations_say(folder, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / image["file_name"], exif=exif)
-    data = data_of(folder, calibration_size=0)
-    (k,) = [k for k, (_, one) in enumerate(data.evaluation.pictures) if one.file == image["file_name"]]
-    straight, _ = data.evaluation[k]
-    data.evaluation.root = tmp_path
-    turned, truth = data.evaluation[k]
+    straight, turned = (read(folder / "instances.json", root).pictures for root in (folder / "images", tmp_path))
+    (k,) = [k for k, one in enumerate(straight) if one.file.endswith(image["file_name"])]
+    look = torch.zeros(3, 1, 1), torch.ones(3, 1, 1), 114
+    (straight, _), (turned, truth) = (Pictures([(k, one[k])], (96, 96), look)[0] for one in (straight, turned))
     assert truth["place"][3:].tolist() == [image["width"], image["height"]]
     assert (straight - turned).abs().mean() < 0.02
 
@@ -103,7 +104,7 @@ def test_another_file_to_train_on(folder, tmp_path):
     more = {"train_annotations": str(tmp_path / "instances.json"), "train_root": str(tmp_path / "images")}
     data = data_of(folder, evaluation_size=7, **more)
     assert (len(data.train), len(data.calibration), len(data.evaluation)) == (6, 4, 7)
-    assert data.calibration.root == tmp_path / "images"
+    assert all(str(tmp_path) in picture.file for _, picture in data.calibration.pictures)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_annotations_that_cannot_be_used_are_refused_in_a_line(folder, tmp_path,
 def test_missing_files_are_refused_in_a_line(folder, tmp_path):
     with pytest.raises(DataError, match="but got .*none.json: No such file or directory. Correct the path."):
         CocoData(str(tmp_path / "none.json"), str(tmp_path))
-    with pytest.raises(DataError, match="but got none that can be read: 00.*No such file"):
+    with pytest.raises(DataError, match="but got none to calibrate with, of 24 in .*No such file"):
         CocoData(str(folder / "instances.json"), str(tmp_path))
     with pytest.raises(ConfigError, match="Set task.data.annotations and task.data.root"):
         CocoData(None, None)

@@ -22,7 +22,7 @@ class Picture:
     """A picture with its annotations; all lists have one entry a box."""
 
     file: str
-    """As the annotations name it, below the folder of the pictures."""
+    """Path of the file."""
     size: tuple[int, int] | None
     """Width and height as the annotations say; None if they do not."""
     boxes: list[list[float]]
@@ -46,8 +46,8 @@ class Annotations:
     """Number of annotations whose picture is not in the file."""
 
 
-def read(path: str | Path) -> Annotations:
-    """Read a COCO annotation file. Raises DataError, which names the file, for anything else."""
+def read(path: str | Path, root: str | Path = "") -> Annotations:
+    """Read a COCO annotation file, whose pictures lie in `root`. Raises DataError, which names the file, else."""
     content = _content(Path(path).expanduser())
     try:
         categories = {int(c["id"]): str(c["name"]) for c in content["categories"]}
@@ -59,7 +59,7 @@ def read(path: str | Path) -> Annotations:
                 found[annotation["image_id"]].append(annotation)
             else:
                 strays += 1
-        pictures = [_picture(images[key], found[key], categories) for key in sorted(images)]
+        pictures = [_picture(images[key], found[key], categories, Path(root)) for key in sorted(images)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         text = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise DataError(f"A COCO file describes images, boxes and categories, but got {text} in {path}.") from error
@@ -78,7 +78,9 @@ def _content(path: Path) -> dict[str, Any]:
     return content
 
 
-def _picture(image: dict[str, Any], annotations: list[dict[str, Any]], categories: dict[int, str]) -> Picture:
+def _picture(
+    image: dict[str, Any], annotations: list[dict[str, Any]], categories: dict[int, str], root: Path
+) -> Picture:
     boxes = [[float(v) for v in a["bbox"]] for a in annotations]
     for box, annotation in zip(boxes, annotations, strict=True):
         if len(box) != 4 or not all(map(math.isfinite, box)) or min(box[2:]) < 0:
@@ -87,7 +89,7 @@ def _picture(image: dict[str, Any], annotations: list[dict[str, Any]], categorie
             raise ValueError(f"the unknown category {annotation['category_id']!r}")
     size = (int(image["width"]), int(image["height"])) if "width" in image and "height" in image else None
     return Picture(
-        file=str(image["file_name"]),
+        file=str(root.expanduser() / image["file_name"]),
         size=size,
         boxes=boxes,
         categories=[int(a["category_id"]) for a in annotations],

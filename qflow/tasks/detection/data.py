@@ -15,8 +15,6 @@ A batch is (images [B, 3, height, width], list of B truths). Pictures are read w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
@@ -26,10 +24,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from qflow.core.errors import ConfigError, DataError
-from qflow.tasks.detection.annotations import Annotations, Picture, read
+from qflow.tasks.detection.annotations import Picture, read
 from qflow.tasks.detection.boxes import letterbox
-
-NAMED = 3  # broken files that a line names
+from qflow.tasks.files.readable import note, readable
 
 
 class Truth(TypedDict):
@@ -45,6 +42,8 @@ class Truth(TypedDict):
 
 Look = tuple[Tensor, Tensor, int]
 """Mean and standard deviation float32 [3, 1, 1] of RGB in 0 to 1, and the gray of the border in 0 to 255."""
+Placed = tuple[int, Picture]
+"""A picture with its place in the annotation file by its id."""
 Sample = tuple[Tensor, Truth]
 Batch = tuple[Tensor, list[Truth]]
 
@@ -52,9 +51,9 @@ Batch = tuple[Tensor, list[Truth]]
 class Pictures(Dataset[Sample]):
     """Annotated pictures of a folder, as samples of the module's form."""
 
-    def __init__(self, pictures: Sequence[tuple[int, Picture]], root: Path, size: tuple[int, int], look: Look) -> None:
+    def __init__(self, pictures: Sequence[Placed], size: tuple[int, int], look: Look) -> None:
         """Take (index, picture) pairs."""
-        self.pictures, self.root, self.size, self.look = pictures, root, size, look
+        self.pictures, self.size, self.look = pictures, size, look
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -62,7 +61,7 @@ class Pictures(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         place, picture = self.pictures[index]
         mean, deviation, border = self.look
-        image = opened(self.root, picture)
+        image = opened(picture)
         fit = letterbox(image.size, self.size)
         canvas = Image.new("RGB", self.size[::-1], (border, border, border))
         canvas.paste(image.resize(fit.scaled, Image.Resampling.BILINEAR), fit.corner)
@@ -77,12 +76,12 @@ class Pictures(Dataset[Sample]):
         }
 
 
-def opened(root: Path, picture: Picture) -> Image.Image:
+def opened(picture: Picture) -> Image.Image:
     """The decoded picture in RGB, turned as the camera says if its annotations are for that.
 
     Raises whatever PIL raises, and DataError for another size than that of the annotations.
     """
-    with Image.open(root / picture.file) as file:
+    with Image.open(picture.file) as file:
         image: Image.Image = file
         if picture.size not in (None, file.size):
             image = ImageOps.exif_transpose(file) or file
@@ -128,41 +127,23 @@ class CocoData:
         self.workers, self._size = workers, _checked(size, mean, std)
         middle, spread = (torch.tensor(v, dtype=torch.float32).reshape(3, 1, 1) for v in (mean, std))
         self._look = middle, spread, border
-        found, notes = read(annotations), list[str]()
-        order = _shuffled(len(found.pictures), seed)
+        found = read(annotations, root)
+        order = _shuffled(found.pictures, seed)
+        said = f"{annotations}: {len(found.pictures)} pictures"
         if train_annotations is None:
-            drawn, order = order[:calibration_size], order[calibration_size:]
-            self.calibration = self._split(found, drawn, root, notes)
-            notes.append(f"{len(drawn)} of {len(found.pictures)} pictures are calibrated on, and not evaluated")
+            calibration, evaluated = order[:calibration_size], order[calibration_size:]
+            said += f", of which {len(calibration)} calibrate"
         else:
-            more, place = read(train_annotations), train_root or root
-            self.train = self._split(more, _shuffled(len(more.pictures), seed), place, notes)
-            drawn_from = self.train.pictures[:calibration_size]
-            self.calibration = Pictures(drawn_from, self.train.root, self._size, self._look)
-        self.evaluation = self._split(found, sorted(order[:evaluation_size]), root, notes)
-        if all(all(picture.crowd) for _, picture in self.evaluation.pictures):
-            raise DataError(
-                f"An evaluation of boxes needs some to find, but got none in {len(self.evaluation)} pictures of "
-                f"{annotations}. Check the file, or take fewer for calibration: task.data.calibration_size."
-            )
-        if found.strays:
-            notes.append(f"{found.strays} annotations belong to no picture of {annotations}")
-        self.notes = tuple(f"{'data':<12} {text}" for text in notes)
-
-    def _split(self, found: Annotations, order: Sequence[int], root: str, notes: list[str]) -> Pictures:
-        """The pictures in this order that can be read. Raises DataError if none can."""
-        place = Path(root).expanduser()
-        chosen = [(index, found.pictures[index]) for index in order]
-        with ThreadPoolExecutor(max(self.workers, 1)) as threads:
-            broken = list(threads.map(lambda pair: _broken(place, pair[1]), chosen))
-        good = [pair for pair, why in zip(chosen, broken, strict=True) if not why]
-        named = [f"{pair[1].file} ({why})" for pair, why in zip(chosen, broken, strict=True) if why]
-        if chosen and not good:
-            raise DataError(f"Pictures lie in {root}, but got none that can be read: {named[0]}. Check task.data.root.")
-        if named:
-            more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
-            notes.append(f"{len(named)} of {len(chosen)} pictures are left out: {', '.join(named[:NAMED])}{more}")
-        return Pictures(good, place, self._size, self._look)
+            calibration, evaluated = _shuffled(read(train_annotations, train_root or root).pictures, seed), order
+        splits = [calibration, sorted(evaluated[:evaluation_size], key=lambda pair: pair[0])]
+        (calibration, evaluated), left_out = _kept(splits, root, workers)
+        if train_annotations is not None:
+            self.train = Pictures(calibration, self._size, self._look)
+        self.calibration = Pictures(calibration[:calibration_size], self._size, self._look)
+        self.evaluation = Pictures(evaluated, self._size, self._look)
+        _require_boxes(evaluated, annotations)
+        strays = [note("data", f"{found.strays} annotations belong to none of the pictures")] if found.strays else []
+        self.notes = (note("data", said), *left_out, *strays)
 
     @staticmethod
     def collate(samples: Sequence[Sample]) -> Batch:
@@ -173,6 +154,22 @@ class CocoData:
 def collated(samples: Sequence[Sample]) -> Batch:
     """Stack the images; the truths stay a list, because each has its own number of boxes."""
     return torch.stack([image for image, _ in samples]), [truth for _, truth in samples]
+
+
+def _kept(splits: Sequence[Sequence[Placed]], root: str, workers: int) -> tuple[list[list[Placed]], list[str]]:
+    """What of the splits can be read, and a note on the rest."""
+    pictures = {picture.file: picture for split in splits for _, picture in split}
+    return readable(
+        splits, lambda pair: [pair[1].file], lambda file: _broken(pictures[file]), root=root, workers=workers
+    )
+
+
+def _require_boxes(pictures: Sequence[Placed], annotations: str) -> None:
+    if all(all(picture.crowd) for _, picture in pictures):
+        raise DataError(
+            f"An evaluation of boxes needs some to find, but got none in {len(pictures)} pictures of {annotations}. "
+            "Check the file, or take fewer for calibration: task.data.calibration_size."
+        )
 
 
 def _checked(size: int | Sequence[int], mean: Sequence[float], std: Sequence[float]) -> tuple[int, int]:
@@ -186,15 +183,16 @@ def _checked(size: int | Sequence[int], mean: Sequence[float], std: Sequence[flo
     return sides[0], sides[1]
 
 
-def _shuffled(count: int, seed: int) -> list[int]:
-    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    return order
+def _shuffled(pictures: Sequence[Picture], seed: int) -> list[Placed]:
+    """(index, picture) pairs in an order that is drawn by `seed`."""
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [(index, pictures[index]) for index in order]
 
 
-def _broken(root: Path, picture: Picture) -> str:
+def _broken(picture: Picture) -> str:
     """Why a picture cannot be used; empty if it can."""
     try:
-        opened(root, picture)
+        opened(picture)
     except Exception as error:  # PIL raises many types for broken files
         return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
     return ""
