@@ -43,6 +43,10 @@ class TrackingError(QflowError):
     """The tracking store cannot be reached, belongs to another qflow version, or is in use."""
 
 
+class StoreAwayError(TrackingError):
+    """The tracking store does not answer now, and the caller goes on without it (tracking/patience.py)."""
+
+
 class BundleError(QflowError):
     """A run, model version, folder or archive is not what qflow wrote, so nothing is built from it."""
 

@@ -21,9 +21,11 @@ __all__ = [
     "proposal",
     "reconcile",
     "sampler",
+    "spool",
     "standing",
     "stored",
     "strategies",
     "study",
     "surrogate",
+    "terms",
 ]

@@ -22,19 +22,16 @@ from qflow.core.errors import TrialError
 from qflow.process.interrupts import Terminated
 from qflow.search.attempt import Executor, Running
 from qflow.search.domain import NOTHING, Choice, Values, all_points, applies, as_proposed, point_key
-from qflow.search.outcome import FailedTrial, FinishedTrial, Marker, Tracker
+from qflow.search.outcome import FailedTrial, FinishedTrial, Marker
 from qflow.search.proposal import Proposal
 from qflow.search.reconcile import LASTING, finished, given_up
+from qflow.search.spool import Record, Spool
 from qflow.search.study import Study
 
 ASKS = 30  # proposals in a row that repeat known trials, after which the space counts as exhausted
 LISTABLE = 4096  # points; a space with at most so many is listed to find the points that are left
 SCREENED = 10  # how many proposals in a row may be screened out
 FAILURES = 10  # failed trials in a row that end the search, because the cause is hardly the point then
-
-
-def _unshared() -> None:
-    pass
 
 
 def _nothing_against(_: Values) -> str:
@@ -60,9 +57,8 @@ class Driver:
     """Adds trials to a study: at given points (`measure`) or at the proposals of the sampler (`sample`)."""
 
     study: Study
-    tracker: Tracker
+    spool: Spool
     executor: Executor
-    parent: str
     scratch: Path
     on_trial: Callable[[FinishedTrial | FailedTrial], None]
     checkpoint: Callable[[str], None]
@@ -73,9 +69,10 @@ class Driver:
     failures: int = 0  # in a row
     broken: int = 0  # proposals of the sampler in a row that cannot work, as far as this start goes
     screened: set[str] = field(default_factory=set)  # points that this process screened out
-    still_owned: Callable[[], None] = _unshared  # raises if another process has taken over the study
+    late_runs: dict[int, str] = field(default_factory=dict)  # by number of trials begun while the store was away
 
     def __post_init__(self) -> None:
+        self.spool.made = self._note_run
         for trial in self.study.trials():
             key = point_key(trial.params)
             if trial.state == "complete":
@@ -208,9 +205,10 @@ class Driver:
             self.study.fail(proposal.number, "screened", reason)
             self.screened.add(point_key(proposal.params))
             return False
-        run_id = self.tracker.start_trial(self.parent, self.study.name, proposal.number, proposal.label)
+        run_id = self.spool.start_trial(proposal.number, proposal.label)
         self.checkpoint("started")
-        self.study.link(proposal.number, run_id)
+        if run_id:
+            self.study.link(proposal.number, run_id)
         self.checkpoint("linked")
         self.scratch.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f"{proposal.number}-", dir=self.scratch))
@@ -272,29 +270,30 @@ class Driver:
         return self._commit(begun, labelled, text)
 
     def _commit(self, begun: Begun, marker: Marker, text: str) -> FinishedTrial:
-        proposal, run_id, outcome = begun.proposal, begun.run_id, marker.outcome
-        number = proposal.number
-        tables = self.tracker.upload(run_id, begun.folder)
-        self.checkpoint("uploaded")
-        self.still_owned()
+        proposal, number, outcome = begun.proposal, begun.proposal.number, marker.outcome
+        self.spool.commit(Record(begun.run_id, number, proposal.label, text, "FINISHED"), begun.folder)
         self.study.set_result(number, outcome.constraints, text)
         self.checkpoint("constrained")
-        self.tracker.commit(run_id, text, outcome.params, outcome.metrics, outcome.tags, None, tables)
-        self.checkpoint("committed")
         self.study.complete(number, outcome.objectives)
+        run_id = self.late_runs.get(number, begun.run_id)
         done = FinishedTrial(number, run_id, proposal.params, proposal.label, outcome, marker.seconds)
         self.finished[point_key(proposal.params)] = done
         self.checkpoint("told")
-        self.tracker.end(run_id, "FINISHED")
-        self.checkpoint("ended")
         return done
 
     def _fail(self, proposal: Proposal, run_id: str, ending: str, reason: str) -> FailedTrial:
-        self.still_owned()
+        self.spool.require_owned()
         self.study.fail(proposal.number, ending, reason)
         self.checkpoint("failed")
         lasting = ending == LASTING
         failed = FailedTrial(proposal.number, run_id, proposal.params, proposal.label, reason, lasting)
         self.failed[point_key(proposal.params)] = failed
-        self.tracker.end(run_id, "FAILED", reason)
+        self.spool.commit(Record(run_id, proposal.number, proposal.label, "", "FAILED", reason))
         return failed
+
+    def _note_run(self, number: int, run_id: str) -> None:
+        """Note the run of a trial that was begun while the store was away."""
+        self.study.link(number, run_id)
+        self.late_runs[number] = run_id
+        late = {key: replace(trial, run_id=run_id) for key, trial in self.finished.items() if trial.number == number}
+        self.finished.update(late)

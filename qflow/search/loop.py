@@ -1,10 +1,11 @@
 """The loop of a search: ask the study for a point, evaluate it in a run, commit the result, tell the study.
 
-    ask -> start run -> link -> evaluate -> upload files -> constraints -> COMMIT -> tell -> end run
+    ask -> start run -> link -> evaluate -> COMMIT -> upload files -> values, marker -> end run -> constraints -> tell
 
 Only one process writes to a study. If it is killed before the commit, the trial is lost and is tried again; after the
-commit the result cannot be lost (reconcile.py). Starting the same search again continues it: points that were measured
-are not measured again, so the code of a search need not handle interruptions.
+commit, which is a record on disk (spool.py), the result cannot be lost (reconcile.py). While the store is away the runs
+are written later. Starting the same search again continues it: points that were measured are not measured again, so
+the code of a search need not handle interruptions.
 
 With several workers (attempt.py) the sampler's proposals are evaluated at once, but asked, committed and told by this
 process alone, in the order of their numbers (driver.py).
@@ -27,6 +28,7 @@ from qflow.search.domain import Values
 from qflow.search.driver import Driver
 from qflow.search.outcome import FailedTrial, FinishedTrial, Tracker
 from qflow.search.reconcile import INTERRUPTED, LOST, reconcile
+from qflow.search.spool import Spool, waiting
 from qflow.search.study import Study
 
 _log = logging.getLogger(__name__)
@@ -45,39 +47,55 @@ def driving(
     owned: AbstractContextManager[Callable[[], None]] | None = None,
     open_run: Callable[[], str] | None = None,
     checkpoint: Callable[[str], None] = _nothing,
+    say: Callable[[str], None] = _log.warning,
 ) -> Iterator[Driver]:  # fmt: skip
-    """Open the study for new trials: take its lock, own it, reconcile what an earlier process left, yield the driver.
+    """Open the study for new trials: take its lock, own it, settle what an earlier process left, yield the driver.
 
     `owned` makes this process the owner of the study where it is shared (tracking/lease.py); its value raises if that
     is over, and is called before each commit. `open_run` returns the MLflow run that the trials' runs belong to, before
     anything is written for this start, and may refuse the start.
     `evaluate(params, folder)` writes the trial's files into the folder; an `executor` does so in its place. An
     exception from it fails this trial only. On Ctrl-C or SIGTERM the running trials are queued again and the interrupt
-    propagates. `checkpoint` is called with the name of each step that was just done.
+    propagates. `checkpoint` is called with the name of each step that was just done. Results that the tracking store
+    does not hold yet are in the folder `spool` beside `scratch`, and `say` takes lines about them. What an earlier
+    process left there is delivered first, and what is left at the end is waited for.
     Raises TrackingError if another process drives the study, TrialError after `FAILURES` failures in a row.
     """
     with interrupts() as asked_to_end, study.driver(), owned or nullcontext(_nothing) as still_owned:
         folder = scratch / quote(study.name, safe="")
         shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
-        recovered = reconcile(study, tracker)
-        parent = open_run() if open_run else tracker.open_study(study.name, tags={}, params={}, description="")
-        for trial in recovered:
-            on_trial(trial)
+        place = scratch.parent / "spool" / quote(study.name, safe="")
+        spool = Spool(place, study.name, tracker, not study.shared, still_owned, say, checkpoint=checkpoint)
+        recovered = _opened(study, tracker, spool, open_run)
         runs = executor or Serial(evaluate, len(study.directions))
-        driver = Driver(
-            study, tracker, runs, parent, folder, on_trial, checkpoint, asked_to_end, still_owned=still_owned
-        )
+        driver = Driver(study, spool, runs, folder, on_trial, checkpoint, asked_to_end)
         try:
+            spool.deliver(wait=True)
+            for trial in driver.trials:
+                if trial.number in recovered:
+                    on_trial(trial)
             yield driver
+            spool.deliver(wait=True)
         except BaseException as error:
             driver.stop()
             stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
             with suppress(Exception):  # what stays open here, the next start reconciles
                 still_owned()
-                reconcile(study, tracker, ending=INTERRUPTED if stopped else LOST)
+                reconcile(study, tracker, spool, ending=INTERRUPTED if stopped else LOST)
+            if waiting(place):
+                say(f"{'kept':<12} {spool.kept()}, which the next start delivers")
             raise
         finally:
             runs.close()
+
+
+def _opened(study: Study, tracker: Tracker, spool: Spool, open_run: Callable[[], str] | None) -> list[int]:
+    """Open study and run for new trials; return the numbers of trials whose results were recovered."""
+    study.require_same(tracker.find_study(study.name))
+    recovered = reconcile(study, tracker, spool)
+    spool.parent = open_run() if open_run else tracker.open_study(study.name, tags={}, params={}, description="")
+    study.begin(spool.parent)
+    return recovered
 
 
 def run_trials(
@@ -104,4 +122,5 @@ def run_trials(
             pass
         if room():
             _log.warning("The search space is exhausted: %d of %d trials.", len(driver.finished), n_trials)
+        driver.spool.deliver(wait=True)
         return driver.trials

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from qflow.core import record
 from qflow.core.errors import QflowError, TrialError
@@ -121,6 +122,9 @@ class Tracker(Protocol):
     def open_study(self, name: str, *, tags: Mapping[str, str], params: Mapping[str, Scalar], description: str) -> str:
         """Return the run id of the study; its run is created if it does not exist."""
 
+    def find_study(self, name: str) -> str | None:
+        """Return the run id of the study, or None if it has no run."""
+
     def start_trial(self, study_run_id: str, study: str, number: int, label: str) -> str:
         """Create a trial run and return its id."""
 
@@ -156,3 +160,9 @@ class Tracker(Protocol):
 
     def end(self, run_id: str, status: str, reason: str | None = None) -> None:
         """End a run."""
+
+    def log_study(self, run_id: str, *, folder: Path | None = None, **values: Any) -> None:
+        """Add files and values to the run of a study; the same a second time changes nothing."""
+
+    def keeping(self, place: Path) -> AbstractContextManager[None]:
+        """Inside, calls to a store that is away raise a StoreAwayError at once; what they hold is kept in `place`."""

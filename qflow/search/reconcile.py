@@ -1,19 +1,22 @@
 """Make study and tracker agree again after a process died between any two steps of a trial.
 
-The commit marker on the run decides. If a trial was committed but the study has no result, the study gets the result
-from the marker, and nothing is computed again. If it was not committed, the trial fails and its point is queued again,
-at most `MAX_RETRY` times, so that a point that kills its process cannot block the study for ever. Then every open run
-is ended with the status of its trial. All this may be repeated without effect, so it may be killed at any time too.
+The commit marker decides: that of a result that waits in the spool, or that on the run. If a trial was committed but
+the study has no result, the study gets the result from the marker, and nothing is computed again. If it was not
+committed, the trial fails and its point is queued again, at most `MAX_RETRY` times, so that a point that kills its
+process cannot block the study for ever. Then every open run is ended with the status of its trial. All this may be
+repeated without effect, so it may be killed at any time too.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Container
 
 from qflow.core.errors import TrackingError
 from qflow.search.outcome import FinishedTrial, Marker, Tracker
 from qflow.search.proposal import StudyTrial
+from qflow.search.spool import Spool
 from qflow.search.study import Study
 
 MAX_RETRY = 2
@@ -24,21 +27,31 @@ _REASONS = {LOST: "the process ended before the trial was committed", INTERRUPTE
 _log = logging.getLogger(__name__)
 
 
-def reconcile(study: Study, tracker: Tracker, *, ending: str = LOST) -> list[FinishedTrial]:
-    """Complete or fail every running trial and end every open run; return the trials recovered from their markers.
+def reconcile(study: Study, tracker: Tracker, spool: Spool, *, ending: str = LOST) -> list[int]:
+    """Complete or fail every running trial and end every open run; return the numbers of those that were completed.
+
+    A trial that waits in the spool is ended with its delivery. One that the study ended otherwise is set aside.
 
     The caller must hold `study.driver()`, or a trial of a process that still runs would be taken for a lost one.
     """
-    recovered = []
+    recovered, kept = [], spool.trials()
     for trial in study.trials():
         if trial.state == "running":
-            run_id = trial.run_id or tracker.find_trial(study.name, trial.number)
-            text = tracker.result(run_id) if run_id else None
-            if run_id and text:
-                recovered.append(_complete(study, trial, run_id, text))
+            run_id, text = trial.run_id or "", kept[trial.number].marker if trial.number in kept else None
+            if not text:
+                run_id = run_id or tracker.find_trial(study.name, trial.number) or ""
+                text = tracker.result(run_id) if run_id else None
+            if text:
+                _complete(study, trial, run_id, text)
+                recovered.append(trial.number)
             else:
                 _requeue(study, trial, ending)
-    _close_runs(study, tracker)
+    states = {trial.number: trial for trial in study.trials()}
+    for number, record in kept.items():
+        found = states.get(number)
+        if found is None or found.state != ("complete" if record.marker else "fail"):
+            spool.set_aside(number, "the study has no such trial, or ended it and tried its point again")
+    _close_runs(study, tracker, spool.trials())
     return recovered
 
 
@@ -53,13 +66,12 @@ def given_up(trial: StudyTrial) -> bool:
     return trial.ending == LASTING or (trial.ending == LOST and trial.attempt >= MAX_RETRY)
 
 
-def _complete(study: Study, trial: StudyTrial, run_id: str, text: str) -> FinishedTrial:
+def _complete(study: Study, trial: StudyTrial, run_id: str, text: str) -> None:
     marker = Marker.from_json(text)
-    if trial.run_id is None:
+    if trial.run_id is None and run_id:
         study.link(trial.number, run_id)
     study.set_result(trial.number, marker.outcome.constraints, text)
     study.complete(trial.number, marker.outcome.objectives)
-    return FinishedTrial(trial.number, run_id, trial.params, trial.label, marker.outcome, marker.seconds)
 
 
 def _requeue(study: Study, trial: StudyTrial, ending: str) -> None:
@@ -71,13 +83,16 @@ def _requeue(study: Study, trial: StudyTrial, ending: str) -> None:
         study.enqueue(trial.params, label=trial.label, attempt=attempt, retry_of=trial.number)
 
 
-def _close_runs(study: Study, tracker: Tracker) -> None:
-    """End the open runs of the study. One that cannot be ended is said and left, because it must not block a start."""
+def _close_runs(study: Study, tracker: Tracker, kept: Container[int]) -> None:
+    """End the open runs of the study, but not of trials that wait in the spool (`kept`).
+
+    One that cannot be ended is said and left, because it must not block a start.
+    """
     trials = {trial.number: trial for trial in study.trials()}
     left_open: dict[str, str] = {}
     for run_id in tracker.running_trials(study.name):
         number = tracker.run_tags(run_id).get("qflow.trial", "")
-        if number.startswith("-"):  # a trial by hand, whose own process ends it
+        if number.startswith("-") or int(number or -1) in kept:  # a trial by hand, whose own process ends it
             continue
         trial = trials.get(int(number or -1))
         try:

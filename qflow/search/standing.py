@@ -23,14 +23,17 @@ class Standing:
     best: FinishedTrial | None = None
     front: list[FinishedTrial] = field(default_factory=list)
     """The Pareto set, by number."""
-    _seen: set[int] = field(default_factory=set)
+    _seen: set[tuple[int, str]] = field(default_factory=set)  # number and run
 
     def after(self, trials: Iterable[FinishedTrial]) -> Standing:
-        """Take in those of `trials` that are new; return this object."""
-        new = [trial for trial in trials if trial.number not in self._seen]
+        """Take in those of `trials` that are new, or whose run has been made since; return this object."""
+        new = [trial for trial in trials if (trial.number, trial.run_id) not in self._seen]
         if new:
-            self._seen.update(trial.number for trial in new)
-            self.best = best_trial([*([self.best] if self.best else []), *new], self.ranking)
-            among = sorted([*self.front, *new], key=lambda trial: trial.number)
+            self._seen.update((trial.number, trial.run_id) for trial in new)
+            numbers = {trial.number for trial in new}
+            best = [self.best] if self.best and self.best.number not in numbers else []
+            self.best = best_trial([*best, *new], self.ranking)
+            front = [trial for trial in self.front if trial.number not in numbers]
+            among = sorted([*front, *new], key=lambda trial: trial.number)
             self.front = pareto_set(among, self.ways) if self.ways else []
         return self

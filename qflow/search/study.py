@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import uuid
-import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -21,9 +20,7 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from qflow.core import record
-from qflow.core.errors import ConfigError
-from qflow.core.store import exclusive
+from qflow.core.store import exclusive, sqlite_path
 from qflow.core.stored_text import REASON, stored_text
 from qflow.search.database import open_storage, open_study, place_of
 from qflow.search.domain import (
@@ -38,10 +35,10 @@ from qflow.search.domain import (
     applies,
     as_proposed,
     parents_first,
-    space_dict,
 )
 from qflow.search.proposal import Proposal, StudyTrial, check_arguments
 from qflow.search.sampler import make_sampler, quiet
+from qflow.search.terms import Terms, late_run, note_late_run, note_run, require_run
 
 IDENTITY = "qflow.study_id"
 """User attribute of an Optuna study, and tag of the MLflow run that belongs to it."""
@@ -60,21 +57,17 @@ class Study:
     """An Optuna study with a fixed space; open it with `Study.open`."""
 
     def __init__(
-        self,
-        study: optuna.Study,
-        space: Space,
-        directions: tuple[str, ...],
-        lock: Path,
-        sampler: Callable[[int], BaseSampler],
+        self, study: optuna.Study, terms: Terms, lock: Path, sampler: Callable[[int], BaseSampler], shared: bool
     ) -> None:
         self.name = study.study_name
-        self._sampler = sampler
-        self.space = dict(space)
-        self.directions = directions
-        self._study = study
-        self._lock = lock
+        self.space = dict(terms.space)
+        self.directions = terms.directions
+        self.shared = shared
+        """Whether the search is in a database that other folders may name too (search.storage)."""
+        self._study, self._terms, self._lock, self._sampler = study, terms, lock, sampler
         self._asked: dict[int, optuna.Trial] = {}
-        self._order = parents_first(space)
+        self._order = parents_first(terms.space)
+        self._begun = False
 
     @classmethod
     def open(
@@ -96,22 +89,39 @@ class Study:
         logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
         url, lock_folder = place_of(storage)
         study = open_study(url, name, directions)
-        _keep_space(study, {"space": space_dict(space), "directions": list(directions)})
-        if metrics and study.metric_names != list(metrics):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                study.set_metric_names(list(metrics))
+        terms = Terms(study, space, directions, metrics)
+        terms.require()  # and written by the owner of the study (`begin`)
 
         def seeded(asked: int) -> BaseSampler:
             return make_sampler(sampler, zlib.crc32(f"{seed}/{name}/{asked}".encode()), n_trials)
 
-        return cls(study, space, directions, (locks or lock_folder) / f".{quote(name, safe='')}.study.lock", seeded)
+        folder, file = (locks or lock_folder).absolute(), sqlite_path(url)
+        shared = file is None or file.parent != folder
+        return cls(study, terms, folder / f".{quote(name, safe='')}.study.lock", seeded, shared)
 
     @classmethod
     def read(cls, storage: str | Path, name: str) -> Study:
         """Open a study that exists, to be looked at: it has no space, and its points are as they were stored."""
         study = optuna.load_study(study_name=name, storage=open_storage(place_of(storage)[0]))
-        return cls(study, {}, (), Path(), lambda asked: make_sampler("random", asked, 1))
+        return cls(study, Terms(study, {}, ()), Path(), lambda asked: make_sampler("random", asked, 1), False)
+
+    def require_same(self, run: str | None) -> None:
+        """Check before anything is written that the study still is the one that was opened; the caller owns it.
+
+        Raises ConfigError if it was begun with another space meanwhile, TrackingError if a search that folders share
+        has another run in MLflow than `run`: two tracking stores cannot agree on one owner.
+        """
+        self._terms.require()
+        if self.shared:
+            require_run(self._study, run)
+
+    def begin(self, run: str = "") -> None:
+        """Write space, directions, names of the objectives and the run of the study; the caller owns the study."""
+        if not self._begun:
+            self._terms.write()
+            self._begun = True
+        if run and self.shared:
+            note_run(self._study, run)
 
     @property
     def identity(self) -> str:
@@ -133,6 +143,7 @@ class Study:
         A value outside the space (another choice, a key that is not searched) is evaluated too; the sampler then
         records a value of its own in its place.
         """
+        self.begin()
         known = {k: v for k, v in params.items() if k in self.space and _expressible(self.space[k], v)}
         attrs: dict[str, Any] = {"label": label, "try": attempt, "fixed": dict(params)}
         if retry_of is None:
@@ -166,6 +177,7 @@ class Study:
         Each proposal has a seed of its own, by the number of earlier trials without those that a stop ended, so that a
         search that was stopped and continued makes the proposals that it would have made without the stop.
         """
+        self.begin()
         point: dict[str, Scalar] = {}
         absent: set[str] = set()
         begun = (t for t in self._study.get_trials(deepcopy=False) if t.state != TrialState.WAITING)
@@ -192,8 +204,11 @@ class Study:
         return Proposal(trial.number, self._point(trial.params, attrs), attrs.get("label", ""))
 
     def link(self, number: int, run_id: str) -> None:
-        """Store the MLflow run of a running trial."""
-        self._trial(number).set_user_attr("mlflow_run_id", run_id)
+        """Store the MLflow run of a trial, which may have ended."""
+        if number in self._asked or not self._study.get_trials(deepcopy=False)[number].state.is_finished():
+            self._trial(number).set_user_attr("mlflow_run_id", run_id)
+        else:
+            note_late_run(self._study, number, run_id)
 
     def set_result(self, number: int, constraints: Mapping[str, float], marker: str) -> None:
         """Store constraints and marker of a running trial; a second call changes nothing."""
@@ -216,7 +231,10 @@ class Study:
 
     def trials(self) -> list[StudyTrial]:
         """Return every trial, by number."""
-        return [self._kept(trial) for trial in self._study.get_trials(deepcopy=False)]
+        found = self._study.get_trials(deepcopy=False)
+        unlinked = any(t.state == TrialState.COMPLETE and "mlflow_run_id" not in t.user_attrs for t in found)
+        late = self._study.user_attrs if unlinked else {}
+        return [self._kept(trial, late) for trial in found]
 
     def _trial(self, number: int) -> optuna.Trial:
         if number not in self._asked:  # a trial that a dead process left running
@@ -228,7 +246,7 @@ class Study:
         normal = {key: self.space[key].normal(v) if key in self.space else v for key, v in sorted(point.items())}
         return applicable(self.space, normal)
 
-    def _kept(self, trial: FrozenTrial) -> StudyTrial:
+    def _kept(self, trial: FrozenTrial, late: Mapping[str, Any]) -> StudyTrial:
         attrs = trial.user_attrs
         end = attrs.get("end", {})
         return StudyTrial(
@@ -238,33 +256,11 @@ class Study:
             label=attrs.get("label", ""),
             objectives=tuple(trial.values or ()),
             constraints=dict(trial.constraints),
-            run_id=attrs.get("mlflow_run_id"),
+            run_id=attrs.get("mlflow_run_id") or late_run(late, trial.number),
             marker=attrs.get("marker"),
             attempt=attrs.get("try", 0),
             ending=end.get("ending", ""),
             reason=end.get("reason", ""),
-        )
-
-
-def _keep_space(study: optuna.Study, terms: dict[str, Any]) -> None:
-    """Store the space in a study that has no trials; raise ConfigError if a study with trials has another space."""
-    kept, named = study.user_attrs.get("qflow.terms"), {**terms, "digest": record.digest(terms)}
-    if kept == named:
-        return
-    untried = not study.get_trials(deepcopy=False)
-    if untried and (kept is None or kept["directions"] == terms["directions"]):  # Optuna cannot change these
-        study.set_user_attr("qflow.terms", named)
-    elif kept is None:
-        raise ConfigError(
-            f"A study is one that qflow started, but got a foreign one for '{study.study_name}'. "
-            f"Give the search another study name."
-        )
-    elif kept["digest"] != named["digest"]:
-        old, new = kept["space"], terms["space"]
-        changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k)) or ["directions"]
-        raise ConfigError(
-            f"A study keeps the space it was started with, but got another one for '{study.study_name}' "
-            f"(changed: {', '.join(changed)}). Use another name: study={study.study_name}-2."
         )
 
 

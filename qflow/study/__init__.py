@@ -18,6 +18,7 @@ __all__ = [
     "gate",
     "imported_side",
     "int16_weights",
+    "kept",
     "manifest",
     "missed",
     "mixes",

@@ -17,6 +17,7 @@ from qflow.report.console import SummaryRow, python_command, summary_table
 from qflow.search.objective import CONSTRAINT, accurate, nearest_miss, over_budget
 from qflow.search.outcome import FinishedTrial
 from qflow.study.front import log_decisions
+from qflow.study.kept import log_study, settle
 from qflow.study.marks import mark_trials, trials_url
 from qflow.study.missed import not_tried, tried
 from qflow.study.next_steps import promote_command
@@ -36,6 +37,7 @@ def finish(session: Session) -> tuple[int, dict[str, Any]]:
 
     Return 0 if the goal is met, else 1, and the result for programs.
     """
+    settle(session)
     evaluator, best = session.evaluator, session.best
     shown = best or nearest_miss(session.trials, session.goal.ranking)
     if shown is None:
@@ -67,11 +69,9 @@ def _keep(session: Session, note: str, text: str, best: FinishedTrial | None, me
     write_whole(place, note)
     with TemporaryFolder() as folder:
         (Path(folder) / "decision.md").write_text(note)
-        log_decisions(session.tracker, session.study_run, session.decisions, session.baselines)
+        log_decisions(session.driver, session.study_run, session.decisions, session.baselines)
         tags = {"qflow.best": best.run_id if best else "", "qflow.goal": "met" if best else "missed", VERDICT: text}
-        session.tracker.log_study(
-            session.study_run, folder=Path(folder), metrics=metrics, tags={**tags, "mlflow.note.content": note}
-        )
+        log_study(session, folder=Path(folder), metrics=metrics, tags={**tags, "mlflow.note.content": note})
     return place
 
 

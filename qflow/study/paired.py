@@ -9,6 +9,7 @@ from qflow.core.temporary import TemporaryFolder
 from qflow.search.noise import BY_SEQUENCE, PAIRED, Margin, Noise, difference_noise
 from qflow.search.objective import CONSTRAINT
 from qflow.search.outcome import FinishedTrial
+from qflow.study.kept import run_of
 from qflow.study.manifest import SEQUENCES
 from qflow.study.run_files import RunFiles
 from qflow.study.session import Session
@@ -19,7 +20,8 @@ def paired_noise(session: Session, one: FinishedTrial, other: FinishedTrial | No
     evaluator = session.evaluator
     with TemporaryFolder() as folder:
         files = RunFiles(session.tracker, Path(folder))
-        scores = files.scores(one.run_id), files.scores(other.run_id) if other else evaluator.float_scores
+        theirs = files.scores(run_of(session, other)) if other else evaluator.float_scores
+        scores = files.scores(run_of(session, one)), theirs
     metric = other.outcome.metrics[session.accuracy] if other else evaluator.float_metric
     sequences = session.manifest.get(SEQUENCES, ())
     known = scores if all(scores) else None

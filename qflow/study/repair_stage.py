@@ -8,6 +8,7 @@ from qflow.core.record import to_json
 from qflow.core.temporary import TemporaryFolder
 from qflow.repair.base.contract import KEPT, REFUSED, RepairTable, Row
 from qflow.report.files import REPAIR
+from qflow.study.kept import log_study
 from qflow.study.session import Session
 
 NAMED = 3  # reasons that a decision names for each step
@@ -26,7 +27,7 @@ def repair(session: Session) -> None:
     with TemporaryFolder() as folder:
         (Path(folder) / REPAIR).write_text(to_json(table, indent=1))
         (Path(folder) / "repair.txt").write_text(table.view().text(len(table.rows)))
-        session.tracker.log_study(session.study_run, folder=Path(folder))
+        log_study(session, folder=Path(folder))
     for step in settings.steps:
         session.decide("repair", f"{step}: {_said([row for row in table.rows if row.step == step])}")
 

@@ -144,6 +144,7 @@ class Session:
                 on_trial=self._on_trial,
                 owned=owned(self.tracker, self.study.name, self.root, say=self.console.say),
                 open_run=self._open_run,
+                say=self.console.say,
             )
         )
         search = self.config.search
@@ -151,7 +152,7 @@ class Session:
         if self.trials:
             kept = f"{len(self.trials)} trials of an earlier start are kept and not repeated"
             self.console.say(f"{'continued':<12} {kept}")
-            log_front(self.tracker, self.study_run, self.study.name, self.standing, self.goal, self.root)
+            log_front(self.driver, self.study_run, self.standing, self.goal, self.root)
         self.note_best()
 
     @property
@@ -280,14 +281,14 @@ class Session:
         if len(self.trials) > 2 and (seconds := self.budget.seconds_left(self.trials, workers)) > 0:
             line += f"  {len(self.trials)} of {self.config.search.n_trials}, about {duration(seconds)} left"
         self.console.say(line)
-        if isinstance(trial, FinishedTrial) and self.study_run:
-            log_front(self.tracker, self.study_run, self.study.name, self.standing, self.goal, self.root)
+        if isinstance(trial, FinishedTrial):
+            log_front(self.driver, self.study_run, self.standing, self.goal, self.root)
 
     def decide(self, stage: str, text: str) -> None:
         """Record and print a decision with its reason; the study's document lists all decisions."""
         self.decisions.append((stage, text))
         self.console.say(f"{'decision':<12} {stage}: {text}")
-        log_decisions(self.tracker, self.study_run, self.decisions, self.baselines)
+        log_decisions(self.driver, self.study_run, self.decisions, self.baselines)
 
     def evaluate(self, params: Mapping[str, Any], folder: Path) -> Outcome:
         """Evaluate one trial at `params`: write its files into `folder` and return its numbers."""

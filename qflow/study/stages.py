@@ -18,6 +18,7 @@ from qflow.core.qconfig import QConfig
 from qflow.core.record import digest
 from qflow.core.temporary import TemporaryFolder
 from qflow.report.files import write_study
+from qflow.study.kept import log_study
 from qflow.study.repair_stage import repair
 from qflow.study.session import Session
 from qflow.study.start_mix import open_start
@@ -130,7 +131,7 @@ def log_tables(session: Session, diagnosis: Diagnosis, tags: Mapping[str, str]) 
         write_analysis(diagnosis, Path(folder) / "analysis", f"{session.study.name}: all-int8 on its bad cases{after}")
         check = checked(evaluator, *evaluator.template(QDtype.qint16), evaluator.default_calibration)
         write_study(Path(folder), evaluator.sensitivities, evaluator.badcases, check)
-        session.tracker.log_study(session.study_run, folder=Path(folder), tags=tags)
+        log_study(session, folder=Path(folder), tags=tags)
 
 
 def rank_again(session: Session, title: str, point: Mapping[str, Any]) -> SensitivityTable:
@@ -156,7 +157,7 @@ def rank_again(session: Session, title: str, point: Mapping[str, Any]) -> Sensit
         place = Path(folder) / title.replace("/", "_")
         place.mkdir()
         write_study(place, ranked, cases, checked(evaluator, requested, applied, settings.calibration))
-        session.tracker.log_study(session.study_run, folder=Path(folder))
+        log_study(session, folder=Path(folder))
     session.rankings[key] = cases, ranked
     return ranked
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 
 from omegaconf import DictConfig
@@ -53,10 +53,7 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
         metrics=list(goal.optimize),
     )
     session = Session(config, evaluator, goal, Console(started=started), tracker, study, root)
-    tracker.patience.say = session.console.say
-    for about, texts in (("space", left_out), ("engine", evaluator.engine.news())):
-        for text in texts:
-            session.console.say(f"{about:<12} {text}")
+    _speak_on(session.console, tracker, study, {"space": left_out, "engine": evaluator.engine.news()})
     evaluator.keep_in(root / "cache", session.console.say)
     with session.stack:
         status = "FAILED"
@@ -70,8 +67,8 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
             if session.study_run:
                 with nullcontext() if status == "FINISHED" else suppress(TrackingError):  # the first error counts
                     if session.driver is not None:
-                        session.driver.still_owned()  # the run of a study that another start has taken is not ended
-                    tracker.close_study(session.study_run, status)
+                        session.driver.spool.still_owned()  # else another start has the study, and its run is not ended
+                    tracker.end(session.study_run, status)
                 if status == "KILLED" and session.trials:
                     session.console.say(report_lines(session))
 
@@ -84,3 +81,13 @@ def _check_training(config: DictConfig, evaluator: Evaluator, space: Mapping[str
     check_training(evaluator.task, evaluator.training, qat)
     if qat.teacher.features:  # which of them the quantized model shares, its fusion decides
         require_comparable(evaluator.prepared, qat.teacher, qat.mode)
+
+
+def _speak_on(console: Console, tracker: MlflowTracker, study: Study, news: Mapping[str, Sequence[str]]) -> None:
+    """Let the console say what the tracking store does, and `news` by what they are about."""
+    tracker.patience.say = console.say
+    if study.shared:
+        tracker.patience.why = "other folders may continue a study with a search.storage"
+    for about, texts in news.items():
+        for text in texts:
+            console.say(f"{about:<12} {text}")

@@ -20,6 +20,7 @@ from qflow.core.temporary import TemporaryFolder
 from qflow.search.noise import Margin
 from qflow.search.objective import meets
 from qflow.search.outcome import FinishedTrial
+from qflow.study.kept import run_of
 from qflow.study.paired import paired_noise
 from qflow.study.run_files import RunFiles
 from qflow.study.session import Session
@@ -82,5 +83,5 @@ def _drop(trial: FinishedTrial) -> float:
 def _loss(session: Session, trial: FinishedTrial) -> float:
     """Return the mean loss of the second half of the steps of a trial."""
     with TemporaryFolder() as folder:
-        losses = RunFiles(session.tracker, Path(folder)).json(trial.run_id, "training.json")["losses"]
+        losses = RunFiles(session.tracker, Path(folder)).json(run_of(session, trial), "training.json")["losses"]
     return fmean(losses[len(losses) // 2 :])

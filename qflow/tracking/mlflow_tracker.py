@@ -14,7 +14,7 @@ import json
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -216,10 +216,6 @@ class MlflowTracker:
                 self.patience.call(self.uri, lambda: connect.delete_artifacts(place))
                 self.client.set_tag(run_id, TABLES, "[]")
 
-    def close_study(self, run_id: str, status: str = "FINISHED") -> None:
-        """End the study's run."""
-        self.end(run_id, status)
-
     def download(self, run_id: str, path: str, into: Path) -> Path:
         """Fetch a file or folder of a run's artifacts into `into`. Raises TrackingError when it is absent."""
         into.mkdir(parents=True, exist_ok=True)
@@ -237,6 +233,10 @@ class MlflowTracker:
     def run_tags(self, run_id: str) -> dict[str, str]:
         """Return the tags of a run."""
         return limits.joined(self._run(run_id).data.tags)
+
+    def keeping(self, place: Path) -> AbstractContextManager[None]:
+        """Inside, a store that is away raises a StoreAwayError: the caller keeps its results in `place` meanwhile."""
+        return self.patience.keeping(place)
 
     @contextmanager
     def calling(self) -> Iterator[MlflowClient]:

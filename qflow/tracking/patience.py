@@ -4,6 +4,9 @@ MLflow repeats a failed request by itself, without a word and for up to 740 s. I
 a call is repeated here instead: one line says at once that the store is away, another that it is back, and after
 `seconds` the call raises a TrackingError. Only errors that say that nobody answers are repeated; a refusal is not.
 
+A caller that keeps its results elsewhere meanwhile does not wait (`keeping`): its calls raise a StoreAwayError at once,
+and the store is looked for every few seconds only, so that what the caller computes is hardly held up.
+
 Every call may have reached the store before its answer was lost. Most have the same effect twice. What creates
 something looks first whether the lost call has created it already.
 """
@@ -18,17 +21,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Any, TypeVar
 
 from qflow.core.credentials import masked
-from qflow.core.errors import TrackingError
+from qflow.core.errors import StoreAwayError, TrackingError
 
 T = TypeVar("T")
 DEFAULT = 600.0
 """Seconds: a server is restarted, moved or upgraded in minutes, and what needs longer needs somebody to look at it."""
 FIRST, LONGEST = 0.2, 5.0  # seconds between two tries; each pause is twice the one before
 HUNG = 1.0  # seconds; if a call takes longer and is interrupted, its store counts as away
-CLOSING = 1  # seconds that a server has for an answer while an interrupted command ends
+LOOK = 1  # seconds that a server has for an answer while it is known to be away, or an interrupted command ends
 _TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -55,51 +59,96 @@ class Patience:
     def __init__(self, seconds: float = DEFAULT, say: Callable[[str], None] | None = None) -> None:
         self.seconds = seconds
         self.say = say or _to_stderr
+        self.why = ""
+        """Why a study waits instead of going on; it is said too."""
+        self._kept_in: Path | None = None
+        self._since: float | None = None  # when the store went away
+        self._said: set[Path | None] = set()  # where results are kept, or None for a wait, once the user knows
+        self._next_look = 0.0
         self._given_up = ""
+
+    @contextmanager
+    def keeping(self, place: Path) -> Iterator[None]:
+        """Let calls inside raise a StoreAwayError instead of waiting; the caller keeps its results in `place`."""
+        before, self._kept_in = self._kept_in, place
+        try:
+            yield
+        finally:
+            self._kept_in = before
 
     def call(self, uri: str, function: Callable[[], T], made: Callable[[], T | None] | None = None) -> T:
         """Return `function()`, repeated while the store is away; before a repetition `made` looks for its result.
 
-        Raises TrackingError after `seconds`. From then on no call waits, nor does one while the command is being
-        interrupted: what stays open is mended by the next start.
+        Raises TrackingError `seconds` after the store went away. From then on no call waits, nor does one while the
+        command is being interrupted: what stays open is mended by the next start. Raises StoreAwayError inside
+        `keeping`.
         """
         if threading.current_thread() is not threading.main_thread():
             return function()  # a heartbeat, say: what comes next repeats it, and the study does not wait for it
         if self._given_up:
             raise TrackingError(self._given_up)
-        start, away, look = time.monotonic(), "", False
+        if self._kept_in and self._said and time.monotonic() < self._next_look:
+            raise StoreAwayError("The store was away a moment ago.")
+        start, look = time.monotonic(), False
         try:
             for tried in count():
                 try:
-                    with _short_while_interrupted():
+                    with _short(_interrupted() or bool(self._kept_in and self._said)):
                         found = made() if look and made else None
                         look = True
                         result = function() if found is None else found
                     break
                 except Exception as error:
                     if not is_away(error):
+                        self._back()
                         raise
-                    waited = time.monotonic() - start
-                    if waited >= self.seconds or _interrupted():
-                        self._give_up(uri, error, waited)
-                    if tried == 1:  # a connection that was merely old is new at the second try
-                        away = f"{'tracking':<12} the store {masked(uri)} is away"
-                        self.say(
-                            f"{away} since {waited:.0f} s ({_words(error)}); waiting up to {self.seconds:.0f} s "
-                            "for it. Ctrl-C ends the command, and the same command continues."
-                        )
+                    self._note(uri, error, start, tried)
+                waited = time.monotonic() - (self._since or start)
                 time.sleep(min(FIRST * 2**tried, LONGEST, max(self.seconds - waited, 0.0)))
         except KeyboardInterrupt:
-            if away or time.monotonic() - start > HUNG:
-                self._given_up = _sentence(uri, "an interrupted call")
+            if self._said or time.monotonic() - start > HUNG:
+                self._given_up = self._sentence(uri, "an interrupted call")
             raise
-        if away:
-            self.say(f"{'tracking':<12} the store is back after {time.monotonic() - start:.0f} s")
+        self._back()
         return result
 
-    def _give_up(self, uri: str, error: Exception, waited: float) -> None:
-        self._given_up = _sentence(uri, f"'{_words(error)}' for {waited:.0f} s")
-        raise TrackingError(self._given_up) from error
+    def _back(self) -> None:
+        """Say that the store is back, if the user knows that it was away."""
+        if self._said and self._since is not None:
+            self.say(f"{'tracking':<12} the store is back after {time.monotonic() - self._since:.0f} s")
+        self._since, self._said = None, set()
+
+    def _note(self, uri: str, error: Exception, start: float, tried: int) -> None:
+        """Say once that the store is away. Raises TrackingError if it is given up, StoreAwayError inside `keeping`."""
+        now = time.monotonic()
+        self._since = self._since or start
+        waited = now - self._since
+        if waited >= self.seconds or _interrupted():
+            self._given_up = self._sentence(uri, f"'{_words(error)}' for {waited:.0f} s")
+            raise TrackingError(self._given_up) from error
+        if not self._said and not tried and now - start < LONGEST:
+            return  # a connection that was merely old is new at the second try
+        if self._kept_in not in self._said:
+            self._said.add(self._kept_in)
+            self.say(
+                f"{'tracking':<12} the store {masked(uri)} is away since {waited:.0f} s ({_words(error)}); "
+                f"{self._meanwhile()}. Ctrl-C ends the command, and the same command continues."
+            )
+        if self._kept_in:
+            self._next_look = min(now + LONGEST, self._since + self.seconds)
+            raise StoreAwayError(str(error)) from error
+
+    def _meanwhile(self) -> str:
+        if self._kept_in:
+            return f"the study goes on for up to {self.seconds:.0f} s, and its results are kept in {self._kept_in}"
+        return f"waiting up to {self.seconds:.0f} s for it{f', because {self.why}' if self.why else ''}"
+
+    def _sentence(self, uri: str, got: str) -> str:
+        kept = f" in {self._kept_in} until then" if self._kept_in else ""
+        return (
+            f"The tracking store must answer, but got {got} from {masked(uri)}. Start it and run the same command "
+            f"again: finished trials are kept{kept}."
+        )
 
 
 class Patient:
@@ -185,13 +234,13 @@ def _interrupted() -> bool:
 
 
 @contextmanager
-def _short_while_interrupted() -> Iterator[None]:
-    """Let a server answer within `CLOSING` seconds while the command is being interrupted."""
-    if not _interrupted():
+def _short(short: bool) -> Iterator[None]:
+    """Let a server answer within `LOOK` seconds if `short`."""
+    if not short:
         yield
         return
     before = os.environ.get(_TIMEOUT)
-    os.environ[_TIMEOUT] = str(CLOSING)
+    os.environ[_TIMEOUT] = str(LOOK)
     try:
         yield
     finally:
@@ -199,13 +248,6 @@ def _short_while_interrupted() -> Iterator[None]:
             del os.environ[_TIMEOUT]
         else:
             os.environ[_TIMEOUT] = before
-
-
-def _sentence(uri: str, got: str) -> str:
-    return (
-        f"The tracking store must answer, but got {got} from {masked(uri)}. Start it and run the same command again: "
-        "finished trials are kept."
-    )
 
 
 def _words(error: Exception) -> str:

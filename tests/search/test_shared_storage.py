@@ -44,9 +44,12 @@ def test_two_folders_continue_one_study_one_at_a_time(server, tmp_path):
             )
             self.owned = owned(MlflowTracker.open(None, self.store, "experiment"), "shared", tmp_path / folder)
 
+        def open_run(self):
+            return self.tracker.open_study("shared", tags={"qflow.fingerprint": "{}"}, params={}, description="")
+
     here, there, later = There("here"), There("there"), There("later")
-    scratch = {"scratch": tmp_path / "scratch"}
-    with driving(here.study, here.tracker, here.evaluate, owned=here.owned, **scratch) as driver:
+    options = {"scratch": tmp_path / "scratch", "owned": here.owned, "open_run": here.open_run}
+    with driving(here.study, here.tracker, here.evaluate, **options) as driver:
         driver.enqueue_fixed(FIXED)
         driver.sample()
         with pytest.raises(TrackingError, match=rf"folder {tmp_path}/here, since"):

@@ -35,7 +35,7 @@ def test_optuna_knows_its_objectives_by_name(store):
     import optuna
 
     for _ in range(2):  # a study that continues keeps them
-        open_study(store, metrics=["accuracy/found", "cost/latency_ms"])
+        open_study(store, metrics=["accuracy/found", "cost/latency_ms"]).begin()
     found = optuna.load_study(study_name="task/stage", storage=f"sqlite:///{store}/optuna.db")
     assert found.metric_names == ["accuracy/found", "cost/latency_ms"]
 

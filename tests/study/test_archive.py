@@ -252,7 +252,7 @@ def test_a_tuned_study_needs_its_optuna_database_and_trials_by_hand_do_not(packe
     run = tracker.open_study("by/hand", tags={}, params={}, description="")
     trial = tracker.start_trial(run, "by/hand", -1, "by hand")
     tracker.end(trial, "FINISHED")
-    tracker.close_study(run)
+    tracker.end(run, "FINISHED")
     assert pack(None, packed[0], "by/hand", tmp_path / "hand.zip") == 1
     assert unpack(None, tmp_path / "new", tmp_path / "hand.zip") == ("by/hand", 1)
     assert not (tmp_path / "new" / "optuna.db").exists()

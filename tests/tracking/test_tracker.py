@@ -90,7 +90,7 @@ def test_a_study_is_found_again_and_set_running(open_tracker):
     tracker = open_tracker()
     options = {"tags": {"qflow.experiment": "int8"}, "description": "# Study"}
     run_id = tracker.open_study("task/stage", params={"n_trials": 8, "seed": 0}, **options)
-    tracker.close_study(run_id, "FINISHED")
+    tracker.end(run_id, "FINISHED")
     other = open_tracker()
     assert other.open_study("task/stage", params={"n_trials": 12, "seed": 0, "new": 1}, **options) == run_id
     assert other.client.get_run(run_id).info.status == "RUNNING"
