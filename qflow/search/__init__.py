@@ -18,6 +18,7 @@ __all__ = [
     "noise",
     "objective",
     "outcome",
+    "patient_storage",
     "proposal",
     "reconcile",
     "sampler",

@@ -36,6 +36,7 @@ from qflow.search.domain import (
     as_proposed,
     parents_first,
 )
+from qflow.search.patient_storage import Call, make_patient
 from qflow.search.proposal import Proposal, StudyTrial, check_arguments
 from qflow.search.sampler import make_sampler, quiet
 from qflow.search.terms import Terms, late_run, note_late_run, note_run, require_run
@@ -73,12 +74,12 @@ class Study:
     def open(
         cls, storage: str | Path, name: str, *, space: Space, directions: tuple[str, ...],
         sampler: str = "tpe", seed: int = 0, n_trials: int = 100, metrics: Sequence[str] = (),
-        locks: Path | None = None,
+        locks: Path | None = None, patient: Call | None = None,
     ) -> Study:  # fmt: skip
         """Open or create the study `name` in a database file, a folder (as optuna.db in it) or at a URL.
 
         `metrics` are the names of the objectives, which optuna-dashboard shows; `locks` is the folder of the lock file,
-        by default that of the database.
+        by default that of the database. A call to a server goes through `patient`, which waits while that is away.
 
         Raises ConfigError if the study exists with another space or other directions, or if an argument is not
         allowed; TrackingError if the database cannot be opened.
@@ -88,14 +89,16 @@ class Study:
         # if a statement is interrupted, SQLAlchemy drops the connection and logs a traceback
         logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
         url, lock_folder = place_of(storage)
-        study = open_study(url, name, directions)
+        study, file = open_study(url, name, directions), sqlite_path(url)
+        if patient and file is None:
+            make_patient(study, patient)
         terms = Terms(study, space, directions, metrics)
         terms.require()  # and written by the owner of the study (`begin`)
 
         def seeded(asked: int) -> BaseSampler:
             return make_sampler(sampler, zlib.crc32(f"{seed}/{name}/{asked}".encode()), n_trials)
 
-        folder, file = (locks or lock_folder).absolute(), sqlite_path(url)
+        folder = (locks or lock_folder).absolute()
         shared = file is None or file.parent != folder
         return cls(study, terms, folder / f".{quote(name, safe='')}.study.lock", seeded, shared)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 
 from omegaconf import DictConfig
 
@@ -51,6 +52,7 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
         seed=config.seed,
         n_trials=config.search.n_trials,
         metrics=list(goal.optimize),
+        patient=partial(tracker.patience.call, config.search.storage),
     )
     session = Session(config, evaluator, goal, Console(started=started), tracker, study, root)
     _speak_on(session.console, tracker, study, {"space": left_out, "engine": evaluator.engine.news()})

@@ -10,6 +10,7 @@ from qflow.search.outcome import FailedTrial, FinishedTrial, Outcome
 from qflow.search.reconcile import check_invariants
 from qflow.search.study import Study
 from qflow.tracking.mlflow_tracker import MlflowTracker
+from qflow.tracking.patience import Patience
 
 SPACE = {"int16_ratio": Interval(0, 1), "method": Choice(("kl", "mse"))}
 
@@ -31,9 +32,12 @@ def outcome(params, **changes) -> Outcome:
 class Harness:
     """One study on one store, with a count of the evaluations."""
 
-    def __init__(self, store: Path, space=SPACE, name: str = "task/stage", sampler: str = "random") -> None:
+    def __init__(
+        self, store: Path, space=SPACE, name: str = "task/stage", sampler: str = "random", uri: str | None = None,
+        patience: Patience | None = None,
+    ) -> None:  # fmt: skip
         self.store = store
-        self.tracker = MlflowTracker.open(None, store, "experiment")
+        self.tracker = MlflowTracker.open(uri, store, "experiment", patience)
         self.study = Study.open(
             store, name, space=space, directions=("maximize", "minimize"), sampler=sampler, n_trials=8
         )
