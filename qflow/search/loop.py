@@ -28,7 +28,7 @@ from qflow.search.domain import Values
 from qflow.search.driver import Driver
 from qflow.search.outcome import FailedTrial, FinishedTrial, Tracker
 from qflow.search.reconcile import INTERRUPTED, LOST, reconcile
-from qflow.search.spool import Spool, waiting
+from qflow.search.spool import Spool, spool_of, waiting
 from qflow.search.study import Study
 
 _log = logging.getLogger(__name__)
@@ -64,8 +64,15 @@ def driving(
     with interrupts() as asked_to_end, study.driver(), owned or nullcontext(_nothing) as still_owned:
         folder = scratch / quote(study.name, safe="")
         shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
-        place = scratch.parent / "spool" / quote(study.name, safe="")
-        spool = Spool(place, study.name, tracker, not study.shared, still_owned, say, checkpoint=checkpoint)
+        spool = Spool(
+            spool_of(scratch.parent, study.name),
+            study.name,
+            tracker,
+            not study.shared,
+            still_owned,
+            say,
+            checkpoint=checkpoint,
+        )
         recovered = _opened(study, tracker, spool, open_run)
         runs = executor or Serial(evaluate, len(study.directions))
         driver = Driver(study, spool, runs, folder, on_trial, checkpoint, asked_to_end)
@@ -82,7 +89,7 @@ def driving(
             with suppress(Exception):  # what stays open here, the next start reconciles
                 still_owned()
                 reconcile(study, tracker, spool, ending=INTERRUPTED if stopped else LOST)
-            if waiting(place):
+            if waiting(spool.folder):
                 say(f"{'kept':<12} {spool.kept()}, which the next start delivers")
             raise
         finally:

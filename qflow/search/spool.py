@@ -23,6 +23,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from qflow.core import record
 from qflow.core.errors import QflowError, StoreAwayError
@@ -51,6 +52,11 @@ class Record:
     params: Mapping[str, Any] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     tables: tuple[str, ...] = ()
+
+
+def spool_of(root: Path, study: str) -> Path:
+    """Return the folder of a study's spool below the folder `root` of its search."""
+    return root / "spool" / quote(study, safe="")
 
 
 def waiting(folder: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from qflow.process.running import is_running
 from qflow.quant.train.checkpoint import read_checkpoint
 from qflow.search.carried import study_names
 from qflow.search.reconcile import check_invariants
+from qflow.search.spool import spool_of, waiting
 from qflow.search.study import IDENTITY, Study
 from qflow.study.identity import HOME, home
 from qflow.tracking.artifacts import Store
@@ -60,6 +61,7 @@ class Doctor:
             self._agreement(studies),
             self._runs(studies),
             self._leases(studies),
+            self._kept(studies),
             self._cache(),
             self._checkpoints(),
             self._left_over(),
@@ -84,6 +86,8 @@ class Doctor:
             if study.identity and study.identity != self.store.run(run)[0].get(IDENTITY, study.identity):
                 continue  # of another folder; its own search is looked for below
             known.discard(name)
+            if not self._idle(run, name):
+                continue  # what waits is told by itself
             here += 1
             problems = check_invariants(study, tracker)
             found.wrong += [f"{name}: {text}{AGAIN if 'running' in text.lower() else ''}" for text in problems]
@@ -118,7 +122,7 @@ class Doctor:
             by_processes = own_running(tracker)
             open_runs = [key for key in [*tracker.running_trials(name), run] if key not in by_processes]
             open_runs = [key for key in open_runs if self.store.client.get_run(key).info.status == "RUNNING"]
-            if open_runs and not self._living(run):
+            if open_runs and self._idle(run, name):
                 end = partial(self._end, tracker, name, open_runs)
                 what = f"{name}: {len(open_runs)} runs are RUNNING, and no process drives the study"
                 self._mend(found, what, end, "ends them")
@@ -141,6 +145,17 @@ class Doctor:
                 free = partial(self.store.client.delete_tag, run, f"{LEASE}{claim.owner}")
                 self._mend(found, f"{name}: owned by {claim}, whose process has ended", free)
         found.told = f"driven, or held by another host: {'; '.join(living)}" if living else "no study is driven"
+        return found
+
+    def _kept(self, studies: dict[str, tuple[str, str]]) -> Finding:
+        found = Finding("spool", "no result waits on disk to be delivered")
+        for run, (name, _) in studies.items():
+            if not self._living(run) and (kept := waiting(spool_of(self.root, name))):
+                found.wrong.append(
+                    f"{name}: {len(kept)} writes wait in {kept[0].parent}. Start its qflow.tune: it delivers them."
+                )
+        if found.wrong:
+            found.told = "results wait on disk to be delivered"
         return found
 
     def _cache(self) -> Finding:
@@ -208,6 +223,10 @@ class Doctor:
         if found.wrong:
             found.told = f"of {count} versions some do not match their runs"
         return found
+
+    def _idle(self, run: str, name: str) -> bool:
+        """Return whether nobody drives a study, and nothing waits to be delivered to its runs."""
+        return not self._living(run) and not waiting(spool_of(self.root, name))
 
     def _living(self, run: str) -> bool:
         """Return whether the owner of a study lives, or may live on another host."""

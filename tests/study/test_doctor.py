@@ -85,3 +85,15 @@ def test_a_study_that_is_driven_is_left_alone(tmp_path):
     harness = Harness(tmp_path)
     with owned(harness.tracker, "task/stage", tmp_path):
         assert examined(tmp_path, fix=True) == ([], [])
+
+
+def test_results_that_wait_for_the_store_are_named_and_their_runs_left_to_the_next_start(tmp_path):
+    child = os.fork()
+    if child == 0:
+        Harness(tmp_path).run(2, checkpoint=lambda step: os._exit(0) if step == "kept" else None)
+    os.waitpid(child, 0)
+    assert examined(tmp_path, fix=True) == (["spool"], [])
+    harness = Harness(tmp_path)
+    harness.run(2)
+    harness.tracker.end(harness.tracker.find_study("task/stage"), "FINISHED")
+    assert (examined(tmp_path), len(harness.evaluated)) == (([], []), 1)
