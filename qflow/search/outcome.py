@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from qflow.core import record
 from qflow.core.errors import QflowError, TrialError
@@ -161,7 +161,16 @@ class Tracker(Protocol):
     def end(self, run_id: str, status: str, reason: str | None = None) -> None:
         """End a run."""
 
-    def log_study(self, run_id: str, *, folder: Path | None = None, **values: Any) -> None:
+    def log_study(
+        self,
+        run_id: str,
+        *,
+        metrics: Mapping[str, float],
+        params: Mapping[str, Scalar],
+        tags: Mapping[str, str],
+        folder: Path | None,
+        tables: Sequence[str],
+    ) -> None:
         """Add files and values to the run of a study; the same a second time changes nothing."""
 
     def keeping(self, place: Path) -> AbstractContextManager[None]:

@@ -27,6 +27,7 @@ from urllib.parse import quote
 
 from qflow.core import record
 from qflow.core.errors import QflowError, StoreAwayError
+from qflow.search.domain import Scalar
 from qflow.search.outcome import Marker, Tracker
 
 RECORD, FILES, ASIDE = "record.json", "files", "aside-"
@@ -49,7 +50,7 @@ class Record:
     reason: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """These four are of the run of the study; those of a trial are in its marker."""
-    params: Mapping[str, Any] = field(default_factory=dict)
+    params: Mapping[str, Scalar] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     tables: tuple[str, ...] = ()
 
@@ -116,11 +117,12 @@ class Spool:
 
     def log_study(self, run_id: str, *, folder: Path | None = None, **values: Any) -> None:
         """Add files and values (metrics, params, tags, tables) to the study's run, now or when the store is back."""
+        held = Record(run_id, **values)
         if self.deliver():
             with suppress(StoreAwayError), self._patience():
-                self.tracker.log_study(run_id, folder=folder, **values)
+                self._add(held, folder)
                 return
-        self.keep(Record(run_id, **values), folder, shutil.copytree)
+        self.keep(held, folder, shutil.copytree)
         self._write_through()
 
     def commit(self, held: Record, files: Path | None = None) -> None:
@@ -185,7 +187,7 @@ class Spool:
             self.still_owned()
         if kept.number == STUDY:
             if kept.run_id == self.parent:
-                self._add(kept, files)
+                self._add(kept, files if files.is_dir() else None)
             else:
                 return self._set_aside(entry, f"the study's run is {self.parent} now, and not {kept.run_id}")
         else:
@@ -203,9 +205,15 @@ class Spool:
         shutil.rmtree(entry)
         return None
 
-    def _add(self, kept: Record, files: Path) -> None:
-        values = {"metrics": kept.metrics, "params": kept.params, "tags": kept.tags, "tables": kept.tables}
-        self.tracker.log_study(kept.run_id, folder=files if files.is_dir() else None, **values)
+    def _add(self, held: Record, folder: Path | None) -> None:
+        self.tracker.log_study(
+            held.run_id,
+            metrics=held.metrics,
+            params=held.params,
+            tags=held.tags,
+            folder=folder,
+            tables=held.tables,
+        )
 
     def _commit(self, run: str, marker: str, files: Path) -> None:
         outcome = Marker.from_json(marker).outcome
