@@ -64,15 +64,8 @@ def driving(
     with interrupts() as asked_to_end, study.driver(), owned or nullcontext(_nothing) as still_owned:
         folder = scratch / quote(study.name, safe="")
         shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
-        spool = Spool(
-            spool_of(scratch.parent, study.name),
-            study.name,
-            tracker,
-            not study.shared,
-            still_owned,
-            say,
-            checkpoint=checkpoint,
-        )
+        place, goes_on = spool_of(scratch.parent, study.name), not study.shared
+        spool = Spool(place, study.name, tracker, goes_on, still_owned, say, checkpoint=checkpoint)
         recovered = _opened(study, tracker, spool, open_run)
         runs = executor or Serial(evaluate, len(study.directions))
         driver = Driver(study, spool, runs, folder, on_trial, checkpoint, asked_to_end)
@@ -89,6 +82,7 @@ def driving(
             with suppress(Exception):  # what stays open here, the next start reconciles
                 still_owned()
                 reconcile(study, tracker, spool, ending=INTERRUPTED if stopped else LOST)
+                spool.close()
             if waiting(spool.folder):
                 say(f"{'kept':<12} {spool.kept()}, which the next start delivers")
             raise

@@ -162,6 +162,11 @@ class Spool:
             self.say(f"{'kept':<12} {old} are delivered")
         return True
 
+    def close(self) -> None:
+        """Deliver the trial whose delivery was interrupted; what is kept for longer is left to the next start."""
+        if not self._synced:
+            self.deliver()
+
     def require_owned(self) -> None:
         """Raise TrackingError if another start has taken the study over; while the store is away nobody can know."""
         with suppress(StoreAwayError), self._patience():

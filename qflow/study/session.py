@@ -292,9 +292,8 @@ class Session:
 
     def evaluate(self, params: Mapping[str, Any], folder: Path) -> Outcome:
         """Evaluate one trial at `params`: write its files into `folder` and return its numbers."""
-        return evaluate_trial(
-            self.config_at(params), self.evaluator, self.goal, self.manifest, folder, self.console, params
-        )
+        changed = self.config_at(params)
+        return evaluate_trial(changed, self.evaluator, self.goal, self.manifest, folder, self.console, params)
 
     def note_best(self) -> None:
         """Let the progress bars show the best trial so far."""
