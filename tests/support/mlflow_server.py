@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.request
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+
+import pytest
 
 from qflow.tracking.connect import open_store
 
@@ -62,20 +58,10 @@ def _pass_on(one: socket.socket, other: socket.socket) -> None:
 @contextmanager
 def gated_server(store: Path):
     """Start an MLflow server on a new store in a folder and yield the gate before it; the server is killed at last."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(str(Path(__file__).parents[2]))
+        from benchmarks.servers import MlflowServer
+
     open_store(None, store)  # a database that tests share is quicker than the server's migrations
-    with closing(socket.create_server(("127.0.0.1", 0))) as found:
-        port = found.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{store}/mlflow.db"]
-    command += ["--artifacts-destination", str(store / "files"), "--port", str(port), "--workers", "1"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, start_new_session=True, **quiet)
-    try:
-        for _ in range(300):
-            with suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
-                break
-            time.sleep(0.3)
-        yield Gate(port)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with MlflowServer(store, f"sqlite:///{store}/mlflow.db") as server:
+        yield Gate(server.port)
