@@ -42,24 +42,22 @@ def made(model, data):
 def test_a_model_and_a_folder_of_images_without_labels_are_enough(tmp_path):
     flat(tmp_path / "photos", 12)
     (tmp_path / "photos" / "bad.png").write_bytes(b"text")
-    tuned = run_qflow("tune", "+experiment=int8_int16", *TASK, *SMALL, cwd=tmp_path)
+    tuned = run_qflow("tune", "+experiment=int8", *TASK, *SMALL, cwd=tmp_path)
     assert tuned.returncode == 0, tuned.stdout + tuned.stderr
     assert "1 of 13 files cannot be read and are left out: bad.png (no image)" in tuned.stdout
     said = "agreement_pixels is agreement with the float model, not accuracy; float's own is 1 by definition"
     assert tuned.stdout.count(said) == 2  # of float, and below the table
     allow = re.search(r"'?security\.allow=\[[\w.,]+\]'?", tuned.stdout)[0].strip("'")
     assert allow == "security.allow=[pixel_net]"
-    where = ["study=segmentation/int8_int16", "tracking.experiment=segmentation"]
+    where = ["study=segmentation/int8", "tracking.experiment=segmentation"]
     promoted = run_qflow("promote", *where, "tracking.registered_model=seg", allow, cwd=tmp_path)
     assert promoted.returncode == 0, promoted.stdout + promoted.stderr
     assert said in promoted.stdout
     store = Store.open(None, tmp_path / "qflow_out")
-    run = store.run(one_study(store, "segmentation/int8_int16", None, "")[1])[0]["qflow.best"]
+    run = store.run(one_study(store, "segmentation/int8", None, "")[1])[0]["qflow.best"]
     assert said in store.run(run)[0]["mlflow.note.content"]
-    report = tmp_path / "qflow_out" / "studies" / "segmentation" / "int8_int16" / "report.html"
+    report = tmp_path / "qflow_out" / "studies" / "segmentation" / "int8" / "report.html"
     assert said in html.unescape(report.read_text())
-    again = run_qflow("trial", f"from_run={run}", allow, cwd=tmp_path)
-    assert again.returncode == 0, again.stdout + again.stderr
 
 
 @pytest.mark.skipif(not installed("timm", "torchvision"), reason="needs the extra timm")
