@@ -140,20 +140,6 @@ def flat(folder: Path, trials: int, sampler: str) -> list[str]:
     return [f"time a trial grows by {grown:.2f}"] * (grown > 1.5) + [f"memory grows by {more:.0f} MB"] * (more > 200)
 
 
-def ready(executor: Sleeping, folder: Path, places: int) -> None:
-    """Let tasks run until workers on so many nodes have answered; a node that is busy starts its worker late."""
-    turn = 0
-    while len({*executor.places}) < places:
-        jobs = []
-        for _ in range(executor.workers):
-            turn += 1
-            (folder / str(turn)).mkdir(parents=True)
-            jobs.append(executor.submit({"ratio": 0.0, "percentile": 99.0}, folder / str(turn)))
-        for job in jobs:
-            job.result()
-    executor.places.clear()
-
-
 def nodes(folder: Path, trials: int) -> list[str]:
     """Run a study on two nodes, end one as a lost machine would; compare with the study in one process."""
     from ray.cluster_utils import Cluster
@@ -163,7 +149,6 @@ def nodes(folder: Path, trials: int) -> list[str]:
         second = cluster.add_node(num_cpus=1)
         backend = RayNodes(make, {"seconds": 0.3}, Runtime(cluster.address))
         executor = Sleeping(Pool(backend, 2), 0.3, [])
-        ready(executor, folder / "ready", 2)
         told = 0
 
         def note(_: object) -> None:

@@ -31,7 +31,7 @@ def _round(target: Target, ends: collections.Counter[str]) -> list[str]:
         runs = [str(row[0]) for row in database.execute(query)]
 
     def promoted(run: str) -> tuple[int, str]:
-        terms = ("tracking.experiment=digits", "tracking.registered_model=raced", "gate.allow_dominated=true")
+        terms = ("tracking.registered_model=raced", "gate.allow_dominated=true")
         return command("promote", f"run={run}", f"root={target.root}", *terms)
 
     with ThreadPoolExecutor(2) as both:

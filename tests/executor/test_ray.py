@@ -26,10 +26,7 @@ def test_files_come_back_deaths_cost_their_task_alone_and_nothing_stays(tmp_path
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     shared = {"start": 40, "cache": "/nowhere"}
     pool = Pool(
-        RayNodes(make_writing, shared, Runtime(cpus=1), lambda: {"calibration/1.txt": kept}),
-        workers=1,
-        timeout=5.0,
-        max_retries=0,
+        RayNodes(make_writing, shared, Runtime(cpus=1), lambda: {"calibration/1.txt": kept}), workers=1, timeout=5.0
     )
     try:
         answer = pool.submit({"add": 2, "folder": str(folder)}).result()
