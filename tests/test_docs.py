@@ -10,13 +10,12 @@ from tests.support.architecture import ROOT
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 LONGEST = 135  # lines of at most 120 characters: about three screens
-NOT_SPLIT_YET = {"architecture.md", "commands.md", "library.md"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_page_takes_at_most_three_screens(page):
     lines = page.read_text().splitlines()
-    assert len(lines) <= LONGEST or page.name in NOT_SPLIT_YET
+    assert len(lines) <= LONGEST
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_the_guides_lines_run_as_they_are(tmp_path, monkeypatch):
 
 def test_the_library_page_runs_as_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parents[2] / "docs" / "library.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "library-analysis.md").read_text()
     code = text.partition("## Accuracy debugging")[2].partition("```python")[2].partition("```")[0]
     model, example = build("resnet")
     names = {"qflow": qflow, "model": model, "prepared": calibrated(model, [example]), "train_loader": [example]}
