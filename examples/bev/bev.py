@@ -1,12 +1,12 @@
 """A small network that sees a road from above: camera features are laid on the ground, and a memory follows a car.
 
 The camera looks along a road of 32 x 64 m. Its picture is gray, 24 x 32; the farther a row of the ground is, the higher
-and the narrower it is in the picture. A car drives on it and is often hidden. The target is the cell of 4 x 4 m that holds
-the car, of 8 x 16, in every frame. The network keeps its map of the ground in the attribute `memory`.
+and the narrower it is in the picture. A car drives on it and is often hidden. The target is the cell of 4 x 4 m that
+holds the car, of 8 x 16, in every frame. The network keeps its map of the ground in the attribute `memory`.
 
 The network gets the position of each cell as two more channels beside its features, in centimetres, and scales them
-down before it reads them. In float this is harmless. At int8 the channels share one scale: it has steps of half a metre, and
-the features, which are a few units large, are gone.
+down before it reads them. In float this is harmless. At int8 the channels share one scale: it has steps of half a
+metre, and the features, which are a few units large, are gone.
 """
 
 from __future__ import annotations

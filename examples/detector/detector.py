@@ -2,8 +2,8 @@
 
 A picture shows one filled circle on a road of gray noise, by day or by night (64 times darker). The network looks at
 the picture as it is and at a copy that is 32 times brighter, in which the night can be seen. The score head says in
-which cell of 8x8 pixels the centre of the circle lies, the box head how large it is. The pictures are drawn and the network is
-trained when the task is built, in about half a minute.
+which cell of 8x8 pixels the centre of the circle lies, the box head how large it is. The pictures are drawn and the
+network is trained when the task is built, in about half a minute.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A small vision transformer that reads digits, with the outlier channels that trained transformers have.
 
 Images are scikit-learn's digits, 8x8, gray. After the training three channels of each layer norm are 128 times as
-large, and the weights that read them 128 times as small, so that the float function stays as it is. Large transformers grow
-such channels by themselves.
+large, and the weights that read them 128 times as small, so that the float function stays as it is. Large transformers
+grow such channels by themselves.
 """
 
 from __future__ import annotations
