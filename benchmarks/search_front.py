@@ -21,6 +21,7 @@ from qflow.search.outcome import FinishedTrial, Outcome
 from qflow.search.sampler import make_sampler
 from qflow.search.strategies import ASSIGNMENT, BudgetSpent, assign, raise_until_met
 from qflow.search.study import Study
+from qflow.search.terms import Terms
 
 DATA = Path(__file__).parent / "data"
 GOAL = 0.05
@@ -109,7 +110,8 @@ def by_optuna(kind: str) -> Callable[[Measured], None]:
         directions = ("maximize", "minimize")
         sampler = make_sampler(kind, measure.seed, EVALUATIONS)
         inner = optuna.create_study(directions=list(directions), sampler=sampler)
-        study = Study(inner, dict.fromkeys(names, Choice(("qint8", "qint16"))), directions, Path(), lambda _: sampler)
+        terms = Terms(inner, dict.fromkeys(names, Choice(("qint8", "qint16"))), directions)
+        study = Study(inner, terms, Path(), lambda _: sampler, shared=False)
         for dtype in ("qint16", "qint8"):
             study.enqueue(dict.fromkeys(names, dtype))
         measured: set[str] = set()

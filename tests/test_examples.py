@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import os
+import re
+import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-from tests.support.architecture import ROOT
+from support.commands import run_qflow
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
 
 
 def story(name: str, tmp_path: Path, *overrides: str) -> str:
-    """Run examples/<name>/run.sh in a copy of its folder; return what it prints."""
-    folder = tmp_path / name
+    """Run the commands of examples/<name>/run.sh in a copy of its folder; return what they print.
+
+    The shell's own part is small: `$common`, `$@`, and an exit code of 1 where the line allows it.
+    """
+    folder, said = tmp_path / name, []
     shutil.copytree(ROOT / "examples" / name, folder, ignore=shutil.ignore_patterns("*.pt", "qflow_out", "handover"))
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(["sh", "run.sh", *overrides], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    script = (folder / "run.sh").read_text().replace("\\\n", " ")
+    common = re.search(r'^common="(.*)"$', script, re.MULTILINE)[1]
+    for line in re.findall(r"^python -m qflow\.(.+)$", script, re.MULTILINE):
+        command, _, may_miss = line.partition("||")
+        words = shlex.split(command.replace("$common", common).replace('"$@"', shlex.join(overrides)))
+        done = run_qflow(*words, cwd=folder, OMP_NUM_THREADS="1")
+        assert done.returncode in ((0, 1) if may_miss else (0,)), done.stdout + done.stderr
+        said.append(done.stdout)
+    return "".join(said)
 
 
 def test_a_detector_comes_from_float_to_the_files_of_the_tool_chain(tmp_path):

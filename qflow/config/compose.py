@@ -93,11 +93,14 @@ def _compose(name: str, job: Callable[[DictConfig], None], arguments: Sequence[s
         ) from error
     except ValueError as error:  # an option of a group that is no name
         raise ConfigError(f"An override sets a key, or names an option of a group, but got {error}.") from error
-    HydraConfig.instance().set_config(whole)
     config = whole.copy()
     with open_dict(config):
         del config["hydra"]
-    job(config)
+    HydraConfig.instance().set_config(whole)
+    try:
+        job(config)
+    finally:
+        HydraConfig.instance().cfg = None  # as Hydra's main leaves it
 
 
 def _set_up(name: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,8 @@ def require_true_limits(name):
         for other, value in WITH.get(key, {}).items():
             OmegaConf.update(config, other, value, merge=False)
         inside, outside = values(limit)
+        if find_spec("ray") is None:  # refused for that
+            inside = [value for value in inside if not str(value).startswith("ray")]
         for value in [*inside, *([None] if "null" in found["type"] else [])]:
             OmegaConf.update(config, key, value if value is None else wrapped(found, value), merge=False)
             check(config)

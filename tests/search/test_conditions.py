@@ -14,6 +14,7 @@ from qflow.search.domain import Choice, Condition, Interval, Range, applicable, 
 from qflow.search.proposal import SAMPLERS
 from qflow.search.sampler import make_sampler
 from qflow.search.study import Study
+from qflow.search.terms import Terms
 
 pytestmark = pytest.mark.slow  # real stores on disk
 
@@ -31,7 +32,7 @@ SPACE = {
 def in_memory(space, sampler, seed=0, directions=("maximize", "minimize")) -> Study:
     study = optuna.create_study(directions=directions, storage=optuna.storages.InMemoryStorage())
     seeded = lambda asked: make_sampler(sampler, 100 * seed + asked, n_trials=8)  # noqa: E731
-    return Study(study, space, directions, Path("unused"), seeded)
+    return Study(study, Terms(study, space, directions), Path("unused"), seeded, shared=False)
 
 
 def finish(study, proposal):

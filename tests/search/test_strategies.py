@@ -7,6 +7,7 @@ import math
 import random
 import tempfile
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import optuna
@@ -23,6 +24,7 @@ from qflow.search.driver import Driver
 from qflow.search.objective import CONSTRAINT, best_trial, meets
 from qflow.search.outcome import FinishedTrial, Outcome
 from qflow.search.sampler import make_sampler
+from qflow.search.spool import Spool
 from qflow.search.strategies import (
     ALONE,
     ASSIGNMENT,
@@ -35,6 +37,7 @@ from qflow.search.strategies import (
     raise_until_met,
 )
 from qflow.search.study import Study
+from qflow.search.terms import Terms
 
 RATIO = "qconfig.int16_ratio"
 N, GOAL = 20, 0.01
@@ -134,6 +137,9 @@ class NoTracker:
 
     end = commit
 
+    def keeping(self, place):
+        return nullcontext()
+
 
 def run_optuna(problem):
     """The sampler over the ratio, as the session drives it: until the space or the budget is used up."""
@@ -141,7 +147,8 @@ def run_optuna(problem):
         shares = tuple(dict.fromkeys(k / (problem.count or 1) for k in range(problem.count + 1)))
         sampler = make_sampler("tpe", 0, len(shares))
         inner = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
-        study = Study(inner, {RATIO: Choice(shares)}, ("maximize", "minimize"), Path(), lambda _: sampler)
+        terms = Terms(inner, {RATIO: Choice(shares)}, ("maximize", "minimize"))
+        study = Study(inner, terms, Path(), lambda _: sampler, shared=False)
 
         def evaluate(params, folder):
             trial = problem.measure(params)
@@ -151,16 +158,9 @@ def run_optuna(problem):
 
         nothing = lambda _: None  # noqa: E731
         scratch = Path(tempfile.mkdtemp())
-        problem.driver = Driver(
-            study,
-            NoTracker(),
-            Serial(evaluate, len(study.directions)),
-            "",
-            scratch,
-            nothing,
-            nothing,
-            threading.Event(),
-        )
+        spool = Spool(scratch / "spool", "planted", NoTracker(), True, lambda: None)
+        runs = Serial(evaluate, len(study.directions))
+        problem.driver = Driver(study, spool, runs, scratch, nothing, nothing, threading.Event())
     while True:
         if len(problem.driver.finished) >= problem.budget:
             raise BudgetSpent("search.n_trials")

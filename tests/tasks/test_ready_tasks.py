@@ -13,6 +13,7 @@ from support.torchvision_ops import declare
 
 import qflow
 from qflow.bundle.targets import BUILT_IN
+from qflow.config.keys import conf_dir
 from qflow.core.errors import ConfigError, DataError, ModelError
 from qflow.study.find import one_study
 from qflow.tasks.images import onnx_data, timm_models, torchvision_models, transformers_models
@@ -186,9 +187,6 @@ def test_an_onnx_file_runs_on_images_at_the_size_of_its_input(tmp_path):
 
 
 def test_every_target_of_the_shipped_tasks_is_built_in():
-    from pathlib import Path
-
-    folder = Path(qflow.__file__).parent / "conf"
-    texts = [path.read_text() for group in ("task", "metric") for path in (folder / group).glob("*.yaml")]
+    texts = [path.read_text() for group in ("task", "metric") for path in (conf_dir() / group).glob("*.yaml")]
     named = {name for text in texts for name in re.findall(r"_target_: (qflow\.[\w.]+)", text)}
     assert len(named) > 15 and named <= BUILT_IN
