@@ -56,11 +56,11 @@ def command_page(name: str) -> str:
     lines = [f"# `{name}`: all keys", "", f"{command.summary[0].upper()}{command.summary[1:]}.", "", "```"]
     lines += [*(f"python -m qflow.{name} {form}" for form in command.usage), "```", ""]
     lines += ["| exit code | meaning |", "|---|---|"]
-    lines += [f"| {code} | {_cell(command.meaning(code))} |" for code in (0, 1, 2)]
+    lines += [f"| {code} | {_plain(command.meaning(code))} |" for code in (0, 1, 2)]
     if taken := groups(name):
         lines += ["", "## Groups", "", "| group | options | |", "|---|---|---|"]
         lines += [
-            f"| `{g}` | {', '.join(f'`{o}`' for o in options)} | {_cell(text)} |"
+            f"| `{g}` | {', '.join(f'`{o}`' for o in options)} | {_plain(text)} |"
             for g, (text, options) in taken.items()
         ]
     shared = sections()
@@ -89,7 +89,7 @@ def _table(listed: Sequence[Key], values: Mapping[str, object]) -> list[str]:
     lines = ["| key | type | value | |", "|---|---|---|---|"]
     for key in listed:
         value = _code(_shown(values.get(key.path, key.default)))
-        lines.append(f"| `{key.path}` | {_code(key.type)} | {value} | {_cell(key.text)} |")
+        lines.append(f"| `{key.path}` | {_code(key.type)} | {value} | {_plain(key.text)} |")
     return lines
 
 
@@ -107,15 +107,14 @@ def plugin_page(module: str) -> tuple[str, str]:
 
 
 def _shown(value: object) -> str:
-    """A value as it is written on the command line."""
-    if value is None or value == "None":
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    """A value, or its text in Python, as it is written on the command line."""
+    text = str(value)
+    return {"None": "null", "True": "true", "False": "false"}.get(text, text)
 
 
 def _code(text: str) -> str:
-    return f"`{text.replace('|', '&#124;')}`" if text and "`" not in text else text
+    return f"`{text}`" if text and "`" not in text else text  # a pipe in code ends no cell
 
 
-def _cell(text: str) -> str:
+def _plain(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
