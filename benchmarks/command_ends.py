@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ CALLS = (
     "finalize_logged_model", "create_registered_model", "create_model_version", "set_registered_model_alias",
     "set_model_version_tag",
 )  # fmt: skip
-VARYING = ("run", "seconds", "version", "notes", "url", "number", "run_id", "key")
+VARYING = ("run", "seconds", "version", "notes", "url", "number", "run_id", "key", "next")
 """Fields of a result that differ between two starts of a command."""
 CALIBRATION = ("calibration.batch_size=8", "calibration.steps=2")
 
@@ -184,7 +184,19 @@ def _steady(value: Any) -> Any:
 
 
 def _differences(expected: Any, found: Any) -> list[str]:
-    return [] if expected == found else [f"the next start found {str(found)[:300]} in place of {str(expected)[:300]}"]
+    """The places in which the next start's result differs from that of an undisturbed command."""
+    before, after = dict(_leaves(expected, "")), dict(_leaves(found, ""))
+    other = [place for place in {**before, **after} if before.get(place) != after.get(place)]
+    shown = [f"{place}: {after.get(place)!r} in place of {before.get(place)!r}"[:200] for place in other[:5]]
+    return [f"the next start differs in {len(other)} values: {'; '.join(shown)}"] if other else []
+
+
+def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if not items:
+        yield place, value
+    for key, item in items:
+        yield from _leaves(item, f"{place}/{key}")
 
 
 def prepared(folder: Path) -> Target:

@@ -136,6 +136,7 @@ def withdraw_runs(store: Opened, runs: Iterable[str]) -> None:
     """Delete runs of an import that has not ended."""
     with store.calling() as client:
         for run in runs:
+            client.set_terminated(run, "KILLED")  # MLflow keeps deleted runs, with their status
             client.delete_run(run)
 
 
