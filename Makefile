@@ -1,5 +1,6 @@
 # make tune    install what is needed and run the tuning job
 # make test    install and run all tests
+# make proofs  the long forms of some tests
 # make quick   the tests that are not slow: a minute or two
 # make check   install and run linter and type checker
 # make audit   known vulnerabilities of the pinned packages, asked of pypi.org by pip-audit: needs a network
@@ -15,7 +16,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: tune test quick check audit zoo gpu torch-matrix picture docs screenshots ui dashboard clean
+.PHONY: tune test proofs quick check audit zoo gpu torch-matrix picture docs screenshots ui dashboard clean
 
 tune: $(VENV)/.base
 	$(BIN)/python -m qflow.tune +experiment=int8_int16
@@ -23,8 +24,11 @@ tune: $(VENV)/.base
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
+proofs: $(VENV)/.dev
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m proof
+
 quick: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m 'not slow and not proof'
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -54,7 +58,7 @@ torch-matrix: $(VENV)/.dev
 picture: $(VENV)/.dev
 	$(BIN)/python tests/support/architecture.py
 
-docs: $(VENV)/.docs
+docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 screenshots: $(VENV)/.dev
@@ -96,10 +100,6 @@ $(VENV)/.audit: $(VENV)/constraints.txt
 
 $(VENV)/.dashboard: $(VENV)/.base
 	$(INSTALL) '.[dashboard]'
-	touch $@
-
-$(VENV)/.docs: $(VENV)/.base
-	$(INSTALL) '.[docs]'
 	touch $@
 
 $(VENV)/.zoo: $(VENV)/.dev

@@ -25,6 +25,7 @@ def numbers(folder):
     return found
 
 
+@pytest.mark.proof
 def test_a_worker_evaluates_the_same_study(tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     for folder in (here, there):

@@ -290,7 +290,7 @@ def run_and_die(store: Path, step: str = "", trial: int = 0, evaluate=None, **op
     return os.WTERMSIG(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2"])
+@pytest.mark.parametrize("sampler", ["tpe", pytest.param("gp", marks=pytest.mark.proof), "nsga2"])
 def test_a_search_that_was_killed_makes_the_proposals_of_one_that_was_not(store, tmp_path, sampler):
     for step, trial in (("asked", 2), ("committed", 1)):
         assert run_and_die(store, step, trial, sampler=sampler) == signal.SIGKILL

@@ -130,6 +130,7 @@ def test_a_kill_while_results_are_kept_loses_and_doubles_nothing(start, gate, st
     assert check_invariants(again.harness.study, again.harness.tracker) == [] and not waiting(again.place)
 
 
+@pytest.mark.proof
 def test_a_server_that_is_gone_for_good_ends_the_study_in_time_and_the_next_start_completes_it(start, gate):
     here, began = start(seconds=2.0), []
 
@@ -207,6 +208,7 @@ def test_a_study_that_was_taken_over_delivers_nothing_and_its_next_start_keeps_t
     assert next(again.place.glob("aside-*/files/qconfig.json"))
 
 
+@pytest.mark.proof
 def test_a_spool_that_is_full_is_waited_for(start, gate, monkeypatch):
     monkeypatch.setattr(spool, "LIMIT", 1)
     here = start()
