@@ -201,6 +201,7 @@ def test_where_another_calibration_meets_the_goal_nothing_is_promoted(strategy, 
     assert len(re.findall(r"^trial ", done.stdout, re.MULTILINE)) == 3  # all-int16, all-int8, and the first that meets
 
 
+@pytest.mark.proof
 def test_ending_evaluations_early_changes_no_choice(tmp_path):
     """Trials that are compared are evaluated whole; those that only pass or fail may end early."""
     found = {}
@@ -236,6 +237,7 @@ def test_what_costs_more_than_all_int16_is_not_evaluated(tmp_path):
     assert left_out and int(left_out[1]) > 10, done.stdout
 
 
+@pytest.mark.proof
 def test_where_nothing_meets_ending_early_changes_neither_the_start_of_training_nor_the_nearest(tmp_path):
     found = {}
     for early in ("false", "true"):
