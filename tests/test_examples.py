@@ -32,7 +32,6 @@ def story(name: str, tmp_path: Path, *overrides: str) -> str:
     return "".join(said)
 
 
-@pytest.mark.proof
 def test_a_detector_comes_from_float_to_the_files_of_the_tool_chain(tmp_path):
     few = "+task.model.epochs=1", "+task.data.calibration=32", "+task.data.evaluation=64"
     said = story("detector", tmp_path, "+debug=tiny", *few, "objective.max_drop=1.0")
