@@ -78,13 +78,14 @@ def test_nothing_imports_a_command(user):
         assert package_of(target) != "commands" or is_command(user), f"{user} imports {target}"
 
 
-def test_modules_are_imported_by_name_in_four_places_only():
-    """`import qflow` finds its names, `tune` its workflow, `qflow <command>` the command, and a worker what its
-    driver names; others would escape rules.
+def test_modules_are_imported_by_name_in_five_places_only():
+    """`import qflow` finds its names, `tune` its workflow, `qflow <command>` the command, a worker what its
+    driver names, and engine=plugin the modules of the plugin in a fixed list; others would escape rules.
     """
     calls = re.compile(r"\b(import_module|__import__)\(")
     assert {name for name in MODULES if calls.search(files()[name].read_text())} == {
         "qflow", "qflow.commands.tune", "qflow.commands.main", "qflow.executor.processes",
+        "qflow.plugin.public",
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from qflow.core.errors import BundleError
+from qflow.core.record import sha256
 from qflow.report.files import CALLS, REPAIR, SCORES
 
 MB = 1 << 20
@@ -80,15 +81,6 @@ def regular_files(folder: Path, whose: str) -> dict[str, int]:
         if count > 1000:  # before the rest is walked, which may be a whole disk
             raise BundleError(f"{whose} has at most 1000 files, but got more. Take another source.")
     return dict(sorted(found.items()))
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hex."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(MB):
-            sha.update(block)
-    return sha.hexdigest()
 
 
 def digests(folder: Path) -> dict[str, str]:

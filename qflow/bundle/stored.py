@@ -137,7 +137,7 @@ def example_digest(folder: Path) -> str:
 
 def digests_of_example(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of the files of an input example that are in `folder`."""
-    from qflow.bundle.files import sha256
+    from qflow.core.record import sha256
 
     return {name: sha256(folder / name) for name in EXAMPLE if (folder / name).is_file()}
 

@@ -15,6 +15,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from qflow.core.errors import QflowError
@@ -56,6 +57,15 @@ def to_json(value: Any, indent: int | None = None) -> str:
 def digest(value: Any) -> str:
     """Return the content digest: the first 64 bits of SHA-256 over the canonical JSON."""
     return hashlib.sha256(to_json(value).encode()).hexdigest()[:DIGEST_CHARS]
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hex."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:

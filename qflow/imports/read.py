@@ -15,7 +15,7 @@ from typing import Any
 from qflow.analysis.measures.tables import Finding, SensitivityTable
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
-from qflow.core.record import digest
+from qflow.core.record import digest, sha256
 from qflow.core.text_file import read_text
 from qflow.imports.check_result import is_check_result, read_check_result
 from qflow.imports.dtypes import read_dtypes
@@ -25,7 +25,7 @@ from qflow.imports.matching import Names, left_out, match, names_of, names_of_op
 from qflow.imports.nodes import match_nodes
 from qflow.imports.records import NOT_HAD, Content, Entry, Imported, ImportFileError, Unmatched, grouped, op_fields
 from qflow.imports.scales import holds_scales, read_scales
-from qflow.imports.sensitivity import digest_of, is_table, read_rows
+from qflow.imports.sensitivity import is_table, read_rows
 from qflow.imports.tensors import load
 from qflow.quant.model.quantized_model import QuantizedModel
 
@@ -142,7 +142,7 @@ def _imported(
         modules=modules,
         findings=tuple(finding for content in contents for finding in content.findings),
         unmatched=tuple(dict.fromkeys([*unmatched, *odd, *left_out(names, graph, found)])),
-        digest=digest([digest_of(path) for path in files]),
+        digest=digest([sha256(path) for path in files]),
     )
 
 

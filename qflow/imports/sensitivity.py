@@ -6,7 +6,6 @@ the file says the metric; by it, values become scores of which a larger one is m
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -94,12 +93,3 @@ def _score(value: float, metric: str) -> float:
 
 def _first(value: Sequence[Any]) -> str:
     return f"{str(value[0][0])[:60]!a}" if value and value[0] else "none"
-
-
-def digest_of(path: Path) -> str:
-    """Return the SHA-256 of a file in hex."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()

@@ -6,6 +6,7 @@ The modules that are searched for a name are fixed here: no run or configuration
 from __future__ import annotations
 
 import functools
+import importlib
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -30,6 +31,11 @@ NAMES = (
     *("ModuleNameQconfigSetter", "default_calibration_qconfig_setter", *OBSERVERS),
 )
 """All public names that the engine uses."""
+PLACES = (
+    *("quantization", "quantization.qconfig_template", "quantization.qconfig", "quantization.fake_quantize"),
+    *("quantization.observer_v2", "march", "dtype"),
+)
+"""Where they are looked for, before the package itself."""
 
 
 class Public:
@@ -94,35 +100,10 @@ def _unusable(error: Exception) -> ConfigError:
 
 def _modules(plugin: ModuleType) -> list[ModuleType]:
     """Return the modules that may hold public names, in the order in which they are searched."""
-    found: list[ModuleType] = []
-    with suppress(ImportError):
-        from horizon_plugin_pytorch import quantization
-
-        found.append(quantization)
-    with suppress(ImportError):
-        from horizon_plugin_pytorch.quantization import qconfig_template
-
-        found.append(qconfig_template)
-    with suppress(ImportError):
-        from horizon_plugin_pytorch.quantization import qconfig
-
-        found.append(qconfig)
-    with suppress(ImportError):
-        from horizon_plugin_pytorch.quantization import fake_quantize
-
-        found.append(fake_quantize)
-    with suppress(ImportError):
-        from horizon_plugin_pytorch.quantization import observer_v2
-
-        found.append(observer_v2)
-    with suppress(ImportError):
-        from horizon_plugin_pytorch import march
-
-        found.append(march)
-    with suppress(ImportError):
-        from horizon_plugin_pytorch import dtype
-
-        found.append(dtype)
+    found = []
+    for place in PLACES:
+        with suppress(ImportError):
+            found.append(importlib.import_module(f"horizon_plugin_pytorch.{place}"))
     return [*found, plugin]
 
 

@@ -17,10 +17,10 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qflow.bundle.files import LIMITS, MOST, sha256
+from qflow.bundle.files import LIMITS, MOST
 from qflow.core.errors import BundleError, TrackingError, TrialError
 from qflow.core.names import check_study_name
-from qflow.core.record import digest
+from qflow.core.record import digest, sha256
 from qflow.core.temporary import TemporaryFolder
 from qflow.core.text_file import require_file
 from qflow.core.version import VERSION

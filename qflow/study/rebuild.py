@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qflow.bundle.files import WEIGHTS, sha256
+from qflow.bundle.files import WEIGHTS
 from qflow.bundle.stored import StoredTrial, config_of
 from qflow.bundle.targets import check_targets
 from qflow.config.executor_schema import MOST_THREADS
 from qflow.config.settings import plain, trial_settings
 from qflow.core.errors import BundleError, QflowError
 from qflow.core.qconfig import QConfig
+from qflow.core.record import sha256
 from qflow.report.files import CALLS, write_trial
 from qflow.search.objective import Goal
 from qflow.search.outcome import STOPPED

@@ -39,8 +39,12 @@ def begin(session: Session) -> None:
     evaluator.check_data()
     with console.stage("float") as say, console.bar("float", len(task.data.evaluation), "samples") as advance:
         metric = evaluator.measure_float(advance)
-        found = meaning(task.metric_name) or f"{task.metric_name} {metric:.4f}"
-        say(f"{found} on {evaluator.eval_samples} samples of {task.name}")
+        said = f"{task.metric_name} {metric:.4f} on {evaluator.eval_samples} samples of {task.name}"
+        say(
+            f"{evaluator.eval_samples} samples of {task.name}; {meant}"
+            if (meant := meaning(task.metric_name))
+            else said
+        )
     with console.stage("check") as say:
         say(check(session))
     open_start(session)
