@@ -39,12 +39,8 @@ def begin(session: Session) -> None:
     evaluator.check_data()
     with console.stage("float") as say, console.bar("float", len(task.data.evaluation), "samples") as advance:
         metric = evaluator.measure_float(advance)
-        said = f"{task.metric_name} {metric:.4f} on {evaluator.eval_samples} samples of {task.name}"
-        say(
-            f"{evaluator.eval_samples} samples of {task.name}; {meant}"
-            if (meant := meaning(task.metric_name))
-            else said
-        )
+        samples, meant = f"{evaluator.eval_samples} samples of {task.name}", meaning(task.metric_name)
+        say(f"{samples}; {meant}" if meant else f"{task.metric_name} {metric:.4f} on {samples}")
     with console.stage("check") as say:
         say(check(session))
     open_start(session)

@@ -1,8 +1,10 @@
 """From a model and a folder of images without labels to a promoted mix, and the libraries whose models are ready."""
 
 import html
+import importlib
 import importlib.util
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,3 +192,13 @@ def test_every_target_of_the_shipped_tasks_is_built_in():
     texts = [path.read_text() for group in ("task", "metric") for path in (conf_dir() / group).glob("*.yaml")]
     named = {name for text in texts for name in re.findall(r"_target_: (qflow\.[\w.]+)", text)}
     assert len(named) > 15 and named <= BUILT_IN
+
+
+def test_every_target_that_a_refusal_or_a_page_names_exists():
+    root = Path(__file__).parents[2]
+    files = [*(root / "qflow").rglob("*.py"), *(root / "docs").rglob("*.md"), *(root / "conf").rglob("*.yaml")]
+    named = {name for file in files for name in re.findall(r"_target_[=:]\s*(qflow\.[\w.]+\w)", file.read_text())}
+    assert len(named) > 15
+    for name in named:
+        home, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(home), attribute), name

@@ -51,7 +51,7 @@ class MeanAP:
         if not callable(adapter):
             raise ConfigError(
                 "An adapter turns outputs into boxes, but got none. Name one: "
-                "task.metric.adapter._target_=qflow.tasks.detection.adapters.BoxesAndScores."
+                "task.metric.adapter._target_=qflow.tasks.detection.adapters.UltralyticsBoxes."
             )
         if annotations is None:
             raise ConfigError("Categories are in an annotation file, but got none. Set task.data.annotations.")
