@@ -59,7 +59,7 @@ picture: $(VENV)/.dev
 	$(BIN)/python tests/support/architecture.py
 
 docs: $(VENV)/.dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build # with --quiet it would not fail
 
 screenshots: $(VENV)/.dev
 	$(BIN)/python tests/support/screenshots.py
