@@ -54,8 +54,8 @@ def test_charts_hold_all_trials_and_the_network_all_operators(driver, pages):
     front, path = (
         f"document.querySelectorAll('#{place} .chart > svg .mark')" for place in ("pareto-front", "path-of-the-search")
     )
+    WebDriverWait(driver, 20).until(lambda _: driver.execute_script(f"return {path}.length") >= TRIALS)  # drawn late
     assert driver.execute_script(f"return {front}.length") == TRIALS
-    assert driver.execute_script(f"return {path}.length") >= TRIALS
     boxes = "return document.querySelectorAll('#the-network .chart > svg .op').length"
     assert driver.execute_script(boxes) == OPERATORS + 2
     # every mark lies inside its chart
