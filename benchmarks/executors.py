@@ -3,10 +3,11 @@
 throughput  trials of 2 s with 1 and 2 workers, processes and Ray, against the ideal; the driver's time a trial from
             these, what it predicts for 2 workers beside what was measured, and for up to 64 workers
 flat        2,000 trials: processor time a trial and memory, by hundreds
+analysis    bad cases and sensitivities of a task in one process and in two: seconds, equal tables
 nodes       a Ray cluster of two nodes, one of which is killed in the middle: the results are those of one process
 
-Trials sleep, so that the parts measure the executors and not the cores. `ray` is needed for `nodes`, and is left out of
-`throughput` where it is missing. The exit code is 1 if a part fails.
+Trials sleep, so that these parts measure the executors and not the cores; `analysis` needs a core for each worker.
+`ray` is needed for `nodes`, and is left out of `throughput` where it is missing. The exit code is 1 if a part fails.
 """
 
 from __future__ import annotations
@@ -18,16 +19,25 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+
 from benchmarks.sleeping import DIRECTIONS, Sleeping, make, results, sample, study
+from qflow.config.command_schema import register_schema
+from qflow.config.keys import conf_dir
+from qflow.config.overrides import rewrite
+from qflow.core.dtype import QDtype
 from qflow.executor.pool import Pool
 from qflow.executor.processes import Processes
 from qflow.executor.ray_nodes import RayNodes
 from qflow.executor.ray_runtime import Runtime
 from qflow.search.standing import Standing
+from qflow.study.assemble import make_evaluator
+from qflow.study.worker import executor_of
 
 SECONDS, TRIALS = 2.0, 12
 SIMULATED = (1, 2, 4, 8, 16, 32, 64)
@@ -140,6 +150,39 @@ def flat(folder: Path, trials: int, sampler: str) -> list[str]:
     return [f"time a trial grows by {grown:.2f}"] * (grown > 1.5) + [f"memory grows by {more:.0f} MB"] * (more > 200)
 
 
+def analysis(folder: Path, arguments: Sequence[str]) -> list[str]:
+    """Find bad cases and rank the operators in this process and in two workers; print the seconds."""
+    register_schema("tune")
+    found = {}
+    for workers in (1, 2):
+        own = ["executor=process", f"executor.workers={workers}", f"root={folder / str(workers)}", *arguments]
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            config = compose("tune", overrides=rewrite(["+experiment=int8_int16", "repair=none", *own]))
+        evaluator = make_evaluator(config)
+        evaluator.keep_in(folder / str(workers), print)
+        evaluator.measure_float()
+        executor = executor_of(config, evaluator, {}, folder / str(workers), print)
+        assert executor is not None
+        try:
+            evaluator.workers = executor
+            evaluator.find_badcases()  # starts the workers
+            applied, start = evaluator.template(QDtype.qint16)[1], time.monotonic()
+            cases = evaluator.find_badcases(applied=applied)
+            middle = time.monotonic()
+            ranked = evaluator.rank(applied=applied)
+            took = middle - start, time.monotonic() - middle
+        finally:
+            executor.close()
+        found[workers] = cases, ranked, took
+        print(
+            f"{workers} workers: bad cases {took[0]:.2f} s, {len(ranked.rows)} sensitivities {took[1]:.2f} s",
+            flush=True,
+        )
+    faster = [one / two for one, two in zip(found[1][2], found[2][2], strict=True)]
+    print(f"two workers are faster by {faster[0]:.2f} and {faster[1]:.2f}")
+    return [] if found[1][:2] == found[2][:2] else ["the tables differ"]
+
+
 def nodes(folder: Path, trials: int) -> list[str]:
     """Run a study on two nodes, end one as a lost machine would; compare with the study in one process."""
     from ray.cluster_utils import Cluster
@@ -178,11 +221,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help="all without a name")
     parser.add_argument("--trials", type=int, help="of each measurement: 12, and 2,000 of flat")
+    parser.add_argument(
+        "--set", nargs="*", default=(), help="settings of qflow.tune for analysis, task=... for example"
+    )
     parser.add_argument("--sampler", default="random", help="of flat; tpe and gp themselves grow with the trials")
     options = parser.parse_args()
     parts = {
         "throughput": lambda folder: throughput(folder, options.trials or TRIALS),
         "flat": lambda folder: flat(folder, options.trials or 2000, options.sampler),
+        "analysis": lambda folder: analysis(folder, options.set),
         "nodes": lambda folder: nodes(folder, options.trials or TRIALS),
     }
     if unknown := sorted(set(options.parts) - set(parts)):

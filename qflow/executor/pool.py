@@ -9,6 +9,7 @@ tasks share may name a folder under `cache` in the same way.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -66,6 +67,8 @@ class Job:
     pool: Pool[Any]
     task: bytes
     folder: Path | None = None
+    timeout: float | None = None
+    """Seconds that it may take, without the start of its worker."""
     deaths: int = 0
     """How many workers have died over it."""
     answer: Answer | None = None
@@ -90,6 +93,11 @@ class _Member(Generic[W]):
     since: float = 0.0
     """When it got its task."""
 
+    @property
+    def until(self) -> float:
+        """When its task is over its time."""
+        return math.inf if self.job is None or self.job.timeout is None else self.since + self.job.timeout
+
 
 @dataclass
 class Pool(Generic[W]):
@@ -97,8 +105,6 @@ class Pool(Generic[W]):
 
     backend: Backend[W]
     workers: int
-    timeout: float | None = None
-    """Seconds that a task may take, without the start of its worker."""
     max_retries: int = 1
     """How often a task is tried again whose worker has died."""
     say: Callable[[str], None] = lambda line: None
@@ -108,10 +114,10 @@ class Pool(Generic[W]):
     _waiting: float | None = None
     """Since when tasks wait for a first worker."""
 
-    def submit(self, task: Mapping[str, Any]) -> Job:
+    def submit(self, task: Mapping[str, Any], timeout: float | None = None) -> Job:
         """Hand a task to the first worker that is free. Its answer is waited for with `Job.result`."""
         folder = task.get("folder")
-        job = Job(self, json.dumps(task).encode(), Path(folder) if folder else None)
+        job = Job(self, json.dumps(task).encode(), Path(folder) if folder else None, timeout)
         self._queue.append(job)
         self._assign()
         return job
@@ -127,12 +133,12 @@ class Pool(Generic[W]):
         """Wait until a worker has something to say, has died, or has taken too long; at most `GLANCE` seconds."""
         self._assign()
         now = time.monotonic()
-        left = [m.since + self.timeout - now for m in self._alive if self.timeout is not None and m.job]
+        left = [member.until - now for member in self._alive]
         heard = self.backend.heard([m.worker for m in self._alive], max(min([GLANCE, *left]), 0.0))
         for member in list(self._alive):
             if member.worker in heard:
                 self._hear(member)
-            elif self._late(member):
+            elif time.monotonic() >= member.until:
                 self._stop(member)
         self._say_if_none_starts()
 
@@ -163,17 +169,13 @@ class Pool(Generic[W]):
             member.job.answer, member.job = json.loads(said), None
         self._assign()
 
-    def _late(self, member: _Member[W]) -> bool:
-        running = self.timeout is not None and member.job is not None
-        return running and time.monotonic() - member.since >= (self.timeout or 0.0)
-
     def _stop(self, member: _Member[W]) -> None:
         job = member.job
         self._alive.remove(member)
         member.worker.end()
         assert job is not None
         job.refusal = (
-            f"A trial ends within executor.trial_timeout={self.timeout:g} s, but got one that was still running, so "
+            f"A trial ends within executor.trial_timeout={job.timeout:g} s, but got one that was still running, so "
             "its worker was ended. Allow more time, or find what hangs."
         )
 
@@ -189,7 +191,7 @@ class Pool(Generic[W]):
             self._queue.appendleft(job)
             return
         job.refusal = (
-            f"A worker lives until its trial is evaluated, but got {death}, {job.deaths} times with the retries of "
+            f"A worker lives until its task is done, but got {death}, {job.deaths} times with the retries of "
             f"executor.max_retries={self.max_retries}."
         )
 

@@ -60,8 +60,7 @@ class Session:
     """Holds what must be closed when the workflow ends; `open_session` closes it."""
     study_run: str = ""
     driver: Driver | None = None
-    budget: Budget = field(init=False)
-    """Made by `drive`."""
+    budget: Budget = field(init=False)  # made by `drive`
     kept: dict[str, Any] = field(default_factory=dict)
     """Values that every further trial gets: a chosen fp16 count, or no training if that is a stage of its own."""
     baselines: dict[str, FinishedTrial] = field(default_factory=dict)
@@ -132,7 +131,8 @@ class Session:
     def drive(self) -> None:
         """Take the right to add trials; reconcile and report the trials of an earlier start."""
         own = self.config, self.evaluator, self.manifest, self.root / "cache", self.console.say
-        if (executor := executor_of(*own)) is not None:
+        self.evaluator.workers = executor = executor_of(*own)
+        if executor is not None:
             self.stack.callback(executor.close)
         self.driver = self.stack.enter_context(
             driving(

@@ -19,14 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from qflow.analysis.measures.tables import SensitivityTable
 from qflow.config.settings import ConfigAt, load_resolved
-from qflow.core.errors import ConfigError, TrialError
+from qflow.core.errors import ConfigError, QflowError, TrialError
 from qflow.core.record import from_dict, to_json
 from qflow.executor.pool import Answer, Handle, Job, Pool
 from qflow.executor.processes import Processes
 from qflow.executor.ray_nodes import RayNodes
 from qflow.executor.ray_runtime import Runtime
 from qflow.report.console import Console
-from qflow.search.attempt import Executor, attempt, reason_of
+from qflow.search.attempt import attempt, reason_of
 from qflow.search.domain import Values
 from qflow.search.objective import Goal
 from qflow.search.outcome import Marker, Outcome
@@ -34,6 +34,7 @@ from qflow.study.assemble import make_evaluator, study_goal
 from qflow.study.evaluate import evaluate_trial
 from qflow.tasks.identity import Identity
 from qflow.trial.evaluator import Evaluator
+from qflow.trial.parts import Answering
 
 
 @dataclass
@@ -63,8 +64,24 @@ class Trials:
     console: Lines
     ranking: str = ""
 
+    def __post_init__(self) -> None:
+        self.answering = Answering(self.evaluator.answering)
+
     def __call__(self, task: Mapping[str, Any]) -> Answer:
-        """Evaluate the point of a task; return its outcome, or why it failed, and the lines to print."""
+        """Evaluate a trial or answer a part of an analysis; return with it the lines to print."""
+        self.console.kept.clear()
+        found = self._part(task) if "part" in task else self._trial(task)
+        return {**found, "lines": list(self.console.kept)}
+
+    def _part(self, task: Mapping[str, Any]) -> Answer:
+        try:
+            return dict(self.answering(task))
+        except Exception as error:  # the driver computes it, and meets the same error
+            return {"reason": str(error) if isinstance(error, QflowError) else reason_of(error)}
+
+    def _trial(self, task: Mapping[str, Any]) -> Answer:
+        """Return the outcome of the point of a task, or why it failed."""
+        self.answering.leave()
         folder, evaluator = Path(task["folder"]), self.evaluator
         for left in folder.iterdir():  # by a worker that died over this trial
             shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -72,12 +89,10 @@ class Trials:
             self.ranking = ranking
             evaluator.sensitivities = from_dict(SensitivityTable, json.loads(ranking)) if ranking else None
         evaluator.least = task["least"]
-        self.console.kept.clear()
         try:
-            found = asdict(attempt(self._evaluate, task["params"], folder, len(self.goal.optimize)))
+            return asdict(attempt(self._evaluate, task["params"], folder, len(self.goal.optimize)))
         except TrialError as error:
-            found = {"reason": str(error), "lasting": error.lasting}
-        return {**found, "lines": list(self.console.kept)}
+            return {"reason": str(error), "lasting": error.lasting}
 
     def _evaluate(self, params: Values, folder: Path) -> Outcome:
         changed = self.config(params)
@@ -110,14 +125,23 @@ def _trials(shared: Mapping[str, Any]) -> Trials:
 
 
 @dataclass(frozen=True)
-class _Elsewhere:
+class _Asked:
     job: Job
     say: Callable[[str], None]
 
-    def result(self) -> Marker:
+    def result(self) -> Answer:
         answer = self.job.result()
-        for line in answer["lines"]:
+        for line in answer.pop("lines"):
             self.say(line)
+        return answer
+
+
+@dataclass(frozen=True)
+class _Elsewhere:
+    asked: _Asked
+
+    def result(self) -> Marker:
+        answer = self.asked.result()
         if "outcome" in answer:  # not as a marker's text, which makes floats of integers
             outcome = answer["outcome"]
             return Marker(Outcome(**{**outcome, "objectives": tuple(outcome["objectives"])}), "", answer["seconds"])
@@ -128,11 +152,13 @@ class _Elsewhere:
 
 @dataclass
 class InWorkers:
-    """Evaluates the trials of a study in worker processes."""
+    """Evaluates the trials of a study, and parts of its analysis, in worker processes."""
 
     evaluator: Evaluator
     pool: Pool[Any]
     say: Callable[[str], None]
+    timeout: float | None = None
+    """Seconds that a trial may take."""
     _ranking: tuple[SensitivityTable | None, str] = (None, "")
 
     @property
@@ -146,7 +172,12 @@ class InWorkers:
         if table is not self._ranking[0]:
             self._ranking = (table, to_json(table) if table is not None else "")
         task = {"params": dict(params), "folder": str(folder), "least": self.evaluator.least}
-        return _Elsewhere(self.pool.submit({**task, "ranking": self._ranking[1]}), self.say)
+        job = self.pool.submit({**task, "ranking": self._ranking[1]}, self.timeout)
+        return _Elsewhere(_Asked(job, self.say))
+
+    def ask(self, task: Mapping[str, Any]) -> _Asked:
+        """Begin a part of an analysis."""
+        return _Asked(self.pool.submit(task), self.say)
 
     def close(self) -> None:
         """End the workers."""
@@ -155,7 +186,7 @@ class InWorkers:
 
 def executor_of(
     config: DictConfig, evaluator: Evaluator, manifest: Mapping[str, Any], cache: Path, say: Callable[[str], None]
-) -> Executor | None:
+) -> InWorkers | None:
     """Return what evaluates the trials of a study; None for this process. Workers start with the first trial.
 
     Raises ConfigError if there is no Ray cluster at `executor.address`, or none of its nodes can hold a worker.
@@ -178,4 +209,5 @@ def executor_of(
         backend = RayNodes(make_trials, shared, runtime, evaluator.cache.files, cpus, executor.gpus)
         if executor.kind == "ray_cluster":
             backend.open()  # before anything long runs
-    return InWorkers(evaluator, Pool(backend, executor.workers, executor.trial_timeout, executor.max_retries, say), say)
+    pool: Pool[Any] = Pool(backend, executor.workers, executor.max_retries, say)
+    return InWorkers(evaluator, pool, say, executor.trial_timeout)

@@ -3,4 +3,16 @@
 A trial is a function of a task and its settings. This package reads no configuration and writes to no store.
 """
 
-__all__ = ["cache", "diagnosis", "engine", "evaluator", "findings", "frames", "outputs", "record", "shared", "training"]
+__all__ = [
+    "cache",
+    "diagnosis",
+    "engine",
+    "evaluator",
+    "findings",
+    "frames",
+    "outputs",
+    "parts",
+    "record",
+    "shared",
+    "training",
+]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qflow.analysis.badcases.files import BadcaseInputs, named_samples
-from qflow.analysis.badcases.find import find_badcases
+from qflow.analysis.badcases.find import Elsewhere, find_badcases
+from qflow.analysis.badcases.looks import Looks, Seen
 from qflow.analysis.measures.metrics import CUSTOM, Custom
 from qflow.analysis.measures.tables import BadcaseTable
 from qflow.core.record import digest
@@ -68,8 +72,12 @@ class BadcaseStage:
         progress: Callable[[int], None],
         inputs: BadcaseInputs | None,
         state: tuple[Path, str] | None,
+        looks: Callable[[int, int], Iterator[Seen]] | None = None,
     ) -> BadcaseTable:
-        """Search the calibrated model. `state` is the state file with the name of the search that it belongs to."""
+        """Search the calibrated model. `state` is the state file with the name of the search that it belongs to.
+
+        `looks(steps, done)` yields what other processes see in the steps after the first `done`.
+        """
         along = None if prepared.cached is None else Along(self.task.model, prepared.cached)
         table = find_badcases(
             self.task.model,
@@ -83,8 +91,18 @@ class BadcaseStage:
             inputs=inputs,
             state=state[0] if state else None,
             identity=state[1] if state else "",
+            elsewhere=None if looks is None else Elsewhere(self.steps, functools.partial(looks, self.steps)),
         )
         return table if along is None else replace(table, sequences=tuple(along.sequences))
+
+    def look(self, prepared: QuantizedModel, looks: Looks, step: int) -> Seen:
+        """Look at the batch at a position, as the search of another process does. Not for a model with state."""
+        first = step * self.batch_size
+        ((batch, size),) = batches(
+            self.task, "calibration", self.batch_size, indices=range(first, min(first + self.batch_size, self.samples))
+        )
+        with torch.no_grad(), prepared.quantized():
+            return looks.look(model_inputs(self.task, batch), size)
 
     def _stream(self, along: Along | None) -> Iterator[tuple[Any, int]]:
         """The model inputs of each step with their number; of a model with state, a frame."""

@@ -77,6 +77,8 @@ class SharedState:
         self.example: Any = None  # the model inputs that the model is traced on
         self._deploy: ModelGraph | None = None
         self._weights: FloatWeights | None = None
+        self.present_repair = RepairSettings()
+        """The settings of the repair whose weights the prepared model has."""
         self.sensitivities: SensitivityTable | None = None
         self.float_scores: tuple[float, ...] = ()
         self.float_details: Mapping[str, float] = {}
@@ -152,17 +154,20 @@ class SharedState:
     def repair(self) -> Repaired | None:
         """Give the prepared model the weights of `default_repair` from now on; return it, None without steps."""
         self.weights.use(self._repaired(self.default_repair, self.default_calibration))
+        self.present_repair = self.default_repair
         return self.weights.now
 
     @contextmanager
     def repaired(self, settings: RepairSettings, calibration: CalibrationSettings) -> Iterator[None]:
         """Let the prepared model have the weights of another repair inside; it must be calibrated there."""
-        before = self.weights.now
+        before = self.weights.now, self.present_repair
         self.weights.use(self._repaired(settings, calibration))
+        self.present_repair = settings
         try:
             yield
         finally:
-            self.weights.use(before)
+            self.weights.use(before[0])
+            self.present_repair = before[1]
 
     def _repaired(self, settings: RepairSettings, calibration: CalibrationSettings) -> Repaired | None:
         if not settings.steps:

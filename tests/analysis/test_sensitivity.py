@@ -1,7 +1,9 @@
 """The sensitivity table: exact by replay, estimated where that pays, and honest about which is which."""
 # Long: exact, estimated and screened scores are compared with one naive loop on the same network.
 
+import json
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -15,7 +17,7 @@ from qflow.analysis.measures.tables import SensitivityRow, SensitivityTable
 from qflow.analysis.sensitivity.candidates import candidates
 from qflow.analysis.sensitivity.chunks import joined
 from qflow.analysis.sensitivity.health import health
-from qflow.analysis.sensitivity.measure import sensitivity
+from qflow.analysis.sensitivity.measure import Measure, sensitivity
 from qflow.analysis.sensitivity.sensitive_ops import write_sensitive_ops
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError, DataError
@@ -272,16 +274,18 @@ def test_samples_that_depend_on_each_other_stay_together():
     pd.testing.assert_series_equal(scores(table).sort_index(), wanted.sort_index(), rtol=1e-3, atol=1e-9)
 
 
+def one_percent_more(run):
+    def wrong(self, variants, part):
+        for i, got in run(self, variants, part):
+            yield i, {name: 1.01 * tensor for name, tensor in got.items()}
+
+    return wrong
+
+
 def test_a_replay_that_is_wrong_is_found_out(network, monkeypatch):
     """The self-check is what stands between a wrong replay and the table."""
     model, prepared, images = network
-    run = Replay.run
-
-    def wrong(self, variants):
-        for i, got in run(self, variants):
-            yield i, {name: 1.01 * tensor for name, tensor in got.items()}
-
-    monkeypatch.setattr(Replay, "run", wrong)
+    monkeypatch.setattr(Replay, "run", one_percent_more(Replay.run))
     table = sensitivity(model, prepared, [images[:16]])
     assert any("differ from full forwards by" in f.message for f in table.findings)
     wanted = naive(model, prepared, images[:16], "L1")
@@ -450,3 +454,33 @@ def test_a_small_healthy_network_has_no_large_tail():
 def test_rounding_at_the_end_is_named(step):
     said = [f.message for f in ranked(lambda y: (y / step).round() * step).findings]
     assert any("rounded" in text for text in said), said
+
+
+def in_parts(model, prepared, images, answers):
+    """The table of `images`, with its rows measured in five parts."""
+
+    def elsewhere(whole, on_share):
+        measure = Measure(model, prepared, [images], candidates(prepared), SensitivitySettings())
+        found = [measure.part(replace(whole, index=i, of=5)) for i in range(5)]
+        answers.append(["gave_up" in answer for answer in found])
+        return json.loads(json.dumps(found))
+
+    return sensitivity(model, prepared, [images], elsewhere=elsewhere)
+
+
+@pytest.mark.parametrize("samples", [4, 24])  # several quantizers at once, and one at a time
+def test_rows_in_parts_are_those_of_one_table(network, samples):
+    model, prepared, images = network
+    table, answers = sensitivity(model, prepared, [images[:samples]]), []
+    assert in_parts(model, prepared, images[:samples], answers) == table
+    assert answers == [[False] * 5]
+
+
+def test_parts_take_the_slower_ways_of_one_table(network, monkeypatch):
+    model, prepared, images = network
+    monkeypatch.setattr(Replay, "run", one_percent_more(Replay.run))
+    answers = []
+    table = sensitivity(model, prepared, [images[:4]])
+    assert any("given up" in finding.message for finding in table.findings)
+    assert in_parts(model, prepared, images[:4], answers) == table
+    assert [any(gave_up) for gave_up in answers] == [True, True, False]

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow  # starts interpreters
 
 @pytest.fixture
 def processes():
-    made = Pool(Processes(make, {"start": 40}), workers=2, timeout=2.0)
+    made = Pool(Processes(make, {"start": 40}), workers=2)
     yield made
     made.close()
 
@@ -27,7 +27,7 @@ def test_a_death_and_a_hang_cost_their_task_alone(processes, tmp_path):
     fine = processes.submit({"add": 2, "seconds": 0.5})
     retried = processes.submit({"add": 3, "kill": signal.SIGKILL, "once": str(tmp_path / "once")})
     dying, exiting = processes.submit({"kill": signal.SIGSEGV}), processes.submit({"exit": 3})
-    hanging, after = processes.submit({"seconds": 60}), processes.submit({"add": 1})
+    hanging, after = processes.submit({"seconds": 60}, timeout=2.0), processes.submit({"add": 1})
     assert [fine.result()["sum"], retried.result()["sum"], retried.deaths] == [42, 43, 1]
     with pytest.raises(TrialError, match=r"SIGSEGV, 2 times with the retries of executor.max_retries=1"):
         dying.result()

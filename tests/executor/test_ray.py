@@ -25,9 +25,7 @@ def test_files_come_back_deaths_cost_their_task_alone_and_nothing_stays(tmp_path
         made.mkdir()
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     shared = {"start": 40, "cache": "/nowhere"}
-    pool = Pool(
-        RayNodes(make_writing, shared, Runtime(cpus=1), lambda: {"calibration/1.txt": kept}), workers=1, timeout=5.0
-    )
+    pool = Pool(RayNodes(make_writing, shared, Runtime(cpus=1), lambda: {"calibration/1.txt": kept}), 1, max_retries=0)
     try:
         answer = pool.submit({"add": 2, "folder": str(folder)}).result()
         assert answer["sum"] == 42
@@ -36,7 +34,7 @@ def test_files_come_back_deaths_cost_their_task_alone_and_nothing_stays(tmp_path
         dying = pool.submit({"kill": signal.SIGKILL, "folder": str(other)})
         with pytest.raises(TrialError, match=r"SIGKILL .*, 1 times with the retries of executor.max_retries=0"):
             dying.result()
-        hanging = pool.submit({"seconds": 600, "folder": str(other)})
+        hanging = pool.submit({"seconds": 600, "folder": str(other)}, timeout=5.0)
         with pytest.raises(TrialError, match=r"executor.trial_timeout=5 s"):
             hanging.result()
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from qflow.analysis.badcases.files import BadcaseInputs
+from qflow.analysis.badcases.looks import Seen
 from qflow.analysis.badcases.search import Search
 from qflow.analysis.badcases.state import read_state, write_state
 from qflow.analysis.measures.metrics import CUSTOM, Custom, metric_names
@@ -22,6 +24,16 @@ from qflow.quant.model.quantized_model import QuantizedModel
 
 COMPARE = ("fair", "raw")
 POOL = 1024
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Looks at the batches of a search that other processes take, in the order of the batches."""
+
+    steps: int
+    """Number of batches of the search."""
+    looks: Callable[[int], Iterator[Seen]]
+    """Yields the looks at the batches after the first so many. It may end early: the rest is then searched here."""
 
 
 def find_badcases(
@@ -41,6 +53,7 @@ def find_badcases(
     state: Path | None = None,
     identity: str = "",
     save_every: int = 16,
+    elsewhere: Elsewhere | None = None,
 ) -> BadcaseTable:
     """Compare float and calibrated outputs over `batches` of (model inputs, size), `num_steps` of them if given.
 
@@ -56,7 +69,8 @@ def find_badcases(
 
     With `state` the search is saved to that file every `save_every` steps and at the end. A second call on the same
     batches skips the finished ones and returns the same table, bit for bit. `identity` names data and model: a state
-    of another identity is refused.
+    of another identity is refused. With `elsewhere` other processes look at all batches but the first, with the same
+    result; `inputs` and `num_steps` are then not used.
 
     Raises DataError if there is no data or no floating output to compare, ConfigError for settings that do not
     exist and for a state of another search.
@@ -74,7 +88,13 @@ def find_badcases(
     save = None if state is None else functools.partial(write_state, state, settings)
     with torch.no_grad(), prepared.quantized():
         stream = enumerate(itertools.islice(batches, num_steps), 1)
-        for step in _steps(search, stream, done, inputs, lambda: search.wanted(metric, count, compare)):
+        wanted = functools.partial(search.wanted, metric, count, compare)
+        steps = (
+            _steps(search, stream, done, inputs, wanted)
+            if elsewhere is None
+            else _shared(search, stream, done, elsewhere)
+        )
+        for step in steps:
             if save is not None and step > done and step % save_every == 0:
                 save(search.state_dict(step))
             on_step(step)
@@ -90,7 +110,7 @@ def find_badcases(
 
 def _steps(
     search: Search,
-    batches: Iterable[tuple[int, tuple[Any, int]]],
+    batches: Iterator[tuple[int, tuple[Any, int]]],
     done: int,
     inputs: BadcaseInputs | None,
     wanted: Callable[[], set[int]],
@@ -106,6 +126,26 @@ def _steps(
         if step == done and seen != search.samples:
             raise _other_data(search.samples, done, f"{seen}")
         yield step
+
+
+def _shared(
+    search: Search, batches: Iterator[tuple[int, tuple[Any, int]]], done: int, elsewhere: Elsewhere
+) -> Iterator[int]:
+    """Search the batches after the first `done` elsewhere; the first of all here, as it decides what is compared."""
+    step = done
+    if not done:
+        for step, (batch, size) in itertools.islice(batches, 1):
+            search.add(batch, size)
+            yield step
+    for seen in elsewhere.looks(step):
+        search.take(seen)
+        step += 1
+        yield step
+    if step < elsewhere.steps:
+        for position, (batch, size) in batches:
+            if position > step:
+                search.add(batch, size)
+                yield position
 
 
 def _other_data(samples: int, steps: int, got: str) -> ConfigError:

@@ -1,25 +1,22 @@
-"""One search for bad cases: runs both models batch by batch, picks comparable outputs, and collects findings."""
+"""One search for bad cases: takes in one batch after the other, picks comparable outputs, and collects findings."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
+from qflow.analysis.badcases.looks import INPUT, Looks, Seen
 from qflow.analysis.badcases.worst_samples import WorstSamples
-from qflow.analysis.measures.metrics import Custom, distances, smallest_is_worst
+from qflow.analysis.measures.metrics import Custom, smallest_is_worst
 from qflow.analysis.measures.tables import BadcaseTable, Finding
 from qflow.core.errors import DataError
 from qflow.quant.model.quantized_model import QuantizedModel
-from qflow.quant.model.temporal_state import at_start
-from qflow.quant.trace.calling import call_model, cut, named_tensors
-from qflow.quant.trace.order import Jump, Order, jumps, may_change_order
+from qflow.quant.trace.calling import cut
+from qflow.quant.trace.order import Jump, Order, jumps
 from qflow.quant.trace.tape import Tape
 from qflow.quant.trace.trace import trace
 
@@ -45,15 +42,12 @@ class Search:
     """Where the float model has NaN ("the input", "output 0") -> number of samples, followed by the first of them."""
     makers: dict[str, str] = field(default_factory=dict)
     """Output -> the operator that gives it."""
-    floating: QuantizedModel | None = None
-    """The model that gives the float outputs and the order of values, if operators change that order."""
 
     def __post_init__(self) -> None:
-        if may_change_order(self.prepared.plan.known):
-            self.floating = _same_weights(self.model, self.prepared)
-            if self.floating is None:
-                message = "topk, sort and the like do not follow the float order: the float model has other parameters"
-                self.findings.append(Finding("", "check", message))
+        self.looks = Looks(self.model, self.prepared, self.custom)
+        if self.looks.other_weights:
+            message = "topk, sort and the like do not follow the float order: the float model has other parameters"
+            self.findings.append(Finding("", "check", message))
 
     @property
     def samples(self) -> int:
@@ -61,54 +55,35 @@ class Search:
 
     def add(self, batch: Any, size: int) -> None:
         """Run both models on one batch and take in the distances of its samples."""
-        reference, quantized = self.outputs(batch)
         if self.worst is None:
             tape = trace(self.model, cut(batch, size, 0, 2), self.prepared.plan.skipped)
             self.makers = {name: tape.ops[index].name for name, index in tape.outputs}
             self.findings += _jump_findings(self.model, tape)
-            names = [n for n, x in reference.items() if not self.refused(n, x, quantized.get(n), size)]
-            self.worst = WorstSamples(names, self.custom, self.top, self.pool)
-        for name in list(self.worst.outputs):
-            if self.refused(name, reference.get(name), quantized.get(name), size):
-                self.worst.leave_out(name)
-        for name in reference.keys() - self.left_out.keys() - set(self.worst.outputs):
+        self.take(self.looks.look(batch, size))
+
+    def take(self, seen: Seen) -> None:
+        """Take in a look at the next batch. The first batch decides which outputs are compared."""
+        if self.worst is None:
+            self.worst = WorstSamples(list(seen.rows), self.custom, self.top, self.pool)
+        for name, why in seen.refused.items():
+            self.leave_out(name, why)
+        for name in seen.rows.keys() - self.left_out.keys() - set(self.worst.outputs):
             self.left_out[name] = "it is not in the first batch"
+        for name in set(self.worst.outputs) - seen.rows.keys():
+            self.leave_out(name, "it is not in every batch")
         if not self.worst.outputs:
             raise self.nothing_left()
-        self.note_nan(batch, reference, size)
-        rows = [distances(reference[name], quantized[name], self.custom).cpu() for name in self.worst.outputs]
-        self.worst.update(torch.stack(rows))
+        self.order.followed |= set(seen.followed)
+        self.order.strayed |= set(seen.strayed)
+        self.note_nan(seen)
+        self.worst.update(torch.stack([seen.rows[name] for name in self.worst.outputs]))
 
-    def outputs(self, batch: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Float and quantized outputs by name; in the quantized model topk, sort, ... use the float model's order."""
-        if self.floating is None:
-            reference = dict(named_tensors(call_model(self.model, batch)))
-            return reference, dict(named_tensors(call_model(self.prepared, batch)))
-        with self.floating.recording_order() as order:
-            reference = dict(named_tensors(call_model(self.floating, batch)))
-        with self.prepared.following(order):
-            quantized = dict(named_tensors(call_model(self.prepared, batch)))
-        self.order.followed |= order.followed
-        self.order.strayed |= order.strayed
-        return reference, quantized
-
-    def refused(self, name: str, x: Tensor | None, y: Tensor | None, size: int) -> bool:
-        """True if the output cannot be compared sample by sample; the reason is kept in `left_out`."""
-        if name in self.left_out:
-            return True
-        why = None
-        if x is not None and y is not None and not (x.is_floating_point() and y.is_floating_point()):
-            why = f"{str(x.dtype).removeprefix('torch.')} values have no distance"
-        elif x is None or y is None or x.shape != y.shape:
-            shapes = [None if t is None else list(t.shape) for t in (x, y)]
-            why = f"float gives the shape {shapes[0]}, quantized {shapes[1]}"
-        elif not x.numel():
-            why = "it holds no values"
-        elif not x.ndim or len(x) != size:
-            why = f"its shape {list(x.shape)} does not hold one row for each of the {size} samples of the batch"
-        if why is not None:
-            self.left_out[name] = f"{why} ({self.makers[name]} makes it)" if name in self.makers else why
-        return why is not None
+    def leave_out(self, name: str, why: str) -> None:
+        """Compare an output no more, and keep the reason unless there is one already."""
+        assert self.worst is not None
+        self.left_out.setdefault(name, f"{why} ({self.makers[name]} makes it)" if name in self.makers else why)
+        if name in self.worst.outputs:
+            self.worst.leave_out(name)
 
     def nothing_left(self) -> DataError:
         """The error for a model none of whose outputs can be compared."""
@@ -121,14 +96,11 @@ class Search:
             "float outputs with one row a sample."
         )
 
-    def note_nan(self, batch: Any, reference: Mapping[str, Tensor], size: int) -> None:
-        """Count the samples of this batch whose inputs contain NaN, and the others whose float outputs do."""
+    def note_nan(self, seen: Seen) -> None:
+        """Count the samples of this batch whose inputs contain NaN, and the others whose compared outputs do."""
         assert self.worst is not None
-        given = [_nan(t, size) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.is_floating_point()]
-        rows = torch.stack(given).any(0) if given else torch.zeros(size, dtype=torch.bool)
-        made = {f"output {name}": _nan(reference[name], size) & ~rows for name in self.worst.outputs}
-        for what, where in {"the input": rows, **made}.items():
-            for i in where.nonzero().flatten().tolist():
+        for what in (INPUT, *(f"output {name}" for name in self.worst.outputs)):
+            for i in seen.nan.get(what, ()):
                 known = self.nan.setdefault(what, [0])
                 known[0] += 1
                 if len(known) <= NAMED:
@@ -202,7 +174,7 @@ class Search:
 
     def causes(self, name: str, most: int) -> str:
         """Why `most` samples have no finite distance: NaN in the float model, or something else."""
-        own = {"The input itself": self.nan.get("the input"), "The float output itself": self.nan.get(f"output {name}")}
+        own = {"The input itself": self.nan.get(INPUT), "The float output itself": self.nan.get(f"output {name}")}
         there = {what: known for what, known in own.items() if known}
         causes = []
         for what, (count, *first) in there.items():
@@ -238,36 +210,10 @@ class Search:
         return int(state["step"])
 
 
-def _same_weights(model: nn.Module, prepared: QuantizedModel) -> QuantizedModel | None:
-    """`prepared`, or a copy of it if its weights were trained, with the weights of `model`; None if they do not fit."""
-    with at_start(model, prepared.cached):
-        state = copy.deepcopy(model.state_dict())
-    wanted, own = _tensors(state), _tensors(prepared.float_state_dict())
-    if wanted.keys() != own.keys() or any(wanted[k].shape != own[k].shape for k in own):
-        return None
-    if all(torch.equal(wanted[k], own[k]) for k in own):
-        return prepared
-    twin = copy.deepcopy(prepared)
-    twin.load_float_state_dict(state)
-    return twin
-
-
-def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}  # without extra states
-
-
 def _all_torch(module: nn.Module) -> bool:
     """True for a module that consists of torch's own modules, none of which has jumps in its output."""
     jump = (nn.Hardshrink, nn.Threshold)
     return all(type(p).__module__.startswith("torch.nn.modules.") and not isinstance(p, jump) for p in module.modules())
-
-
-def _nan(tensor: Tensor, size: int) -> Tensor:
-    """Which of the samples contain NaN [size], on the CPU; all or none if the tensor has no sample axis."""
-    found = tensor.isnan()
-    if not found.ndim or len(found) != size:
-        return found.any().cpu().expand(size)
-    return found.reshape(size, -1).any(1).cpu()
 
 
 def _jump_findings(model: nn.Module, tape: Tape) -> list[Finding]:

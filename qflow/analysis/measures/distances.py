@@ -7,6 +7,8 @@ merged into one score for each variant at the end.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +26,9 @@ class Distances:
 
     def __init__(self, metric: str, count: int) -> None:
         self.metric = metric
-        self.values: list[dict[str, list[Tensor]]] = [{} for _ in range(count)]
+        self.values: list[dict[str, dict[int, Tensor]]] = [{} for _ in range(count)]
+        """For each variant: output -> chunk -> distances of its samples."""
+        self.chunk = -1
         self.sizes: dict[str, list[tuple[float, int]]] = {}
         self.float_outputs: dict[str, Tensor] = {}
         self.left_out: dict[str, str] = {}
@@ -38,6 +42,7 @@ class Distances:
     def reference(self, outputs: dict[str, Tensor], samples: int) -> None:
         """Take the float outputs of the next chunk, which has so many `samples`."""
         self.samples = samples
+        self.chunk += 1
         self.float_outputs = {name: t for name, t in outputs.items() if t.is_floating_point() and t.numel()}
         for name, tensor in outputs.items():
             if name not in self.float_outputs:
@@ -85,7 +90,7 @@ class Distances:
                 self.left_out[name] = "its shape depends on the data"
                 continue
             x, y = _comparable(x, y)
-            self.values[variant].setdefault(name, []).append(self._by_sample(x, y).cpu())
+            self.values[variant].setdefault(name, {})[self.chunk] = self._by_sample(x, y).cpu()
 
     def _by_sample(self, x: Tensor, y: Tensor) -> Tensor:
         """One distance per sample; an output without a sample axis has the same distance for every sample."""
@@ -96,18 +101,43 @@ class Distances:
             return torch.full((self.samples,), math.nan if value is None else value, dtype=torch.float64)
         return distance(self.metric, x[None], y[None]).mean().expand(self.samples)
 
+    def plain(self) -> dict[str, Any]:
+        """Return what it has collected as plain data, for another process."""
+        values = [{n: {k: x.tolist() for k, x in chunks.items()} for n, chunks in row.items()} for row in self.values]
+        rest = {"sizes": self.sizes, "left_out": self.left_out, "nan": self.nan, "infinite": sorted(self.infinite)}
+        return {"values": values, **rest}
+
+    def take(self, data: Mapping[str, Any]) -> None:
+        """Take in what `plain` gives for other variants and chunks; what it says of the float outputs is the same."""
+        for own, row in zip(self.values, data["values"], strict=True):
+            for name, chunks in row.items():
+                found = {int(k): torch.tensor(values, dtype=torch.float64) for k, values in chunks.items()}
+                own.setdefault(name, {}).update(found)
+        self.sizes = {name: [(size, samples) for size, samples in sizes] for name, sizes in data["sizes"].items()}
+        self.left_out.update(data["left_out"])
+        self.nan, self.infinite = dict(data["nan"]), set(data["infinite"])
+
+    @property
+    def complete(self) -> bool:
+        """Whether every variant has the distances of every output that is compared, on all chunks."""
+        names = self.sizes.keys() - self.left_out.keys()
+        return all(len(row.get(name, ())) == len(self.sizes[name]) for row in self.values for name in names)
+
+    def _distances(self, variant: int) -> dict[str, Tensor]:
+        """Distances of all samples, by output."""
+        kept = {name: chunks for name, chunks in self.values[variant].items() if name not in self.left_out}
+        return {name: torch.cat([chunks[k] for k in sorted(chunks)]) for name, chunks in kept.items()}
+
     def merged(self, variant: int) -> Tensor:
         """Merged badness of each sample [samples]; a scalar 0 if no output is compared."""
         merged = torch.zeros(())
-        for name, parts in self.values[variant].items():
-            if name not in self.left_out:
-                merged = merged + badness(self.metric, torch.cat(parts)) / self._unit(name)
+        for name, found in self._distances(variant).items():
+            merged = merged + badness(self.metric, found) / self._unit(name)
         return merged
 
     def result(self, variant: int) -> tuple[float, float, dict[str, float]]:
         """Merged score, its standard deviation over the samples, and the plain metric of each output."""
-        kept = {name: parts for name, parts in self.values[variant].items() if name not in self.left_out}
-        plain = {name: float(torch.cat(parts).mean()) for name, parts in kept.items()}
+        plain = {name: float(found.mean()) for name, found in self._distances(variant).items()}
         merged = self.merged(variant)
         if merged.ndim == 0:
             return 0.0, 0.0, plain

@@ -9,7 +9,7 @@ quantizers are replayed at once. Full forward passes run all bad cases in one ba
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from qflow.analysis.measures.distances import Distances, disagreement
 from qflow.analysis.measures.tables import Finding, SensitivityRow
 from qflow.analysis.sensitivity.candidates import Candidate
 from qflow.analysis.sensitivity.captures import Captures
+from qflow.analysis.sensitivity.parts import GaveUp
 from qflow.quant.model.quantized_model import QuantizedModel
 from qflow.quant.replay.capture import Captured, ReplayError, reason_of
 from qflow.quant.replay.captured_ops import Variant
@@ -33,6 +34,8 @@ FEW_SAMPLES = 8  # several variants are run at once for batches of up to so many
 CHECKED = 2  # quantizers for which a replay is compared with full forward passes
 AGREES = 1e-3  # difference that counts as equal, over the change by quantization: larger batches run other kernels
 ROUNDING = 1e-4  # relative change of the float outputs that folded batch norms and other kernels may cause
+
+WHOLE = slice(None)
 
 
 class Exact:
@@ -51,79 +54,125 @@ class Exact:
         self.widths: Widths | None = None
         self.one_at_a_time = ""
         """Why several quantizers cannot be replayed at once; "" if they can."""
+        self.rounding: float | None = None
+        """Relative difference between the float outputs of the first chunk and their replay, once it is known."""
 
     def measured(
-        self, chunks: Sequence[Any], rows: Sequence[Candidate], metric: str, on_share: Callable[[float], None]
+        self,
+        chunks: Sequence[Any],
+        rows: Sequence[Candidate],
+        metric: str,
+        on_share: Callable[[float], None],
+        elsewhere: Callable[[], Sequence[Mapping[str, Any]] | None],
     ) -> list[SensitivityRow]:
-        """The rows in their order; by replay if that agrees with full forward passes on the first chunk."""
+        """The rows in their order; by replay if that agrees with full forward passes on the first chunk.
+
+        `elsewhere` returns what other processes give for parts of the rows in the present way, or None.
+        """
         while True:
-            distances = Distances(metric, len(rows))
             try:
-                for n, inputs in enumerate(chunks):
-                    plain, outputs = self.outputs(n, inputs, [row.variant for row in rows])
-                    distances.reference(plain, batch_size(inputs))
-                    for done, (position, got) in enumerate(outputs, 1):
-                        distances.add(position, got)
-                        on_share((n * len(rows) + done) / (len(chunks) * len(rows)))
+                shared = elsewhere()
+                distances = None if shared is None else self.gathered(shared, rows, metric)
+                if distances is None:
+                    distances = self.distances(chunks, rows, metric, on_share)
                 break
             except Exception as error:  # an operator may raise anything when it is run alone, or on stacked batches
                 if not self.replays:
                     raise
-                self._fall_back(reason_of(error))
+                self._fall_back(error)
                 chunks = chunks if self.replays else self.captures.for_forwards()
         self.findings += distances.findings
         self.infinite = bool(distances.infinite)
         return [row.row(*distances.result(position)) for position, row in enumerate(rows)]
 
-    def _fall_back(self, reason: str) -> None:
+    def distances(
+        self,
+        chunks: Sequence[Any],
+        rows: Sequence[Candidate],
+        metric: str,
+        on_share: Callable[[float], None] = lambda share: None,
+        part: slice = WHOLE,
+    ) -> Distances:
+        """The distances of the rows on all chunks, or of those rows that belong to a `part` of the passes."""
+        distances = Distances(metric, len(rows))
+        for n, inputs in enumerate(chunks):
+            plain, outputs = self.outputs(n, inputs, [row.variant for row in rows], part)
+            distances.reference(plain, batch_size(inputs))
+            for done, (position, got) in enumerate(outputs, 1):
+                distances.add(position, got)
+                on_share((n * len(rows) + done) / (len(chunks) * len(rows)))
+        return distances
+
+    def gathered(self, parts: Sequence[Mapping[str, Any]], rows: Sequence[Candidate], metric: str) -> Distances | None:
+        """The distances that other processes have measured; None if some are missing. Raises GaveUp."""
+        distances = Distances(metric, len(rows))
+        for part in parts:
+            if "gave_up" in part:
+                raise GaveUp(part["gave_up"], part["wide"])
+            distances.take(part["distances"])
+            if part["one_at_a_time"] and not self.one_at_a_time:
+                self.run_alone(part["one_at_a_time"])
+        return distances if distances.complete else None
+
+    def _fall_back(self, error: Exception) -> None:
         """Take the next slower way: several variants at once, then one at a time, then full forward passes."""
-        if self.widths is not None:
-            self.widths = None
-            self.one_at_a_time = text = f"one quantizer at a time, though samples are few: {reason}"
+        reason, wide = (
+            (error.reason, error.wide) if isinstance(error, GaveUp) else (reason_of(error), self.widths is not None)
+        )
+        if wide:
+            self.run_alone(f"one quantizer at a time, though samples are few: {reason}")
         else:
             self.replays = False
             text = f"replay was given up: {reason}. Full forward passes were run."
-        self.findings.append(Finding("sensitivity", "info", text))
+            self.findings.append(Finding("sensitivity", "info", text))
 
-    def outputs(self, n: int, inputs: Any, variants: Sequence[Variant]) -> tuple[dict[str, Tensor], Any]:
-        """Float outputs of the n-th chunk, and each variant's position with its outputs. Raises ReplayError."""
+    def run_alone(self, why: str) -> None:
+        """Replay one quantizer at a time from now on."""
+        self.widths, self.one_at_a_time = None, why
+        self.findings.append(Finding("sensitivity", "info", why))
+
+    def outputs(
+        self, n: int, inputs: Any, variants: Sequence[Variant], part: slice
+    ) -> tuple[dict[str, Tensor], Iterator[tuple[int, dict[str, Tensor]]]]:
+        """Float outputs of the n-th chunk, and position and outputs of each variant of a part. Raises ReplayError."""
         if not self.replays:
-            return dict(named_tensors(call_model(self.model, inputs))), self._full(inputs, variants)
+            plain = dict(named_tensors(call_model(self.model, inputs)))
+            return plain, self._full(inputs, variants, range(len(variants))[part])
         captured = self.captures.captured(n, inputs)
         if n == 0:
             self.reorders = may_change_order(captured.tape.names)
         replay = Replay(self.model, self.prepared, captured)
         replay.widths = self.widened(inputs, captured, replay)
-        plain, outputs = replay.references(), self._replayed(replay, inputs, variants)
+        plain, outputs = replay.references(), self._replayed(replay, inputs, variants, part)
         return plain, self._checked(replay, inputs, variants, outputs) if n == 0 else outputs
 
     def _replayed(
-        self, replay: Replay, inputs: Any, variants: Sequence[Variant]
+        self, replay: Replay, inputs: Any, variants: Sequence[Variant], part: slice
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Outputs of each variant by replay, or by full forwards if this batch does not reach it (a branch on data)."""
         there = [i for i, variant in enumerate(variants) if replay.ops.reaches(variant)]
         absent = sorted(set(range(len(variants))) - set(there))
-        for i, got in replay.run([variants[i] for i in there]):
+        for i, got in replay.run([variants[i] for i in there], part):
             yield there[i], got
-        for i, got in self._full(inputs, [variants[i] for i in absent]):
-            yield absent[i], got
+        yield from self._full(inputs, variants, absent[part])
 
     def _checked(
         self, replay: Replay, inputs: Any, variants: Sequence[Variant], outputs: Iterator[tuple[int, dict[str, Tensor]]]
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """`outputs`. Raises ReplayError if the float outputs, or a few of these, differ from full forward passes."""
         plain = replay.references()
-        rounding = disagreement(replay.replayed(), plain, plain, 1.0)
-        if rounding > ROUNDING:
-            raise ReplayError(f"its float outputs differ from the model's by {rounding:.2g}")
-        worst, nothing = 0.0, max(1e-3, 4.0 * rounding / AGREES)
-        chosen = self.to_check(replay, variants)
-        measured = self._full(inputs, [variants[i] for i in chosen], written_out=True)
-        full = {i: got for i, (_, got) in zip(chosen, measured, strict=True)}
+        if self.rounding is None:
+            self.rounding = disagreement(replay.replayed(), plain, plain, 1.0)
+        if self.rounding > ROUNDING:
+            raise ReplayError(f"its float outputs differ from the model's by {self.rounding:.2g}")
+        nothing = max(1e-3, 4.0 * self.rounding / AGREES)
+        chosen = set(self.to_check(replay, variants))
         for i, got in outputs:
-            worst = max(worst, disagreement(got, full[i], plain, nothing) if i in full else 0.0)
-            if worst > AGREES:
-                raise ReplayError(f"its outputs differ from full forwards by {worst:.2g} of what quantization does")
+            if i in chosen:
+                ((_, full),) = self._full(inputs, variants, [i], written_out=True)
+                gap = disagreement(got, full, plain, nothing)
+                if gap > AGREES:
+                    raise ReplayError(f"its outputs differ from full forwards by {gap:.2g} of what quantization does")
             yield i, got
 
     def to_check(self, replay: Replay, variants: Sequence[Variant]) -> list[int]:
@@ -152,19 +201,18 @@ class Exact:
                 self.widths = made
                 return self.widths
             except ReplayError as error:
-                self.one_at_a_time = f"one quantizer at a time, though samples are few: {error.reason}"
-                self.findings.append(Finding("sensitivity", "info", self.one_at_a_time))
+                self.run_alone(f"one quantizer at a time, though samples are few: {error.reason}")
                 return None
         return self.widths.at(captured, size, behind)
 
     def _full(
-        self, inputs: Any, variants: Sequence[Variant], written_out: bool = False
+        self, inputs: Any, variants: Sequence[Variant], chosen: Sequence[int], written_out: bool = False
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Outputs of each variant by a full forward pass in which topk and the like use the float order."""
+        """Outputs of the chosen variants by full forward passes in which topk and the like use the float order."""
         order = None
-        if self.reorders and variants:
+        if self.reorders and chosen:
             with self.prepared.recording_order() as order:
                 call_model(self.prepared, inputs)
-        for i, variant in enumerate(variants):
+        for i in chosen:
             with nullcontext() if order is None else self.prepared.following(order):
-                yield i, full_forward(self.prepared, inputs, variant, written_out)
+                yield i, full_forward(self.prepared, inputs, variants[i], written_out)

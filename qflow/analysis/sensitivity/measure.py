@@ -10,8 +10,9 @@ different size count alike; for Cosine and SQNR by the sum of the badness, 1 - c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from qflow.analysis.sensitivity.chunks import sample_bytes
 from qflow.analysis.sensitivity.estimate import estimable, estimate, in_one_unit, passes
 from qflow.analysis.sensitivity.exact import Exact
 from qflow.analysis.sensitivity.health import health
+from qflow.analysis.sensitivity.parts import Elsewhere, Part
 from qflow.analysis.sensitivity.point import gains
 from qflow.core.errors import DataError
 from qflow.core.settings import SensitivitySettings
@@ -46,13 +48,14 @@ def sensitivity(
     settings: SensitivitySettings | None = None,
     rows: Sequence[Candidate] | None = None,
     on_row: Callable[[int], None] = lambda done: None,
+    elsewhere: Elsewhere = lambda whole, on_share: None,
 ) -> SensitivityTable:
     """Rank `rows` (None: every active quantizer of a calibrated model) on `batches` of bad cases (model inputs each).
 
     `settings.method` is exact, screened (all estimated, the top share measured), estimate, or point (point.py: all
     other quantizers are on, at their present dtypes; a gain below zero counts as 0, because what cancels another error
-    here does not elsewhere). `on_row` is called with the number of rows that are done. Raises DataError without samples
-    or quantizers.
+    here does not elsewhere). `on_row` is called with the number of rows that are done. `elsewhere` may have other
+    processes measure the exact rows. Raises DataError without samples or quantizers.
     """
     settings = settings or SensitivitySettings()
     rows = candidates(prepared) if rows is None else rows
@@ -64,38 +67,52 @@ def sensitivity(
         on_row(len(rows))
         return replace(table, findings=health(table))
     with torch.no_grad():
-        measure = _Measure(model, prepared, rows, settings)
-        return measure.table(batches, on_row)
+        return Measure(model, prepared, batches, rows, settings).table(on_row, elsewhere)
 
 
-class _Measure:
-    """One ranking: its models and settings, its findings, and which ways of measuring work for this model."""
+class Measure:
+    """One ranking: its models and settings, its findings, and which ways of measuring work for this model.
+
+    Use it inside `torch.no_grad()`.
+    """
 
     def __init__(
-        self, model: nn.Module, prepared: QuantizedModel, rows: Sequence[Candidate], settings: SensitivitySettings
+        self,
+        model: nn.Module,
+        prepared: QuantizedModel,
+        batches: Sequence[Any],
+        rows: Sequence[Candidate],
+        settings: SensitivitySettings,
     ) -> None:
-        self.model, self.prepared, self.rows, self.settings = model, prepared, rows, settings
+        self.model, self.prepared, self.batches, self.rows = model, prepared, batches, rows
+        self.settings = settings
         self.findings: list[Finding] = []
         self.memory = settings.memory_mb * 1e6
+        self.method = ""
+        """The method that the bad cases were cut for; "" before."""
+
+    def cut(self, method: str) -> None:
+        """Cut the bad cases into chunks that `method` can hold."""
+        # half for the values that are kept, half for those that differ between variants
+        room = self.memory / (2.0 if method == "exact" else ESTIMATE_HOLDS)
+        self.method, self.captures = method, Captures(self.model, self.prepared, self.memory, method)
+        self.exact = Exact(self.model, self.prepared, self.captures, self.memory, len(self.rows))
+        self.chunks = self.captures.chunks(self.batches, room, 0 if method == "estimate" else PROOF)
 
     # ---- the table
 
-    def table(self, batches: Sequence[Any], on_row: Callable[[int], None]) -> SensitivityTable:
-        samples = sum(batch_size(inputs) for inputs in batches)
-        method, reason = self.choose_method(samples, max(sample_bytes(self.prepared.graph, b) for b in batches))
+    def table(self, on_row: Callable[[int], None], elsewhere: Elsewhere) -> SensitivityTable:
+        samples = sum(batch_size(inputs) for inputs in self.batches)
+        method, reason = self.choose_method(samples, max(sample_bytes(self.prepared.graph, b) for b in self.batches))
         if reason:
             self.findings.append(Finding("sensitivity", "info", reason))
-        # half for the values that are kept, half for those that differ between variants
-        room = self.memory / (2.0 if method == "exact" else ESTIMATE_HOLDS)
-        captures = self.captures = Captures(self.model, self.prepared, self.memory, method)
-        self.exact = Exact(self.model, self.prepared, captures, self.memory, len(self.rows))
-        chunks = captures.chunks(batches, room, 0 if method == "estimate" else PROOF)
-        if captures.reason:
-            text = f"{captures.reason}: the bad cases are not cut into smaller batches"
+        self.cut(method)
+        if self.captures.reason:
+            text = f"{self.captures.reason}: the bad cases are not cut into smaller batches"
             self.findings.append(Finding("sensitivity", "check", text))
-        guessed = self.estimated(chunks) if method != "exact" else []
+        guessed = self.estimated(self.chunks) if method != "exact" else []
         exact = self.in_doubt(guessed, method) if guessed else list(range(len(self.rows)))
-        found = self.measured(chunks, exact, on_row) if exact else {}
+        found = self.measured(exact, on_row, elsewhere) if exact else {}
         made = [found[i] if i in found else row.row(*guessed[i], {}, exact=False) for i, row in enumerate(self.rows)]
         if guessed and found:
             made, text = in_one_unit(made, guessed, found)
@@ -176,12 +193,41 @@ class _Measure:
         }[method]
 
     def measured(
-        self, chunks: Sequence[Any], chosen: Sequence[int], on_row: Callable[[int], None]
+        self, chosen: Sequence[int], on_row: Callable[[int], None], elsewhere: Elsewhere
     ) -> dict[int, SensitivityRow]:
         """Position -> measured row."""
-        rows = [self.rows[i] for i in chosen]
-        found = self.exact.measured(
-            chunks, rows, self.settings.metric, lambda share: on_row(int(share * len(self.rows) + 1e-9))
-        )
-        self.findings += self.exact.findings
+        exact, rows = self.exact, [self.rows[i] for i in chosen]
+
+        def on_share(share: float) -> None:
+            on_row(int(share * len(self.rows) + 1e-9))
+
+        def shared() -> Sequence[Mapping[str, Any]] | None:
+            return elsewhere(Part(self.method, chosen, exact.replays, exact.one_at_a_time), on_share)
+
+        found = exact.measured(self.chunks, rows, self.settings.metric, on_share, shared)
+        self.findings += exact.findings
         return dict(zip(chosen, found, strict=True))
+
+    # ---- a part of the table of another process
+
+    def part(self, part: Part) -> dict[str, Any]:
+        """Measure a part of the rows in its way, as plain data that `Exact.gathered` takes in."""
+        if self.method != part.method:
+            self.cut(part.method)
+        exact, chunks = self.exact, self.chunks if part.replays else self.whole
+        exact.replays, exact.one_at_a_time = part.replays, part.one_at_a_time
+        if part.one_at_a_time:
+            exact.widths = None
+        rows = [self.rows[i] for i in part.chosen]
+        try:
+            found = exact.distances(chunks, rows, self.settings.metric, part=part.passes)
+        except Exception as error:  # as in `Exact.measured`
+            if not part.replays:
+                raise
+            return {"gave_up": reason_of(error), "wide": exact.widths is not None}
+        return {"distances": found.plain(), "one_at_a_time": exact.one_at_a_time}
+
+    @cached_property
+    def whole(self) -> list[Any]:
+        """The chunks for full forward passes."""
+        return self.captures.for_forwards()

@@ -58,9 +58,12 @@ class Replay:
         """Index of the first op that `variant` changes. Raises ReplayError if there is none on this batch."""
         return min(patch.op for patch in self.ops.of(variant))
 
-    def run(self, variants: Sequence[Variant]) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Yield each variant's position in `variants` and its outputs by name, sorted by the first op they change."""
-        for chosen in self.passes(variants):
+    def run(self, variants: Sequence[Variant], part: slice = slice(None)) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Yield each variant's position in `variants` and its outputs by name, sorted by the first op they change.
+
+        Those of a `part` of the passes have the same values as those of all.
+        """
+        for chosen in self.passes(variants)[part]:
             yield from zip(chosen, _Pass(self, [variants[i] for i in chosen]).outputs(), strict=True)
 
     def passes(self, variants: Sequence[Variant]) -> list[list[int]]:
