@@ -25,10 +25,17 @@ def numbers(folder):
     return found
 
 
+def tables(folder):
+    """The bad cases and the ranking of the study, which several workers share."""
+    found = [sorted(folder.rglob(name)) for name in ("badcase_record.json", "sensitivity.json")]
+    assert all(found)
+    return [{file.read_text() for file in files} for files in found]
+
+
 @pytest.mark.proof
-def test_a_worker_evaluates_the_same_study(tmp_path):
-    here, there = tmp_path / "here", tmp_path / "there"
-    for folder in (here, there):
+def test_workers_evaluate_the_same_study(tmp_path):
+    here, there, two = tmp_path / "here", tmp_path / "there", tmp_path / "two"
+    for folder in (here, there, two):
         folder.mkdir()
     alone = run_qflow("tune", *STUDY, cwd=here)
     done = run_qflow("tune", *STUDY, "executor=process", "executor.workers=1", cwd=there)
@@ -36,3 +43,7 @@ def test_a_worker_evaluates_the_same_study(tmp_path):
     assert len(numbers(there)) == 5
     assert numbers(there) == numbers(here)
     assert story(done) == story(alone)
+    done = run_qflow("tune", *STUDY, "executor=process", "executor.workers=2", cwd=two)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "computed by the study's own process" not in done.stdout
+    assert tables(two) == tables(here)
