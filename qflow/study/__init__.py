@@ -34,4 +34,5 @@ __all__ = [
     "train_stage",
     "unrepaired",
     "verdict",
+    "worker",
 ]
