@@ -9,8 +9,9 @@ from typing import Any
 from qflow.core.names import trial_name
 from qflow.report.charts import name_room
 from qflow.report.study_record import StudyRecord, Training
-from qflow.search.objective import best_trial, meets, pareto_set
+from qflow.search.objective import meets, pareto_set
 from qflow.search.outcome import FinishedTrial
+from qflow.search.standing import Standing
 
 LATENCY, DROP = "cost/latency_ms", "accuracy/drop"
 LOW, HIGH = "cost/latency_low_ms", "cost/latency_high_ms"
@@ -110,10 +111,9 @@ def path_chart(record: StudyRecord) -> dict[str, Any]:
     """The first cost of every trial by number, and the best so far among those that meet the goal."""
     study, cost = record.searched, first_cost(record)
     trials = [t for t in study.trials if cost in t.outcome.metrics]
-    best: list[list[Any]] = []
-    for place, trial in enumerate(trials, 1):
-        found = best_trial(trials[:place], study.goal.ranking) if meets(trial) else None
-        if found is trial:
+    best, standing = list[list[Any]](), Standing(study.goal.ranking)
+    for trial in trials:
+        if standing.after([trial]).best is trial and meets(trial):
             best.append(
                 [trial.number, trial.outcome.metrics[cost], trial_text(record, trial), record.run_address(trial)]
             )
