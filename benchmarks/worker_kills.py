@@ -20,7 +20,7 @@ from qflow.search.reconcile import check_invariants
 from qflow.search.study import Study
 from qflow.tracking.mlflow_tracker import MlflowTracker
 
-WORKERS = ("executor=process", "executor.workers=2", "executor.max_retries=1000")
+WORKERS = ("executor=process", "executor.workers=2", "executor.max_retries=10")
 
 
 def worker_kills(folder: Path, kills: int, rng: random.Random) -> list[str]:
@@ -29,7 +29,8 @@ def worker_kills(folder: Path, kills: int, rng: random.Random) -> list[str]:
     ends: collections.Counter[str] = collections.Counter()
     while ends["workers killed"] < kills:
         name = f"workers/round{ends['studies']}"
-        child = _in_child(lambda: command("tune", *STUDY, *WORKERS, f"study={name}", f"root={target.root}")[0])  # noqa: B023
+        arguments = (*STUDY, *WORKERS, f"study={name}", f"root={target.root}")
+        child = _in_child(lambda: command("tune", *arguments))  # noqa: B023
         ends["studies"] += 1
         while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
             time.sleep(rng.uniform(0.5, 4.0))
@@ -39,8 +40,7 @@ def worker_kills(folder: Path, kills: int, rng: random.Random) -> list[str]:
                     os.kill(rng.choice(found), signal.SIGKILL)
         code = os.waitstatus_to_exitcode(done[1])
         if code != 0:
-            violations.append(f"{name} ended with {code}")
-            continue
+            return [*violations, f"{name} ended with {code}"]
         best = json.loads((target.root / "studies" / name / "best.json").read_text())
         if best["metrics"] != target.best["metrics"]:
             violations.append(f"{name}: the best trial has other numbers than in one process: {best['metrics']}")
@@ -49,11 +49,13 @@ def worker_kills(folder: Path, kills: int, rng: random.Random) -> list[str]:
     return violations
 
 
-def _in_child(work: Callable[[], int]) -> int:
+def _in_child(work: Callable[[], tuple[int, str]]) -> int:
     sys.stdout.flush()
     child = os.fork()
     if not child:
-        os._exit(work())
+        code, text = work()
+        print(text[-1000:] if code else "", end="", flush=True)
+        os._exit(code)
     return child
 
 
