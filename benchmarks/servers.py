@@ -11,7 +11,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,20 @@ class Postgresql:
     def kill(self) -> None:
         """End all processes of the server at once; what was committed is recovered at the next start."""
         self._control("-m", "immediate", "stop")
+
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        """Let the server take connections and statements inside, and answer none."""
+        first = int((self.place / "data" / "postmaster.pid").read_text(encoding="ascii").split()[0])
+        children = Path(f"/proc/{first}/task/{first}/children").read_text(encoding="ascii")
+        processes = [first, *map(int, children.split())]
+        for process in processes:
+            os.kill(process, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in processes:
+                os.kill(process, signal.SIGCONT)
 
     def url(self, name: str) -> str:
         """Return the address of a database."""

@@ -8,13 +8,20 @@ from pathlib import Path
 
 import optuna
 from optuna.study import StudyDirection
+from sqlalchemy import create_engine, inspect
 
 from qflow.core.credentials import masked
-from qflow.core.errors import TrackingError
+from qflow.core.errors import QflowError, TrackingError
 from qflow.core.installed import missing_driver
 from qflow.core.store import build_aside, sqlite_path, sqlite_url
+from qflow.process.hanging import answered
 
 LOCK_TIMEOUT = 60  # seconds that a statement waits while another process writes
+ANSWER_SECONDS = 4.0  # a server that takes longer for its first answer counts as down
+OWN = "studies"  # a table of Optuna
+FOREIGN = "experiments"  # a table of MLflow
+SHARED = {"trials", "alembic_version", FOREIGN}
+"""Tables that Optuna has too, or whose owner has no room for it: the one of alembic holds one program's version."""
 
 
 def place_of(storage: str | Path) -> tuple[str, Path]:
@@ -37,6 +44,8 @@ def open_study(url: str, name: str, directions: Sequence[str]) -> optuna.Study:
             directions=[StudyDirection[direction.upper()] for direction in directions],
             load_if_exists=True,
         )
+    except QflowError:
+        raise
     except Exception as error:  # SQLAlchemy and its drivers have no common base class
         why = error.__cause__ or error  # Optuna says no more than that a commit failed
         raise TrackingError(
@@ -47,12 +56,35 @@ def open_study(url: str, name: str, directions: Sequence[str]) -> optuna.Study:
 
 
 def open_storage(url: str) -> optuna.storages.RDBStorage:
-    """Open the database at `url`. A SQLite file that is missing is created completely or not at all."""
+    """Open the database at `url`. A SQLite file that is missing is created completely or not at all.
+
+    Raises TrackingError, before anything is written, if it does not answer or holds the tables of another program.
+    """
     file = sqlite_path(url)
+    if file is None or file.exists():
+        _require_own(url)
     if file is None:
         return optuna.storages.RDBStorage(url)
     build_aside(file, _create)
     return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_TIMEOUT}})
+
+
+def _require_own(url: str) -> None:
+    engine = create_engine(url)
+    try:
+        tables = answered(lambda: set(inspect(engine).get_table_names()), ANSWER_SECONDS)
+    except TimeoutError as error:
+        raise TrackingError(
+            f"The database of a search must answer within {ANSWER_SECONDS:.0f} s, but got no answer from "
+            f"{masked(url)}. Start it, or correct search.storage."
+        ) from error
+    engine.dispose()
+    if tables & SHARED and (OWN not in tables or FOREIGN in tables):
+        whose = "MLflow" if FOREIGN in tables else "another program"
+        raise TrackingError(
+            f"A search has a database of its own, but got one with the tables of {whose} at {masked(url)}. "
+            "Name another one: search.storage=<url>."
+        )
 
 
 def _create(url: str) -> None:

@@ -8,11 +8,11 @@ import logging
 import os
 import re
 import subprocess
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -20,6 +20,7 @@ from qflow.core.credentials import masked
 from qflow.core.errors import TrackingError
 from qflow.core.installed import missing_driver
 from qflow.core.store import build_aside, sqlite_path, sqlite_url
+from qflow.process.hanging import answered
 from qflow.tracking.patience import Patience, Patient, leave_repeating_to_us
 
 if TYPE_CHECKING:
@@ -70,10 +71,11 @@ def open_store(
             uri = sqlite_url(file)  # absolute, so that it is valid in any working folder
             if not create and not file.exists():
                 raise TrackingError(f"A store that is read must exist, but got none at {file}. Name its uri or root.")
-
+            if file.exists():
+                _require_own(uri)
             build_aside(file, _create_database)
         elif scheme in DATABASES:
-            _require_connection(uri)
+            _require_own(uri)
         client = Patient(MlflowClient(tracking_uri=uri, registry_uri=uri), uri, patience or Patience())
         return cast("MlflowClient", client), uri
 
@@ -86,31 +88,45 @@ def _quiet_import() -> None:
 
     for name in ("mlflow", "alembic", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # it logs a traceback of 60 lines for a database error, which is raised too
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    for name in ("mlflow.store.db.utils", "psycopg", "sqlalchemy.pool"):  # tracebacks of what is raised too
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _require_answer(uri: str) -> None:
     """Raise TrackingError unless the server answers in time; name resolution, which has no timeout, is included."""
-    verdict = ["no answer"]
-    thread = threading.Thread(target=lambda: verdict.append(_health(uri)), daemon=True)
-    thread.start()
-    thread.join(ANSWER_SECONDS + 0.5)
-    if verdict[-1]:
+    try:
+        wrong = answered(partial(_health, uri), ANSWER_SECONDS)
+    except TimeoutError:
+        wrong = "no answer"
+    if wrong:
         raise TrackingError(
-            f"The tracking server must answer within {ANSWER_SECONDS:.0f} s, but got '{verdict[-1]}' "
+            f"The tracking server must answer within {ANSWER_SECONDS:.0f} s, but got '{wrong}' "
             f"from {masked(uri)}. Start it (mlflow server), correct tracking.uri, or leave it empty for a local store."
         )
 
 
-def _require_connection(uri: str) -> None:
-    """Connect to a database once; MLflow would try ten times in 100 s, without a word."""
-    from sqlalchemy import create_engine
+def _require_own(uri: str) -> None:
+    """Connect to a database once, as MLflow would try ten times in 100 s, without a word.
+
+    Raises TrackingError if it does not answer, or holds the tables of another program, before MLflow adds its own.
+    """
+    from sqlalchemy import create_engine, inspect
 
     engine = create_engine(uri)
-    with engine.connect():
-        pass
+    try:
+        tables = answered(lambda: set(inspect(engine).get_table_names()), ANSWER_SECONDS)
+    except TimeoutError as error:
+        raise TrackingError(
+            f"The tracking store must answer within {ANSWER_SECONDS:.0f} s, but got no answer from {masked(uri)}. "
+            "Start it, correct tracking.uri, or leave it empty for a local store."
+        ) from error
     engine.dispose()
+    if {"alembic_version", "studies"} & tables and "experiments" not in tables:
+        whose = "a search" if "studies" in tables else "another program"
+        raise TrackingError(
+            f"A tracking store has a database of its own, but got one with the tables of {whose} at {masked(uri)}. "
+            "Name another one, or leave tracking.uri empty for a local store."
+        )
 
 
 def _health(uri: str) -> str:

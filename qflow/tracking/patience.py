@@ -4,6 +4,9 @@ MLflow repeats a failed request by itself, without a word and for up to 740 s. I
 a call is repeated here instead: one line says at once that the store is away, another that it is back, and after
 `seconds` the call raises a TrackingError. Only errors that say that nobody answers are repeated; a refusal is not.
 
+A store may hang: it takes a call and never answers. This is said after a few seconds, and the call is ended in time
+(answer.py), at the latest when the patience is over.
+
 A caller that keeps its results elsewhere meanwhile does not wait (`keeping`): its calls raise a StoreAwayError at once,
 and the store is looked for every few seconds only, so that what the caller computes is hardly held up.
 
@@ -18,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -26,6 +29,7 @@ from typing import Any, TypeVar
 
 from qflow.core.credentials import masked
 from qflow.core.errors import StoreAwayError, TrackingError
+from qflow.tracking.answer import FILES_TIMEOUT, TIMEOUT, bounded
 
 T = TypeVar("T")
 DEFAULT = 600.0
@@ -33,11 +37,10 @@ DEFAULT = 600.0
 FIRST, LONGEST = 0.2, 5.0  # seconds between two tries; each pause is twice the one before
 HUNG = 1.0  # seconds; if a call takes longer and is interrupted, its store counts as away
 LOOK = 1  # seconds that a server has for an answer while it is known to be away, or an interrupted command ends
-_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    _TIMEOUT: "30",  # 120 s by default; a server whose host has gone is noticed no sooner
-    "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": "120",  # a server passes a large file on before it answers
+    TIMEOUT: "30",  # 120 s by default; a server that hangs, or whose host has gone, is noticed no sooner
+    FILES_TIMEOUT: "120",  # a server passes a large file on before it answers
 }
 _GONE = {429, 502, 503, 504}  # HTTP: too many requests, bad gateway, unavailable, gateway timeout
 _NETWORK = {  # classes of requests, urllib3, http.client and botocore, which have no common base
@@ -93,7 +96,7 @@ class Patience:
         try:
             for tried in count():
                 try:
-                    with _short(_interrupted() or bool(self._kept_in and self._said)):
+                    with self._bounded(uri, start):
                         found = made() if look and made else None
                         look = True
                         result = function() if found is None else found
@@ -128,15 +131,31 @@ class Patience:
             raise TrackingError(self._given_up) from error
         if not self._said and not tried and now - start < LONGEST:
             return  # a connection that was merely old is new at the second try
-        if self._kept_in not in self._said:
-            self._said.add(self._kept_in)
-            self.say(
-                f"{'tracking':<12} the store {masked(uri)} is away since {waited:.0f} s ({_words(error)}); "
-                f"{self._meanwhile()}. Ctrl-C ends the command, and the same command continues."
-            )
+        self._say_away(uri, waited, _words(error))
         if self._kept_in:
             self._next_look = min(now + LONGEST, self._since + self.seconds)
             raise StoreAwayError(str(error)) from error
+
+    def _bounded(self, uri: str, start: float) -> AbstractContextManager[None]:
+        """Bound the time for an answer to a call inside, which was made first at `start`, and say it if none comes."""
+        left = max(self.seconds - (time.monotonic() - (self._since or start)), LOOK)
+        looking = _interrupted() or bool(self._kept_in and self._said)
+
+        def slow(seconds: float) -> None:
+            self._since = self._since or time.monotonic() - seconds
+            self._say_away(uri, time.monotonic() - self._since, "no answer yet")
+
+        return bounded(LOOK if looking else left, slow, _interrupted)
+
+    def _say_away(self, uri: str, waited: float, why: str) -> None:
+        """Say that the store is away, unless the user knows it and what happens meanwhile."""
+        if self._kept_in in self._said:
+            return
+        self._said.add(self._kept_in)
+        self.say(
+            f"{'tracking':<12} the store {masked(uri)} is away since {waited:.0f} s ({why}); {self._meanwhile()}. "
+            "Ctrl-C ends the command, and the same command continues."
+        )
 
     def _meanwhile(self) -> str:
         if self._kept_in:
@@ -231,23 +250,6 @@ def _interrupted() -> bool:
     """Return whether Ctrl-C or SIGTERM is being handled: the exception handler that we are called from knows."""
     handled = sys.exc_info()[1]
     return any(isinstance(cause, (KeyboardInterrupt, SystemExit)) for cause in _causes(handled))
-
-
-@contextmanager
-def _short(short: bool) -> Iterator[None]:
-    """Let a server answer within `LOOK` seconds if `short`."""
-    if not short:
-        yield
-        return
-    before = os.environ.get(_TIMEOUT)
-    os.environ[_TIMEOUT] = str(LOOK)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_TIMEOUT]
-        else:
-            os.environ[_TIMEOUT] = before
 
 
 def _words(error: Exception) -> str:

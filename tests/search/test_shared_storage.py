@@ -1,6 +1,8 @@
 """A search in a database on a server: who drives it, what it belongs to, and what happens when the server is away."""
 
+import signal
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from support.harness import FIXED, Harness
 from qflow.core.errors import TrackingError
 from qflow.search.loop import driving
 from qflow.search.study import Study
+from qflow.tracking import answer
 from qflow.tracking.lease import owned
 from qflow.tracking.mlflow_tracker import MlflowTracker
 from qflow.tracking.patience import Patience
@@ -117,3 +120,21 @@ def test_a_search_in_the_database_that_is_away_waits_and_says_why(server, tmp_pa
     assert here.problems() == [] and len(here.evaluated) == 4
     assert "waiting up to 60 s for it, because other folders may continue it" in here.lines[0]
     assert ["is back after" in line for line in here.lines[1:]] == [True]
+
+
+def test_a_database_that_hangs_is_said_and_given_up_in_time_and_ctrl_c_ends_the_wait(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(answer, "SLOW", 0.5)
+    here = There(server, "five", tmp_path, tmp_path)
+    patience = here.tracker.patience
+    with server.hanging():
+        threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,)).start()
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            here.study.trials()
+        assert time.monotonic() - start < 2.0
+        patience._given_up, patience.seconds = "", 1.5
+        with pytest.raises(TrackingError, match=r"got 'no answer' for \d s"):
+            here.study.trials()
+        assert time.monotonic() - start < 5.0
+    assert ["is away since" in line and "(no answer yet)" in line for line in here.lines] == [True]
+    assert [trial.number for trial in There(server, "five", tmp_path, tmp_path).run(2)] == [0, 1]

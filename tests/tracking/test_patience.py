@@ -17,6 +17,8 @@ from mlflow import MlflowClient
 from sqlalchemy.exc import OperationalError
 
 from qflow.core.errors import TrackingError
+from qflow.search import database
+from qflow.tracking import answer, connect
 from qflow.tracking.patience import Patience, Patient, is_away, leave_repeating_to_us
 
 
@@ -110,6 +112,34 @@ def test_a_run_whose_creation_lost_its_answer_is_not_created_twice(tracker, pati
 
     run = Patient(Losing(), "", patience).create_run(tracker.experiment_id, run_name="0", tags={"qflow.trial": "0"})
     assert [found.info.run_id for found in tracker._search("")] == [run.info.run_id]
+
+
+@pytest.fixture
+def silent():
+    """The port of a server that takes connections and never answers."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        yield server.getsockname()[1]
+
+
+def test_a_server_that_never_answers_is_said_and_given_up_in_time(silent, lines, monkeypatch):
+    monkeypatch.setattr(answer, "SLOW", 0.5)
+    leave_repeating_to_us()
+    uri, start = f"http://127.0.0.1:{silent}", time.monotonic()
+    with pytest.raises(TrackingError, match="timed out"):
+        Patient(MlflowClient(tracking_uri=uri), uri, Patience(1.0, lines.append)).get_run("1")
+    assert time.monotonic() - start < 3.0
+    assert len(lines) == 1 and "(no answer yet); waiting up to 1 s for it" in lines[0]
+
+
+def test_a_database_that_never_answers_is_refused_at_the_start(silent, tmp_path, monkeypatch):
+    pytest.importorskip("psycopg")
+    monkeypatch.setattr(connect, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(database, "ANSWER_SECONDS", 0.3)
+    uri = f"postgresql+psycopg://q@127.0.0.1:{silent}/x"
+    with pytest.raises(TrackingError, match="The tracking store must answer within 0 s, but got no answer from post"):
+        connect.open_store(uri, tmp_path)
+    with pytest.raises(TrackingError, match="The database of a search must answer within 0 s"):
+        database.open_study(uri, "one", ["minimize"])
 
 
 @contextmanager
