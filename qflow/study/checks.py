@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
 
@@ -20,6 +21,7 @@ from qflow.core.errors import ConfigError
 from qflow.core.limits import LARGEST_SEED, check_limits, check_shape, within
 from qflow.core.names import check_study_name
 from qflow.core.nearest import did_you_mean
+from qflow.core.store import sqlite_path
 from qflow.search.proposal import SAMPLERS
 from qflow.study.start_files import start_files
 
@@ -189,3 +191,15 @@ def _check_storage(config: DictConfig) -> None:
             f"A search that folders share has its runs in one store too, but got search.storage={masked(storage)} and "
             "no tracking.uri. Name it: tracking.uri=postgresql://HOST/NAME."
         )
+    if _place(storage) == _place(config.tracking.uri):
+        raise ConfigError(
+            "Searches and runs have a database each, as Optuna and MLflow keep tables of one name there, but got "
+            f"{masked(storage)} for both search.storage and tracking.uri. Name another database for one of them."
+        )
+
+
+def _place(url: str) -> object:
+    """Return what tells a database from another, whatever its driver and user."""
+    parts = urlsplit(url)
+    database = sqlite_path(url) or (parts.netloc.rpartition("@")[2], parts.path, parts.query)
+    return parts.scheme.partition("+")[0], database
