@@ -45,7 +45,7 @@ def run_command(name: str, act: Callable[[DictConfig], Result], argv: Sequence[s
     with only_json(json) as write:
         try:
             with interrupts():  # SIGTERM is an end like Ctrl-C: open runs are closed, and the exit code says it
-                code, record, problem = _answer(name, act, [word for word in arguments if word != "--json"])
+                code, record, problem = _answer(name, act, arguments)
             if problem and code != DEFECT:
                 print(f"qflow: {problem.line}", file=sys.stderr)
             if json:
@@ -72,14 +72,16 @@ def _answer(
             text = command_help(name, called(name))
             print(text)
             return 0, {"text": text}, None
+        words = [word for word in arguments if word != "--json"]
         shown = sys.stdout.isatty() and not any(word.startswith("-") for word in arguments)
         if shown:
             print(f"{name:<12} {named(name).summary or 'train the float weights of a task'}", flush=True)
         from qflow.config.compose import composed
-        from qflow.config.overrides import flags_and_sources
+        from qflow.config.overrides import flags_and_sources, require_values
 
+        require_values(words, json="--json" in arguments)
         acting = _saying_the_task(act) if shown else act
-        ended = composed(name, module_name(name), acting, flags_and_sources(name, arguments)) or 0
+        ended = composed(name, module_name(name), acting, flags_and_sources(name, words)) or 0
     except BrokenPipeError:
         raise
     except (KeyboardInterrupt, SystemExit, Exception) as error:

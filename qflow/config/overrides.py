@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,7 +26,11 @@ OPTIONS = (
     *("--help", "--hydra-help", "--cfg", "--resolve", "--version", "--info", "--multirun", "--run", "--package"),
     *("--config-dir", "--config-name", "--config-path", "--shell-completion", "--experimental-rerun"),
 )
-"""Hydra's own, each of which may be shortened."""
+"""Hydra's own, each of which may be shortened as far as it stays the only one."""
+SHORT = ("-h", "-c", "-r", "-p", "-m", "-sc", "-cp", "-cn", "-cd", "-i")
+"""Hydra's short forms."""
+SHOWN = ("job", "hydra", "all")
+"""What `--cfg` can print."""
 NAMED = re.compile(
     r"((?:search\.space\.)?(?:qconfig\.modules|qat\.rates)|search\.when|objective\.optimize)(?:\.(.+)|$)"
 )
@@ -79,7 +84,11 @@ def flags_and_sources(command: str, arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         if argument in known_switches:
             out.append(f"{known_switches[argument]}=true")
-        elif argument.startswith("--") and not any(known.startswith(argument.split("=")[0]) for known in OPTIONS):
+        elif re.match("-[a-zA-Z]", argument) and argument not in SHORT:
+            raise ConfigError(
+                f"A short option is one of {', '.join(SHORT)}, but got {argument}. --help names the others."
+            )
+        elif argument.startswith("--") and not _is_option(argument):
             options = [*known_switches, "--json", *OPTIONS]
             raise ConfigError(
                 f"An option is one of {', '.join(options)}, but got {argument}.{did_you_mean(argument, options)}"
@@ -91,6 +100,27 @@ def flags_and_sources(command: str, arguments: Sequence[str]) -> list[str]:
         else:
             out.append(argument)
     return [f"{takes}=[{','.join(map(quoted, words))}]", *out] if words else out
+
+
+def _is_option(argument: str) -> bool:
+    """Return whether an argument is a long option of Hydra, as argparse reads it, or the end of all options."""
+    name = argument.partition("=")[0]
+    return name in ("--", *OPTIONS) or sum(option.startswith(name) for option in OPTIONS) == 1
+
+
+def require_values(arguments: Sequence[str], json: bool) -> None:
+    """Raise ConfigError for an option without its value, and for a configuration that is printed as `json`."""
+    for argument, following in pairwise([*arguments, ""]):
+        name, is_set, value = argument.partition("=")
+        if name not in VALUED:
+            continue
+        value = value if is_set else following
+        shows = name in ("--cfg", "-c")
+        if not value or value.startswith("-") or (shows and value not in SHOWN):
+            kind = f"one of {', '.join(SHOWN)}" if shows else "a value"
+            raise ConfigError(f"{name} is followed by {kind}, but got {value!r}.")
+        if shows and json:
+            raise ConfigError(f"{name} prints YAML, but got --json with it. Leave --json out.")
 
 
 def options_first(arguments: Sequence[str]) -> list[str]:
