@@ -46,16 +46,15 @@ def watched(look: Callable[[FrameType | None], None]) -> Iterator[None]:
     """
 
     def tick(_signum: int, frame: FrameType | None) -> None:
-        try:
-            look(frame)
-        except BaseException:
-            signal.setitimer(signal.ITIMER_REAL, 0)  # one exception is enough
-            raise
+        look(frame)
 
     before = signal.signal(signal.SIGALRM, tick)
     timer = signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
     try:
-        yield
-    finally:
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:  # also of a tick in the lines above
         signal.setitimer(signal.ITIMER_REAL, *timer)
         signal.signal(signal.SIGALRM, before)
