@@ -32,6 +32,27 @@ class TemporaryFolder(tempfile.TemporaryDirectory[str]):
         weakref.finalize(self, os.close, _held(self.name))
 
 
+def folder_of(owner: object) -> Path:
+    """Make a folder that goes with an object, or with this process; a copy of either in a forked one leaves it alone."""
+    path, number = held_folder()
+    weakref.finalize(owner, _remove, path, number, os.getpid())
+    return path
+
+
+def held_folder() -> tuple[Path, int]:
+    """Make a folder in that of the system; return it with the number of its lock, and leave its end to the caller."""
+    place = Path(tempfile.gettempdir())
+    _tidy(place)
+    path = tempfile.mkdtemp(prefix=PREFIX, dir=place)
+    return Path(path), _held(path)
+
+
+def _remove(path: Path, number: int, process: int) -> None:
+    if os.getpid() == process:
+        shutil.rmtree(path, ignore_errors=True)
+    os.close(number)
+
+
 @cache
 def _tidy(place: Path) -> None:
     for path in left_over(place):

@@ -43,7 +43,7 @@ class Holder:
             os.chdir(asked["working"])  # paths of a configuration may be relative
         sys.path += [entry for entry in asked["path"] if entry not in sys.path and os.path.exists(entry)]
         contents = ray.get(list(files.values()))
-        self.folder = own_folder("qflow-worker-")
+        self.folder = own_folder()
         cache = self.folder / "cache"
         for name, content in zip(files, contents, strict=True):
             (cache / name).parent.mkdir(parents=True, exist_ok=True)

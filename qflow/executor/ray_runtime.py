@@ -78,7 +78,7 @@ class Runtime:
 
     def _begin(self, ray: Any) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to the makers of Ray
-        self._folder = own_folder("qflow-ray-")  # a short path: Ray's sockets lie in it
+        self._folder = own_folder()  # a short path: Ray's sockets lie in it
         try:
             ray.init(
                 address="local", num_cpus=self.cpus, include_dashboard=False, _temp_dir=str(self._folder), **_QUIET

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import TypeVar
 
 T = TypeVar("T")
-TICK = 0.5  # seconds between two looks at a call
+TICK = 0.25  # seconds between two looks at a call
 
 
 def answered(function: Callable[[], T], seconds: float) -> T:

@@ -159,7 +159,7 @@ class _Lease:
             yield
         finally:
             self._ended.set()
-            thread.join(1)  # longer only if the store hangs; a tag that it still writes names a process that is gone
+            thread.join(0.5)  # longer only if the store hangs; a tag that it still writes names a process that is gone
 
     def leave(self) -> None:
         """Remove the own tags."""

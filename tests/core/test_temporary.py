@@ -49,3 +49,20 @@ def test_a_folder_that_was_taken_for_left_over_is_made_again(tmp_path, monkeypat
     monkeypatch.setattr(temporary.os, "open", open_late)
     with TemporaryFolder(tmp_path) as folder:
         assert taken and Path(folder).is_dir()
+
+
+class Owner:
+    """What a folder goes with."""
+
+
+def test_a_folder_goes_with_its_owner_but_not_with_a_copy_of_it_in_another_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(temporary.tempfile, "gettempdir", lambda: str(tmp_path))
+    owner = Owner()
+    folder = temporary.folder_of(owner)
+    if not (child := os.fork()):
+        del owner
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert folder.is_dir() and list(left_over(tmp_path)) == []
+    del owner
+    assert not folder.exists()

@@ -12,14 +12,13 @@ import lzma
 import os
 import shutil
 import tarfile
-import tempfile
-import weakref
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from qflow.core.errors import DataError
+from qflow.core.temporary import folder_of
 from qflow.tasks.files.needs import needs
 
 PACKED: tuple[tuple[bytes, Callable[..., Any]], ...] = (
@@ -123,9 +122,7 @@ class Tar:
             begin = file.read(6)
         unpack = next((opened for magic, opened in PACKED if begin.startswith(magic)), None)
         if unpack is not None:
-            folder = tempfile.mkdtemp(prefix="qflow-")
-            weakref.finalize(self, _removed, folder, os.getpid())
-            self.path = Path(folder, "data.tar")
+            self.path = folder_of(self) / "data.tar"
             with unpack(path, "rb") as packed, self.path.open("wb") as plain:
                 shutil.copyfileobj(packed, plain)
         with tarfile.open(self.path, "r:") as archive:
@@ -193,8 +190,3 @@ def _below(names: Sequence[str]) -> dict[str, str]:
     """Names without the folders that all of them share -> the names in the archive."""
     shared = os.path.commonpath([os.path.dirname(name) for name in names]) if names else ""
     return {name[len(shared) :].lstrip("/"): name for name in names}
-
-
-def _removed(folder: str, process: int) -> None:
-    if os.getpid() == process:  # not in a worker, which got a copy of this object
-        shutil.rmtree(folder, ignore_errors=True)
