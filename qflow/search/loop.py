@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from optuna.exceptions import UpdateFinishedTrialError
+
 from qflow.process.interrupts import interrupts
 from qflow.search.attempt import Evaluate, Executor, Serial
 from qflow.search.domain import Values
@@ -85,6 +87,8 @@ def driving(
                 spool.close()
             if waiting(spool.folder):
                 say(f"{'kept':<12} {spool.kept()}, which the next start delivers")
+            if isinstance(error, UpdateFinishedTrialError):
+                still_owned()  # else it says who has ended the trial
             raise
         finally:
             runs.close()

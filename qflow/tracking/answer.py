@@ -1,7 +1,7 @@
 """The time that a store has for an answer, because a server may hang: it takes a call and never answers.
 
 An HTTP request has a timeout, which MLflow reads at every call. A call to a database has none: its driver waits in a
-loop that only a signal ends. so a timer looks four times a second what the main thread waits for.
+loop that only a signal ends. So a timer looks four times a second what the main thread waits for.
 """
 
 from __future__ import annotations

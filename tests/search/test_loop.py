@@ -454,3 +454,19 @@ def test_a_sampler_that_proposes_what_is_screened_gets_to_learn_where_it_is(harn
         for _ in range(12):
             assert driver.sample(screen=lambda params: "too dear" if params["int16_ratio"] > 0.01 else "")
     assert len(harness.evaluated) == 12
+
+
+def test_an_owner_that_was_overtaken_says_so_when_another_start_has_ended_its_trial(harness, store):
+    taken = []
+
+    def still_owned():
+        if taken:
+            raise TrackingError("The owner of a study commits to it.")
+
+    def checkpoint(step):
+        if step == "ended":
+            Harness(store).study.fail(0, "lost", "its process gave no sign of life")
+            taken.append(True)
+
+    with pytest.raises(TrackingError, match="commits to it"):
+        harness.run(1, owned=contextlib.nullcontext(still_owned), checkpoint=checkpoint)
