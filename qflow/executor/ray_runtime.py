@@ -17,6 +17,7 @@ from typing import Any
 
 from qflow.core.errors import ConfigError
 from qflow.executor.own_folder import own_folder
+from qflow.process.interrupts import Terminated
 
 ADDRESS = re.compile(r"auto|[A-Za-z0-9._-]{1,253}:\d{1,5}|\[[0-9a-fA-F:]{2,45}\]:\d{1,5}")
 REACHED = 5.0  # seconds in which the head of a cluster must answer; Ray itself would try for a minute and a half
@@ -121,13 +122,15 @@ def _line(error: BaseException) -> str:
 
 @contextmanager
 def _handlers_kept() -> Iterator[None]:
-    """Restore the handlers of Ctrl-C and SIGTERM, which Ray replaces by its own."""
+    """Restore the handlers of Ctrl-C and SIGTERM, which Ray replaces by its own: at SIGTERM it exits with code 15."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except SystemExit as error:
+        raise Terminated("SIGTERM") from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
