@@ -15,6 +15,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# A file is one process's, in the order of tests/conftest.py.
+TESTS = $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: tune test proofs quick check audit zoo gpu torch-matrix picture docs screenshots ui dashboard clean
 
@@ -22,13 +24,13 @@ tune: $(VENV)/.base
 	$(BIN)/python -m qflow.tune +experiment=int8_int16
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(TESTS)
 
 proofs: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m proof
+	$(TESTS) -m proof
 
 quick: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m 'not slow and not proof'
+	$(TESTS) -m 'not slow and not proof'
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

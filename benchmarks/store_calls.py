@@ -114,7 +114,7 @@ def at_each_call(folder: Path, disturb: Callable[[], None], every: int, stores: 
     calls = _count(empty, place, replace(stores, study=f"kill/count-{disturb.__name__}"))
     ends: collections.Counter[str] = collections.Counter()
     violations = []
-    for at in range(1, calls + 1, every):
+    for at in range(every, calls + 1, every):
         for after in (False, True):
             shutil.copytree(empty, place)
             injection = Injection(at, disturb, after)

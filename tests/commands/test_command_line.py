@@ -51,7 +51,7 @@ def test_a_mistyped_command_gets_one_line_and_code_2(line, tmp_path):
 
 
 def test_a_script_gets_one_document_for_a_result_and_for_a_mistake(tmp_path):
-    done = qflow("qflow", "cost", "--json", "task=digits", cwd=tmp_path)
+    done = qflow("qflow", "cost", "--json", "task=digits", "+task.model.epochs=0", cwd=tmp_path)
     found = document(done)
     assert (found["schema"], found["command"], found["error"]) == ("qflow.cost/2", "cost", None)
     assert found["meaning"] == COMMANDS["cost"].meaning(done.returncode)

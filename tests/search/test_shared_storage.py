@@ -38,7 +38,7 @@ def test_a_search_on_postgresql_that_is_killed_at_a_call_loses_nothing(server, t
     from benchmarks.store_calls import at_each_call, kill
 
     assert at_each_call(tmp_path, kill, 60, Stores(storage=server.url("search"))) == []
-    assert "4 rounds: {'killed': 4}" in capfd.readouterr().out
+    assert "2 rounds: {'killed': 2}" in capfd.readouterr().out
 
 
 class There(Harness):

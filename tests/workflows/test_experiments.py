@@ -59,8 +59,9 @@ def test_experiments_run_in_miniature(experiment, tmp_path):
 def test_a_mix_is_searched_on_the_real_task(tmp_path):
     """The built-in detector on 128 pictures: int8 misses the goal by night, int16 meets it, the mix costs less."""
     done = tune(
-        "+experiment=int8_int16", "+debug=tiny", "task.data.calibration_size=64", "+task.data.evaluation_size=128",
-        "task.float_metric=null", "calibration.steps=4", "search.enqueue=[{qconfig.int16_ratio: 0.1}]", cwd=tmp_path,
+        "+experiment=int8_int16", "+debug=tiny", "repair=none", "task.data.calibration_size=64",
+        "+task.data.evaluation_size=128", "task.float_metric=null", "calibration.steps=4",
+        "search.enqueue=[{qconfig.int16_ratio: 0.1}]", cwd=tmp_path,
     )  # fmt: skip
     drops = dict(re.findall(r"^(all-int16|all-int8) +0\.\d+ +([+-]0\.\d+)", done.stdout, re.MULTILINE))
     assert float(drops["all-int8"]) > 0.02 > float(drops["all-int16"])
@@ -80,7 +81,7 @@ def test_evaluations_are_a_budget_and_what_was_evaluated_before_is_free(tmp_path
         "task=dual",
         "repair=none",
         "+debug=tiny",
-        "search.n_trials=30",
+        "search.n_trials=5",
         "search.max_evaluations=3",
     ]
     done = tune(*arguments, cwd=tmp_path)
@@ -269,7 +270,7 @@ def test_a_mix_of_an_error_share_is_demoted(tmp_path):
     done = tune(
         "+experiment=int8_int16", "task=dual", "repair=none",
         "+debug=tiny", "search=error_share", "objective.max_drop=0.045", FREE_BOUNDARIES,
-        "objective.max_int16_mac_share=0.9", "search.enqueue=[{qconfig.error_share: 0.3}]", "search.n_trials=32",
+        "objective.max_int16_mac_share=0.9", "search.enqueue=[{qconfig.error_share: 0.3}]", "search.n_trials=16",
         "qat=dual", "qat.apply=after_search", "qat.steps=60", "search.rates=[1e-4]", "calibration.method=mse",
         cwd=tmp_path,
     )  # fmt: skip
