@@ -1,15 +1,11 @@
-"""The report of a real study: printed at its end, rendered again from the store alone, and after an interruption."""
+"""The report of a real study: printed at its end, and rendered again from the store alone."""
 
-import os
 import re
-import signal
-import subprocess
-import sys
 
 import pytest
 from report.test_page import charts_of
 from support.browser import CHROMIUM, browser, mlflow_ui, required
-from support.commands import OWN, OWN_CODE, UNREPAIRED, open_tracker, run_qflow
+from support.commands import OWN, open_tracker, run_qflow
 from support.documents import document
 
 pytestmark = pytest.mark.slow  # starts commands as processes of their own
@@ -63,21 +59,6 @@ def test_a_study_that_does_not_exist_is_one_line(studied):
     folder, _ = studied
     done = run_qflow("report", "study=nope", "tracking.experiment=own", cwd=folder)
     assert done.returncode == 2 and "A report is of a study in the store, but got nope" in done.stderr
-
-
-def test_an_interrupted_study_has_a_report_of_what_it_measured(tmp_path):
-    env = {**os.environ, "PYTHONPATH": f"{OWN_CODE}:{os.environ.get('PYTHONPATH', '')}", "QFLOW_HOME": ""}
-    command = [sys.executable, "-m", "qflow.tune", *UNREPAIRED, "search.n_trials=40"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("trial 2 "):
-            process.send_signal(signal.SIGINT)
-    assert process.wait(120) == 130, "".join(lines)
-    assert f"report      {tmp_path / PLACE}\n" in lines
-    page = (tmp_path / PLACE).read_text()
-    assert "(the study has not ended)" in page and "<b>all-int16</b>" in page
 
 
 @pytest.mark.skipif(not CHROMIUM and not required(), reason="no chromium here; CI installs one and never skips")

@@ -157,9 +157,9 @@ def test_debug_shows_the_traceback(tmp_path):
 
 def test_interrupted_or_killed_the_study_goes_on(tmp_path):
     """Ctrl-C after some trials, in an interpreter of its own, then SIGKILL, then to the end: nothing is lost, nothing
-    runs twice.
+    runs twice, and what was interrupted has a report.
     """
-    study = [*UNREPAIRED, "search.n_trials=12"]
+    study = [*UNREPAIRED, "search.n_trials=7"]
     seen = _interrupted(study, tmp_path)
     killed = run_qflow("tune", *study, cwd=tmp_path, killed_after="trial 4")
     assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
@@ -167,7 +167,7 @@ def test_interrupted_or_killed_the_study_goes_on(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     runs = open_tracker(tmp_path).trial_runs("own/int8_int16")
     finished = [number for _, number, status, _ in runs if status == "FINISHED"]
-    assert len(finished) == len(set(finished)) == 12
+    assert len(finished) == len(set(finished)) == 7
     assert not any(status == "RUNNING" for _, _, status, _ in runs)
     seen += re.findall(r"^trial (\d+)", killed.stdout + done.stdout, re.MULTILINE)
     assert set(map(int, seen)) <= {number for _, number, *_ in runs}
@@ -194,6 +194,9 @@ def _interrupted(study, folder):
     found = document(subprocess.CompletedProcess(process.args, 130, out, err))
     assert found["error"]["type"] == "Interrupted"
     assert found["result"]["trials"] > 2 and found["result"]["study"] == "own/int8_int16"
+    page = folder / "qflow_out/studies/own/int8_int16/report.html"
+    assert f"report      {page}\n" in shown + err
+    assert "(the study has not ended)" in page.read_text() and "<b>all-int16</b>" in page.read_text()
     return re.findall(r"^trial (\d+)", shown + err, re.MULTILINE)
 
 

@@ -87,22 +87,28 @@ def test_a_missed_goal_comes_with_what_was_tried_and_what_was_not(tmp_path):
     assert rest.endswith("fp16 operators (+experiment=full); training (qat=<yours> qat.apply=after_search)")
 
 
-def test_a_miss_by_one_sample_is_called_that(tmp_path):
+@pytest.fixture(scope="module")
+def one_sample_apart(tmp_path_factory):
+    """A study whose goal is met by far, and one whose goal its all-int8 misses by one sample; folder and both goals."""
+    folder = tmp_path_factory.mktemp("peak")
     arguments = ["+experiment=int8", *PEAK, "search.space.calibration.method=null", "search.n_trials=2"]
-    first = run_qflow("tune", *arguments, "study=peak/first", cwd=tmp_path)
-    drop = float(re.search(r"^all-int8: drop \+(\S+)", "\n".join(decisions(first)), re.MULTILINE)[1])
+    met = run_qflow("tune", *arguments, "objective.max_drop=0.9", cwd=folder)
+    drop = float(re.search(r"^all-int8: drop \+(\S+)", "\n".join(decisions(met)), re.MULTILINE)[1])
     assert drop * 64 == pytest.approx(round(drop * 64), abs=0.01)  # the metric counts samples
-    done = run_qflow("tune", *arguments, f"objective.max_drop={drop - 0.01:.4f}", cwd=tmp_path)
-    assert "which is 1 of 64 samples: evaluate on more before you rely on it" in done.stdout, done.stdout
-    assert "samples: evaluate" not in first.stdout
+    goal = round(drop - 0.01, 4)
+    return folder, (met, 0.9), (run_qflow("tune", *arguments, f"objective.max_drop={goal}", "study=peak/none", cwd=folder), goal)
 
 
-def test_the_goal_line_gives_the_margin_and_its_noise_paired_by_sample(tmp_path):
-    arguments = ["+experiment=int8", *PEAK, "search.space.calibration.method=null", "search.n_trials=2"]
-    met = run_qflow("tune", *arguments, "objective.max_drop=0.9", cwd=tmp_path)
-    missed = run_qflow("tune", *arguments, "objective.max_drop=0", "study=peak/none", cwd=tmp_path)
-    tracker = MlflowTracker.open(None, tmp_path / "qflow_out", "peak")
-    for done, study, verdict, goal in ((met, "peak/int8", "met", 0.9), (missed, "peak/none", "missed", 0.0)):
+def test_a_miss_by_one_sample_is_called_that(one_sample_apart):
+    _, (met, _), (missed, _) = one_sample_apart
+    assert "which is 1 of 64 samples: evaluate on more before you rely on it" in missed.stdout, missed.stdout
+    assert "samples: evaluate" not in met.stdout
+
+
+def test_the_goal_line_gives_the_margin_and_its_noise_paired_by_sample(one_sample_apart, tmp_path):
+    folder, *studies = one_sample_apart
+    tracker = MlflowTracker.open(None, folder / "qflow_out", "peak")
+    for (done, goal), study, verdict in zip(studies, ("peak/int8", "peak/none"), ("met", "missed"), strict=True):
         line = rf"^goal .*: {verdict} by (\S+), noise (\S+) \(two standard errors, paired by sample\)"
         by, noise = map(float, re.search(line, done.stdout, re.MULTILINE).groups())
         runs = tracker.find_study(study), re.search(r"^qconfig .* run (\w+)", done.stdout, re.MULTILINE)[1]
