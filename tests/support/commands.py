@@ -6,6 +6,7 @@ signals) is tested on real ones in commands/test_tune.py.
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -55,6 +56,7 @@ def run_qflow(name, *arguments, cwd, killed_after="", **env):
 
 
 def _run(name, arguments, cwd, env, files, folder):
+    gc.freeze()  # else each collection goes through all that the server has loaded, and its pages are copied
     for number, file in enumerate(files, 1):
         with file.open("wb") as stream:
             os.dup2(stream.fileno(), number)
