@@ -153,7 +153,7 @@ def test_what_training_reached_is_not_taken_for_fp16_at_the_next_start(tmp_path)
     arguments = [
         "+experiment=int16_fp16", "task=dual", "repair=none",
         "+debug=tiny", "qat=dual", "qat.apply=after_search", "qat.steps=60",
-        "search.n_trials=30", "search.rates=[1e-5]",
+        "search.n_trials=16", "search.rates=[1e-5]",
     ]  # fmt: skip
     first, second = (tune(*arguments, cwd=tmp_path) for _ in range(2))
     decisions = [re.findall(r"^decision .*", done.stdout, re.MULTILINE) for done in (first, second)]
