@@ -118,6 +118,6 @@ def require_known(config: DictConfig, name: str) -> None:
     """Raise ConfigError for keys that are not in the schema; `+key=value` would add them without an error."""
     try:
         unresolved = OmegaConf.create(OmegaConf.to_container(config, resolve=False))  # plain containers, without schema
-        OmegaConf.merge(OmegaConf.structured(SCHEMAS[name]), unresolved)
+        OmegaConf.unsafe_merge(OmegaConf.structured(SCHEMAS[name]), unresolved)  # both are made for this alone
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error, name)) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from qflow.core.settings import CalibrationSettings, QatSettings, QConfigSetting
 from qflow.search.domain import Scalar
 from qflow.tracking.patience import Patience
 
+SEARCHABLE = ("calibration", "qconfig", "qat", "repair")
+"""Groups that make up the settings of a trial, so that a search may vary their keys."""
 MODULES = "qconfig.modules"
 MAPPINGS = (MODULES, "qat.rates")
 """Mappings whose keys name the user's modules; the rest of a dotted key is one such name."""
@@ -30,7 +32,7 @@ MAPPINGS = (MODULES, "qat.rates")
 def trial_settings(config: DictConfig, params: Mapping[str, Scalar] | None = None) -> TrialSettings:
     """Return the settings of one trial: the configuration with `params` of the search. Raises ConfigError."""
     changed = with_params(config, params) if params else config
-    plain = {k: OmegaConf.to_container(changed[k], resolve=True) for k in ("calibration", "qconfig", "qat", "repair")}
+    plain = {k: OmegaConf.to_container(changed[k], resolve=True) for k in SEARCHABLE}
     return TrialSettings(
         calibration=CalibrationSettings(**plain["calibration"]),  # type: ignore[arg-type]
         qconfig=QConfigSettings(**plain["qconfig"]),  # type: ignore[arg-type]
@@ -58,9 +60,9 @@ def with_params(config: DictConfig, params: Mapping[str, Scalar]) -> DictConfig:
     The value of `qconfig.modules` itself is a mapping, which is added to the configured one.
     If modules are searched or given, the longest names come first in `qconfig.modules`, because the first name that
     covers an operator decides, and a submodule must be able to differ from its parent. If the learning rate is, the
-    rates of single modules keep their ratio to it, as the guide asks. The device is not copied, only shared.
+    rates of single modules keep their ratio to it, as the guide asks. What no search changes is shared.
     """
-    changed = _copied(config)
+    changed = _copied(config, {*SEARCHABLE, *(key.split(".")[0] for key in params)})
     for key, value in {**_kept_ratios(config, params), **params}.items():
         try:
             if mapping := MODULES if key == MODULES else owner(key):
@@ -94,10 +96,10 @@ class ConfigAt:
         return self._last
 
 
-def _copied(config: DictConfig) -> DictConfig:
-    """Return a copy that shares the device: no search changes it, and its rules and prices are most of the nodes."""
-    device = config.get("device")
-    return copy.deepcopy(config, {id(device): device})
+def _copied(config: DictConfig, groups: Collection[str]) -> DictConfig:
+    """Return a copy of these groups, which shares the others: the device alone has more nodes than they have."""
+    others = [node for key in config if key not in groups and (node := config._get_node(key)) is not None]
+    return copy.deepcopy(config, {id(node): node for node in others})
 
 
 def _kept_ratios(config: DictConfig, params: Mapping[str, Scalar]) -> dict[str, Scalar]:

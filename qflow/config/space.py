@@ -24,12 +24,11 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSw
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from qflow.config.settings import current, owner, trial_settings
+from qflow.config.settings import SEARCHABLE, current, owner, trial_settings
 from qflow.core.errors import ConfigError
 from qflow.core.settings import QConfigSettings
 from qflow.search.domain import Choice, Condition, Domain, Interval, Range, Scalar, applies, parents_first
 
-SEARCHABLE = ("calibration", "qconfig", "qat", "repair")
 NOT_SEARCHED = ("qat.loss", "qat.optimizer", "qat.scheduler")  # these are built once for all trials
 Conditions = dict[str, tuple[Condition, ...]]
 
