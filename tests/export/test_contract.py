@@ -39,7 +39,7 @@ LONG = {
     ("perception", "torch"), ("bottlenecks", "torch"), ("point_pillars", "torch"), ("siamese_tracker", "torch"),
     ("dual", "onnx"),
 }  # fmt: skip
-"""Proofs: torch.export takes these too for the target onnx, and the program is run for the other models."""
+"""Proofs. What torch.export makes of these models the target onnx has too, and other models have both targets."""
 REFUSED = {("hmct", "temporal")}
 """Target and model that do not go together: the target says so in one line."""
 
@@ -155,7 +155,8 @@ READ = {
 
 
 def marks(name, target):
-    return [pytest.mark.slow] * (name in OTHERS) + [pytest.mark.proof] * ((name, target) in LONG)
+    slow, long = name in OTHERS or (name, target) == ("perception", "onnx"), (name, target) in LONG
+    return [mark for mark, holds in ((pytest.mark.slow, slow), (pytest.mark.proof, long)) if holds]
 
 
 @pytest.mark.parametrize(
