@@ -134,7 +134,11 @@ def test_where_no_mix_gives_finite_outputs_the_study_ends_with_a_miss(tmp_path):
 
 @pytest.mark.parametrize(
     ("search", "more"),
-    [("ratio", []), ("assign", []), ("int16_ratio", ["search.enqueue=[{qconfig.int16_ratio: 0.9}]", *FIXED])],
+    [
+        ("ratio", []),
+        ("assign", []),
+        pytest.param("int16_ratio", ["search.enqueue=[{qconfig.int16_ratio: 0.9}]", *FIXED], marks=pytest.mark.proof),
+    ],
 )
 def test_no_operator_is_kept_at_int16_that_the_goal_does_not_need(search, more, tmp_path):
     """Whatever proposed it: the ranking puts operators first that the metric does not see."""

@@ -42,7 +42,7 @@ def test_the_weight_alone_is_why_all_int16_misses():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("search", ["assign", "ratio", "error_share"])
+@pytest.mark.parametrize("search", ["assign", "ratio", pytest.param("error_share", marks=pytest.mark.proof)])
 def test_the_tree_reaches_int16_weights_and_promote_rebuilds_them(search, tmp_path):
     done = run_qflow("tune", "+experiment=full", f"search={search}", *TASK, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -77,7 +77,7 @@ MILD = ["task.data._target_=support.dark_channel.MildData", "+task.model.most=15
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workflow", ["int16_fp16", "int8_int16_fp16"])
+@pytest.mark.parametrize("workflow", [pytest.param("int16_fp16", marks=pytest.mark.proof), "int8_int16_fp16"])
 def test_the_branches_with_fp16_try_int16_weights_first(workflow, tmp_path):
     done = run_qflow("tune", f"+experiment={workflow}", *TASK, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
