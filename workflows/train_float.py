@@ -8,6 +8,7 @@ a cosine. It is repeatable for a given seed and thread count. In an installed wh
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -112,7 +113,7 @@ def train_float(config: DictConfig) -> Result:
     loss = get_function(config.training.loss, "training.loss")
     settings = {key: value for key, value in plain(config.training).items() if key not in ("loss", "output")}
     train(task.model, task.data, loss, task.metric, **settings)
-    output = Path(config.training.output).expanduser().resolve()
+    output = Path(os.path.expanduser(config.training.output)).resolve()
     save_file(task.model.state_dict(), output)
     print(f"weights     {output}")
     return 0, {"written": str(output)}

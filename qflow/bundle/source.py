@@ -175,4 +175,4 @@ def _temporary() -> tuple[Any, Path]:
 
 
 def _root() -> Path:
-    return Path(os.environ.get("QFLOW_HOME") or "qflow_out").expanduser().resolve()
+    return Path(os.path.expanduser(os.environ.get("QFLOW_HOME") or "qflow_out")).resolve()

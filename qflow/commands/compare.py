@@ -10,6 +10,7 @@ Exit code 0: compared; 1: with --check, something differs; 2: a mistake in the c
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -50,7 +51,7 @@ def compare(config: DictConfig) -> Result:
     found = [comparison.compare(sides[0], other) for other in sides[1:]]
     for one in found:
         print_comparison(one)
-    out = Path(config.out).expanduser().absolute() if config.out is not None else None
+    out = Path(os.path.expanduser(config.out)).absolute() if config.out is not None else None
     if out is not None:
         from qflow.study.comparison_page import write_page
 
@@ -101,7 +102,7 @@ def sides_of(sources: Sequence[str], stored: Callable[[str], Side]) -> list[Side
     sides = []
     for text, one in zip(sources, found, strict=True):
         if one is None:
-            one, imported = side_of_file(Path(text).expanduser(), against)
+            one, imported = side_of_file(Path(os.path.expanduser(text)), against)
             for note in notes(imported):
                 print(f"{'file':<12}{note}")
         sides.append(one)

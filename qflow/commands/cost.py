@@ -9,6 +9,7 @@ reason is printed); 2: a mistake in the command line or configuration.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -177,7 +178,7 @@ def fit(config: DictConfig) -> Result:
         print(f"{name:<24}{found.errors(how)}")
     fitted = found.apply(cost_of(config.device))
     print(cost_section(fitted), end="")
-    out = Path(config.out).expanduser().absolute() if config.out is not None else None
+    out = Path(os.path.expanduser(config.out)).absolute() if config.out is not None else None
     if out is not None:
         write_cost(fitted, out, rules_of(config.device))
         print(f"{'written':<24}{config.out}")

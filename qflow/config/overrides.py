@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -50,7 +51,7 @@ def own_files(arguments: Sequence[str], folders: ExitStack) -> list[str]:
     out, places = [], own_conf(arguments)
     for argument in arguments:
         key, _, value = argument.partition("=")
-        path = Path(value).expanduser()
+        path = Path(os.path.expanduser(value))
         if key != "device" or path.suffix not in (".yaml", ".yml"):
             out.append(argument)
             continue

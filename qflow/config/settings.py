@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -143,15 +144,15 @@ def root_dir(config: DictConfig) -> Path:
 
     Raises ConfigError if it cannot be created.
     """
-    given = Path(config.root or "qflow_out")
-    with suppress(RuntimeError):  # a folder may be called ~x where no user x has a home
-        given = given.expanduser()
+    given = Path(os.path.expanduser(config.root or "qflow_out"))  # ~x stays where no user x has a home
     try:
         root = given.resolve()
+        str(root).encode()  # stores keep it as text
         root.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError, ValueError) as error:  # a circle of links is a RuntimeError up to Python 3.12
         why = getattr(error, "strerror", None) or ("Symlink loop" if isinstance(error, RuntimeError) else error)
-        raise ConfigError(f"root is a folder that can be written, but got {given}: {why}. Name another.") from error
+        shown = ascii(str(given)) if isinstance(error, UnicodeEncodeError) else given
+        raise ConfigError(f"root is a folder that can be written, but got {shown}: {why}. Name another.") from error
     return root
 
 

@@ -22,11 +22,13 @@ DRIVERS = {
 def missing_driver(error: BaseException) -> str:
     """Return the line for a driver of a store that is not installed; "" for any other exception."""
     name = (getattr(error, "name", None) or "").partition(".")[0]
-    if not isinstance(error, ModuleNotFoundError) or name not in DRIVERS:
-        return ""
-    return (
-        f"A store is reached through its driver, but got none called {name}. Install it: pip install {DRIVERS[name]}."
-    )
+    return no_driver(name) if isinstance(error, ModuleNotFoundError) and name in DRIVERS else ""
+
+
+def no_driver(name: str) -> str:
+    """Return the line for a driver that is not installed, by the name that is imported."""
+    package = DRIVERS.get(name, name)
+    return f"A store is reached through its driver, but got none called {name}. Install it: pip install {package}."
 
 
 def folder_of(package: str) -> Path:

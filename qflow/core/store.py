@@ -43,6 +43,17 @@ def sqlite_url(path: Path) -> str:
     return f"{SQLITE}{text}" if quoted == text else f"{SQLITE_QUOTED}{quoted}"
 
 
+def check_sqlite(url: str, key: str) -> None:
+    """Raise TrackingError for a SQLite URL that names no file, or goes through another driver than Python's own."""
+    if not url.startswith("sqlite"):
+        return
+    file = sqlite_path(url)
+    if file is None or not file.name or file.name.startswith(":memory:") or file.is_dir():
+        raise TrackingError(
+            f"A SQLite store is a file, as in sqlite:///FILE, but got {url}. Name one: {key}=sqlite:///mine.db."
+        )
+
+
 def sqlite_path(url: str) -> Path | None:
     """Return the absolute path of a SQLite URL; None for another kind of store."""
     scheme = next((s for s in (SQLITE, SQLITE_QUOTED) if url.startswith(s)), None)

@@ -33,7 +33,7 @@ class TemporaryFolder(tempfile.TemporaryDirectory[str]):
 
 
 def folder_of(owner: object) -> Path:
-    """Make a folder that goes with an object, or with this process; a copy of either in a forked one leaves it alone."""
+    """Make a folder that goes with an object or with this process; a copy of either in a forked one leaves it alone."""
     path, number = held_folder()
     weakref.finalize(owner, _remove, path, number, os.getpid())
     return path

@@ -7,6 +7,7 @@ export), `.csv` (names.csv, nodes.csv of an export, which say what the names in 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +95,7 @@ def read_mix_by_names(path: str | Path, operators: Sequence[str]) -> Imported:
 
 
 def _contents(paths: Sequence[str | Path]) -> tuple[list[Path], list[Content]]:
-    files = [Path(path).expanduser() for path in paths]
+    files = [Path(os.path.expanduser(path)) for path in paths]
     if not 0 < len(files) <= MOST_FILES:
         raise ConfigError(
             f"A mix is read from 1 to {MOST_FILES} files, but got {len(files)}. Name those that it needs."
@@ -173,7 +174,7 @@ def read_sensitivity_file(path: str | Path, prepared: QuantizedModel, sample: An
 
     Raises ConfigError, in one line, for another file, and for one that names no operator of the model.
     """
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     value = load(file)
     if not is_table(value):
         raise ImportFileError(f"A sensitivity table is a list of rows, but got another value in {file.name}.")

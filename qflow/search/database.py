@@ -12,8 +12,8 @@ from sqlalchemy import create_engine, inspect
 
 from qflow.core.credentials import masked
 from qflow.core.errors import QflowError, TrackingError
-from qflow.core.installed import missing_driver
-from qflow.core.store import build_aside, sqlite_path, sqlite_url
+from qflow.core.installed import missing_driver, no_driver
+from qflow.core.store import build_aside, check_sqlite, sqlite_path, sqlite_url
 from qflow.process.hanging import answered
 
 LOCK_TIMEOUT = 60  # seconds that a statement waits while another process writes
@@ -60,6 +60,7 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
 
     Raises TrackingError, before anything is written, if it does not answer or holds the tables of another program.
     """
+    check_sqlite(url, "search.storage")
     file = sqlite_path(url)
     if file is None or file.exists():
         _require_own(url)
@@ -70,7 +71,10 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
 
 
 def _require_own(url: str) -> None:
-    engine = create_engine(url)
+    try:
+        engine = create_engine(url)
+    except ModuleNotFoundError as error:
+        raise TrackingError(no_driver(str(error.name))) from error
     try:
         tables = answered(lambda: set(inspect(engine).get_table_names()), ANSWER_SECONDS)
     except TimeoutError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ def start_files(config: DictConfig) -> list[Path]:
     paths = given if isinstance(given, list) else [given]
     if not paths or not all(isinstance(path, str) and path for path in paths):
         raise ConfigError(f"{RULE}, but got {given!a:.80}. Name it: search.start=qconfig_dtypes.pt.")
-    files = [Path(path).expanduser() for path in paths]
+    files = [Path(os.path.expanduser(path)) for path in paths]
     for file in files:
         require_file(file, RULE)
     return files

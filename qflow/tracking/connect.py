@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, cast
 
 from qflow.core.credentials import masked
 from qflow.core.errors import TrackingError
-from qflow.core.installed import missing_driver
-from qflow.core.store import build_aside, sqlite_path, sqlite_url
+from qflow.core.installed import missing_driver, no_driver
+from qflow.core.store import build_aside, check_sqlite, sqlite_path, sqlite_url
 from qflow.process.hanging import answered
 from qflow.tracking.patience import Patience, Patient, leave_repeating_to_us
 
@@ -60,6 +60,7 @@ def open_store(
             f"Runs are kept in a database or on a server, but got {masked(uri)}: MLflow has retired the file "
             f"store. Leave tracking.uri empty, or name sqlite:///FILE or http://HOST:PORT."
         )
+    check_sqlite(uri, "tracking.uri")
     if scheme in ("http", "https"):
         _require_answer(uri)
     _quiet_import()
@@ -112,7 +113,10 @@ def _require_own(uri: str) -> None:
     """
     from sqlalchemy import create_engine, inspect
 
-    engine = create_engine(uri)
+    try:
+        engine = create_engine(uri)
+    except ModuleNotFoundError as error:
+        raise TrackingError(no_driver(str(error.name))) from error
     try:
         tables = answered(lambda: set(inspect(engine).get_table_names()), ANSWER_SECONDS)
     except TimeoutError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class Annotations:
 
 def read(path: str | Path, root: str | Path = "") -> Annotations:
     """Read a COCO annotation file, whose pictures lie in `root`. Raises DataError, which names the file, else."""
-    content = _content(Path(path).expanduser())
+    content = _content(Path(os.path.expanduser(path)))
     try:
         categories = {int(c["id"]): str(c["name"]) for c in content["categories"]}
         images = {image["id"]: image for image in content["images"]}
@@ -89,7 +90,7 @@ def _picture(
             raise ValueError(f"the unknown category {annotation['category_id']!r}")
     size = (int(image["width"]), int(image["height"])) if "width" in image and "height" in image else None
     return Picture(
-        file=str(root.expanduser() / image["file_name"]),
+        file=str(Path(os.path.expanduser(root)) / image["file_name"]),
         size=size,
         boxes=boxes,
         categories=[int(a["category_id"]) for a in annotations],

@@ -50,7 +50,7 @@ def source_of(root: str | None, key: str = "task.data.root") -> Source:
     rule = f"{key} is a folder, a .zip or a .tar"
     if root is None:
         raise DataError(f"{rule}, but got none. Set {key}=<folder>.")
-    path = Path(root).expanduser()
+    path = Path(os.path.expanduser(root))
     if path.is_dir():
         return Saved(path) if any((path / name).is_file() for name in OF_DATASETS) else Folder(path)
     if not path.is_file():
