@@ -26,6 +26,7 @@ from qflow.core.text_file import require_file
 from qflow.core.version import VERSION
 from qflow.search.carried import check_study, restore_study, study_names, study_record, taken, withdraw_study
 from qflow.search.outcome import Marker
+from qflow.search.spool import spool_of, waiting
 from qflow.study.find import one_study
 from qflow.tracking.artifacts import Store
 from qflow.tracking.carried import (
@@ -63,12 +64,17 @@ def pack(
     `searches` is the Optuna storage, by default that of `root`.
 
     Raises TrackingError for an unknown study, for several of this name, or one with a running trial; BundleError for a
-    file that exists.
+    file that exists, or results that the store does not hold yet.
     """
     if os.path.lexists(path):  # a link that leads nowhere is somebody's too
         raise BundleError(f"A bundle is a new file, but got {path}, which exists. Name another.")
     store = Store.open(uri, root, patience)
     experiment, run = one_study(store, study, experiment, "A bundled study is in the store")
+    if kept := waiting(spool_of(root, study)):
+        raise BundleError(
+            f"A bundle holds all results of a study, but got {len(kept)} that wait in {kept[0].parent} to be delivered "
+            "to the store. Start its qflow.tune, which delivers them."
+        )
     records = run_records(store, run)
     searched = any(int(record["tags"]["qflow.trial"]) >= 0 for record in records[1:])  # not only trials by hand
     searches = searches or root

@@ -15,6 +15,7 @@ from qflow.core.errors import BundleError, QflowError, TrackingError
 from qflow.core.record import digest
 from qflow.search.carried import study_names, study_record
 from qflow.search.reconcile import check_invariants
+from qflow.search.spool import Record, Spool, spool_of
 from qflow.study.archive import pack, unpack
 from qflow.study.start import open_session
 from qflow.tracking.carried import unfinished
@@ -91,6 +92,18 @@ def test_a_study_that_exists_is_not_overwritten(packed):
         pack(None, folder, STUDY, folder / "study.zip")
     with pytest.raises(TrackingError, match="A bundled study is in the store, but got other, unknown in"):
         pack(None, folder, "other", folder / "other.zip")
+
+
+def test_a_study_whose_results_wait_for_the_store_is_no_bundle_yet(packed):
+    folder, run = packed
+    spool = Spool(spool_of(folder, STUDY), STUDY, tracker_of(folder), True, lambda: None)
+    spool.keep(Record(run, 0, "all-int8", "{}", "FINISHED"))
+    try:
+        with pytest.raises(BundleError, match=r"got 1 that wait in .*spool/digits%2Fint8_int16 to be delivered"):
+            pack(None, folder, STUDY, folder / "half.zip")
+        assert not (folder / "half.zip").exists()
+    finally:
+        shutil.rmtree(folder / "spool")
 
 
 def changed(source, target, change):
