@@ -3,13 +3,18 @@
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from support.harness import Harness, outcome
+from support.workers import make
 
 from qflow.core.errors import TrialError
+from qflow.executor.pool import Pool
+from qflow.executor.processes import Processes
 from qflow.search.attempt import attempt
 from qflow.search.loop import driving
+from qflow.search.outcome import Marker
 
 pytestmark = pytest.mark.slow  # real stores on disk
 
@@ -87,3 +92,30 @@ def test_independent_points_are_measured_at_once_while_the_budget_has_room(store
         told = [(t.number, t.params["int16_ratio"]) for t in [*driver.trials, *driver.failed.values()]]
         assert sorted(told) == [(0, 0.7), (1, 0.2), (2, 0.45), (3, 0.8)]  # the third fails, so a further one begins
     assert harness.problems() == []
+
+
+class InProcesses:
+    """Evaluates trials in worker processes, each for `seconds`."""
+
+    def __init__(self, workers, seconds):
+        self.workers, self.seconds = workers, seconds
+        self.pool = Pool(Processes(make, {"start": 0}), workers)
+
+    def submit(self, params, folder):
+        job = self.pool.submit({"seconds": self.seconds})
+        return SimpleNamespace(result=lambda: job.result() and Marker(outcome(params), "", self.seconds))
+
+    def close(self):
+        self.pool.close()
+
+
+def test_a_timeout_begins_no_further_trial_and_keeps_those_that_run(store):
+    harness, ends = Harness(store), []
+    executor = InProcesses(2, 0.4)
+    warm = [executor.pool.submit({}) for _ in range(2)]  # the start of workers is no part of a trial's time
+    assert [job.result()["sum"] for job in warm] == [0, 0]
+    began = time.monotonic()
+    trials = harness.run(100, executor=executor, timeout=0.6, on_trial=lambda trial: ends.append(time.monotonic()))
+    assert 0.6 < ends[-1] - began < 0.6 + 0.4 + 1.0  # one trial's time, and what a slow machine adds
+    assert [trial.number for trial in trials] == list(range(len(trials))) and 2 <= len(trials) <= 4
+    assert harness.problems() == [] and all(trial.state == "complete" for trial in harness.study.trials())
