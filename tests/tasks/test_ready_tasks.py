@@ -4,6 +4,7 @@ import html
 import importlib
 import importlib.util
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from qflow.bundle.targets import BUILT_IN
 from qflow.config.keys import conf_dir
 from qflow.core.errors import ConfigError, DataError, ModelError
 from qflow.study.find import one_study
-from qflow.tasks.images import onnx_data, timm_models, torchvision_models, transformers_models
+from qflow.tasks.images import hub, onnx_data, timm_models, torchvision_models, transformers_models
 from qflow.tasks.images.samples import decoded
 from qflow.tasks.task import batches, make_task
 from qflow.tracking.artifacts import Store
@@ -131,6 +132,21 @@ def test_models_of_transformers_run_with_their_processor_on_a_saved_data_set(tmp
     assert qflow.prepare(model, next(batches(task, "evaluation", 2))[0][0]).graph.nodes[0].name == "quant[pixel_values]"
     with pytest.raises(ConfigError, match="or a folder, but got"):
         transformers_models.build_model(name=str(tmp_path / "none"), pretrained=False)
+
+
+@pytest.mark.skipif(not installed("transformers"), reason="needs the extra huggingface")
+@pytest.mark.slow
+def test_a_hub_that_does_not_answer_costs_no_minute(monkeypatch, capsys):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(hub, "getproxies", dict)
+    began = time.monotonic()
+    with pytest.raises(ModelError, match="are in the cache or can be downloaded, but got"):
+        transformers_models.build_model(name="nobody/none")
+    assert time.monotonic() - began < hub.REACHED + 10.0  # imports transformers
+    assert capsys.readouterr().err.splitlines()[0] == "weights      nobody/none: from the cache, or downloaded"
+    assert constants.HF_HUB_OFFLINE is False
 
 
 def onnx_file(path, names=("image", "speed.1")):

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from torch import nn
 
 from qflow.core.errors import ConfigError, ModelError
+from qflow.process.hanging import answered
 
 OTHERWISE = "Name a file, task.model.weights=<file>, or take random ones, task.model.pretrained=false."
 LOGGERS = ("huggingface_hub", "timm", "transformers", "torch.hub")
+REACHED = 5.0  # seconds in which the hub must answer; its client would try for most of a minute, without a word
 
 
 def from_hub(
@@ -27,7 +36,8 @@ def from_hub(
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)  # the client prints each of its tries
     try:
-        model: nn.Module = build().eval()
+        with _cache_alone_without_network(name, download):
+            model: nn.Module = build().eval()
     except (ConfigError, ModelError):
         raise
     except Exception as error:  # libraries and the hub's client raise many types
@@ -41,3 +51,31 @@ def from_hub(
         for logger, level in loggers.items():
             logger.setLevel(level)
     return model
+
+
+@contextmanager
+def _cache_alone_without_network(name: str, download: bool) -> Iterator[None]:
+    """Say that weights are loaded; let the client of the hub take them from its cache alone if the hub is away."""
+    client: Any = sys.modules.get("huggingface_hub.constants")  # it is imported by timm and by transformers
+    if os.path.isdir(name):
+        yield
+        return
+    if download and multiprocessing.parent_process() is None:  # a worker loads what its driver has loaded
+        print(f"{'weights':<12} {name}: from the cache, or downloaded", file=sys.stderr, flush=True)
+    if client is None or client.HF_HUB_OFFLINE or getproxies() or _reached(client.ENDPOINT):
+        yield
+        return
+    client.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        client.HF_HUB_OFFLINE = False
+
+
+def _reached(address: str) -> bool:
+    parts = urlsplit(address)
+    place = (parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443))
+    with suppress(OSError, UnicodeError):
+        answered(lambda: socket.create_connection(place, REACHED).close(), REACHED)
+        return True
+    return False
