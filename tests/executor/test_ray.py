@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.workers import make_writing, running
+from support.workers import make_meeting, make_writing, running
 
 from qflow.core.errors import ConfigError, TrialError
 from qflow.executor.pool import Pool
@@ -56,6 +56,27 @@ def test_a_cluster_that_does_not_answer_or_has_no_room_is_named_at_once(monkeypa
     RayNodes(make_writing, {}, Runtime(), cpus=4, gpus=0.5).open()
     with pytest.raises(ConfigError, match="8 CPUs .* and 1 GPUs .* but got at most 16 CPUs and 1 GPUs a node"):
         RayNodes(make_writing, {}, Runtime(), cpus=8, gpus=1).open()
+
+
+@pytest.mark.proof
+def test_trials_share_a_gpu_by_their_part_of_it(tmp_path):
+    """Ray is told of a GPU, which need not be there: it places by what it is told."""
+    import ray
+
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        for gpus, at_once in ((0.5, True), (1.0, False)):
+            pool = Pool(RayNodes(make_meeting, {}, Runtime(), gpus=gpus), workers=2)
+            tasks = [
+                {"here": here, "there": there, "seconds": 60 if at_once else 2}
+                for here, there in ((one, two), (two, one))
+            ]
+            jobs = [pool.submit(task) for task in tasks]
+            assert [job.result() for job in jobs] == [{"met": at_once, "gpus": "0"}] * 2
+            pool.close()
+    finally:
+        ray.shutdown()
 
 
 def test_a_study_on_two_nodes_ends_alike_when_one_is_lost(tmp_path):

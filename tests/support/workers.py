@@ -43,3 +43,18 @@ def make_writing(shared):
         return {**handle(task), "cache": shared["cache"]}
 
     return written
+
+
+def make_meeting(shared):
+    """Workers whose tasks wait for each other, and say whether they met and which GPUs CUDA would show them."""
+
+    def met(task):
+        here, there, end = Path(task["here"]), Path(task["there"]), time.monotonic() + task["seconds"]
+        here.touch()
+        while not (found := there.exists()) and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.2)  # the other one looks a hundred times a second
+        here.unlink()
+        return {"met": found, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}
+
+    return met
