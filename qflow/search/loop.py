@@ -76,22 +76,31 @@ def driving(
             for trial in driver.trials:
                 if trial.number in recovered:
                     on_trial(trial)
-            yield driver
+            with _naming_the_other(still_owned):
+                yield driver
             spool.deliver(wait=True)
         except BaseException as error:
             driver.stop()
-            stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
             with suppress(Exception):  # what stays open here, the next start reconciles
                 still_owned()
+                stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
                 reconcile(study, tracker, spool, ending=INTERRUPTED if stopped else LOST)
                 spool.close()
             if waiting(spool.folder):
                 say(f"{'kept':<12} {spool.kept()}, which the next start delivers")
-            if isinstance(error, UpdateFinishedTrialError):
-                still_owned()  # else it says who has ended the trial
             raise
         finally:
             runs.close()
+
+
+@contextmanager
+def _naming_the_other(still_owned: Callable[[], None]) -> Iterator[None]:
+    """Let `still_owned` say who has the study now if another start has ended a trial of this one."""
+    try:
+        yield
+    except UpdateFinishedTrialError:
+        still_owned()
+        raise
 
 
 def _opened(study: Study, tracker: Tracker, spool: Spool, open_run: Callable[[], str] | None) -> list[int]:
