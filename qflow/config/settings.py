@@ -6,7 +6,6 @@ import copy
 import math
 import os
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
