@@ -21,7 +21,11 @@ _STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
 
 def read_json(folder: Path, name: str) -> Any:
     """Return the value in a JSON file. Raises BundleError if it is too large, nested too deep, or no strict JSON."""
-    data = _bytes(folder, name)
+    return parse_json(_bytes(folder, name), name)
+
+
+def parse_json(data: bytes, name: str) -> Any:
+    """Return the value in a JSON text. Raises BundleError if it is nested too deep, or no strict JSON."""
     depth = 0
     for token in _STRUCTURE.finditer(data):
         depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token.group(), 0)

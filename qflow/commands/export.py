@@ -119,7 +119,7 @@ def default_source(store: Store, config: DictConfig) -> str:
     Raises TrackingError if there is neither.
     """
     from qflow.core.credentials import masked
-    from qflow.study.find import one_study
+    from qflow.study.find import best_run, one_study
     from qflow.tracking.limits import model_name
 
     unresolved: Any = OmegaConf.to_container(config, resolve=False)
@@ -131,7 +131,7 @@ def default_source(store: Store, config: DictConfig) -> str:
     experiment = stated_experiment(config)
     if store.studies(config.study, experiment):
         _, run = one_study(store, config.study, experiment, "A study is in the store")
-        if best := store.run(run)[0].get("qflow.best"):
+        if best := best_run(store, run):
             return f"runs:/{best}"
     raise TrackingError(
         f"By default the champion is exported, or the best trial of a study, but got neither {name}@{alias} nor a best "

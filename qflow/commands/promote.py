@@ -8,7 +8,6 @@ reason; only ACCEPT registers. What is registered are the rebuilt files.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qflow.config.command import Result, run_command
 from qflow.config.settings import patience, plain, root_dir
-from qflow.core.errors import ConfigError, PromotionError
+from qflow.core.errors import ConfigError, PromotionError, QflowError
 from qflow.core.temporary import TemporaryFolder
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def promote(config: DictConfig) -> Result:
     store = Store.open(config.tracking.uri, root_dir(config), patience(config))
     if config.rollback:
         return roll_back(store, config)
-    run_id = config.run or best_run(store, config.study, config.tracking.experiment)
+    run_id = config.run or to_promote(store, config.study, config.tracking.experiment)
     trial = of_run(store, run_id)
     name = model_name(stated or trial.config.tracking.registered_model)
     alias = config.tracking.alias or trial.config.tracking.alias
@@ -106,18 +105,17 @@ def require_used(config: DictConfig) -> None:
         )
 
 
-def best_run(store: Store, study: str, experiment: str | None) -> str:
-    """Run id of the study's best trial. Raises TrackingError for an unknown study, PromotionError without one."""
-    from qflow.study.find import one_study
+def to_promote(store: Store, study: str, experiment: str | None) -> str:
+    """Return the run of a study's best trial. Raises TrackingError for an unknown study, PromotionError without one."""
+    from qflow.study.find import best_run, one_study
 
     _, run_id = one_study(store, study, experiment, "A study must exist to be promoted")
-    tags, _, _ = store.run(run_id)
-    if not tags.get("qflow.best"):
-        why = "missed its goal" if tags.get("qflow.goal") == "missed" else "has not ended yet"
+    if (best := best_run(store, run_id)) is None:
+        why = "missed its goal" if store.run(run_id)[0].get("qflow.goal") == "missed" else "has not ended yet"
         raise PromotionError(
             f"A study is promoted by its best trial, but {study} {why}. Tune further, or name run=<id>."
         )
-    return tags["qflow.best"]
+    return best
 
 
 @dataclass
@@ -181,6 +179,7 @@ def judge(
     print(f"{'rebuild':<12}the trial, from its run and your code", flush=True)
     rebuilt = rebuild(trial, folder / "files", allow=config.security.allow, logged=logged)
     verdict, result, evaluator = Verdict(anomalous=list(rebuilt.differences)), rebuilt.result, rebuilt.evaluator
+    verdict.notes += rebuilt.notes
     if result is None:
         return verdict, None
     accuracy = f"accuracy/{evaluator.task.metric_name}"
@@ -284,12 +283,13 @@ def show_how_to_load(config: DictConfig, trial: StoredTrial, store: Store, sourc
 
 
 def _judged(version: Version) -> Judged | None:
+    from qflow.bundle.bounded import parse_json
     from qflow.core.record import from_dict
     from qflow.study.gate import Judged
 
     try:
-        return from_dict(Judged, json.loads(version.tags[JUDGED]))
-    except (KeyError, ValueError, TypeError):
+        return from_dict(Judged, parse_json(version.tags.get(JUDGED, "").encode(), JUDGED))
+    except QflowError:
         return None
 
 

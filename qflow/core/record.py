@@ -69,7 +69,7 @@ def sha256(path: Path) -> str:
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
-    """Build the record `cls` from the result of `plain`. Raises QflowError for unknown or missing keys."""
+    """Build the record `cls` from the result of `plain`. Raises QflowError for other keys, or values of other types."""
     if not isinstance(data, Mapping):
         raise QflowError(f"{cls.__name__} is built from a mapping, but got {type(data).__name__}.")
     hints = typing.get_type_hints(cls)
@@ -84,7 +84,23 @@ def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
     ]
     if missing:
         raise QflowError(f"{cls.__name__} needs the keys {missing}, but got {sorted(data)}.")
-    return cls(**{name: _convert(hints[name], data[name]) for name in fields if name in data})
+    return cls(**{name: _checked(f"{cls.__name__}.{name}", hints[name], data[name]) for name in fields if name in data})
+
+
+def _checked(where: str, hint: Any, value: Any) -> Any:
+    try:
+        return _convert(hint, value)
+    except QflowError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+        raise QflowError(f"{where} is as a record holds it, but got {_short(value)}.") from error
+
+
+def _short(value: Any) -> str:
+    try:
+        return f"{value!r:.60}"
+    except ValueError:  # an integer of more digits than Python prints
+        return type(value).__name__
 
 
 def _convert(hint: Any, value: Any) -> Any:
@@ -92,7 +108,8 @@ def _convert(hint: Any, value: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
-        return _convert(next(a for a in args if a is not type(None)), value)
+        kinds = [kind for kind in args if kind is not type(None)]
+        return value if type(value) in kinds else _convert(kinds[0], value)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_dict(hint, value)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
@@ -105,6 +122,8 @@ def _convert(hint: Any, value: Any) -> Any:
         return [_convert(args[0], v) for v in value]
     if origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
         return {k: _convert(args[1], v) for k, v in value.items()}
-    if hint is float and isinstance(value, (int, str)):
+    if hint is float and (type(value) is int or value in ("inf", "-inf")):
         return float(value)
+    if isinstance(hint, type) and hint in (str, int, bool, float) and type(value) is not hint:
+        raise TypeError(f"no {hint.__name__}")
     return value

@@ -39,6 +39,21 @@ def one_study(store: Store, study: str, experiment: str | None, rule: str) -> tu
     return next(iter(found.items()))
 
 
+def best_run(store: Store, study_run: str) -> str | None:
+    """Return the run of the best trial that a study names, or None. Raises TrackingError if it is another study's."""
+    study = store.run(study_run)[0]
+    best = study.get("qflow.best")
+    if not best:
+        return None
+    trial = store.run(best)[0]
+    if trial.get("mlflow.parentRunId") != study_run or trial.get("qflow.study") != study.get("qflow.study"):
+        raise TrackingError(
+            f"The best trial of a study is one of its own, but got run {best!r:.50} of another. Name the run that you "
+            "mean by its id."
+        )
+    return best
+
+
 def registered_place(store: Store, config: DictConfig) -> tuple[str, str]:
     """Return registered model and alias: as `config` states them, else those that its run or study was started with."""
     model, alias = config.tracking.registered_model, config.tracking.alias

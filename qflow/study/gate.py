@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -64,6 +65,12 @@ class Judged:
     latency_ms: float
     data: str
     """Digest of calibration and evaluation data: metrics on other data say nothing."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.metric) and math.isfinite(self.latency_ms)):
+            raise ConfigError(
+                f"A version is judged by finite numbers, but got {self.metric}, {self.latency_ms} ms. Promote it again."
+            )
 
 
 @dataclass
@@ -158,16 +165,20 @@ def broken_rules(rules: Rules, task: Task, before: Scores, after: Scores) -> lis
             raise ConfigError(
                 "gate.max_class_drop needs data.sample_classes(batch), a class for each sample, but got none. Add it."
             )
-        worst, loss = max(_class_drops(drops, after.classes).items(), key=lambda pair: pair[1])
-        if loss > limit:
+        worst, loss = max(_class_drops(drops, after.classes).items(), key=_worst)
+        if not loss <= limit:
             found.append(f"class {worst} loses {loss:.4g}, more than gate.max_class_drop {limit:g}")
-    if (limit := rules.max_sample_drop) is not None and max(drops) > limit:
-        at = drops.index(max(drops))
-        found.append(f"sample {at} loses {max(drops):.4g}, more than gate.max_sample_drop {limit:g}")
-    share = sum(drop > 0 for drop in drops) / max(len(drops), 1)
+    if (limit := rules.max_sample_drop) is not None and not all(drop <= limit for drop in drops):
+        at, most = max(enumerate(drops), key=_worst)
+        found.append(f"sample {at} loses {most:.4g}, more than gate.max_sample_drop {limit:g}")
+    share = sum(not drop <= 0 for drop in drops) / max(len(drops), 1)
     if (limit := rules.max_worse_share) is not None and share > limit:
         found.append(f"{share:.2%} of the samples are worse, more than gate.max_worse_share {limit:g}")
     return found
+
+
+def _worst(pair: tuple[Any, float]) -> float:
+    return math.inf if math.isnan(pair[1]) else pair[1]
 
 
 def _class_drops(drops: Sequence[float], classes: Sequence[Any]) -> dict[Any, float]:
@@ -181,9 +192,9 @@ def against_champion(rules: Rules, task: Task, now: Judged, champion: Judged) ->
     """Return in words why the champion should stay; empty if the new version may take its place."""
     worse, slower = task.drop(champion.metric, now.metric), now.latency_ms - champion.latency_ms
     found = []
-    if (limit := rules.max_worse_than_champion) is not None and worse > limit:
+    if (limit := rules.max_worse_than_champion) is not None and not worse <= limit:
         found.append(f"{task.metric_name} is {worse:.4g} worse than the champion's, more than {limit:g}")
-    if (limit := rules.max_slower_than_champion_ms) is not None and slower > limit:
+    if (limit := rules.max_slower_than_champion_ms) is not None and not slower <= limit:
         found.append(f"predicted latency is {slower:.4g} ms above the champion's, more than {limit:g}")
     if not rules.allow_dominated and worse >= 0 and slower >= 0 and (worse > 0 or slower > 0):
         found.append(

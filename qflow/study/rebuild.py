@@ -29,6 +29,7 @@ from qflow.study.checks import check_config
 from qflow.study.manifest import manifest
 from qflow.study.outcome import trial_metrics
 from qflow.tracking.limits import rounded
+from qflow.tracking.views import RANK
 from qflow.trial.evaluator import Evaluator
 from qflow.trial.record import TrialResult
 
@@ -49,6 +50,8 @@ class Rebuilt:
     """Metric -> (stored, rebuilt)."""
     differences: tuple[str, ...]
     """Every difference from what was stored, in words; empty if there is none."""
+    notes: tuple[str, ...] = ()
+    """What was not compared."""
 
 
 def rebuild(
@@ -91,7 +94,8 @@ def rebuild(
     write_trial(folder, result, config_yaml=text, manifest=now, sensitivities=trial.sensitivities)
     figures = _figures(result, evaluator, trial)
     found += _metrics(figures, trial, logged) + _scales(result, trial) + _files(folder, trial)
-    return Rebuilt(trial, evaluator, result, figures, tuple(found))
+    more, notes = _more_metrics(figures, trial, logged or {})
+    return Rebuilt(trial, evaluator, result, figures, (*found, *more), notes)
 
 
 def _differing_qconfigs(name: str, ours: QConfig, stored: QConfig) -> list[str]:
@@ -140,6 +144,22 @@ def _metrics(
     if STOPPED in trial.tags:
         found.append(f"the trial ended early ({trial.tags[STOPPED]}): its metric is a bound, not a measurement")
     return found
+
+
+def _more_metrics(
+    figures: Mapping[str, tuple[float | None, float]], trial: StoredTrial, logged: Mapping[str, float]
+) -> tuple[list[str], tuple[str, ...]]:
+    """Return the differences and the notes for metrics of the run that the result of the trial has not.
+
+    Users may add figures of their own to a run, as of a board; these are noted. Those that are named as qflow's, or are
+    no finite numbers, are differences.
+    """
+    groups = {name.partition("/")[0] for name in figures}
+    more = sorted(logged.keys() - trial.metrics.keys() - {RANK})
+    own = [name for name in more if name.partition("/")[0] in groups or not math.isfinite(logged[name])]
+    found = [f"{name} of the run is {logged[name]:.6g}, its result has none" for name in own]
+    others = [name for name in more if name not in own]
+    return found, (f"not of the trial's result, and not compared: {', '.join(others)}",) if others else ()
 
 
 def _scales(result: TrialResult, trial: StoredTrial) -> list[str]:

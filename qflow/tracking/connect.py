@@ -117,6 +117,10 @@ def _require_own(uri: str) -> None:
         engine = create_engine(uri)
     except ModuleNotFoundError as error:
         raise TrackingError(no_driver(str(error.name))) from error
+    except ValueError:  # its text may hold a part of the password
+        raise TrackingError(
+            f"The address of a database has a number as port, but got {masked(uri)}. Correct tracking.uri."
+        ) from None
     try:
         tables = answered(lambda: set(inspect(engine).get_table_names()), ANSWER_SECONDS)
     except TimeoutError as error:

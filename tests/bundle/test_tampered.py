@@ -5,6 +5,7 @@ whole run, digest and tags included, and try to have code of their choice run, o
 """
 
 import json
+import math
 import os
 import shutil
 
@@ -204,11 +205,17 @@ def log_nan(stored):
     stored.store.client.log_metric(stored.run, "cost/latency_ms", float("nan"), step=10**6)
 
 
+def log_more(name, value):
+    return lambda stored: stored.store.client.log_metric(stored.run, name, value)
+
+
 WRONG = {
     "scales": (change_scales, "the calibrated scales differ from those of the run at conv1"),
     "a metric": (change_metric, "accuracy/drop was logged as"),
     "weights": (lambda s: flip(s.files / "qconfig" / "weights.safetensors"), "weights.safetensors differs"),
     "the cost": (lambda s: s.edit("cost.json", "[", "[ "), "cost.json differs"),
+    "one more on the run": (log_more("cost/board_ms", 1.0), "cost/board_ms of the run is 1, its result has none"),
+    "NaN as one more": (log_more("my/note", math.nan), "my/note of the run is nan, its result has none"),
     "NaN on the run": (log_nan, "cost/latency_ms of the run is nan"),
 }
 

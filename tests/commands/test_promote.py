@@ -1,6 +1,7 @@
 """What promote judges, registers, takes back and leaves to another promotion; how the registered model is used."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -17,13 +18,14 @@ from support.documents import fits
 from support.stored import store_trial, uri_of
 
 import qflow
-from qflow.commands.promote import Promotion, promote
+from qflow.commands.promote import Promotion, against, promote
 from qflow.core.errors import ConfigError, PromotionError, TrackingError
 from qflow.study.gate import Judged, Rules, Scores, against_champion, broken_rules, stricter
 from qflow.study.rebuild import differing_parts
+from qflow.study.verdict import Verdict
 from qflow.tracking.artifacts import Store
 from qflow.tracking.mlflow_tracker import MlflowTracker
-from qflow.tracking.registry import champion
+from qflow.tracking.registry import Version, champion
 
 
 def test_a_rebuild_asks_for_the_report_of_the_run():
@@ -82,6 +84,26 @@ def test_a_version_that_the_champion_dominates_is_rejected(digits_task):
     assert "0.5 ms above the champion's, more than 0.2" in reasons(0.95, 2.5, max_slower_than_champion_ms=0.2)[0]
 
 
+UNUSABLE = ['{"data":"d","latency_ms":NaN,"metric":NaN}', '{"data":"d","latency_ms":"inf","metric":0.5}', "[" * 10_000,
+            '{"data":"d","latency_ms":1' + "0" * 400 + ',"metric":0.5}', "[1]", "", "x"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", UNUSABLE, ids=range(len(UNUSABLE)))
+def test_what_a_champion_is_known_by_is_data_and_no_number_that_is_missing_wins(text, digits_task):
+    champion = Version(1, "run", {"qflow.judged": text})
+    for rules, word in ((Rules(), "ACCEPT"), (Rules(max_worse_than_champion=0.0), "REJECT")):
+        verdict = Verdict()
+        against(verdict, champion, Judged(0.5, 1.0, "d"), rules, digits_task)
+        assert verdict.word == word
+        assert "judged on other data or not at all" in [*verdict.notes, *verdict.rejected][0]
+
+
+def test_a_sample_without_a_number_breaks_the_rules_on_samples(digits_task):
+    before, after = Scores(1.0, (1.0, 1.0), ("a", "b")), Scores(1.0, (1.0, math.nan), ("a", "b"))
+    for rule in ("max_sample_drop", "max_class_drop", "max_worse_share"):
+        assert len(broken_rules(Rules(**{rule: 0.4}), digits_task, before, after)) == 1
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
@@ -113,8 +135,11 @@ def test_a_run_is_registered_and_taken_back(stored, capsys):
     folder, int8, int16 = stored
     with pytest.raises(TrackingError, match="but got first in digits, other. Add tracking.experiment=digits"):
         run(folder, "study=first")
+    Store.open(uri_of(folder), folder).client.log_metric(int8, "board/latency_ms", 1.5)
     assert run(folder, "study=first", "tracking.experiment=digits", "dry_run=true") == 0
-    assert "nothing is registered" in capsys.readouterr().out and alias(folder, "digits") is None
+    out = capsys.readouterr().out
+    assert "nothing is registered" in out and alias(folder, "digits") is None
+    assert "note        not of the trial's result, and not compared: board/latency_ms" in out
     assert run(folder, "study=first", "tracking.experiment=digits") == 0
     out = capsys.readouterr().out
     assert "verdict     ACCEPT" in out and "digits version 1, alias champion moved" in out
@@ -142,6 +167,19 @@ def test_a_run_is_registered_and_taken_back(stored, capsys):
     version = Store.open(uri_of(folder), folder).client.get_model_version("digits", "3")
     assert version.tags["qflow.rolled_back"] and version.tags["qflow.run"] == int16 == version.run_id
     assert "Before it: version 1." in version.description and json.loads(version.tags["qflow.judged"])["latency_ms"]
+
+
+@pytest.mark.slow
+def test_a_study_has_no_best_trial_of_another_study(stored):
+    folder, int8, int16 = stored
+    store = Store.open(uri_of(folder), folder)
+    study = store.studies("second")["digits"]
+    store.client.set_tag(study, "qflow.best", int8)
+    try:
+        with pytest.raises(TrackingError, match="best trial of a study is one of its own, but got run .* of another"):
+            run(folder, "study=second")
+    finally:
+        store.client.set_tag(study, "qflow.best", int16)
 
 
 @pytest.mark.slow

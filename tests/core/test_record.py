@@ -62,3 +62,34 @@ def test_unknown_and_missing_keys_are_named():
 
 def test_the_order_of_keys_does_not_change_a_digest():
     assert digest({"a": 1, "b": 2.0}) == digest({"b": 2.0, "a": 1})
+
+
+@dataclass(frozen=True)
+class Held:
+    number: float = 1.0
+    count: int = 1
+    name: str = ""
+    sure: bool = False
+    dtype: QDtype | None = None
+    pair: tuple[float, float] = (0.0, 1.0)
+    values: tuple[int, ...] = ()
+    inside: Measured = Measured(1.0)
+
+
+OTHERS = {
+    "number": (10**400, -(10**4000), "1", "nan", None, True, [1.0], {}),
+    "count": (1.0, "1", None, True),
+    "name": (1, None, ["a"]),
+    "sure": (1, "true", None),
+    "dtype": ("int9", 8, []),
+    "pair": ((1.0,), (1.0, 2.0, 3.0), 5, None),
+    "values": (7, None, ("a",), {"a": 1}),
+    "inside": (1.0, [], {"value": "much"}),
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in OTHERS.items() for value in values])
+def test_a_value_of_another_type_is_refused_in_one_line(key, value):
+    with pytest.raises(QflowError) as raised:
+        from_dict(Held, {key: value})
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 200
