@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qflow.config.command_schema import TuneSchema
 from qflow.config.explain import explain
-from qflow.core.credentials import masked
+from qflow.core.credentials import masked_values
 from qflow.core.errors import ConfigError
 from qflow.core.repair_settings import RepairSettings
 from qflow.core.settings import CalibrationSettings, QatSettings, QConfigSettings, SensitivitySettings, TrialSettings
@@ -161,7 +161,9 @@ def resolved_yaml(config: DictConfig) -> str:
     The order of the keys is kept, because the first name in `qconfig.modules` that covers an operator decides.
     Passwords in addresses are hidden: a run says where it was kept, and whoever reads it has an account of their own.
     """
-    return masked(OmegaConf.to_yaml(config, resolve=True))
+    values = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    hidden = masked_values(values)
+    return OmegaConf.to_yaml(config if hidden == values else OmegaConf.create(hidden), resolve=True)
 
 
 def plain(config: Any) -> Any:

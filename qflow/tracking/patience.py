@@ -255,7 +255,7 @@ def _interrupted() -> bool:
 def _words(error: Exception) -> str:
     """Return what is wrong in a few words: the innermost cause, which is the one that names it."""
     inner = [cause for cause in _causes(error) if _says_away(cause)][-1]
-    return masked(" ".join(str(inner).split())[:120]) or type(inner).__name__
+    return masked(" ".join(str(inner).split()))[:120] or type(inner).__name__
 
 
 def _to_stderr(text: str) -> None:

@@ -16,9 +16,10 @@ import zlib
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 from qflow.core import record
+from qflow.core.credentials import masked, without_user
 from qflow.core.errors import TrackingError
 
 if TYPE_CHECKING:
@@ -94,8 +95,7 @@ def ui_host(uri: str) -> str:
     """Return where the UI of a store is: at the server, or where `mlflow ui` puts it."""
     if not uri.startswith(("http://", "https://")):
         return LOCAL_UI
-    parts = urlsplit(uri)  # names and passwords in it must not stand in addresses that are printed and stored
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return masked(without_user(uri))  # it is printed and stored
 
 
 def view_state(
