@@ -50,6 +50,7 @@ BUILT_IN = frozenset(
     )
 )
 NOT_THE_USERS = ("qflow", "torch", "numpy", "hydra", "omegaconf", "mlflow", "optuna")
+_PREFIX = re.compile(r"^[^/\\:]*:|::|:/")
 _TORCH = re.compile(r"torch\.(optim|optim\.lr_scheduler|nn)\.[A-Za-z]\w*")
 
 
@@ -118,18 +119,22 @@ def _refused(name: str, place: str, home: str) -> BundleError:
 def _check_paths(name: str, paths: Iterable[str], packages: tuple[str, ...]) -> None:
     if not _within(name, packages) and (odd := sorted(paths)):
         raise BundleError(
-            f"A run names files in the working folder alone, but got {odd[0]:.80} for {name}. If it is yours, allow "
+            f"A run names files in the working folder alone, but got {odd[0]!r:.80} for {name}. If it is yours, allow "
             f"it: {_ways(name)}."
         )
 
 
 def _outside(arguments: Mapping[str, Any]) -> Iterator[str]:
-    """The texts in the arguments that are absolute paths, lead to a parent folder, or to another machine."""
+    """The texts in the arguments that some library reads as a place outside of the working folder.
+
+    These are absolute paths, those of a parent or home folder, and all with a prefix before a colon: a drive, an
+    address, or the source of a hub (`hf-hub:`, `local-dir:`). Libraries leave out blanks and control characters.
+    """
     for text in texts(arguments):
-        for path in (PurePosixPath(text), PureWindowsPath(text)):
-            if path.anchor or ".." in path.parts or text.startswith("~"):
-                yield text
-                break
+        plain = "".join(c for c in text if c.isprintable() and not c.isspace())
+        paths = (PurePosixPath(plain), PureWindowsPath(plain))
+        if _PREFIX.search(plain) or plain.startswith("~") or any(p.anchor or ".." in p.parts for p in paths):
+            yield text
 
 
 def way_out(name: str) -> str:

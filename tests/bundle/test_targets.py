@@ -57,7 +57,15 @@ def test_what_must_be_allowed_is_the_users_package_or_one_function_of_a_library(
             check_targets(named(name, f"{name.rpartition('.')[0]}.other"), allowed)
 
 
-@pytest.mark.parametrize("path", ["/dev/zero", "../x.onnx", "a/../../x", "~/x", r"C:\x.onnx", r"\\host\x", "//host/x"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/dev/zero", "../x.onnx", "a/../../x", "~/x", r"C:\x.onnx", r"\\h\x", "//host/x", " /x", "\t~root/x",
+        ".\n./x", "a/b::x",
+        r"..\x", "c:x", "local-dir:x", "Local-Dir:/x", "loc\tal-dir:/x", " hf-hub:a/b", "hf_hub:a/b", "file:x",
+        "HTTPS://host/x", "s3://b/x", "zip::x",
+    ],
+)  # fmt: skip
 def test_a_path_outside_of_the_working_folder_is_the_callers_or_refused(path):
     config = {"task": {"model": {"_target_": ONNX, "path": path}}}
     with pytest.raises(BundleError, match="files in the working folder alone") as refused:
@@ -69,3 +77,12 @@ def test_a_path_outside_of_the_working_folder_is_the_callers_or_refused(path):
     with pytest.raises(BundleError, match="files in the working folder alone"):
         check_targets(config, own={"task": {"model": {"_target_": ONNX, "path": "x.onnx"}}})
     check_targets({"task": {"model": {"_target_": ONNX, "path": "models/x.onnx"}}})
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18.a1_in1k", "google/vit-base", "IMAGENET1K_V1", "data/a..b/x.npz", "a b/c.zip"]
+)
+def test_a_model_of_a_hub_and_a_file_below_the_working_folder_need_no_permission(name):
+    config = {"task": {"model": {"_target_": "qflow.tasks.images.timm_models.build_model", "name": name}}}
+    check_targets(config)
+    assert own_packages(config) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from qflow.tasks.images.samples import Fit, ImageFiles
 
 FILES = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 """Arguments of timm.create_model that name files."""
+_LOCAL = re.compile(r"\s*local[-_]dir\s*:", re.IGNORECASE)  # timm's prefix for a folder, in any case
 
 
 def build_model(
@@ -25,7 +27,7 @@ def build_model(
     """
     with needs("timm"):
         import timm
-    if odd := [text for text in (name or "", *sorted(more)) if text in FILES or text.startswith("local-dir:")]:
+    if odd := [text for text in (name or "", *sorted(more)) if text in FILES or _LOCAL.match(text)]:
         raise ConfigError(
             f"Weights from a file are task.model.weights, but got {odd[0]}. Set task.model.weights=<file>."
         )
