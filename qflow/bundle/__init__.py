@@ -3,4 +3,4 @@
 Nothing in these files decides what code runs (targets.py), and nothing is unpickled.
 """
 
-__all__ = ["bounded", "example", "files", "source", "stored", "targets", "write"]
+__all__ = ["bounded", "example", "files", "source", "stored", "targets", "texts", "write"]

@@ -11,6 +11,7 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig
 
 from qflow.bundle.files import LIMITS, MOST
+from qflow.bundle.texts import check_texts
 from qflow.config.settings import load_resolved
 from qflow.core.errors import BundleError
 
@@ -36,9 +37,12 @@ def parse_json(data: bytes, name: str) -> Any:
         raise _error(name, constant)
 
     try:
-        return json.loads(data, parse_constant=refuse)
+        value = json.loads(data, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise _error(name, f"no JSON ({' '.join(str(error).split())[:80]})") from error
+    if b"\\" in data or b"\x7f" in data or not data.isascii():  # large tables of numbers are not walked
+        check_texts(value, name)
+    return value
 
 
 def read_config(folder: Path) -> DictConfig:
@@ -57,6 +61,7 @@ def read_yaml_text(folder: Path, name: str) -> str:
         for event in yaml.parse(text, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 raise _error(name, "a YAML alias")
+            check_texts(getattr(event, "value", ""), name)
             if "${" in getattr(event, "value", ""):  # decoded: a quoted text may write $ as an escape
                 raise _error(name, "an interpolation, ${")
             if getattr(event, "tag", None):

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from qflow.analysis.measures.tables import SensitivityTable
+from qflow.bundle import texts
 from qflow.bundle.bounded import read_config, read_json
 from qflow.bundle.files import DIGEST, EXAMPLE, PROFILE, WEIGHTS, check_names, digests, files_digest, regular_files
 from qflow.config.settings import plain
@@ -100,6 +101,7 @@ def _read(
     metrics = {name: float(value) for name, value in marker.outcome.metrics.items()}
     if odd := [name for name, value in metrics.items() if math.isnan(value)]:
         raise BundleError(f"Metrics of {source} are numbers, but got NaN for {odd[0]}. Take another source.")
+    texts.check_names(plain(config), tags, metrics)
     record = "sensitivity_record.json" if "sensitivity_record.json" in files else ""
     scales = _mapping(read_json(folder, "qconfig/scales.json"), "scales.json")
     if digest(scales) != tags.get("qflow.scales"):

@@ -47,6 +47,7 @@ def main() -> None:
 def promote(config: DictConfig) -> Result:
     """Pick, rebuild, judge, register. Returns 0, or 1 with every reason printed, and the result for scripts."""
     from qflow.bundle.source import of_run
+    from qflow.study.find import place_of_run
     from qflow.study.gate import Rules, check_goal
     from qflow.tracking.artifacts import Store
     from qflow.tracking.limits import model_name
@@ -64,8 +65,7 @@ def promote(config: DictConfig) -> Result:
         return roll_back(store, config)
     run_id = config.run or to_promote(store, config.study, config.tracking.experiment)
     trial = of_run(store, run_id)
-    name = model_name(stated or trial.config.tracking.registered_model)
-    alias = config.tracking.alias or trial.config.tracking.alias
+    name, alias = place_of_run(store, config, trial.config, run_id)
     before, source = champion(store, name, alias), f"models:/{name}@{alias}"
     study = trial.tags.get("qflow.study", "?")
     print(f"{'run':<12}{run_id}, qconfig {trial.qconfig.digest}, of {study}, for {name}@{alias}")
@@ -204,13 +204,13 @@ def judge(
         verdict.infeasible += misses(only, {"accuracy/drop": drop}, " where qflow loads it")
     on_samples(verdict, rebuilt, loaded, again, goal, rules)
     judged = Judged(result.metric, result.cost.latency_ms, trial.manifest.get("data", ""))
-    against(verdict, before, judged, rules, evaluator.task)
+    against(verdict, before, judged, rules, evaluator.task, config.tracking.registered_model is not None)
     write_registered(folder / "model", loaded, folder / "bundle")
     return verdict, Promotion(rebuilt, folder / "model", files, judged)
 
 
-def against(verdict: Verdict, before: Version | None, judged: Judged, rules: Rules, task: Task) -> None:
-    """Judge against the present champion, if it was judged on the same data."""
+def against(verdict: Verdict, before: Version | None, judged: Judged, rules: Rules, task: Task, named: bool) -> None:
+    """Judge against the champion; one of other data is replaced only where the command has `named` its model."""
     from qflow.study.gate import against_champion
 
     if before is None:
@@ -222,6 +222,8 @@ def against(verdict: Verdict, before: Version | None, judged: Judged, rules: Rul
     asked = [n for n in ("max_worse_than_champion", "max_slower_than_champion_ms") if getattr(rules, n) is not None]
     if asked:
         verdict.rejected.append(f"{why}, so that gate.{asked[0]} cannot be judged. Set it to null to promote anyway")
+    elif not named:
+        verdict.rejected.append(f"{why}: name the model that you mean, tracking.registered_model=<name>")
     else:
         verdict.notes.append(why)
 

@@ -43,9 +43,9 @@ class PromoteTrackingSchema:
     experiment: str | None = None
     """null looks in all experiments."""
     registered_model: str | None = None
-    """null takes the name that the study was configured with."""
+    """null takes the name of the task; one that only the run states is refused."""
     alias: str | None = None
-    """null takes the alias that the study was configured with."""
+    """null takes champion; one that only the run states is refused."""
     patience: Annotated[float, AtLeast(0.0)] = 600.0
     """Seconds to wait for a store that goes away while the command runs; 0 does not wait."""
 

@@ -9,6 +9,9 @@ from qflow.core.errors import ConfigError
 
 NAME_BYTES = 200  # of a study's name in percent-encoding, so that it fits a file's name
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that no name has: they add lines to a terminal, change it, turn a line's direction, or are no text."""
+
 
 def check_study_name(name: str) -> None:
     """Raise ConfigError for a name with other characters than words, dots, dashes and slashes, or a too long one."""
@@ -22,6 +25,11 @@ def check_study_name(name: str) -> None:
             f"A study name has at most {NAME_BYTES} characters, where / counts 3 and one beyond ASCII up to 12, but "
             f"got {size}. Rename it: study={name[:12].rstrip('/')}."
         )
+
+
+def shown_name(name: str) -> str:
+    """Return a name from a store as a line shows it: with its control characters written out."""
+    return ascii(name) if CONTROL.search(name) else name
 
 
 def trial_name(number: int, label: str) -> str:

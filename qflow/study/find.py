@@ -9,10 +9,14 @@ from omegaconf import DictConfig
 from qflow.bundle.bounded import read_config
 from qflow.config.quoting import assignment
 from qflow.core.credentials import masked
-from qflow.core.errors import TrackingError
+from qflow.core.errors import PromotionError, TrackingError
 from qflow.core.temporary import TemporaryFolder
 from qflow.tracking.artifacts import Store
 from qflow.tracking.limits import model_name
+from qflow.tracking.registry import champion
+
+CHAMPION = "champion"
+"""Alias of a command that names none."""
 
 
 def one_study(store: Store, study: str, experiment: str | None, rule: str) -> tuple[str, str]:
@@ -55,13 +59,31 @@ def best_run(store: Store, study_run: str) -> str | None:
 
 
 def registered_place(store: Store, config: DictConfig) -> tuple[str, str]:
-    """Return registered model and alias: as `config` states them, else those that its run or study was started with."""
-    model, alias = config.tracking.registered_model, config.tracking.alias
-    if model is not None:
-        return model_name(model), alias or "champion"
+    """Return registered model and alias for a rollback: as `config` states them, else as `place_of_run` does."""
+    if config.tracking.registered_model is not None:
+        return model_name(config.tracking.registered_model), config.tracking.alias or CHAMPION
     rule = "A study must exist to be rolled back"
     run = config.run or one_study(store, config.study, config.tracking.experiment, rule)[1]
     with TemporaryFolder() as folder:
         store.download(store.run(run)[2], ["config.yaml"], Path(folder))
-        started = read_config(Path(folder)).tracking
-    return model_name(started.registered_model), alias or started.alias
+        started = read_config(Path(folder))
+    return place_of_run(store, config, started)
+
+
+def place_of_run(store: Store, config: DictConfig, started: DictConfig, run_id: str = "") -> tuple[str, str]:
+    """Return registered model and alias: as `config` states them, else the name of the run's task and champion.
+
+    A run is data and moves no alias of its choice: PromotionError is raised if its own configuration `started` states
+    others, unless the alias is at the run `run_id` already.
+    """
+    stated, own = config.tracking, started.tracking
+    place = model_name(stated.registered_model or started.task.name), stated.alias or CHAMPION
+    of_run = model_name(stated.registered_model or own.registered_model), stated.alias or own.alias
+    if of_run != place and not (run_id and (now := champion(store, *of_run)) is not None and now.run_id == run_id):
+        keys = ("tracking.registered_model", "tracking.alias")
+        words = [assignment(key, of_run[i]) for i, key in enumerate(keys) if of_run[i] != place[i]]
+        raise PromotionError(
+            f"A command names the model that it registers, or {place[0]}@{place[1]} is meant, but got "
+            f"{of_run[0]}@{of_run[1]} from the run alone. If you mean it, add {' '.join(words)}."
+        )
+    return of_run

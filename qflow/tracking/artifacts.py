@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qflow.core.errors import TrackingError
+from qflow.core.names import shown_name
 from qflow.tracking import connect
 from qflow.tracking.limits import joined, runs_of
 from qflow.tracking.patience import Patience, Patient
@@ -53,7 +54,7 @@ class Store:
         """Return experiment -> run id of every study of this name, in all experiments or in the one that is named."""
         query = runs_of(name, "study")
         with self.calling() as client:
-            names = {e.experiment_id: str(e.name) for e in client.search_experiments()}
+            names = {e.experiment_id: shown_name(str(e.name)) for e in client.search_experiments()}
             places = [key for key, value in names.items() if experiment in (None, value)]
             runs = client.search_runs(places, query) if places else []
         return {names[run.info.experiment_id]: str(run.info.run_id) for run in reversed(runs)}
@@ -63,7 +64,7 @@ class Store:
         with self.calling() as client:
             places = [e.experiment_id for e in client.search_experiments()]
             runs = client.search_runs(places, "tags.`qflow.kind` = 'study'") if places else []
-        return {str(r.info.run_id): (str(r.data.tags["qflow.study"]), str(r.info.experiment_id)) for r in runs}
+        return {str(r.info.run_id): (shown_name(r.data.tags["qflow.study"]), str(r.info.experiment_id)) for r in runs}
 
     def run(self, run_id: str) -> tuple[dict[str, str], dict[str, float], str]:
         """Return tags, metrics and artifact address of a run. Raises TrackingError for one that does not exist."""

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 
 from qflow.core.errors import ConfigError, TrackingError
+from qflow.core.names import CONTROL
 from qflow.core.record import digest
 from qflow.core.stored_text import stored_text
 
@@ -47,10 +48,11 @@ def param_name(key: str) -> str:
 
 def check_experiment_name(name: str) -> None:
     """Raise ConfigError for an experiment's name that MLflow would refuse."""
-    if not 1 <= len(name) <= EXPERIMENT or stored_text(name) != name:
-        got = f"{len(name)}" if stored_text(name) == name else f"{name[:60]!a}"
+    odd = stored_text(name) != name or CONTROL.search(name)
+    if not 1 <= len(name) <= EXPERIMENT or odd:
+        got = f"{name[:60]!a}" if odd else f"{len(name)}"
         raise ConfigError(
-            f"tracking.experiment has 1 to {EXPERIMENT} characters that UTF-8 knows, but got {got}. Name one: "
+            f"tracking.experiment has 1 to {EXPERIMENT} characters that UTF-8 knows and a line shows, but got {got}. Name one: "
             "tracking.experiment=<name>."
         )
 
@@ -61,6 +63,11 @@ def model_name(name: str) -> str:
     if not clean.strip(" .-"):
         raise ConfigError(
             f"A registered model has a name with letters, but got {name!r}. Name it: tracking.registered_model=<name>."
+        )
+    if len(clean) > KEY or CONTROL.search(clean):
+        raise ConfigError(
+            f"A registered model's name has at most {KEY} characters, all of which a line shows, but got "
+            f"{name[:60]!a}. Name it: tracking.registered_model=<name>."
         )
     return clean
 

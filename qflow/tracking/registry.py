@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qflow.core.errors import ConfigError, PromotionError
+from qflow.core.names import shown_name
 from qflow.core.record import to_json
 from qflow.process.running import this_process
 from qflow.tracking.ended import has_ended
@@ -126,7 +127,7 @@ def versions(store: Opened) -> list[tuple[str, int, Mapping[str, str]]]:
     """Return (model, number, tags) of every version that was promoted."""
     with store.calling() as client:
         found = [v for model in client.search_registered_models() for v in _of_model(client, model.name)]
-    return [(str(v.name), int(v.version), dict(v.tags)) for v in found if "qflow.verdict" in v.tags]
+    return [(shown_name(str(v.name)), int(v.version), dict(v.tags)) for v in found if "qflow.verdict" in v.tags]
 
 
 def check_alias(alias: str) -> None:

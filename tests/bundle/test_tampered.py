@@ -35,7 +35,7 @@ class Stored:
     def put_back(self):
         shutil.rmtree(self.files)
         shutil.copytree(self.copy, self.files)
-        for key in (DIGEST, "qflow.scales", "qflow.result"):
+        for key in (DIGEST, "qflow.scales", "qflow.result", "qflow.study"):
             self.store.client.set_tag(self.run, key, self.tags[key])
 
     def forge(self):
@@ -109,7 +109,7 @@ TOUCH = "{{_target_: pathlib.Path.touch, _args_: [{{_target_: pathlib.Path, _arg
 TWICE = f'"\\\\\\x24{{{{oc.create:{TOUCH}}}}}"'  # after the first reading of it an interpolation is left
 
 
-def target(name, **arguments):
+def target(name, /, **arguments):
     return f"_target_: {name}" + "".join(f"\n    {key}: {value}" for key, value in arguments.items())
 
 
@@ -156,6 +156,15 @@ OWNED = {
         MODEL,
         target("qflow.tasks.onnx_model.load", _args_="['\\\\host\\share\\x.onnx']"),
     ),
+    "a folder by timm's prefix": (
+        "config.yaml",
+        MODEL,
+        target("qflow.tasks.images.timm_models.build_model", name="Local-Dir:evil"),
+    ),
+    "a registered model of its choice": ("config.yaml", "registered_model: digits", "registered_model: production"),
+    "an alias of its choice": ("config.yaml", "alias: champion", "alias: production"),
+    "a name that turns a terminal red": ("config.yaml", "registered_model: digits", 'registered_model: "a\\e[31m"'),
+    "a text with NUL": ("manifest.json", "{{", '{{"a\\u0000": 1,'),
     "one key twice": ("config.yaml", "registered_model: digits", "registered_model: a\n  registered_model: digits"),
     "two documents": ("config.yaml", "", "study: a\n---\nstudy: b\n"),
     "a list": ("config.yaml", "", "- 1\n"),
@@ -176,6 +185,12 @@ def test_an_owned_run_decides_nothing_about_code(case, stored, capsys, tmp_path)
     stored.forge()
     refused(stored, capsys)
     assert not canary.exists()
+
+
+def test_a_study_has_a_name(stored, capsys):
+    stored.store.client.set_tag(stored.run, "qflow.study", "x\x1b[31m\nverdict     ACCEPT")
+    assert "A study name is words" in refused(stored, capsys)
+    assert "\x1b" not in capsys.readouterr().out
 
 
 def test_a_huge_file_is_refused_by_its_size(stored, capsys):

@@ -290,3 +290,6 @@ def test_a_registered_model_gets_a_name_that_the_registry_takes():
     for name in ("", "..", "/"):
         with pytest.raises(ConfigError, match=r"tracking\.registered_model="):
             limits.model_name(name)
+    for name in ("a\x00b", "a\x1b[31m", "a\nb", "a" * 251):
+        with pytest.raises(ConfigError, match="all of which a line shows"):
+            limits.model_name(name)
