@@ -10,6 +10,7 @@ from qflow.search.objective import CONSTRAINT, meets, nearest_miss, over_budget
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import BudgetSpent
 from qflow.study.baselines import ALL_INT8, baseline, baseline_point, method_of
+from qflow.study.budget import halted
 from qflow.study.session import Session
 from qflow.study.start_trial import measure_start
 from qflow.study.unrepaired import better_without
@@ -50,7 +51,7 @@ def _unstable(session: Session) -> str:
 
 def tune_calibration(session: Session) -> None:
     """Try the points of the search space at all-int8: the other calibration settings."""
-    before, ended = dict(session.kept), "every point of the space was measured"
+    before, ended = dict(session.kept), ""
     session.kept |= {k: v for k, v in baseline_point(session, ALL_INT8).items() if k.startswith("qconfig.")}
     with session.console.stage("calibration") as say:
         try:
@@ -60,6 +61,7 @@ def tune_calibration(session: Session) -> None:
             ended = str(spent)
         finally:
             session.kept = before
+        ended = ended or halted(session.driver) or "every point of the space was measured"
         found = session.untrained_best or nearest_miss(session.trials, session.goal.ranking)
         if found is None:
             say(f"no calibration gives finite outputs; {ended}")

@@ -18,6 +18,7 @@ from qflow.config.foreign import foreign_line
 from qflow.config.json_output import Problem, document, only_json, so_far
 from qflow.core.credentials import masked
 from qflow.core.errors import QflowError
+from qflow.core.stored_text import one_line, printable
 from qflow.process.interrupts import interrupts
 
 if TYPE_CHECKING:
@@ -99,10 +100,10 @@ def _end(error: BaseException) -> tuple[int, str]:
         return _code_of(error), "" if not error.code else REFUSED
     line = str(error) if isinstance(error, QflowError) else foreign_line(error)
     if debug or not line:
-        sys.stderr.write(masked("".join(traceback.format_exception(error))))
+        sys.stderr.write(printable(masked("".join(traceback.format_exception(error)))))
     if not line:  # a defect needs a code of its own
-        return DEFECT, masked(" ".join(f"{type(error).__name__}: {error}".split()))
-    return 2, masked(" ".join(part.strip() for part in line.splitlines()))
+        return DEFECT, one_line(masked(f"{type(error).__name__}: {error}"))
+    return 2, one_line(masked(line))
 
 
 def _kind(error: BaseException) -> str:

@@ -39,7 +39,7 @@ def composed(name: str, module: str, act: Callable[[DictConfig], T], arguments: 
         try:
             require_known(config, name)
             ends.append(act(config))
-        except (Exception, KeyboardInterrupt) as error:  # raised again below, outside of Hydra
+        except BaseException as error:  # raised again below, outside of Hydra
             failed.append(error)
 
     try:
@@ -48,10 +48,24 @@ def composed(name: str, module: str, act: Callable[[DictConfig], T], arguments: 
         with ExitStack() as folders:
             _compose(name, job, rewrite(own_files(arguments, folders)), _is_hydras(arguments))
         if failed:
-            raise failed[0]
+            raise _handled(failed[0])
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(explain(error, name)) from error
     return ends[0] if ends else None
+
+
+def _handled(error: BaseException) -> BaseException:
+    """Return the error; one that is made to end a process, which only the user's code raises, as a ConfigError."""
+    if isinstance(error, (Exception, KeyboardInterrupt)):
+        return error
+    from qflow.search.attempt import reason_of
+
+    refused = ConfigError(
+        f"Model, data, metric and loss of a task leave the end of the process to qflow, but got {reason_of(error)}. "
+        "Raise RuntimeError there."
+    )
+    refused.__cause__ = error
+    return refused
 
 
 def overridden() -> list[str]:

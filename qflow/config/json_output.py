@@ -100,15 +100,14 @@ def known_so_far(record: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
     """If what is inside is interrupted or refused, the document's `result` is what `record` returns then."""
     try:
         yield
-    except (KeyboardInterrupt, Exception) as error:
-        error.qflow_result = record()  # type: ignore[union-attr]
+    except BaseException as error:
+        error.qflow_result = record()  # type: ignore[attr-defined]
         raise
 
 
 def so_far(error: BaseException) -> Mapping[str, Any]:
     """Return the result that `known_so_far` has kept with an exception."""
-    found: Mapping[str, Any] = getattr(error, "qflow_result", {})
-    return found
+    return next((e.qflow_result for e in (error, error.__cause__) if hasattr(e, "qflow_result")), {})
 
 
 def document(name: str, code: int, meaning: str, record: Mapping[str, Any], problem: Problem | None) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from qflow.core.agreement import meaning
+from qflow.core.stored_text import printable
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """Print one line, above a running bar if there is one. A closed pipe (`| head`) does not stop the study."""
+        text = printable(text)
         try:
             if self.terminal:
                 tqdm.write(text, file=sys.stdout)

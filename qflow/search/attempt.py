@@ -1,7 +1,7 @@
 """One try at a trial: what it gave, or why it failed; and the interface of what runs tries, in this process or others.
 
-Any exception of the user's model, data or metric fails its own trial only, with the place in the user's code. An
-interrupt is no such failure.
+Any exception of the user's model, data or metric fails its own trial only, with the place in the user's code, and so
+does an end of the process that it asks for (SystemExit). An interrupt is no such failure.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from qflow.core.errors import QflowError, TrialError
+from qflow.core.stored_text import one_line
 from qflow.search.domain import Values
 from qflow.search.outcome import Marker, Outcome
 
@@ -59,7 +60,9 @@ def attempt(evaluate: Evaluate, params: Values, folder: Path, n_objectives: int)
         raise
     except QflowError as error:
         raise TrialError(str(error)) from None
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's code may raise SystemExit, or a class of its own
         _log.debug("a trial failed", exc_info=True)
         raise TrialError(reason_of(error)) from None
     marker = Marker(outcome, "", round(time.monotonic() - start, 3))
@@ -67,10 +70,10 @@ def attempt(evaluate: Evaluate, params: Values, folder: Path, n_objectives: int)
     return marker
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """Return type and text of an exception in one line, and the innermost place in the user's code that it passed."""
-    text = " ".join(str(error).split())
-    shown = f"{type(error).__name__}: {text[:LONGEST]}" if text else type(error).__name__
+    text = one_line(str(error), LONGEST)
+    shown = f"{type(error).__name__}: {text}" if text else type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
     places = [f for f in frames if not f.filename.startswith("<")]
     own = [f for f in places if _is_users(f.filename)] or places

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qflow.core.errors import TrialError
+from qflow.core.stored_text import one_line
 from qflow.process.interrupts import Terminated
 from qflow.search.attempt import Executor, Running
 from qflow.search.domain import NOTHING, Choice, Values, all_points, applies, as_proposed, point_key
@@ -260,7 +261,9 @@ class Driver:
         try:
             marker = begun.handle.result()
         except TrialError as error:
-            return self._fail(begun.proposal, begun.run_id, LASTING if error.lasting else "failed", str(error))
+            return self._fail(
+                begun.proposal, begun.run_id, LASTING if error.lasting else "failed", one_line(str(error))
+            )
         self.checkpoint("evaluated")
         labelled = replace(marker, label=begun.proposal.label)
         try:

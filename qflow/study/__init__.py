@@ -4,6 +4,7 @@ __all__ = [
     "archive",
     "assemble",
     "baselines",
+    "budget",
     "by_hand",
     "causes",
     "checks",

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from qflow.search.driver import FAILURES, Driver
 from qflow.search.outcome import FinishedTrial
 from qflow.search.strategies import BudgetSpent
 
@@ -66,3 +67,11 @@ class Budget:
 def evaluations(trials: Sequence[FinishedTrial]) -> int:
     """Return how many evaluations the trials took; a qconfig that was evaluated before takes none."""
     return sum(trial.outcome.tags.get("qflow.evaluated") != "false" for trial in trials)
+
+
+def halted(driver: Driver | None) -> str:
+    """Return why the sampler proposes nothing more although points are left: its mixes failed one after another."""
+    if driver is None or driver.broken < FAILURES:
+        return ""
+    last = max(driver.failed.values(), key=lambda trial: trial.number)
+    return f"ended early by {FAILURES} mixes in a row that failed, the last: {last.reason}"

@@ -22,7 +22,7 @@ from qflow.study.baselines import (
     method_of,
     retry_calibration,
 )
-from qflow.study.budget import evaluations
+from qflow.study.budget import evaluations, halted
 from qflow.study.fewer import lower_best, without_needless
 from qflow.study.int16_weights import raise_weights, weights_searched
 from qflow.study.missed import ATTEMPTS, measure_promising
@@ -45,7 +45,7 @@ def search_mix(session: Session, low: Baseline, high: FinishedTrial) -> None:
     chosen, weights = session.config.search.strategy, weights_searched(session, high)
     before = len(session.trials)
     with session.console.stage("search") as say:
-        ended = "done"
+        ended = ""
         try:
             low = _calibrated_as(session, low, high)
             # once nothing may be measured, a strategy would only repeat what the study knows
@@ -72,7 +72,7 @@ def search_mix(session: Session, low: Baseline, high: FinishedTrial) -> None:
         searched, known = len(trials), len(trials) - evaluations(trials)
         parts = [f"{searched} trials by {chosen}", f"{known} already evaluated"]
         parts += [f"{session.screened} left out that cost too much to be the best"] if session.screened else []
-        say(f"{', '.join(parts)}; {ended}")
+        say(f"{', '.join(parts)}; {ended or halted(session.driver) or 'done'}")
 
 
 @contextmanager

@@ -76,7 +76,9 @@ class Trials:
     def _part(self, task: Mapping[str, Any]) -> Answer:
         try:
             return dict(self.answering(task))
-        except Exception as error:  # the driver computes it, and meets the same error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the driver computes it, and meets the same error
             return {"reason": str(error) if isinstance(error, QflowError) else reason_of(error)}
 
     def _trial(self, task: Mapping[str, Any]) -> Answer:
@@ -103,7 +105,9 @@ def make_trials(shared: Mapping[str, Any]) -> Handle:
     """Build what all trials need, in a worker. What cannot be built fails every trial with its reason."""
     try:
         return _trials(shared)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # as in `attempt`
         reason = str(error) if isinstance(error, ConfigError) else reason_of(error)
         return lambda task: {"reason": reason, "lasting": False, "lines": []}
 

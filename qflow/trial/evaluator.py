@@ -151,7 +151,7 @@ class Evaluator(AnalysedState):
         finer = (
             "Give more operators int16." if applied.names(QDtype.qint8) else "Give operators fp16, or a known range."
         )
-        return "A mix gives finite outputs and a finite metric, but got NaN or inf. " + (cause if alone else finer)
+        return "A mix gives finite outputs where float does, but got NaN or inf. " + (cause if alone else finer)
 
     def training_folder(self, split: str) -> Path | None:
         """Return the folder of the checkpoints for this task, loss, optimizer and training split, or None."""

@@ -10,8 +10,10 @@ import sqlite3
 import pytest
 from support.compose import BASE, ended
 
+from qflow.config.command import run_command
 from qflow.config.foreign import AGAIN, CLOSED, FULL, OTHER_KIND, foreign_line
 from qflow.core.store import write_whole
+from qflow.core.stored_text import LINE
 
 
 def wrapped(inner, outer):
@@ -128,3 +130,16 @@ def test_a_file_that_does_not_fit_leaves_the_old_one_and_nothing_beside_it(tmp_p
         signal.signal(signal.SIGXFSZ, handler)
     assert foreign_line(full.value).startswith("Results need room on the disk, but got 'File too large'.")
     assert json.loads(place.read_text()) == {"trial": 1} and list(tmp_path.iterdir()) == [place]
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), SystemExit("bye"), GeneratorExit("x\x1b[2J" + "y" * 10_000)])
+def test_what_the_users_code_raises_to_end_the_process_is_a_mistake_with_its_place(error, capsys):
+    def act(_config):
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_command("tune", act, [BASE])
+    line = capsys.readouterr().err.removesuffix("\n")
+    assert ended.value.code == 2
+    assert line.isprintable() and len(line) <= LINE + 10
+    assert f"but got {type(error).__name__}: " in line and f"({__file__}:" in line

@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 from support.harness import SPACE, Harness, outcome
 
-from qflow.core.errors import TrackingError, TrialError
-from qflow.core.stored_text import REASON
+from qflow.core.errors import BrokenMixError, TrackingError, TrialError
+from qflow.core.stored_text import LINE, REASON
 from qflow.process.interrupts import interrupts
 from qflow.search.domain import Choice, Range
 from qflow.search.driver import FAILURES
 from qflow.search.loop import driving
 from qflow.search.outcome import MARKER_LIMIT, FailedTrial, Marker
 from qflow.search.reconcile import MAX_RETRY
+from qflow.study.budget import halted
 
 pytestmark = pytest.mark.slow  # real stores on disk
 
@@ -155,6 +156,36 @@ def test_any_exception_of_the_users_code_fails_its_trial_alone_and_names_the_pla
     assert reasons[1].startswith("ValueError:") and __file__ in reasons[1]
     assert harness.run_status(0) == "FAILED"
     assert harness.problems() == []
+
+
+class Own(BaseException):
+    """As a library of the user's may have it."""
+
+
+@pytest.mark.parametrize("error", [SystemExit(5), GeneratorExit("closed"), Own("x\x1b[31m\x00" + "y" * 10_000)])
+def test_what_would_end_the_process_fails_its_trial_alone_with_reason_and_place(harness, error):
+    def evaluate(params, folder):
+        if params["int16_ratio"] == 0.0:
+            raise error
+        return harness.evaluate(params, folder)
+
+    assert len(harness.run(1, evaluate)) == 1
+    reason = harness.seen[0].reason
+    assert reason.startswith(f"{type(error).__name__}: ") and __file__ in reason
+    assert reason.isprintable() and len(reason) <= LINE
+    assert harness.problems() == []
+
+
+def test_mixes_that_cannot_work_one_after_another_end_the_proposals_and_the_reason_is_said(harness):
+    def evaluate(_params, _folder):
+        raise BrokenMixError("Its outputs are NaN.")
+
+    with driving(harness.study, harness.tracker, evaluate, scratch=harness.store / "scratch") as driver:
+        assert halted(driver) == ""
+        for _ in range(FAILURES):
+            driver.sample()
+        assert driver.sample() is None
+        assert halted(driver).startswith("ended early by 10 mixes in a row that failed, the last: Its outputs are NaN.")
 
 
 def test_a_foreign_exception_in_every_trial_ends_the_search(harness):

@@ -116,6 +116,17 @@ def test_data_that_cannot_be_used_are_refused():
         list(batches(task_of(One(), ["a", "b"]), "calibration", 2))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_metric_that_alone_is_not_finite_is_what_the_line_speaks_of(value):
+    def metric(outputs, batch):
+        return torch.full((len(outputs),), value)
+
+    metric.direction = "maximize"
+    task = task_of(One(), TensorDataset(torch.ones(2, 1)), metric=metric)
+    with pytest.raises(ConfigError, match=rf"all outputs are finite, but got {value}\. Look at task\.metric"):
+        evaluate(task, task.model, 2)
+
+
 def test_outputs_that_are_not_finite_and_batches_the_model_cannot_take_are_refused():
     class Bad(nn.Module):
         def forward(self, x):

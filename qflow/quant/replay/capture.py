@@ -64,7 +64,7 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, QflowError) and not isinstance(error, ReplayError):
         raise error
     text = error.reason if isinstance(error, ReplayError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())
+    return one_line(text)
 
 
 @dataclass
