@@ -8,6 +8,7 @@ __all__ = [
     "attempt",
     "carried",
     "cost_terms",
+    "database",
     "domain",
     "driver",
     "health",

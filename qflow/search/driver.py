@@ -261,9 +261,8 @@ class Driver:
         try:
             marker = begun.handle.result()
         except TrialError as error:
-            return self._fail(
-                begun.proposal, begun.run_id, LASTING if error.lasting else "failed", one_line(str(error))
-            )
+            ending = LASTING if error.lasting else "failed"
+            return self._fail(begun.proposal, begun.run_id, ending, one_line(str(error)))
         self.checkpoint("evaluated")
         labelled = replace(marker, label=begun.proposal.label)
         try:
@@ -288,8 +287,7 @@ class Driver:
         self.spool.require_owned()
         self.study.fail(proposal.number, ending, reason)
         self.checkpoint("failed")
-        lasting = ending == LASTING
-        failed = FailedTrial(proposal.number, run_id, proposal.params, proposal.label, reason, lasting)
+        failed = FailedTrial(proposal.number, run_id, proposal.params, proposal.label, reason, ending == LASTING)
         self.failed[point_key(proposal.params)] = failed
         self.spool.commit(Record(run_id, proposal.number, proposal.label, "", "FAILED", reason))
         return failed

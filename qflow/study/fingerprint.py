@@ -42,6 +42,18 @@ LEGIBLE = 40  # characters up to which the fingerprint holds a setting as text; 
 
 def fingerprint(config: DictConfig, manifest: Mapping[str, Any]) -> dict[str, str]:
     """Return what results depend on, by dotted key: configuration, weights, data, graph and versions."""
+    return {
+        **settings_state(config),
+        **({START: manifest["start"]} if "start" in manifest else {}),  # the content of its files, wherever they lie
+        **{key: str(manifest[key]) for key in ("weights", "data", "graph", "profile", "eval_samples", "qflow")},
+        "float_metric": f"{manifest['float_metric']:.6g}",
+        "torch": manifest["versions"]["torch"],
+        **({"engine.version": manifest["engine"]} if "engine" in manifest else {}),
+    }
+
+
+def settings_state(config: DictConfig) -> dict[str, str]:
+    """Return the part of the fingerprint that the configuration alone gives, before the model is built."""
     state = {
         key: text if len(text := to_json(value)) <= LEGIBLE else digest(value)
         for key, value in flat(plain(config))
@@ -50,12 +62,7 @@ def fingerprint(config: DictConfig, manifest: Mapping[str, Any]) -> dict[str, st
     named = config.objective.optimize
     return {
         **state,
-        **({START: manifest["start"]} if "start" in manifest else {}),  # the content of its files, wherever they lie
         **({"objective.optimize": ", ".join(named)} if named else {}),  # their order is the order of the stored values
-        **{key: str(manifest[key]) for key in ("weights", "data", "graph", "profile", "eval_samples", "qflow")},
-        "float_metric": f"{manifest['float_metric']:.6g}",
-        "torch": manifest["versions"]["torch"],
-        **({"engine.version": manifest["engine"]} if "engine" in manifest else {}),
     }
 
 

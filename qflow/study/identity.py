@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 
+from omegaconf import DictConfig
+
 from qflow.core.credentials import masked
 from qflow.core.errors import ConfigError, TrackingError
+from qflow.core.store import sqlite_path
+from qflow.search.database import place_of
 from qflow.search.study import IDENTITY, Study
-from qflow.study.fingerprint import changes
+from qflow.study.fingerprint import changes, settings_state
+from qflow.tracking.lease import require_free
 from qflow.tracking.mlflow_tracker import MlflowTracker
 
 HOME = "qflow.home"
 """Tag of a study's run: the host and the folder of the search that it belongs to."""
+
+
+def foresee(name: str, tracker: MlflowTracker, root: Path, storage: str | None) -> None:
+    """Refuse a start before a file is made in its folder for the search; it is judged again once it owns the study.
+
+    Raises TrackingError if the study has a living owner, or was begun in another search while there is none here yet.
+    """
+    tags = _tags(tracker, name)
+    require_free(name, tags)
+    file = sqlite_path(place_of(storage or root)[0])
+    if file is not None and not file.exists():
+        _require_home(name, tags, "", root)
+
+
+def foresee_settings(study: Study, tracker: MlflowTracker, root: Path, config: DictConfig) -> None:
+    """Refuse a start by what the search and the configuration say, before anything is computed and kept for it.
+
+    Raises as `require_same`, which looks at the whole fingerprint once this process owns the study.
+    """
+    study.require_same(tracker.find_study(study.name))
+    tags = _tags(tracker, study.name)
+    _require_home(study.name, tags, study.identity, root)
+    known = tags.get("qflow.fingerprint", "{}")
+    _require_settings(study, tags, {**json.loads(known), **settings_state(config)})
 
 
 def require_same(study: Study, tracker: MlflowTracker, root: Path, state: Mapping[str, str]) -> None:
@@ -22,24 +52,36 @@ def require_same(study: Study, tracker: MlflowTracker, root: Path, state: Mappin
     Raises TrackingError if the runs are missing, or belong to the search of another folder, ConfigError if the study
     has trials of other settings than `state` (fingerprint.py).
     """
-    name, found = study.name, tracker.find_study(study.name)
+    name, tags = study.name, _tags(tracker, study.name)
     finished = sum(trial.state == "complete" for trial in study.trials())
-    tags = tracker.run_tags(found) if found else {}
     if finished and "qflow.fingerprint" not in tags:
         raise TrackingError(
             f"A study's runs are in its tracking store, but {name} has {finished} finished trials and "
             f"no run in {masked(tracker.uri)}. Restore the store, or use another name: study={name}-2."
         )
-    if tags.get(IDENTITY, study.identity) != study.identity:
+    _require_home(name, tags, study.identity, root)
+    _require_settings(study, tags, state)
+
+
+def _tags(tracker: MlflowTracker, name: str) -> dict[str, str]:
+    run = tracker.find_study(name)
+    return tracker.run_tags(run) if run else {}
+
+
+def _require_home(name: str, tags: Mapping[str, str], identity: str, root: Path) -> None:
+    if tags.get(IDENTITY, identity) != identity:
         raise TrackingError(
             f"A study is continued from the folder that holds its search, but got {name} of {tags.get(HOME)} in the "
             f"folder {root}. Start it there, name the search.storage of both, or use another name: study={name}-2."
         )
-    changed = changes(tags.get("qflow.fingerprint", ""), state) if found and finished else []
-    if changed:
+
+
+def _require_settings(study: Study, tags: Mapping[str, str], state: Mapping[str, str]) -> None:
+    changed = changes(tags["qflow.fingerprint"], state) if "qflow.fingerprint" in tags else []
+    if changed and any(trial.state == "complete" for trial in study.trials()):
         raise ConfigError(
-            f"A study keeps the settings that it began with, but got others for {name}: "
-            f"{', '.join(changed[:4])}. Use another name: study={name}-2."
+            f"A study keeps the settings that it began with, but got others for {study.name}: "
+            f"{', '.join(changed[:4])}. Use another name: study={study.name}-2."
         )
 
 

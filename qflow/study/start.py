@@ -17,6 +17,7 @@ from qflow.search.domain import Domain
 from qflow.search.study import Study
 from qflow.study.assemble import make_evaluator, study_goal
 from qflow.study.feasible import within_data
+from qflow.study.identity import foresee, foresee_settings
 from qflow.study.report import report_lines
 from qflow.study.session import Session
 from qflow.tracking.ended import end_abandoned
@@ -35,6 +36,7 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
     """
     root = root_dir(config)
     tracker = MlflowTracker.open(config.tracking.uri, root, config.tracking.experiment, patience(config))
+    foresee(config.study, tracker, root, config.search.storage)
     end_abandoned(tracker)
     evaluator = make_evaluator(config)
     check_metric_name(evaluator.task.metric_name)
@@ -54,6 +56,7 @@ def open_session(config: DictConfig, started: float) -> Iterator[Session]:
         metrics=list(goal.optimize),
         patient=partial(tracker.patience.call, config.search.storage),
     )
+    foresee_settings(study, tracker, root, config)
     session = Session(config, evaluator, goal, Console(started=started), tracker, study, root)
     _speak_on(session.console, tracker, study, {"space": left_out, "engine": evaluator.engine.news()})
     evaluator.keep_in(root / "cache", session.console.say)

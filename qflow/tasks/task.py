@@ -216,8 +216,8 @@ def evaluate(
     bounds (early_stop.py). Samples that were not run then count as the worst, so that the metric is never better than
     in a full evaluation. `begin` begins sequences, as in `batches`. `on_scores` gets scores a sample, batch by batch.
 
-    Raises NotFiniteError if an output is not finite, ConfigError if the metric alone is not, ModelError or DataError for
-    what cannot be run.
+    Raises NotFiniteError if an output is not finite, ConfigError if the metric alone is not, and ModelError or
+    DataError for what cannot be run.
     """
     stateful = hasattr(task.metric, "update") and hasattr(task.metric, "compute")
     if stateful and hasattr(task.metric, "reset"):

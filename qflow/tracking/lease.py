@@ -17,7 +17,7 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,6 +73,20 @@ def claims_of(tags: dict[str, str]) -> list[Claim]:
             with suppress(QflowError, ValueError, TypeError):
                 found.append(record.from_dict(Claim, json.loads(text)))
     return sorted(found, key=lambda claim: claim.rank)
+
+
+def require_free(study: str, tags: Mapping[str, str]) -> None:
+    """Raise TrackingError if a process of this host owns the study of these tags; of other hosts `owned` finds out."""
+    for claim in claims_of(dict(tags)):
+        if claim.ticket and is_running(claim.process):
+            raise _met(study, claim)
+
+
+def _met(study: str, claim: Claim) -> TrackingError:
+    return TrackingError(
+        f"A study has one owner at a time, but got a start of {study} while another drives it: {claim}. Wait for it or "
+        "end it; the same command then continues the study."
+    )
 
 
 @contextmanager
@@ -184,10 +198,7 @@ class _Lease:
                 if alive is False:
                     self._revoke(claim)
                 elif alive and claim.ticket:
-                    raise TrackingError(
-                        f"A study has one owner at a time, but got a start of {self._study} while another drives it: "
-                        f"{claim}. Wait for it or end it; the same command then continues the study."
-                    )
+                    raise _met(self._study, claim)
                 elif claim.ticket and claim.owner not in said:
                     said.add(claim.owner)
                     self._say(

@@ -1,12 +1,14 @@
 """A start continues the study that it names, or is refused before it writes anything."""
 
 import pytest
+from support.compose import BASE, compose
 from support.harness import SPACE
 
 from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.record import to_json
 from qflow.search.study import Study
-from qflow.study.identity import identity_tags, require_same
+from qflow.study.fingerprint import settings_state
+from qflow.study.identity import foresee, foresee_settings, identity_tags, require_same
 from qflow.tracking.lease import owned
 from qflow.tracking.mlflow_tracker import MlflowTracker
 
@@ -58,3 +60,28 @@ def test_of_two_runs_made_at_the_same_moment_one_is_kept(tracker, tmp_path, monk
     with owned(tracker, "net/stage", tmp_path):
         runs = tracker.client.search_runs([tracker.experiment_id])
         assert [run.info.run_id for run in runs] == [first]
+
+
+def test_what_a_start_can_see_before_it_owns_the_study_is_refused_before_a_file_is_made(tracker, tmp_path):
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    study = search(here)
+    foresee("net/stage", tracker, here, None)
+    with owned(tracker, "net/stage", here):
+        with pytest.raises(TrackingError, match=f"while another drives it: .*folder {here}"):
+            foresee("net/stage", tracker, elsewhere, None)
+        opened(tracker, study, here)
+    with pytest.raises(TrackingError, match="from the folder that holds its search"):
+        foresee("net/stage", tracker, elsewhere, None)
+    foresee("net/stage", tracker, here, None)
+    assert not elsewhere.exists()
+
+
+def test_another_setting_is_seen_before_the_model_is_run(tracker, tmp_path):
+    config = compose(BASE, "root=here")
+    study = search(tmp_path)
+    tags = {"qflow.fingerprint": to_json(settings_state(config) | STATE), **identity_tags(study, tmp_path)}
+    tracker.open_study(study.name, tags=tags, params={}, description="")
+    study.complete(study.ask().number, (0.5,))
+    foresee_settings(study, tracker, tmp_path, config)
+    with pytest.raises(ConfigError, match="keeps the settings .* seed: 0 -> 5"):
+        foresee_settings(study, tracker, tmp_path, compose(BASE, "root=here", "seed=5"))

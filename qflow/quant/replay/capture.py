@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from qflow.core.errors import ModelError, QflowError
 from qflow.core.graph import TRANSPARENT_KINDS, WEIGHTED_KINDS, OpKind
+from qflow.core.stored_text import one_line
 from qflow.quant.model.plan import Plan
 from qflow.quant.model.runtime import writes_first
 from qflow.quant.replay.views import Views, rewritten, seen_anew, zeroed
@@ -36,7 +37,6 @@ METADATA = frozenset(
     + ["is_floating_point", "is_contiguous", "layout", "names"]
 )
 """Functions and attributes that read a property of a tensor and return no tensor."""
-
 
 TAKES_VALUE = frozenset(
     ["item", "bool", "int", "float", "tolist", "numpy", "array", "index", "is_nonzero"]
