@@ -107,7 +107,8 @@ def known_so_far(record: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
 
 def so_far(error: BaseException) -> Mapping[str, Any]:
     """Return the result that `known_so_far` has kept with an exception."""
-    return next((e.qflow_result for e in (error, error.__cause__) if hasattr(e, "qflow_result")), {})
+    known = [getattr(e, "qflow_result", None) for e in (error, error.__cause__)]
+    return next((found for found in known if found is not None), {})
 
 
 def document(name: str, code: int, meaning: str, record: Mapping[str, Any], problem: Problem | None) -> str:

@@ -52,8 +52,8 @@ def check_experiment_name(name: str) -> None:
     if not 1 <= len(name) <= EXPERIMENT or odd:
         got = f"{name[:60]!a}" if odd else f"{len(name)}"
         raise ConfigError(
-            f"tracking.experiment has 1 to {EXPERIMENT} characters that UTF-8 knows and a line shows, but got {got}. Name one: "
-            "tracking.experiment=<name>."
+            f"tracking.experiment has 1 to {EXPERIMENT} characters that UTF-8 knows and a line shows, but got {got}. "
+            "Name one: tracking.experiment=<name>."
         )
 
 

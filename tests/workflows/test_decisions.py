@@ -96,7 +96,11 @@ def one_sample_apart(tmp_path_factory):
     drop = float(re.search(r"^all-int8: drop \+(\S+)", "\n".join(decisions(met)), re.MULTILINE)[1])
     assert drop * 64 == pytest.approx(round(drop * 64), abs=0.01)  # the metric counts samples
     goal = round(drop - 0.01, 4)
-    return folder, (met, 0.9), (run_qflow("tune", *arguments, f"objective.max_drop={goal}", "study=peak/none", cwd=folder), goal)
+    return (
+        folder,
+        (met, 0.9),
+        (run_qflow("tune", *arguments, f"objective.max_drop={goal}", "study=peak/none", cwd=folder), goal),
+    )
 
 
 def test_a_miss_by_one_sample_is_called_that(one_sample_apart):
