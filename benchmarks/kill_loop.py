@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  # imported here, so that no round spends time on it
@@ -66,6 +67,7 @@ def open_search(folder: Path, stores: Stores = LOCAL) -> tuple[Study, MlflowTrac
         directions=("maximize", "minimize"),
         n_trials=40,
         locks=folder,
+        patient=partial(tracker.patience.call, stores.storage),
     )
     return study, tracker
 

@@ -91,9 +91,10 @@ UNUSABLE = ['{"data":"d","latency_ms":NaN,"metric":NaN}', '{"data":"d","latency_
 @pytest.mark.parametrize("text", UNUSABLE, ids=range(len(UNUSABLE)))
 def test_what_a_champion_is_known_by_is_data_and_no_number_that_is_missing_wins(text, digits_task):
     champion = Version(1, "run", {"qflow.judged": text})
-    for rules, word in ((Rules(), "ACCEPT"), (Rules(max_worse_than_champion=0.0), "REJECT")):
+    strict = Rules(max_worse_than_champion=0.0)
+    for rules, named, word in ((Rules(), True, "ACCEPT"), (Rules(), False, "REJECT"), (strict, True, "REJECT")):
         verdict = Verdict()
-        against(verdict, champion, Judged(0.5, 1.0, "d"), rules, digits_task)
+        against(verdict, champion, Judged(0.5, 1.0, "d"), rules, digits_task, named)
         assert verdict.word == word
         assert "judged on other data or not at all" in [*verdict.notes, *verdict.rejected][0]
 

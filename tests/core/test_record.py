@@ -2,7 +2,7 @@ import math
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qflow.core.dtype import QDtype
@@ -26,6 +26,7 @@ ops = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(max_size=8), ops, max_size=5))
 def test_a_qconfig_survives_json(entries):
     qconfig = QConfig(march="nash-m", ops=entries)
