@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,11 @@ from optuna.trial import TrialState, create_trial
 
 from qflow.core.errors import BundleError, TrackingError
 from qflow.core.store import sqlite_path
+from qflow.core.stored_text import stored_text
 from qflow.search.database import open_storage, place_of
+
+LONGEST = 512
+"""Characters of an attribute's or parameter's name in Optuna's tables."""
 
 
 def study_names(storage: str | Path) -> list[str]:
@@ -75,9 +80,9 @@ def restore_study(storage: str | Path, record: Mapping[str, Any]) -> None:
 def check_study(record: Mapping[str, Any]) -> tuple[list[optuna.trial.FrozenTrial], list[StudyDirection]]:
     """Return the trials and directions of a record. Raises BundleError if it is not as `study_record` returned it."""
     try:
-        json.dumps(dict(record["user_attrs"]))
+        _check_attributes(record["user_attrs"])
         trials, directions = [_made(t) for t in record["trials"]], [StudyDirection[d] for d in record["directions"]]
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         text = " ".join(str(error).split())[:80]
         raise BundleError(f"A study in a bundle is one that qflow wrote, but got {text}. Bundle it again.") from error
     if not directions:
@@ -113,7 +118,23 @@ def _trial(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
     }
 
 
+def _check_attributes(values: Mapping[str, Any]) -> None:
+    for key in values:
+        if not 1 <= len(key) <= LONGEST:
+            raise ValueError(f"an attribute's name of {len(key)} characters")
+    text = json.dumps(dict(values), ensure_ascii=False, allow_nan=False)
+    if stored_text(text) != text or "\\u0000" in text:
+        raise ValueError("an attribute that is no UTF-8")
+
+
 def _made(record: Mapping[str, Any]) -> optuna.trial.FrozenTrial:
+    if record["state"] == "RUNNING":
+        raise ValueError("a trial that runs")
+    for value in record["values"] or ():
+        if type(value) not in (int, float) or not math.isfinite(float(value)):
+            raise ValueError(f"the value {value!a:.20}")
+    for attributes in (record["params"], record["user_attrs"], record["system_attrs"]):
+        _check_attributes(attributes)
     return create_trial(
         state=TrialState[record["state"]],
         values=record["values"],

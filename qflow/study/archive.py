@@ -12,12 +12,12 @@ import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qflow.bundle.files import LIMITS, MOST
+from qflow.bundle.files import LIMITS, MOST, OPTIONAL, REQUIRED
 from qflow.core.errors import BundleError, TrackingError, TrialError
 from qflow.core.names import check_study_name
 from qflow.core.record import digest, sha256
@@ -30,7 +30,6 @@ from qflow.search.spool import spool_of, waiting
 from qflow.study.find import one_study
 from qflow.tracking.artifacts import Store
 from qflow.tracking.carried import (
-    check_runs,
     publish,
     renamed,
     restore_runs,
@@ -42,12 +41,15 @@ from qflow.tracking.carried import (
 from qflow.tracking.limits import check_experiment_name, joined
 from qflow.tracking.mlflow_tracker import RESULT, MlflowTracker
 from qflow.tracking.patience import Patience
+from qflow.tracking.run_records import check_runs, trial_number
 
 FORMAT, SCHEMA = "qflow study", 1
 RECORD = "study.json"
 LARGEST_RECORD = 1 << 28  # bytes; a study of 500 trials has 20 MB
 TEXTS = (".json", ".md", ".txt", ".html", ".csv")
 """Files of the study's own run in which the ids of its trials are renamed."""
+KINDS = (*TEXTS, ".yaml", ".png", ".pt", ".safetensors", ".report")
+"""Files of the study's own run, as qflow and its stages write them."""
 
 
 def pack(
@@ -89,6 +91,11 @@ def pack(
             record["files"] = {
                 p.relative_to(place).as_posix(): sha256(p) for p in sorted(place.rglob("*")) if p.is_file()
             }
+            if odd := _unknown(record["files"], of_study=not number):
+                raise BundleError(
+                    f"A bundle holds the files that qflow writes, but got {odd[0]!r:.80} in run {record['id']}. Delete "
+                    "it from the run."
+                )
         content = {"experiment": experiment, "study": study, "runs": records, "optuna": optuna_study}
         head = {"format": FORMAT, "schema": SCHEMA, "qflow": VERSION, "digest": digest(content)}
         (Path(name) / RECORD).write_text(json.dumps({**head, **content}, allow_nan=False))
@@ -183,7 +190,7 @@ def _verified(path: Path, folder: Path) -> dict[str, Any]:
                     raise _damaged(path, f"another content of {name:.80}")
     except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
         raise BundleError(f"A study is imported from a bundle, but got {path}: {error}. Name its file.") from error
-    except (LookupError, TypeError, AttributeError, ValueError, RecursionError, TrialError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, TrialError) as error:
         raise _damaged(path, " ".join(str(error).split())[:80]) from error
     return record
 
@@ -191,7 +198,7 @@ def _verified(path: Path, folder: Path) -> dict[str, Any]:
 def _record(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
     if archive.getinfo(RECORD).file_size > LARGEST_RECORD:
         raise _damaged(path, f"a {RECORD} of more than {LARGEST_RECORD} bytes")
-    record = json.loads(archive.read(RECORD))
+    record = json.loads(archive.read(RECORD), parse_constant=_refuse_constant)
     if record["format"] != FORMAT or record["schema"] != SCHEMA:
         raise _damaged(path, f"format {record['format']!s:.20}, schema {record['schema']!s:.20}")
     content = {key: record[key] for key in ("experiment", "study", "runs", "optuna")}
@@ -200,14 +207,32 @@ def _record(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
     check_study_name(record["study"])
     check_experiment_name(record["experiment"])
     check_runs(record["runs"], record["study"])
-    for run in record["runs"]:
+    for number, run in enumerate(record["runs"]):
+        if odd := _unknown(run["files"], of_study=not number):
+            raise _damaged(path, f"the file {odd[0]!a:.80}, which no run has")
         if text := joined(run["tags"]).get(RESULT):
             Marker.from_json(text)
-    if (optuna := record["optuna"]) is not None:
+    searched = [number for run in record["runs"][1:] if (number := trial_number(run)) >= 0]
+    if (optuna := record["optuna"]) is None:
+        if searched:
+            raise _damaged(path, f"trial {searched[0]} of a search, and no search")
+    else:
         if optuna["name"] != record["study"]:
             raise _damaged(path, "an Optuna study of another name")
-        check_study(optuna)
+        trials, _ = check_study(optuna)
+        if searched and max(searched) >= len(trials):
+            raise _damaged(path, f"trial {max(searched)}, which its search of {len(trials)} trials does not have")
     return content
+
+
+def _unknown(names: Iterable[str], of_study: bool) -> list[str]:
+    """Return the names of files that no run of qflow has: a trial's are a fixed list, the study's have few kinds."""
+    known = {*REQUIRED, *OPTIONAL}
+    return [name for name in names if (not name.endswith(KINDS) if of_study else name not in known)]
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(constant)
 
 
 def _check_entries(entries: Sequence[zipfile.ZipInfo], listed: Mapping[str, str], path: Path, folder: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from qflow.analysis.badcases.state import read_state
 from qflow.core.credentials import masked
 from qflow.core.errors import QflowError, TrackingError
-from qflow.core.store import exclusive
+from qflow.core.store import exclusive, sqlite_path
 from qflow.core.temporary import PREFIX, left_over
 from qflow.process.running import is_running
 from qflow.quant.train.checkpoint import read_checkpoint
@@ -107,7 +107,10 @@ class Doctor:
         return found
 
     def _is_of_this_folder(self, run: str) -> bool:
-        return self.store.run(run)[0].get(HOME) == home(self.root)
+        """True for a study that was begun in this folder, or whose runs are in this folder's own store."""
+        file = sqlite_path(self.store.uri)
+        own_store = file is not None and file.parent == self.root
+        return own_store or self.store.run(run)[0].get(HOME) == home(self.root)
 
     def _runs(self, studies: dict[str, tuple[str, str]]) -> Finding:
         """Find runs that are RUNNING without a process; mending them ends them, committed ones as such."""

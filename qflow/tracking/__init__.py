@@ -15,5 +15,6 @@ __all__ = [
     "model_files",
     "patience",
     "registry",
+    "run_records",
     "views",
 ]

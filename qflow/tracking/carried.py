@@ -7,7 +7,6 @@ study or trial are written last, so that a half-imported study is none.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qflow.core.errors import TrackingError
 from qflow.tracking.artifacts import Opened, Store
 from qflow.tracking.lease import CLAIMS
-from qflow.tracking.limits import joined, quoted
+from qflow.tracking.limits import quoted
 from qflow.tracking.mlflow_tracker import BATCH, METRIC_BATCH, MlflowTracker
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ KNOWN = ("qflow.kind", "qflow.study")
 """Tags by which a run is found."""
 IMPORTING = "qflow.importing"
 """Tag of a run whose import has not ended, with the name of its study."""
-ENDED = ("FINISHED", "FAILED", "KILLED")
 
 
 def run_records(store: Store, study_run: str) -> list[dict[str, Any]]:
@@ -57,28 +55,6 @@ def run_records(store: Store, study_run: str) -> list[dict[str, Any]]:
         head, *trials = found
         ordered = [head, *sorted(trials, key=lambda run: (run.info.start_time, run.info.run_id))]
         return [_record(store, run) for run in ordered]
-
-
-def check_runs(records: Sequence[Mapping[str, Any]], study: str) -> None:
-    """Raise LookupError, TypeError or ValueError for runs that are not a study and its trials, as they are exported."""
-    ids = [str(record["id"]) for record in records]
-    if len(set(ids)) < len(ids) or not all(re.fullmatch("[0-9a-f]{32}", text) for text in ids):
-        raise ValueError("ids of runs that are not 32 hexadecimal digits each")
-    for number, record in enumerate(records):
-        tags = joined(record["tags"])
-        if (tags["qflow.kind"], tags["qflow.study"]) != ("trial" if number else "study", study):
-            raise ValueError("runs of another study")
-        if number and tags["mlflow.parentRunId"] != ids[0]:
-            raise ValueError("a trial of another study's run")
-        if number:
-            int(tags["qflow.trial"])
-        elif tags.get("qflow.best") and tags["qflow.best"] not in ids:
-            raise ValueError("a best trial that is none of the study's")
-        if record["status"] not in ENDED:
-            raise ValueError(f"the status {record['status']!s:.20}")
-        if not all(isinstance(record[at], int) for at in ("start", "end")) or not isinstance(record["name"], str):
-            raise ValueError("a run without name, start or end")
-        _values(record, {})
 
 
 def unfinished(store: Opened, study: str) -> list[str]:

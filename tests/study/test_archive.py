@@ -176,8 +176,13 @@ def edited(source, target, edit):
 
 
 def bomb(record, contents):
-    contents["files/0/bomb"] = b"0" * (257 << 20)
-    record["runs"][0]["files"]["bomb"] = sha256(contents["files/0/bomb"]).hexdigest()
+    contents["files/0/bomb.png"] = b"0" * (257 << 20)
+    record["runs"][0]["files"]["bomb.png"] = sha256(contents["files/0/bomb.png"]).hexdigest()
+
+
+def script(record, contents):
+    contents["files/1/evil.sh"] = b"x"
+    record["runs"][1]["files"]["evil.sh"] = sha256(b"x").hexdigest()
 
 
 def of_run(number, **values):
@@ -203,6 +208,19 @@ FORGED = {
     "no Optuna trial": (lambda r, _: r["optuna"]["trials"][0].update(state="DONE"), "one that qflow wrote, but got"),
     "no direction": (lambda r, _: r["optuna"].update(directions=[]), "has a direction"),
     "metrics that are none": (of_run(1, metrics={"a": [["x", 0, 0]]}), "could not convert"),
+    "a metric of 400 digits": (of_run(1, metrics={"a": [[10**400, 0, 0]]}), "int too large"),
+    "a time beyond all calendars": (of_run(1, start=10**30), "for a time or step"),
+    "a time before all others": (of_run(1, end=-1), "for a time or step"),
+    "a name with ESC": (of_run(1, name="a\x1b[31m"), "where a store takes another"),
+    "a param that is no text": (of_run(1, params={"a": 1}), "the text 1 where a store takes another"),
+    "half a character": (of_tags(1, x="a\ud800"), "where a store takes another"),
+    "half a character in a search": (lambda r, _: r["optuna"]["user_attrs"].update(x="\ud800"), "no UTF-8"),
+    "a value of 400 digits": (lambda r, _: r["optuna"]["trials"][0].update(values=[10**400]), "int too large"),
+    "a trial that runs": (lambda r, _: r["optuna"]["trials"][0].update(state="RUNNING"), "a trial that runs"),
+    "a search without its trial": (lambda r, _: r["optuna"]["trials"].clear(), "its search of 0 trials"),
+    "trials without their search": (lambda r, _: r.update(optuna=None), "trial 0 of a search, and no search"),
+    "a script": (script, "the file 'evil.sh', which no run has"),
+    "no runs": (lambda r, _: r.update(runs=[]), "no runs"),
     "inputs that are none": (of_run(1, inputs=[{}]), "in"),
 }
 
@@ -213,7 +231,7 @@ def test_a_forged_bundle_is_refused_before_a_store_is_made(case, packed, tmp_pat
     bundle = edited(packed[0] / "study.zip", tmp_path / "bad.zip", edit)
     with pytest.raises(QflowError, match=said) as refused:
         unpack(None, tmp_path / "store", bundle)
-    assert "\n" not in str(refused.value)
+    assert str(refused.value).isprintable()
     assert [path.name for path in tmp_path.iterdir()] == ["bad.zip"]
 
 
