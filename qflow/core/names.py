@@ -29,7 +29,7 @@ def check_study_name(name: str) -> None:
 
 def shown_name(name: str) -> str:
     """Return a name from a store as a line shows it: with its control characters written out."""
-    return ascii(name) if CONTROL.search(name) else name
+    return CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), name)
 
 
 def trial_name(number: int, label: str) -> str:

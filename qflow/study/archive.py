@@ -88,14 +88,7 @@ def pack(
             place.mkdir(parents=True)
             address = str(record.pop("address"))
             store.download(address, store.sizes(address), place)
-            record["files"] = {
-                p.relative_to(place).as_posix(): sha256(p) for p in sorted(place.rglob("*")) if p.is_file()
-            }
-            if odd := _unknown(record["files"], of_study=not number):
-                raise BundleError(
-                    f"A bundle holds the files that qflow writes, but got {odd[0]!r:.80} in run {record['id']}. Delete "
-                    "it from the run."
-                )
+            record["files"] = _digests(place, record["id"], of_study=not number)
         content = {"experiment": experiment, "study": study, "runs": records, "optuna": optuna_study}
         head = {"format": FORMAT, "schema": SCHEMA, "qflow": VERSION, "digest": digest(content)}
         (Path(name) / RECORD).write_text(json.dumps({**head, **content}, allow_nan=False))
@@ -223,6 +216,16 @@ def _record(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
         if searched and max(searched) >= len(trials):
             raise _damaged(path, f"trial {max(searched)}, which its search of {len(trials)} trials does not have")
     return content
+
+
+def _digests(place: Path, run: str, of_study: bool) -> dict[str, str]:
+    """Return the SHA-256 of each file of a run by name. Raises BundleError for one that an import would refuse."""
+    found = {p.relative_to(place).as_posix(): sha256(p) for p in sorted(place.rglob("*")) if p.is_file()}
+    if odd := _unknown(found, of_study):
+        raise BundleError(
+            f"A bundle holds the files that qflow writes, but got {odd[0]!r:.80} in run {run}. Delete it from the run."
+        )
+    return found
 
 
 def _unknown(names: Iterable[str], of_study: bool) -> list[str]:
