@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from qflow.config.command import run_command
 from qflow.config.settings import patience, plain, root_dir
+from qflow.core.credentials import masked
 from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.nearest import did_you_mean
 
@@ -53,8 +54,8 @@ def export(config: DictConfig) -> tuple[int, dict[str, Any]]:
         return 0, carried(config)
     if config.search.storage:
         raise ConfigError(
-            f"search.storage is for a study that is bundled or imported, but got {config.search.storage} without. "
-            "Add bundle=<.zip> or import=<.zip>, or leave it out."
+            f"search.storage is for a study that is bundled or imported, but got {masked(config.search.storage)} "
+            "without. Add bundle=<.zip> or import=<.zip>, or leave it out."
         )
     names = targets_of(config.target)
     from qflow.bundle.source import fetch
@@ -118,7 +119,6 @@ def default_source(store: Store, config: DictConfig) -> str:
 
     Raises TrackingError if there is neither.
     """
-    from qflow.core.credentials import masked
     from qflow.study.find import best_run, one_study
     from qflow.tracking.limits import model_name
 

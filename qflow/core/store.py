@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import unquote
 
+from qflow.core.credentials import masked
 from qflow.core.errors import TrackingError
 from qflow.core.temporary import TemporaryFolder
 
@@ -50,7 +51,7 @@ def check_sqlite(url: str, key: str) -> None:
     file = sqlite_path(url)
     if file is None or not file.name or file.name.startswith(":memory:") or file.is_dir():
         raise TrackingError(
-            f"A SQLite store is a file, as in sqlite:///FILE, but got {url}. Name one: {key}=sqlite:///mine.db."
+            f"A SQLite store is a file, as in sqlite:///FILE, but got {masked(url)}. Name one: {key}=sqlite:///mine.db."
         )
 
 

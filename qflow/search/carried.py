@@ -13,6 +13,7 @@ from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
+from qflow.core.credentials import masked
 from qflow.core.errors import BundleError, TrackingError
 from qflow.core.store import sqlite_path
 from qflow.core.stored_text import stored_text
@@ -40,7 +41,7 @@ def study_record(storage: str | Path, name: str) -> dict[str, Any]:
         url = place_of(storage)[0]
         raise TrackingError(
             f"A study that was tuned is bundled with its Optuna study, but got none of {name} in "
-            f"{sqlite_path(url) or url}. Name the folder or database that it was tuned in: root=<folder> or "
+            f"{sqlite_path(url) or masked(url)}. Name the folder or database that it was tuned in: root=<folder> or "
             "search.storage=<url>."
         )
     study = optuna.load_study(study_name=name, storage=open_storage(place_of(storage)[0]))

@@ -185,7 +185,9 @@ def _check_storage(config: DictConfig) -> None:
     if storage is None:
         return
     if "://" not in storage:
-        raise ConfigError(f"search.storage is the URL of a database, but got {storage!r}. Name postgresql://HOST/NAME.")
+        raise ConfigError(
+            f"search.storage is the URL of a database, but got {masked(storage)!r}. Name postgresql://HOST/NAME."
+        )
     if config.tracking.uri is None:
         raise ConfigError(
             f"A search that folders share has its runs in one store too, but got search.storage={masked(storage)} and "

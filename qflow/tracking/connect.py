@@ -243,6 +243,6 @@ def delete_artifacts(uri: str) -> None:
         get_artifact_repository(uri).delete_artifacts()  # type: ignore[no-untyped-call]
     except NotImplementedError as error:
         raise TrackingError(
-            f"An analysis replaces the files of the one before, but got a store that deletes none: {uri}. Delete the "
-            "run, or name another tracking.experiment."
+            f"An analysis replaces the files of the one before, but got a store that deletes none: {masked(uri)}. "
+            "Delete the run, or name another tracking.experiment."
         ) from error
