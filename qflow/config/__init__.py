@@ -20,6 +20,7 @@ __all__ = [
     "help",
     "json_output",
     "json_schema",
+    "key_limits",
     "keys",
     "overrides",
     "quoting",

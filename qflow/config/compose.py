@@ -17,6 +17,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from qflow.config.command_schema import SCHEMAS, register_schema
 from qflow.config.explain import explain
+from qflow.config.key_limits import require_limits
 from qflow.config.keys import conf_dir
 from qflow.config.overrides import options_first, own_files, require_single, rewrite
 from qflow.core.errors import ConfigError
@@ -38,6 +39,7 @@ def composed(name: str, module: str, act: Callable[[DictConfig], T], arguments: 
     def job(config: DictConfig) -> None:
         try:
             require_known(config, name)
+            require_limits(config, SCHEMAS[name])
             ends.append(act(config))
         except BaseException as error:  # raised again below, outside of Hydra
             failed.append(error)

@@ -36,7 +36,7 @@ class ExecutorSchema:
     """How often a trial is tried again whose worker has died."""
     trial_timeout: Annotated[float, Above(0.0)] | None = None
     """Seconds after which the worker of a trial is ended; null sets no limit."""
-    gpus: float = 0.0
+    gpus: Annotated[float, Between(0.0, MOST_GPUS)] = 0.0
     """GPUs that Ray reserves for a trial, such as 0.5."""
     address: str = "auto"
     """Of the Ray cluster, <host>:<port>; auto is that of this machine. With executor=ray_cluster."""

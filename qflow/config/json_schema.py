@@ -15,30 +15,13 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints, 
 from qflow.config.command_schema import SCHEMAS
 from qflow.config.command_table import COMMANDS, named
 from qflow.config.json_output import VERSION, Document
+from qflow.config.key_limits import hints_of
 from qflow.config.keys import about, groups, settings_of, shipped, switches, texts
 from qflow.config.results import RESULTS
-from qflow.core.device_rules import DeviceRules
 from qflow.core.errors import ConfigError
 from qflow.core.nearest import did_you_mean
-from qflow.core.repair_settings import RepairSettings
-from qflow.core.settings import (
-    CalibrationSettings,
-    QatSettings,
-    QConfigSettings,
-    SensitivitySettings,
-    TeacherSettings,
-)
-from qflow.cost_model.model import CostModel
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
-SETTINGS = {
-    kind.__name__: kind
-    for kind in (
-        *(CalibrationSettings, QConfigSettings, SensitivitySettings, RepairSettings, QatSettings, TeacherSettings),
-        *(DeviceRules, CostModel),
-    )
-}
-"""The classes of settings that schema classes name as those whose fields they have."""
 SIMPLE = {bool: "boolean", int: "integer", float: "number", str: "string"}
 PLUS = ("experiment", "debug")
 """Groups that set keys of others, and are written with a plus."""
@@ -148,10 +131,7 @@ def _fields(kind: type) -> Schema:
 
 def _object(kind: type, prefix: str, shipped_: Mapping[str, Any], free: Sequence[str]) -> Schema:
     """Return the schema of a schema class, with the values of conf/ and of its fields as defaults."""
-    text, hints, properties = texts(kind), get_type_hints(kind, include_extras=True), {}
-    if stated_by := settings_of(kind):  # the limits stand at the settings that the command builds
-        stated = get_type_hints(SETTINGS[stated_by], include_extras=True)
-        hints = {name: hint if "Annotated" in str(hint) else stated.get(name, hint) for name, hint in hints.items()}
+    text, hints, properties = texts(kind), hints_of(kind), {}
     own = {field.name: field for field in fields(kind)}
     plain = get_type_hints(kind)
     for name, hint in hints.items():

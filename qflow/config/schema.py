@@ -55,7 +55,7 @@ class MetricSchema:
 class RulesSchema:
     """Fields of qflow.core.device_rules.DeviceRules."""
 
-    int8_inputs: dict[str, list[int]] = field(default_factory=dict)
+    int8_inputs: dict[str, list[Annotated[int, Between(0, 99)]]] = field(default_factory=dict)
     int8_outputs: list[str] = field(default_factory=list)
     fused_add_int8: bool = True
     dual_int16: bool = False

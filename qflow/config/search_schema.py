@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from qflow.core.limits import Above, AtLeast, Between, OneOf
+from qflow.core.limits import Above, Between, OneOf
 
 
 @dataclass(kw_only=True)
@@ -20,7 +20,7 @@ class SearchSchema:
     """Finished trials of the whole study, the two baselines (all-int16, all-int8) included."""
     timeout: Annotated[float, Above(0.0)] | None = None
     """Seconds after which no further trial starts."""
-    max_evaluations: Annotated[int, AtLeast(1)] | None = None
+    max_evaluations: Annotated[int, Between(1, 1_000_000_000)] | None = None
     """Evaluations of the whole study after which no further trial starts; a qconfig evaluated before counts none."""
     early_stop: bool = False
     """End an evaluation once the goal is out of reach, where only that matters (ratio strategy, demotion);

@@ -18,6 +18,8 @@ from qflow.core.nearest import did_you_mean
 
 LARGEST_SEED = 2**32 - 1
 """NumPy, which Optuna's samplers draw from, takes no larger one."""
+LARGEST = 1e12
+"""Of a number without a smaller limit of its own: no amount, rate or time comes near it, and it stays finite."""
 LARGEST_INPUT = 2**30
 """Numbers of an input: 4 GiB in float32."""
 
@@ -41,34 +43,38 @@ class Between:
 
 @dataclass(frozen=True)
 class Above:
-    """A limit of a finite number: larger than `low`."""
+    """A limit of a number: larger than `low`, and at most `high`."""
 
     low: float
+    high: float = LARGEST
 
     def check(self, name: str, value: float) -> None:
         """Raise ConfigError for a number beyond the limit."""
         if not self.low < value < math.inf:
             raise ConfigError(f"{name} is a number above {_shown(self.low)}, but got {_shown(value)}.")
+        _at_most(name, value, self.high)
 
     def keywords(self) -> dict[str, Any]:
         """Return the limit in the words of JSON Schema."""
-        return {"exclusiveMinimum": self.low}
+        return {"exclusiveMinimum": self.low, "maximum": self.high}
 
 
 @dataclass(frozen=True)
 class AtLeast:
-    """A limit of a finite number: `low` or larger."""
+    """A limit of a number: from `low` to `high`."""
 
     low: float
+    high: float = LARGEST
 
     def check(self, name: str, value: float) -> None:
         """Raise ConfigError for a number beyond the limit."""
         if not self.low <= value < math.inf:
             raise ConfigError(f"{name} is a number of at least {_shown(self.low)}, but got {_shown(value)}.")
+        _at_most(name, value, self.high)
 
     def keywords(self) -> dict[str, Any]:
         """Return the limit in the words of JSON Schema."""
-        return {"minimum": self.low}
+        return {"minimum": self.low, "maximum": self.high}
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ def check_limits(record: object, prefix: str, kind: type | None = None) -> None:
     `prefix` is the group of the fields, and `kind` the class that states the limits where it is not the record's own.
     """
     for name, hint in _limited(kind or type(record)).items():
-        _check(f"{prefix}.{name}", getattr(record, name), hint)
+        check_value(f"{prefix}.{name}", getattr(record, name), hint)
 
 
 @functools.cache
@@ -101,8 +107,8 @@ def _limited(kind: type) -> dict[str, Any]:
     return {name: hint for name, hint in get_type_hints(kind, include_extras=True).items() if "Annotated" in str(hint)}
 
 
-def _check(name: str, value: Any, hint: Any) -> None:
-    """Hold a value, each item of a list and each value of a mapping to the limits of its type."""
+def check_value(name: str, value: Any, hint: Any) -> None:
+    """Hold a value, each item of a list and each value of a mapping to the limits of its type. Raises ConfigError."""
     arguments = get_args(hint)
     if value is None:  # the type says whether it may be
         return
@@ -110,13 +116,13 @@ def _check(name: str, value: Any, hint: Any) -> None:
         for limit in arguments[1:]:
             limit.check(name, value)
     elif get_origin(hint) in (Union, UnionType):
-        _check(name, value, arguments[0])
+        check_value(name, value, arguments[0])
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            _check(f"{name}.{key}", item, arguments[1])
+            check_value(f"{name}.{key}", item, arguments[1])
     else:
         for item in value:
-            _check(name, item, arguments[0])
+            check_value(name, item, arguments[0])
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -129,6 +135,11 @@ def within(name: str, value: float, low: float, high: float) -> None:
     """Raise ConfigError unless `value` lies between `low` and `high`, both included."""
     if not low <= value <= high:  # NaN fails too
         raise ConfigError(f"{name} lies between {_shown(low)} and {_shown(high)}, but got {_shown(value)}.")
+
+
+def _at_most(name: str, value: float, high: float) -> None:
+    if value > high:
+        raise ConfigError(f"{name} is at most {_shown(high)}, but got {_shown(value)}.")
 
 
 def check_shape(name: str, shape: object) -> None:
@@ -150,4 +161,6 @@ def _is_shape(shape: object) -> bool:
 
 
 def _shown(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:g}"
+    if isinstance(value, int):
+        return str(value) if abs(value) < 10**40 else "one of more than 40 digits"
+    return f"{value:g}"

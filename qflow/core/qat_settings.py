@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from qflow.core.errors import ConfigError
-from qflow.core.limits import LARGEST_SEED, Between, OneOf, check_limits
+from qflow.core.limits import LARGEST, LARGEST_SEED, Between, OneOf, check_limits
 from qflow.core.record import plain
 
 NORM_MODES = ("fuse_bn", "with_bn", "with_bn_reverse_fold")
@@ -81,9 +80,9 @@ class QatSettings:
     """Steps of the float training; QAT takes at most `max_share` of them."""
     max_share: Annotated[float, Between(0.0, 1.0)] = 0.2
     """Largest share of `float_steps` that QAT takes."""
-    clip_gradients: Annotated[float, Between(1e-12, math.inf)] | None = None
+    clip_gradients: Annotated[float, Between(1e-12, LARGEST)] | None = None
     """Largest norm of all gradients together."""
-    divergence: Annotated[float, Between(1.0, math.inf)] = 10.0
+    divergence: Annotated[float, Between(1.0, LARGEST)] = 10.0
     """A loss of more than this times the median of the first `first_losses` stops the training."""
     first_losses: Annotated[int, Between(1, 1000)] = 5
     """How many losses at the start give the median for `divergence`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Annotated
 
-from qflow.core.limits import AtLeast, check_limits
+from qflow.core.limits import Between, check_limits
 
 FEWEST = 4  # one of them is held out
 
@@ -26,9 +26,9 @@ class RepairSettings:
     """Codes of int8 weights that are learned layer by layer, then by blocks: minutes, not seconds."""
     bias: bool = False
     """Biases that take back the shift of the mean by quantization."""
-    samples: Annotated[int, AtLeast(FEWEST)] = 256
+    samples: Annotated[int, Between(FEWEST, 1_000_000)] = 256
     """Calibration samples that a repair reads; one in four decides and is not seen by the steps."""
-    batch_size: Annotated[int, AtLeast(1)] = 16
+    batch_size: Annotated[int, Between(1, 4096)] = 16
     """Samples in a batch of them."""
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from qflow.core.errors import ConfigError
-from qflow.core.limits import LARGEST_SEED, Between, OneOf, check_limits
+from qflow.core.limits import LARGEST, LARGEST_SEED, Between, OneOf, check_limits
 from qflow.core.limits import one_of as _one_of
 from qflow.core.op_spec import parse_op
 from qflow.core.qat_settings import NORM_MODES as NORM_MODES
@@ -42,9 +42,9 @@ class CalibrationSettings:
     """Factor on the largest magnitude that gives an int16 threshold."""
     divisor: Annotated[str, OneOf(("guide", "plugin"))] = "guide"
     """What a threshold is divided by: `guide` 128 (int16: 32768), `plugin` 127.5 (32767.5)."""
-    clip_min: float = -1.0
+    clip_min: Annotated[float, Between(-LARGEST, LARGEST)] = -1.0
     """Method clip: values are clipped to clip_min..clip_max."""
-    clip_max: float = 1.0
+    clip_max: Annotated[float, Between(-LARGEST, LARGEST)] = 1.0
     """Method clip: see clip_min."""
     std_scale: Annotated[float, Between(0.1, 100.0)] = 3.0
     """Method clip_std: values are clipped to so many standard deviations around the mean."""

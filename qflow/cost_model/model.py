@@ -16,14 +16,13 @@ to published board measurements (fit.py). To T_op comes the time of conversions 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from qflow.core.dtype import QDtype
 from qflow.core.errors import ConfigError
-from qflow.core.limits import Above, AtLeast, check_limits
+from qflow.core.limits import LARGEST, Above, AtLeast, check_limits
 from qflow.cost_model.features import OpFeatures
 from qflow.cost_model.work import PRICED, OpWork
 
@@ -119,7 +118,7 @@ class CostModel:
     def __post_init__(self) -> None:
         """Raise ConfigError for rates that are not positive, amounts below 0, and factors that are no range."""
         check_limits(self, "cost")
-        if self.onchip_mb is not None and not 0.0 < self.onchip_mb < math.inf:
+        if self.onchip_mb is not None and not 0.0 < self.onchip_mb <= LARGEST:
             raise ConfigError(f"cost.onchip_mb is a number above 0, or null for unknown, but got {self.onchip_mb:g}.")
         for name in ("mac_factors", "vector_factors", "softmax_factors"):
             table = getattr(self, name)
@@ -210,7 +209,7 @@ def _range(value: Sequence[float] | float, where: str, least: float | None = Non
     except (TypeError, ValueError):
         given = []
     allowed = len(given) == 3 and (given[0] > 0.0 if least is None else given[0] >= least)
-    if not allowed or not given[0] <= given[1] <= given[2] < math.inf:
+    if not allowed or not given[0] <= given[1] <= given[2] <= LARGEST:
         rule = "above 0" if least is None else f"of at least {least:g}"
         raise ConfigError(f"{where} is a number {rule} or [lowest, likely, highest], but got {value}.")
     return given[0], given[1], given[2]
@@ -222,7 +221,7 @@ def _ends(value: Sequence[float], where: str) -> tuple[float, float]:
         low, high = map(float, value)
     except (TypeError, ValueError):
         low, high = 0.0, 0.0
-    if not 0.0 < low <= 1.0 <= high < math.inf:
+    if not 0.0 < low <= 1.0 <= high <= LARGEST:
         raise ConfigError(f"{where} is [lowest, highest] around 1, above 0, but got {value}.")
     return low, high
 

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
 
+from qflow.config.command_schema import TuneSchema
 from qflow.config.device_file import cost_of, require_cost, rules_of
 from qflow.config.executor_schema import check_executor
-from qflow.config.schema import TaskSchema
+from qflow.config.key_limits import require_limits
 from qflow.config.settings import plain, sensitivity_settings, trial_settings
 from qflow.config.space import search_space
 from qflow.core.credentials import masked
 from qflow.core.dtype import QDtype
 from qflow.core.engine import EngineName, engine_name, require_plugin
 from qflow.core.errors import ConfigError
-from qflow.core.limits import LARGEST_SEED, check_limits, check_shape, within
+from qflow.core.limits import check_shape
 from qflow.core.names import check_study_name
-from qflow.core.nearest import did_you_mean
 from qflow.core.store import sqlite_path
-from qflow.search.proposal import SAMPLERS
 from qflow.study.start_files import start_files
 
 if TYPE_CHECKING:
@@ -33,6 +31,7 @@ def check_config(config: DictConfig) -> None:
     """Raise ConfigError for settings that cannot work with any command."""
     from qflow.search.objective import Goal
 
+    require_limits(config, TuneSchema)
     settings = trial_settings(config)
     sensitivity_settings(config)
     Goal(**plain(config.objective))
@@ -44,7 +43,6 @@ def check_config(config: DictConfig) -> None:
     _check_trains(config, bool(settings.qat.steps))
     _check_task(config)
     _check_device(config)
-    within("seed", config.seed, 0, LARGEST_SEED)
 
 
 def _check_engine(config: DictConfig, trains: bool) -> None:
@@ -76,7 +74,6 @@ def require_no_workers(config: DictConfig, command: str) -> None:
 
 
 def _check_task(config: DictConfig) -> None:
-    check_limits(config.task, "task", TaskSchema)
     check_shape("task.deploy_shape", plain(config.task)["deploy_shape"])
 
 
@@ -152,31 +149,11 @@ def _check_float16(config: DictConfig, chosen: bool) -> None:
 
 
 def check_search(config: DictConfig) -> None:
-    """Raise ConfigError for a strategy, budget or rate that is not allowed."""
-    from qflow.search.strategies import STRATEGIES
-
-    search = config.search
-    if search.strategy not in STRATEGIES:
-        near = did_you_mean(search.strategy, STRATEGIES)
-        raise ConfigError(f"search.strategy is one of {', '.join(STRATEGIES)}, but got {search.strategy!r}.{near}")
-    if search.max_evaluations is not None and search.max_evaluations < 1:
-        raise ConfigError(
-            f"search.max_evaluations is at least 1, but got {search.max_evaluations}. null sets no limit."
-        )
-    if not search.rates or not all(0.0 < rate <= 10.0 for rate in search.rates):
-        raise ConfigError(f"search.rates holds learning rates above 0, but got {list(search.rates)}.")
-    if not search.weight_decays or not all(0.0 <= decay <= 10.0 for decay in search.weight_decays):
-        raise ConfigError(f"search.weight_decays holds numbers of at least 0, but got {list(search.weight_decays)}.")
-    if not 0.0 < search.probe_share <= 1.0:
-        raise ConfigError(f"search.probe_share lies above 0 and at most at 1, but got {search.probe_share:g}.")
-    if search.sampler not in SAMPLERS:
-        known = ", ".join(SAMPLERS)
-        raise ConfigError(f"search.sampler is one of {known}, but got {search.sampler!r}.")
-    if search.n_trials < 2:
-        raise ConfigError(f"search.n_trials is at least 2 (all-int16 and all-int8), but got {search.n_trials}.")
-    within("search.n_trials", search.n_trials, 2, 1_000_000)
-    if search.timeout is not None and not 0 < search.timeout < math.inf:
-        raise ConfigError(f"search.timeout is a number of seconds above 0, but got {search.timeout:g}.")
+    """Raise ConfigError for a training stage without a rate or a weight decay."""
+    if not config.search.rates:
+        raise ConfigError("search.rates holds learning rates above 0, but got none. Leave it out.")
+    if not config.search.weight_decays:
+        raise ConfigError("search.weight_decays holds numbers of at least 0, but got none. Leave it out.")
 
 
 def _check_storage(config: DictConfig) -> None:

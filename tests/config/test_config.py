@@ -19,8 +19,11 @@ from qflow.search.domain import Choice, Interval, Range
 
 REFUSED = {
     "strategy": ([BASE, "search.strategy=magic"], "search.strategy is one of optuna, ratio, assign"),
-    "evaluations": (["+experiment=int8_int16", "search.max_evaluations=0"], "search.max_evaluations is at least 1"),
-    "rates": (["+experiment=int8_int16", "search.rates=[0.0]"], "search.rates holds learning rates above 0"),
+    "evaluations": (
+        ["+experiment=int8_int16", "search.max_evaluations=0"],
+        "search.max_evaluations lies between 1 and",
+    ),
+    "rates": (["+experiment=int8_int16", "search.rates=[0.0]"], "search.rates is a number above 0"),
     "apply": (["+experiment=int8_int16", "qat.apply=never"], "qat.apply is one of every_trial, after_search"),
     "unknown experiment": (["+experiment=nope"], "got experiment/nope. Options: full, int16"),
     "misspelt experiment": (["+experiment=int8_int61"], "Did you mean int8_int16? Options: full, int16"),
@@ -63,8 +66,8 @@ REFUSED = {
     ),
     "no search value": ([BASE, "search.space.calibration.steps=7"], "choice(...), interval(...), range(...)"),
     "negative goal": ([BASE, "objective.max_drop=-1"], "objective.max_drop is a number of at least 0, but got -1"),
-    "sampler": ([BASE, "search.sampler=grid"], "search.sampler is one of tpe, nsga2, gp, random, but got 'grid'"),
-    "trials": ([BASE, "search.n_trials=1"], "search.n_trials is at least 2"),
+    "sampler": ([BASE, "search.sampler=grid"], "search.sampler is one of tpe, gp, nsga2, random, but got 'grid'"),
+    "trials": ([BASE, "search.n_trials=1"], "search.n_trials lies between 2 and 1000000"),
     "batch of none": ([BASE, "task.batch_size=0"], "task.batch_size lies between 1 and 1000000, but got 0"),
     "a march without its rules": ([BASE, "device.march=nash-x"], "but got device.march=nash-x. Choose a device file"),
     "no device file": ([BASE, "device=nowhere.yaml"], "but got nowhere.yaml: No such file"),

@@ -4,9 +4,9 @@ import pytest
 from support.compose import BASE, run
 
 REFUSED = {
-    "threads": ([BASE, "executor.threads=-3"], "executor.threads is 0 (leaves it to torch) to 1024, but got -3"),
+    "threads": ([BASE, "executor.threads=-3"], "executor.threads lies between 0 and 1024, but got -3"),
     "workers": ([BASE, "executor.workers=2"], "executor.workers is 1 with executor.kind=serial, but got 2. Use exec"),
-    "no workers": ([BASE, "executor=process", "executor.workers=0"], "executor.workers is 1 to 256 with executor.kind"),
+    "no workers": ([BASE, "executor=process", "executor.workers=0"], "executor.workers lies between 1 and 256"),
     "trial timeout": ([BASE, "executor.trial_timeout=9"], "A trial is ended with its worker process, but got executor"),
     "an executor that does not exist": (
         [BASE, "executor.kind=dask"],

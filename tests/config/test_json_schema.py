@@ -15,6 +15,7 @@ from qflow.config.command_schema import SCHEMAS
 from qflow.config.command_table import COMMANDS
 from qflow.config.json_output import Problem, document
 from qflow.config.json_schema import document_schema, part, settings
+from qflow.config.key_limits import require_limits
 from qflow.config.keys import keys
 from qflow.config.settings import patience, plain
 from qflow.core.errors import ConfigError
@@ -64,6 +65,8 @@ WITH = {
     "executor.trial_timeout": {"executor.kind": "process"},
 }
 """What else a value needs: limits hold for a key alone."""
+TOGETHER = ("calibration.clip_min", "calibration.clip_max", "executor.gpus")
+"""Keys that cannot have the ends of their limits: one lies below the other, and GPUs are reserved by Ray alone."""
 
 
 def check_tune(config):
@@ -140,12 +143,17 @@ def test_a_value_within_the_limits_is_taken_and_one_beyond_them_refused(name):
 
 
 def require_true_limits(name):
-    overrides, check = CHECKS[name]
+    overrides, own = CHECKS[name]
     config = compose(*overrides, *(["root=here"] if name != "train_float" else ["training.output=here"]), name=name)
+
+    def check(config):  # as a command does: at the composition, then by itself
+        require_limits(config, SCHEMAS[name])
+        own(config)
+
     check(config)
     seen = 0
     for key, found, limit in limited(settings(name)):
-        if name == "train_float" and key.startswith("task."):  # it reads none of them
+        if key in TOGETHER or (name == "train_float" and key.startswith("task.")):  # it reads none of them
             continue
         before = {k: stored(config, k) for k in (key, *WITH.get(key, {}))}
         for other, value in WITH.get(key, {}).items():

@@ -80,8 +80,8 @@ REFUSED = {
     "an illegal switch": (["qconfig.modules.head=choice(qint8,int4)"], "qconfig.modules.head is one of"),
     "a rate that is none": (["qat.rates.head=choice(1e-4,much)"], "is a number, but got 'much'"),
     "a searched training without a loss": (["qat.steps=choice(0,50)"], "QAT needs a loss, but got none"),
-    "a direction": (["objective.optimize={accuracy/drop: down}"], "is maximize or minimize, but got 'down'"),
-    "a share above 1": (["objective.max_int16_mac_share=50"], "is a share of at most 1, but got 50"),
+    "a direction": (["objective.optimize={accuracy/drop: down}"], "is one of maximize, minimize, but got 'down'"),
+    "a share above 1": (["objective.max_int16_mac_share=50"], "lies between 0 and 1, but got 50"),
 }  # fmt: skip
 
 
