@@ -19,6 +19,7 @@ from qflow.trial.record import TrialResult
 SCORES = "scores.json"  # score of each evaluation sample: of a trial on its run, of the float model on the study's
 REPAIR = "repair.json"  # what the repair of a trial tried, kept and refused
 CALLS = "plugin_calls.json"  # what was called of the plugin for a trial with engine=plugin
+CURVES = ("step", "qat/loss", "qat/learning_rate")  # of a training, by step: a table, and metrics of the run
 BUNDLE = "qconfig"  # the artifact folder that a registered model version points at: precisions and scales
 
 
@@ -76,7 +77,7 @@ def training_steps(report: TrainingReport) -> str:
     """Return the loss and the learning rate by step as a table; the tracker logs it as metrics by step too."""
     steps = enumerate(zip(report.losses, report.learning_rates, strict=True), 1)
     data = [[step, _cell(loss), _cell(rate)] for step, (loss, rate) in steps]
-    return to_json({"columns": ["step", "qat/loss", "qat/learning_rate"], "data": data})
+    return to_json({"columns": list(CURVES), "data": data})
 
 
 def write_study(

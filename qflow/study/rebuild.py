@@ -21,7 +21,7 @@ from qflow.config.settings import plain, trial_settings
 from qflow.core.errors import BundleError, QflowError
 from qflow.core.qconfig import QConfig
 from qflow.core.record import sha256
-from qflow.report.files import CALLS, write_trial
+from qflow.report.files import CALLS, CURVES, write_trial
 from qflow.search.objective import Goal
 from qflow.search.outcome import STOPPED
 from qflow.study.assemble import make_evaluator
@@ -152,10 +152,11 @@ def _more_metrics(
     """Return the differences and the notes for metrics of the run that the result of the trial has not.
 
     Users may add figures of their own to a run, as of a board; these are noted. Those that are named as qflow's, or are
-    no finite numbers, are differences.
+    no finite numbers, are differences. The study adds a rank, and a training its curves.
     """
     groups = {name.partition("/")[0] for name in figures}
-    more = sorted(logged.keys() - trial.metrics.keys() - {RANK})
+    known = {name for name in (RANK, *(CURVES if trial.trained else ())) if math.isfinite(logged.get(name, 0.0))}
+    more = sorted(logged.keys() - trial.metrics.keys() - known)
     own = [name for name in more if name.partition("/")[0] in groups or not math.isfinite(logged[name])]
     found = [f"{name} of the run is {logged[name]:.6g}, its result has none" for name in own]
     others = [name for name in more if name not in own]

@@ -148,7 +148,7 @@ def test_following_an_estimate_is_measured_exactly(done, tmp_path):
         (["qconfig.modules={nosuch: qint16}"], "but got nosuch"),
         (["sensitivity.compare=odd"], "sensitivity.compare is one of fair, raw, but got 'odd'"),
         (["sensitivity.own_metric._target_=user_task.largest"], "order is one of ascending, descending, but got ''"),
-        (["stages=[everything]"], "stages are of badcase, layers, sensitivity, advice, qat_debug, but got"),
+        (["stages=[everything]"], "stages is one of badcase, layers, sensitivity, advice, qat_debug, but got"),
         (["sensitivity.method=fast"], "sensitivity.method is one of exact, screened, estimate, point, but got 'fast'"),
         (["sensitivity=quick"], "but got"),
         (["sensitivity.dtypes=[int8]"], "sensitivity.dtypes is one of"),

@@ -80,8 +80,8 @@ def test_a_measured_report_replaces_the_formula(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["mode=other"], "mode is report or fit, but got other"),
-        (["fps=0"], "fps is a number of frames a second above 0"),
+        (["mode=other"], "mode is one of report, fit, but got 'other'"),
+        (["fps=0"], "fps is a number above 0, but got 0"),
         (["fit"], "A fit needs measured networks, but got none"),
         (["fit", "data=nowhere.csv"], "A fit reads a CSV file of networks, but got nowhere.csv"),
         (["device.profile=nowhere.json"], "nowhere.json"),

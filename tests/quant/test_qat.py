@@ -263,7 +263,7 @@ def test_amp_is_for_int8():
         ("steps", -1, "qat.steps lies between 0 and"),
         ("learning_rate", float("nan"), "qat.learning_rate lies between 0 and 10, but got nan"),
         ("rates", {"head": -1.0}, "qat.rates.head lies between"),
-        ("divergence", 0.5, "qat.divergence lies between 1 and inf, but got 0.5"),
+        ("divergence", 0.5, "qat.divergence lies between 1 and 1e.12, but got 0.5"),
         ("clip_gradients", 0.0, "qat.clip_gradients lies between"),
         ("float_steps", 0, "qat.float_steps lies between"),
     ],
