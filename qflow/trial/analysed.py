@@ -30,10 +30,6 @@ from qflow.trial.parts import Answer, Asking, Workers
 from qflow.trial.shared import Progress, SharedState, silent
 
 
-def nobody(whole: Part, on_share: Callable[[float], None]) -> None:
-    """No other process measures rows."""
-
-
 @dataclass
 class AnalysedState(SharedState):
     """The shared state with the analysis that ranks operators."""
@@ -107,7 +103,7 @@ class AnalysedState(SharedState):
         def ranked() -> SensitivityTable:
             rows, cases = self._candidates(applied), self.cases()
             asking = self._asking("sensitivity", applied, badcases.chosen)
-            model, prepared, elsewhere = self.weights.model, self.prepared, asking.rows if asking else nobody
+            model, prepared, elsewhere = self.weights.model, self.prepared, asking.rows if asking else None
             return sensitivity(
                 model, prepared, cases, settings=settings, rows=rows, on_row=progress, elsewhere=elsewhere
             )

@@ -111,3 +111,14 @@ def test_what_no_worker_answers_the_study_computes_itself_and_says_why(make):
     assert driver.rank() == alone.rank()
     assert [line.split()[:2] for line in lines] == [["bad", "cases"], ["sensitivity", "computed"]]
     assert all("computed by the study's own process: A worker lives until" in line for line in lines)
+
+
+def test_a_search_that_workers_have_ended_goes_on_from_its_state(make, tmp_path):
+    settings = {"search_samples": 160, "bad_cases": 4}  # 20 steps: long enough for a state
+    alone, tables = make(**settings), []
+    for _ in range(2):  # the second finds the state of the first, and no cache
+        driver = make(**settings)
+        driver.searches, driver.workers = tmp_path, Apart(make(**settings))
+        tables.append(driver.find_badcases())
+        assert len(driver.workers.asked) == (0 if len(tables) == 2 else 19)
+    assert tables == [alone.find_badcases()] * 2

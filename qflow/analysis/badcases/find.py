@@ -89,11 +89,7 @@ def find_badcases(
     with torch.no_grad(), prepared.quantized():
         stream = enumerate(itertools.islice(batches, num_steps), 1)
         wanted = functools.partial(search.wanted, metric, count, compare)
-        steps = (
-            _steps(search, stream, done, inputs, wanted)
-            if elsewhere is None
-            else _shared(search, stream, done, elsewhere)
-        )
+        steps = _shared(search, stream, done, elsewhere) if elsewhere else _steps(search, stream, done, inputs, wanted)
         for step in steps:
             if save is not None and step > done and step % save_every == 0:
                 save(search.state_dict(step))
@@ -133,7 +129,9 @@ def _shared(
 ) -> Iterator[int]:
     """Search the batches after the first `done` elsewhere; the first of all here, as it decides what is compared."""
     step = done
-    if not done:
+    if done:
+        yield done
+    else:
         for step, (batch, size) in itertools.islice(batches, 1):
             search.add(batch, size)
             yield step

@@ -57,10 +57,10 @@ class Looks:
     model: nn.Module
     prepared: QuantizedModel
     custom: Custom | None = None
-    order: Order = field(default_factory=Order)
-    floating: QuantizedModel | None = None
+    order: Order = field(default_factory=Order, init=False)
+    floating: QuantizedModel | None = field(default=None, init=False)
     """The model that gives the float outputs and the order of values, if operators change that order."""
-    other_weights: bool = False
+    other_weights: bool = field(default=False, init=False)
     """Whether they change that order, but the float model has other parameters, so that nothing follows its order."""
 
     def __post_init__(self) -> None:

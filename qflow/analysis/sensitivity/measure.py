@@ -48,7 +48,7 @@ def sensitivity(
     settings: SensitivitySettings | None = None,
     rows: Sequence[Candidate] | None = None,
     on_row: Callable[[int], None] = lambda done: None,
-    elsewhere: Elsewhere = lambda whole, on_share: None,
+    elsewhere: Elsewhere | None = None,
 ) -> SensitivityTable:
     """Rank `rows` (None: every active quantizer of a calibrated model) on `batches` of bad cases (model inputs each).
 
@@ -101,7 +101,7 @@ class Measure:
 
     # ---- the table
 
-    def table(self, on_row: Callable[[int], None], elsewhere: Elsewhere) -> SensitivityTable:
+    def table(self, on_row: Callable[[int], None], elsewhere: Elsewhere | None) -> SensitivityTable:
         samples = sum(batch_size(inputs) for inputs in self.batches)
         method, reason = self.choose_method(samples, max(sample_bytes(self.prepared.graph, b) for b in self.batches))
         if reason:
@@ -193,7 +193,7 @@ class Measure:
         }[method]
 
     def measured(
-        self, chosen: Sequence[int], on_row: Callable[[int], None], elsewhere: Elsewhere
+        self, chosen: Sequence[int], on_row: Callable[[int], None], elsewhere: Elsewhere | None
     ) -> dict[int, SensitivityRow]:
         """Position -> measured row."""
         exact, rows = self.exact, [self.rows[i] for i in chosen]
@@ -202,7 +202,7 @@ class Measure:
             on_row(int(share * len(self.rows) + 1e-9))
 
         def shared() -> Sequence[Mapping[str, Any]] | None:
-            return elsewhere(Part(self.method, chosen, exact.replays, exact.one_at_a_time), on_share)
+            return elsewhere and elsewhere(Part(self.method, chosen, exact.replays, exact.one_at_a_time), on_share)
 
         found = exact.measured(self.chunks, rows, self.settings.metric, on_share, shared)
         self.findings += exact.findings
