@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from qflow.config.settings import plain
+from qflow.core.errors import TrackingError
 from qflow.core.record import digest, to_json
 
 # Keys that may change between two starts of one study; all others must stay the same.
@@ -74,9 +75,23 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
+def known_state(text: str) -> dict[str, str]:
+    """Return the state that `Session.open` stored, as data of a store. Raises TrackingError for another text."""
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise TrackingError(
+            f"The tag qflow.fingerprint of a study is as qflow wrote it, but got {text!r:.60}. Use another name: "
+            "study=<name>."
+        )
+    return found
+
+
 def changes(before: str, now: Mapping[str, str]) -> list[str]:
     """Return `key: old -> new` for each difference from the text that `Session.open` stored."""
-    known: dict[str, str] = json.loads(before or "{}")
+    known = known_state(before)
     return [
         f"{key}: {known.get(key, 'nothing')} -> {now.get(key, 'nothing')}"
         for key in sorted({*known, *now})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.store import sqlite_path
 from qflow.search.database import place_of
 from qflow.search.study import IDENTITY, Study
-from qflow.study.fingerprint import changes, settings_state
+from qflow.study.fingerprint import changes, known_state, settings_state
 from qflow.tracking.lease import require_free
 from qflow.tracking.mlflow_tracker import MlflowTracker
 
@@ -42,8 +41,8 @@ def foresee_settings(study: Study, tracker: MlflowTracker, root: Path, config: D
     study.require_same(tracker.find_study(study.name))
     tags = _tags(tracker, study.name)
     _require_home(study.name, tags, study.identity, root)
-    known = tags.get("qflow.fingerprint", "{}")
-    _require_settings(study, tags, {**json.loads(known), **settings_state(config)})
+    known = known_state(tags.get("qflow.fingerprint", ""))
+    _require_settings(study, tags, {**known, **settings_state(config)})
 
 
 def require_same(study: Study, tracker: MlflowTracker, root: Path, state: Mapping[str, str]) -> None:

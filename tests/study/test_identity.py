@@ -7,7 +7,7 @@ from support.harness import SPACE
 from qflow.core.errors import ConfigError, TrackingError
 from qflow.core.record import to_json
 from qflow.search.study import Study
-from qflow.study.fingerprint import settings_state
+from qflow.study.fingerprint import changes, settings_state
 from qflow.study.identity import foresee, foresee_settings, identity_tags, require_same
 from qflow.tracking.lease import owned
 from qflow.tracking.mlflow_tracker import MlflowTracker
@@ -85,3 +85,10 @@ def test_another_setting_is_seen_before_the_model_is_run(tracker, tmp_path):
     foresee_settings(study, tracker, tmp_path, config)
     with pytest.raises(ConfigError, match="keeps the settings .* seed: 0 -> 5"):
         foresee_settings(study, tracker, tmp_path, compose(BASE, "root=here", "seed=5"))
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[1]", "null", "[" * 100_000], ids=range(4))
+def test_a_fingerprint_that_qflow_did_not_write_is_one_line(text):
+    with pytest.raises(TrackingError, match="as qflow wrote it, but got") as raised:
+        changes(text, STATE)
+    assert len(str(raised.value)) < 250
