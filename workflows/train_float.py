@@ -83,17 +83,6 @@ def evaluate(model: nn.Module, samples: Dataset[Any], metric: Callable[[Any, Any
         return float(torch.cat([metric(model(batch[0]), batch) for batch in DataLoader(samples, 64)]).mean())
 
 
-def check_training(config: DictConfig) -> None:
-    """Raise ConfigError for numbers that no training has."""
-    from qflow.core.limits import LARGEST_SEED, within
-
-    within("training.epochs", config.training.epochs, 1, 1_000_000)
-    within("training.batch_size", config.training.batch_size, 1, 1_000_000)
-    within("training.learning_rate", config.training.learning_rate, 0.0, 10.0)
-    within("training.weight_decay", config.training.weight_decay, 0.0, 10.0)
-    within("training.seed", config.training.seed, 0, LARGEST_SEED)
-
-
 def train_float(config: DictConfig) -> Result:
     """Build the task with untrained weights, train and measure the model, and save its weights."""
     import torch
@@ -104,7 +93,6 @@ def train_float(config: DictConfig) -> Result:
     from qflow.config.settings import plain
 
     check_executor(config)
-    check_training(config)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if config.executor.threads:
         torch.set_num_threads(config.executor.threads)

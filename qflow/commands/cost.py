@@ -8,7 +8,6 @@ reason is printed); 2: a mistake in the command line or configuration.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,12 +41,8 @@ def cost(config: DictConfig) -> Result:
     require_cost(config.device, config.device.march)
     if config.mode == "fit":
         return fit(config)
-    if config.mode != "report":
-        raise ConfigError(f"mode is report or fit, but got {config.mode}. Write `qflow.cost fit data=...`.")
     if config.data is not None or config.out is not None:
         raise ConfigError("data and out are those of a fit, but got one without it. Write qflow.cost fit data=<file>.")
-    if config.fps is not None and not 0 < config.fps < math.inf:
-        raise ConfigError(f"fps is a number of frames a second above 0, but got {config.fps:g}.")
     require_own_engine(config, "cost")
     check_config(config)
     require_no_workers(config, "cost")

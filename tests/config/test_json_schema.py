@@ -13,6 +13,7 @@ from support.installed_plugin import installed
 
 from qflow.config.command_schema import SCHEMAS
 from qflow.config.command_table import COMMANDS
+from qflow.config.executor_schema import check_executor
 from qflow.config.json_output import Problem, document
 from qflow.config.json_schema import document_schema, part, settings
 from qflow.config.key_limits import require_limits
@@ -82,18 +83,10 @@ def check_promote(config):
     patience(config)
 
 
-def check_train(config):
-    from qflow.config.executor_schema import check_executor
-    from workflows.train_float import check_training
-
-    check_executor(config)
-    check_training(config)
-
-
 CHECKS = {
     "tune": ([BASE, "task=digits"], check_tune),
     "promote": ([], check_promote),
-    "train_float": (["+experiment=train_perception"], check_train),
+    "train_float": (["+experiment=train_perception"], check_executor),
 }
 
 
